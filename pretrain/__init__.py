@@ -1,0 +1,1 @@
+"""Pretraining and further pretraining of BERT encoders in plain PyTorch; see README.md."""

@@ -1,0 +1,50 @@
+"""Batch: the one contract between data and model.
+
+T tokens of N sequences are laid end to end, without padding; M of them are predicted. Where a device wants fixed shapes,
+T, N and M are filled up: dummy sequences of [PAD] at the end, and labels of IGNORED, which no loss counts.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # label that no loss counts, as in torch's cross_entropy
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: Tensor  # int64 [T]
+    token_type_ids: Tensor  # int64 [T]; 0 in [CLS] A [SEP], 1 in B [SEP]
+    position_ids: Tensor  # int64 [T]; restarts at 0 in each sequence
+    cu_seqlens: Tensor  # int32 [N + 1]; sequence n is tokens cu_seqlens[n]:cu_seqlens[n + 1]; the last is T
+    masked_positions: Tensor  # int64 [M]; places in T
+    masked_lm_labels: Tensor  # int64 [M]; the ids that stood there
+    next_sentence_label: Tensor  # int64 [N]; 0 is next (or in order), 1 is random (or swapped), IGNORED where there is no pair
+    lengths: tuple[int, ...]  # of the N sequences, for the host
+    max_length: int  # bound of `lengths`, the same for each batch of a run
+    counts: dict[str, int]  # what each loss is divided by: "mlm" masked tokens, "nsp" pairs
+    num_tokens: int  # real ones, without filling
+    num_sequences: int  # real ones
+    shortfall: int = 0  # masked tokens that a budget allowed and no unit could fill
+
+    def _map(self, change) -> Batch:
+        tensors = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)})
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; the copy does not block where the memory is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in pinned memory; the DataLoader calls this."""
+        return self._map(Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model returns for a batch: sums, never means; names are those of `Batch.counts`."""
+
+    loss_sums: dict[str, Tensor]  # float32 scalars
+    num_correct: dict[str, Tensor]  # int64 scalars

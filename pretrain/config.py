@@ -1,0 +1,289 @@
+"""Every option of every command, once: name, default, help and check.
+
+A command takes the groups that it needs; `parse` makes an argparse parser of their fields, reads `--config FILE` as
+defaults, and `validate` returns every problem of the values at once. Nothing here imports torch, so `--help` is fast.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+MODEL_SIZES = {  # (layers, width); heads are width / 64, the inner width 4 x width, as in Turc et al. 2019
+    "tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768), "large": (24, 1024),
+}
+OBJECTIVES = ("mlm+nsp", "mlm+sop", "mlm")
+NUM_SPECIALS = {"mlm+nsp": 3, "mlm+sop": 3, "mlm": 2}  # [CLS] A [SEP] B [SEP], or [CLS] A [SEP]
+
+
+class UserError(ValueError):
+    """A problem that the user can mend: shown as one message without a traceback, exit code 2."""
+
+
+def option(default: object, text: str, **argparse_arguments: object):
+    """A dataclass field that is also a command-line option; `text` is its help line."""
+    metadata = {"help": text, "argparse": argparse_arguments}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelOptions:
+    model: str = option("base", f"a size to train from scratch ({', '.join(MODEL_SIZES)}), or a BERT checkpoint to go on "
+                        "from: a folder or a hub name")
+    config_override: list[str] = option([], "KEY=VALUE...: change fields of the model's config, such as "
+                                        "hidden_dropout_prob=0 (default: none)", nargs="*", metavar="KEY=VALUE")
+
+
+@dataclass
+class TokenizerOptions:
+    tokenizer: str | None = option(None, "folder, vocab.txt or hub name (default: the model's own; for a size from scratch, "
+                                   "one is trained on the text)")
+    vocab_size: int = option(30522, "entries of a tokenizer trained on the text")
+    lowercase: str = option("on", "lower-case and strip accents, for a trained tokenizer or a bare vocab.txt",
+                            choices=("on", "off"))
+
+
+@dataclass
+class TextOptions:
+    format: str = option("auto", "sentences: one a line, a blank line between documents; lines: a document a line; "
+                         "text: a file is a document, its lines are its sentences; auto: told from the text",
+                         choices=("auto", "sentences", "lines", "text"))
+    cache: str = option("runs/.cache", "folder of prepared corpora and trained tokenizers, found again by fingerprint")
+
+
+@dataclass
+class DataOptions(TextOptions):
+    train: list[str] = option([], "text: files, folders, globs, or one prepared corpus (default: the embedded English text)",
+                              nargs="+", metavar="PATH")
+    valid: list[str] = option([], "held-out text (default: documents of the training text, see --valid-fraction)",
+                              nargs="+", metavar="PATH")
+    valid_fraction: float = option(0.05, "share of the training documents that is held out (0: off), at least two, chosen by "
+                                   "a hash of their text")
+    workers: int | None = option(None, "processes that prepare batches, 0: none (default: 0 on CPU, 2 on a GPU)")
+
+
+@dataclass
+class TaskOptions:
+    objective: str = option("mlm+nsp", "next-sentence pairs, sentence-order pairs, or masks alone", choices=OBJECTIVES)
+    nsp_weight: float = option(1.0, "factor of the NSP or SOP loss in the sum")
+    masking: str = option("token", "what is masked as a whole", choices=("token", "word"))
+    mask_rate: float = option(0.15, "share of the ordinary tokens that is predicted")
+    mask_split: list[float] = option([0.8, 0.1, 0.1], "shares that become [MASK], a random token, themselves", nargs=3,
+                                     metavar="SHARE")
+    max_length: int = option(128, "tokens in a sequence, specials included")
+
+
+@dataclass
+class OptimizationOptions:
+    batch_size: int = option(256, "sequences of max-length in an optimizer step, over all processes")
+    micro_batch_size: int = option(32, "sequences of max-length that go through one device at once")
+    epochs: float = option(3.0, "passes over the text; sets the number of steps where --max-steps is 0")
+    max_steps: int = option(0, "optimizer steps of the run (0: from --epochs)")
+    max_minutes: float = option(0.0, "save and stop after so many minutes, resumable; the schedule stays (0: off)")
+    learning_rate: float = option(1e-4, "peak rate of AdamW")
+    weight_decay: float = option(0.01, "decay of AdamW, on matrices only (0: off)")
+    adam_betas: list[float] = option([0.9, 0.999], "betas of AdamW", nargs=2, metavar="BETA")
+    adam_epsilon: float = option(1e-6, "epsilon of AdamW")
+    warmup: float = option(0.06, "warm-up: a share of the run if below 1, else steps (0: off)")
+    schedule: str = option("linear", "after warm-up: linear or cosine to 0, constant, or wsd (constant, then linear to 0 over "
+                           "the last tenth)", choices=("linear", "cosine", "constant", "wsd"))
+    max_grad_norm: float = option(1.0, "gradients are scaled to this norm at most (0: off)")
+    patience: int = option(0, "stop after so many evaluations without a lower held-out perplexity (0: off)")
+    seed: int = option(0, "seed of weights, dropout, pairs and masks")
+
+
+@dataclass
+class MachineOptions:
+    device: str = option("auto", "auto (a GPU where there is one), cpu, cuda or cuda:N")
+    precision: str = option("auto", "autocast of the encoder: auto (bf16 where the device computes it fast), bf16, fp16 with a "
+                            "gradient scaler, or fp32", choices=("auto", "bf16", "fp16", "fp32"))
+    compile: str = option("auto", "torch.compile: auto (on with the CUDA attention kernel, off on CPU, where it does not pay), "
+                          "on, off", choices=("auto", "on", "off"))
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third more "
+                                          "time")
+
+
+@dataclass
+class RunOptions:
+    output: str | None = option(None, "run folder (default: runs/DATE-TIME; runs/default for the embedded text)")
+    resume: bool = option(False, "go on from the newest good checkpoint of --output, with the options saved there")
+    overwrite: bool = option(False, "replace the run in --output, once the new run has a checkpoint")
+    eval_every: str = option("auto", "steps between evaluations: N, epoch, or auto (a tenth of the run, 10 to 1000)")
+    eval_tokens: int = option(200_000, "held-out tokens that an evaluation reads at most")
+    eval_batch_size: int = option(0, "sequences of max-length in an evaluation's micro-batch (0: micro-batch-size)")
+    save_every: str = option("auto", "steps between checkpoints: N, epoch, or auto (a tenth of the run, 10 to 1000)")
+    log_every: int = option(10, "steps between logged numbers; step 1 is always logged")
+    keep: int = option(3, "newest checkpoints that are kept")
+
+
+@dataclass
+class Config(RunOptions, MachineOptions, OptimizationOptions, TaskOptions, DataOptions, TokenizerOptions, ModelOptions):
+    """All options of `scripts/pretrain.py`."""
+
+
+# What `python scripts/pretrain.py` runs when no text is given; a flag still overrides each value.
+EMBEDDED_DEFAULTS = {
+    "model": "tiny", "vocab_size": 4096, "max_length": 64, "batch_size": 64, "micro_batch_size": 64, "learning_rate": 3e-3,
+    "format": "sentences", "output": "runs/default", "eval_tokens": 60_000, "config_override": ["hidden_dropout_prob=0"],
+}
+
+
+def build_parser(options: type, description: str) -> argparse.ArgumentParser:
+    """Argparse parser with one option for each field of the dataclass `options`."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with options, as saved in a run's config.json; flags "
+                        "override it")
+    hints = typing.get_type_hints(options)
+    for entry in fields(options):
+        arguments = dict(entry.metadata["argparse"])
+        hint = hints[entry.name]
+        if hint is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            inner = [part for part in typing.get_args(hint) if part is not type(None)] or [hint]
+            arguments["type"] = inner[0]
+            if "choices" not in arguments:
+                arguments.setdefault("metavar", inner[0].__name__.upper())
+        text = entry.metadata["help"].replace("%", "%%")
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default
+        if "default:" not in text and default != []:
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            text = f"{text} (default: {shown})"
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", help=text, default=default, **arguments)
+    return parser
+
+
+def parse(argv: Sequence[str], options: type, description: str, defaults: dict | None = None):
+    """Instance of the dataclass `options`, from `defaults`, then `--config FILE`, then the flags in `argv`.
+
+    Values of `defaults` and of the file pass through the same types and choices as flags do."""
+    parser = build_parser(options, description)
+    path = parser.parse_known_args(list(argv))[0].config
+    known = {entry.name for entry in fields(options)}
+    from_file = read_options(path) if path else {}
+    unknown = sorted(set(from_file) - known)
+    if unknown:
+        raise UserError(f"--config {path}: unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    namespace = vars(parser.parse_args(_as_flags({**(defaults or {}), **from_file}) + list(argv)))
+    namespace.pop("config")
+    return options(**namespace)
+
+
+def read_options(path: str | Path) -> dict:
+    """The mapping in a YAML or JSON file; UserError where it cannot be read or is no mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if str(path).endswith(".json"):
+            values = json.loads(text)
+        else:
+            import yaml  # comes with transformers
+
+            values = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"--config {path}: is neither YAML nor JSON ({error})") from error
+    except Exception as error:  # yaml.YAMLError is no ValueError, and yaml may not have been imported
+        raise UserError(f"--config {path}: is not valid YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: holds {type(values).__name__}, needed is a mapping of options to values")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _as_flags(values: dict) -> list[str]:
+    flags = []
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool) and name not in ("lowercase", "compile"):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, bool):  # YAML reads on and off as booleans
+            flags += [flag, "on" if value else "off"]
+        elif isinstance(value, (list, tuple)):
+            flags += [flag, *map(str, value)] if value else []
+        elif value is not None:
+            flags.append(f"{flag}={value}")
+    return flags
+
+
+def interval(value: str) -> int | str:
+    """`--eval-every` and `--save-every`: a number of steps, 'epoch' or 'auto'; ValueError otherwise."""
+    return value if value in ("epoch", "auto") else int(value)
+
+
+def validate(config) -> list[str]:
+    """Every problem of the values that shows without looking at a file, a message each; fields that a command lacks are
+    passed over."""
+    problems = []
+
+    def need(name: str, holds: Callable[[typing.Any], bool], needed: str) -> None:
+        value = getattr(config, name, None)
+        if value is None:
+            return
+        finite = all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, float))
+        if not finite or not holds(value):
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            problems.append(f"--{name.replace('_', '-')} {shown}: needed is {needed}")
+
+    for name in ("mask_rate",):
+        need(name, lambda v: 0 < v <= 0.8, "a share above 0 and at most 0.8")
+    need("mask_split", lambda v: all(0 <= share <= 1 for share in v) and abs(sum(v) - 1) < 1e-6,
+         "three shares within 0..1 that sum to 1")
+    need("valid_fraction", lambda v: 0 <= v <= 0.5, "a share within 0..0.5")
+    need("adam_betas", lambda v: all(0 <= beta < 1 for beta in v), "two numbers within 0..1, below 1")
+    for name in ("nsp_weight", "weight_decay", "warmup", "max_grad_norm", "max_minutes"):
+        need(name, lambda v: v >= 0, "a number of at least 0")
+    for name in ("learning_rate", "adam_epsilon", "epochs"):
+        need(name, lambda v: v > 0, "a number above 0")
+    for name in ("batch_size", "micro_batch_size", "keep", "log_every", "eval_tokens"):
+        need(name, lambda v: v >= 1, "a whole number of at least 1")
+    for name in ("max_steps", "patience", "workers", "eval_batch_size", "seed"):
+        need(name, lambda v: 0 <= v < 2**63, "a whole number of at least 0")
+    need("max_length", lambda v: v >= 8, "at least 8 tokens")
+    need("vocab_size", lambda v: v >= 100, "at least 100 entries")
+    need("config_override", lambda v: all(entry.partition("=")[0].isidentifier() and "=" in entry for entry in v), "KEY=VALUE")
+    for name in ("eval_every", "save_every"):
+        need(name, lambda v: v in ("epoch", "auto") or (v.isdigit() and int(v) > 0), "a number of steps above 0, epoch or auto")
+    return problems + _validate_together(config)
+
+
+def _validate_together(config) -> list[str]:
+    problems = []
+    batch, micro = getattr(config, "batch_size", 1), getattr(config, "micro_batch_size", 1)
+    if micro >= 1 and batch % micro:
+        fits = [size for size in range(1, batch + 1) if batch % size == 0 and size <= micro]
+        problems.append(f"--batch-size {batch}: is not a multiple of --micro-batch-size {micro}; "
+                        f"needed is a micro-batch size that divides it, such as {fits[-1] if fits else 1}")
+    if getattr(config, "resume", False) and config.overwrite:
+        problems.append("--resume --overwrite: exclude each other; needed is one of the two")
+    if getattr(config, "resume", False) and not config.output:
+        problems.append("--resume: needed is the run folder, --output DIR")
+    if getattr(config, "precision", "") == "fp16" and config.device == "cpu":
+        problems.append("--precision fp16: the CPU has no fp16 training; needed is bf16 or fp32")
+    return problems
+
+
+def check(problems: list[str]) -> None:
+    """Raise one UserError that tells all `problems`, a line each; nothing where there are none."""
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Exit code of `main(argv)`; a UserError becomes a message on stderr and 2."""
+    import sys
+
+    sys.stdout.reconfigure(line_buffering=True)  # stays in order with stderr in a log file
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; `--resume` goes on from the newest checkpoint, where there is one", file=sys.stderr)
+        return 130

@@ -1,0 +1,216 @@
+"""Corpus on disk: memory-mapped token ids in plain `.npy` shards, written by pretrain/data/preparing.py.
+
+A folder with `corpus.json` (counts, sizes and hashes of the shards, fingerprints of tokenizer and text), `tokenizer/` and,
+for each piece of text, five arrays:
+    ids         uint16 (uint32 for vocabularies above 65,536)  [tokens]
+    flags       uint8   [tokens]         bit 0: the token starts a word
+    sentences   int64   [sentences + 1]  token offsets
+    documents   int64   [documents + 1]  sentence offsets
+    hashes      uint64  [documents]      of a document's text: held-out text is chosen by it
+Everything is written to a temporary name and renamed, so that a half-written corpus is never read.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from pretrain.config import UserError
+from pretrain.data.tokenizer import load
+
+FORMAT_VERSION = 1
+WORD_START = 1  # bit of `flags`
+ARRAYS = ("ids", "flags", "sentences", "documents", "hashes")
+HASH_RANGE = 2**64
+FEW_DOCUMENTS = 4  # two sides of two
+OPEN_SHARDS = 4  # that a process keeps mapped
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Arrays of one shard as the module's head describes them; memory-mapped, or in memory for a selection."""
+
+    ids: np.ndarray
+    flags: np.ndarray
+    sentences: np.ndarray
+    documents: np.ndarray
+    hashes: np.ndarray
+
+    @property
+    def document_tokens(self) -> np.ndarray:
+        """int64 [documents]: tokens of each document."""
+        return np.diff(self.sentences[self.documents])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which text of a corpus is meant: documents whose hash lies in [low, high); or, with `tail`, of each document the last
+    share `tail` of its sentences (`is_tail`) or what comes before."""
+
+    low: int = 0
+    high: int = HASH_RANGE
+    tail: float = 0.0
+    is_tail: bool = False
+
+
+class Corpus:
+    """A corpus folder, opened for reading; `part` restricts it.
+
+    Sizes are checked here, the hash of a shard when a process first opens it. Small enough to pickle: shards are mapped
+    lazily in each process."""
+
+    def __init__(self, folder: str | Path, part: Part = Part()):
+        self.folder, self.part = Path(folder), part
+        self.info = _read_info(self.folder)
+        self._open: dict[int, Shard] = {}
+        for entry in self.info["shards"]:
+            for name, array in entry["arrays"].items():
+                path = self._path(entry, name)
+                size = path.stat().st_size if path.is_file() else None
+                if size != array["bytes"]:
+                    raise UserError(f"{path}: {'is missing' if size is None else f'has {size} bytes'}, needed are {array['bytes']}; "
+                                    f"remove {self.folder} and the corpus is prepared again")
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}
+
+    def _path(self, entry: dict, name: str) -> Path:
+        return self.folder / f"{entry['name']}.{name}.npy"
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.info["shards"])
+
+    @property
+    def fingerprint(self) -> str:
+        return self.info["fingerprint"]
+
+    def shard(self, index: int) -> Shard:
+        """Shard `index`, mapped and verified on first use; the last few stay open."""
+        if index not in self._open:
+            entry = self.info["shards"][index]
+            for name, array in entry["arrays"].items():
+                path = self._path(entry, name)
+                if sha256_of(path) != array["sha256"]:
+                    raise UserError(f"{path}: its content has changed since it was written; remove {self.folder} and the corpus "
+                                    "is prepared again")
+            arrays = {name: np.load(self._path(entry, name), mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+            while len(self._open) >= OPEN_SHARDS:
+                self._open.pop(next(iter(self._open)))
+            shard = Shard(**arrays)
+            self._open[index] = _split_tails(shard, self.part.tail) if self.part.tail else shard
+        return self._open[index]
+
+    def documents(self, index: int) -> np.ndarray:
+        """int64: the documents of shard `index` that belong to the part."""
+        shard, part = self.shard(index), self.part
+        if part.tail:
+            halves = np.arange(int(part.is_tail), len(shard.hashes), 2)
+            return halves[shard.document_tokens[halves] > 0]
+        if (part.low, part.high) == (0, HASH_RANGE):
+            return np.arange(len(shard.hashes))
+        return np.flatnonzero((shard.hashes >= np.uint64(part.low)) & (shard.hashes <= np.uint64(part.high - 1)))
+
+    def count(self) -> tuple[int, int]:
+        """(documents, tokens) in the part."""
+        num_documents = num_tokens = 0
+        for index in range(self.num_shards):
+            chosen = self.documents(index)
+            num_documents += len(chosen)
+            num_tokens += int(self.shard(index).document_tokens[chosen].sum())
+        return num_documents, num_tokens
+
+    def split(self, fraction: float) -> tuple[Corpus, Corpus]:
+        """(training, held-out): about `fraction` of the documents are held out, two distinct ones at least.
+
+        Copies of a document share its hash and so stay on one side, whatever the seed and the order of files. Of fewer than
+        FEW_DOCUMENTS, which that would use up, the last sentences of each are held out instead."""
+        if self.info["documents"] < FEW_DOCUMENTS:
+            return Corpus(self.folder, Part(tail=fraction)), Corpus(self.folder, Part(tail=fraction, is_tail=True))
+        bound = max(int(fraction * HASH_RANGE), *(value + 1 for value in self.info["smallest_hashes"]))
+        return Corpus(self.folder, Part(low=bound)), Corpus(self.folder, Part(high=bound))
+
+    def select(self, max_tokens: int) -> Shard:
+        """The documents of lowest hash, in that order, until they hold `max_tokens`; as one shard in memory."""
+        hashes = [self.shard(index).hashes[self.documents(index)] for index in range(self.num_shards)]
+        order = np.argsort(np.concatenate(hashes), kind="stable")
+        owners = np.repeat(np.arange(self.num_shards), [len(part) for part in hashes])[order]
+        places = np.concatenate([self.documents(index) for index in range(self.num_shards)])[order]
+        parts, num_tokens = [], 0
+        for owner, place in zip(owners.tolist(), places.tolist()):
+            parts.append(_document(self.shard(owner), place))
+            num_tokens += len(parts[-1].ids)
+            if num_tokens >= max_tokens and len(parts) > 1:
+                break
+        return concatenate(parts)
+
+
+def _split_tails(shard: Shard, share: float) -> Shard:
+    """The shard with each document as two: its beginning, and the last `share` of its sentences, at least one of several."""
+    first, last = shard.documents[:-1], shard.documents[1:]
+    cut = last - np.where(last - first > 1, np.maximum(1, np.round((last - first) * share)), 0).astype(np.int64)
+    return Shard(shard.ids, shard.flags, shard.sentences, np.append(np.stack([first, cut], 1).ravel(), last[-1]),
+                 np.repeat(shard.hashes, 2))
+
+
+def _document(shard: Shard, place: int) -> Shard:
+    first, last = shard.documents[place: place + 2]
+    sentences = np.asarray(shard.sentences[first: last + 1])
+    tokens = slice(sentences[0], sentences[-1])
+    return Shard(np.asarray(shard.ids[tokens]), np.asarray(shard.flags[tokens]), sentences - sentences[0],
+                 np.array([0, last - first]), shard.hashes[place: place + 1])
+
+
+def concatenate(parts: list[Shard]) -> Shard:
+    """One shard in memory with the documents of `parts` in order."""
+    def offsets(arrays: list[np.ndarray]) -> np.ndarray:
+        bases = np.cumsum([0] + [array[-1] for array in arrays])
+        return np.concatenate([[0], *(array[1:] + base for array, base in zip(arrays, bases))]).astype(np.int64)
+
+    return Shard(np.concatenate([part.ids for part in parts]), np.concatenate([part.flags for part in parts]),
+                 offsets([part.sentences for part in parts]), offsets([part.documents for part in parts]),
+                 np.concatenate([part.hashes for part in parts]))
+
+
+def is_corpus(path: str | Path) -> bool:
+    """Whether `path` is the folder of a prepared corpus."""
+    return (Path(path) / "corpus.json").is_file()
+
+
+def open_corpus(folder: str | Path, fingerprint: str, name: str) -> Corpus:
+    """Corpus of `folder` that was made with the tokenizer of `fingerprint`; UserError otherwise."""
+    corpus = Corpus(folder)
+    if corpus.info["tokenizer"] != fingerprint:
+        raise UserError(f"{name} {folder}: was prepared with the tokenizer {corpus.info['tokenizer']}, the one in use is {fingerprint}; "
+                        f"give --tokenizer {Path(folder) / 'tokenizer'}, or the text itself to prepare it anew")
+    return corpus
+
+
+def _read_info(folder: Path) -> dict:
+    path = folder / "corpus.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        complete = all(key in info for key in ("format_version", "shards", "tokenizer", "fingerprint", "smallest_hashes"))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); needed is a folder written by scripts/prepare.py") from error
+    if not complete or info["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path}: is no corpus of format {FORMAT_VERSION}; remove the folder and the corpus is prepared again")
+    return info
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that a corpus was prepared with."""
+    return load(str(Path(folder) / "tokenizer"))

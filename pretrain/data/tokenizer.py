@@ -1,0 +1,125 @@
+"""Tokenizers: from a folder, a bare vocab.txt or a hub name, or trained on the text; and what the masks need to know of one.
+
+`Vocabulary` holds the facts of a tokenizer as numpy arrays, so that the rest of the data wing is vectorised and a worker
+process receives a few kilobytes instead of a tokenizer.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+
+from pretrain.config import UserError
+
+# Workers fork after the tokenizer has used its threads; the setting must be explicit or it warns at every fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+CORPUS_OPTIONS = ("truncation", "padding")  # state that changes as a tokenizer is used, not part of what it is
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What packing and masking need of a tokenizer. Arrays are indexed by token id."""
+
+    size: int
+    pad_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    unknown_id: int  # -1 where there is none
+    is_special: np.ndarray  # bool [size]
+    starts_word: np.ndarray  # bool [size]; False for "##" pieces
+    ordinary_ids: np.ndarray  # uint32 [size - specials], what a random replacement is drawn from
+    fingerprint: str
+
+
+def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
+    """Tokenizer of a folder, a vocab.txt file (or a folder that holds no more than that) or a hub name.
+
+    Raises UserError where it cannot be had. `lowercase` is used for a bare vocab.txt only."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
+        path = path / "vocab.txt"
+        if not path.is_file():
+            raise UserError(f"--tokenizer {name}: the folder holds none of tokenizer.json, tokenizer_config.json, vocab.txt")
+    if path.is_file():
+        return from_vocabulary(read_vocabulary(path), lowercase)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+    except Exception as error:  # transformers raises many kinds here, from OSError to KeyError
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"--tokenizer {name}: no such folder or vocab.txt, and not to be had from the hub or its cache "
+                        f"({type(error).__name__}: {reason}); offline, give a folder with tokenizer.json or vocab.txt") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"--tokenizer {name}: is {type(tokenizer).__name__} in Python; needed is one of the tokenizers library")
+    return tokenizer
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """Entry -> id of a vocab.txt. Split on newlines only: entries may hold other Unicode line breaks."""
+    try:
+        entries = path.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--tokenizer {path}: cannot be read as a UTF-8 vocabulary ({error})") from error
+    entries = [entry.removesuffix("\r") for entry in entries]
+    if entries[-1] == "":
+        entries.pop()
+    vocabulary = {entry: number for number, entry in enumerate(entries)}
+    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+    if missing:
+        raise UserError(f"--tokenizer {path}: lacks {', '.join(missing)}; needed is a WordPiece vocabulary of BERT, an entry a line")
+    return vocabulary
+
+
+def from_vocabulary(vocabulary: dict[str, int], lowercase: bool) -> PreTrainedTokenizerBase:
+    """BERT's WordPiece tokenizer over `vocabulary`; Chinese characters are split as BERT does."""
+    return BertTokenizer(vocab=vocabulary, do_lower_case=lowercase)
+
+
+def train(texts: Iterable[str], vocab_size: int, lowercase: bool = True, progress: bool = False) -> PreTrainedTokenizerBase:
+    """A WordPiece tokenizer of at most `vocab_size` entries trained on `texts`, in memory that grows with the distinct
+    words only."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # A share of the entries for single characters keeps rare ones from crowding words out, and Chinese whole.
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=progress,
+                                        limit_alphabet=max(256, vocab_size * 6 // 10))
+    tokenizer.train_from_iterator(texts, trainer)
+    return from_vocabulary(tokenizer.get_vocab(), lowercase)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hexadecimal digits that name what the tokenizer does, whatever truncation and padding are set in it."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for key in CORPUS_OPTIONS:
+        state.pop(key, None)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """The `Vocabulary` of a tokenizer; UserError where it lacks a special token that pretraining needs."""
+    names = ("pad", "cls", "sep", "mask")
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
+    missing = [f"[{name.upper()}]" for name in names if ids[name] is None]
+    if missing:
+        raise UserError(f"--tokenizer {tokenizer.name_or_path or 'given'}: has no {', '.join(missing)} token; "
+                        "needed is a tokenizer made for masked language modelling")
+    entries = tokenizer.get_vocab()
+    size = max(entries.values()) + 1
+    starts_word, is_special = np.ones(size, bool), np.ones(size, bool)  # an id without an entry is never drawn
+    for entry, number in entries.items():
+        starts_word[number] = not entry.startswith("##")
+        is_special[number] = False
+    is_special[tokenizer.all_special_ids] = True
+    unknown = tokenizer.unk_token_id
+    return Vocabulary(size, ids["pad"], ids["cls"], ids["sep"], ids["mask"], -1 if unknown is None else unknown, is_special,
+                      starts_word, np.flatnonzero(~is_special).astype(np.uint32), fingerprint(tokenizer))

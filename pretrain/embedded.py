@@ -1,0 +1,114 @@
+"""The embedded default: real English that every Python installation carries, and a run sized to the machine.
+
+The text is the language reference (`pydoc_data.topics`) and the docstrings of the standard library, cut into sentences by
+full stops, a document for each topic and for each module.
+"""
+from __future__ import annotations
+
+import ast
+import copy
+import platform
+import re
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+
+from pretrain.data.dataset import DataPosition
+from pretrain.runtime.optim import autocast, make_optimizer
+from pretrain.setup import Run
+from pretrain.train import train_step
+
+TRAINING_SECONDS = 110.0  # of the three minutes; the rest is start, preparation, evaluations and saving
+MIN_STEPS, MAX_STEPS = 100, 4000
+TIMED_STEPS = 4
+MAX_MODULE_BYTES = 1 << 20
+EXAMPLES = ("Return a list of the [MASK] in the file.", "If the argument is not a [MASK], a TypeError is raised.",
+            "The default [MASK] is None.")
+
+
+def write_text(cache: Path) -> Path:
+    """The text as a file in the `sentences` format; written once for each version of Python."""
+    path = cache / f"python-docs-{platform.python_version()}.txt"
+    if not path.is_file():
+        print("collecting the embedded text: Python's language reference and docstrings")
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("\n\n".join("\n".join(document) for document in _documents()) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    return path
+
+
+def _documents() -> list[list[str]]:
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)]
+    library = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(library.rglob("*.py")):
+        if not {"site-packages", "test", "tests", "idle_test"} & set(file.relative_to(library).parts) and (
+                file.stat().st_size < MAX_MODULE_BYTES):
+            texts.append("\n\n".join(_docstrings(file)))
+    documents = [_sentences(text) for text in texts]
+    return [document for document in documents if len(document) > 2]
+
+
+def _docstrings(file: Path) -> list[str]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):  # a few files of the library are broken on purpose
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node))]
+
+
+def _sentences(text: str) -> list[str]:
+    """Sentences of prose: paragraphs joined, cut after a full stop; lines without letters are left away."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
+    return [sentence for paragraph in paragraphs for sentence in re.split(r"(?<=[.!?:]) +(?=[A-Z\"'(])", paragraph)
+            if re.search(r"[A-Za-z]{2}", sentence)]
+
+
+def fit_to_machine(run: Run, seconds: float = TRAINING_SECONDS) -> None:
+    """Choose precision and step count of `run` from a few timed steps, so that training takes about `seconds`.
+
+    The steps go through a copy of the model; the random state is put back."""
+    state = torch.get_rng_state()
+    candidates = {run.precision, "fp32"} if run.config.precision == "auto" else {run.precision}
+    times = {precision: _seconds_a_step(run, precision) for precision in sorted(candidates)}
+    torch.set_rng_state(state)
+    run.precision = min(times, key=times.get)
+    run.config.precision = run.precision
+    if not run.config.max_steps:
+        run.config.max_steps = max(MIN_STEPS, min(MAX_STEPS, int(seconds / times[run.precision])))
+        run.total_steps = run.config.max_steps
+    shown = ", ".join(f"{precision} {1000 * value:.0f} ms" for precision, value in times.items())
+    print(f"a step takes {shown}: {run.total_steps} steps in {run.precision}")
+
+
+def fill_examples(folder: Path) -> str:
+    """A table of predictions by transformers' own pipeline, which also shows that the folder opens there."""
+    from transformers import pipeline
+
+    fill = pipeline("fill-mask", model=str(folder), device="cpu")
+    rows = []
+    for text in EXAMPLES:
+        guesses = fill(text, top_k=3)
+        rows.append(f"  {text}\n    " + ", ".join(f"{guess['token_str']} {guess['score']:.2f}" for guess in guesses))
+    return "\n".join(rows)
+
+
+def _seconds_a_step(run: Run, precision: str) -> float:
+    """Median of a few steps after one to warm up."""
+    config, model = run.config, copy.deepcopy(run.model).train()
+    optimizer = make_optimizer(model, 0.0, 0.0, config.adam_betas, config.adam_epsilon)
+    positions = [DataPosition(0, 0, number) for number in range(config.batch_size // config.micro_batch_size)]
+    batches = [run.collator(run.dataset.__getitems__([position])) for position in positions]
+    times = []
+    for _ in range(TIMED_STEPS + 1):
+        begin = time.perf_counter()
+        result = train_step(model, model.loss_weights, batches, optimizer, torch.amp.GradScaler(enabled=False),
+                            autocast(run.device, precision), 0.0, config.max_grad_norm, run.device)
+        float(result.grad_norm)  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return sorted(times[1:])[TIMED_STEPS // 2]

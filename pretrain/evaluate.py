@@ -1,0 +1,138 @@
+"""Held-out numbers: perplexity, MLM and NSP accuracy, and sample predictions.
+
+The held-out batches are made once, with masks that no training option changes (tokens, rate 0.15, 80/10/10, a seed of their
+own), so that perplexities of the same text, tokenizer, objective and length compare, between runs and with
+scripts/evaluate.py.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pretrain.batch import IGNORED, Batch, Output
+from pretrain.data.collate import Collator
+from pretrain.data.corpus import Corpus
+from pretrain.data.dataset import DataPosition, PretrainingDataset, Selection
+from pretrain.data.planning import Task
+from pretrain.data.tokenizer import Vocabulary
+from pretrain.model.bert import BertForPreTraining
+from pretrain.runtime.distributed import World, sum_over_ranks
+
+SEED = 15  # of the held-out pairs and masks
+MASK_RATE, MASK_SPLIT = 0.15, [0.8, 0.1, 0.1]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out batches in memory, and the perplexity of guessing each token by its frequency in the training text."""
+
+    batches: list[Batch]
+    unigram_perplexity: float | None = None
+
+
+def make_held_out(corpus: Corpus, objective: str, max_length: int, micro_batch_size: int, vocabulary: Vocabulary, max_tokens: int,
+                  fill: bool = False, training: Corpus | None = None) -> HeldOut:
+    """Batches over the documents of lowest hash, of about `max_tokens` tokens; the same for the same text."""
+    task = Task(objective, max_length, micro_batch_size, MASK_RATE, SEED)
+    dataset = PretrainingDataset(Selection(corpus.select(max_tokens)), task)
+    collator = Collator(task, vocabulary, "token", MASK_SPLIT, fill)
+    batches, num_tokens = [], 0
+    for position in dataset.positions(DataPosition(0, 0, 0), end_epoch=1):
+        batches.append(collator(dataset.__getitems__([position])))
+        num_tokens += batches[-1].num_tokens
+        if num_tokens >= max_tokens:
+            break
+    unigram = None if training is None or not batches else unigram_perplexity(training, batches, vocabulary.size)
+    return HeldOut(batches, unigram)
+
+
+def unigram_perplexity(corpus: Corpus, batches: list[Batch], vocab_size: int) -> float:
+    """Perplexity at the masked positions of `batches` when each token is guessed by its share, plus one, of the first shard."""
+    shard = corpus.shard(0)
+    belongs = np.zeros(len(shard.hashes), bool)
+    belongs[corpus.documents(0)] = True
+    counts = 1.0 + np.bincount(shard.ids[np.repeat(belongs, shard.document_tokens)], minlength=vocab_size)
+    labels = np.concatenate([batch.masked_lm_labels[batch.masked_lm_labels != IGNORED].numpy() for batch in batches])
+    return float(np.exp(-np.log(counts[labels] / counts.sum()).mean()))
+
+
+def summarize(loss_sums: dict[str, float], num_correct: dict[str, float], counts: dict[str, float],
+              weights: dict[str, float]) -> dict[str, float]:
+    """Means under the names that TensorBoard and metrics.jsonl use: loss, NAME_loss, NAME_accuracy, perplexity."""
+    means = {name: loss_sums[name] / max(1, counts[name]) for name in loss_sums}
+    numbers = {"loss": sum(weights[name] * mean for name, mean in means.items())}
+    for name, mean in means.items():
+        numbers[f"{name}_loss"] = mean
+        numbers[f"{name}_accuracy"] = num_correct[name] / max(1, counts[name])
+    if "mlm" in means:
+        numbers["perplexity"] = math.exp(min(means["mlm"], 700.0))
+    return numbers
+
+
+def add_up(total: dict[str, Tensor], output: Output) -> dict[str, Tensor]:
+    """`total` plus the sums of an output, on the device: NAME_loss and NAME_correct, float64 scalars."""
+    parts = {f"{name}_loss": value for name, value in output.loss_sums.items()}
+    parts |= {f"{name}_correct": value for name, value in output.num_correct.items()}
+    return {key: total.get(key, 0) + value.detach().double() for key, value in parts.items()}
+
+
+def read_sums(total: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    """(loss sums, right answers) over all processes; waits for the device."""
+    keys = sorted(total)
+    values = dict(zip(keys, sum_over_ranks(torch.stack([total[key] for key in keys])).tolist()))
+    names = [key.removesuffix("_loss") for key in keys if key.endswith("_loss")]
+    return {name: values[f"{name}_loss"] for name in names}, {name: values[f"{name}_correct"] for name in names}
+
+
+@torch.no_grad()
+def evaluate(model: BertForPreTraining, held_out: HeldOut, device: torch.device, autocast: torch.autocast,
+             world: World = World()) -> dict[str, float]:
+    """Held-out numbers, named as `summarize` names them, and unigram_perplexity; no random number is drawn."""
+    was_training = model.training
+    model.eval()
+    total = {f"{name}_{kind}": torch.zeros((), dtype=torch.float64, device=device)
+             for name in model.loss_weights for kind in ("loss", "correct")}
+    with autocast:
+        for batch in held_out.batches[world.rank:: world.size]:
+            total = add_up(total, model(batch.to(device)))
+    model.train(was_training)
+    counts = {name: sum(batch.counts[name] for batch in held_out.batches) for name in model.loss_weights}
+    numbers = summarize(*read_sums(total), counts, model.loss_weights)
+    if held_out.unigram_perplexity is not None:
+        numbers["unigram_perplexity"] = held_out.unigram_perplexity
+    return numbers
+
+
+@torch.no_grad()
+def sample_predictions(model: BertForPreTraining, held_out: HeldOut, tokenizer: PreTrainedTokenizerBase, device: torch.device,
+                       autocast: torch.autocast, num_sequences: int = 4, top: int = 3) -> str:
+    """Markdown: held-out sequences with their masks, and the most probable tokens for each masked place."""
+    was_training = model.training
+    model.eval()
+    batch = held_out.batches[0]
+    with autocast:
+        on_device = batch.to(device)
+        logits = model.masked_lm_logits(model.encode(on_device), on_device)
+    model.train(was_training)
+    best = logits.softmax(-1).topk(top)
+    probabilities, ids = best.values.cpu(), best.indices.cpu()
+    places = batch.masked_positions.tolist()
+    paragraphs = []
+    for number in range(min(num_sequences, batch.num_sequences)):
+        start, end = batch.cu_seqlens[number: number + 2].tolist()
+        tokens = tokenizer.convert_ids_to_tokens(batch.input_ids[start:end].tolist())
+        rows = ["| place | read | right | predicted |", "|---|---|---|---|"]
+        for index in (index for index in range(batch.counts["mlm"]) if start <= places[index] < end):
+            right = tokenizer.convert_ids_to_tokens(int(batch.masked_lm_labels[index]))
+            guesses = ", ".join(f"{token} {share:.2f}" for token, share in
+                                zip(tokenizer.convert_ids_to_tokens(ids[index].tolist()), probabilities[index].tolist()))
+            cells = [str(places[index] - start), tokens[places[index] - start], right, guesses]
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            tokens[places[index] - start] = f"**{tokens[places[index] - start]}**"
+        paragraphs.append(" ".join(tokens).replace(" ##", "").replace("|", "\\|") + "\n\n" + "\n".join(rows))
+    return "\n\n".join(paragraphs)

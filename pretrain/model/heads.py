@@ -1,0 +1,46 @@
+"""The MLM and NSP heads, with the parameter names of transformers' BertForPreTraining, so that files go both ways.
+
+They read only the masked positions and the [CLS] positions: scoring all positions, of which 15 % carry a loss, costs time
+and memory for nothing (transformers #3294).
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig
+from transformers.activations import ACT2FN
+
+
+class PredictionTransform(nn.Module):
+    """Dense, activation, LayerNorm; as `cls.predictions.transform`."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.LayerNorm(self.activation(self.dense(hidden)))
+
+
+class MaskedLMHead(nn.Module):
+    """hidden [M, width] -> logits [M, vocabulary]; the decoder is tied to the word embeddings, its bias to `bias`."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.transform = PredictionTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden))
+
+
+class PreTrainingHeads(nn.Module):
+    """`cls`: MLM at masked positions, NSP on the pooled [CLS]."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.predictions = MaskedLMHead(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)

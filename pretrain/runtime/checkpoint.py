@@ -1,0 +1,194 @@
+"""Folders that are whole or absent: written aside, synced, renamed, with the size and hash of every file.
+
+A checkpoint is such a folder with the model and tokenizer (`save_pretrained`) and the training state: tensors and random
+states in `training_state.pt` (read with `weights_only=True`), everything else in `training_state.json`.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pretrain.config import UserError
+
+CHECKSUMS = "checksums.json"
+FACTS = "pretraining.json"  # what scripts/evaluate.py reads its defaults from
+STATE_JSON, STATE_TENSORS = "training_state.json", "training_state.pt"
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch.save and safetensors raise their own on a full disk
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `folder` and put it in its place; what was there stays whole until then.
+
+    UserError where the disk is full or not writable; nothing else is changed then."""
+    temporary, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.previous")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+        (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        for path in [*files, temporary / CHECKSUMS, temporary]:
+            _sync(path)
+        shutil.rmtree(previous, ignore_errors=True)
+        if folder.exists():
+            folder.rename(previous)
+        temporary.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    except DISK_ERRORS as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        restore(folder)
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise UserError(f"{folder}: cannot be written ({reason}); needed is room and the right to write. "
+                        "Earlier checkpoints are whole: --resume goes on from the newest") from error
+
+
+def restore(folder: Path) -> None:
+    """Put back what an interrupted `write_folder` had moved aside."""
+    previous = folder.with_name(f".{folder.name}.previous")
+    if previous.exists() and not folder.exists():
+        previous.rename(folder)
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a folder of `write_folder`, naming the file; None if sizes and hashes agree."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            path = folder / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"{folder / CHECKSUMS} names {name}, outside the folder"
+            if not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{path} has {path.stat().st_size} bytes, needed are {expected['bytes']}"
+            if _sha256(path) != expected["sha256"]:
+                return f"{path} is damaged (its hash differs)"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{folder / CHECKSUMS} cannot be read ({error})"
+    return None if {STATE_JSON, STATE_TENSORS} <= set(sums) else f"{folder} holds no training state"
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first."""
+    found = {int(match[1]): path for path in output.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def newest_good(output: Path) -> Path | None:
+    """The newest checkpoint that verifies; damaged ones are named and passed over. None where there is no checkpoint.
+
+    UserError where there are some and none verifies: a run never restarts silently."""
+    problems = []
+    for folder in checkpoints(output):
+        problem = problem_of(folder)
+        if problem is None:
+            return folder
+        print(f"passed over: {problem}")
+        problems.append(problem)
+    if problems:
+        raise UserError(f"--resume --output {output}: none of its {len(problems)} checkpoints verifies ({problems[0]}); "
+                        "restore one, or start anew with --overwrite")
+    return None
+
+
+def prune(output: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; the folder's name goes first, so that none is found half-removed."""
+    for folder in checkpoints(output)[keep:]:
+        doomed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
+    """A model folder that opens with transformers: weights, tokenizer, a model card, and the card's facts as JSON."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / FACTS, facts)
+    (folder / "README.md").write_text(_model_card(facts), encoding="utf-8")
+
+
+def read_facts(folder: Path) -> dict:
+    """The facts that `write_model` has left in a model folder; {} for any other checkpoint."""
+    try:
+        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _model_card(facts: dict) -> str:
+    lines = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items() if not isinstance(value, dict))
+    scores = "\n".join(f"| held-out {name.replace('_', ' ')} | {value:.4f} |" for name, value in facts["held_out"].items())
+    untrained = ("\n\nThe pooler and the NSP head (`bert.pooler`, `cls.seq_relationship`) were not trained: the objective is MLM "
+                 "alone." if facts["objective"] == "mlm" else "")
+    return (f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags:\n- bert\n- pretraining\n---\n\n# BERT, pretrained with "
+            f"{facts['objective']}\n\nOpens with `AutoModelForPreTraining`, `AutoModelForMaskedLM`, `AutoModel` and "
+            f"`pipeline(\"fill-mask\")` of transformers.{untrained}\n\n| what | value |\n|---|---|\n{lines}\n{scores}\n")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """`content` in place of what is in `path`, at once."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_state(folder: Path, tensors: dict, values: dict) -> None:
+    """Training state into a checkpoint under construction."""
+    torch.save(tensors, folder / STATE_TENSORS)
+    (folder / STATE_JSON).write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def read_values(folder: Path) -> dict:
+    """The training state's plain values."""
+    try:
+        return json.loads((folder / STATE_JSON).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / STATE_JSON}: cannot be read ({error})") from error
+
+
+def read_tensors(folder: Path) -> dict:
+    """The training state's tensors, on the CPU; nothing is unpickled."""
+    return torch.load(folder / STATE_TENSORS, map_location="cpu", weights_only=True)
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Random states of this process: the streams that dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """The counterpart of `random_states`."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,275 @@
+"""From options to a `Run` that is ready to train: every check that can be made before the first step is made here.
+
+Order: values, device, run folder, text files, tokenizer and model (their configs first), corpus, plan. What costs little and
+fails often comes first; text is tokenized once everything else fits.
+"""
+from __future__ import annotations
+
+import datetime
+import platform
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from pretrain.batch import IGNORED
+from pretrain.config import MODEL_SIZES, Config, UserError, check, interval, validate
+from pretrain.data import tokenizer as tokenizers
+from pretrain.data.collate import Collator
+from pretrain.data.dataset import PretrainingDataset
+from pretrain.data.planning import Task
+from pretrain.evaluate import HeldOut, make_held_out
+from pretrain.model import bert
+from pretrain.model.attention import VARLEN, choose_attention
+from pretrain.runtime import checkpoint as ckpt
+from pretrain.runtime.distributed import World, start, wait_for_all
+from pretrain.runtime.optim import choose_precision
+from pretrain.text import open_text, prepare_tokenizer
+
+MIN_TRUE_SHARE = 0.1  # of the planned pairs
+COUNTED_SHARDS = 4  # planned at the start to count an epoch; a larger corpus is extrapolated from them
+# What may change when a run is resumed; everything else decides the data, the weights or the update.
+MAY_CHANGE = {"max_steps", "epochs", "max_minutes", "eval_every", "save_every", "log_every", "keep", "workers", "device", "compile",
+              "patience", "output", "resume", "overwrite", "cache", "gradient_checkpointing"}
+
+
+@dataclass
+class Run:
+    """All that `train` needs. Derived numbers are decided once and saved, never recomputed."""
+
+    config: Config
+    world: World
+    device: torch.device
+    precision: str
+    output: Path
+    tokenizer: PreTrainedTokenizerBase
+    model: bert.BertForPreTraining
+    dataset: PretrainingDataset
+    collator: Collator
+    held_out: HeldOut | None
+    corpus_folders: dict[str, str]
+    steps_per_epoch: int
+    total_steps: int
+    compile: bool
+    checkpoint: Path | None = None
+    state: dict = field(default_factory=dict)
+    replaced: Path | None = None  # the old run under --overwrite, until the new one has a checkpoint
+
+    def _every(self, value: str) -> int:
+        every = interval(value)
+        return every if isinstance(every, int) else self.steps_per_epoch if every == "epoch" else max(10, min(1000, self.total_steps // 10))
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+        return self._every(self.config.eval_every)
+
+    @property
+    def save_every(self) -> int:
+        """Steps between checkpoints."""
+        return self._every(self.config.save_every)
+
+    def saved_values(self) -> dict:
+        """What a checkpoint keeps of the run, beside its progress."""
+        return {"options": asdict(self.config), "total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch,
+                "precision": self.precision, "threads": torch.get_num_threads(), "processes": self.world.size,
+                "corpus_folders": self.corpus_folders, "corpus": self.dataset.source.fingerprint,
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}}
+
+    def remove_replaced(self) -> None:
+        """Remove the run that this one replaces; called once it has a checkpoint."""
+        if self.replaced:
+            shutil.rmtree(self.replaced, ignore_errors=True)
+            self.replaced = None
+
+
+def build(config: Config) -> Run:
+    """Check everything, prepare tokenizer and corpus, make the model; UserError tells what does not fit."""
+    check(validate(config))
+    world, device = start(config.device)
+    config.output = config.output or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    config.workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
+    output = Path(config.output)
+    checkpoint = find_checkpoint(output, config) if world.is_main or config.resume else None
+    state = ckpt.read_values(checkpoint) if checkpoint else {}
+    precision = choose_precision(config.precision, device)
+    if checkpoint:
+        check(changed_options(config, state["options"]))
+        torch.set_num_threads(state["threads"])
+        precision = state["precision"] if device.type == "cpu" or state["precision"] != "fp32" else precision
+    torch.manual_seed(config.seed)
+    tokenizer, text = prepare_tokenizer(config, checkpoint, world)
+    vocabulary = tokenizers.describe(tokenizer)
+    model = make_model(config, checkpoint, vocabulary)
+    training, held_out_text = open_text(config, tokenizer, vocabulary, text, state, world)
+
+    task = Task(config.objective, config.max_length, config.micro_batch_size, config.mask_rate, config.seed)
+    attention = choose_attention(device, precision)
+    model.config._attn_implementation = attention
+    compiled = config.compile == "on" or (config.compile == "auto" and attention == VARLEN)
+    if config.compile == "auto":
+        torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is written
+    model.set_objective(config.objective, config.nsp_weight)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    collator = Collator(task, vocabulary, config.masking, config.mask_split, fill=attention == VARLEN)
+    dataset = PretrainingDataset(training, task)
+    steps_per_epoch = state.get("steps_per_epoch") or check_plan(dataset, config)
+    held_out = held_out_text and make_held_out(
+        held_out_text, config.objective, config.max_length, config.eval_batch_size or config.micro_batch_size, vocabulary,
+        config.eval_tokens, collator.fill, training)
+    torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
+    return Run(config, world, device, precision, output, tokenizer, model.to(device), dataset, collator, held_out,
+              {name: str(corpus.folder.absolute()) for name, corpus in (("train", training), ("valid", held_out_text)) if corpus},
+              steps_per_epoch, count_steps(config, state, steps_per_epoch), compiled, checkpoint, state)
+
+
+def open_output(run: Run) -> None:
+    """Make the run folder; called once everything is checked. `--overwrite` moves an old run aside."""
+    if run.world.is_main:
+        try:
+            if run.config.overwrite and _holds_run(run.output):
+                run.replaced = run.output.with_name(f".{run.output.name}.replaced")
+                shutil.rmtree(run.replaced, ignore_errors=True)
+                run.output.rename(run.replaced)
+            run.output.mkdir(parents=True, exist_ok=True)
+            ckpt.write_json(run.output / "config.json", asdict(run.config))
+        except OSError as error:
+            raise UserError(f"--output {run.output}: cannot be written ({error.strerror}); needed is a folder with room and the "
+                            "right to write") from error
+    wait_for_all()
+
+
+def _holds_run(output: Path) -> bool:
+    return output.is_dir() and any(output.iterdir())
+
+
+def find_checkpoint(output: Path, config: Config) -> Path | None:
+    """Checkpoint to resume from; UserError where the folder holds a run and neither --resume nor --overwrite is given."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; needed is a folder")
+    if config.resume:
+        for name in ("best", "final"):
+            ckpt.restore(output / name)
+        return ckpt.newest_good(output)
+    if _holds_run(output) and not config.overwrite:
+        raise UserError(f"--output {output}: is not empty; needed is another folder, --resume to go on with its run, or --overwrite "
+                        "to replace it")
+    return None
+
+
+def changed_options(config: Config, saved: dict) -> list[str]:
+    """Problems: options that a resumed run may not change, with both values."""
+    problems = []
+    for entry in fields(Config):
+        old, new = saved.get(entry.name), getattr(config, entry.name)
+        if entry.name not in MAY_CHANGE and entry.name in saved and old != new:
+            problems.append(f"--{entry.name.replace('_', '-')} {new}: the run was started with {old}, and a change would make it "
+                            "another run; leave the option away, or start a run in another --output")
+    return problems
+
+
+def make_model(config: Config, checkpoint: Path | None, vocabulary: tokenizers.Vocabulary) -> bert.BertForPreTraining:
+    """Model from scratch, from a checkpoint, or of the run to resume; UserError where it does not fit tokenizer or lengths."""
+    if checkpoint:
+        return bert.from_checkpoint(str(checkpoint), [])[0]
+    if config.model in MODEL_SIZES:
+        model, fresh = bert.from_size(config.model, vocabulary.size, config.max_length, vocabulary.pad_id, config.config_override), []
+    else:
+        model, fresh = bert.from_checkpoint(config.model, config.config_override)
+    settings, problems = model.config, []
+    if config.max_length > settings.max_position_embeddings:
+        problems.append(f"--max-length {config.max_length}: the model has {settings.max_position_embeddings} positions; "
+                        "needed is at most that")
+    if vocabulary.size > settings.vocab_size or vocabulary.size + 128 <= settings.vocab_size:  # rounded-up tables are common
+        problems.append(f"--tokenizer {config.tokenizer or config.model}: has {vocabulary.size:,} entries, the model {config.model} "
+                        f"{settings.vocab_size:,}; needed is the model's own tokenizer")
+    elif config.tokenizer and config.model not in MODEL_SIZES:
+        problems += other_vocabulary(config, vocabulary)
+    check(problems)
+    if fresh:
+        print(f"{config.model} has no {', no '.join(fresh)}: starting fresh, so the first held-out numbers mean nothing")
+    return model
+
+
+def other_vocabulary(config: Config, vocabulary: tokenizers.Vocabulary) -> list[str]:
+    """A problem where --tokenizer is not the model's own, if the model comes with one."""
+    try:
+        own = tokenizers.describe(tokenizers.load(config.model, config.lowercase == "on"))
+    except UserError:
+        return []  # the model comes without a tokenizer
+    if np.array_equal(own.starts_word, vocabulary.starts_word) and own.ordinary_ids.tolist() == vocabulary.ordinary_ids.tolist():
+        return []
+    return [f"--tokenizer {config.tokenizer}: its vocabulary differs from that of the model {config.model}; leave --tokenizer away"]
+
+
+def check_plan(dataset: PretrainingDataset, config: Config) -> int:
+    """Optimizer steps in an epoch, from the plan of its first shards; UserError where the text cannot serve the task."""
+    plans, task = [dataset.plan(0, place) for place in range(min(COUNTED_SHARDS, dataset.source.num_shards))], dataset.task
+    labels = np.concatenate([plan.label for plan in plans])
+    num_tokens = sum(int((plan.a_length + plan.b_length + 2 + (plan.b_length > 0)).sum()) for plan in plans)
+    planned = sum(plan.num_micro_batches for plan in plans)
+    share = len(plans) / dataset.source.num_shards
+    if config.objective != "mlm":
+        true_share = float((labels == 0).mean())
+        random_share = float((labels == 1).mean())
+        print(f"{config.objective}: {true_share:.1%} of the pairs are true next ones, {random_share:.1%} are "
+              f"{'random' if config.objective == 'mlm+nsp' else 'swapped'}, {(labels == IGNORED).mean():.1%} are sequences without a pair")
+        if true_share < MIN_TRUE_SHARE:
+            raise UserError(f"--objective {config.objective}: {true_share:.1%} of the planned pairs would be true next ones, needed are at "
+                            f"least {MIN_TRUE_SHARE:.0%}: the documents have too few sentences. Ways out: --objective mlm, or another "
+                            "--format (sentences: a sentence a line, a blank line between documents)")
+    long_sentences = sum(int((np.diff(dataset.source.shard(index).sentences) > task.max_tokens).sum())
+                         for index in range(len(plans)))
+    if long_sentences and config.objective != "mlm":
+        print(f"{round(long_sentences / share):,} sentences are longer than {task.max_tokens} tokens: planned in pieces of at most half "
+              "of that")
+    if num_tokens < config.batch_size * config.max_length and share == 1:
+        largest = num_tokens // config.max_length
+        raise UserError(f"--batch-size {config.batch_size}: a step is {config.batch_size * config.max_length:,} tokens, the text makes "
+                        f"{num_tokens:,}; needed is " + (f"at most --batch-size {largest} --micro-batch-size {largest}, or more text"
+                                                         if largest else f"more text, or a --max-length below {num_tokens}"))
+    return max(1, round(planned / share / (config.batch_size // config.micro_batch_size)))
+
+
+def count_steps(config: Config, state: dict, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run: decided when it starts; a resumed run keeps them unless it is told otherwise."""
+    wanted = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
+    if not state:
+        return wanted
+    saved = state["options"]
+    if (config.max_steps, config.epochs) == (saved["max_steps"], saved["epochs"]):
+        return state["total_steps"]
+    print(f"the run now ends at step {wanted}, not {state['total_steps']}: the schedule of the learning rate changes")
+    return wanted
+
+
+def describe_run(run: Run) -> dict:
+    """Facts of a run, for its model card and for scripts/evaluate.py."""
+    config = run.config
+    return {"objective": config.objective, "max_length": config.max_length, "masking": config.masking, "mask_rate": config.mask_rate,
+            "started_from": config.model,
+            "eval_tokens": config.eval_tokens, "eval_batch_size": config.eval_batch_size or config.micro_batch_size,
+            "batch_size": config.batch_size, "total_steps": run.total_steps,
+            "learning_rate": config.learning_rate, "precision": run.precision, "corpus": run.dataset.source.fingerprint}
+
+
+def print_plan(run: Run) -> None:
+    """Every derived number, before training starts."""
+    config, model, world = run.config, run.model, run.world
+    if not world.is_main:
+        return
+    weights = sum(weight.numel() for weight in model.parameters())
+    accumulation = config.batch_size // config.micro_batch_size // world.size
+    settings = model.config
+    print(f"model: {settings.num_hidden_layers}x{settings.hidden_size}, {weights / 1e6:.1f} M weights, vocabulary "
+          f"{settings.vocab_size:,}, on {run.device} in {run.precision}, {settings._attn_implementation} attention"
+          f"{', compiled' * run.compile}")
+    print(f"step: {config.batch_size} x {config.max_length} = {config.batch_size * config.max_length:,} tokens, in {accumulation} "
+          f"micro-batches of {config.micro_batch_size} x {config.max_length} on each of {world.size} process{'es' * (world.size > 1)}")
+    print(f"run: {run.total_steps:,} steps, {run.total_steps / run.steps_per_epoch:.1f} epochs of {run.steps_per_epoch:,} steps; "
+          f"evaluation every {run.eval_every:,}, checkpoint every {run.save_every:,}; {run.output}")

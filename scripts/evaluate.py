@@ -1,0 +1,71 @@
+"""Held-out perplexity, MLM and NSP accuracy of any BERT checkpoint; for a folder of a run, the numbers of that run."""
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` may find a script
+
+from pretrain.config import OBJECTIVES, TextOptions, UserError, check, option, parse, run_command, validate  # noqa: E402
+
+
+@dataclass
+class EvaluateOptions(TextOptions):
+    """Options of this command. Values that are not given come from the run that made the model, else as pretrain.py's."""
+
+    model: str | None = option(None, "BERT checkpoint: a folder or a hub name")
+    input: list[str] = option([], "text: files, folders, globs, or one prepared corpus", nargs="+", metavar="PATH")
+    valid_fraction: float = option(0.0, "evaluate only the documents that pretrain.py holds out of this text at this share (0: all)")
+    objective: str | None = option(None, "mlm+nsp, mlm+sop or mlm (default: the run's, else mlm+nsp)", choices=OBJECTIVES)
+    max_length: int | None = option(None, "tokens in a sequence (default: the run's, else 128)")
+    eval_tokens: int | None = option(None, "tokens that are read at most (default: the run's, else 200000)")
+    eval_batch_size: int | None = option(None, "sequences of max-length in a micro-batch (default: the run's, else 32)")
+    device: str = option("auto", "auto (a GPU where there is one), cpu, cuda or cuda:N")
+    precision: str = option("auto", "auto (as pretrain.py), bf16, fp16 or fp32", choices=("auto", "bf16", "fp16", "fp32"))
+
+
+def main(argv: list[str]) -> None:
+    """Parse, evaluate, print the numbers; JSON on the last line."""
+    options = parse(argv, EvaluateOptions, __doc__)
+    required = {"model": "a BERT checkpoint", "input": "text, as files, folders or globs"}
+    check([f"--{name}: needed is {what}" for name, what in required.items() if not getattr(options, name)] + validate(options))
+
+    from pretrain import evaluate
+    from pretrain.data import tokenizer as tokenizers
+    from pretrain.model import bert
+    from pretrain.runtime import distributed
+    from pretrain.runtime.checkpoint import read_facts
+    from pretrain.runtime.optim import autocast, choose_precision
+    from pretrain.text import check_text, open_or_prepare
+
+    facts = {"objective": "mlm+nsp", "max_length": 128, "eval_tokens": 200_000, "eval_batch_size": 32, **read_facts(Path(options.model))}
+    for name in ("objective", "max_length", "eval_tokens", "eval_batch_size"):
+        setattr(options, name, getattr(options, name) or facts[name])
+    world, device = distributed.start(options.device)
+    precision = choose_precision(options.precision, device)
+    text = check_text(options.input, "--input", options, world)
+    model, fresh = bert.from_checkpoint(options.model, [])
+    if options.max_length > model.config.max_position_embeddings:
+        raise UserError(f"--max-length {options.max_length}: the model has {model.config.max_position_embeddings} positions")
+    model.set_objective(options.objective)
+    tokenizer = tokenizers.load(options.model)
+    vocabulary = tokenizers.describe(tokenizer)
+    if vocabulary.size > model.config.vocab_size:
+        raise UserError(f"--model {options.model}: its tokenizer has {vocabulary.size:,} entries, the model {model.config.vocab_size:,}")
+    if fresh:
+        print(f"{options.model} has no {', no '.join(fresh)}: fresh weights, so these numbers mean nothing")
+    corpus = open_or_prepare(text, options.input[0], tokenizer, vocabulary, Path(options.cache), "--input", world)
+    if options.valid_fraction:
+        corpus = corpus.split(options.valid_fraction)[1]
+    held_out = evaluate.make_held_out(corpus, options.objective, options.max_length, options.eval_batch_size, vocabulary,
+                                      options.eval_tokens)
+    numbers = evaluate.evaluate(model.to(device), held_out, device, autocast(device, precision), world)
+    documents, tokens = corpus.count()
+    print(f"{options.model} on {documents:,} documents of {tokens:,} tokens, {options.objective} at {options.max_length} tokens, "
+          f"in {precision}")
+    print("\n".join(f"{name.replace('_', ' '):16} {value:,.4f}" for name, value in numbers.items()))
+    print(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
