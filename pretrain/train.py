@@ -79,12 +79,12 @@ def train(run: Run) -> dict[str, float | str]:
     progress = Progress(**run.state["progress"]) if run.checkpoint else Progress()
     window = Window.fresh(device, progress.window if world.is_main else {})
     watch = FiniteWatch(progress.skipped)
-    monitor = Monitor(run.output, progress.step, run.total_steps, asdict(config), active=world.is_main)
+    handled_step = progress.step if run.checkpoint else -1  # evaluated, logged and saved before the run was resumed
+    monitor = Monitor(run.output, handled_step + 1, run.total_steps, asdict(config), active=world.is_main)
     sampler = MicroBatchSampler(run.dataset, progress.position, world.rank, world.size)
     loader = iter(make_loader(run.dataset, run.collator, sampler, config.workers, pin_memory=device.type == "cuda"))
     peak = peak_flops(device, run.precision)
     begin, numbers, out_of_time = time.monotonic(), {}, False
-    handled_step = progress.step if run.checkpoint else -1  # evaluated and saved before the run was resumed
     model.train()
     if run.checkpoint:  # random states last: nothing may draw between here and the first step
         restore(run, optimizer, scaler)
@@ -97,7 +97,8 @@ def train(run: Run) -> dict[str, float | str]:
                 finished |= 0 < config.patience <= progress.evaluations_without_gain
             if numbers:
                 monitor.log(step, numbers)
-            out_of_time = any_rank(0 < config.max_minutes * 60 <= time.monotonic() - begin)
+            # At least one step first, so that a run restarted again and again goes on.
+            out_of_time = step > 0 and any_rank(0 < config.max_minutes * 60 <= time.monotonic() - begin)
             if step and (finished or out_of_time or step % run.save_every == 0):
                 watch_message(watch.observe(None), monitor)
                 progress.skipped, progress.finished = watch.skipped, finished

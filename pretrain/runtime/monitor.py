@@ -21,23 +21,23 @@ CHARTS = {"perplexity": {"training and held-out": ["Multiline", ["train/perplexi
 
 
 class Monitor:
-    """Writes the numbers of a run. Rows after `step` are cut, from metrics.jsonl and from TensorBoard: on resume they would
-    be there twice. With `active` off (other processes than the first) it does nothing."""
+    """Writes the numbers of a run. Rows from `first_row` on are cut, from metrics.jsonl and from TensorBoard: a run that goes
+    on after a crash writes them again. With `active` off (other processes than the first) it does nothing."""
 
-    def __init__(self, output: Path, step: int, total_steps: int, options: dict, active: bool = True):
+    def __init__(self, output: Path, first_row: int, total_steps: int, options: dict, active: bool = True):
         self.active, self.total_steps = active, total_steps
         if not active:
             return
         self.path = output / "metrics.jsonl"
-        _cut(self.path, step)
+        _cut(self.path, first_row)
         self.file = self.path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(output), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(str(output), purge_step=first_row)
         self.options = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in options.items()}
-        if step == 0:
+        if first_row == 0:
             self.writer.add_custom_scalars(CHARTS)
             self._hyperparameters({"eval/perplexity": math.nan})
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
-        self.begin, self.first_step, self.last_line = time.monotonic(), step, 0.0
+        self.bar = tqdm(total=total_steps, initial=max(0, first_row - 1), unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
+        self.begin, self.first_step, self.last_line = time.monotonic(), max(0, first_row - 1), 0.0
 
     def _hyperparameters(self, metrics: dict[str, float]) -> None:
         # The parts of SummaryWriter.add_hparams, which would open a second event file and show the run twice.
@@ -100,14 +100,14 @@ class Monitor:
             self.file.close()
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drop the rows after `step`, and a row that a crash has cut short."""
+def _cut(path: Path, first_row: int) -> None:
+    """Drop the rows from step `first_row` on, and a row that a crash has cut short."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if line.endswith("\n") and json.loads(line)["step"] < first_row:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

@@ -1,0 +1,282 @@
+"""The main job as a user runs it: `scripts/pretrain.py` from text to checkpoints, resumed, and refused.
+
+Runs go through the script's `main` in this process; exit codes and one run under SIGKILL through a process of its own.
+"""
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from pretrain.config import UserError
+from pretrain.runtime import checkpoint as ckpt
+
+
+def script(name):
+    """The module of a script; importing it does not run it."""
+    kept = sys.path[0]
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[0] = kept
+    return module
+
+
+PRETRAIN, EVALUATE, PREPARE = script("pretrain"), script("evaluate"), script("prepare")
+SIZES = ["--config-override", "hidden_size=32", "intermediate_size=64", "num_attention_heads=2"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, text_file):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def arguments(workplace, text_file):
+    """A run of ten steps with dropout, accumulation, whole words and NSP."""
+    return ["--train", str(text_file), "--model", "tiny", *SIZES, "--vocab-size", "120", "--masking", "word", "--max-length", "32",
+            "--batch-size", "16", "--micro-batch-size", "8", "--max-steps", "10", "--save-every", "2", "--eval-every", "4",
+            "--log-every", "3", "--keep", "9", "--eval-tokens", "600", "--cache", str(workplace / "cache"), "--learning-rate", "1e-3",
+            "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def finished(workplace, arguments):
+    """The uninterrupted run that others are compared with."""
+    output = workplace / "finished"
+    PRETRAIN.main([*arguments, "--output", str(output)])
+    return output
+
+
+def rows(output):
+    """Rows of metrics.jsonl, without what depends on the clock and the machine."""
+    read = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(("speed/", "memory/"))} for row in read]
+
+
+def assert_same_run(left, right, step=10):
+    """Weights, optimizer, random states and numbers are equal bit for bit."""
+    a, b = load_file(left / "final" / "model.safetensors"), load_file(right / "final" / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    a, b = ckpt.read_tensors(left / f"checkpoint-{step}"), ckpt.read_tensors(right / f"checkpoint-{step}")
+    for number, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[key], b["optimizer"]["state"][number][key]) for key in state)
+    assert torch.equal(a["random_states"][0]["cpu"], b["random_states"][0]["cpu"])
+    assert rows(left) == rows(right)
+
+
+def interrupted_copy(finished, output, step):
+    """The run folder as a crash after `step` leaves it: later checkpoints absent, later numbers already logged."""
+    shutil.copytree(finished, output)
+    for folder in ckpt.checkpoints(output):
+        if int(folder.name.split("-")[1]) > step:
+            shutil.rmtree(folder)
+    shutil.rmtree(output / "final")
+    (output / "summary.json").unlink()
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    assert {"final", "best", "checkpoint-10", "config.json", "metrics.jsonl", "summary.json"} <= {path.name for path in finished.iterdir()}
+    logged = rows(finished)
+    assert [row["step"] for row in logged] == [0, 1, 3, 4, 6, 8, 9, 10]
+    assert {"train/loss", "train/mlm_loss", "train/nsp_loss", "train/perplexity", "train/mlm_accuracy", "train/nsp_accuracy",
+            "optim/learning_rate", "optim/grad_norm"} <= logged[1].keys()
+    assert [row["step"] for row in logged if "eval/perplexity" in row] == [0, 4, 8, 10]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["state"] == "finished" and summary["steps"] == 10
+    assert summary["eval_perplexity"] == logged[-1]["eval/perplexity"]
+    assert summary["tokens_per_second"] == pytest.approx(summary["real_tokens"] / summary["seconds"], rel=1e-2)
+    # A step is 16 x 32 tokens; a micro-batch closes below its limit, and the last of an epoch is short.
+    assert 0.7 * 10 * 16 * 32 < summary["real_tokens"] <= 10 * 16 * 32
+    assert summary["best_perplexity"] == min(row["eval/perplexity"] for row in logged if "eval/perplexity" in row)
+
+
+@pytest.mark.parametrize(("step", "more"), [(2, []), (6, ["--workers", "2"])])
+def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, step, more, capsys):
+    interrupted_copy(finished, tmp_path / "run", step)
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run"), *more])
+    assert_same_run(finished, tmp_path / "run")
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run")])
+    assert "is finished, at step 10" in capsys.readouterr().out
+
+
+def test_workers_and_bf16_change_nothing_about_resuming(arguments, tmp_path):
+    options = [*arguments, "--precision", "bf16", "--max-steps", "4"]
+    PRETRAIN.main([*options, "--output", str(tmp_path / "whole")])
+    PRETRAIN.main([*options, "--output", str(tmp_path / "parts"), "--workers", "1"])
+    for folder in ("final", "checkpoint-4"):
+        shutil.rmtree(tmp_path / "parts" / folder)
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "parts")])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", step=4)
+
+
+def test_sigkill_then_resume(finished, arguments, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *arguments, "--output", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "run" / "checkpoint-2").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(finished, tmp_path / "run")
+
+
+def test_max_minutes_stops_and_resumes(finished, arguments, tmp_path):
+    PRETRAIN.main([*arguments, "--max-minutes", "1e-6", "--output", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] < 10 and "stopped" in summary["state"] and not (tmp_path / "run" / "final").exists()
+    PRETRAIN.main(["--resume", "--max-minutes", "0", "--output", str(tmp_path / "run")])
+    assert rows(finished) == rows(tmp_path / "run")
+
+
+def test_damaged_checkpoint_is_passed_over(finished, tmp_path, capsys):
+    interrupted_copy(finished, tmp_path / "run", 8)
+    weights = tmp_path / "run" / "checkpoint-8" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run")])
+    assert f"passed over: {weights} has" in capsys.readouterr().out
+    assert_same_run(finished, tmp_path / "run")
+
+
+def test_a_longer_run_is_told_and_a_changed_one_refused(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(UserError) as refused:
+        PRETRAIN.main(["--resume", "--output", str(tmp_path / "run"), "--seed", "1", "--batch-size", "32", "--objective", "mlm"])
+    for option, new, old in (("seed", 1, 0), ("batch-size", 32, 16), ("objective", "mlm", "mlm+nsp")):
+        assert f"--{option} {new}: the run was started with {old}" in str(refused.value)
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run"), "--max-steps", "12"])
+    assert "now ends at step 12, not 10: the schedule of the learning rate changes" in capsys.readouterr().out
+    assert rows(tmp_path / "run")[-1]["step"] == 12
+
+
+def test_resume_on_an_empty_folder_starts(arguments, tmp_path):
+    PRETRAIN.main([*arguments, "--max-steps", "1", "--resume", "--output", str(tmp_path / "new")])
+    assert (tmp_path / "new" / "final").is_dir()
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(finished, arguments, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(UserError, match="is not empty"):
+        PRETRAIN.main([*arguments, "--output", str(tmp_path / "run")])
+    with pytest.raises(UserError, match="no such file"):
+        PRETRAIN.main([*arguments, "--train", str(tmp_path / "absent"), "--output", str(tmp_path / "run"), "--overwrite"])
+    assert_same_run(finished, tmp_path / "run")
+    PRETRAIN.main([*arguments, "--max-steps", "2", "--output", str(tmp_path / "run"), "--overwrite"])
+    assert [path.name for path in ckpt.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_patience_stops_early_and_stays_stopped(arguments, tmp_path, capsys):
+    # A rate at which nothing is learnt: the held-out perplexity stops falling at once.
+    PRETRAIN.main([*arguments, "--learning-rate", "1e-30", "--eval-every", "1", "--patience", "2", "--output", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2 and (tmp_path / "run" / "final").is_dir()
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run")])
+    assert "is finished, at step 2" in capsys.readouterr().out
+
+
+def test_evaluate_gives_the_numbers_of_the_run(finished, text_file, workplace, capsys):
+    EVALUATE.main(["--model", str(finished / "final"), "--input", str(text_file), "--valid-fraction", "0.05", "--precision", "fp32",
+                   "--cache", str(workplace / "cache")])
+    numbers = json.loads(capsys.readouterr().out.splitlines()[-1])
+    last = rows(finished)[-1]
+    assert numbers == {name: last[f"eval/{name}"] for name in numbers}
+
+
+def test_prepared_corpus_trains_like_its_text(finished, arguments, text_file, tmp_path, workplace):
+    PREPARE.main(["--input", str(text_file), "--vocab-size", "120", "--output", str(tmp_path / "corpus"), "--cache",
+                  str(workplace / "cache")])
+    position = arguments.index("--train")
+    PRETRAIN.main(["--train", str(tmp_path / "corpus"), *arguments[position + 2:], "--output", str(tmp_path / "run")])
+    assert_same_run(finished, tmp_path / "run")
+
+
+def test_config_file_gives_defaults_that_flags_override(finished, arguments, tmp_path):
+    PRETRAIN.main(["--config", str(finished / "config.json"), "--output", str(tmp_path / "run"), "--max-steps", "1"])
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["max_steps"] == 1 and saved["masking"] == "word"
+
+
+def test_further_pretraining_from_a_finished_run(finished, arguments, tmp_path):
+    more = [part for part in arguments if part not in SIZES]
+    PRETRAIN.main([*more, "--model", str(finished / "final"), "--max-steps", "2", "--objective", "mlm", "--output", str(tmp_path / "run")])
+    first = rows(tmp_path / "run")[0]
+    assert first["eval/perplexity"] == pytest.approx(rows(finished)[-1]["eval/perplexity"], rel=0.2)
+    assert "were not trained" in (tmp_path / "run" / "final" / "README.md").read_text()
+
+
+BAD = [
+    (["--mask-rate", "1.5", "--epochs", "-1", "--max-length", "2"], ["--mask-rate 1.5", "--epochs -1.0", "--max-length 2"]),
+    (["--mask-split", ".5", ".1", ".1"], ["--mask-split 0.5 0.1 0.1: needed is three shares"]),
+    (["--batch-size", "20"], ["--batch-size 20: is not a multiple of --micro-batch-size 8"]),
+    (["--batch-size", "65536"], ["needed is at most --batch-size"]),
+    (["--device", "tpu"], ["--device tpu: unknown"]),
+    (["--device", "cuda"], ["--device cuda: this torch"]),
+    (["--precision", "fp16"], ["--precision fp16: the CPU has no fp16 training"]),
+    (["--model", "enormous"], ["--model enormous: is no size (tiny, mini", "offline, give a folder"]),
+    (["--tokenizer", "absent"], ["--tokenizer absent: no such folder or vocab.txt"]),
+    (["--valid", "absent.txt"], ["--valid absent.txt: no such file"]),
+    (["--config-override", "width=3"], ["--config-override width=3: unknown field; known are"]),
+    (["--eval-every", "often"], ["--eval-every often: needed is a number of steps above 0, epoch or auto"]),
+    (["--resume", "--overwrite"], ["--resume --overwrite: exclude each other"]),
+    (["--format", "text"], ["1 document"]),
+]
+
+
+@pytest.mark.parametrize(("more", "messages"), BAD, ids=[" ".join(more) for more, _ in BAD])
+def test_bad_options_are_told_before_work_starts(arguments, tmp_path, more, messages):
+    if "cuda" in more and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError) as refused:
+        PRETRAIN.main([*arguments, "--output", str(tmp_path / "run"), *more])
+    for message in messages:
+        assert message in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_positions_of_the_model_bound_the_length(finished, arguments, tmp_path):
+    more = [part for part in arguments if part not in SIZES]
+    with pytest.raises(UserError, match="--max-length 1024: the model has 512 positions"):
+        PRETRAIN.main([*more, "--model", str(finished / "final"), "--max-length", "1024", "--output", str(tmp_path / "run")])
+
+
+def test_documents_of_one_sentence_are_refused_under_nsp(arguments, tmp_path, text_file):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(line for line in text_file.read_text().splitlines() if line), encoding="utf-8")
+    options = [*arguments, "--train", str(lines), "--max-length", "128", "--output", str(tmp_path / "run")]
+    with pytest.raises(UserError, match=r"0.0% of the planned pairs would be true next ones.*--objective mlm"):
+        PRETRAIN.main(options)
+    PRETRAIN.main([*options, "--objective", "mlm", "--max-steps", "1"])
+
+
+def test_exit_code_and_message_without_traceback(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "pretrain.py"), "--train", "absent.txt", "--mask-rate", "2"],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "error: --mask-rate 2.0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_at_a_save_leaves_earlier_checkpoints(finished, tmp_path, monkeypatch):
+    interrupted_copy(finished, tmp_path / "run", 4)
+    original = torch.save
+
+    def full(content, path, *more, **options):
+        original(content, path, *more, **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"checkpoint-6: cannot be written \(No space left on device\)"):
+        PRETRAIN.main(["--resume", "--output", str(tmp_path / "run")])
+    monkeypatch.undo()
+    assert [path.name for path in ckpt.checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-2"]
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run")])
+    assert_same_run(finished, tmp_path / "run")
