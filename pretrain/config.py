@@ -6,6 +6,7 @@ defaults, and `validate` returns every problem of the values at once. Nothing he
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import typing
@@ -129,7 +130,7 @@ class Config(RunOptions, MachineOptions, OptimizationOptions, TaskOptions, DataO
 
 # What `python scripts/pretrain.py` runs when no text is given; a flag still overrides each value.
 EMBEDDED_DEFAULTS = {
-    "model": "tiny", "vocab_size": 4096, "max_length": 64, "batch_size": 64, "micro_batch_size": 64, "learning_rate": 3e-3,
+    "model": "tiny", "vocab_size": 4096, "max_length": 64, "batch_size": 32, "micro_batch_size": 32, "learning_rate": 3e-3,
     "format": "sentences", "output": "runs/default", "eval_tokens": 60_000, "config_override": ["hidden_dropout_prob=0"],
 }
 
@@ -283,6 +284,12 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         return main(argv) or 0
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"error: {error.filename or 'a file of the run'}: cannot be written ({error.strerror}); needed is room and the right "
+              "to write. Checkpoints are whole: --resume goes on from the newest", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; `--resume` goes on from the newest checkpoint, where there is one", file=sys.stderr)

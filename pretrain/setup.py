@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -36,6 +37,9 @@ COUNTED_SHARDS = 4  # planned at the start to count an epoch; a larger corpus is
 MAY_CHANGE = {"max_steps", "epochs", "max_minutes", "eval_every", "save_every", "log_every", "keep", "workers", "device", "compile",
               "patience", "output", "resume", "overwrite", "cache", "gradient_checkpointing"}
 
+RUN_ENTRY = re.compile(r"(config|summary)\.json|metrics\.jsonl|events\.out\.tfevents.*|\.?(best|final|checkpoint-\d+)(\.\w+)?"
+                       r"|.*\.(tmp|partial)")  # what a run writes; --overwrite replaces nothing else
+
 
 @dataclass
 class Run:
@@ -62,6 +66,13 @@ class Run:
     def _every(self, value: str) -> int:
         every = interval(value)
         return every if isinstance(every, int) else self.steps_per_epoch if every == "epoch" else max(10, min(1000, self.total_steps // 10))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run to resume has nothing left to do."""
+        progress = self.state.get("progress", {})
+        return progress.get("step", -1) >= self.total_steps or (
+            progress.get("finished", False) and self.total_steps == self.state["total_steps"])
 
     @property
     def eval_every(self) -> int:
@@ -91,16 +102,16 @@ def build(config: Config) -> Run:
     """Check everything, prepare tokenizer and corpus, make the model; UserError tells what does not fit."""
     check(validate(config))
     world, device = start(config.device)
+    check_processes(config, world)
     config.output = config.output or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
     config.workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
     output = Path(config.output)
     checkpoint = find_checkpoint(output, config) if world.is_main or config.resume else None
     state = ckpt.read_values(checkpoint) if checkpoint else {}
-    precision = choose_precision(config.precision, device)
+    precision = choose_precision(state.get("precision", config.precision), device)
     if checkpoint:
         check(changed_options(config, state["options"]))
-        torch.set_num_threads(state["threads"])
-        precision = state["precision"] if device.type == "cpu" or state["precision"] != "fp32" else precision
+        torch.set_num_threads(state["threads"])  # sums are split by thread: another number, other bits
     torch.manual_seed(config.seed)
     tokenizer, text = prepare_tokenizer(config, checkpoint, world)
     vocabulary = tokenizers.describe(tokenizer)
@@ -128,24 +139,32 @@ def build(config: Config) -> Run:
               steps_per_epoch, count_steps(config, state, steps_per_epoch), compiled, checkpoint, state)
 
 
+def check_processes(config: Config, world: World) -> None:
+    """UserError where the micro-batches of a step cannot be shared out evenly."""
+    micro_batches = config.batch_size // config.micro_batch_size
+    if micro_batches % world.size:
+        fits = ", ".join(str(count) for count in range(1, micro_batches + 1) if micro_batches % count == 0)
+        raise UserError(f"{world.size} processes: a step of --batch-size {config.batch_size} has {micro_batches} micro-batches of "
+                        f"--micro-batch-size {config.micro_batch_size}; needed is a number of processes that divides them: {fits}")
+
+
 def open_output(run: Run) -> None:
     """Make the run folder; called once everything is checked. `--overwrite` moves an old run aside."""
     if run.world.is_main:
         try:
-            if run.config.overwrite and _holds_run(run.output):
-                run.replaced = run.output.with_name(f".{run.output.name}.replaced")
-                shutil.rmtree(run.replaced, ignore_errors=True)
-                run.output.rename(run.replaced)
+            replaced = run.output.with_name(f".{run.output.name}.replaced")
+            if run.config.overwrite and run.output.is_dir():
+                # A run without a checkpoint has not replaced anything yet: what stands aside is still worth more.
+                shutil.rmtree(run.output if replaced.exists() and not ckpt.checkpoints(run.output) else replaced, ignore_errors=True)
+                if run.output.exists():
+                    run.output.rename(replaced)
+            run.replaced = replaced if replaced.exists() else None
             run.output.mkdir(parents=True, exist_ok=True)
             ckpt.write_json(run.output / "config.json", asdict(run.config))
         except OSError as error:
             raise UserError(f"--output {run.output}: cannot be written ({error.strerror}); needed is a folder with room and the "
                             "right to write") from error
     wait_for_all()
-
-
-def _holds_run(output: Path) -> bool:
-    return output.is_dir() and any(output.iterdir())
 
 
 def find_checkpoint(output: Path, config: Config) -> Path | None:
@@ -156,7 +175,11 @@ def find_checkpoint(output: Path, config: Config) -> Path | None:
         for name in ("best", "final"):
             ckpt.restore(output / name)
         return ckpt.newest_good(output)
-    if _holds_run(output) and not config.overwrite:
+    entries = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    strange = sorted(name for name in entries if not RUN_ENTRY.fullmatch(name))
+    if config.overwrite and strange:
+        raise UserError(f"--output {output} --overwrite: holds {strange[0]}, which no run has written; needed is the folder of a run")
+    if entries and not config.overwrite:
         raise UserError(f"--output {output}: is not empty; needed is another folder, --resume to go on with its run, or --overwrite "
                         "to replace it")
     return None
@@ -261,8 +284,6 @@ def describe_run(run: Run) -> dict:
 def print_plan(run: Run) -> None:
     """Every derived number, before training starts."""
     config, model, world = run.config, run.model, run.world
-    if not world.is_main:
-        return
     weights = sum(weight.numel() for weight in model.parameters())
     accumulation = config.batch_size // config.micro_batch_size // world.size
     settings = model.config

@@ -17,7 +17,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.data.preparing import prepare
 from pretrain.model import bert
 from pretrain.runtime.checkpoint import write_folder
-from pretrain.runtime.distributed import World, wait_for_all
+from pretrain.runtime.distributed import World, main_first
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,10 @@ def check_text(paths: list[str], name: str, options: TextOptions, world: World) 
         check([f"{name} {' '.join(paths)}: needed is one prepared corpus, or text"] if len(paths) > 1 else [])
         return None
     files = reading.expand(paths, name)
-    sources = reading.check_files(files, name, Path(options.cache) / "sources.json" if world.is_main else None)
+    with main_first(world):
+        sources = reading.check_files(files, name, Path(options.cache) / "sources.json")
     text_format, why = reading.detect_format(files) if options.format == "auto" else (options.format, "")
-    if why and world.is_main:
+    if why:
         print(f"{name}: read as --format {text_format} ({why})")
     return TextFiles(sources, text_format)
 
@@ -62,11 +63,11 @@ def trained_tokenizer(text: TextFiles, vocab_size: int, lowercase: bool, cache: 
     """WordPiece tokenizer trained on `text`, found again by fingerprint of text and settings."""
     key = reading.content_key(text.sources, text.text_format, vocab_size, lowercase)
     folder = cache / f"tokenizer-{key}"
-    if world.is_main and not folder.is_dir():
-        print(f"training a WordPiece vocabulary of {vocab_size:,} on {len(text.sources):,} files")
-        made = tokenizers.train(reading.read_all(text.sources, text.text_format), vocab_size, lowercase)
-        write_folder(folder, made.save_pretrained)
-    wait_for_all()
+    with main_first(world):
+        if not folder.is_dir():
+            print(f"training a WordPiece vocabulary of {vocab_size:,} on {len(text.sources):,} files")
+            made = tokenizers.train(reading.read_all(text.sources, text.text_format), vocab_size, lowercase)
+            write_folder(folder, made.save_pretrained)
     return tokenizers.load(str(folder))
 
 
@@ -101,16 +102,14 @@ def open_or_prepare(files: TextFiles | None, path: str, tokenizer: PreTrainedTok
         return corpora.open_corpus(path, vocabulary.fingerprint, name)
     key = reading.content_key(files.sources, files.text_format, vocabulary.fingerprint, corpora.FORMAT_VERSION)
     folder = cache / key
-    if world.is_main:
+    with main_first(world):
         known = corpora.is_corpus(folder)
         prepared = prepare(files.sources, files.text_format, tokenizer, folder)
-        info = prepared.info
-        unknown = info["unknown_tokens"] / max(1, info["tokens"])
-        print(f"{name}: {info['documents']:,} documents, {info['sentences']:,} sentences, {info['tokens']:,} tokens"
-              + (f", {unknown:.1%} of them unknown to the tokenizer" if unknown >= 0.001 else "")
-              + f" ({'found' if known else 'prepared'} in {folder})")
-    wait_for_all()
-    return corpora.open_corpus(folder, vocabulary.fingerprint, name)
+    info = prepared.info
+    print(f"{name}: {info['documents']:,} documents, {info['sentences']:,} sentences, {info['tokens']:,} tokens, "
+          f"{info['unknown_tokens'] / info['tokens']:.2%} of them unknown to the tokenizer "
+          f"({'found' if known else 'prepared'} in {folder})")
+    return prepared
 
 
 def check_documents(training: Corpus, held_out: Corpus | None, config: Config) -> None:

@@ -19,7 +19,7 @@ from pretrain.data.dataset import DataPosition, MicroBatchSampler, make_loader
 from pretrain.evaluate import add_up, evaluate, sample_predictions, summarize
 from pretrain.model.bert import count_flops
 from pretrain.runtime import checkpoint as ckpt
-from pretrain.runtime.distributed import any_rank, gather, gradient_sync, sum_over_ranks, wait_for_all, wrap
+from pretrain.runtime.distributed import any_rank, gather, gradient_sync, sum_counts, sum_over_ranks, wait_for_all, wrap
 from pretrain.runtime.monitor import Monitor, peak_memory_bytes
 from pretrain.runtime.optim import FiniteWatch, autocast, make_optimizer, make_schedule, peak_flops
 from pretrain.setup import Run, describe_run
@@ -42,8 +42,8 @@ def train_step(model: nn.Module, loss_weights: dict[str, float], batches: Sequen
     Losses are sums divided once by the counts of the whole step, over all micro-batches and processes: a mean of means would
     weigh a token by how many others its micro-batch happens to mask. Every loss: sum / count x weight."""
     counts = {name: sum(batch.counts[name] for batch in batches) for name in loss_weights}
-    whole = sum_over_ranks(torch.tensor([float(counts[name]) for name in loss_weights], device=device)).clamp(min=1)
-    scale = {name: weight * world_size / count for (name, weight), count in zip(loss_weights.items(), whole)}  # DDP averages
+    whole = sum_counts({name: max(1, count) for name, count in counts.items()}, device)
+    scale = {name: weight * world_size / whole[name] for name, weight in loss_weights.items()}  # DDP averages over processes
     total: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
         with gradient_sync(model, last=number == len(batches) - 1):
@@ -63,8 +63,8 @@ def train_step(model: nn.Module, loss_weights: dict[str, float], batches: Sequen
     optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    total |= {f"{name}_count": torch.tensor(float(count), dtype=torch.float64, device=device) for name, count in counts.items()}
-    return StepResult({key: torch.where(finite, value, 0.0) for key, value in total.items()}, grad_norm, finite)
+    sums = {key: torch.where(finite, value, 0.0) for key, value in total.items()}
+    return StepResult(sums | {f"{name}_count": finite.double() * count for name, count in counts.items()}, grad_norm, finite)
 
 
 def train(run: Run) -> dict[str, float | str]:
@@ -158,14 +158,13 @@ class Progress:
 
 @dataclass
 class Window:
-    """Sums since the last logged step; on the device until they are read."""
+    """Sums since the last logged step; the losses stay on the device until they are read."""
 
     total: dict[str, Tensor]
+    known: dict[str, float] = field(default_factory=dict)  # what the host knows: tokens, slots, sequences, flops
     seconds: float = 0.0
     wait_seconds: float = 0.0
-    flops: float = 0.0
-    num_tokens: float = 0.0  # of all processes once read, as is what follows
-    num_slots: float = 0.0
+    num_tokens: float = 0.0  # of all processes, once read
     num_sequences: float = 0.0
     numbers: dict[str, float] = field(default_factory=dict)
 
@@ -176,18 +175,19 @@ class Window:
 
     def add(self, result: StepResult, batches: Sequence[Batch], flops: float) -> None:
         """One update."""
-        counted = {"tokens": sum(batch.num_tokens for batch in batches), "slots": sum(len(batch.input_ids) for batch in batches),
-                   "sequences": sum(batch.num_sequences for batch in batches), "flops": flops}
-        sums = result.sums | {key: torch.tensor(float(value), dtype=torch.float64, device=result.grad_norm.device)
-                              for key, value in counted.items()}
-        self.total = {key: self.total.get(key, 0.0) + value for key, value in sums.items()}
+        known = {"tokens": sum(batch.num_tokens for batch in batches), "slots": sum(len(batch.input_ids) for batch in batches),
+                 "sequences": sum(batch.num_sequences for batch in batches), "flops": flops}
+        self.known = {key: self.known.get(key, 0.0) + value for key, value in known.items()}
+        self.total = {key: self.total.get(key, 0.0) + value for key, value in result.sums.items()}
 
     def sums(self) -> dict[str, float]:
         """The sums over all processes; waits for the device."""
-        if not self.total:
+        total = self.total | {key: torch.tensor(value, dtype=torch.float64) for key, value in self.known.items()}
+        if not total:
             return {}
-        keys = sorted(self.total)
-        return dict(zip(keys, sum_over_ranks(torch.stack([self.total[key] for key in keys])).tolist()))
+        keys = sorted(total)
+        device = next(iter(self.total.values())).device
+        return dict(zip(keys, sum_over_ranks(torch.stack([total[key].to(device) for key in keys])).tolist()))
 
     def read(self, loss_weights: dict[str, float], tick: float, peak: float) -> dict[str, float]:
         """The window's numbers; waits for the device, and ends the window's clock, the last step having begun at `tick`."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` finds this script
 
-from pretrain.config import EMBEDDED_DEFAULTS, Config, check, parse, read_options, run_command, validate  # noqa: E402
+from pretrain.config import EMBEDDED_DEFAULTS, Config, UserError, check, parse, read_options, run_command, validate  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
@@ -15,6 +15,8 @@ def main(argv: list[str]) -> None:
     check(validate(config))
     saved = Path(config.output or "", "config.json")
     embedded = not config.train
+    if config.resume and embedded and not saved.is_file():
+        raise UserError(f"--resume --output {config.output}: holds no run to go on with; needed are the options of a new one, with --train")
     if config.resume and saved.is_file():
         config = parse(argv, Config, __doc__, defaults={**read_options(saved), "resume": False, "overwrite": False})
         embedded = False
@@ -29,8 +31,7 @@ def main(argv: list[str]) -> None:
     if embedded:
         config.train = [str(embedded_text.write_text(Path(config.cache)))]
     run = setup.build(config)
-    if run.checkpoint and run.state["progress"]["step"] >= run.total_steps or run.state.get("progress", {}).get("finished") and (
-            run.total_steps == run.state["total_steps"]):
+    if run.is_finished:
         print(f"{run.output} is finished, at step {run.state['progress']['step']}; its model is {run.output / 'final'}")
         return
     if embedded and not run.checkpoint:

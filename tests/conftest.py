@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def make_documents(count: int = 60, seed: int = 7) -> list[list[str]]:
     """Documents of 1 to 30 sentences of 1 to 24 words; long words fall into several pieces."""
     source = random.Random(seed)
-    stems = ["bank", "river", "money", "water", "teach", "learn", "train", "model", "token", "mask", "sentence", "document", "quick", "slow"]
+    stems = "bank river money water teach learn train model token mask sentence document quick slow".split()
     endings = ["", "s", "ed", "ing", "er", "ation", "ization", "ally"]
     words = [stem + ending for stem in stems for ending in endings]
     return [[" ".join(source.choices(words, k=source.randint(1, 24))) + " ." for _ in range(source.randint(1, 30))]

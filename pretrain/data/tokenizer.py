@@ -81,7 +81,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
 
 def from_vocabulary(vocabulary: dict[str, int], lowercase: bool) -> PreTrainedTokenizerBase:
     """BERT's WordPiece tokenizer over `vocabulary`; Chinese characters are split as BERT does."""
-    return BertTokenizer(vocab=vocabulary, do_lower_case=lowercase)
+    return BertTokenizer(vocab=vocabulary, do_lower_case=lowercase, model_max_length=512)
 
 
 def train(texts: Iterable[str], vocab_size: int, lowercase: bool = True, progress: bool = False) -> PreTrainedTokenizerBase:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +36,10 @@ def start(device: str) -> tuple[World, torch.device]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    return World(int(os.environ.get("RANK", 0)), size), chosen
+    world = World(int(os.environ.get("RANK", 0)), size)
+    if not world.is_main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks; errors still go to stderr
+    return world, chosen
 
 
 def _choose_device(name: str, local_rank: int | None) -> torch.device:
@@ -70,6 +75,13 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sum_counts(counts: dict[str, int], device: torch.device) -> dict[str, float | Tensor]:
+    """`counts` summed over all processes; at one process they stay on the host, so that no copy to the device is waited for."""
+    if not dist.is_initialized():
+        return dict(counts)
+    return dict(zip(counts, sum_over_ranks(torch.tensor(list(counts.values()), dtype=torch.float32, device=device))))
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any process."""
     return bool(sum_over_ranks(torch.tensor(float(flag), device=_device())) > 0) if dist.is_initialized() else flag
@@ -79,6 +91,18 @@ def wait_for_all() -> None:
     """Return once every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first(world: World) -> Iterator[None]:
+    """The first process does what is inside before the others do: they find on disk what it has written."""
+    if not world.is_main:
+        wait_for_all()
+    try:
+        yield
+    finally:
+        if world.is_main:
+            wait_for_all()
 
 
 def gather(value: object) -> list:

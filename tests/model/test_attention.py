@@ -1,0 +1,169 @@
+"""Attention over packs: it equals dense attention under a block-diagonal mask, filled batches change no loss and no gradient, and the
+kernel's path (tensors and one constant) gives the same through the whole model and compiles once for batches of any lengths."""
+import pytest
+import torch
+import torch._dynamo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_reference import assert_close, gradients, make_batches, small_model
+from torch._dynamo.testing import CompileCounter
+from transformers import AttentionInterface
+
+from pretrain.batch import IGNORED
+from pretrain.config import OBJECTIVES
+from pretrain.model.attention import SDPA, VARLEN, choose_attention, packed_sdpa, packed_varlen
+
+HAS_KERNEL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def dense(query, key, value, cu_seqlens, scaling=None):
+    """The slow form: softmax(QK' x scale) V over the whole pack, -inf where two tokens are of different sequences."""
+    place = torch.arange(query.shape[2], device=query.device)
+    sequence = (place[:, None] >= cu_seqlens[None, 1:]).sum(1)  # tensor operations only: this compiles
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores.masked_fill(sequence[:, None] != sequence[None, :], float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def masked_varlen(module, query, key, value, attention_mask=None, *, cu_seqlens, max_length, **_):
+    """What the CUDA kernel computes, for any device: the same arguments as packed_varlen, a mask in place of the kernel."""
+    return dense(query, key, value, cu_seqlens), None
+
+
+def offsets(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.fixture
+def with_mask(monkeypatch):
+    """`masked_varlen` under the name of the kernel."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, VARLEN, masked_varlen)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def twins(vocab_size, **settings):
+    """The same model with either attention."""
+    models = [small_model(vocab_size, **settings) for _ in range(2)]
+    models[1].config._attn_implementation = VARLEN
+    return models
+
+
+def run(model, batch, compiled=None):
+    """(losses, gradients) of one batch; `compiled` is called in place of the model that it wraps."""
+    model.zero_grad()
+    output = (model if compiled is None else compiled)(batch)
+    sum(output.loss_sums.values()).backward()
+    return {name: value.detach() for name, value in output.loss_sums.items()}, gradients(model)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8), heads=st.integers(1, 3), width=st.sampled_from([1, 4, 8]),
+       scaling=st.sampled_from([None, 0.5]), seed=st.integers(0, 99))
+def test_packed_sdpa_equals_dense_attention_with_a_block_diagonal_mask(lengths, heads, width, scaling, seed):
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = torch.randn(3, 1, heads, sum(lengths), width, generator=generator)
+    ours, weights = packed_sdpa(torch.nn.Identity(), query, key, value, lengths=tuple(lengths), scaling=scaling)
+    assert ours.shape == (1, sum(lengths), heads, width) and weights is None
+    torch.testing.assert_close(ours, dense(query, key, value, offsets(lengths), scaling), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_filled_batch_gives_the_losses_and_gradients_of_the_exact_one(objective, corpus, vocabulary):
+    model = small_model(vocabulary.size, objective)
+    exact, filled = (make_batches(corpus, vocabulary, objective, fill=fill)[0] for fill in (False, True))
+    assert len(filled.input_ids) > len(exact.input_ids) and len(filled.masked_positions) > len(exact.masked_positions)
+    assert len(filled.lengths) > len(exact.lengths) and filled.cu_seqlens[-1] == len(filled.input_ids)
+    assert (filled.masked_lm_labels[len(exact.masked_positions):] == IGNORED).all()
+    assert (filled.num_tokens, filled.num_sequences, filled.counts) == (exact.num_tokens, exact.num_sequences, exact.counts)
+    for ours, theirs in zip(run(model, filled), run(model, exact)):
+        assert_close(ours, theirs, atol=2e-5)
+    assert model(filled).num_correct == model(exact).num_correct
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("fill", [False, True], ids=["exact", "filled"])
+def test_the_kernels_path_through_the_model_equals_the_loop(objective, fill, corpus, vocabulary, with_mask):
+    loop, kernel = twins(vocabulary.size, objective=objective)
+    batch = make_batches(corpus, vocabulary, objective, fill=fill)[0]
+    for ours, theirs in zip(run(kernel, batch), run(loop, batch)):
+        assert_close(ours, theirs, atol=2e-5)
+
+
+def test_gradient_checkpointing_on_the_kernels_path(corpus, vocabulary, with_mask):
+    plain, recomputed = twins(vocabulary.size)
+    recomputed.gradient_checkpointing_enable()
+    batch = make_batches(corpus, vocabulary, fill=True)[0]
+    for ours, theirs in zip(run(recomputed, batch), run(plain, batch)):
+        assert_close(ours, theirs, atol=2e-5)
+
+
+def test_filled_batches_of_any_lengths_compile_once_without_a_graph_break(corpus, vocabulary, with_mask):
+    eager, model = twins(vocabulary.size)
+    batches = make_batches(corpus, vocabulary, fill=True, count=3)
+    assert len({batch.lengths for batch in batches}) == 3 and len({batch.num_tokens for batch in batches}) > 1
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)  # a graph break would raise
+    for batch in batches:
+        for ours, theirs in zip(run(model, batch, compiled), run(eager, batch)):
+            assert_close(ours, theirs, atol=2e-5)
+    assert counter.frame_count == 1
+
+
+def test_exact_batches_would_compile_again(corpus, vocabulary, with_mask):
+    """What filling is for: the counter above sees a recompilation where shapes differ."""
+    _, model = twins(vocabulary.size)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    for batch in make_batches(corpus, vocabulary, count=2):
+        compiled(batch)
+    assert counter.frame_count > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_KERNEL, reason="the variable-length kernel needs a CUDA GPU of compute capability 8.0 or later")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packed_varlen_equals_dense_attention(dtype):
+    lengths = (1, 7, 64, 33, 128, 1)
+    generator = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(1, 2, sum(lengths), 64, generator=generator).to("cuda", dtype).requires_grad_() for _ in range(3)]
+    cu_seqlens = offsets(lengths).cuda()
+    ours, weights = packed_varlen(torch.nn.Identity(), *leaves, cu_seqlens=cu_seqlens, max_length=128)
+    expected = dense(*(leaf.detach().float().requires_grad_() for leaf in leaves), cu_seqlens)
+    assert ours.shape == (1, sum(lengths), 2, 64) and weights is None
+    torch.testing.assert_close(ours.float(), expected, atol=2e-2, rtol=2e-2)
+    direction = torch.randn(ours.shape, generator=generator).cuda()
+    found = torch.autograd.grad(ours, leaves, direction.to(dtype))
+    exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    wanted = torch.autograd.grad(dense(*exact, cu_seqlens), exact, direction)
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours.float(), theirs, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_KERNEL, reason="the variable-length kernel needs a CUDA GPU of compute capability 8.0 or later")
+def test_model_on_the_kernel_is_near_the_loop_in_float32(corpus, vocabulary):
+    loop, kernel = twins(vocabulary.size)
+    batch = make_batches(corpus, vocabulary, fill=True)[0]
+    expected, wanted = run(loop, batch)
+    with torch.autocast("cuda", torch.bfloat16):
+        output = kernel.cuda()(batch.to(torch.device("cuda")))
+    sum(output.loss_sums.values()).backward()
+    for name, value in output.loss_sums.items():
+        assert value.item() == pytest.approx(expected[name].item(), rel=2e-2)
+    for name, gradient in gradients(kernel).items():
+        error = (gradient.cpu() - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-2)
+        assert error < 0.1, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_attention_on_cpu_is_the_loop(precision):
+    assert choose_attention(torch.device("cpu"), precision) == SDPA
+
+
+@pytest.mark.parametrize("capability, precision, expected", [
+    ((9, 0), "bf16", VARLEN), ((8, 0), "fp16", VARLEN), ((8, 0), "fp32", SDPA), ((7, 5), "fp16", SDPA), ((7, 0), "bf16", SDPA)])
+def test_attention_on_cuda_is_the_kernel_where_there_is_one(capability, precision, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert choose_attention(torch.device("cuda", 0), precision) == expected
