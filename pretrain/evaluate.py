@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.batch import IGNORED, Batch, Output
-from pretrain.data.collate import Collator
+from pretrain.data.collate import Collator, Examples
 from pretrain.data.corpus import Corpus
-from pretrain.data.dataset import DataPosition, PretrainingDataset, Selection
-from pretrain.data.planning import Task
+from pretrain.data.draws import key
+from pretrain.data.planning import Task, make_plan, micro_batch_bounds
 from pretrain.data.tokenizer import Vocabulary
 from pretrain.model.bert import BertForPreTraining
 from pretrain.runtime.distributed import World, sum_over_ranks
@@ -37,16 +37,15 @@ class HeldOut:
 
 def make_held_out(corpus: Corpus, objective: str, max_length: int, micro_batch_size: int, vocabulary: Vocabulary, max_tokens: int,
                   fill: bool = False, training: Corpus | None = None) -> HeldOut:
-    """Batches over the documents of lowest hash, of about `max_tokens` tokens; the same for the same text."""
+    """Batches over the documents of lowest hash, of at most `max_tokens` tokens; the same sequences for the same text,
+    whatever the micro-batch size."""
     task = Task(objective, max_length, micro_batch_size, MASK_RATE, SEED)
-    dataset = PretrainingDataset(Selection(corpus.select(max_tokens)), task)
+    shard = corpus.select(max_tokens)
+    plan = make_plan(shard, np.arange(len(shard.hashes)), task, key(SEED))
+    plan = plan.take(slice(0, max(1, int(np.searchsorted(np.cumsum(plan.lengths), max_tokens, side="right")))))
+    bounds = micro_batch_bounds(plan, task)
     collator = Collator(task, vocabulary, "token", MASK_SPLIT, fill)
-    batches, num_tokens = [], 0
-    for position in dataset.positions(DataPosition(0, 0, 0), end_epoch=1):
-        batches.append(collator(dataset.__getitems__([position])))
-        num_tokens += batches[-1].num_tokens
-        if num_tokens >= max_tokens:
-            break
+    batches = [collator(Examples(shard, plan.take(slice(start, end)))) for start, end in zip(bounds, bounds[1:])]
     unigram = None if training is None or not batches else unigram_perplexity(training, batches, vocabulary.size)
     return HeldOut(batches, unigram)
 

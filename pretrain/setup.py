@@ -126,7 +126,8 @@ def build(config: Config) -> Run:
         torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is written
     model.set_objective(config.objective, config.nsp_weight)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # The newer name of the two, where this transformers has it.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     collator = Collator(task, vocabulary, config.masking, config.mask_split, fill=attention == VARLEN)
     dataset = PretrainingDataset(training, task)
     steps_per_epoch = state.get("steps_per_epoch") or check_plan(dataset, config)
@@ -234,7 +235,7 @@ def check_plan(dataset: PretrainingDataset, config: Config) -> int:
     """Optimizer steps in an epoch, from the plan of its first shards; UserError where the text cannot serve the task."""
     plans, task = [dataset.plan(0, place) for place in range(min(COUNTED_SHARDS, dataset.source.num_shards))], dataset.task
     labels = np.concatenate([plan.label for plan in plans])
-    num_tokens = sum(int((plan.a_length + plan.b_length + 2 + (plan.b_length > 0)).sum()) for plan in plans)
+    num_tokens = sum(int(plan.lengths.sum()) for plan in plans)
     planned = sum(plan.num_micro_batches for plan in plans)
     share = len(plans) / dataset.source.num_shards
     if config.objective != "mlm":

@@ -66,7 +66,7 @@ def trained_tokenizer(text: TextFiles, vocab_size: int, lowercase: bool, cache: 
     with main_first(world):
         if not folder.is_dir():
             print(f"training a WordPiece vocabulary of {vocab_size:,} on {len(text.sources):,} files")
-            made = tokenizers.train(reading.read_all(text.sources, text.text_format), vocab_size, lowercase)
+            made = tokenizers.train(lambda: reading.read_all(text.sources, text.text_format), vocab_size, lowercase)
             write_folder(folder, made.save_pretrained)
     return tokenizers.load(str(folder))
 

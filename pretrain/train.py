@@ -42,7 +42,7 @@ def train_step(model: nn.Module, loss_weights: dict[str, float], batches: Sequen
     Losses are sums divided once by the counts of the whole step, over all micro-batches and processes: a mean of means would
     weigh a token by how many others its micro-batch happens to mask. Every loss: sum / count x weight."""
     counts = {name: sum(batch.counts[name] for batch in batches) for name in loss_weights}
-    whole = sum_counts({name: max(1, count) for name, count in counts.items()}, device)
+    whole = sum_counts(counts, device)
     scale = {name: weight * world_size / whole[name] for name, weight in loss_weights.items()}  # DDP averages over processes
     total: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def make_documents(count: int = 60, seed: int = 7) -> list[list[str]]:
     """Documents of 1 to 30 sentences of 1 to 24 words; long words fall into several pieces."""
     source = random.Random(seed)
-    stems = "bank river money water teach learn train model token mask sentence document quick slow".split()
+    stems = ["bank", "river", "money", "water", "teach", "learn", "train", "model", "token", "mask", "sentence", "quick", "slow"]
     endings = ["", "s", "ed", "ing", "er", "ation", "ization", "ally"]
     words = [stem + ending for stem in stems for ending in endings]
     return [[" ".join(source.choices(words, k=source.randint(1, 24))) + " ." for _ in range(source.randint(1, 30))]
@@ -41,7 +41,7 @@ def text_file(documents, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(documents):
-    return tokenizer.train((sentence for document in documents for sentence in document), 120)
+    return tokenizer.train(lambda: (sentence for document in documents for sentence in document), 120)
 
 
 @pytest.fixture(scope="session")

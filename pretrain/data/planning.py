@@ -69,7 +69,13 @@ class Plan:
     bounds: tuple[int, ...] = ()  # micro-batch m is examples bounds[m]:bounds[m + 1]
 
     @property
+    def lengths(self) -> np.ndarray:
+        """int64: tokens of each example, specials included."""
+        return self.a_length + self.b_length + 2 + (self.b_length > 0)
+
+    @property
     def num_micro_batches(self) -> int:
+        """Micro-batches of the shard."""
         return max(0, len(self.bounds) - 1)
 
     def take(self, chosen: np.ndarray | slice) -> Plan:
@@ -203,11 +209,9 @@ def truncate_pairs(a_start: np.ndarray, a_length: np.ndarray, b_start: np.ndarra
 
 def micro_batch_bounds(plan: Plan, task: Task) -> tuple[int, ...]:
     """Where micro-batches begin and end: each takes examples in order up to the limit of tokens, sequences or masks."""
-    text = plan.a_length + plan.b_length
-    specials = 2 + (plan.b_length > 0)
-    tokens = np.concatenate([[0], np.cumsum(text + specials)]).tolist()
-    masks = np.concatenate([[0], np.cumsum(task.budget(text))]).tolist()
-    bounds, total = [0], len(text)
+    tokens = np.concatenate([[0], np.cumsum(plan.lengths)]).tolist()
+    masks = np.concatenate([[0], np.cumsum(task.budget(plan.a_length + plan.b_length))]).tolist()
+    bounds, total = [0], len(plan.lengths)
     while bounds[-1] < total:
         start = bounds[-1]
         stop = min(start + task.sequence_limit, bisect_right(tokens, tokens[start] + task.token_limit) - 1,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,17 +84,26 @@ def from_vocabulary(vocabulary: dict[str, int], lowercase: bool) -> PreTrainedTo
     return BertTokenizer(vocab=vocabulary, do_lower_case=lowercase, model_max_length=512)
 
 
-def train(texts: Iterable[str], vocab_size: int, lowercase: bool = True, progress: bool = False) -> PreTrainedTokenizerBase:
-    """A WordPiece tokenizer of at most `vocab_size` entries trained on `texts`, in memory that grows with the distinct
-    words only."""
+def train(read: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool = True) -> PreTrainedTokenizerBase:
+    """A WordPiece tokenizer of at most `vocab_size` entries trained on the texts of `read()`, in memory that grows with the
+    distinct words only.
+
+    The text is read twice. The trainer numbers single characters in the order of a hash table, which differs from process
+    to process, and breaks ties by number; entries given as special tokens it numbers as told."""
+    characters = sorted(entry for entry in _train_once(read(), 0, vocab_size, lowercase, []) if entry not in SPECIAL_TOKENS)
+    return from_vocabulary(_train_once(read(), vocab_size, vocab_size, lowercase, characters), lowercase)
+
+
+def _train_once(texts: Iterable[str], vocab_size: int, final_size: int, lowercase: bool, first: list[str]) -> dict[str, int]:
+    """Entry -> id after one training; below the number of characters, `vocab_size` gives these alone."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     # A share of the entries for single characters keeps rare ones from crowding words out, and Chinese whole.
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=progress,
-                                        limit_alphabet=max(256, vocab_size * 6 // 10))
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + first, show_progress=False,
+                                        limit_alphabet=max(256, final_size * 6 // 10))
     tokenizer.train_from_iterator(texts, trainer)
-    return from_vocabulary(tokenizer.get_vocab(), lowercase)
+    return tokenizer.get_vocab()
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

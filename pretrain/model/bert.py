@@ -19,6 +19,8 @@ from pretrain.config import MODEL_SIZES, UserError
 from pretrain.model.attention import SDPA
 from pretrain.model.heads import MaskedLMHead, PreTrainingHeads
 
+OVERRIDES = {int: int, float: float, str: str, bool: lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]}
+
 transformers.utils.logging.disable_progress_bar()  # its bars for every file written break the run's own
 
 
@@ -95,7 +97,10 @@ def from_size(size: str, vocab_size: int, max_length: int, pad_id: int, override
                         intermediate_size=4 * width, max_position_embeddings=max(512, max_length), pad_token_id=pad_id)
     override(config, overrides)
     config._attn_implementation = SDPA
-    return BertForPreTraining(config)
+    try:
+        return BertForPreTraining(config)
+    except Exception as error:  # each wrong field has its own, from ValueError to IndexError
+        raise UserError(f"--config-override {' '.join(overrides)}: makes no model ({type(error).__name__}: {error})") from error
 
 
 def load_config(name: str) -> BertConfig:
@@ -130,18 +135,18 @@ def from_checkpoint(name: str, overrides: list[str]) -> tuple[BertForPreTraining
 
 
 def override(config: BertConfig, entries: list[str]) -> None:
-    """Set fields of `config` from KEY=VALUE entries, in the type of the present value; UserError for an unknown key."""
+    """Set fields of `config` from KEY=VALUE entries, in the type of the field's default; UserError for an unknown key."""
+    defaults = BertConfig()
     for entry in entries:
         name, _, text = entry.partition("=")
-        present = getattr(config, name, None)
-        if not isinstance(present, (bool, int, float, str)):
-            known = sorted(key for key, value in config.to_dict().items() if isinstance(value, (int, float, str)))
+        kind = type(getattr(defaults, name, None))
+        if name == "model_type" or kind not in OVERRIDES:
+            known = sorted(key for key, value in defaults.to_dict().items() if type(value) in OVERRIDES and key != "model_type")
             raise UserError(f"--config-override {entry}: unknown field; known are {', '.join(known)}")
         try:
-            value = text.lower() in ("true", "1") if isinstance(present, bool) else type(present)(text)
-        except ValueError as error:
-            raise UserError(f"--config-override {entry}: needed is a value of type {type(present).__name__}") from error
-        setattr(config, name, value)
+            setattr(config, name, OVERRIDES[kind](text))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"--config-override {entry}: needed is a value of type {kind.__name__}") from error
 
 
 def count_flops(model: BertForPreTraining, batch: Batch) -> float:

@@ -48,6 +48,7 @@ class Monitor:
         """Write the numbers of `step`, once: one row of metrics.jsonl, one point of each curve."""
         if not self.active:
             return
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}  # a skipped step's are not, nor JSON
         self.file.write(json.dumps({"step": step, **numbers}) + "\n")
         self.file.flush()
         for name, value in numbers.items():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -68,7 +69,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s that the device's matrix units can do: from the datasheet of a known GPU, else measured in a moment."""
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
-        known = [key for key in PEAK_FLOPS if key in name]
+        known = [key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)]
         if known:
             return PEAK_FLOPS[max(known, key=len)]
     size = 8192 if device.type == "cuda" else 1024

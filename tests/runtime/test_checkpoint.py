@@ -166,7 +166,8 @@ def test_damage_of_any_file_is_found_and_the_file_named(checkpoint, tmp_path_fac
     path.write_bytes({"cut short": good[:place], "flipped": flipped, "longer": good + b"\0"}.get(damage, b""))
     if damage == "missing":
         path.unlink()
-    expected = {"missing": "is missing", "flipped": r"is damaged \(its hash differs\)"}.get(damage, rf"has \d+ bytes, needed are {len(good)}")
+    expected = {"missing": "is missing", "flipped": r"is damaged \(its hash differs\)"}.get(
+        damage, rf"has \d+ bytes, needed are {len(good)}")
     assert re.fullmatch(f"{re.escape(str(path))} {expected}", ckpt.problem_of(folder))
     shutil.rmtree(folder)
 

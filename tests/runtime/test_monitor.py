@@ -37,9 +37,9 @@ def numbers(step):
     return {"train/loss": 6.0 / (step + 1), "train/perplexity": math.exp(6.0 / (step + 1)), "optim/learning_rate": 1e-3 * step, **held_out}
 
 
-def write(output, steps, total=10, start=None, close=True):
+def write(output, steps, total=10, close=True):
     """A run, or a part of one: the monitor of a process that logs `steps` and ends, with or without closing its files."""
-    monitor = Monitor(output, steps[0] - 1 if start is None else start, total, OPTIONS)
+    monitor = Monitor(output, steps[0], total, OPTIONS)
     for step in steps:
         monitor.log(step, numbers(step))
         monitor.advance()
@@ -75,8 +75,8 @@ def assert_curves_equal_rows(output):
 
 
 def test_curves_equal_the_rows(tmp_path):
-    write(tmp_path, list(range(0, 8)), start=0)
-    assert [row["step"] for row in rows(tmp_path)] == list(range(0, 8))
+    write(tmp_path, list(range(8)))
+    assert [row["step"] for row in rows(tmp_path)] == list(range(8))
     assert rows(tmp_path)[3] == {"step": 3, **numbers(3)}
     assert "eval/perplexity" in rows(tmp_path)[4]
     assert_curves_equal_rows(tmp_path)
@@ -84,36 +84,37 @@ def test_curves_equal_the_rows(tmp_path):
 
 @pytest.mark.parametrize("close", [True, False], ids=["stopped", "killed"])
 def test_a_resumed_run_has_one_unbroken_curve(close, tmp_path):
-    write(tmp_path, list(range(0, 8)), start=0, close=close)  # ended in step 7; the newest checkpoint is of step 4
+    write(tmp_path, list(range(8)), close=close)  # ended in step 7; the newest checkpoint is of step 4
     write(tmp_path, [5, 6, 7, 8, 9])
-    assert [row["step"] for row in rows(tmp_path)] == list(range(0, 10))
+    assert [row["step"] for row in rows(tmp_path)] == list(range(10))
     assert_curves_equal_rows(tmp_path)
     write(tmp_path, [9, 10])  # and once more
-    assert [row["step"] for row in rows(tmp_path)] == list(range(0, 11))
+    assert [row["step"] for row in rows(tmp_path)] == list(range(11))
     assert_curves_equal_rows(tmp_path)
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path):
-    """`--resume` without a checkpoint starts at step 0; nothing of the earlier attempt stays."""
-    write(tmp_path, list(range(0, 6)), start=0, close=False)
-    write(tmp_path, [0, 1, 2], start=0)
+    """Without a checkpoint a run starts at step 0; nothing of the earlier attempt stays."""
+    write(tmp_path, list(range(6)), close=False)
+    write(tmp_path, [0, 1, 2])
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
     assert_curves_equal_rows(tmp_path)
 
 
-@pytest.mark.parametrize("tail", ['{"step": 3, "train/lo', '{"step": 3, "train/loss": 2.0}', '\0\0\0\0\n', "[1]\n", "{}\n", '{"step": null}\n'],
-                         ids=["half a row", "no newline", "zeros", "a list", "no step", "null"])
+@pytest.mark.parametrize("tail", [
+    '{"step": 3, "train/lo', '{"step": 3, "train/loss": 2.0}', "\0\0\0\0\n", "[1]\n", "{}\n", '{"step": null}\n',
+], ids=["half a row", "no newline", "zeros", "a list", "no step", "null"])
 def test_a_row_that_a_crash_has_cut_short_is_dropped(tail, tmp_path):
     path = tmp_path / "metrics.jsonl"
     whole = '{"step": 1, "train/loss": 3.0}\n{"step": 2, "train/loss": 2.5}\n'
     path.write_text(whole + tail, encoding="utf-8")
-    Monitor(tmp_path, 3, 10, OPTIONS).close({})
+    Monitor(tmp_path, 4, 10, OPTIONS).close({})
     assert path.read_text(encoding="utf-8") == whole
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_charts_and_settings_are_in_one_run(tmp_path):
-    write(tmp_path, [0, 1, 2], start=0)
+    write(tmp_path, [0, 1, 2])
     assert sorted(path.name.split(".")[0] for path in tmp_path.iterdir()) == ["events", "metrics"], "one event file, no folder"
     events = read_events(tmp_path)
     (tensor,) = events.Tensors("custom_scalars__config__")
@@ -135,7 +136,7 @@ def test_charts_and_settings_are_in_one_run(tmp_path):
 
 
 def test_text_panels(tmp_path):
-    monitor = write(tmp_path, [0, 1], start=0, close=False)
+    monitor = write(tmp_path, [0, 1], close=False)
     monitor.text(1, "held-out predictions", "| place |\n|---|")
     monitor.close({})
     (panel,) = read_events(tmp_path).Tensors("held-out predictions/text_summary")
@@ -156,12 +157,12 @@ def test_an_inactive_monitor_writes_nothing(tmp_path, capfd):
 
 def test_an_inactive_monitor_cuts_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
-    Monitor(tmp_path, 3, 10, OPTIONS, active=False).close({})
+    Monitor(tmp_path, 4, 10, OPTIONS, active=False).close({})
     assert rows(tmp_path) == [{"step": 9}]
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
-    monitor = write(tmp_path, [0, 1], start=0, close=False)
+    monitor = write(tmp_path, [0, 1], close=False)
     monitor.log(2, numbers(2))
     assert rows(tmp_path)[-1]["step"] == 2
     monitor.close({})
