@@ -52,7 +52,7 @@ class Collator:
         ids[separators] = vocabulary.sep_id
 
         maskable = ~vocabulary.is_special[ids]
-        keys = derive(plan.keys[sequence], position_ids)
+        keys = derive(derive(plan.keys, np.uint64(7))[sequence], position_ids)
         starts = unit_starts(self.masking, examples.shard.flags[source], maskable)
         budget = self.task.budget(np.bincount(sequence[maskable], minlength=len(lengths)))
         masked = np.flatnonzero(choose(starts, maskable, sequence, keys, budget))

@@ -67,6 +67,7 @@ class Corpus:
         self.folder, self.part = Path(folder), part
         self.info = _read_info(self.folder)
         self._open: dict[int, Shard] = {}
+        self._verified: set[int] = set()
         for entry in self.info["shards"]:
             for name, array in entry["arrays"].items():
                 path = self._path(entry, name)
@@ -76,7 +77,7 @@ class Corpus:
                                     f"remove {self.folder} and the corpus is prepared again")
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_verified": set()}
 
     def _path(self, entry: dict, name: str) -> Path:
         return self.folder / f"{entry['name']}.{name}.npy"
@@ -93,11 +94,12 @@ class Corpus:
         """Shard `index`, mapped and verified on first use; the last few stay open."""
         if index not in self._open:
             entry = self.info["shards"][index]
-            for name, array in entry["arrays"].items():
+            for name, array in entry["arrays"].items() if index not in self._verified else ():
                 path = self._path(entry, name)
                 if sha256_of(path) != array["sha256"]:
                     raise UserError(f"{path}: its content has changed since it was written; remove {self.folder} and the corpus "
                                     "is prepared again")
+            self._verified.add(index)
             arrays = {name: np.load(self._path(entry, name), mmap_mode="r", allow_pickle=False) for name in ARRAYS}
             while len(self._open) >= OPEN_SHARDS:
                 self._open.pop(next(iter(self._open)))

@@ -140,16 +140,17 @@ def plan_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) 
 def _sentence_edges(shard: Shard, documents: np.ndarray, max_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(edges, first, last): token offsets of the sentences of the shard, and where in `edges` each document starts and ends.
 
-    A sentence longer than `max_tokens` is cut into consecutive pieces of at most half of that."""
+    A sentence longer than `max_tokens` is cut into consecutive pieces of half of that, so that two of them fill a sequence
+    and none is truncated."""
     edges, doc_first, doc_last = np.asarray(shard.sentences), shard.documents[documents], shard.documents[documents + 1]
     lengths = np.diff(edges)
     if lengths.max(initial=0) <= max_tokens:
         return edges, doc_first, doc_last
-    pieces = np.where(lengths > max_tokens, -(-lengths // (max_tokens // 2)), 1)
+    pieces = np.where(lengths > max_tokens, -(-2 * lengths // max_tokens), 1)
     before = np.concatenate([[0], np.cumsum(pieces)])
     owner = np.repeat(np.arange(len(lengths)), pieces)
     rank = np.arange(len(owner)) - before[owner]
-    cut = np.append(edges[owner] + lengths[owner] * rank // pieces[owner], edges[-1])
+    cut = np.append(edges[owner] + rank * max_tokens // 2, edges[-1])
     return cut, before[doc_first], before[doc_last]
 
 

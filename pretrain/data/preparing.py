@@ -8,11 +8,13 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -32,25 +34,38 @@ def prepare(sources: list[reading.Source], text_format: str, tokenizer: PreTrain
     if is_corpus(folder):
         return Corpus(folder)
     vocabulary = describe(tokenizer)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
     partial = folder.with_name(f"{folder.name}.partial")
     with _exclusive(partial):
         if is_corpus(folder):  # another process has written it while this one waited
             return Corpus(folder)
+        _discard_other_work(partial, reading.content_key(sources, text_format, vocabulary.fingerprint, piece_bytes, FORMAT_VERSION))
         pieces = reading.cut_into_pieces([Path(source.path) for source in sources], text_format, piece_bytes)
         total = sum(source.size for source in sources)
         entries = []
         with tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=None) as bar:
             for number, piece in enumerate(pieces):
-                entries.append(_write_piece(partial, f"shard-{number:05d}", piece, text_format, tokenizer, vocabulary, bar))
+                entries.append(_write_piece(partial, f"shard-{number:05d}", piece, text_format, backend, vocabulary, bar))
         entries = _join_small(partial, [entry for entry in entries if entry["documents"]])
         if not entries:
             raise UserError(f"{sources[0].path}: the tokenizer finds no token in the text; needed is text in its script")
         tokenizer.save_pretrained(partial / "tokenizer")
         _write_json(partial / "corpus.json", _describe_corpus(entries, sources, text_format, vocabulary))
-        for leftover in partial.glob("*.piece.json"):
+        for leftover in [*partial.glob("*.piece.json"), partial / "content.key"]:
             leftover.unlink()
         partial.rename(folder)
     return Corpus(folder)
+
+
+def _discard_other_work(folder: Path, key: str) -> None:
+    """Remove what an interrupted preparation of other text, or with another tokenizer, has left in `folder`."""
+    mark = folder / "content.key"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
+        for leftover in sorted(folder.iterdir()):  # content.key before the pieces
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        mark.write_text(key, encoding="utf-8")
 
 
 def _describe_corpus(entries: list[dict], sources: list[reading.Source], text_format: str, vocabulary: Vocabulary) -> dict:
@@ -62,7 +77,7 @@ def _describe_corpus(entries: list[dict], sources: list[reading.Source], text_fo
             "sources": [vars(source) for source in sources], "shards": entries}
 
 
-def _write_piece(folder: Path, name: str, piece: list[reading.Span], text_format: str, tokenizer: PreTrainedTokenizerBase,
+def _write_piece(folder: Path, name: str, piece: list[reading.Span], text_format: str, tokenizer: Tokenizer,
                  vocabulary: Vocabulary, bar: tqdm) -> dict:
     """Write the shard of one piece and return its entry of `corpus.json`; a piece that is written already is kept."""
     done = folder / f"{name}.piece.json"
@@ -75,7 +90,7 @@ def _write_piece(folder: Path, name: str, piece: list[reading.Span], text_format
         for batch in _batches(reading.sentences(piece, text_format)):
             texts = [text for text in batch if text is not None]
             encodings = [encoding.ids for encoding in
-                         tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+                         tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
             lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
             ids = np.fromiter(chain.from_iterable(encodings), dtype, int(lengths.sum()))
             ids_file.append(ids)
@@ -142,10 +157,11 @@ def _join_small(folder: Path, entries: list[dict]) -> list[dict]:
         name = f"{pair[0]['name']}-joined"
         for array in ARRAYS:
             np.save(folder / f"{name}.{array}.npy", getattr(joined, array), allow_pickle=False)
-            for entry in pair:
-                (folder / f"{entry['name']}.{array}.npy").unlink()
-        for entry in pair:  # a restart must not take the removed shards for written
+        for entry in pair:  # first: a restart must not take the removed shards for written
             (folder / f"{entry['name'].removesuffix('-joined')}.piece.json").unlink(missing_ok=True)
+        for entry in pair:
+            for array in ARRAYS:
+                (folder / f"{entry['name']}.{array}.npy").unlink()
         entries[first: first + 2] = [_entry(folder, name, len(joined.ids), sum(entry["unknown_tokens"] for entry in pair),
                                             joined.sentences, joined.documents, joined.hashes)]
         position = first
@@ -206,4 +222,4 @@ def _exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); needed is room and the right to write") from error
+        raise UserError(f"{folder}: cannot be written ({error}); needed is room and the right to write") from error

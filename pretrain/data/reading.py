@@ -50,7 +50,7 @@ def expand(paths: list[str], name: str) -> list[Path]:
         if not found:
             reason = "is a folder without files" if Path(entry).is_dir() else "no such file or folder, and no file matches it as a glob"
             problems.append(f"{name} {entry}: {reason}")
-        files.update(file.absolute() for file in found)
+        files.update(Path(os.path.abspath(file)) for file in found)
     check(problems)
     return sorted(files)
 
@@ -186,16 +186,17 @@ def _cut_file(file: Path, text_format: str, piece_bytes: int) -> list[Span]:
 def sentences(piece: list[Span], text_format: str) -> Iterator[str | None]:
     """The sentences of a piece, stripped and never empty; None after the last sentence of each document."""
     for span in piece:
-        open_document = False
+        open_document, blank = False, True
         for text, line_ends in _lines(span):
             text = text.strip()
             if text:
                 yield text
-                open_document = True
-            ends = line_ends and (text_format == "lines" or (text_format == "sentences" and not text))
+                open_document, blank = True, False
+            ends = line_ends and (text_format == "lines" or (text_format == "sentences" and blank))
             if ends and open_document:
                 yield None
                 open_document = False
+            blank = blank or line_ends
         if open_document:
             yield None
 

@@ -55,15 +55,16 @@ def uncut(*arguments):
 # ---------------------------------------------------------------- pairs, slowly
 
 def slow_edges(shard: Shard, max_tokens: int) -> tuple[list[list[int]], list[int]]:
-    """(sentences, document of each): sentences as lists of tokens; one above max_tokens in pieces of at most half of it."""
+    """(sentences, document of each): sentences as lists of tokens; one above max_tokens in pieces of half of it."""
     pieces, owners = [], []
     for document in range(len(shard.hashes)):
         for sentence in range(shard.documents[document], shard.documents[document + 1]):
             tokens = list(range(shard.sentences[sentence], shard.sentences[sentence + 1]))
-            count = math.ceil(len(tokens) / (max_tokens // 2)) if len(tokens) > max_tokens else 1
-            cuts = [len(tokens) * number // count for number in range(count + 1)]
+            cuts = [0, len(tokens)]
+            if len(tokens) > max_tokens:
+                cuts[1:1] = [number * max_tokens // 2 for number in range(1, math.ceil(2 * len(tokens) / max_tokens))]
             pieces += [tokens[cut: next_cut] for cut, next_cut in zip(cuts, cuts[1:])]
-            owners += [document] * count
+            owners += [document] * (len(cuts) - 1)
     return pieces, owners
 
 
@@ -228,7 +229,7 @@ def test_a_true_next_follows_directly_unless_it_was_cut():
 @pytest.mark.parametrize("max_length", [8, 16, 23])
 def test_a_long_sentence_is_planned_in_pieces(max_length):
     """No piece is above half of the target, so that two make a pair, and none is cut away before truncation."""
-    shard, half = make_shard([[100], [3, 250, 4], [2, 2]]), (max_length - 3) // 2
+    shard, half = make_shard([[100], [3, 250, 4], [2, 2]]), (max_length - 3 + 1) // 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "truncate_pairs", uncut)
         plans = [plan_pairs(shard, everything(shard), task("mlm+sop", max_length), key(seed)) for seed in range(30)]

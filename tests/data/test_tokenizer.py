@@ -41,7 +41,7 @@ def ids_of(tokenizer, text: str) -> list[int]:
 # ---------------------------------------------------------------- training
 
 def test_trained_tokenizer_splits_chinese_characters_singly():
-    made = train(["深度学习 深度学习 模型", "深度学习模型 deep learning"] * 5, 200)
+    made = train(lambda: ["深度学习 深度学习 模型", "深度学习模型 deep learning"] * 5, 200)
     assert made.tokenize("深度学习模型") == list("深度学习模型")
     assert not [entry for entry in made.get_vocab() if len(entry.removeprefix("##")) > 1 and "深" in entry]
     assert made.tokenize("deep学learning") == ["deep", "学", "learning"]
@@ -49,7 +49,7 @@ def test_trained_tokenizer_splits_chinese_characters_singly():
 
 def test_lowercase_on_and_off():
     texts = ["Café Zürich café zürich"] * 5
-    on, off = train(texts, 200), train(texts, 200, lowercase=False)
+    on, off = train(lambda: texts, 200), train(lambda: texts, 200, lowercase=False)
     assert on.tokenize("CAFÉ Zürich") == ["cafe", "zurich"]
     assert off.tokenize("Café zürich") == ["Café", "zürich"]
     assert not [entry for entry in on.get_vocab() if entry not in SPECIAL_TOKENS and (entry != entry.lower() or "é" in entry)]
@@ -58,7 +58,7 @@ def test_lowercase_on_and_off():
 
 def test_trained_vocabulary_is_of_the_size_and_whole(documents):
     texts = [sentence for document in documents for sentence in document]
-    made = train(iter(texts), 150)
+    made = train(lambda: texts, 150)
     vocabulary = made.get_vocab()
     assert sorted(vocabulary.values()) == list(range(150)) and [vocabulary[token] for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     assert made.unk_token_id not in {number for text in texts for number in ids_of(made, text)}  # every character is kept
@@ -68,7 +68,7 @@ def test_trained_vocabulary_is_of_the_size_and_whole(documents):
 def test_training_again_gives_the_same_tokenizer(documents):
     """A run that trains its tokenizer is repeated exactly only if the ids are the same."""
     texts = [sentence for document in documents for sentence in document]
-    assert len({fingerprint(train(iter(texts), 150)) for _ in range(3)}) == 1
+    assert len({fingerprint(train(lambda: texts, 150)) for _ in range(3)}) == 1
 
 
 def test_trained_tokenizer_is_found_again_from_its_folder(tmp_path, tiny_tokenizer, documents):

@@ -102,7 +102,7 @@ def test_gradient_checkpointing_on_the_kernels_path(corpus, vocabulary, with_mas
 def test_filled_batches_of_any_lengths_compile_once_without_a_graph_break(corpus, vocabulary, with_mask):
     eager, model = twins(vocabulary.size)
     batches = make_batches(corpus, vocabulary, fill=True, count=3)
-    assert len({batch.lengths for batch in batches}) == 3 and len({batch.num_tokens for batch in batches}) > 1
+    assert len({batch.lengths for batch in batches}) > 1 and len({batch.num_tokens for batch in batches}) > 1
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)  # a graph break would raise
     for batch in batches:
