@@ -171,7 +171,7 @@ def parse(argv: Sequence[str], options: type, description: str, defaults: dict |
     unknown = sorted(set(from_file) - known)
     if unknown:
         raise UserError(f"--config {path}: unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    namespace = vars(parser.parse_args(_as_flags({**(defaults or {}), **from_file}) + list(argv)))
+    namespace = vars(parser.parse_args(_as_flags({**(defaults or {}), **from_file}, options) + list(argv)))
     namespace.pop("config")
     return options(**namespace)
 
@@ -192,16 +192,18 @@ def read_options(path: str | Path) -> dict:
         raise UserError(f"--config {path}: is neither YAML nor JSON ({error})") from error
     except Exception as error:  # yaml.YAMLError is no ValueError, and yaml may not have been imported
         raise UserError(f"--config {path}: is not valid YAML ({error})") from error
+    values = {} if values is None else values  # an empty file
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: holds {type(values).__name__}, needed is a mapping of options to values")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _as_flags(values: dict) -> list[str]:
+def _as_flags(values: dict, options: type) -> list[str]:
+    switches = {name for name, hint in typing.get_type_hints(options).items() if hint is bool}
     flags = []
     for name, value in values.items():
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool) and name not in ("lowercase", "compile"):
+        if isinstance(value, bool) and name in switches:
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, bool):  # YAML reads on and off as booleans
             flags += [flag, "on" if value else "off"]
@@ -231,8 +233,7 @@ def validate(config) -> list[str]:
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
             problems.append(f"--{name.replace('_', '-')} {shown}: needed is {needed}")
 
-    for name in ("mask_rate",):
-        need(name, lambda v: 0 < v <= 0.8, "a share above 0 and at most 0.8")
+    need("mask_rate", lambda v: 0 < v <= 0.8, "a share above 0 and at most 0.8")
     need("mask_split", lambda v: all(0 <= share <= 1 for share in v) and abs(sum(v) - 1) < 1e-6,
          "three shares within 0..1 that sum to 1")
     need("valid_fraction", lambda v: 0 <= v <= 0.5, "a share within 0..0.5")
@@ -249,7 +250,8 @@ def validate(config) -> list[str]:
     need("vocab_size", lambda v: v >= 100, "at least 100 entries")
     need("config_override", lambda v: all(entry.partition("=")[0].isidentifier() and "=" in entry for entry in v), "KEY=VALUE")
     for name in ("eval_every", "save_every"):
-        need(name, lambda v: v in ("epoch", "auto") or (v.isdigit() and int(v) > 0), "a number of steps above 0, epoch or auto")
+        need(name, lambda v: v in ("epoch", "auto") or (v.isdecimal() and v.isascii() and int(v) > 0),
+             "a number of steps above 0, epoch or auto")
     return problems + _validate_together(config)
 
 
@@ -264,6 +266,8 @@ def _validate_together(config) -> list[str]:
         problems.append("--resume --overwrite: exclude each other; needed is one of the two")
     if getattr(config, "resume", False) and not config.output:
         problems.append("--resume: needed is the run folder, --output DIR")
+    if getattr(config, "patience", 0) and not config.valid and not config.valid_fraction:
+        problems.append("--patience: needed is held-out text, --valid PATHS or a --valid-fraction above 0")
     if getattr(config, "precision", "") == "fp16" and config.device == "cpu":
         problems.append("--precision fp16: the CPU has no fp16 training; needed is bf16 or fp32")
     return problems
@@ -288,8 +292,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        print(f"error: {error.filename or 'a file of the run'}: cannot be written ({error.strerror}); needed is room and the right "
-              "to write. Checkpoints are whole: --resume goes on from the newest", file=sys.stderr)
+        print(f"error: {error.filename or 'a file of the run'}: ({error.strerror}); needed is room on the disk and the right to "
+              "read and write. The checkpoints of a run stay whole: --resume goes on from the newest", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; `--resume` goes on from the newest checkpoint, where there is one", file=sys.stderr)

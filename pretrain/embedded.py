@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import os
 import platform
 import re
 import sysconfig
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from pretrain.data.dataset import DataPosition
+from pretrain.runtime.distributed import gather
 from pretrain.runtime.optim import autocast, make_optimizer
 from pretrain.setup import Run
 from pretrain.train import train_step
@@ -34,7 +36,7 @@ def write_text(cache: Path) -> Path:
     if not path.is_file():
         print("collecting the embedded text: Python's language reference and docstrings")
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
+        temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text("\n\n".join("\n".join(document) for document in _documents()) + "\n", encoding="utf-8")
         temporary.replace(path)
     return path
@@ -74,12 +76,14 @@ def fit_to_machine(run: Run, seconds: float = TRAINING_SECONDS) -> None:
 
     The steps go through a copy of the model; the random state is put back."""
     state = torch.get_rng_state()
-    candidates = {run.precision, "fp32"} if run.config.precision == "auto" else {run.precision}
-    times = {precision: _seconds_a_step(run, precision) for precision in sorted(candidates)}
+    # A GPU's attention was chosen for its precision; on a CPU the two differ by the machine.
+    both = run.config.precision == "auto" and run.device.type == "cpu"
+    times = {precision: _seconds_a_step(run, precision) for precision in sorted({run.precision, "fp32"} if both else {run.precision})}
+    times = gather(times)[0]  # every process decides the same
     torch.set_rng_state(state)
     run.precision = min(times, key=times.get)
     run.config.precision = run.precision
-    if not run.config.max_steps:
+    if not run.config.max_steps and run.config.epochs == type(run.config)().epochs:
         run.config.max_steps = max(MIN_STEPS, min(MAX_STEPS, int(seconds / times[run.precision])))
         run.total_steps = run.config.max_steps
     shown = ", ".join(f"{precision} {1000 * value:.0f} ms" for precision, value in times.items())
@@ -88,8 +92,10 @@ def fit_to_machine(run: Run, seconds: float = TRAINING_SECONDS) -> None:
 
 def fill_examples(folder: Path) -> str:
     """A table of predictions by transformers' own pipeline, which also shows that the folder opens there."""
+    import transformers
     from transformers import pipeline
 
+    transformers.utils.logging.set_verbosity_error()  # the NSP head that the pipeline leaves over is no news
     fill = pipeline("fill-mask", model=str(folder), device="cpu")
     rows = []
     for text in EXAMPLES:

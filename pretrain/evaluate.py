@@ -60,32 +60,31 @@ def unigram_perplexity(corpus: Corpus, batches: list[Batch], vocab_size: int) ->
     return float(np.exp(-np.log(counts[labels] / counts.sum()).mean()))
 
 
-def summarize(loss_sums: dict[str, float], num_correct: dict[str, float], counts: dict[str, float],
-              weights: dict[str, float]) -> dict[str, float]:
-    """Means under the names that TensorBoard and metrics.jsonl use: loss, NAME_loss, NAME_accuracy, perplexity."""
-    means = {name: loss_sums[name] / max(1, counts[name]) for name in loss_sums}
-    numbers = {"loss": sum(weights[name] * mean for name, mean in means.items())}
+def summarize(sums: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
+    """Means under the names that TensorBoard and metrics.jsonl use: loss, NAME_loss, NAME_accuracy, perplexity; without what
+    nothing was counted for."""
+    means = {name: sums[f"{name}_loss"] / sums[f"{name}_count"] for name in weights if sums[f"{name}_count"]}
+    numbers = {"loss": sum(weights[name] * mean for name, mean in means.items())} if means else {}
     for name, mean in means.items():
         numbers[f"{name}_loss"] = mean
-        numbers[f"{name}_accuracy"] = num_correct[name] / max(1, counts[name])
+        numbers[f"{name}_accuracy"] = sums[f"{name}_correct"] / sums[f"{name}_count"]
     if "mlm" in means:
         numbers["perplexity"] = math.exp(min(means["mlm"], 700.0))
     return numbers
 
 
-def add_up(total: dict[str, Tensor], output: Output) -> dict[str, Tensor]:
+def add_up(total: dict[str, Tensor | float], output: Output) -> dict[str, Tensor]:
     """`total` plus the sums of an output, on the device: NAME_loss and NAME_correct, float64 scalars."""
     parts = {f"{name}_loss": value for name, value in output.loss_sums.items()}
     parts |= {f"{name}_correct": value for name, value in output.num_correct.items()}
     return {key: total.get(key, 0) + value.detach().double() for key, value in parts.items()}
 
 
-def read_sums(total: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
-    """(loss sums, right answers) over all processes; waits for the device."""
+def read_sums(total: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:
+    """The sums over all processes, each of which has the same keys; waits for the device."""
     keys = sorted(total)
-    values = dict(zip(keys, sum_over_ranks(torch.stack([total[key] for key in keys])).tolist()))
-    names = [key.removesuffix("_loss") for key in keys if key.endswith("_loss")]
-    return {name: values[f"{name}_loss"] for name in names}, {name: values[f"{name}_correct"] for name in names}
+    values = [torch.as_tensor(total[key], dtype=torch.float64, device=device) for key in keys]
+    return dict(zip(keys, sum_over_ranks(torch.stack(values)).tolist())) if keys else {}
 
 
 @torch.no_grad()
@@ -94,14 +93,14 @@ def evaluate(model: BertForPreTraining, held_out: HeldOut, device: torch.device,
     """Held-out numbers, named as `summarize` names them, and unigram_perplexity; no random number is drawn."""
     was_training = model.training
     model.eval()
-    total = {f"{name}_{kind}": torch.zeros((), dtype=torch.float64, device=device)
-             for name in model.loss_weights for kind in ("loss", "correct")}
+    batches = held_out.batches[world.rank:: world.size]
+    total = {f"{name}_{kind}": 0.0 for name in model.loss_weights for kind in ("loss", "correct")}
     with autocast:
-        for batch in held_out.batches[world.rank:: world.size]:
-            total = add_up(total, model(batch.to(device)))
+        for batch in batches:
+            total |= add_up(total, model(batch.to(device)))
     model.train(was_training)
-    counts = {name: sum(batch.counts[name] for batch in held_out.batches) for name in model.loss_weights}
-    numbers = summarize(*read_sums(total), counts, model.loss_weights)
+    total |= {f"{name}_count": float(sum(batch.counts[name] for batch in batches)) for name in model.loss_weights}
+    numbers = summarize(read_sums(total, device), model.loss_weights)
     if held_out.unigram_perplexity is not None:
         numbers["unigram_perplexity"] = held_out.unigram_perplexity
     return numbers

@@ -6,6 +6,7 @@ fails often comes first; text is tokenized once everything else fits.
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import re
 import shutil
@@ -34,8 +35,8 @@ from pretrain.text import open_text, prepare_tokenizer
 MIN_TRUE_SHARE = 0.1  # of the planned pairs
 COUNTED_SHARDS = 4  # planned at the start to count an epoch; a larger corpus is extrapolated from them
 # What may change when a run is resumed; everything else decides the data, the weights or the update.
-MAY_CHANGE = {"max_steps", "epochs", "max_minutes", "eval_every", "save_every", "log_every", "keep", "workers", "device", "compile",
-              "patience", "output", "resume", "overwrite", "cache", "gradient_checkpointing"}
+MAY_CHANGE = {"max_steps", "epochs", "max_minutes", "eval_every", "save_every", "log_every", "keep", "workers", "device", "precision",
+              "compile", "patience", "output", "resume", "overwrite", "cache", "gradient_checkpointing"}
 
 RUN_ENTRY = re.compile(r"(config|summary)\.json|metrics\.jsonl|events\.out\.tfevents.*|\.?(best|final|checkpoint-\d+)(\.\w+)?"
                        r"|.*\.(tmp|partial)")  # what a run writes; --overwrite replaces nothing else
@@ -69,7 +70,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run to resume has nothing left to do."""
+        """Whether the run to resume has no step left to do."""
         progress = self.state.get("progress", {})
         return progress.get("step", -1) >= self.total_steps or (
             progress.get("finished", False) and self.total_steps == self.state["total_steps"])
@@ -105,17 +106,19 @@ def build(config: Config) -> Run:
     check_processes(config, world)
     config.output = config.output or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
     config.workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
-    output = Path(config.output)
+    output = Path(os.path.abspath(config.output)) if config.output in (".", "..") else Path(config.output)
     checkpoint = find_checkpoint(output, config) if world.is_main or config.resume else None
     state = ckpt.read_values(checkpoint) if checkpoint else {}
-    precision = choose_precision(state.get("precision", config.precision), device)
     if checkpoint:
         check(changed_options(config, state["options"]))
-        torch.set_num_threads(state["threads"])  # sums are split by thread: another number, other bits
+        if state["processes"] == world.size:
+            torch.set_num_threads(state["threads"])  # sums are split by thread: another number, other bits
+    kept = state and config.precision == state["options"]["precision"]
+    precision = choose_precision(state["precision"] if kept else config.precision, device)
     torch.manual_seed(config.seed)
     tokenizer, text = prepare_tokenizer(config, checkpoint, world)
     vocabulary = tokenizers.describe(tokenizer)
-    model = make_model(config, checkpoint, vocabulary)
+    model = make_model(config, checkpoint, tokenizer, vocabulary)
     training, held_out_text = open_text(config, tokenizer, vocabulary, text, state, world)
 
     task = Task(config.objective, config.max_length, config.micro_batch_size, config.mask_rate, config.seed)
@@ -161,7 +164,13 @@ def open_output(run: Run) -> None:
                     run.output.rename(replaced)
             run.replaced = replaced if replaced.exists() else None
             run.output.mkdir(parents=True, exist_ok=True)
-            ckpt.write_json(run.output / "config.json", asdict(run.config))
+            ckpt.remove_leftovers(run.output)
+            if run.checkpoint:
+                ckpt.set_aside_after(run.output, run.state["progress"]["step"])
+            options = asdict(run.config)
+            for name in ("output", "resume", "overwrite"):  # of this start, not of a run like it
+                del options[name]
+            ckpt.write_json(run.output / "config.json", options)
         except OSError as error:
             raise UserError(f"--output {run.output}: cannot be written ({error.strerror}); needed is a folder with room and the "
                             "right to write") from error
@@ -174,7 +183,7 @@ def find_checkpoint(output: Path, config: Config) -> Path | None:
         raise UserError(f"--output {output}: is a file; needed is a folder")
     if config.resume:
         for name in ("best", "final"):
-            ckpt.restore(output / name)
+            ckpt.restore(output / name)  # what a save interrupted between two renames had moved aside
         return ckpt.newest_good(output)
     entries = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
     strange = sorted(name for name in entries if not RUN_ENTRY.fullmatch(name))
@@ -197,7 +206,8 @@ def changed_options(config: Config, saved: dict) -> list[str]:
     return problems
 
 
-def make_model(config: Config, checkpoint: Path | None, vocabulary: tokenizers.Vocabulary) -> bert.BertForPreTraining:
+def make_model(config: Config, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase,
+               vocabulary: tokenizers.Vocabulary) -> bert.BertForPreTraining:
     """Model from scratch, from a checkpoint, or of the run to resume; UserError where it does not fit tokenizer or lengths."""
     if checkpoint:
         return bert.from_checkpoint(str(checkpoint), [])[0]
@@ -213,20 +223,20 @@ def make_model(config: Config, checkpoint: Path | None, vocabulary: tokenizers.V
         problems.append(f"--tokenizer {config.tokenizer or config.model}: has {vocabulary.size:,} entries, the model {config.model} "
                         f"{settings.vocab_size:,}; needed is the model's own tokenizer")
     elif config.tokenizer and config.model not in MODEL_SIZES:
-        problems += other_vocabulary(config, vocabulary)
+        problems += other_vocabulary(config, tokenizer)
     check(problems)
     if fresh:
         print(f"{config.model} has no {', no '.join(fresh)}: starting fresh, so the first held-out numbers mean nothing")
     return model
 
 
-def other_vocabulary(config: Config, vocabulary: tokenizers.Vocabulary) -> list[str]:
+def other_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """A problem where --tokenizer is not the model's own, if the model comes with one."""
     try:
-        own = tokenizers.describe(tokenizers.load(config.model, config.lowercase == "on"))
+        own = tokenizers.load(config.model, config.lowercase == "on")
     except UserError:
         return []  # the model comes without a tokenizer
-    if np.array_equal(own.starts_word, vocabulary.starts_word) and own.ordinary_ids.tolist() == vocabulary.ordinary_ids.tolist():
+    if own.get_vocab() == tokenizer.get_vocab():
         return []
     return [f"--tokenizer {config.tokenizer}: its vocabulary differs from that of the model {config.model}; leave --tokenizer away"]
 
@@ -247,11 +257,10 @@ def check_plan(dataset: PretrainingDataset, config: Config) -> int:
             raise UserError(f"--objective {config.objective}: {true_share:.1%} of the planned pairs would be true next ones, needed are at "
                             f"least {MIN_TRUE_SHARE:.0%}: the documents have too few sentences. Ways out: --objective mlm, or another "
                             "--format (sentences: a sentence a line, a blank line between documents)")
-    long_sentences = sum(int((np.diff(dataset.source.shard(index).sentences) > task.max_tokens).sum())
-                         for index in range(len(plans)))
+    long_sentences = sum(int((np.diff(dataset.source.shard(dataset.shard_at(0, place)).sentences) > task.max_tokens).sum())
+                         for place in range(len(plans)))
     if long_sentences and config.objective != "mlm":
-        print(f"{round(long_sentences / share):,} sentences are longer than {task.max_tokens} tokens: planned in pieces of at most half "
-              "of that")
+        print(f"{round(long_sentences / share):,} sentences are longer than {task.max_tokens} tokens: planned in pieces of half of that")
     if num_tokens < config.batch_size * config.max_length and share == 1:
         largest = num_tokens // config.max_length
         raise UserError(f"--batch-size {config.batch_size}: a step is {config.batch_size * config.max_length:,} tokens, the text makes "
@@ -266,6 +275,8 @@ def count_steps(config: Config, state: dict, steps_per_epoch: int) -> int:
     if not state:
         return wanted
     saved = state["options"]
+    if config.epochs != saved["epochs"] and config.max_steps == saved["max_steps"]:
+        config.max_steps, wanted = 0, max(1, round(config.epochs * steps_per_epoch))
     if (config.max_steps, config.epochs) == (saved["max_steps"], saved["epochs"]):
         return state["total_steps"]
     print(f"the run now ends at step {wanted}, not {state['total_steps']}: the schedule of the learning rate changes")

@@ -14,7 +14,7 @@ from pretrain.data import corpus as corpora
 from pretrain.data import reading
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.corpus import Corpus
-from pretrain.data.preparing import prepare
+from pretrain.data.preparing import exclusive, prepare
 from pretrain.model import bert
 from pretrain.runtime.checkpoint import write_folder
 from pretrain.runtime.distributed import World, main_first
@@ -63,7 +63,7 @@ def trained_tokenizer(text: TextFiles, vocab_size: int, lowercase: bool, cache: 
     """WordPiece tokenizer trained on `text`, found again by fingerprint of text and settings."""
     key = reading.content_key(text.sources, text.text_format, vocab_size, lowercase)
     folder = cache / f"tokenizer-{key}"
-    with main_first(world):
+    with main_first(world), exclusive(folder):
         if not folder.is_dir():
             print(f"training a WordPiece vocabulary of {vocab_size:,} on {len(text.sources):,} files")
             made = tokenizers.train(lambda: reading.read_all(text.sources, text.text_format), vocab_size, lowercase)
@@ -118,7 +118,7 @@ def check_documents(training: Corpus, held_out: Corpus | None, config: Config) -
     for corpus, name, paths in ((training, "--train", config.train), (held_out, "--valid", config.valid or config.train)):
         if corpus is None:
             continue
-        found = corpus.count()[0]
+        found = corpus.count(at_most=needed)
         if found < needed:
             what = "with --objective mlm+nsp a random next sentence comes from another document" if needed == 2 else "there is no text"
             raise UserError(f"{name} {' '.join(paths)}: {found} document{'s' * (found != 1)} for this side, needed are at least {needed} "

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch
 from pretrain.data.dataset import DataPosition, MicroBatchSampler, make_loader
-from pretrain.evaluate import add_up, evaluate, sample_predictions, summarize
+from pretrain.evaluate import add_up, evaluate, read_sums, sample_predictions, summarize
 from pretrain.model.bert import count_flops
 from pretrain.runtime import checkpoint as ckpt
-from pretrain.runtime.distributed import any_rank, gather, gradient_sync, sum_counts, sum_over_ranks, wait_for_all, wrap
+from pretrain.runtime.distributed import any_rank, gather, gradient_sync, sum_counts, wait_for_all, wrap
 from pretrain.runtime.monitor import Monitor, peak_memory_bytes
 from pretrain.runtime.optim import FiniteWatch, autocast, make_optimizer, make_schedule, peak_flops
 from pretrain.setup import Run, describe_run
@@ -77,7 +77,7 @@ def train(run: Run) -> dict[str, float | str]:
     learning_rate = make_schedule(config.schedule, config.learning_rate, config.warmup, run.total_steps)
     micro_batches = config.batch_size // config.micro_batch_size
     progress = Progress(**run.state["progress"]) if run.checkpoint else Progress()
-    window = Window.fresh(device, progress.window if world.is_main else {})
+    window = Window.restored(progress.window, device, world.is_main)
     watch = FiniteWatch(progress.skipped)
     handled_step = progress.step if run.checkpoint else -1  # evaluated, logged and saved before the run was resumed
     monitor = Monitor(run.output, handled_step + 1, run.total_steps, asdict(config), active=world.is_main)
@@ -90,7 +90,7 @@ def train(run: Run) -> dict[str, float | str]:
         restore(run, optimizer, scaler)
     while True:
         step = progress.step
-        finished = step >= run.total_steps
+        finished = step >= run.total_steps or (step == handled_step and run.is_finished)
         if step != handled_step:
             if finished or step % run.eval_every == 0:
                 numbers |= hold_out(run, progress, context, monitor)
@@ -98,7 +98,7 @@ def train(run: Run) -> dict[str, float | str]:
             if numbers:
                 monitor.log(step, numbers)
             # At least one step first, so that a run restarted again and again goes on.
-            out_of_time = step > 0 and any_rank(0 < config.max_minutes * 60 <= time.monotonic() - begin)
+            out_of_time = step > 0 and config.max_minutes > 0 and any_rank(time.monotonic() - begin >= config.max_minutes * 60)
             if step and (finished or out_of_time or step % run.save_every == 0):
                 watch_message(watch.observe(None), monitor)
                 progress.skipped, progress.finished = watch.skipped, finished
@@ -108,23 +108,27 @@ def train(run: Run) -> dict[str, float | str]:
 
         tick = time.perf_counter()
         batches = [next(loader) for _ in range(micro_batches // world.size)]
-        window.wait_seconds += time.perf_counter() - tick
+        window.add_seconds("wait_seconds", time.perf_counter() - tick, world.size)
         rate = learning_rate(step + 1)
         result = train_step(trained, model.loss_weights, batches, optimizer, scaler, context, rate, config.max_grad_norm, device,
                             world.size)
         watch_message(watch.observe(result.finite, f"at step {step + 1}, data position {tuple(progress.position)}"), monitor)
         progress.step, progress.position = step + 1, run.dataset.advance(progress.position, micro_batches)
         window.add(result, batches, sum(count_flops(model, batch) for batch in batches))
+        logged = progress.step in (1, run.total_steps) or progress.step % config.log_every == 0
+        grad_norm = float(result.grad_norm) if logged else None  # waits for the device, so that the clock is right
+        window.add_seconds("seconds", time.perf_counter() - tick, world.size)
         numbers = {}
-        if progress.step in (1, run.total_steps) or progress.step % config.log_every == 0:
-            numbers = {**window.read(model.loss_weights, tick, peak * world.size), "optim/learning_rate": rate,
-                       "optim/grad_norm": float(result.grad_norm), "memory/peak_bytes": peak_memory_bytes(device)}
-            progress.add_window(window)
-            window = Window.fresh(device)
-        else:
-            window.seconds += time.perf_counter() - tick
+        if logged:
+            sums = window.read(device)
+            means = summarize(sums, model.loss_weights)
+            numbers = {f"train/{name}": value for name, value in means.items()} | speed(sums, peak * world.size) | {
+                "optim/learning_rate": rate, "optim/grad_norm": grad_norm, "memory/peak_bytes": peak_memory_bytes(device)}
+            progress.add_window(sums, means)
+            window = Window({}, {})
         monitor.advance()
-    return finish(run, progress, window, monitor, finished)
+    progress.add_window(window.read(device), progress.last_train)
+    return finish(run, progress, monitor, finished)
 
 
 @dataclass
@@ -133,73 +137,64 @@ class Progress:
 
     step: int = 0  # optimizer updates done
     position: DataPosition = DataPosition(0, 0, 0)  # of the next micro-batch
-    num_tokens: float = 0.0  # real ones, up to the last logged step
-    num_sequences: float = 0.0
-    seconds: float = 0.0  # of training, without evaluations and saving
+    totals: dict[str, float] = field(default_factory=dict)  # real tokens, sequences, seconds of training; to the last logged step
     skipped: int = 0  # steps that were not finite
     best_perplexity: float | None = None
     best_step: int = 0
     evaluations_without_gain: int = 0
     last_train: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
+    last_eval_step: int = 0
     window: dict[str, float] = field(default_factory=dict)  # sums since the last logged step
     finished: bool = False
 
     def __post_init__(self):
         self.position = DataPosition(*self.position)
 
-    def add_window(self, window: Window) -> None:
-        """Take over the totals of a window that has been read."""
-        self.num_tokens += window.num_tokens
-        self.num_sequences += window.num_sequences
-        self.seconds += window.seconds
-        self.last_train = window.numbers
+    def add_window(self, sums: dict[str, float], numbers: dict[str, float]) -> None:
+        """Take over the sums and the means of a window."""
+        for name in ("tokens", "sequences", "seconds", "masked", "shortfall"):
+            self.totals[name] = self.totals.get(name, 0.0) + sums.get(name, 0.0)
+        self.last_train = numbers
 
 
 @dataclass
 class Window:
-    """Sums since the last logged step; the losses stay on the device until they are read."""
+    """Sums since the last logged step, of this process: losses on the device, the rest on the host."""
 
-    total: dict[str, Tensor]
-    known: dict[str, float] = field(default_factory=dict)  # what the host knows: tokens, slots, sequences, flops
-    seconds: float = 0.0
-    wait_seconds: float = 0.0
-    num_tokens: float = 0.0  # of all processes, once read
-    num_sequences: float = 0.0
-    numbers: dict[str, float] = field(default_factory=dict)
+    device_sums: dict[str, Tensor]
+    host_sums: dict[str, float]
 
     @classmethod
-    def fresh(cls, device: torch.device, sums: dict[str, float] | None = None) -> Window:
-        """Empty, or with the sums that a checkpoint has kept."""
-        return cls({key: torch.tensor(value, dtype=torch.float64, device=device) for key, value in (sums or {}).items()})
+    def restored(cls, saved: dict[str, float], device: torch.device, is_main: bool) -> Window:
+        """The window that a checkpoint has kept; the first process holds it, the others hold zeros."""
+        kept = {name: value if is_main else 0.0 for name, value in saved.items()}
+        on_device = [name for name in kept if name.endswith(("_loss", "_correct", "_count"))]
+        return cls({name: torch.tensor(kept.pop(name), dtype=torch.float64, device=device) for name in on_device}, kept)
 
     def add(self, result: StepResult, batches: Sequence[Batch], flops: float) -> None:
         """One update."""
-        known = {"tokens": sum(batch.num_tokens for batch in batches), "slots": sum(len(batch.input_ids) for batch in batches),
-                 "sequences": sum(batch.num_sequences for batch in batches), "flops": flops}
-        self.known = {key: self.known.get(key, 0.0) + value for key, value in known.items()}
-        self.total = {key: self.total.get(key, 0.0) + value for key, value in result.sums.items()}
+        host = {"tokens": sum(batch.num_tokens for batch in batches), "slots": sum(len(batch.input_ids) for batch in batches),
+                "sequences": sum(batch.num_sequences for batch in batches), "flops": flops,
+                "masked": sum(batch.counts.get("mlm", 0) for batch in batches), "shortfall": sum(batch.shortfall for batch in batches)}
+        for name, value in host.items():
+            self.host_sums[name] = self.host_sums.get(name, 0.0) + value
+        self.device_sums = {name: self.device_sums.get(name, 0.0) + value for name, value in result.sums.items()}
 
-    def sums(self) -> dict[str, float]:
+    def add_seconds(self, name: str, seconds: float, world_size: int) -> None:
+        """Time spent; the sum over the processes is their mean."""
+        self.host_sums[name] = self.host_sums.get(name, 0.0) + seconds / world_size
+
+    def read(self, device: torch.device) -> dict[str, float]:
         """The sums over all processes; waits for the device."""
-        total = self.total | {key: torch.tensor(value, dtype=torch.float64) for key, value in self.known.items()}
-        if not total:
-            return {}
-        keys = sorted(total)
-        device = next(iter(self.total.values())).device
-        return dict(zip(keys, sum_over_ranks(torch.stack([total[key].to(device) for key in keys])).tolist()))
+        return read_sums({**self.device_sums, **self.host_sums}, device)
 
-    def read(self, loss_weights: dict[str, float], tick: float, peak: float) -> dict[str, float]:
-        """The window's numbers; waits for the device, and ends the window's clock, the last step having begun at `tick`."""
-        sums = self.sums()
-        parts = [{name: sums[f"{name}_{kind}"] for name in loss_weights} for kind in ("loss", "correct", "count")]
-        self.numbers = summarize(*parts, loss_weights)
-        self.num_tokens, self.num_sequences = sums["tokens"], sums["sequences"]
-        self.seconds += time.perf_counter() - tick
-        speed = {"tokens_per_second": sums["tokens"] / self.seconds, "mfu": sums["flops"] / self.seconds / peak,
-                 "data_wait": self.wait_seconds / self.seconds, "padding": 1 - sums["tokens"] / sums["slots"]}
-        return {f"train/{name}": value for name, value in self.numbers.items()} | {
-            f"speed/{name}": value for name, value in speed.items()}
+
+def speed(sums: dict[str, float], peak: float) -> dict[str, float]:
+    """The numbers under `speed/`; `peak` is the matrix rate of all devices in FLOP/s."""
+    seconds = max(sums["seconds"], 1e-9)
+    return {"speed/tokens_per_second": sums["tokens"] / seconds, "speed/mfu": sums["flops"] / seconds / peak,
+            "speed/data_wait": sums["wait_seconds"] / seconds, "speed/padding": 1 - sums["tokens"] / sums["slots"]}
 
 
 def watch_message(message: str | None, monitor: Monitor) -> None:
@@ -214,13 +209,14 @@ def hold_out(run: Run, progress: Progress, context: torch.autocast, monitor: Mon
     if not run.held_out:
         return {}
     progress.last_eval = evaluate(run.model, run.held_out, run.device, context, run.world)
+    progress.last_eval_step = progress.step
     if monitor.active:
         samples = sample_predictions(run.model, run.held_out, run.tokenizer, run.device, context)
         monitor.text(progress.step, "held-out predictions", samples)
     perplexity = progress.last_eval["perplexity"]
     if progress.best_perplexity is None or perplexity < progress.best_perplexity:
         progress.best_perplexity, progress.best_step, progress.evaluations_without_gain = perplexity, progress.step, 0
-        if progress.step and run.world.is_main:
+        if run.world.is_main:
             ckpt.write_folder(run.output / "best", lambda folder: export(run, progress, folder))
     else:
         progress.evaluations_without_gain += 1
@@ -229,14 +225,14 @@ def hold_out(run: Run, progress: Progress, context: torch.autocast, monitor: Mon
 
 def export(run: Run, progress: Progress, folder) -> None:
     """Model, tokenizer, model card and facts into `folder`; it opens with transformers as it is."""
-    facts = {**describe_run(run), "step": progress.step, "held_out": progress.last_eval}
+    facts = {**describe_run(run), "step": progress.step, "held_out_step": progress.last_eval_step, "held_out": progress.last_eval}
     ckpt.write_model(folder, run.model, run.tokenizer, facts)
 
 
 def save(run: Run, progress: Progress, window: Window, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
          monitor: Monitor) -> None:
     """Checkpoint of the present step: model folder and training state; older ones beyond --keep are removed."""
-    progress.window = window.sums()
+    progress.window = window.read(run.device)
     states = gather(ckpt.random_states(run.device))
     monitor.flush()
 
@@ -263,18 +259,16 @@ def restore(run: Run, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradSc
         ckpt.set_random_states(states[run.world.rank], run.device)
 
 
-def finish(run: Run, progress: Progress, window: Window, monitor: Monitor, finished: bool) -> dict[str, float | str]:
+def finish(run: Run, progress: Progress, monitor: Monitor, finished: bool) -> dict[str, float | str]:
     """Write `final/` if the run is at its end, and the summary."""
-    if window.total:
-        window.num_tokens, window.num_sequences = (window.sums()[key] for key in ("tokens", "sequences"))
-        window.numbers = progress.last_train
-        progress.add_window(window)
     if finished and run.world.is_main:
         ckpt.write_folder(run.output / "final", lambda folder: export(run, progress, folder))
+    totals = progress.totals
+    seconds = max(totals.get("seconds", 0.0), 1e-9)
     summary = {"state": "finished" if finished else "stopped by --max-minutes, --resume goes on", "steps": progress.step,
-               "real_tokens": progress.num_tokens, "seconds": round(progress.seconds, 3),
-               "sequences_per_second": progress.num_sequences / max(progress.seconds, 1e-9),
-               "tokens_per_second": progress.num_tokens / max(progress.seconds, 1e-9), "skipped_steps": progress.skipped}
+               "real_tokens": int(totals.get("tokens", 0)), "seconds": seconds,
+               "sequences_per_second": totals.get("sequences", 0.0) / seconds, "tokens_per_second": totals.get("tokens", 0.0) / seconds,
+               "skipped_steps": progress.skipped, "mask_shortfall": totals.get("shortfall", 0.0) / max(1.0, totals.get("masked", 0.0))}
     summary |= {f"train_{name}": value for name, value in progress.last_train.items()}
     summary |= {f"eval_{name}": value for name, value in progress.last_eval.items()}
     if progress.best_perplexity is not None:

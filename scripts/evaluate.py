@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
     for name in ("objective", "max_length", "eval_tokens", "eval_batch_size"):
         setattr(options, name, getattr(options, name) or facts[name])
     world, device = distributed.start(options.device)
-    precision = choose_precision(options.precision, device)
+    same = options.precision == "auto" and facts.get("precision") in ("bf16", "fp32")
+    precision = choose_precision(facts["precision"] if same else options.precision, device)
     text = check_text(options.input, "--input", options, world)
     model, fresh = bert.from_checkpoint(options.model, [])
     if options.max_length > model.config.max_position_embeddings:
@@ -57,11 +58,15 @@ def main(argv: list[str]) -> None:
     corpus = open_or_prepare(text, options.input[0], tokenizer, vocabulary, Path(options.cache), "--input", world)
     if options.valid_fraction:
         corpus = corpus.split(options.valid_fraction)[1]
+    documents = corpus.count()
+    if documents < 1 + (options.objective == "mlm+nsp"):
+        raise UserError(f"--input {' '.join(options.input)}: {documents} documents, needed are more for --objective {options.objective}; "
+                        "ways out: more text, another --format, --objective mlm")
     held_out = evaluate.make_held_out(corpus, options.objective, options.max_length, options.eval_batch_size, vocabulary,
                                       options.eval_tokens)
     numbers = evaluate.evaluate(model.to(device), held_out, device, autocast(device, precision), world)
-    documents, tokens = corpus.count()
-    print(f"{options.model} on {documents:,} documents of {tokens:,} tokens, {options.objective} at {options.max_length} tokens, "
+    tokens = sum(batch.num_tokens for batch in held_out.batches)
+    print(f"{options.model} on {tokens:,} tokens of {documents:,} documents, {options.objective} at {options.max_length} tokens, "
           f"in {precision}")
     print("\n".join(f"{name.replace('_', ' '):16} {value:,.4f}" for name, value in numbers.items()))
     print(json.dumps(numbers))

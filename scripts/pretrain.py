@@ -14,45 +14,55 @@ def main(argv: list[str]) -> None:
     config = parse(argv, Config, __doc__)
     check(validate(config))
     saved = Path(config.output or "", "config.json")
-    embedded = not config.train
-    if config.resume and embedded and not saved.is_file():
+    resumed = config.resume and saved.is_file()
+    embedded = not config.train and not resumed
+    if resumed:
+        config = parse(argv, Config, __doc__, defaults=read_options(saved))
+    elif config.resume and embedded:
         raise UserError(f"--resume --output {config.output}: holds no run to go on with; needed are the options of a new one, with --train")
-    if config.resume and saved.is_file():
-        config = parse(argv, Config, __doc__, defaults={**read_options(saved), "resume": False, "overwrite": False})
-        embedded = False
+    elif embedded and config.model != Config.model:
+        raise UserError(f"--model {config.model}: needed is text to train it on, --train PATHS")
     elif embedded:
         config = parse(argv, Config, __doc__, defaults=EMBEDDED_DEFAULTS)
 
-    from pretrain import embedded as embedded_text
+    import torch
+
+    from pretrain import embedded as default_run
     from pretrain import setup
     from pretrain.runtime.distributed import stop
     from pretrain.train import train
 
     if embedded:
-        config.train = [str(embedded_text.write_text(Path(config.cache)))]
+        config.train = [str(default_run.write_text(Path(config.cache)))]
     run = setup.build(config)
-    if run.is_finished:
+    if run.is_finished and (run.output / "final").is_dir():
         print(f"{run.output} is finished, at step {run.state['progress']['step']}; its model is {run.output / 'final'}")
-        return
-    if embedded and not run.checkpoint:
-        embedded_text.fit_to_machine(run)
+        return stop()
+    if embedded:
+        default_run.fit_to_machine(run)
     setup.open_output(run)
     setup.print_plan(run)
-    summary = train(run)
-    if run.world.is_main:
-        report(run, summary, embedded)
-    stop()
+    try:
+        summary = train(run)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"--micro-batch-size {config.micro_batch_size}: the device's memory is full; needed is a smaller one, or "
+                        "--gradient-checkpointing") from error
+    report(run, summary)
+    if embedded and summary["state"] == "finished" and run.world.is_main:
+        print(f"a few masks, filled by the model:\n{default_run.fill_examples(run.output / 'final')}")
+    return stop()
 
 
-def report(run, summary: dict, show_masks: bool) -> None:
+def report(run, summary: dict) -> None:
     """The summary, and where things are."""
-    print("\n".join(f"{name.replace('_', ' '):22} {value:,.4f}" if isinstance(value, float) else f"{name.replace('_', ' '):22} {value}"
-                    for name, value in summary.items()))
-    if show_masks:
-        from pretrain.embedded import fill_examples
-
-        print(f"a few masks, filled by the model:\n{fill_examples(run.output / 'final')}")
-    print(f"model        {run.output / 'final'}\nTensorBoard  tensorboard --logdir {run.output}")
+    for name, value in summary.items():
+        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        print(f"{name.replace('_', ' '):24}{shown}")
+    if summary["state"] == "finished":
+        print(f"{'model':24}{run.output / 'final'}")
+    else:
+        print(f"{'go on':24}python scripts/pretrain.py --resume --output {run.output}")
+    print(f"{'TensorBoard':24}tensorboard --logdir {run.output}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from transformers import BertForPreTraining as Stock
 from pretrain.batch import IGNORED
 from pretrain.config import OBJECTIVES
 from pretrain.evaluate import HeldOut, add_up, evaluate, make_held_out, read_sums, sample_predictions, summarize, unigram_perplexity
-from pretrain.runtime.distributed import World
 from pretrain.runtime.optim import autocast
 
 CPU = torch.device("cpu")
@@ -127,16 +126,6 @@ def test_making_held_out_batches_draws_nothing_and_gives_the_same_twice(sides, v
     assert all(torch.equal(one.input_ids, other.input_ids) for one, other in zip(first, second, strict=True))
 
 
-def test_processes_add_up_to_one(sides, vocabulary):
-    """Each takes every second batch and divides by the counts of all."""
-    model, held_out = small_model(vocabulary.size), make_held_out(sides[1], "mlm+nsp", MAX_LENGTH, 4, vocabulary, ALL)
-    whole, *parts = run(model, held_out), *(run(model, held_out, world=World(rank, 2)) for rank in range(2))
-    for name in ("loss", "mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy"):
-        assert parts[0][name] > 0 and parts[0][name] + parts[1][name] == pytest.approx(whole[name], rel=1e-6)
-    alone = HeldOut(held_out.batches[:1])  # a process without a batch
-    assert run(model, alone, world=World(1, 2))["mlm_loss"] == 0
-
-
 def test_unigram_perplexity_equals_a_slow_count(corpus, sides, vocabulary):
     training, held_out = sides
     batches = make_held_out(held_out, "mlm+nsp", MAX_LENGTH, 8, vocabulary, ALL).batches
@@ -145,7 +134,7 @@ def test_unigram_perplexity_equals_a_slow_count(corpus, sides, vocabulary):
     for document in training.documents(0).tolist():
         first, last = shard.documents[document:document + 2]
         seen.update(shard.ids[shard.sentences[first]:shard.sentences[last]].tolist())
-    assert sum(seen.values()) - vocabulary.size == training.count()[1] < corpus.count()[1]
+    assert vocabulary.size < sum(seen.values()) < vocabulary.size + len(shard.ids)
     labels = [label for batch in batches for label in batch.masked_lm_labels.tolist()]
     expected = math.exp(-sum(math.log(seen[label] / sum(seen.values())) for label in labels) / len(labels))
     assert unigram_perplexity(training, batches, vocabulary.size) == pytest.approx(expected, rel=1e-9)
@@ -155,13 +144,14 @@ def test_unigram_perplexity_equals_a_slow_count(corpus, sides, vocabulary):
 
 
 def test_summarize():
-    sums = {"mlm": 30.0, "nsp": 4.0}, {"mlm": 2, "nsp": 6}, {"mlm": 10, "nsp": 8}
-    assert summarize(*sums, {"mlm": 1.0, "nsp": 0.5}) == {
+    sums = {"mlm_loss": 30.0, "nsp_loss": 4.0, "mlm_correct": 2, "nsp_correct": 6, "mlm_count": 10, "nsp_count": 8}
+    assert summarize(sums, {"mlm": 1.0, "nsp": 0.5}) == {
         "loss": 3.25, "mlm_loss": 3.0, "mlm_accuracy": 0.2, "nsp_loss": 0.5, "nsp_accuracy": 0.75, "perplexity": pytest.approx(math.e**3)}
-    huge = summarize({"mlm": 1e6}, {"mlm": 0}, {"mlm": 1}, {"mlm": 1.0})
+    huge = summarize({"mlm_loss": 1e6, "mlm_correct": 0, "mlm_count": 1}, {"mlm": 1.0})
     assert huge["mlm_loss"] == 1e6 and math.isfinite(huge["perplexity"])
-    assert summarize({"mlm": 0.0}, {"mlm": 0}, {"mlm": 0}, {"mlm": 1.0})["mlm_loss"] == 0
-    assert math.isnan(summarize({"mlm": math.nan}, {"mlm": 0}, {"mlm": 1}, {"mlm": 1.0})["perplexity"])
+    nothing = summarize({**sums, "nsp_count": 0}, {"mlm": 1.0, "nsp": 0.5})  # text without pairs, or a step that was skipped
+    assert nothing["loss"] == 3.0 and "nsp_loss" not in nothing and "nsp_accuracy" not in nothing
+    assert summarize({"mlm_loss": 0.0, "mlm_correct": 0, "mlm_count": 0}, {"mlm": 1.0}) == {}
 
 
 def test_sums_of_outputs(sides, vocabulary):
@@ -170,10 +160,11 @@ def test_sums_of_outputs(sides, vocabulary):
     for output in outputs:
         total = add_up(total, output)
     assert all(value.dtype == torch.float64 and not value.requires_grad for value in total.values())
-    losses, right = read_sums(total)
+    sums = read_sums({**total, "tokens": 7.0}, torch.device("cpu"))
+    assert sums["tokens"] == 7.0
     for name in ("mlm", "nsp"):
-        assert losses[name] == pytest.approx(sum(output.loss_sums[name].item() for output in outputs), rel=1e-12)
-        assert right[name] == sum(output.num_correct[name].item() for output in outputs)
+        assert sums[f"{name}_loss"] == pytest.approx(sum(output.loss_sums[name].item() for output in outputs), rel=1e-12)
+        assert sums[f"{name}_correct"] == sum(output.num_correct[name].item() for output in outputs)
 
 
 def parse(markdown):

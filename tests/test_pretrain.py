@@ -148,6 +148,74 @@ def test_damaged_checkpoint_is_passed_over(finished, tmp_path, capsys):
     assert_same_run(finished, tmp_path / "run")
 
 
+def test_a_damaged_checkpoint_never_outlives_good_ones(finished, tmp_path):
+    interrupted_copy(finished, tmp_path / "run", 8)
+    (tmp_path / "run" / "checkpoint-8" / "config.json").unlink()
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run"), "--keep", "1", "--save-every", "7"])
+    assert [path.name for path in ckpt.checkpoints(tmp_path / "run")] == ["checkpoint-10"]
+    assert ckpt.problem_of(tmp_path / "run" / "checkpoint-10") is None
+    assert (tmp_path / "run" / ".checkpoint-8.damaged").is_dir()
+
+
+def test_a_run_killed_before_final_is_written_gets_it(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / "summary.json").unlink()
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run")])
+    assert_same_run(finished, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] == "finished"
+
+
+def test_totals_survive_resuming_between_logged_steps(finished, tmp_path):
+    interrupted_copy(finished, tmp_path / "run", 4)  # numbers are logged at 3 and 6
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run")])
+    whole, parts = (json.loads((folder / "summary.json").read_text()) for folder in (finished, tmp_path / "run"))
+    assert whole["real_tokens"] == parts["real_tokens"] > 0
+
+
+def test_a_config_file_never_names_the_run_to_replace(finished):
+    assert not {"output", "resume", "overwrite"} & json.loads((finished / "config.json").read_text()).keys()
+
+
+def test_overwrite_replaces_nothing_but_runs(arguments, tmp_path):
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match=r"holds thesis.tex, which no run has written"):
+        PRETRAIN.main([*arguments, "--output", str(tmp_path / "papers"), "--overwrite"])
+    assert (tmp_path / "papers" / "thesis.tex").read_text() == "years"
+
+
+def test_few_documents_hold_out_their_tails(arguments, tmp_path, documents):
+    """Two books: the last sentences of each are held out, and pairs still come from two documents."""
+    books = [[sentence for document in documents[start::2] for sentence in document] for start in (0, 1)]
+    (tmp_path / "books.txt").write_text("\n\n".join("\n".join(book) for book in books) + "\n\n\n", encoding="utf-8")
+    PRETRAIN.main([*arguments, "--train", str(tmp_path / "books.txt"), "--max-steps", "2", "--output", str(tmp_path / "run")])
+    assert "eval/perplexity" in rows(tmp_path / "run")[-1]
+
+
+def test_another_vocabulary_than_the_models_is_refused(finished, arguments, tmp_path):
+    entries = (finished / "final" / "tokenizer.json").read_text()
+    vocabulary = json.loads(entries)["model"]["vocab"]
+    names = sorted(vocabulary, key=vocabulary.get)
+    ordinary = [name for name in names if name.isalpha()]
+    names[vocabulary[ordinary[0]]], names[vocabulary[ordinary[1]]] = ordinary[1], ordinary[0]
+    (tmp_path / "vocab.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    more = [part for part in arguments if part not in SIZES]
+    with pytest.raises(UserError, match="its vocabulary differs from that of the model"):
+        PRETRAIN.main([*more, "--model", str(finished / "final"), "--tokenizer", str(tmp_path / "vocab.txt"), "--output",
+                       str(tmp_path / "run")])
+
+
+def test_embedded_default(tmp_path, capsys, monkeypatch):
+    """Without arguments, a few steps: the text is there, precision and steps follow the machine, the masks are filled."""
+    monkeypatch.setattr("pretrain.embedded.MIN_STEPS", 2)
+    monkeypatch.setattr("pretrain.embedded.MAX_STEPS", 2)
+    PRETRAIN.main(["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "run"), "--vocab-size", "500"])
+    told = capsys.readouterr().out
+    assert "a step takes" in told and "a few masks, filled by the model" in told and "[MASK]" in told
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+
+
 def test_a_longer_run_is_told_and_a_changed_one_refused(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(UserError) as refused:

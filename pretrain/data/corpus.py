@@ -63,11 +63,11 @@ class Corpus:
     Sizes are checked here, the hash of a shard when a process first opens it. Small enough to pickle: shards are mapped
     lazily in each process."""
 
-    def __init__(self, folder: str | Path, part: Part = Part()):
+    def __init__(self, folder: str | Path, part: Part = Part(), verified: set[int] | None = None):
         self.folder, self.part = Path(folder), part
         self.info = _read_info(self.folder)
         self._open: dict[int, Shard] = {}
-        self._verified: set[int] = set()
+        self._verified = set() if verified is None else verified  # shared by the parts of a corpus
         for entry in self.info["shards"]:
             for name, array in entry["arrays"].items():
                 path = self._path(entry, name)
@@ -91,16 +91,23 @@ class Corpus:
         return self.info["fingerprint"]
 
     def shard(self, index: int) -> Shard:
-        """Shard `index`, mapped and verified on first use; the last few stay open."""
-        if index not in self._open:
+        """Shard `index`, mapped, and verified when this process first reads it."""
+        if index not in self._verified:
             entry = self.info["shards"][index]
-            for name, array in entry["arrays"].items() if index not in self._verified else ():
+            for name, array in entry["arrays"].items():
                 path = self._path(entry, name)
                 if sha256_of(path) != array["sha256"]:
                     raise UserError(f"{path}: its content has changed since it was written; remove {self.folder} and the corpus "
                                     "is prepared again")
             self._verified.add(index)
-            arrays = {name: np.load(self._path(entry, name), mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+        return self._map(index)
+
+    def _map(self, index: int) -> Shard:
+        """Shard `index`, mapped but not verified: enough to count. The last few stay open."""
+        if index not in self._open:
+            entry = self.info["shards"][index]
+            # As plain arrays over the map: indexing a np.memmap costs 40 us more each time.
+            arrays = {name: np.asarray(np.load(self._path(entry, name), mmap_mode="r", allow_pickle=False)) for name in ARRAYS}
             while len(self._open) >= OPEN_SHARDS:
                 self._open.pop(next(iter(self._open)))
             shard = Shard(**arrays)
@@ -109,7 +116,7 @@ class Corpus:
 
     def documents(self, index: int) -> np.ndarray:
         """int64: the documents of shard `index` that belong to the part."""
-        shard, part = self.shard(index), self.part
+        shard, part = self._map(index), self.part
         if part.tail:
             halves = np.arange(int(part.is_tail), len(shard.hashes), 2)
             return halves[shard.document_tokens[halves] > 0]
@@ -117,14 +124,14 @@ class Corpus:
             return np.arange(len(shard.hashes))
         return np.flatnonzero((shard.hashes >= np.uint64(part.low)) & (shard.hashes <= np.uint64(part.high - 1)))
 
-    def count(self) -> tuple[int, int]:
-        """(documents, tokens) in the part."""
-        num_documents = num_tokens = 0
+    def count(self, at_most: int | None = None) -> int:
+        """Documents in the part; stops counting at `at_most`."""
+        found = 0
         for index in range(self.num_shards):
-            chosen = self.documents(index)
-            num_documents += len(chosen)
-            num_tokens += int(self.shard(index).document_tokens[chosen].sum())
-        return num_documents, num_tokens
+            found += len(self.documents(index))
+            if at_most is not None and found >= at_most:
+                break
+        return found
 
     def split(self, fraction: float) -> tuple[Corpus, Corpus]:
         """(training, held-out): about `fraction` of the documents are held out, two distinct ones at least.
@@ -132,22 +139,27 @@ class Corpus:
         Copies of a document share its hash and so stay on one side, whatever the seed and the order of files. Of fewer than
         FEW_DOCUMENTS, which that would use up, the last sentences of each are held out instead."""
         if self.info["documents"] < FEW_DOCUMENTS:
-            return Corpus(self.folder, Part(tail=fraction)), Corpus(self.folder, Part(tail=fraction, is_tail=True))
+            return self._part(tail=fraction), self._part(tail=fraction, is_tail=True)
         bound = max(int(fraction * HASH_RANGE), *(value + 1 for value in self.info["smallest_hashes"]))
-        return Corpus(self.folder, Part(low=bound)), Corpus(self.folder, Part(high=bound))
+        return self._part(low=bound), self._part(high=bound)
+
+    def _part(self, **bounds: float) -> Corpus:
+        return Corpus(self.folder, Part(**bounds), self._verified)
 
     def select(self, max_tokens: int) -> Shard:
-        """The documents of lowest hash, in that order, until they hold `max_tokens`; as one shard in memory."""
-        hashes = [self.shard(index).hashes[self.documents(index)] for index in range(self.num_shards)]
+        """The documents of lowest hash, in that order, until they hold `max_tokens`, two at least; as one shard in memory."""
+        places = [self.documents(index) for index in range(self.num_shards)]
+        hashes, tokens = [], []
+        for index, chosen in enumerate(places):
+            hashes.append(self._map(index).hashes[chosen])
+            tokens.append(self._map(index).document_tokens[chosen])
         order = np.argsort(np.concatenate(hashes), kind="stable")
-        owners = np.repeat(np.arange(self.num_shards), [len(part) for part in hashes])[order]
-        places = np.concatenate([self.documents(index) for index in range(self.num_shards)])[order]
-        parts, num_tokens = [], 0
-        for owner, place in zip(owners.tolist(), places.tolist()):
-            parts.append(_document(self.shard(owner), place))
-            num_tokens += len(parts[-1].ids)
-            if num_tokens >= max_tokens and len(parts) > 1:
-                break
+        before = np.cumsum(np.concatenate(tokens)[order]) - np.concatenate(tokens)[order]
+        order = order[:max(2, int(np.searchsorted(before, max_tokens)))]
+        owners = np.repeat(np.arange(self.num_shards), [len(chosen) for chosen in places])
+        parts: list[Shard | None] = [None] * len(order)
+        for rank in np.argsort(order, kind="stable").tolist():  # shard by shard, so that each is opened once
+            parts[rank] = _document(self.shard(int(owners[order[rank]])), int(np.concatenate(places)[order[rank]]))
         return concatenate(parts)
 
 

@@ -6,16 +6,15 @@ a checkpoint saves three numbers, and 1, 2 or 8 processes, with or without worke
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pretrain.data.collate import Collator, Examples
-from pretrain.data.corpus import Shard
+from pretrain.data.corpus import Corpus
 from pretrain.data.draws import derive, key
 from pretrain.data.planning import Plan, Task, make_plan
 
@@ -30,34 +29,10 @@ class DataPosition(NamedTuple):
     micro_batch: int
 
 
-class TextSource(Protocol):
-    """What a dataset reads: a Corpus, or a Selection in memory."""
-
-    num_shards: int
-
-    def shard(self, index: int) -> Shard: ...
-
-    def documents(self, index: int) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class Selection:
-    """A shard in memory as the source of a dataset."""
-
-    only: Shard
-    num_shards: int = 1
-
-    def shard(self, index: int) -> Shard:
-        return self.only
-
-    def documents(self, index: int) -> np.ndarray:
-        return np.arange(len(self.only.hashes))
-
-
 class PretrainingDataset(Dataset):
     """Micro-batches of `source` under `task`, by data position."""
 
-    def __init__(self, source: TextSource, task: Task):
+    def __init__(self, source: Corpus, task: Task):
         self.source, self.task = source, task
         self._plans: dict[tuple[int, int], Plan] = {}
 

@@ -38,9 +38,10 @@ def prepare(sources: list[reading.Source], text_format: str, tokenizer: PreTrain
     backend.no_truncation()
     backend.no_padding()
     partial = folder.with_name(f"{folder.name}.partial")
-    with _exclusive(partial):
+    with exclusive(partial):
         if is_corpus(folder):  # another process has written it while this one waited
             return Corpus(folder)
+        partial.mkdir(exist_ok=True)
         _discard_other_work(partial, reading.content_key(sources, text_format, vocabulary.fingerprint, piece_bytes, FORMAT_VERSION))
         pieces = reading.cut_into_pieces([Path(source.path) for source in sources], text_format, piece_bytes)
         total = sum(source.size for source in sources)
@@ -214,11 +215,11 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` against a second process that prepares the same text (it waits); a full or read-only disk is told."""
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` against a second process that prepares the same (it waits); a full or read-only disk is told."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".lock").open("w") as handle:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f".{folder.name}.lock").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
     except OSError as error:

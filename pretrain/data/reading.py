@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pretrain.config import UserError, check
+from pretrain.config import check
 
 PIECE_BYTES = 64 << 20  # one piece becomes one shard of the corpus
 MAX_LINE_BYTES = 1 << 20  # a longer line is read in parts, cut at white space where there is some
@@ -229,9 +229,3 @@ def read_all(sources: list[Source], text_format: str) -> Iterator[str]:
 def content_key(sources: list[Source], *more: object) -> str:
     """16 hexadecimal digits that name this content, in this order, and `more`."""
     return hashlib.sha256(json.dumps([[source.sha256 for source in sources], *more]).encode()).hexdigest()[:16]
-
-
-def require_text(sources: list[Source], name: str) -> None:
-    """UserError where no file is left to read."""
-    if not sources:
-        raise UserError(f"{name}: no text files; needed is at least one")

@@ -22,7 +22,7 @@ from pretrain.config import UserError
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-CORPUS_OPTIONS = ("truncation", "padding")  # state that changes as a tokenizer is used, not part of what it is
+PASSING_STATE = ("truncation", "padding")  # state that changes as a tokenizer is used, not part of what it is
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _train_once(texts: Iterable[str], vocab_size: int, final_size: int, lowercas
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hexadecimal digits that name what the tokenizer does, whatever truncation and padding are set in it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for key in CORPUS_OPTIONS:
+    for key in PASSING_STATE:
         state.pop(key, None)
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 

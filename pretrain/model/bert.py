@@ -5,8 +5,6 @@ into config.json, and a folder written here opens there and the other way round.
 """
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 import transformers
@@ -158,8 +156,3 @@ def count_flops(model: BertForPreTraining, batch: Batch) -> float:
     pairs = sum(length * length for length in batch.lengths[:batch.num_sequences])
     return (6.0 * encoder * batch.num_tokens + 12.0 * config.num_hidden_layers * config.hidden_size * pairs
             + 6.0 * head * batch.counts["mlm"])
-
-
-def is_checkpoint_folder(name: str) -> bool:
-    """Whether `name` is a folder with a model in it."""
-    return (Path(name) / "config.json").is_file()

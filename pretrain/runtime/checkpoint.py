@@ -45,12 +45,14 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(folder)
         _sync(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
+    except torch.OutOfMemoryError:
+        raise
     except DISK_ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
         restore(folder)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise UserError(f"{folder}: cannot be written ({reason}); needed is room and the right to write. "
-                        "Earlier checkpoints are whole: --resume goes on from the newest") from error
+                        "What was there before is whole") from error
 
 
 def restore(folder: Path) -> None:
@@ -81,8 +83,7 @@ def problem_of(folder: Path) -> str | None:
 
 def checkpoints(output: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first."""
-    found = {int(match[1]): path for path in output.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
-    return [found[step] for step in sorted(found, reverse=True)]
+    return sorted((path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of, reverse=True)
 
 
 def newest_good(output: Path) -> Path | None:
@@ -102,13 +103,32 @@ def newest_good(output: Path) -> Path | None:
     return None
 
 
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def set_aside_after(output: Path, step: int) -> None:
+    """Rename checkpoints beyond `step`, which a resumed run has passed over as damaged: they must not count as the newest."""
+    for folder in checkpoints(output):
+        if step_of(folder) > step:
+            aside = folder.with_name(f".{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
 def prune(output: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints; the folder's name goes first, so that none is found half-removed."""
+    remove_leftovers(output)
     for folder in checkpoints(output)[keep:]:
-        doomed = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(folder.with_name(f".{folder.name}.removed"))
+    remove_leftovers(output)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what an interrupted save or removal has left."""
+    for leftover in [*output.glob(".*.partial"), *output.glob(".*.removed")]:
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:

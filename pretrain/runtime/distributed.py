@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.config import UserError
 
+PREPARATION = timedelta(days=1)  # the first process prepares the text while the others wait
 M_TOP_PAD = -2  # of glibc's malloc.h; any value set by hand turns the growing threshold off
 
 
@@ -38,7 +40,7 @@ def start(device: str) -> tuple[World, torch.device]:
     chosen = _choose_device(device, local_rank if size > 1 else None)
     _keep_memory_flat()
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PREPARATION)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     world = World(int(os.environ.get("RANK", 0)), size)
@@ -133,7 +135,7 @@ def _device() -> torch.device:
 
 def wrap(model: nn.Module) -> nn.Module:
     """`model`, its gradients summed over the processes by DDP where there are several."""
-    return DistributedDataParallel(model) if dist.is_initialized() else model
+    return DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
 
 
 def gradient_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

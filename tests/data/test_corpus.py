@@ -17,6 +17,13 @@ from pretrain.data.preparing import prepare
 from pretrain.data.tokenizer import SPECIAL_TOKENS, describe, fingerprint, from_vocabulary
 
 
+def count(corpus):
+    """(documents, tokens) of the part; the documents also as the corpus counts them."""
+    tokens = sum(int(corpus.shard(index).document_tokens[corpus.documents(index)].sum()) for index in range(corpus.num_shards))
+    assert corpus.count(at_most=1) <= corpus.count()
+    return corpus.count(), tokens
+
+
 def make_tokenizer(more: tuple[str, ...] = (), lowercase: bool = True):
     """WordPiece over letters and a few stems; unlike a trained one the same everywhere."""
     letters = "abcdefghijklmnopqrstuvwxyz."
@@ -87,7 +94,7 @@ def test_text_comes_back_from_the_shards(documents, sources, tokenizer, tmp_path
     assert (corpus.num_shards > 2) == (piece_bytes < 10_000)
     assert all(len(corpus.shard(index).hashes) >= 2 for index in range(corpus.num_shards))
     ids = [number for document in expected for sentence in document for number in sentence]
-    assert corpus.count() == (len(expected), len(ids))
+    assert count(corpus) == (len(expected), len(ids))
     info = corpus.info
     assert (info["documents"], info["sentences"], info["tokens"]) == (len(expected), sum(map(len, expected)), len(ids))
     assert info["unknown_tokens"] == ids.count(tokenizer.unk_token_id)
@@ -114,7 +121,7 @@ def test_batches_of_any_size_give_the_same_corpus(sources, tokenizer, many_shard
 
 def test_arrays_are_plain_and_small(many_shards):
     shard = many_shards.shard(0)
-    assert isinstance(shard.ids, np.memmap) and not shard.ids.flags.writeable
+    assert isinstance(shard.ids.base, np.memmap) and not shard.ids.flags.writeable
     assert [getattr(shard, name).dtype for name in ARRAYS] == [np.uint16, np.uint8, np.int64, np.int64, np.uint64]
     assert shard.document_tokens.tolist() == [int(shard.sentences[last] - shard.sentences[first])
                                               for first, last in zip(shard.documents, shard.documents[1:])]
@@ -398,12 +405,12 @@ def texts(documents: list[list[list[int]]]) -> list[str]:
 @pytest.mark.parametrize("fraction", [0.0001, 0.05, 0.3, 0.5])
 def test_split_is_disjoint_and_whole(many_shards, fraction):
     training, held_out = many_shards.split(fraction)
-    assert training.count()[0] + held_out.count()[0] == many_shards.count()[0]
+    assert count(training)[0] + count(held_out)[0] == count(many_shards)[0]
     assert texts(documents_of(training) + documents_of(held_out)) == texts(documents_of(many_shards))
     assert not set(texts(documents_of(training))) & set(texts(documents_of(held_out)))
-    share = held_out.count()[0] / many_shards.count()[0]
-    assert held_out.count()[0] >= 2 and abs(share - max(fraction, 2 / 60)) < 0.25
-    assert sum(part.count()[1] for part in (training, held_out)) == many_shards.count()[1]
+    share = count(held_out)[0] / count(many_shards)[0]
+    assert count(held_out)[0] >= 2 and abs(share - max(fraction, 2 / 60)) < 0.25
+    assert sum(count(part)[1] for part in (training, held_out)) == count(many_shards)[1]
 
 
 def test_split_puts_copies_on_one_side(documents, tokenizer, tmp_path):
@@ -443,8 +450,7 @@ def test_of_few_documents_the_tails_are_held_out(tokenizer, tmp_path, count):
     expected = expected_documents(documents, tokenizer)
     assert documents_of(training) == [expected[0][:15], *([expected[1]] if count > 1 else []), *([expected[2][:2]] if count > 2 else [])]
     assert documents_of(held_out) == [expected[0][15:], *([expected[2][2:]] if count > 2 else [])]
-    assert training.count()[0] == count and held_out.count()[0] == [1, 1, 2][count - 1]
-    assert training.count()[1] + held_out.count()[1] == corpus.count()[1]
+    assert training.count() == count and held_out.count() == [1, 1, 2][count - 1]
     # at least one sentence of several, whatever the fraction
     assert documents_of(corpus.split(0.001)[1])[0] == expected[0][-1:]
     selected = held_out.select(1000)
@@ -453,7 +459,7 @@ def test_of_few_documents_the_tails_are_held_out(tokenizer, tmp_path, count):
 
 def test_four_documents_are_split_by_hash(documents, tokenizer, tmp_path):
     corpus = prepare(write_text(tmp_path / "text.txt", documents[:4]), "sentences", tokenizer, tmp_path / "corpus")
-    assert [side.count()[0] for side in corpus.split(0.05)] == [2, 2]
+    assert [count(side)[0] for side in corpus.split(0.05)] == [2, 2]
 
 
 # ---------------------------------------------------------------- selection
@@ -475,4 +481,4 @@ def test_selection_takes_documents_of_lowest_hash(many_shards, max_tokens, held_
     found = [[chosen.ids[edges[place]: edges[place + 1]].tolist() for place in range(first, last)]
              for first, last in zip(chosen.documents, chosen.documents[1:])]
     assert found == expected and chosen.hashes.tolist() == sorted(hashes)[:len(expected)]
-    assert len(chosen.flags) == len(chosen.ids) and not isinstance(chosen.ids, np.memmap)
+    assert len(chosen.flags) == len(chosen.ids) and not isinstance(chosen.ids.base, np.memmap)

@@ -13,7 +13,7 @@ from pretrain.batch import Batch
 from pretrain.data import reading
 from pretrain.data.collate import Collator
 from pretrain.data.corpus import Corpus
-from pretrain.data.dataset import DataPosition, MicroBatchSampler, PretrainingDataset, Selection, make_loader
+from pretrain.data.dataset import DataPosition, MicroBatchSampler, PretrainingDataset, make_loader
 from pretrain.data.planning import Task
 from pretrain.data.preparing import prepare
 
@@ -213,12 +213,3 @@ def test_two_plans_stay_in_memory(dataset, source, monkeypatch):
         assert len(dataset._plans) <= 2
     plan = dataset.plan(0, 0)
     assert dataset.plan(0, 0) is plan
-
-
-def test_a_selection_is_read_like_a_corpus(source, collator):
-    selection = Selection(source.select(2000))
-    dataset = PretrainingDataset(selection, TASK)
-    positions = list(dataset.positions(START, 1))
-    assert len(positions) > 5 and {position.place for position in positions} == {0}
-    assert selection.documents(0).tolist() == list(range(len(selection.only.hashes)))
-    assert sum(collator(dataset.__getitems__([position])).num_sequences for position in positions) == len(dataset.plan(0, 0).keys)

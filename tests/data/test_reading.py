@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import UserError
 from pretrain.data import reading
-from pretrain.data.reading import Span, check_files, content_key, cut_into_pieces, detect_format, expand, read_all, require_text
+from pretrain.data.reading import Span, check_files, content_key, cut_into_pieces, detect_format, expand, read_all
 
 FORMATS = ("sentences", "lines", "text")
 
@@ -349,10 +349,6 @@ def test_every_missing_path_is_told_at_once(tmp_path):
     missing = "no such file or folder, and no file matches it as a glob"
     assert message(expand, entries, "--valid").splitlines() == [
         f"--valid {entries[0]}: {missing}", f"--valid {entries[2]}: is a folder without files", f"--valid {entries[3]}: {missing}"]
-
-
-def test_no_sources():
-    assert message(require_text, [], "--train") == "--train: no text files; needed is at least one"
 
 
 # ---------------------------------------------------------------- index and key

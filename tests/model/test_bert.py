@@ -236,11 +236,6 @@ def test_config_that_does_not_fit_the_weights_is_refused(saved):
         bert.from_checkpoint(str(saved), ["intermediate_size=96"])
 
 
-def test_is_checkpoint_folder(saved, tmp_path):
-    assert bert.is_checkpoint_folder(str(saved))
-    assert not bert.is_checkpoint_folder(str(tmp_path)) and not bert.is_checkpoint_folder("base")
-
-
 # Objective, sizes, overrides.
 
 def test_mlm_alone_freezes_pooler_and_nsp_head(vocabulary, batches):

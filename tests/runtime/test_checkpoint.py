@@ -89,7 +89,7 @@ def test_a_write_that_fails_changes_nothing(exists, error, reason, tmp_path):
     with pytest.raises(UserError) as raised:
         ckpt.write_folder(tmp_path / "best", write)
     assert re.fullmatch(rf"{tmp_path}/best: cannot be written \(.*{re.escape(reason)}\); needed is room and the right to write\. "
-                        r"Earlier checkpoints are whole: --resume goes on from the newest", str(raised.value))
+                        r"What was there before is whole", str(raised.value))
     assert content(tmp_path) == before
     assert os.listdir(tmp_path) == ["best"] * exists
 
