@@ -72,22 +72,25 @@ def _sentences(text: str) -> list[str]:
 
 
 def fit_to_machine(run: Run, seconds: float = TRAINING_SECONDS) -> None:
-    """Choose precision and step count of `run` from a few timed steps, so that training takes about `seconds`.
+    """Choose precision, threads and step count of `run` from a few timed steps, so that training takes about `seconds`.
 
-    The steps go through a copy of the model; the random state is put back."""
-    state = torch.get_rng_state()
-    # A GPU's attention was chosen for its precision; on a CPU the two differ by the machine.
-    both = run.config.precision == "auto" and run.device.type == "cpu"
-    times = {precision: _seconds_a_step(run, precision) for precision in sorted({run.precision, "fp32"} if both else {run.precision})}
-    times = gather(times)[0]  # every process decides the same
+    On a busy machine one thread is often faster than all, which wait for each other. The steps go through a copy of the
+    model; the random state is put back."""
+    state, ways = torch.get_rng_state(), [(run.precision, torch.get_num_threads())]
+    if run.device.type == "cpu":  # on a GPU the attention was chosen for the precision
+        precisions = {run.precision, "fp32"} if run.config.precision == "auto" else {run.precision}
+        ways = [(precision, threads) for precision in sorted(precisions) for threads in sorted({1, torch.get_num_threads()})]
+    times = gather({way: _seconds_a_step(run, *way) for way in ways})[0]  # every process decides the same
     torch.set_rng_state(state)
-    run.precision = min(times, key=times.get)
+    run.precision, threads = min(times, key=times.get)
+    torch.set_num_threads(threads)
+    step_seconds = times[run.precision, threads]
     run.config.precision = run.precision
     if not run.config.max_steps and run.config.epochs == type(run.config)().epochs:
-        run.config.max_steps = max(MIN_STEPS, min(MAX_STEPS, int(seconds / times[run.precision])))
+        run.config.max_steps = max(MIN_STEPS, min(MAX_STEPS, int(seconds / step_seconds)))
         run.total_steps = run.config.max_steps
-    shown = ", ".join(f"{precision} {1000 * value:.0f} ms" for precision, value in times.items())
-    print(f"a step takes {shown}: {run.total_steps} steps in {run.precision}")
+    shown = ", ".join(f"{1000 * value:.0f} ms ({precision}, {threads} threads)" for (precision, threads), value in times.items())
+    print(f"a step takes {shown}: {run.total_steps} steps in {run.precision} on {threads} threads")
 
 
 def fill_examples(folder: Path) -> str:
@@ -104,8 +107,9 @@ def fill_examples(folder: Path) -> str:
     return "\n".join(rows)
 
 
-def _seconds_a_step(run: Run, precision: str) -> float:
+def _seconds_a_step(run: Run, precision: str, threads: int) -> float:
     """Median of a few steps after one to warm up."""
+    torch.set_num_threads(threads)
     config, model = run.config, copy.deepcopy(run.model).train()
     optimizer = make_optimizer(model, 0.0, 0.0, config.adam_betas, config.adam_epsilon)
     positions = [DataPosition(0, 0, number) for number in range(config.batch_size // config.micro_batch_size)]
