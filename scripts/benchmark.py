@@ -22,7 +22,7 @@ from pretrain import config as cli  # noqa: E402
 from pretrain.config import UserError, option  # noqa: E402
 
 PARTS = ("prepare", "data", "train")
-QUICK = {"model": "mini", "max_length": 128, "batch_size": 32, "micro_batch_size": 32, "steps": 8}
+QUICK = {"model": "mini", "max_length": 128, "batch_size": 32, "micro_batch_size": 32, "steps": 5}
 SAMPLE_BYTES = 4 << 20  # text of `prepare`; less is repeated, so that what a corpus costs once weighs little
 REPEATS = 5  # timed, after one that warms up
 EPOCH_SHARDS = 2  # of a larger corpus `data` walks so many shards
