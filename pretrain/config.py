@@ -6,7 +6,6 @@ defaults, and `validate` returns every problem of the values at once. Nothing he
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import math
 import typing
@@ -135,9 +134,15 @@ EMBEDDED_DEFAULTS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        """One line instead of the usage of sixty options."""
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists the options")
+
+
 def build_parser(options: type, description: str) -> argparse.ArgumentParser:
     """Argparse parser with one option for each field of the dataclass `options`."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with options, as saved in a run's config.json; flags "
                         "override it")
     hints = typing.get_type_hints(options)
@@ -171,6 +176,10 @@ def parse(argv: Sequence[str], options: type, description: str, defaults: dict |
     unknown = sorted(set(from_file) - known)
     if unknown:
         raise UserError(f"--config {path}: unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    try:
+        parser.parse_args(_as_flags(from_file, options))
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from error
     namespace = vars(parser.parse_args(_as_flags({**(defaults or {}), **from_file}, options) + list(argv)))
     namespace.pop("config")
     return options(**namespace)
@@ -244,10 +253,11 @@ def validate(config) -> list[str]:
         need(name, lambda v: v > 0, "a number above 0")
     for name in ("batch_size", "micro_batch_size", "keep", "log_every", "eval_tokens"):
         need(name, lambda v: v >= 1, "a whole number of at least 1")
-    for name in ("max_steps", "patience", "workers", "eval_batch_size", "seed"):
+    need("workers", lambda v: 0 <= v <= 256, "0 to 256 processes")
+    for name in ("max_steps", "patience", "eval_batch_size", "seed"):
         need(name, lambda v: 0 <= v < 2**63, "a whole number of at least 0")
-    need("max_length", lambda v: v >= 8, "at least 8 tokens")
-    need("vocab_size", lambda v: v >= 100, "at least 100 entries")
+    need("max_length", lambda v: 8 <= v <= 1 << 16, "8 to 65536 tokens")
+    need("vocab_size", lambda v: 100 <= v <= 1 << 20, "100 to 1048576 entries")
     need("config_override", lambda v: all(entry.partition("=")[0].isidentifier() and "=" in entry for entry in v), "KEY=VALUE")
     for name in ("eval_every", "save_every"):
         need(name, lambda v: v in ("epoch", "auto") or (v.isdecimal() and v.isascii() and int(v) > 0),
@@ -259,7 +269,7 @@ def _validate_together(config) -> list[str]:
     problems = []
     batch, micro = getattr(config, "batch_size", 1), getattr(config, "micro_batch_size", 1)
     if micro >= 1 and batch % micro:
-        fits = [size for size in range(1, batch + 1) if batch % size == 0 and size <= micro]
+        fits = [size for size in range(1, min(batch, micro) + 1) if batch % size == 0]
         problems.append(f"--batch-size {batch}: is not a multiple of --micro-batch-size {micro}; "
                         f"needed is a micro-batch size that divides it, such as {fits[-1] if fits else 1}")
     if getattr(config, "resume", False) and config.overwrite:
@@ -290,10 +300,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        print(f"error: {error.filename or 'a file of the run'}: ({error.strerror}); needed is room on the disk and the right to "
-              "read and write. The checkpoints of a run stay whole: --resume goes on from the newest", file=sys.stderr)
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; needed is a path that exists, room on the disk and the "
+              "right to read and write. The checkpoints of a run stay whole: --resume goes on from the newest", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; `--resume` goes on from the newest checkpoint, where there is one", file=sys.stderr)

@@ -26,8 +26,8 @@ TRAINING_SECONDS = 110.0  # of the three minutes; the rest is start, preparation
 MIN_STEPS, MAX_STEPS = 100, 4000
 TIMED_STEPS = 4
 MAX_MODULE_BYTES = 1 << 20
-EXAMPLES = ("Return a list of the [MASK] in the file.", "If the argument is not a [MASK], a TypeError is raised.",
-            "The default [MASK] is None.")
+EXAMPLES = ("Return True [MASK] the object is a string.", "Return [MASK] if the path exists, False otherwise.",
+            "This is the end of [MASK] file.")
 
 
 def write_text(cache: Path) -> Path:

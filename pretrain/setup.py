@@ -219,6 +219,12 @@ def make_model(config: Config, checkpoint: Path | None, tokenizer: PreTrainedTok
     if config.max_length > settings.max_position_embeddings:
         problems.append(f"--max-length {config.max_length}: the model has {settings.max_position_embeddings} positions; "
                         "needed is at most that")
+    if settings.num_hidden_layers < 1 or settings.is_decoder:
+        problems.append(f"--model {config.model}: has {settings.num_hidden_layers} layers, is_decoder {settings.is_decoder}; "
+                        "needed is an encoder")
+    if config.objective != "mlm" and settings.type_vocab_size < 2:
+        problems.append(f"--objective {config.objective}: the model has {settings.type_vocab_size} token types; needed are 2, or "
+                        "--objective mlm")
     if vocabulary.size > settings.vocab_size or vocabulary.size + 128 <= settings.vocab_size:  # rounded-up tables are common
         problems.append(f"--tokenizer {config.tokenizer or config.model}: has {vocabulary.size:,} entries, the model {config.model} "
                         f"{settings.vocab_size:,}; needed is the model's own tokenizer")

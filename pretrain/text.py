@@ -105,6 +105,9 @@ def open_or_prepare(files: TextFiles | None, path: str, tokenizer: PreTrainedTok
     with main_first(world):
         known = corpora.is_corpus(folder)
         prepared = prepare(files.sources, files.text_format, tokenizer, folder)
+    if vocabulary.is_special[prepared.shard(0).ids[:1 << 20]].all():
+        raise UserError(f"{name} {path}: holds only special and unknown tokens, so nothing can be masked; needed is text that fits the "
+                        "tokenizer")
     info = prepared.info
     print(f"{name}: {info['documents']:,} documents, {info['sentences']:,} sentences, {info['tokens']:,} tokens, "
           f"{info['unknown_tokens'] / info['tokens']:.2%} of them unknown to the tokenizer "
@@ -115,11 +118,13 @@ def open_or_prepare(files: TextFiles | None, path: str, tokenizer: PreTrainedTok
 def check_documents(training: Corpus, held_out: Corpus | None, config: Config) -> None:
     """UserError where there is no text left on a side, or one document under NSP."""
     needed = 2 if config.objective == "mlm+nsp" else 1
-    for corpus, name, paths in ((training, "--train", config.train), (held_out, "--valid", config.valid or config.train)):
+    held_out_name, held_out_paths = ("--valid", config.valid) if config.valid else ("--train", config.train)
+    for corpus, name, paths in ((training, "--train", config.train), (held_out, held_out_name, held_out_paths)):
         if corpus is None:
             continue
         found = corpus.count(at_most=needed)
         if found < needed:
             what = "with --objective mlm+nsp a random next sentence comes from another document" if needed == 2 else "there is no text"
-            raise UserError(f"{name} {' '.join(paths)}: {found} document{'s' * (found != 1)} for this side, needed are at least {needed} "
+            side = "" if config.valid or not config.valid_fraction else " held out" if corpus is held_out else " left to train on"
+            raise UserError(f"{name} {' '.join(paths)}: {found} document{'s' * (found != 1)}{side}, needed are at least {needed} "
                             f"({what}); ways out: more text, another --format, --objective mlm, --valid PATHS, or --valid-fraction 0")

@@ -3,7 +3,7 @@
 extras=${1:+[$1]}
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $($python --version); needed is Python 3.10 or later (PYTHON=... chooses one)" >&2; exit 2; }
-[ -x .venv/bin/python ] || "$python" -m venv .venv || { echo "error: no virtual environment; Debian and Ubuntu need the package python3-venv" >&2; exit 2; }
+[ -x .venv/bin/pip ] || "$python" -m venv --clear .venv || { echo "error: no virtual environment; Debian and Ubuntu need the package python3-venv" >&2; exit 2; }
 installed=.venv/installed$extras
 if ! cmp -s setup.cfg "$installed"; then
     echo "installing into .venv (once; torch is large)"

@@ -1,6 +1,7 @@
 """Pretrain BERT with MLM and NSP on your own text, from scratch or from a checkpoint.
 
 Without arguments: trains a tiny BERT on embedded English text in about three minutes."""
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def main(argv: list[str]) -> None:
     elif embedded:
         config = parse(argv, Config, __doc__, defaults=EMBEDDED_DEFAULTS)
 
+    if embedded:  # before torch is imported: its threads then sleep while they wait, for a shared machine (scripts/README.md)
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
     from pretrain import embedded as default_run

@@ -68,6 +68,13 @@ class Corpus:
         self.info = _read_info(self.folder)
         self._open: dict[int, Shard] = {}
         self._verified = set() if verified is None else verified  # shared by the parts of a corpus
+        try:
+            self._check_sizes()
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{self.folder / 'corpus.json'}: is garbled ({type(error).__name__}: {error}); remove the folder and the "
+                            "corpus is prepared again") from error
+
+    def _check_sizes(self) -> None:
         for entry in self.info["shards"]:
             for name, array in entry["arrays"].items():
                 path = self._path(entry, name)
