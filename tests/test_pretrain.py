@@ -298,6 +298,13 @@ BAD = [
     (["--eval-every", "often"], ["--eval-every often: needed is a number of steps above 0, epoch or auto"]),
     (["--resume", "--overwrite"], ["--resume --overwrite: exclude each other"]),
     (["--format", "text"], ["1 document"]),
+    (["--batch-size", "1000000007"], ["--batch-size 1000000007: is not a multiple of --micro-batch-size 8"]),
+    (["--vocab-size", "1000000000000"], ["--vocab-size 1000000000000: needed is 100 to 1048576 entries"]),
+    (["--config-override", "type_vocab_size=1"], ["the model has 1 token types"]),
+    (["--config-override", "num_hidden_layers=-1"], ["has -1 layers"]),
+    (["--learning-rate", "nan"], ["--learning-rate nan: needed is a number above 0"]),
+    (["--learning-rate", "fast"], ["--learning-rate: invalid float value: 'fast'"]),
+    (["--patience", "2", "--valid-fraction", "0"], ["--patience: needed is held-out text"]),
 ]
 
 
@@ -325,6 +332,28 @@ def test_documents_of_one_sentence_are_refused_under_nsp(arguments, tmp_path, te
     with pytest.raises(UserError, match=r"0.0% of the planned pairs would be true next ones.*--objective mlm"):
         PRETRAIN.main(options)
     PRETRAIN.main([*options, "--objective", "mlm", "--max-steps", "1"])
+
+
+def test_text_of_nothing_but_special_tokens_is_refused(arguments, tmp_path):
+    (tmp_path / "special.txt").write_text("[MASK] [SEP]\n[CLS] [MASK]\n\n" * 60, encoding="utf-8")
+    with pytest.raises(UserError, match="--valid .*special.txt: holds only special and unknown tokens"):
+        PRETRAIN.main([*arguments, "--valid", str(tmp_path / "special.txt"), "--output", str(tmp_path / "run")])
+
+
+def test_a_wrong_config_file_is_named(tmp_path):
+    for content, message in (("learning_rate: fast", "--learning-rate: invalid float value"), ("width: 3", "unknown option width"),
+                             ("- 1", "holds list"), ("a: [", "is not valid YAML")):
+        (tmp_path / "options.yaml").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=f"--config .*options.yaml: .*{message}"):
+            PRETRAIN.main(["--config", str(tmp_path / "options.yaml")])
+
+
+def test_a_garbled_log_does_not_stop_resuming(finished, tmp_path):
+    interrupted_copy(finished, tmp_path / "run", 8)
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_bytes(b"\xff\xfe{\n" + log.read_bytes() + b'[1]\n{"step": "a"}\n{"step": 9')
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run")])
+    assert_same_run(finished, tmp_path / "run")
 
 
 def test_exit_code_and_message_without_traceback(tmp_path):
