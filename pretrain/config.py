@@ -127,9 +127,10 @@ class Config(RunOptions, MachineOptions, OptimizationOptions, TaskOptions, DataO
     """All options of `scripts/pretrain.py`."""
 
 
-# What `python scripts/pretrain.py` runs when no text is given; a flag still overrides each value.
+# What `python scripts/pretrain.py` runs when no text is given; a flag still overrides each value. At a rate of 3e-3 with the usual
+# short warm-up some runs stayed at the unigram level; at these 800 steps reached 0.54 of it.
 EMBEDDED_DEFAULTS = {
-    "model": "tiny", "vocab_size": 4096, "max_length": 64, "batch_size": 32, "micro_batch_size": 32, "learning_rate": 3e-3,
+    "model": "tiny", "vocab_size": 4096, "max_length": 64, "batch_size": 32, "micro_batch_size": 32, "learning_rate": 2e-3, "warmup": 0.2,
     "format": "sentences", "output": "runs/default", "eval_tokens": 60_000, "config_override": ["hidden_dropout_prob=0"],
 }
 
