@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
     if "train" in options.parts and importlib.util.find_spec("accelerate") is None:
         raise UserError("--parts train: transformers.Trainer needs accelerate: pip install accelerate (or --parts prepare data)")
 
+    import torch
+
     from pretrain import embedded, setup
     from pretrain.text import check_text
 
@@ -60,8 +62,8 @@ def main(argv: list[str]) -> None:
         options.train, options.format = [str(embedded.write_text(Path(options.cache)))], "sentences"
     known = {entry.name for entry in dataclasses.fields(cli.Config)}
     run = setup.build(cli.Config(**{name: value for name, value in vars(options).items() if name in known}, valid_fraction=0.0))
-    if run.world.size > 1 or run.device.index:
-        raise UserError(f"--device {options.device}: needed is one process on the first GPU (CUDA_VISIBLE_DEVICES chooses it)")
+    if run.world.size > 1 or run.device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise UserError(f"--device {options.device}: needed is one process that sees one GPU (CUDA_VISIBLE_DEVICES=0)")
     report = {"machine": describe_machine(run.device), "options": vars(options), "precision": run.precision}
     repeats = 3 if options.quick else REPEATS
     if "prepare" in options.parts:

@@ -5,6 +5,7 @@ Runs go through the script's `main` in this process; exit codes and one run unde
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from pretrain.config import UserError
+from pretrain.config import Config, UserError, parse, validate
 from pretrain.runtime import checkpoint as ckpt
 
 
@@ -377,3 +378,11 @@ def test_a_full_disk_at_a_save_leaves_earlier_checkpoints(finished, tmp_path, mo
     assert [path.name for path in ckpt.checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-2"]
     PRETRAIN.main(["--resume", "--output", str(tmp_path / "run")])
     assert_same_run(finished, tmp_path / "run")
+
+
+def test_commands_of_the_readme_are_commands():
+    """Each pretrain.py line of the README parses, and its options fit each other."""
+    lines = [line.split("#")[0] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("python scripts/pretrain.py")]
+    assert len(lines) >= 2
+    for line in lines:
+        assert validate(parse(shlex.split(line)[2:], Config, "")) == []
