@@ -1,41 +1,29 @@
 """Every option of every command, once: name, default, help and check.
 
-A command takes the groups that it needs; `parse` makes an argparse parser of their fields, reads `--config FILE` as
-defaults, and `validate` returns every problem of the values at once. Nothing here imports torch, so `--help` is fast.
+A command takes the groups that it needs; `validate` returns every problem of the values at once.
 """
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pretrain.command import option
 
 MODEL_SIZES = {  # (layers, width); heads are width / 64, the inner width 4 x width, as in Turc et al. 2019
     "tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768), "large": (24, 1024),
 }
 OBJECTIVES = ("mlm+nsp", "mlm+sop", "mlm")
+PLAIN_FORMATS = ("sentences", "lines", "text")
+RECORD_FORMATS = ("jsonl", "conll", "csv", "tsv", "parquet", "arrow")
 NUM_SPECIALS = {"mlm+nsp": 3, "mlm+sop": 3, "mlm": 2}  # [CLS] A [SEP] B [SEP], or [CLS] A [SEP]
-
-
-class UserError(ValueError):
-    """A problem that the user can mend: shown as one message without a traceback, exit code 2."""
-
-
-def option(default: object, text: str, **argparse_arguments: object):
-    """A dataclass field that is also a command-line option; `text` is its help line."""
-    metadata = {"help": text, "argparse": argparse_arguments}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class ModelOptions:
-    model: str = option("base", f"a size to train from scratch ({', '.join(MODEL_SIZES)}), or a BERT checkpoint to go on "
-                        "from: a folder or a hub name")
+    model: str = option("base", f"a size to train from scratch ({', '.join(MODEL_SIZES)}), or a checkpoint to go on from (BERT, RoBERTa, "
+                        "XLM-RoBERTa, CamemBERT): a folder or a hub name")
     config_override: list[str] = option([], "KEY=VALUE...: change fields of the model's config, such as "
                                         "hidden_dropout_prob=0 (default: none)", nargs="*", metavar="KEY=VALUE")
 
@@ -47,20 +35,37 @@ class TokenizerOptions:
     vocab_size: int = option(30522, "entries of a tokenizer trained on the text")
     lowercase: str = option("on", "lower-case and strip accents, for a trained tokenizer or a bare vocab.txt",
                             choices=("on", "off"))
+    add_tokens: str | None = option(None, "file of words, one a line, that become one token each (default: none)", metavar="FILE")
+    add_special_tokens: list[str] = option([], "tokens that are never split and never masked: [name], or eos_token=[EOT] to give "
+                                           "one a part (default: none)", nargs="+", metavar="TOKEN")
+    new_vectors: str = option("mean", "vectors of added tokens: mean of the pieces that each one replaces, or random",
+                              choices=("mean", "random"))
 
 
 @dataclass
 class TextOptions:
-    format: str = option("auto", "sentences: one a line, a blank line between documents; lines: a document a line; "
-                         "text: a file is a document, its lines are its sentences; auto: told from the text",
-                         choices=("auto", "sentences", "lines", "text"))
-    cache: str = option("runs/.cache", "folder of prepared corpora and trained tokenizers, found again by fingerprint")
+    format: str = option("auto", "sentences: one a line, a blank line between documents; lines: a document a line; text: a file is "
+                         "a document; conll: a token and its tag a line; or a table of documents; auto: told from name and text",
+                         choices=("auto", *PLAIN_FORMATS, *RECORD_FORMATS))
+    text_field: str | None = option(None, "column of JSONL or a table that holds the text, its lines being sentences (default: text, "
+                                    "or the only one that holds strings)", metavar="NAME")
+    entity_field: str | None = option(None, "column of lists of character spans, [start, end, ...] or {start:, end:} (default: none, "
+                                      "with --masking entity: entities where there is one)", metavar="NAME")
+    split_sentences: str | None = option(None, "cut each line into sentences: a language code such as en, or auto (default: off)",
+                                         nargs="?", const="auto", metavar="LANGUAGE")
+    words: str = option("auto", "where words of Chinese text end: jieba; spaces, in text that is segmented; tokenizer, each "
+                        "character is one; auto: spaces or jieba where --masking needs words of Chinese text",
+                        choices=("auto", "tokenizer", "spaces", "jieba"))
+    lexicon: str | None = option(None, "file of terms, one a line, that are marked as entities where they occur (default: none)",
+                                 metavar="FILE")
+    max_documents: int = option(0, "read only the first N documents (0: all)")
+    cache: str = option("runs/.cache", "folder of prepared corpora, converted text and trained tokenizers, found again by fingerprint")
 
 
 @dataclass
 class DataOptions(TextOptions):
-    train: list[str] = option([], "text: files, folders, globs, or one prepared corpus (default: the embedded English text)",
-                              nargs="+", metavar="PATH")
+    train: list[str] = option([], "text: files, folders, globs, hub:NAME[:CONFIG[:SPLIT]], or one prepared corpus (default: the "
+                              "embedded English text)", nargs="+", metavar="PATH")
     valid: list[str] = option([], "held-out text (default: documents of the training text, see --valid-fraction)",
                               nargs="+", metavar="PATH")
     valid_fraction: float = option(0.05, "share of the training documents that is held out (0: off), at least two, chosen by "
@@ -72,10 +77,19 @@ class DataOptions(TextOptions):
 class TaskOptions:
     objective: str = option("mlm+nsp", "next-sentence pairs, sentence-order pairs, or masks alone", choices=OBJECTIVES)
     nsp_weight: float = option(1.0, "factor of the NSP or SOP loss in the sum")
-    masking: str = option("token", "what is masked as a whole", choices=("token", "word"))
-    mask_rate: float = option(0.15, "share of the ordinary tokens that is predicted")
+    masking: str = option("token", "what is masked as a whole: tokens, words, spans of words, or entities and then words",
+                          choices=("token", "word", "span", "entity"))
+    mask_rate: list[float] = option([0.15], "share of the ordinary tokens that is predicted; two values: from the first to the "
+                                    "second over the run", nargs="+", metavar="SHARE")
     mask_split: list[float] = option([0.8, 0.1, 0.1], "shares that become [MASK], a random token, themselves", nargs=3,
                                      metavar="SHARE")
+    entity_probability: float = option(0.5, "--masking entity: chance of each entity to be chosen")
+    entity_budget: float = option(0.2, "--masking entity: share of a sequence that chosen entities may take (1: no cap)")
+    entity_fill: str = option("word", "--masking entity: what fills up to --mask-rate", choices=("word", "token"))
+    replace: str = option("mask", "what stands for the first share of --mask-split: [MASK], or a similar word from --similar",
+                          choices=("mask", "similar"))
+    similar: str | None = option(None, "file of similar words: a word and, after tabs, words of its kind a line (default: none)",
+                                 metavar="FILE")
     max_length: int = option(128, "tokens in a sequence, specials included")
 
 
@@ -135,95 +149,6 @@ EMBEDDED_DEFAULTS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        """One line instead of the usage of sixty options."""
-        raise UserError(f"{message.removeprefix('argument ')}; --help lists the options")
-
-
-def build_parser(options: type, description: str) -> argparse.ArgumentParser:
-    """Argparse parser with one option for each field of the dataclass `options`."""
-    parser = _Parser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with options, as saved in a run's config.json; flags "
-                        "override it")
-    hints = typing.get_type_hints(options)
-    for entry in fields(options):
-        arguments = dict(entry.metadata["argparse"])
-        hint = hints[entry.name]
-        if hint is bool:
-            arguments["action"] = argparse.BooleanOptionalAction
-        else:
-            inner = [part for part in typing.get_args(hint) if part is not type(None)] or [hint]
-            arguments["type"] = inner[0]
-            if "choices" not in arguments:
-                arguments.setdefault("metavar", inner[0].__name__.upper())
-        text = entry.metadata["help"].replace("%", "%%")
-        default = entry.default_factory() if callable(entry.default_factory) else entry.default
-        if "default:" not in text and default != []:
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
-            text = f"{text} (default: {shown})"
-        parser.add_argument(f"--{entry.name.replace('_', '-')}", help=text, default=default, **arguments)
-    return parser
-
-
-def parse(argv: Sequence[str], options: type, description: str, defaults: dict | None = None):
-    """Instance of the dataclass `options`, from `defaults`, then `--config FILE`, then the flags in `argv`.
-
-    Values of `defaults` and of the file pass through the same types and choices as flags do."""
-    parser = build_parser(options, description)
-    path = parser.parse_known_args(list(argv))[0].config
-    known = {entry.name for entry in fields(options)}
-    from_file = read_options(path) if path else {}
-    unknown = sorted(set(from_file) - known)
-    if unknown:
-        raise UserError(f"--config {path}: unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    try:
-        parser.parse_args(_as_flags(from_file, options))
-    except UserError as error:
-        raise UserError(f"--config {path}: {error}") from error
-    namespace = vars(parser.parse_args(_as_flags({**(defaults or {}), **from_file}, options) + list(argv)))
-    namespace.pop("config")
-    return options(**namespace)
-
-
-def read_options(path: str | Path) -> dict:
-    """The mapping in a YAML or JSON file; UserError where it cannot be read or is no mapping."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if str(path).endswith(".json"):
-            values = json.loads(text)
-        else:
-            import yaml  # comes with transformers
-
-            values = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"--config {path}: is neither YAML nor JSON ({error})") from error
-    except Exception as error:  # yaml.YAMLError is no ValueError, and yaml may not have been imported
-        raise UserError(f"--config {path}: is not valid YAML ({error})") from error
-    values = {} if values is None else values  # an empty file
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: holds {type(values).__name__}, needed is a mapping of options to values")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
-
-
-def _as_flags(values: dict, options: type) -> list[str]:
-    switches = {name for name, hint in typing.get_type_hints(options).items() if hint is bool}
-    flags = []
-    for name, value in values.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool) and name in switches:
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, bool):  # YAML reads on and off as booleans
-            flags += [flag, "on" if value else "off"]
-        elif isinstance(value, (list, tuple)):
-            flags += [flag, *map(str, value)] if value else []
-        elif value is not None:
-            flags.append(f"{flag}={value}")
-    return flags
-
-
 def interval(value: str) -> int | str:
     """`--eval-every` and `--save-every`: a number of steps, 'epoch' or 'auto'; ValueError otherwise."""
     return value if value in ("epoch", "auto") else int(value)
@@ -243,7 +168,12 @@ def validate(config) -> list[str]:
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
             problems.append(f"--{name.replace('_', '-')} {shown}: needed is {needed}")
 
-    need("mask_rate", lambda v: 0 < v <= 0.8, "a share above 0 and at most 0.8")
+    need("mask_rate", lambda v: len(v) <= 2 and all(0 < rate <= 0.8 for rate in v), "one or two shares above 0 and at most 0.8")
+    for name in ("entity_probability", "entity_budget"):
+        need(name, lambda v: 0 < v <= 1, "a share above 0 and at most 1")
+    need("split_sentences", lambda v: v == "auto" or len(v) in (2, 3) and v.isalpha() and v != "off", "a language code such as en, or auto")
+    for name in ("text_field", "entity_field", "add_tokens", "lexicon", "similar"):
+        need(name, lambda v: v.strip(), "a name, or the option left away")
     need("mask_split", lambda v: all(0 <= share <= 1 for share in v) and abs(sum(v) - 1) < 1e-6,
          "three shares within 0..1 that sum to 1")
     need("valid_fraction", lambda v: 0 <= v <= 0.5, "a share within 0..0.5")
@@ -255,7 +185,7 @@ def validate(config) -> list[str]:
     for name in ("batch_size", "micro_batch_size", "keep", "log_every", "eval_tokens"):
         need(name, lambda v: v >= 1, "a whole number of at least 1")
     need("workers", lambda v: 0 <= v <= 256, "0 to 256 processes")
-    for name in ("max_steps", "patience", "eval_batch_size", "seed"):
+    for name in ("max_steps", "patience", "eval_batch_size", "seed", "max_documents"):
         need(name, lambda v: 0 <= v < 2**63, "a whole number of at least 0")
     need("max_length", lambda v: 8 <= v <= 1 << 16, "8 to 65536 tokens")
     need("vocab_size", lambda v: 100 <= v <= 1 << 20, "100 to 1048576 entries")
@@ -273,6 +203,13 @@ def _validate_together(config) -> list[str]:
         fits = [size for size in range(1, min(batch, micro) + 1) if batch % size == 0]
         problems.append(f"--batch-size {batch}: is not a multiple of --micro-batch-size {micro}; "
                         f"needed is a micro-batch size that divides it, such as {fits[-1] if fits else 1}")
+    if getattr(config, "replace", "mask") == "similar" and not (config.similar and config.masking != "token"):
+        problems.append(f"--replace similar: needed is a table, --similar FILE, and --masking word, span or entity, not {config.masking}")
+    elif getattr(config, "similar", None) and config.replace != "similar":
+        problems.append(f"--similar {config.similar}: is used with --replace similar only; needed is both or neither")
+    if getattr(config, "masking", "entity") != "entity" and (config.lexicon or config.entity_field):
+        problems.append(f"--{'lexicon' if config.lexicon else 'entity-field'} {config.lexicon or config.entity_field}: marks entities, "
+                        f"needed is --masking entity with it, not {config.masking}")
     if getattr(config, "resume", False) and config.overwrite:
         problems.append("--resume --overwrite: exclude each other; needed is one of the two")
     if getattr(config, "resume", False) and not config.output:
@@ -282,28 +219,3 @@ def _validate_together(config) -> list[str]:
     if getattr(config, "precision", "") == "fp16" and config.device == "cpu":
         problems.append("--precision fp16: the CPU has no fp16 training; needed is bf16 or fp32")
     return problems
-
-
-def check(problems: list[str]) -> None:
-    """Raise one UserError that tells all `problems`, a line each; nothing where there are none."""
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Exit code of `main(argv)`; a UserError becomes a message on stderr and 2."""
-    import sys
-
-    sys.stdout.reconfigure(line_buffering=True)  # stays in order with stderr in a log file
-    try:
-        return main(argv) or 0
-    except UserError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; needed is a path that exists, room on the disk and the "
-              "right to read and write. The checkpoints of a run stay whole: --resume goes on from the newest", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; `--resume` goes on from the newest checkpoint, where there is one", file=sys.stderr)
-        return 130

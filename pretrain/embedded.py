@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import os
 import platform
 import re
 import sysconfig
@@ -16,7 +15,9 @@ from pathlib import Path
 
 import torch
 
+from pretrain import files
 from pretrain.data.dataset import DataPosition
+from pretrain.evaluate import fill_masks
 from pretrain.runtime.distributed import gather
 from pretrain.runtime.optim import autocast, make_optimizer
 from pretrain.setup import Run
@@ -35,10 +36,7 @@ def write_text(cache: Path) -> Path:
     path = cache / f"python-docs-{platform.python_version()}.txt"
     if not path.is_file():
         print("collecting the embedded text: Python's language reference and docstrings")
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text("\n\n".join("\n".join(document) for document in _documents()) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        files.write_text(path, "\n\n".join("\n".join(document) for document in _documents()) + "\n")
     return path
 
 
@@ -94,17 +92,9 @@ def fit_to_machine(run: Run, seconds: float = TRAINING_SECONDS) -> None:
 
 
 def fill_examples(folder: Path) -> str:
-    """A table of predictions by transformers' own pipeline, which also shows that the folder opens there."""
-    import transformers
-    from transformers import pipeline
-
-    transformers.utils.logging.set_verbosity_error()  # the NSP head that the pipeline leaves over is no news
-    fill = pipeline("fill-mask", model=str(folder), device="cpu")
-    rows = []
-    for text in EXAMPLES:
-        guesses = fill(text, top_k=3)
-        rows.append(f"  {text}\n    " + ", ".join(f"{guess['token_str']} {guess['score']:.2f}" for guess in guesses))
-    return "\n".join(rows)
+    """A few masks, filled by the model of `folder`, as lines."""
+    filled = zip(EXAMPLES, fill_masks(str(folder), EXAMPLES, top=3, max_length=512))
+    return "\n".join(f"  {text}\n    " + ", ".join(f"{token} {score:.2f}" for token, score, _ in rows) for text, rows in filled)
 
 
 def _seconds_a_step(run: Run, precision: str, threads: int) -> float:

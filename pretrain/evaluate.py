@@ -7,24 +7,27 @@ scripts/evaluate.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.batch import IGNORED, Batch, Output
+from pretrain.command import UserError
 from pretrain.data.collate import Collator, Examples
 from pretrain.data.corpus import Corpus
 from pretrain.data.draws import key
+from pretrain.data.masking import Masking
 from pretrain.data.planning import Task, make_plan, micro_batch_bounds
-from pretrain.data.tokenizer import Vocabulary
-from pretrain.model.bert import BertForPreTraining
+from pretrain.data.tokenizer import Vocabulary, load
+from pretrain.model.packed import PackedModel
 from pretrain.runtime.distributed import World, sum_over_ranks
 
-SEED = 15  # of the held-out pairs and masks
-MASK_RATE, MASK_SPLIT = 0.15, [0.8, 0.1, 0.1]
+SEED, MASK_RATE, MASKING = 15, 0.15, Masking()  # of the held-out pairs and masks
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def make_held_out(corpus: Corpus, objective: str, max_length: int, micro_batch_s
     plan = make_plan(shard, np.arange(len(shard.hashes)), task, key(SEED))
     plan = plan.take(slice(0, max(1, int(np.searchsorted(np.cumsum(plan.lengths), max_tokens, side="right")))))
     bounds = micro_batch_bounds(plan, task)
-    collator = Collator(task, vocabulary, "token", MASK_SPLIT, fill)
+    collator = Collator(task, vocabulary, MASKING, fill)
     batches = [collator(Examples(shard, plan.take(slice(start, end)))) for start, end in zip(bounds, bounds[1:])]
     unigram = None if training is None or not batches else unigram_perplexity(training, batches, vocabulary.size)
     return HeldOut(batches, unigram)
@@ -52,10 +55,7 @@ def make_held_out(corpus: Corpus, objective: str, max_length: int, micro_batch_s
 
 def unigram_perplexity(corpus: Corpus, batches: list[Batch], vocab_size: int) -> float:
     """Perplexity at the masked positions of `batches` when each token is guessed by its share, plus one, of the first shard."""
-    shard = corpus.shard(0)
-    belongs = np.zeros(len(shard.hashes), bool)
-    belongs[corpus.documents(0)] = True
-    counts = 1.0 + np.bincount(shard.ids[np.repeat(belongs, shard.document_tokens)], minlength=vocab_size)
+    counts = 1.0 + np.bincount(corpus.tokens(0), minlength=vocab_size)
     labels = np.concatenate([batch.masked_lm_labels[batch.masked_lm_labels != IGNORED].numpy() for batch in batches])
     return float(np.exp(-np.log(counts[labels] / counts.sum()).mean()))
 
@@ -88,7 +88,7 @@ def read_sums(total: dict[str, Tensor | float], device: torch.device) -> dict[st
 
 
 @torch.no_grad()
-def evaluate(model: BertForPreTraining, held_out: HeldOut, device: torch.device, autocast: torch.autocast,
+def evaluate(model: PackedModel, held_out: HeldOut, device: torch.device, autocast: torch.autocast,
              world: World = World()) -> dict[str, float]:
     """Held-out numbers, named as `summarize` names them, and unigram_perplexity; no random number is drawn."""
     was_training = model.training
@@ -107,7 +107,7 @@ def evaluate(model: BertForPreTraining, held_out: HeldOut, device: torch.device,
 
 
 @torch.no_grad()
-def sample_predictions(model: BertForPreTraining, held_out: HeldOut, tokenizer: PreTrainedTokenizerBase, device: torch.device,
+def sample_predictions(model: PackedModel, held_out: HeldOut, tokenizer: PreTrainedTokenizerBase, device: torch.device,
                        autocast: torch.autocast, num_sequences: int = 4, top: int = 3) -> str:
     """Markdown: held-out sequences with their masks, and the most probable tokens for each masked place."""
     was_training = model.training
@@ -134,3 +134,22 @@ def sample_predictions(model: BertForPreTraining, held_out: HeldOut, tokenizer: 
             tokens[places[index] - start] = f"**{tokens[places[index] - start]}**"
         paragraphs.append(" ".join(tokens).replace(" ##", "").replace("|", "\\|") + "\n\n" + "\n".join(rows))
     return "\n\n".join(paragraphs)
+
+
+def fill_masks(folder: str, texts: Iterable[str], top: int, max_length: int) -> Iterator[list[tuple[str, float, str]]]:
+    """For each [MASK] of each text the `top` (token, probability, text with it), by transformers' own pipeline, which also
+    shows that the folder opens there; UserError for a text without [MASK]."""
+    transformers.utils.logging.set_verbosity_error()  # the NSP head that the pipeline leaves over is no news
+    fill = transformers.pipeline("fill-mask", model=folder, tokenizer=load(folder), device="cpu")
+    top = min(top, fill.model.config.vocab_size)
+    for text in texts:
+        parts = text.replace(fill.tokenizer.mask_token, "[MASK]").split("[MASK]")
+        masked = fill.tokenizer.mask_token.join(parts)
+        length = len(fill.tokenizer(masked).input_ids)
+        if len(parts) < 2 or length > max_length:
+            raise UserError(f"{text!r}: has {len(parts) - 1} masks and {length} tokens; needed is a [MASK] or more, within {max_length} "
+                            "tokens")
+        guesses = fill(masked, top_k=top)
+        for place, rows in enumerate(guesses if len(parts) > 2 else [guesses], start=1):
+            before, after = "[MASK]".join(parts[:place]), "[MASK]".join(parts[place:])
+            yield [(row["token_str"], row["score"], before + row["token_str"] + after) for row in rows]

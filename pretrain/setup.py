@@ -13,33 +13,31 @@ import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from pretrain.batch import IGNORED
-from pretrain.config import MODEL_SIZES, Config, UserError, check, interval, validate
+from pretrain.command import UserError, check
+from pretrain.config import Config, interval, validate
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.collate import Collator
 from pretrain.data.dataset import PretrainingDataset
-from pretrain.data.planning import Task
 from pretrain.evaluate import HeldOut, make_held_out
-from pretrain.model import bert
+from pretrain.files import sha256_of, write_json, write_text
 from pretrain.model.attention import VARLEN, choose_attention
+from pretrain.model.packed import PackedModel
+from pretrain.parts import check_plan, make_masking, make_model, make_task, report_added
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World, start, wait_for_all
 from pretrain.runtime.optim import choose_precision
 from pretrain.text import open_text, prepare_tokenizer
 
-MIN_TRUE_SHARE = 0.1  # of the planned pairs
-COUNTED_SHARDS = 4  # planned at the start to count an epoch; a larger corpus is extrapolated from them
 # What may change when a run is resumed; everything else decides the data, the weights or the update.
 MAY_CHANGE = {"max_steps", "epochs", "max_minutes", "eval_every", "save_every", "log_every", "keep", "workers", "device", "precision",
               "compile", "patience", "output", "resume", "overwrite", "cache", "gradient_checkpointing"}
 
-RUN_ENTRY = re.compile(r"(config|summary)\.json|metrics\.jsonl|events\.out\.tfevents.*|\.?(best|final|checkpoint-\d+)(\.\w+)?"
-                       r"|.*\.(tmp|partial)")  # what a run writes; --overwrite replaces nothing else
+RUN_ENTRY = re.compile(r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*"
+                       r"|\.?(best|final|checkpoint-\d+)(\.\w+)?|.*\.(tmp|partial)")  # what a run writes; --overwrite replaces nothing else
 
 
 @dataclass
@@ -52,7 +50,7 @@ class Run:
     precision: str
     output: Path
     tokenizer: PreTrainedTokenizerBase
-    model: bert.BertForPreTraining
+    model: PackedModel
     dataset: PretrainingDataset
     collator: Collator
     held_out: HeldOut | None
@@ -62,9 +60,11 @@ class Run:
     compile: bool
     checkpoint: Path | None = None
     state: dict = field(default_factory=dict)
+    added_tokens: dict[str, int] = field(default_factory=dict)  # how often each occurs in the training text
     replaced: Path | None = None  # the old run under --overwrite, until the new one has a checkpoint
 
-    def _every(self, value: str) -> int:
+    def every(self, value: str) -> int:
+        """Steps between evaluations or checkpoints, from --eval-every or --save-every."""
         every = interval(value)
         return every if isinstance(every, int) else self.steps_per_epoch if every == "epoch" else max(10, min(1000, self.total_steps // 10))
 
@@ -75,21 +75,16 @@ class Run:
         return progress.get("step", -1) >= self.total_steps or (
             progress.get("finished", False) and self.total_steps == self.state["total_steps"])
 
-    @property
-    def eval_every(self) -> int:
-        """Steps between evaluations."""
-        return self._every(self.config.eval_every)
-
-    @property
-    def save_every(self) -> int:
-        """Steps between checkpoints."""
-        return self._every(self.config.save_every)
+    def mask_rate(self, step: int) -> float | None:
+        """Rate of the schedule in a step from 0 on; None where there is one rate."""
+        first, last = self.config.mask_rate[0], self.config.mask_rate[-1]
+        return None if first == last else first + (last - first) * min(1.0, step / max(1, self.total_steps - 1))
 
     def saved_values(self) -> dict:
         """What a checkpoint keeps of the run, beside its progress."""
         return {"options": asdict(self.config), "total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch,
                 "precision": self.precision, "threads": torch.get_num_threads(), "processes": self.world.size,
-                "corpus_folders": self.corpus_folders, "corpus": self.dataset.source.fingerprint,
+                "similar_words": similar_key(self.config), "corpus_folders": self.corpus_folders, "corpus": self.dataset.source.fingerprint,
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}}
 
     def remove_replaced(self) -> None:
@@ -116,12 +111,15 @@ def build(config: Config) -> Run:
     kept = state and config.precision == state["options"]["precision"]
     precision = choose_precision(state["precision"] if kept else config.precision, device)
     torch.manual_seed(config.seed)
-    tokenizer, text = prepare_tokenizer(config, checkpoint, world)
-    vocabulary = tokenizers.describe(tokenizer)
-    model = make_model(config, checkpoint, tokenizer, vocabulary)
+    tokenizer, text, added = prepare_tokenizer(config, checkpoint, world)
+    vocabulary, masking = tokenizers.describe(tokenizer), make_masking(config, tokenizer)
+    model = make_model(config, checkpoint, tokenizer, vocabulary, added)
+    if state and similar_key(config) != state["similar_words"]:
+        raise UserError(f"--similar {config.similar}: has changed since the run was started; restore it, or start another run")
     training, held_out_text = open_text(config, tokenizer, vocabulary, text, state, world)
+    occurrences = report_added(training, added, tokenizer)
 
-    task = Task(config.objective, config.max_length, config.micro_batch_size, config.mask_rate, config.seed)
+    task = make_task(config)
     attention = choose_attention(device, precision)
     model.config._attn_implementation = attention
     compiled = config.compile == "on" or (config.compile == "auto" and attention == VARLEN)
@@ -131,7 +129,7 @@ def build(config: Config) -> Run:
     if config.gradient_checkpointing:
         # The newer name of the two, where this transformers has it.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    collator = Collator(task, vocabulary, config.masking, config.mask_split, fill=attention == VARLEN)
+    collator = Collator(task, vocabulary, masking, fill=attention == VARLEN)
     dataset = PretrainingDataset(training, task)
     steps_per_epoch = state.get("steps_per_epoch") or check_plan(dataset, config)
     held_out = held_out_text and make_held_out(
@@ -140,7 +138,7 @@ def build(config: Config) -> Run:
     torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
     return Run(config, world, device, precision, output, tokenizer, model.to(device), dataset, collator, held_out,
               {name: str(corpus.folder.absolute()) for name, corpus in (("train", training), ("valid", held_out_text)) if corpus},
-              steps_per_epoch, count_steps(config, state, steps_per_epoch), compiled, checkpoint, state)
+              steps_per_epoch, count_steps(config, state, steps_per_epoch), compiled, checkpoint, state, occurrences)
 
 
 def check_processes(config: Config, world: World) -> None:
@@ -170,7 +168,9 @@ def open_output(run: Run) -> None:
             options = asdict(run.config)
             for name in ("output", "resume", "overwrite"):  # of this start, not of a run like it
                 del options[name]
-            ckpt.write_json(run.output / "config.json", options)
+            write_json(run.output / "config.json", options)
+            if run.added_tokens:
+                write_text(run.output / "added_tokens.tsv", "".join(f"{token}\t{count}\n" for token, count in run.added_tokens.items()))
         except OSError as error:
             raise UserError(f"--output {run.output}: cannot be written ({error.strerror}); needed is a folder with room and the "
                             "right to write") from error
@@ -206,73 +206,9 @@ def changed_options(config: Config, saved: dict) -> list[str]:
     return problems
 
 
-def make_model(config: Config, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase,
-               vocabulary: tokenizers.Vocabulary) -> bert.BertForPreTraining:
-    """Model from scratch, from a checkpoint, or of the run to resume; UserError where it does not fit tokenizer or lengths."""
-    if checkpoint:
-        return bert.from_checkpoint(str(checkpoint), [])[0]
-    if config.model in MODEL_SIZES:
-        model, fresh = bert.from_size(config.model, vocabulary.size, config.max_length, vocabulary.pad_id, config.config_override), []
-    else:
-        model, fresh = bert.from_checkpoint(config.model, config.config_override)
-    settings, problems = model.config, []
-    if config.max_length > settings.max_position_embeddings:
-        problems.append(f"--max-length {config.max_length}: the model has {settings.max_position_embeddings} positions; "
-                        "needed is at most that")
-    if settings.num_hidden_layers < 1 or settings.is_decoder:
-        problems.append(f"--model {config.model}: has {settings.num_hidden_layers} layers, is_decoder {settings.is_decoder}; "
-                        "needed is an encoder")
-    if config.objective != "mlm" and settings.type_vocab_size < 2:
-        problems.append(f"--objective {config.objective}: the model has {settings.type_vocab_size} token types; needed are 2, or "
-                        "--objective mlm")
-    if vocabulary.size > settings.vocab_size or vocabulary.size + 128 <= settings.vocab_size:  # rounded-up tables are common
-        problems.append(f"--tokenizer {config.tokenizer or config.model}: has {vocabulary.size:,} entries, the model {config.model} "
-                        f"{settings.vocab_size:,}; needed is the model's own tokenizer")
-    elif config.tokenizer and config.model not in MODEL_SIZES:
-        problems += other_vocabulary(config, tokenizer)
-    check(problems)
-    if fresh:
-        print(f"{config.model} has no {', no '.join(fresh)}: starting fresh, so the first held-out numbers mean nothing")
-    return model
-
-
-def other_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A problem where --tokenizer is not the model's own, if the model comes with one."""
-    try:
-        own = tokenizers.load(config.model, config.lowercase == "on")
-    except UserError:
-        return []  # the model comes without a tokenizer
-    if own.get_vocab() == tokenizer.get_vocab():
-        return []
-    return [f"--tokenizer {config.tokenizer}: its vocabulary differs from that of the model {config.model}; leave --tokenizer away"]
-
-
-def check_plan(dataset: PretrainingDataset, config: Config) -> int:
-    """Optimizer steps in an epoch, from the plan of its first shards; UserError where the text cannot serve the task."""
-    plans, task = [dataset.plan(0, place) for place in range(min(COUNTED_SHARDS, dataset.source.num_shards))], dataset.task
-    labels = np.concatenate([plan.label for plan in plans])
-    num_tokens = sum(int(plan.lengths.sum()) for plan in plans)
-    planned = sum(plan.num_micro_batches for plan in plans)
-    share = len(plans) / dataset.source.num_shards
-    if config.objective != "mlm":
-        true_share = float((labels == 0).mean())
-        random_share = float((labels == 1).mean())
-        print(f"{config.objective}: {true_share:.1%} of the pairs are true next ones, {random_share:.1%} are "
-              f"{'random' if config.objective == 'mlm+nsp' else 'swapped'}, {(labels == IGNORED).mean():.1%} are sequences without a pair")
-        if true_share < MIN_TRUE_SHARE:
-            raise UserError(f"--objective {config.objective}: {true_share:.1%} of the planned pairs would be true next ones, needed are at "
-                            f"least {MIN_TRUE_SHARE:.0%}: the documents have too few sentences. Ways out: --objective mlm, or another "
-                            "--format (sentences: a sentence a line, a blank line between documents)")
-    long_sentences = sum(int((np.diff(dataset.source.shard(dataset.shard_at(0, place)).sentences) > task.max_tokens).sum())
-                         for place in range(len(plans)))
-    if long_sentences and config.objective != "mlm":
-        print(f"{round(long_sentences / share):,} sentences are longer than {task.max_tokens} tokens: planned in pieces of half of that")
-    if num_tokens < config.batch_size * config.max_length and share == 1:
-        largest = num_tokens // config.max_length
-        raise UserError(f"--batch-size {config.batch_size}: a step is {config.batch_size * config.max_length:,} tokens, the text makes "
-                        f"{num_tokens:,}; needed is " + (f"at most --batch-size {largest} --micro-batch-size {largest}, or more text"
-                                                         if largest else f"more text, or a --max-length below {num_tokens}"))
-    return max(1, round(planned / share / (config.batch_size // config.micro_batch_size)))
+def similar_key(config: Config) -> str | None:
+    """What names the table of similar words, which is read anew when a run is resumed."""
+    return config.similar and sha256_of(Path(config.similar))
 
 
 def count_steps(config: Config, state: dict, steps_per_epoch: int) -> int:
@@ -285,7 +221,7 @@ def count_steps(config: Config, state: dict, steps_per_epoch: int) -> int:
         config.max_steps, wanted = 0, max(1, round(config.epochs * steps_per_epoch))
     if (config.max_steps, config.epochs) == (saved["max_steps"], saved["epochs"]):
         return state["total_steps"]
-    print(f"the run now ends at step {wanted}, not {state['total_steps']}: the schedule of the learning rate changes")
+    print(f"the run now ends at step {wanted}, not {state['total_steps']}: the schedules of learning rate and masks change")
     return wanted
 
 
@@ -311,4 +247,4 @@ def print_plan(run: Run) -> None:
     print(f"step: {config.batch_size} x {config.max_length} = {config.batch_size * config.max_length:,} tokens, in {accumulation} "
           f"micro-batches of {config.micro_batch_size} x {config.max_length} on each of {world.size} process{'es' * (world.size > 1)}")
     print(f"run: {run.total_steps:,} steps, {run.total_steps / run.steps_per_epoch:.1f} epochs of {run.steps_per_epoch:,} steps; "
-          f"evaluation every {run.eval_every:,}, checkpoint every {run.save_every:,}; {run.output}")
+          f"evaluation every {run.every(config.eval_every):,}, checkpoint every {run.every(config.save_every):,}; {run.output}")

@@ -4,69 +4,119 @@ The first process prepares, the others wait and open what it has written.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from pretrain.config import MODEL_SIZES, Config, TextOptions, UserError, check
+from pretrain.command import UserError, check, require
+from pretrain.config import MODEL_SIZES, Config, TextOptions, TokenizerOptions
 from pretrain.data import corpus as corpora
-from pretrain.data import reading
+from pretrain.data import formats, marking, reading
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.corpus import Corpus
+from pretrain.data.marking import Markup
 from pretrain.data.preparing import exclusive, prepare
 from pretrain.model import bert
 from pretrain.runtime.checkpoint import write_folder
 from pretrain.runtime.distributed import World, main_first
 
+SAMPLED_SENTENCES = 1000  # that tell the script of a text
+
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Checked files and their format."""
+    """Checked files, their format, and how they are to be cut and marked."""
 
     sources: list[reading.Source]
     text_format: str
+    markup: Markup = Markup()
+
+    def sentences(self) -> Iterator[reading.Sentence | None]:
+        """All of the text, as `prepare` will read it."""
+        for source in self.sources:
+            yield from reading.sentences([reading.Span(source.path, 0, source.size)], self.text_format, self.markup.cut)
 
 
-def check_text(paths: list[str], name: str, options: TextOptions, world: World) -> TextFiles | None:
-    """The text files that `paths` mean, checked; None where they mean a prepared corpus."""
+def check_text(paths: list[str], name: str, options: TextOptions, world: World, masking: str = "token") -> TextFiles | None:
+    """The text that `paths` mean, checked and in files that `prepare` reads; None where they mean a prepared corpus.
+
+    What is marked follows from `masking`, an option's value, or "any": all that the text and the options bring."""
     if any(corpora.is_corpus(path) for path in paths):
         check([f"{name} {' '.join(paths)}: needed is one prepared corpus, or text"] if len(paths) > 1 else [])
         return None
-    files = reading.expand(paths, name)
     with main_first(world):
+        files, text_format = formats.open_files(paths, name, options, masking in ("entity", "any"))
         sources = reading.check_files(files, name, Path(options.cache) / "sources.json")
-    text_format, why = reading.detect_format(files) if options.format == "auto" else (options.format, "")
-    if why:
-        print(f"{name}: read as --format {text_format} ({why})")
-    return TextFiles(sources, text_format)
+    return choose_markup(TextFiles(sources, text_format), name, options, masking)
 
 
-def prepare_tokenizer(config: Config, checkpoint: Path | None, world: World) -> tuple[PreTrainedTokenizerBase, dict]:
-    """(tokenizer, checked text files by option): loaded, or trained on the training text and kept in the cache."""
+def choose_markup(text: TextFiles, name: str, options: TextOptions, masking: str) -> TextFiles:
+    """`text` with its markup; UserError where an extra is missing, or --masking entity has nothing to go by."""
+    sample = "".join(item[0] for item in islice(text.sentences(), SAMPLED_SENTENCES) if item)
+    is_chinese, is_segmented = marking.describe_script(sample)
+    words = options.words
+    if words == "auto":
+        words = "tokenizer" if masking == "token" or not is_chinese else "spaces" if is_segmented else "jieba"
+        if words != "tokenizer":
+            print(f"{name}: the text is Chinese, its words are told by {words} (--words)")
+    language = options.split_sentences or ""
+    language = ("zh" if is_chinese else "en") if language == "auto" else language
+    for module, what, used in (("rjieba", "Chinese words, --words jieba", words == "jieba"),
+                               ("sentencex", f"--split-sentences {language}", language),
+                               ("ahocorasick_rs", f"--lexicon {options.lexicon}", options.lexicon)):
+        if used:
+            require(module, what)
+    if masking == "entity" and not options.lexicon and text.text_format != "jsonl":
+        raise UserError(f"--masking entity: {name} brings no entities; needed is a --lexicon, JSONL with spans (--entity-field), or "
+                        "tagged tokens (--format conll)")
+    terms = marking.read_terms(options.lexicon) if options.lexicon and masking != "token" else ()
+    return replace(text, markup=Markup(language, words, terms))
+
+
+def prepare_tokenizer(config: Config, checkpoint: Path | None, world: World) -> tuple[PreTrainedTokenizerBase, dict, dict]:
+    """(tokenizer, checked text files by option, what each added token was before): loaded, or trained on the training text and
+    kept in the cache."""
     if checkpoint:
-        return tokenizers.load(str(checkpoint)), {}
-    text = {name: check_text(paths, f"--{name}", config, world) for name, paths in (("train", config.train), ("valid", config.valid))
-            if paths}
-    lowercase = config.lowercase == "on"
-    if config.tokenizer:
-        return tokenizers.load(config.tokenizer, lowercase), text
-    if config.model not in MODEL_SIZES:
-        bert.load_config(config.model)  # a wrong name is told as such, not as a tokenizer's
-        return tokenizers.load(config.model, lowercase), text
-    if text["train"] is None:
-        return corpora.load_tokenizer(config.train[0]), text
-    return trained_tokenizer(text["train"], config.vocab_size, lowercase, Path(config.cache), world), text
+        return tokenizers.load(str(checkpoint)), {}, {}
+    text = {"train": check_text(config.train, "--train", config, world, config.masking)}
+    if config.valid:  # held-out text is masked by tokens, whatever the training
+        text["valid"] = check_text(config.valid, "--valid", config, world)
+    tokenizer = make_tokenizer(config, text["train"], config.train[0], world, config.model)
+    return tokenizer, text, add_tokens(tokenizer, config)
+
+
+def make_tokenizer(options: TokenizerOptions, text: TextFiles | None, path: str, world: World,
+                   model: str = "base") -> PreTrainedTokenizerBase:
+    """The tokenizer of the options: the given one, the model's, the corpus's in `path`, or one trained on `text`."""
+    lowercase = options.lowercase == "on"
+    if options.tokenizer:
+        return tokenizers.load(options.tokenizer, lowercase)
+    if model not in MODEL_SIZES:
+        bert.load_config(model)  # a wrong name is told as such, not as a tokenizer's
+        return tokenizers.load(model, lowercase)
+    if text is None:
+        return corpora.load_tokenizer(path)
+    return trained_tokenizer(text, options.vocab_size, lowercase, Path(options.cache), world)
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, options: TokenizerOptions) -> dict[int, list[int]]:
+    """Add the tokens of the options to the tokenizer; the ids that each new one was before."""
+    words = reading.read_lines(options.add_tokens, "--add-tokens") if options.add_tokens else []
+    return tokenizers.add_tokens(tokenizer, words, options.add_special_tokens) if words or options.add_special_tokens else {}
 
 
 def trained_tokenizer(text: TextFiles, vocab_size: int, lowercase: bool, cache: Path, world: World) -> PreTrainedTokenizerBase:
     """WordPiece tokenizer trained on `text`, found again by fingerprint of text and settings."""
+    lines = replace(text, markup=Markup())
     key = reading.content_key(text.sources, text.text_format, vocab_size, lowercase)
     folder = cache / f"tokenizer-{key}"
     with main_first(world), exclusive(folder):
         if not folder.is_dir():
             print(f"training a WordPiece vocabulary of {vocab_size:,} on {len(text.sources):,} files")
-            made = tokenizers.train(lambda: reading.read_all(text.sources, text.text_format), vocab_size, lowercase)
+            made = tokenizers.train(lambda: (item[0] for item in lines.sentences() if item), vocab_size, lowercase)
             write_folder(folder, made.save_pretrained)
     return tokenizers.load(str(folder))
 
@@ -81,8 +131,9 @@ def open_text(config: Config, tokenizer: PreTrainedTokenizerBase, vocabulary: to
         if folder and paths and corpora.is_corpus(folder):
             opened[name] = corpora.open_corpus(folder, vocabulary.fingerprint, f"--{name}")
         elif paths:
-            files = text[name] if name in text else check_text(paths, f"--{name}", config, world)
-            opened[name] = open_or_prepare(files, paths[0], tokenizer, vocabulary, Path(config.cache), f"--{name}", world)
+            masking = config.masking if name == "train" else "token"
+            files = text[name] if name in text else check_text(paths, f"--{name}", config, world, masking)
+            opened[name] = open_or_prepare(files, paths[0], tokenizer, vocabulary, Path(config.cache), f"--{name}", world, masking)
     training = opened["train"]
     if state and training.fingerprint != state["corpus"]:
         raise UserError(f"--train {' '.join(config.train)}: the run was started on the corpus {state['corpus']}, the text now makes "
@@ -96,23 +147,39 @@ def open_text(config: Config, tokenizer: PreTrainedTokenizerBase, vocabulary: to
 
 
 def open_or_prepare(files: TextFiles | None, path: str, tokenizer: PreTrainedTokenizerBase, vocabulary: tokenizers.Vocabulary,
-                    cache: Path, name: str, world: World) -> Corpus:
-    """The corpus in `path`, or that of the text files, from the cache or prepared into it."""
+                    cache: Path, name: str, world: World, masking: str = "token", output: Path | None = None) -> Corpus:
+    """The corpus in `path`, or that of the text files, found in the cache or prepared into it, or into `output`."""
     if files is None:
-        return corpora.open_corpus(path, vocabulary.fingerprint, name)
-    key = reading.content_key(files.sources, files.text_format, vocabulary.fingerprint, corpora.FORMAT_VERSION)
-    folder = cache / key
-    with main_first(world):
-        known = corpora.is_corpus(folder)
-        prepared = prepare(files.sources, files.text_format, tokenizer, folder)
+        prepared, told = corpora.open_corpus(path, vocabulary.fingerprint, name), "found"
+    else:
+        normalizer = tokenizer.backend_tokenizer.normalizer
+        markup = replace(files.markup, ignore_case=normalizer is not None and normalizer.normalize_str("A") == "a")
+        key = reading.content_key(files.sources, files.text_format, vocabulary.fingerprint, corpora.FORMAT_VERSION, markup.key)
+        folder = output or cache / key
+        with main_first(world):
+            told = "found" if corpora.is_corpus(folder) else "prepared"
+            if told == "prepared" and (masking == "entity" or markup.lexicon):
+                check_entities(files, markup, path, name)
+            prepared = prepare(files.sources, files.text_format, tokenizer, folder, markup=markup)
     if vocabulary.is_special[prepared.shard(0).ids[:1 << 20]].all():
         raise UserError(f"{name} {path}: holds only special and unknown tokens, so nothing can be masked; needed is text that fits the "
                         "tokenizer")
     info = prepared.info
+    if masking == "entity" and not info["entities"]:
+        raise UserError(f"--masking entity: the corpus {prepared.folder} holds no entities; needed is one prepared with --lexicon or "
+                        "--entity-field, or of tagged tokens")
     print(f"{name}: {info['documents']:,} documents, {info['sentences']:,} sentences, {info['tokens']:,} tokens, "
-          f"{info['unknown_tokens'] / info['tokens']:.2%} of them unknown to the tokenizer "
-          f"({'found' if known else 'prepared'} in {folder})")
+          f"{info['tokens'] / info['words']:.2f} a word{' by ' + info['words_by'] if info['words_by'] != 'tokenizer' else ''}, "
+          f"{info['unknown_tokens'] / info['tokens']:.2%} of them unknown to the tokenizer"
+          f"{', {:,} entities'.format(info['entities']) if info['entities'] else ''} ({told} in {prepared.folder})")
     return prepared
+
+
+def check_entities(files: TextFiles, markup: Markup, path: str, name: str) -> None:
+    """UserError where neither the text nor the lexicon marks an entity; stops at the first."""
+    if not any(markup.find(*item) for item in files.sentences() if item):
+        source = "--lexicon: none of its terms occurs in" if markup.lexicon else "--masking entity: no span or tag marks an entity in"
+        raise UserError(f"{source} {name} {path}; needed are some that do, in the spelling of the text")
 
 
 def check_documents(training: Corpus, held_out: Corpus | None, config: Config) -> None:

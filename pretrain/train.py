@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pretrain.batch import Batch
 from pretrain.data.dataset import DataPosition, MicroBatchSampler, make_loader
 from pretrain.evaluate import add_up, evaluate, read_sums, sample_predictions, summarize
+from pretrain.files import write_json
 from pretrain.model.bert import count_flops
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import any_rank, gather, gradient_sync, sum_counts, wait_for_all, wrap
@@ -81,7 +82,9 @@ def train(run: Run) -> dict[str, float | str]:
     watch = FiniteWatch(progress.skipped)
     handled_step = progress.step if run.checkpoint else -1  # evaluated, logged and saved before the run was resumed
     monitor = Monitor(run.output, handled_step + 1, run.total_steps, asdict(config), active=world.is_main)
-    sampler = MicroBatchSampler(run.dataset, progress.position, world.rank, world.size)
+    first_step = progress.step
+    sampler = MicroBatchSampler(run.dataset, progress.position, world.rank, world.size,
+                                mask_rate=lambda number: run.mask_rate(first_step + number // micro_batches))
     loader = iter(make_loader(run.dataset, run.collator, sampler, config.workers, pin_memory=device.type == "cuda"))
     peak = peak_flops(device, run.precision)
     begin, numbers, out_of_time = time.monotonic(), {}, False
@@ -92,15 +95,15 @@ def train(run: Run) -> dict[str, float | str]:
         step = progress.step
         finished = step >= run.total_steps or (step == handled_step and run.is_finished)
         if step != handled_step:
-            if finished or step % run.eval_every == 0:
+            if finished or step % run.every(config.eval_every) == 0:
                 numbers |= hold_out(run, progress, context, monitor)
                 finished |= 0 < config.patience <= progress.evaluations_without_gain
             if numbers:
                 monitor.log(step, numbers)
             # At least one step first, so that a run restarted again and again goes on.
             out_of_time = step > 0 and config.max_minutes > 0 and any_rank(time.monotonic() - begin >= config.max_minutes * 60)
-            if step and (finished or out_of_time or step % run.save_every == 0):
-                watch_message(watch.observe(None), monitor)
+            if step and (finished or out_of_time or step % run.every(config.save_every) == 0):
+                monitor.say(watch.observe(None))
                 progress.skipped, progress.finished = watch.skipped, finished
                 save(run, progress, window, optimizer, scaler, monitor)
         if finished or out_of_time:
@@ -112,7 +115,7 @@ def train(run: Run) -> dict[str, float | str]:
         rate = learning_rate(step + 1)
         result = train_step(trained, model.loss_weights, batches, optimizer, scaler, context, rate, config.max_grad_norm, device,
                             world.size)
-        watch_message(watch.observe(result.finite, f"at step {step + 1}, data position {tuple(progress.position)}"), monitor)
+        monitor.say(watch.observe(result.finite, f"at step {step + 1}, data position {tuple(progress.position[:3])}"))
         progress.step, progress.position = step + 1, run.dataset.advance(progress.position, micro_batches)
         window.add(result, batches, sum(count_flops(model, batch) for batch in batches))
         logged = progress.step in (1, run.total_steps) or progress.step % config.log_every == 0
@@ -124,6 +127,8 @@ def train(run: Run) -> dict[str, float | str]:
             means = summarize(sums, model.loss_weights)
             numbers = {f"train/{name}": value for name, value in means.items()} | speed(sums, peak * world.size) | {
                 "optim/learning_rate": rate, "optim/grad_norm": grad_norm, "memory/peak_bytes": peak_memory_bytes(device)}
+            if run.mask_rate(step) is not None:
+                numbers["optim/mask_rate"] = run.mask_rate(step)
             progress.add_window(sums, means)
             window = Window({}, {})
         monitor.advance()
@@ -195,12 +200,6 @@ def speed(sums: dict[str, float], peak: float) -> dict[str, float]:
     seconds = max(sums["seconds"], 1e-9)
     return {"speed/tokens_per_second": sums["tokens"] / seconds, "speed/mfu": sums["flops"] / seconds / peak,
             "speed/data_wait": sums["wait_seconds"] / seconds, "speed/padding": 1 - sums["tokens"] / sums["slots"]}
-
-
-def watch_message(message: str | None, monitor: Monitor) -> None:
-    """Tell what the watch over finite steps has seen, if anything."""
-    if message:
-        monitor.say(message)
 
 
 def hold_out(run: Run, progress: Progress, context: torch.autocast, monitor: Monitor) -> dict[str, float]:
@@ -275,6 +274,6 @@ def finish(run: Run, progress: Progress, monitor: Monitor, finished: bool) -> di
         summary |= {"best_perplexity": progress.best_perplexity, "best_step": progress.best_step}
     monitor.close({f"eval/{name}": value for name, value in progress.last_eval.items()} or {"train/loss": math.nan})
     if run.world.is_main:
-        ckpt.write_json(run.output / "summary.json", summary)
+        write_json(run.output / "summary.json", summary)
     wait_for_all()
     return summary

@@ -19,7 +19,7 @@ from statistics import median
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` may find a script
 
 from pretrain import config as cli  # noqa: E402
-from pretrain.config import UserError, option  # noqa: E402
+from pretrain.command import UserError, check, option, parse, run_command  # noqa: E402
 
 PARTS = ("prepare", "data", "train")
 QUICK = {"model": "mini", "max_length": 128, "batch_size": 32, "micro_batch_size": 32, "steps": 5}
@@ -46,10 +46,10 @@ class BenchmarkOptions(cli.MachineOptions, cli.TaskOptions, cli.TextOptions, cli
 
 def main(argv: list[str]) -> None:
     """Parse, measure the parts, print a table; JSON on the last line."""
-    options = cli.parse(argv, BenchmarkOptions, __doc__)
+    options = parse(argv, BenchmarkOptions, __doc__)
     if options.quick:
-        options = cli.parse(argv, BenchmarkOptions, __doc__, defaults=QUICK)
-    cli.check(cli.validate(options) + [f"--steps {options.steps}: needed is a whole number of at least 1"] * (options.steps < 1))
+        options = parse(argv, BenchmarkOptions, __doc__, defaults=QUICK)
+    check(cli.validate(options) + [f"--steps {options.steps}: needed is a whole number of at least 1"] * (options.steps < 1))
     if "train" in options.parts and importlib.util.find_spec("accelerate") is None:
         raise UserError("--parts train: transformers.Trainer needs accelerate: pip install accelerate (or --parts prepare data)")
 
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--train {options.train[0]}: is a prepared corpus; needed is text, or --parts data train")
         report["prepare"] = measure_prepare(text, run.tokenizer, repeats)
     if "data" in options.parts:
-        report |= {f"data_{masking}": measure_data(run, masking, repeats) for masking in ("token", "word")}
+        report |= measure_data(run, repeats)
     if "train" in options.parts:
         report["train"] = measure_train(run, options.steps)
     print_table(report)
@@ -84,7 +84,7 @@ def measure_prepare(text, tokenizer, repeats: int) -> dict:
     from pretrain.data import preparing, reading
 
     piece = reading.cut_into_pieces([Path(source.path) for source in text.sources], text.text_format, SAMPLE_BYTES)[0]
-    stream = list(reading.sentences(piece, text.text_format))
+    stream = [item and item[0] for item in reading.sentences(piece, text.text_format)]
     stream *= max(1, SAMPLE_BYTES // sum(len(sentence) for sentence in stream if sentence))
     sentences, times = [sentence for sentence in stream if sentence], []
     with tempfile.TemporaryDirectory() as folder:
@@ -102,20 +102,26 @@ def measure_prepare(text, tokenizer, repeats: int) -> dict:
     return {"tokens_per_second": {side: tokens / median(taken) for side, taken in zip(("ours", "peer"), zip(*times[1:]))}}
 
 
-def measure_data(run, masking: str, repeats: int) -> dict:
-    """Tokens/s of planning an epoch and of packing and masking all its micro-batches, in this process alone."""
+def measure_data(run, repeats: int) -> dict:
+    """Tokens/s of planning an epoch and of packing and masking all its micro-batches, in this process alone; every strategy
+    in turns, beside token masks. Entities need text with some (--lexicon, spans or tags, under --masking entity)."""
     from pretrain.data.dataset import DataPosition, PretrainingDataset
 
-    collator, rates = dataclasses.replace(run.collator, masking=masking), []
+    corpus = run.dataset.source
+    rates = {masking: [] for masking in ("token", "word", "span", "entity") if masking != "entity" or corpus.info["entities"]}
     for epoch in range(repeats + 1):  # another epoch has other pairs, so nothing is planned already
-        dataset, tokens = PretrainingDataset(run.dataset.source, run.dataset.task), 0
-        begin = time.perf_counter()
-        for position in dataset.positions(DataPosition(epoch, 0, 0), end_epoch=epoch + 1):
-            if position.place == EPOCH_SHARDS:
-                break
-            tokens += collator(dataset.__getitems__([position])).num_tokens
-        rates.append(tokens / (time.perf_counter() - begin))
-    return {"tokens_per_second": {"ours": median(rates[1:])}, "tokens": tokens}
+        for masking, kept in rates.items():
+            collator = dataclasses.replace(run.collator, masking=dataclasses.replace(run.collator.masking, masking=masking))
+            dataset, tokens = PretrainingDataset(corpus, run.dataset.task), 0
+            begin = time.perf_counter()
+            for position in dataset.positions(DataPosition(epoch, 0, 0), end_epoch=epoch + 1):
+                if position.place == EPOCH_SHARDS:
+                    break
+                tokens += collator(dataset.__getitems__([position])).num_tokens
+            kept.append(tokens / (time.perf_counter() - begin))
+    medians = {masking: median(kept[1:]) for masking, kept in rates.items()}
+    return {f"data_{masking}": {"tokens_per_second": {"ours": rate} | ({"peer": medians["token"]} if masking != "token" else {})}
+            for masking, rate in medians.items()}
 
 
 def our_steps(run) -> Iterator[tuple[int, float]]:
@@ -263,7 +269,8 @@ def describe_machine(device) -> dict:
 def print_table(report: dict) -> None:
     """The results, a line each."""
     names = {"prepare": "prepare (peer: raw encode_batch_fast)", "data_token": "plan, pairs, pack, mask tokens",
-             "data_word": "plan, pairs, pack, mask words", "train": "train (peer: transformers.Trainer)"}
+             **{f"data_{masking}": f"the same with {masking} masks (peer: tokens)" for masking in ("word", "span", "entity")},
+             "train": "train (peer: transformers.Trainer)"}
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
     print(f"{'':58}{'ours':>12}{'peer':>12}{'ours/peer':>11}")
     for part in [part for part in names if part in report]:
@@ -275,4 +282,4 @@ def print_table(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main, sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

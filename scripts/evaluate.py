@@ -6,7 +6,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` may find a script
 
-from pretrain.config import OBJECTIVES, TextOptions, UserError, check, option, parse, run_command, validate  # noqa: E402
+from pretrain.command import UserError, check, option, parse, run_command  # noqa: E402
+from pretrain.config import OBJECTIVES, TextOptions, validate  # noqa: E402
 
 
 @dataclass
@@ -46,8 +47,7 @@ def main(argv: list[str]) -> None:
     precision = choose_precision(facts["precision"] if same else options.precision, device)
     text = check_text(options.input, "--input", options, world)
     model, fresh = bert.from_checkpoint(options.model, [])
-    if options.max_length > model.config.max_position_embeddings:
-        raise UserError(f"--max-length {options.max_length}: the model has {model.config.max_position_embeddings} positions")
+    check(model.problems_of(options.objective, options.max_length))
     model.set_objective(options.objective)
     tokenizer = tokenizers.load(options.model)
     vocabulary = tokenizers.describe(tokenizer)

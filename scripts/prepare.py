@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` may find a script
 
-from pretrain.config import TextOptions, TokenizerOptions, check, option, parse, run_command, validate  # noqa: E402
+from pretrain.command import check, option, parse, run_command  # noqa: E402
+from pretrain.config import TextOptions, TokenizerOptions, validate  # noqa: E402
 
 
 @dataclass
@@ -25,24 +26,16 @@ def main(argv: list[str]) -> None:
     check(validate(options) + needed)
 
     from pretrain.data import tokenizer
-    from pretrain.data.preparing import prepare
     from pretrain.runtime.distributed import World
-    from pretrain.text import check_text, open_or_prepare, trained_tokenizer
+    from pretrain.text import add_tokens, check_text, make_tokenizer, open_or_prepare
 
-    text = check_text(options.input, "--input", options, World())
+    text = check_text(options.input, "--input", options, World(), masking="any")
     if text is None:
         check([f"--input {options.input[0]}: is a prepared corpus already"])
-    lowercase = options.lowercase == "on"
-    made = (tokenizer.load(options.tokenizer, lowercase) if options.tokenizer
-            else trained_tokenizer(text, options.vocab_size, lowercase, Path(options.cache), World()))
-    vocabulary = tokenizer.describe(made)
-    if options.output:
-        prepared = prepare(text.sources, text.text_format, made, Path(options.output))
-    else:
-        prepared = open_or_prepare(text, options.input[0], made, vocabulary, Path(options.cache), "--input", World())
-    info = prepared.info
-    print(f"{prepared.folder}: {info['documents']:,} documents, {info['sentences']:,} sentences, {info['tokens']:,} tokens, "
-          f"{info['unknown_tokens'] / info['tokens']:.2%} of them unknown, {len(info['shards'])} shards")
+    made = make_tokenizer(options, text, options.input[0], World())
+    add_tokens(made, options)
+    prepared = open_or_prepare(text, options.input[0], made, tokenizer.describe(made), Path(options.cache), "--input", World(),
+                               output=options.output and Path(options.output))
     print(f"train on it:  python scripts/pretrain.py --train {prepared.folder}")
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` finds this script
 
-from pretrain.config import EMBEDDED_DEFAULTS, Config, UserError, check, parse, read_options, run_command, validate  # noqa: E402
+from pretrain.command import UserError, check, parse, read_options, run_command  # noqa: E402
+from pretrain.config import EMBEDDED_DEFAULTS, Config, validate  # noqa: E402
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,10 @@
-"""Shared fixtures: a small text, a tokenizer and a corpus made of it; everything offline and on one thread."""
+"""Shared fixtures: a small text, tokenizers and a corpus made of it, and runs of the scripts' `main` in this process; everything
+offline and on one thread."""
+import importlib.util
+import json
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,12 +13,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers  # noqa: E402
+from transformers import RobertaTokenizer, XLMRobertaTokenizer  # noqa: E402
 
+from pretrain import train  # noqa: E402
+from pretrain.command import run_command  # noqa: E402
 from pretrain.data import reading, tokenizer  # noqa: E402
 from pretrain.data.preparing import prepare  # noqa: E402
+from pretrain.runtime import checkpoint as ckpt  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are small, and bit-equality is promised per thread count
 ROOT = Path(__file__).resolve().parent.parent
+SIZES = ["--config-override", "hidden_size=32", "intermediate_size=64", "num_attention_heads=2"]
 
 
 def make_documents(count: int = 60, seed: int = 7) -> list[list[str]]:
@@ -53,3 +64,99 @@ def vocabulary(tiny_tokenizer):
 def corpus(text_file, tiny_tokenizer, tmp_path_factory):
     sources = reading.check_files([text_file], "--train")
     return prepare(sources, "sentences", tiny_tokenizer, tmp_path_factory.mktemp("corpus") / "corpus")
+
+
+def trained_state(model, trainer, texts) -> dict:
+    """The model part of tokenizer.json, after training with byte-level or with SentencePiece's rules."""
+    made = Tokenizer(model)
+    if isinstance(model, models.BPE):
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        made.normalizer, made.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    made.train_from_iterator(texts, trainer)
+    return json.loads(made.to_str())["model"]
+
+
+@pytest.fixture(scope="session")
+def roberta_tokenizer(documents) -> RobertaTokenizer:
+    """Byte-level BPE."""
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    state = trained_state(models.BPE(), trainer, (sentence for document in documents for sentence in document))
+    return RobertaTokenizer(vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]])
+
+
+@pytest.fixture(scope="session")
+def xlm_roberta_tokenizer(documents) -> XLMRobertaTokenizer:
+    """SentencePiece unigrams."""
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], unk_token="<unk>",
+                                      show_progress=False)
+    state = trained_state(models.Unigram(), trainer, (sentence for document in documents for sentence in document))
+    return XLMRobertaTokenizer(vocab=[tuple(entry) for entry in state["vocab"]])
+
+
+# Runs of the scripts.
+
+def script(name):
+    """The module of a script; importing it does not run it."""
+    kept = sys.path[0]
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[0] = kept
+    return module
+
+
+def rows(output):
+    """Rows of metrics.jsonl, without what depends on the clock and the machine."""
+    read = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(("speed/", "memory/"))} for row in read]
+
+
+def assert_same_run(left, right, step=10):
+    """Weights, optimizer, random states and numbers are equal bit for bit."""
+    a, b = load_file(left / "final" / "model.safetensors"), load_file(right / "final" / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    a, b = ckpt.read_tensors(left / f"checkpoint-{step}"), ckpt.read_tensors(right / f"checkpoint-{step}")
+    for number, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[key], b["optimizer"]["state"][number][key]) for key in state)
+    assert torch.equal(a["random_states"][0]["cpu"], b["random_states"][0]["cpu"])
+    assert rows(left) == rows(right)
+
+
+def interrupted_copy(finished, output, step):
+    """The run folder as a crash after `step` leaves it: later checkpoints absent, later numbers already logged."""
+    shutil.copytree(finished, output)
+    for folder in ckpt.checkpoints(output):
+        if int(folder.name.split("-")[1]) > step:
+            shutil.rmtree(folder)
+    shutil.rmtree(output / "final")
+    (output / "summary.json").unlink()
+
+
+def refusal(main, argv, capsys) -> str:
+    """What the command tells as it refuses: exit code 2 and messages alone, a line each."""
+    capsys.readouterr()
+    assert run_command(main, [str(part) for part in argv]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith("error: ") for line in lines)
+    return "\n".join(line.removeprefix("error: ") for line in lines)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """Prepared corpora, converted text and trained tokenizers of all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def steps_seen(monkeypatch) -> list:
+    """The micro-batches of every step that the test trains."""
+    seen, original = [], train.train_step
+
+    def observed(model, loss_weights, batches, *more):
+        seen.append(batches)
+        return original(model, loss_weights, batches, *more)
+
+    monkeypatch.setattr(train, "train_step", observed)
+    return seen

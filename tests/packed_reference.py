@@ -8,12 +8,12 @@ from transformers import BertConfig
 from pretrain.batch import IGNORED, Batch
 from pretrain.data.collate import Collator, Examples
 from pretrain.data.dataset import DataPosition, PretrainingDataset
+from pretrain.data.masking import Masking
 from pretrain.data.planning import Task
 from pretrain.model.attention import SDPA
 from pretrain.model.bert import BertForPreTraining
 
 MAX_LENGTH = 64
-MASK_SPLIT = [0.8, 0.1, 0.1]
 
 
 def small_config(vocab_size: int, **settings) -> BertConfig:
@@ -46,14 +46,14 @@ def make_batches(corpus, vocabulary, objective: str = "mlm+nsp", micro_batch_siz
                  max_length: int = MAX_LENGTH) -> list[Batch]:
     """The first `count` micro-batches of a run."""
     task = Task(objective, max_length, micro_batch_size, mask_rate=0.15, seed=3)
-    dataset, collator = PretrainingDataset(corpus, task), Collator(task, vocabulary, "token", MASK_SPLIT, fill)
+    dataset, collator = PretrainingDataset(corpus, task), Collator(task, vocabulary, Masking(), fill)
     return [collator(dataset.__getitems__([DataPosition(0, 0, number)])) for number in range(count)]
 
 
 def cut(corpus, vocabulary, sizes: list[int]) -> list[Batch]:
     """The first sequences of a plan, as micro-batches of `sizes` sequences; pairs and masks do not depend on the sizes."""
     task = Task("mlm+nsp", MAX_LENGTH, micro_batch_size=sum(sizes), mask_rate=0.15, seed=3)
-    plan, collator = PretrainingDataset(corpus, task).plan(0, 0), Collator(task, vocabulary, "token", MASK_SPLIT)
+    plan, collator = PretrainingDataset(corpus, task).plan(0, 0), Collator(task, vocabulary, Masking())
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return [collator(Examples(corpus.shard(0), plan.take(slice(end - size, end)))) for size, end in zip(sizes, ends)]
 

@@ -2,37 +2,30 @@
 
 Runs go through the script's `main` in this process; exit codes and one run under SIGKILL through a process of its own.
 """
-import importlib.util
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file
+from conftest import ROOT, SIZES, assert_same_run, interrupted_copy, refusal, rows, script
 
-from pretrain.config import Config, UserError, parse, validate
+from pretrain.command import UserError, parse
+from pretrain.config import OBJECTIVES, Config, validate
+from pretrain.data.dataset import make_loader
+from pretrain.data.tokenizer import describe, load
+from pretrain.parts import make_task
 from pretrain.runtime import checkpoint as ckpt
 
-
-def script(name):
-    """The module of a script; importing it does not run it."""
-    kept = sys.path[0]
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[0] = kept
-    return module
-
-
 PRETRAIN, EVALUATE, PREPARE = script("pretrain"), script("evaluate"), script("prepare")
-SIZES = ["--config-override", "hidden_size=32", "intermediate_size=64", "num_attention_heads=2"]
 
 
 @pytest.fixture(scope="module")
@@ -55,33 +48,6 @@ def finished(workplace, arguments):
     output = workplace / "finished"
     PRETRAIN.main([*arguments, "--output", str(output)])
     return output
-
-
-def rows(output):
-    """Rows of metrics.jsonl, without what depends on the clock and the machine."""
-    read = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(("speed/", "memory/"))} for row in read]
-
-
-def assert_same_run(left, right, step=10):
-    """Weights, optimizer, random states and numbers are equal bit for bit."""
-    a, b = load_file(left / "final" / "model.safetensors"), load_file(right / "final" / "model.safetensors")
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    a, b = ckpt.read_tensors(left / f"checkpoint-{step}"), ckpt.read_tensors(right / f"checkpoint-{step}")
-    for number, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(state[key], b["optimizer"]["state"][number][key]) for key in state)
-    assert torch.equal(a["random_states"][0]["cpu"], b["random_states"][0]["cpu"])
-    assert rows(left) == rows(right)
-
-
-def interrupted_copy(finished, output, step):
-    """The run folder as a crash after `step` leaves it: later checkpoints absent, later numbers already logged."""
-    shutil.copytree(finished, output)
-    for folder in ckpt.checkpoints(output):
-        if int(folder.name.split("-")[1]) > step:
-            shutil.rmtree(folder)
-    shutil.rmtree(output / "final")
-    (output / "summary.json").unlink()
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -207,11 +173,11 @@ def test_another_vocabulary_than_the_models_is_refused(finished, arguments, tmp_
                        str(tmp_path / "run")])
 
 
-def test_embedded_default(tmp_path, capsys, monkeypatch):
+def test_embedded_default(tmp_path, cache, capsys, monkeypatch):
     """Without arguments, a few steps: the text is there, precision and steps follow the machine, the masks are filled."""
     monkeypatch.setattr("pretrain.embedded.MIN_STEPS", 2)
     monkeypatch.setattr("pretrain.embedded.MAX_STEPS", 2)
-    PRETRAIN.main(["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "run"), "--vocab-size", "500"])
+    PRETRAIN.main(["--cache", str(cache), "--output", str(tmp_path / "run"), "--vocab-size", "500"])
     told = capsys.readouterr().out
     assert "a step takes" in told and "a few masks, filled by the model" in told and "[MASK]" in told
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
@@ -224,7 +190,7 @@ def test_a_longer_run_is_told_and_a_changed_one_refused(finished, tmp_path, caps
     for option, new, old in (("seed", 1, 0), ("batch-size", 32, 16), ("objective", "mlm", "mlm+nsp")):
         assert f"--{option} {new}: the run was started with {old}" in str(refused.value)
     PRETRAIN.main(["--resume", "--output", str(tmp_path / "run"), "--max-steps", "12"])
-    assert "now ends at step 12, not 10: the schedule of the learning rate changes" in capsys.readouterr().out
+    assert "now ends at step 12, not 10: the schedules of learning rate and masks change" in capsys.readouterr().out
     assert rows(tmp_path / "run")[-1]["step"] == 12
 
 
@@ -284,6 +250,172 @@ def test_further_pretraining_from_a_finished_run(finished, arguments, tmp_path):
     assert "were not trained" in (tmp_path / "run" / "final" / "README.md").read_text()
 
 
+# Masks.
+
+def ordinary_tokens(batch, vocabulary):
+    """int: tokens of a batch that may be masked."""
+    before = batch.input_ids.clone()
+    before[batch.masked_positions] = batch.masked_lm_labels
+    return int((~torch.from_numpy(vocabulary.is_special)[before]).sum())
+
+
+def test_the_mask_rate_goes_from_the_first_value_to_the_second(arguments, tmp_path, steps_seen):
+    more = [*arguments, "--masking", "token", "--mask-rate", "0.2", "0.6"]
+    PRETRAIN.main([*more, "--output", str(tmp_path / "run")])
+    vocabulary = describe(load(str(tmp_path / "run" / "final")))
+    assert len(steps_seen) == 10
+    for step, batches in enumerate(steps_seen):
+        share = sum(batch.counts["mlm"] for batch in batches) / sum(ordinary_tokens(batch, vocabulary) for batch in batches)
+        assert share == pytest.approx(0.2 + 0.4 * step / 9, abs=0.015), step
+    assert len({batch.counts["mlm"] for batches in steps_seen for batch in batches}) > 10
+    interrupted_copy(tmp_path / "run", tmp_path / "parts", 4)
+    for workers in ("0", "2"):
+        PRETRAIN.main(["--resume", "--output", str(tmp_path / "parts"), "--workers", workers])
+        assert_same_run(tmp_path / "run", tmp_path / "parts")
+        shutil.rmtree(tmp_path / "parts")
+        interrupted_copy(tmp_path / "run", tmp_path / "parts", 6)
+    down = [*arguments, "--masking", "word", "--mask-rate", "0.4", "0.1", "--max-steps", "2"]
+    PRETRAIN.main([*down, "--output", str(tmp_path / "down")])
+    (first, *_), (last, *_) = steps_seen[-2:]
+    assert ordinary_tokens(first, vocabulary) * 0.35 < first.counts["mlm"] and last.counts["mlm"] < ordinary_tokens(last, vocabulary) * 0.15
+
+
+TERMS = ["quickly banking", "river", "modelization tokens", "slow money"]
+
+
+@pytest.fixture(scope="module")
+def marked(workplace, documents):
+    """Files that mark TERMS: JSONL with spans, a lexicon, a table of similar words; and how often a term stands in the text."""
+    pattern = re.compile("|".join(rf"\b{term}\b" for term in TERMS))
+    texts = ["\n".join(document) for document in documents]
+    spans = [[[match.start(), match.end(), "TERM"] for match in pattern.finditer(text)] for text in texts]
+    (workplace / "spans.jsonl").write_text("".join(json.dumps({"text": text, "entities": found}) + "\n"
+                                                   for text, found in zip(texts, spans)), encoding="utf-8")
+    (workplace / "terms.txt").write_text("\n".join(map(str.title, TERMS)) + "\n", encoding="utf-8")  # the tokenizer lower-cases
+    (workplace / "similar.tsv").write_text("bank\tmoney\tmodel\nriver\tmoney\nmoney\triver\n", encoding="utf-8")
+    return {"spans": str(workplace / "spans.jsonl"), "lexicon": str(workplace / "terms.txt"), "similar": str(workplace / "similar.tsv"),
+            "number": sum(map(len, spans))}
+
+
+MASKINGS = {
+    "token": [], "word": [], "span": [], "entity by spans": ["--train", "{spans}"], "entity by a lexicon": ["--lexicon", "{lexicon}"],
+    "entity then tokens": ["--lexicon", "{lexicon}", "--entity-fill", "token", "--entity-probability", "1", "--entity-budget", "0.3"],
+    "word by similar": ["--replace", "similar", "--similar", "{similar}"],
+    "span by similar": ["--replace", "similar", "--similar", "{similar}"],
+    "entity by similar": ["--train", "{spans}", "--replace", "similar", "--similar", "{similar}"],
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", MASKINGS)
+def test_every_masking_trains_with_every_objective(name, objective, arguments, marked, tmp_path, steps_seen, capsys):
+    masking, more = name.split()[0], [part.format(**marked) for part in MASKINGS[name]]
+    PRETRAIN.main([*arguments, "--masking", masking, "--objective", objective, *more, "--max-steps", "2", "--save-every", "2", "--output",
+                   str(tmp_path / "run")])
+    logged = rows(tmp_path / "run")
+    assert logged[-1]["step"] == 2 and math.isfinite(logged[-1]["train/loss"]) and math.isfinite(logged[-1]["eval/perplexity"])
+    assert ("train/nsp_loss" in logged[-1]) is (objective != "mlm")
+    if masking == "entity":
+        assert f", {marked['number']:,} entities (" in capsys.readouterr().out
+    tokenizer = load(str(tmp_path / "run" / "final"))
+    batches, whole, cut = [batch for batches in steps_seen for batch in batches], 0, 0
+    shown = {number for batch in batches for number in batch.input_ids.tolist()}
+    assert (tokenizer.mask_token_id in shown) is ("similar" not in name)
+    for batch in batches:
+        assert batch.counts["mlm"] == len(batch.masked_positions) > 0
+        before, masked = batch.input_ids.clone(), set(batch.masked_positions.tolist())
+        before[batch.masked_positions] = batch.masked_lm_labels
+        tokens = tokenizer.convert_ids_to_tokens(before.tolist())
+        for place, token in enumerate(tokens):
+            if token.startswith("##") and not tokens[place - 1].startswith("["):  # a window may begin within a word
+                together = (place in masked) == (place - 1 in masked)
+                whole, cut = whole + (together and place in masked), cut + (not together)
+    assert whole > 0 and (cut > 0) is (name in ("token", "entity then tokens"))
+
+
+def test_a_schedule_and_entities_beyond_the_rate_fit_filled_batches(arguments, marked, tmp_path, monkeypatch):
+    """As on a GPU, where batches are filled: the fixed sizes hold at the higher rate and beyond the rate."""
+    collators = []
+    monkeypatch.setattr("pretrain.train.make_loader", lambda dataset, collator, *more, **options: make_loader(
+        dataset, collators.append(replace(collator, fill=True)) or collators[-1], *more, **options))
+    more = ["--masking", "entity", "--lexicon", marked["lexicon"], "--entity-probability", "1", "--entity-budget", "1", "--mask-rate",
+            "0.05", "0.5", "--max-steps", "4", *SIZES, "hidden_dropout_prob=0"]
+    PRETRAIN.main([*arguments, *more, "--output", str(tmp_path / "filled")])
+    assert collators[0].fill
+    monkeypatch.undo()
+    PRETRAIN.main([*arguments, *more, "--output", str(tmp_path / "exact")])
+    for exact, filled in zip(rows(tmp_path / "exact"), rows(tmp_path / "filled"), strict=True):
+        assert filled == pytest.approx(exact, rel=1e-3)
+
+
+def test_a_corpus_prepared_with_a_lexicon_trains_like_its_text(arguments, marked, text_file, tmp_path, workplace):
+    PREPARE.main(["--input", str(text_file), "--vocab-size", "120", "--lexicon", marked["lexicon"], "--output", str(tmp_path / "corpus"),
+                  "--cache", str(workplace / "cache")])
+    assert json.loads((tmp_path / "corpus" / "corpus.json").read_text())["entities"] == marked["number"]
+    more = [*arguments, "--masking", "entity", "--max-steps", "2"]
+    PRETRAIN.main([*more, "--lexicon", marked["lexicon"], "--output", str(tmp_path / "text")])
+    PRETRAIN.main([*more, "--train", str(tmp_path / "corpus"), "--output", str(tmp_path / "run")])
+    assert_same_run(tmp_path / "text", tmp_path / "run", step=2)
+
+
+def test_a_corpus_prepared_from_spans_trains_by_entities(arguments, marked, tmp_path, workplace):
+    PREPARE.main(["--input", marked["spans"], "--vocab-size", "120", "--entity-field", "entities", "--output", str(tmp_path / "corpus"),
+                  "--cache", str(workplace / "cache")])
+    more = [*arguments, "--masking", "entity", "--max-steps", "2"]
+    PRETRAIN.main([*more, "--train", marked["spans"], "--output", str(tmp_path / "text")])
+    PRETRAIN.main([*more, "--train", str(tmp_path / "corpus"), "--output", str(tmp_path / "run")])
+    assert_same_run(tmp_path / "text", tmp_path / "run", step=2)
+
+
+def test_held_out_text_needs_no_entities(arguments, marked, text_file, tmp_path):
+    (tmp_path / "valid.txt").write_text("teach .\nlearn slow .\n\n" * 20, encoding="utf-8")
+    PRETRAIN.main([*arguments, "--masking", "entity", "--lexicon", marked["lexicon"], "--valid", str(tmp_path / "valid.txt"), "--max-steps",
+                   "1", "--output", str(tmp_path / "run")])
+    assert "eval/perplexity" in rows(tmp_path / "run")[-1]
+
+
+def test_a_schedule_is_planned_for_its_highest_rate():
+    assert [make_task(Config(mask_rate=rates)).mask_rate for rates in ([0.1, 0.4], [0.4, 0.1], [0.3])] == [0.4, 0.4, 0.3]
+
+
+def test_text_without_entities_is_refused(arguments, marked, text_file, tmp_path, workplace, capsys):
+    PREPARE.main(["--input", str(text_file), "--vocab-size", "120", "--output", str(tmp_path / "corpus"), "--cache",
+                  str(workplace / "cache")])
+    (tmp_path / "strange.txt").write_text("xylophone\n", encoding="utf-8")
+    for more, told in (
+            (["--train", tmp_path / "corpus"], f"--masking entity: the corpus {tmp_path / 'corpus'} holds no entities; needed is one"),
+            ([], "--masking entity: --train brings no entities; needed is a --lexicon, JSONL with spans (--entity-field), or"),
+            (["--lexicon", tmp_path / "strange.txt"], f"--lexicon: none of its terms occurs in --train {text_file}"),
+            (["--train", marked["spans"], "--entity-field", "terms"], f"{marked['spans']}, line 1: has no column 'terms'")):
+        message = refusal(PRETRAIN.main, [*arguments, "--masking", "entity", "--output", tmp_path / "run", *more], capsys)
+        assert message.startswith(told) and "\n" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_table_without_a_similar_word_is_refused(arguments, tmp_path, capsys):
+    (tmp_path / "similar.tsv").write_text("bank\triver money\nmoney\tmoney\n", encoding="utf-8")
+    more = ["--replace", "similar", "--similar", tmp_path / "similar.tsv", "--output", tmp_path / "run"]
+    assert refusal(PRETRAIN.main, [*arguments, *more], capsys).startswith(
+        f"--similar {tmp_path / 'similar.tsv'}: holds no word with a similar one of as many tokens")
+
+
+def test_new_options_go_through_config_json(arguments, marked, tmp_path):
+    """A run's config.json starts the same run; lists of one value and of two, words, tokens with brackets and equals signs."""
+    (tmp_path / "words.txt").write_text("slow-2\n", encoding="utf-8")
+    more = ["--train", marked["spans"], "--valid", marked["spans"], "--masking", "entity", "--mask-rate", "0.1", "0.3", "--lexicon",
+            marked["lexicon"], "--entity-probability", "0.75", "--entity-budget", "0.3", "--entity-fill", "token", "--replace", "similar",
+            "--similar", marked["similar"], "--words", "spaces", "--text-field", "text", "--entity-field", "entities",
+            "--split-sentences", "en", "--max-documents", "40", "--add-tokens", str(tmp_path / "words.txt"), "--add-special-tokens",
+            "[name]", "eos_token=[EOT]", "--new-vectors", "random", "--max-steps", "2"]
+    PRETRAIN.main([*arguments, *more, "--output", str(tmp_path / "one")])
+    saved = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert saved["mask_rate"] == [0.1, 0.3] and saved["add_special_tokens"] == ["[name]", "eos_token=[EOT]"]
+    PRETRAIN.main(["--config", str(tmp_path / "one" / "config.json"), "--output", str(tmp_path / "two")])
+    assert json.loads((tmp_path / "two" / "config.json").read_text()) == saved
+    assert_same_run(tmp_path / "one", tmp_path / "two", step=2)
+    assert parse(["--config", str(tmp_path / "one" / "config.json"), "--mask-rate", "0.2"], Config, "").mask_rate == [0.2]
+
+
 BAD = [
     (["--mask-rate", "1.5", "--epochs", "-1", "--max-length", "2"], ["--mask-rate 1.5", "--epochs -1.0", "--max-length 2"]),
     (["--mask-split", ".5", ".1", ".1"], ["--mask-split 0.5 0.1 0.1: needed is three shares"]),
@@ -306,6 +438,26 @@ BAD = [
     (["--learning-rate", "nan"], ["--learning-rate nan: needed is a number above 0"]),
     (["--learning-rate", "fast"], ["--learning-rate: invalid float value: 'fast'"]),
     (["--patience", "2", "--valid-fraction", "0"], ["--patience: needed is held-out text"]),
+    (["--mask-rate", "0.1", "0.2", "0.3"], ["--mask-rate 0.1 0.2 0.3: needed is one or two shares above 0 and at most 0.8"]),
+    (["--mask-rate", "0.1", "0"], ["--mask-rate 0.1 0.0: needed is one or two shares above 0 and at most 0.8"]),
+    (["--mask-rate", "0.1", "nan"], ["--mask-rate 0.1 nan: needed is one or two shares"]),
+    (["--mask-rate"], ["--mask-rate: expected at least one argument"]),
+    (["--masking", "phrase"], ["--masking: invalid choice: 'phrase'"]),
+    (["--replace", "similar"], ["--replace similar: needed is a table, --similar FILE, and --masking word, span or entity, not word"]),
+    (["--replace", "similar", "--similar", "x", "--masking", "token"], ["--replace similar: needed is a table", "entity, not token"]),
+    (["--similar", "x"], ["--similar x: is used with --replace similar only; needed is both or neither"]),
+    (["--replace", "similar", "--similar", "absent"], ["--similar absent: cannot be read as UTF-8 text (No such file or directory)"]),
+    (["--lexicon", "x", "--masking", "token"], ["--lexicon x: marks entities, needed is --masking entity with it, not token"]),
+    (["--entity-field", "x"], ["--entity-field x: marks entities, needed is --masking entity with it, not word"]),
+    (["--masking", "entity", "--lexicon", "absent"], ["--lexicon absent: cannot be read as UTF-8 text (No such file or directory)"]),
+    (["--entity-probability", "0"], ["--entity-probability 0.0: needed is a share above 0 and at most 1"]),
+    (["--entity-probability", "1.5", "--entity-budget", "-1"], ["--entity-probability 1.5: needed", "--entity-budget -1.0: needed"]),
+    (["--entity-fill", "span"], ["--entity-fill: invalid choice: 'span'"]),
+    (["--max-documents", "-1"], ["--max-documents -1: needed is a whole number of at least 0"]),
+    (["--words", "stanford"], ["--words: invalid choice: 'stanford'"]),
+    *(([f"--{name}", " "], [f"--{name}  : needed is a name, or the option left away"])
+      for name in ("text-field", "entity-field", "add-tokens", "lexicon", "similar")),
+    (["--split-sentences", "klingon"], ["--split-sentences klingon: needed is a language code such as en, or auto"]),
 ]
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from pretrain.batch import IGNORED, Batch
-from pretrain.data.corpus import Shard
+from pretrain.data.corpus import ENTITY_INSIDE, WORD_START, Shard
 from pretrain.data.draws import derive
-from pretrain.data.masking import choose, replace, unit_starts
+from pretrain.data.masking import Masking, draw_masks, replace
 from pretrain.data.planning import Plan, Task
 from pretrain.data.tokenizer import Vocabulary
 
-DUMMY_SLOTS = 1  # for each sequence of a micro-batch, so that dummies can cover any tail (see `_fill`)
+MASKS = np.uint64(7)  # stream of random numbers of an example; the plan draws from those below
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,42 @@ class Examples:
 
     shard: Shard
     plan: Plan
+    mask_rate: float | None = None  # None: the task's
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Examples laid end to end: T tokens of N sequences."""
+
+    ids: np.ndarray  # int64 [T]
+    flags: np.ndarray  # uint8 [T], as a corpus's; [CLS] and [SEP] are words of their own
+    sequence: np.ndarray  # int64 [T]
+    position_ids: np.ndarray  # int64 [T]
+    token_type_ids: np.ndarray  # int64 [T]
+    lengths: np.ndarray  # int64 [N]
+
+
+def pack(examples: Examples, vocabulary: Vocabulary) -> Packed:
+    """[CLS] A [SEP], or [CLS] A [SEP] B [SEP], of each example."""
+    plan, shard = examples.plan, examples.shard
+    has_b = plan.b_length > 0
+    lengths = 2 + has_b + plan.a_length + plan.b_length
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    position_ids = np.arange(offsets[-1]) - offsets[sequence]
+    token_type_ids = (position_ids > plan.a_length[sequence] + 1).astype(np.int64)
+    # Where each token lies in the shard; the places of [CLS] and [SEP] read something and are overwritten.
+    source = np.where(token_type_ids, (plan.b_start - plan.a_length - 2)[sequence], (plan.a_start - 1)[sequence]) + position_ids
+    source = np.minimum(np.maximum(source, 0), len(shard.ids) - 1)
+    ids, flags = shard.ids[source].astype(np.int64), shard.flags[source]
+    first_separators = (offsets[:-1] + plan.a_length + 1)[has_b]
+    separators = np.concatenate([offsets[1:] - 1, first_separators])
+    ids[offsets[:-1]], ids[separators] = vocabulary.cls_id, vocabulary.sep_id
+    flags[offsets[:-1]] = flags[separators] = WORD_START
+    # What is cut at the beginning of a segment begins there: ENTITY_INSIDE becomes ENTITY_START, the bit below it.
+    begins = np.concatenate([offsets[:-1], first_separators]) + 1
+    flags[begins] = WORD_START | (flags[begins] & ~np.uint8(ENTITY_INSIDE)) | ((flags[begins] & ENTITY_INSIDE) >> 1)
+    return Packed(ids, flags, sequence, position_ids, token_type_ids, lengths)
 
 
 @dataclass(frozen=True)
@@ -30,35 +66,23 @@ class Collator:
 
     task: Task
     vocabulary: Vocabulary
-    masking: str
-    mask_split: list[float]
+    masking: Masking
     fill: bool = False
 
     def __call__(self, examples: Examples) -> Batch:
         """The Batch of `examples`."""
-        plan, vocabulary = examples.plan, self.vocabulary
-        has_b = plan.b_length > 0
-        lengths = 2 + has_b + plan.a_length + plan.b_length  # int64 [N]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        sequence = np.repeat(np.arange(len(lengths)), lengths)  # int64 [T]
-        position_ids = np.arange(offsets[-1]) - offsets[sequence]
-        token_type_ids = (position_ids > plan.a_length[sequence] + 1).astype(np.int64)
-        # Where each token lies in the shard; the places of [CLS] and [SEP] read something and are overwritten.
-        source = np.where(token_type_ids, (plan.b_start - plan.a_length - 2)[sequence], (plan.a_start - 1)[sequence]) + position_ids
-        source = np.minimum(np.maximum(source, 0), len(examples.shard.ids) - 1)
-        ids = examples.shard.ids[source].astype(np.int64)
-        separators = np.concatenate([offsets[1:] - 1, (offsets[:-1] + plan.a_length + 1)[has_b]])
-        ids[offsets[:-1]] = vocabulary.cls_id
-        ids[separators] = vocabulary.sep_id
-
-        maskable = ~vocabulary.is_special[ids]
-        keys = derive(derive(plan.keys, np.uint64(7))[sequence], position_ids)
-        starts = unit_starts(self.masking, examples.shard.flags[source], maskable)
-        budget = self.task.budget(np.bincount(sequence[maskable], minlength=len(lengths)))
-        masked = np.flatnonzero(choose(starts, maskable, sequence, keys, budget))
+        plan, packed = examples.plan, pack(examples, self.vocabulary)
+        ids, lengths = packed.ids, packed.lengths
+        maskable = ~self.vocabulary.is_special[ids]
+        keys = derive(derive(plan.keys, MASKS)[packed.sequence], packed.position_ids)
+        num_maskable = np.bincount(packed.sequence[maskable], minlength=len(lengths))
+        budget = self.task.budget(num_maskable, examples.mask_rate)
+        chosen, leader = draw_masks(self.masking, packed.flags, maskable, packed.sequence, keys, budget)
+        masked = np.flatnonzero(chosen)
         labels = ids[masked]
-        ids[masked] = replace(labels, keys[masked], self.mask_split, vocabulary)
-        arrays = {"input_ids": ids, "token_type_ids": token_type_ids, "position_ids": position_ids, "lengths": lengths,
+        num_masked = np.bincount(packed.sequence[masked], minlength=len(lengths))
+        ids[masked] = replace(ids, masked, keys, leader, self.masking, self.vocabulary)
+        arrays = {"input_ids": ids, "token_type_ids": packed.token_type_ids, "position_ids": packed.position_ids, "lengths": lengths,
                   "masked_positions": masked, "masked_lm_labels": labels, "next_sentence_label": plan.label}
         if self.fill:
             arrays = self._fill(arrays)
@@ -66,21 +90,22 @@ class Collator:
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         return Batch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()},
                      cu_seqlens=torch.from_numpy(cu_seqlens), lengths=tuple(lengths.tolist()), max_length=self.task.max_length,
-                     counts={"mlm": len(masked), "nsp": int((plan.label != IGNORED).sum())}, num_tokens=int(offsets[-1]),
-                     num_sequences=len(plan.label), shortfall=max(0, int(budget.sum()) - len(masked)))
+                     counts={"mlm": len(masked), "nsp": int((plan.label != IGNORED).sum())}, num_tokens=len(ids),
+                     num_sequences=len(plan.label), shortfall=int(np.maximum(0, budget - num_masked).sum()))
 
     def _fill(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The arrays at the size of the limits. The attention kernel wants every token inside a sequence (tokens beyond the
         last offset give NaN gradients, pytorch #176793), so dummy sequences of at least one [PAD] cover the tail: one for
         each free slot, and one slot more for each full sequence, so that they can always reach the end."""
         task, lengths = self.task, arrays["lengths"]
-        slots = task.sequence_limit + DUMMY_SLOTS * task.micro_batch_size
+        slots = task.sequence_limit + task.micro_batch_size
         tail, dummies = task.token_limit + slots - int(lengths.sum()), slots - len(lengths)
         dummy_lengths = tail // dummies + (np.arange(dummies) < tail % dummies)
         assert dummy_lengths.min() >= 1 and dummy_lengths.max() <= task.max_length, (tail, dummies)
         num_masked = len(arrays["masked_positions"])
-        # A word above its sequence's budget is taken all the same; the rare micro-batch that overflows has the next size.
-        masked_slots = -(-max(task.masked_limit, num_masked) // 64) * 64
+        # Entities may go beyond the rate, and a word above its budget is taken all the same: then the next of few sizes.
+        size = max(64, task.masked_limit // 8 // 64 * 64)
+        masked_slots = -(-max(task.masked_limit, num_masked) // size) * size
         offsets = np.cumsum(dummy_lengths) - dummy_lengths
         filling = {"input_ids": np.full(tail, self.vocabulary.pad_id), "token_type_ids": np.zeros(tail, np.int64),
                    "position_ids": np.arange(tail) - np.repeat(offsets, dummy_lengths), "lengths": dummy_lengths,

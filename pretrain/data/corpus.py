@@ -3,7 +3,7 @@
 A folder with `corpus.json` (counts, sizes and hashes of the shards, fingerprints of tokenizer and text), `tokenizer/` and,
 for each piece of text, five arrays:
     ids         uint16 (uint32 for vocabularies above 65,536)  [tokens]
-    flags       uint8   [tokens]         bit 0: the token starts a word
+    flags       uint8   [tokens]         bit 0: the token starts a word; 1: an entity; 2: it goes on with one
     sentences   int64   [sentences + 1]  token offsets
     documents   int64   [documents + 1]  sentence offsets
     hashes      uint64  [documents]      of a document's text: held-out text is chosen by it
@@ -11,7 +11,6 @@ Everything is written to a temporary name and renamed, so that a half-written co
 """
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pretrain.config import UserError
+from pretrain.command import UserError
 from pretrain.data.tokenizer import load
+from pretrain.files import sha256_of
 
-FORMAT_VERSION = 1
-WORD_START = 1  # bit of `flags`
+FORMAT_VERSION = 2
+WORD_START, ENTITY_START, ENTITY_INSIDE = 1, 2, 4  # bits of `flags`
 ARRAYS = ("ids", "flags", "sentences", "documents", "hashes")
 HASH_RANGE = 2**64
 FEW_DOCUMENTS = 4  # two sides of two
@@ -131,6 +131,13 @@ class Corpus:
             return np.arange(len(shard.hashes))
         return np.flatnonzero((shard.hashes >= np.uint64(part.low)) & (shard.hashes <= np.uint64(part.high - 1)))
 
+    def tokens(self, index: int) -> np.ndarray:
+        """The ids of those documents, one after the other; a copy."""
+        shard = self.shard(index)
+        belongs = np.zeros(len(shard.hashes), bool)
+        belongs[self.documents(index)] = True
+        return shard.ids[np.repeat(belongs, shard.document_tokens)]
+
     def count(self, at_most: int | None = None) -> int:
         """Documents in the part; stops counting at `at_most`."""
         found = 0
@@ -221,15 +228,6 @@ def _read_info(folder: Path) -> dict:
     if not complete or info["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}: is no corpus of format {FORMAT_VERSION}; remove the folder and the corpus is prepared again")
     return info
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

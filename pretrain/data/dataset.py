@@ -5,7 +5,7 @@ a checkpoint saves three numbers, and 1, 2 or 8 processes, with or without worke
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ class DataPosition(NamedTuple):
     epoch: int
     place: int
     micro_batch: int
+    mask_rate: float | None = None  # at which it is masked, where the run has a schedule; it does not decide which text it is
 
 
 class PretrainingDataset(Dataset):
@@ -60,11 +61,11 @@ class PretrainingDataset(Dataset):
         plan = self.plan(position.epoch, position.place)
         shard = self.source.shard(self.shard_at(position.epoch, position.place))
         first, last = plan.bounds[position.micro_batch: position.micro_batch + 2]
-        return Examples(shard, plan.take(slice(first, last)))
+        return Examples(shard, plan.take(slice(first, last)), position.mask_rate)
 
     def positions(self, start: DataPosition, end_epoch: int | None = None) -> Iterator[DataPosition]:
         """Positions from `start` on, without end or up to the beginning of `end_epoch`."""
-        epoch, place, first = start
+        epoch, place, first, _ = start
         while epoch != end_epoch:
             while place < self.source.num_shards:
                 for micro_batch in range(first, self.plan(epoch, place).num_micro_batches):
@@ -78,15 +79,19 @@ class PretrainingDataset(Dataset):
 
 
 class MicroBatchSampler(Sampler):
-    """Every `world_size`-th position from `start` on, the first being number `rank`: what one process trains on."""
+    """Every `world_size`-th position from `start` on, the first being number `rank`: what one process trains on.
+
+    `mask_rate` tells the rate of the micro-batches by their number from `start` on; None: the task's."""
 
     def __init__(self, dataset: PretrainingDataset, start: DataPosition, rank: int = 0, world_size: int = 1,
-                 end_epoch: int | None = None):
+                 end_epoch: int | None = None, mask_rate: Callable[[int], float] | None = None):
         self.dataset, self.start, self.rank, self.world_size, self.end_epoch = dataset, start, rank, world_size, end_epoch
+        self.mask_rate = mask_rate or (lambda number: None)
 
     def __iter__(self) -> Iterator[list[DataPosition]]:
-        for position in islice(self.dataset.positions(self.start, self.end_epoch), self.rank, None, self.world_size):
-            yield [position]
+        numbered = enumerate(self.dataset.positions(self.start, self.end_epoch))
+        for number, position in islice(numbered, self.rank, None, self.world_size):
+            yield [position._replace(mask_rate=self.mask_rate(number))]
 
 
 def make_loader(dataset: PretrainingDataset, collator: Collator, sampler: MicroBatchSampler, workers: int = 0,

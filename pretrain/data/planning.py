@@ -28,7 +28,7 @@ class Task:
     objective: str
     max_length: int
     micro_batch_size: int
-    mask_rate: float
+    mask_rate: float  # the highest of the run
     seed: int
 
     @property
@@ -51,9 +51,10 @@ class Task:
         """Masked positions in a micro-batch; one more for each full sequence leaves room for rounding."""
         return int(self.mask_rate * self.token_limit) + self.micro_batch_size
 
-    def budget(self, num_maskable: np.ndarray) -> np.ndarray:
-        """int64: tokens that are masked of so many maskable ones in a sequence."""
-        return np.minimum(np.maximum(1, np.floor(self.mask_rate * num_maskable + 0.5)), num_maskable).astype(np.int64)
+    def budget(self, num_maskable: np.ndarray, mask_rate: float | None = None) -> np.ndarray:
+        """int64: tokens that are masked of so many maskable ones in a sequence; at a rate below the task's, with a schedule."""
+        rate = self.mask_rate if mask_rate is None else mask_rate
+        return np.minimum(np.maximum(1, np.floor(rate * num_maskable + 0.5)), num_maskable).astype(np.int64)
 
 
 @dataclass(frozen=True)

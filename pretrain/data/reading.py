@@ -1,8 +1,8 @@
 """Text files -> a stream of sentences and document ends, in constant memory.
 
 Files are checked once, before any work (UTF-8, no NUL bytes, some text), and cut into pieces of about PIECE_BYTES; a piece
-is read by `sentences`, which yields each sentence as `str` and `None` where a document ends, so that a document of any size
-streams through.
+is read by `sentences`, which yields each sentence with its entities and `None` where a document ends, so that a document of any
+size streams through.
 """
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pretrain.config import check
+from pretrain.command import UserError, check
+from pretrain.files import key_of, write_json
 
+SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # in a folder that `datasets` has saved
 PIECE_BYTES = 64 << 20  # one piece becomes one shard of the corpus
 MAX_LINE_BYTES = 1 << 20  # a longer line is read in parts, cut at white space where there is some
 
@@ -40,23 +43,32 @@ class Span:
     end: int
 
 
-def expand(paths: list[str], name: str) -> list[Path]:
-    """Files that `paths` (files, folders, globs) mean: absolute, sorted, each once; `name` is the option for messages."""
+Sentence = tuple[str, tuple[tuple[int, int], ...]]  # text, and (start, end) of its entities in characters
+Cut = Callable[[str], list[str]]
+
+
+def expand(paths: list[str], name: str) -> list[str]:
+    """Files that `paths` (files, folders, globs) mean: absolute, sorted, each once; `name` is the option for messages.
+
+    hub:NAME stays as it is, and a folder of save_to_disk is one entry."""
     files, problems = set(), []
     for entry in paths:
+        if entry.startswith("hub:"):
+            files.add(entry)
+            continue
         found = _files_of(Path(entry).expanduser())
         if not found:
             found = [file for match in glob.glob(str(Path(entry).expanduser()), recursive=True) for file in _files_of(Path(match))]
         if not found:
             reason = "is a folder without files" if Path(entry).is_dir() else "no such file or folder, and no file matches it as a glob"
             problems.append(f"{name} {entry}: {reason}")
-        files.update(Path(os.path.abspath(file)) for file in found)
+        files.update(os.path.abspath(file) for file in found)
     check(problems)
     return sorted(files)
 
 
 def _files_of(path: Path) -> list[Path]:
-    if path.is_file():
+    if path.is_file() or any((path / mark).is_file() for mark in SAVED_DATASET):
         return [path]
     return [file for file in path.rglob("*") if file.is_file() and not any(
         part.startswith(".") for part in file.relative_to(path).parts)]
@@ -88,10 +100,7 @@ def check_files(files: list[Path], name: str, index: Path | None = None) -> list
         known[str(file)] = asdict(sources[-1])
     check(problems)
     if index is not None:
-        index.parent.mkdir(parents=True, exist_ok=True)
-        temporary = index.with_name(f"{index.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        temporary.replace(index)
+        write_json(index, known)
     return sources
 
 
@@ -174,7 +183,7 @@ def _cut_file(file: Path, text_format: str, piece_bytes: int) -> list[Span]:
                 from_line_start = False
                 for part in iter(lambda: handle.readline(MAX_LINE_BYTES), b""):
                     line_ends = part.endswith(b"\n")
-                    if line_ends and (text_format == "lines" or (from_line_start and not part.strip())):
+                    if line_ends and (text_format in ("lines", "jsonl") or (from_line_start and not part.strip())):
                         break
                     from_line_start = line_ends
                 cuts.append(handle.tell())
@@ -183,15 +192,23 @@ def _cut_file(file: Path, text_format: str, piece_bytes: int) -> list[Span]:
     return [Span(str(file), start, end) for start, end in zip(cuts, cuts[1:])]
 
 
-def sentences(piece: list[Span], text_format: str) -> Iterator[str | None]:
-    """The sentences of a piece, stripped and never empty; None after the last sentence of each document."""
+def sentences(piece: list[Span], text_format: str, cut: Cut | None = None) -> Iterator[Sentence | None]:
+    """The sentences of a piece, stripped and never empty, with their entities; None after the last one of each document.
+
+    `cut` divides a line into sentences: parts that make the line when they are joined."""
     for span in piece:
+        if text_format == "jsonl":
+            for record in _records(span):
+                yield from _cut_document(record["text"], record.get("entities", ()), cut)
+                yield None
+            continue
         open_document, blank = False, True
         for text, line_ends in _lines(span):
-            text = text.strip()
-            if text:
-                yield text
-                open_document, blank = True, False
+            for part in cut(text) if cut else (text,):
+                part = part.strip()
+                if part:
+                    yield part, ()
+                    open_document, blank = True, False
             ends = line_ends and (text_format == "lines" or (text_format == "sentences" and blank))
             if ends and open_document:
                 yield None
@@ -199,6 +216,37 @@ def sentences(piece: list[Span], text_format: str) -> Iterator[str | None]:
             blank = blank or line_ends
         if open_document:
             yield None
+
+
+def _records(span: Span) -> Iterator[dict]:
+    """Documents as pretrain/data/formats.py writes them."""
+    with open(span.path, "rb") as handle:
+        handle.seek(span.start)
+        while handle.tell() < span.end:
+            yield json.loads(handle.readline())
+
+
+def _cut_document(text: str, entities: list[list[int]], cut: Cut | None) -> Iterator[Sentence]:
+    """Sentences of a text: its lines, and their parts under `cut`. An end inside an entity is none."""
+    ends, place = [], 0
+    for line in text.split("\n"):
+        for part in (cut(line) if cut else ()) or (line,):
+            place += len(part)
+            ends.append(place)
+        place += 1  # the line feed
+    assert ends[-1] == len(text), (ends[-1], len(text))
+    first = begin = 0
+    for end in ends:
+        last = bisect_left(entities, end, lo=first, key=lambda span: span[1])  # the first that is not over before `end`
+        if last < len(entities) and entities[last][0] < end < entities[last][1]:
+            continue
+        last += last < len(entities) and entities[last][1] == end
+        sentence = text[begin:end].strip()
+        offset = begin + len(text[begin:end]) - len(text[begin:end].lstrip())
+        if sentence:
+            spans = ((max(start - offset, 0), min(stop - offset, len(sentence))) for start, stop in entities[first:last])
+            yield sentence, tuple(span for span in spans if span[0] < span[1])  # one of blanks alone is none
+        first, begin = last, end
 
 
 def _lines(span: Span) -> Iterator[tuple[str, bool]]:
@@ -220,12 +268,15 @@ def _lines(span: Span) -> Iterator[tuple[str, bool]]:
             yield raw.decode("utf-8"), ends
 
 
-def read_all(sources: list[Source], text_format: str) -> Iterator[str]:
-    """Every sentence of the files, for training a tokenizer."""
-    for source in sources:
-        yield from (text for text in sentences([Span(source.path, 0, source.size)], text_format) if text is not None)
+def read_lines(path: str, name: str) -> list[str]:
+    """The lines of a small UTF-8 file, stripped; `name` is the option for messages."""
+    try:
+        return [line.strip() for line in Path(path).read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name} {path}: cannot be read as UTF-8 text ({reason})") from error
 
 
 def content_key(sources: list[Source], *more: object) -> str:
     """16 hexadecimal digits that name this content, in this order, and `more`."""
-    return hashlib.sha256(json.dumps([[source.sha256 for source in sources], *more]).encode()).hexdigest()[:16]
+    return key_of([[source.sha256 for source in sources], *more])

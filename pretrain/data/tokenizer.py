@@ -5,23 +5,27 @@ process receives a few kilobytes instead of a tokenizer.
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from pretrain.config import UserError
+from pretrain.command import UserError, check, first_line
+from pretrain.files import key_of
 
 # Workers fork after the tokenizer has used its threads; the setting must be explicit or it warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in byte-level vocabularies (GPT-2)
+BYTES = {chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))} | {chr(b): b for b in PRINTABLE}
+HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))  # Chinese characters of Unicode 16
 PASSING_STATE = ("truncation", "padding")  # state that changes as a tokenizer is used, not part of what it is
 
 
@@ -39,6 +43,20 @@ class Vocabulary:
     starts_word: np.ndarray  # bool [size]; False for "##" pieces
     ordinary_ids: np.ndarray  # uint32 [size - specials], what a random replacement is drawn from
     fingerprint: str
+    # Tokenizers without "##": the kind of an entry's first and last character, 0 where anything may go on; a word starts where they differ.
+    first_kind: np.ndarray | None = None  # uint8 [size]
+    last_kind: np.ndarray | None = None
+    needs_space: bool = False  # a word in running text has its space in its token
+
+
+def word_starts(vocabulary: Vocabulary, ids: np.ndarray, sentence_starts: np.ndarray) -> np.ndarray:
+    """bool [T]: which of `ids` begin a word; `sentence_starts` int64 holds the places of the first tokens of sentences."""
+    starts = vocabulary.starts_word[ids]
+    if vocabulary.first_kind is not None:
+        first, last = vocabulary.first_kind[ids[1:]], vocabulary.last_kind[ids[:-1]]
+        starts[1:] |= (first != last) & (first > 0) & (last > 0)
+    starts[sentence_starts] = True
+    return starts
 
 
 def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
@@ -55,9 +73,8 @@ def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
     except Exception as error:  # transformers raises many kinds here, from OSError to KeyError
-        reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"--tokenizer {name}: no such folder or vocab.txt, and not to be had from the hub or its cache "
-                        f"({type(error).__name__}: {reason}); offline, give a folder with tokenizer.json or vocab.txt") from error
+                        f"({first_line(error)}); offline, give a folder with tokenizer.json or vocab.txt") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"--tokenizer {name}: is {type(tokenizer).__name__} in Python; needed is one of the tokenizers library")
     return tokenizer
@@ -106,12 +123,20 @@ def _train_once(texts: Iterable[str], vocab_size: int, final_size: int, lowercas
     return tokenizer.get_vocab()
 
 
+def without_limits(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the tokenizer's engine that neither truncates nor pads, whatever its last user has set."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hexadecimal digits that name what the tokenizer does, whatever truncation and padding are set in it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for key in PASSING_STATE:
         state.pop(key, None)
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+    return key_of(state)
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -124,11 +149,89 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
                         "needed is a tokenizer made for masked language modelling")
     entries = tokenizer.get_vocab()
     size = max(entries.values()) + 1
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    kinds, added = np.zeros((2, size), np.uint8), {token["content"] for token in state["added_tokens"]}
+    byte_level, is_word_piece = '"ByteLevel"' in json.dumps(state["pre_tokenizer"]), state["model"]["type"] == "WordPiece"
     starts_word, is_special = np.ones(size, bool), np.ones(size, bool)  # an id without an entry is never drawn
     for entry, number in entries.items():
-        starts_word[number] = not entry.startswith("##")
         is_special[number] = False
+        if is_word_piece:
+            starts_word[number] = not entry.startswith("##")
+        else:
+            starts_word[number], *kinds[:, number] = _kinds(entry, byte_level and entry not in added)
+            starts_word[number] |= entry in added
     is_special[tokenizer.all_special_ids] = True
     unknown = tokenizer.unk_token_id
     return Vocabulary(size, ids["pad"], ids["cls"], ids["sep"], ids["mask"], -1 if unknown is None else unknown, is_special,
-                      starts_word, np.flatnonzero(~is_special).astype(np.uint32), fingerprint(tokenizer))
+                      starts_word, np.flatnonzero(~is_special).astype(np.uint32), fingerprint(tokenizer),
+                      *((None, None) if is_word_piece else kinds), needs_space=byte_level)
+
+
+def _kinds(entry: str, byte_level: bool) -> tuple[bool, int, int]:
+    """(whether a word always starts here, kind of the first character, of the last) of an entry of a BPE or SentencePiece
+    vocabulary: 1 letters, 2 digits, 3 others, 4 Chinese and kana; 0 for part of a character, or the space before a word alone."""
+    if byte_level:
+        data = bytes(BYTES[character] for character in entry)
+        if data[:1] >= b"\x80" and data[:1] < b"\xc0":  # goes on with a character
+            return False, 0, 4  # a character that has no entry of its own is rarely one of a longer word
+        text = data.decode("utf-8", "replace")
+        if b"\xe3" <= data[:1] <= b"\xe9":  # from Japanese to Chinese, where each character begins a word
+            return True, 4, 4
+    else:
+        text = entry.replace("\u2581", " ")
+    shown = text.strip()
+    if not shown:
+        return True, 0, 0
+    return text[0] == " " or _kind(shown[0]) == 4, _kind(shown[0]), _kind(shown[-1])
+
+
+def _kind(character: str) -> int:
+    category = unicodedata.category(character)[0]
+    return 4 if is_unspaced(character) else 2 if category == "N" else 1 if category in "LM" or character == "\ufffd" else 3
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, words: list[str], specials: list[str]) -> dict[int, list[int]]:
+    """Make `words` and `specials` (TOKEN, or NAME=TOKEN) one token each, in place; the ids that each new one was before.
+
+    Words are matched before the tokenizer's own rules, so that they stay whole; as words only, where the script writes
+    words apart. UserError names a word, by its line, that holds nothing or is a token already."""
+    backend, before, seen, problems = without_limits(tokenizer), {}, {}, []
+    vocabulary, wordpiece = tokenizer.get_vocab(), '"WordPiece"' in backend.to_str()
+    normalize = backend.normalizer.normalize_str if backend.normalizer else str
+    for line, word in enumerate(words, start=1):
+        name, same = f"--add-tokens, line {line}", seen.setdefault(normalize(word).strip(), line)
+        pieces = backend.encode(word if wordpiece else f" {word}", add_special_tokens=False).ids
+        if not word:
+            problems.append(f"{name}: is blank; needed is a token")
+        elif same != line:
+            problems.append(f"{name}: {word!r} is the same to the tokenizer as line {same}; needed is each token once")
+        elif word in vocabulary or len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id:
+            problems.append(f"{name}: {word!r} is a token already; needed are tokens that the vocabulary lacks")
+        before[word] = pieces
+    named = {}
+    for entry in specials:
+        name, equals, token = entry.partition("=")
+        is_named = bool(equals) and name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES
+        if equals and name.endswith("_token") and not is_named:
+            problems.append(f"--add-special-tokens {entry}: {name} is none of {', '.join(tokenizer.SPECIAL_TOKENS_ATTRIBUTES)}")
+        token = token if is_named else entry
+        if not token.strip():
+            problems.append(f"--add-special-tokens {entry!r}: is blank; needed is TOKEN or NAME=TOKEN")
+        named.setdefault(name if is_named else "extra_special_tokens", []).append(
+            AddedToken(token, lstrip=not wordpiece, normalized=False, special=True))
+        before[token] = backend.encode(token, add_special_tokens=False).ids
+    check(problems)
+    size = len(tokenizer)
+    # Unnormalized where characters are set apart: the tokenizer would keep such a token as " X  Y ".
+    tokenizer.add_tokens([AddedToken(word, single_word=not (is_unspaced(word[0]) or is_unspaced(word[-1])), lstrip=not wordpiece,
+                                     normalized=not any(map(is_unspaced, word))) for word in words])
+    extra = named.pop("extra_special_tokens", [])
+    tokenizer.add_special_tokens({name: tokens[-1] for name, tokens in named.items()} | (
+        {"extra_special_tokens": extra} if extra else {}), replace_extra_special_tokens=False)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in before}
+    return {ids[token]: pieces for token, pieces in before.items() if ids[token] >= size}
+
+
+def is_unspaced(character: str) -> bool:
+    """Whether it is of a script that writes words without spaces between them: Chinese characters and kana."""
+    return "\u3040" <= character <= "\u30ff" or any(low <= ord(character) <= high for low, high in HAN)

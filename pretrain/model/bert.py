@@ -1,32 +1,35 @@
-"""BERT with MLM and NSP heads on packed batches: transformers' BertModel as encoder, our heads, summed losses.
+"""BERT with MLM and NSP heads on packed batches, and models from checkpoints of every family.
 
-Parameter names, class name and ties are those of transformers' BertForPreTraining: `save_pretrained` writes the class name
-into config.json, and a folder written here opens there and the other way round.
+BERT's encoder is transformers' BertModel, its heads are ours. Parameter names, class name and ties are those of
+BertForPreTraining: `save_pretrained` writes the class name into config.json, and files go both ways.
 """
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, BertConfig, BertModel
+from transformers import AutoConfig, BertConfig, BertModel, PreTrainedConfig
 from transformers.models.bert.modeling_bert import BertPreTrainedModel
 
-from pretrain.batch import IGNORED, Batch, Output
-from pretrain.config import MODEL_SIZES, UserError
+from pretrain.batch import Batch
+from pretrain.command import UserError, first_line
+from pretrain.config import MODEL_SIZES
 from pretrain.model.attention import SDPA
 from pretrain.model.heads import MaskedLMHead, PreTrainingHeads
+from pretrain.model.packed import PackedModel
+from pretrain.model.roberta import CamembertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
 
 OVERRIDES = {int: int, float: float, str: str, bool: lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]}
 
 transformers.utils.logging.disable_progress_bar()  # its bars for every file written break the run's own
 
 
-class BertForPreTraining(BertPreTrainedModel):
+class BertForPreTraining(PackedModel, BertPreTrainedModel):
     """Batch -> Output: the summed MLM and NSP losses and the right answers of a packed batch.
 
-    `loss_weights` says which losses there are: with "mlm" alone, pooler and NSP head are frozen and not computed."""
+    With the loss "mlm" alone, pooler and NSP head are frozen and not computed."""
 
+    masked_lm_head = "cls.predictions"
     _tied_weights_keys = {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -59,33 +62,21 @@ class BertForPreTraining(BertPreTrainedModel):
         for module in (self.bert.pooler, self.cls.seq_relationship):
             module.requires_grad_(objective != "mlm")
 
-    def encode(self, batch: Batch) -> Tensor:
-        """float [T, width]: the last hidden states. Not BertModel.forward, whose pooler sees the pack's first token only."""
-        hidden = self.bert.embeddings(input_ids=batch.input_ids[None], token_type_ids=batch.token_type_ids[None],
-                                      position_ids=batch.position_ids[None])
-        # The kernel gets tensors and one constant: the lengths, new in every batch, would make a compiled graph recompile.
-        ends = ({"lengths": batch.lengths} if self.config._attn_implementation == SDPA else
-                {"cu_seqlens": batch.cu_seqlens, "max_length": batch.max_length})
-        return self.bert.encoder(hidden, **ends).last_hidden_state[0]
-
-    def masked_lm_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """float32 [M, vocabulary]: scores at the masked positions."""
-        return self.cls.predictions(hidden[batch.masked_positions]).float()
-
     def next_sentence_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """float32 [N, 2]: scores of "is next" and "is random" at each [CLS]."""
         first = hidden[batch.cu_seqlens[:-1].long()]
         return self.cls.seq_relationship(self.bert.pooler(first[:, None])).float()  # the pooler takes token 0 of [N, 1, width]
 
-    def forward(self, batch: Batch) -> Output:
-        """Sums over the batch; the caller divides them by counts of the whole step."""
-        hidden = self.encode(batch)
-        scored = {"mlm": (self.masked_lm_logits(hidden, batch), batch.masked_lm_labels)}
+    def score(self, hidden: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """(logits, labels) of each loss."""
+        scored = super().score(hidden, batch)
         if "nsp" in self.loss_weights:
             scored["nsp"] = (self.next_sentence_logits(hidden, batch), batch.next_sentence_label)
-        return Output({name: F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-                       for name, (logits, labels) in scored.items()},
-                      {name: (logits.detach().argmax(-1) == labels).sum() for name, (logits, labels) in scored.items()})
+        return scored
+
+
+FAMILIES = {"bert": BertForPreTraining, "roberta": RobertaForMaskedLM, "xlm-roberta": XLMRobertaForMaskedLM,
+            "camembert": CamembertForMaskedLM}  # by config.model_type; a name tells nothing: chinese-roberta-wwm-ext is a BERT
 
 
 def from_size(size: str, vocab_size: int, max_length: int, pad_id: int, overrides: list[str]) -> BertForPreTraining:
@@ -101,38 +92,38 @@ def from_size(size: str, vocab_size: int, max_length: int, pad_id: int, override
         raise UserError(f"--config-override {' '.join(overrides)}: makes no model ({type(error).__name__}: {error})") from error
 
 
-def load_config(name: str) -> BertConfig:
-    """The config of a BERT checkpoint (folder or hub name); UserError where it cannot be had or is of another family."""
+def load_config(name: str) -> PreTrainedConfig:
+    """The config of a checkpoint (folder or hub name); UserError where it cannot be had or is of another family."""
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds here, from OSError to KeyError
-        reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"--model {name}: is no size ({', '.join(MODEL_SIZES)}), no folder with a config.json, and not to be had from "
-                        f"the hub or its cache ({type(error).__name__}: {reason}); offline, give a folder") from error
-    if config.model_type != "bert":
-        raise UserError(f"--model {name}: is of the family {config.model_type!r} (config.model_type); families that work: bert")
+                        f"the hub or its cache ({first_line(error)}); offline, give a folder") from error
+    if config.model_type not in FAMILIES:
+        raise UserError(f"--model {name}: is of the family {config.model_type!r} (config.model_type); families that work: "
+                        f"{', '.join(FAMILIES)}")
     return config
 
 
-def from_checkpoint(name: str, overrides: list[str]) -> tuple[BertForPreTraining, list[str]]:
-    """(model in float32, parts that start fresh) of a BERT checkpoint, with or without heads."""
+def from_checkpoint(name: str, overrides: list[str]) -> tuple[PackedModel, list[str]]:
+    """(model in float32, parts that start fresh) of a checkpoint of one of FAMILIES, with or without heads."""
     config = load_config(name)
     override(config, overrides)
+    family = FAMILIES[config.model_type]
     try:
-        model, info = BertForPreTraining.from_pretrained(name, config=config, dtype=torch.float32, attn_implementation=SDPA,
-                                                         output_loading_info=True)
+        model, info = family.from_pretrained(name, config=config, dtype=torch.float32, attn_implementation=SDPA, output_loading_info=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        raise UserError(f"--model {name}: its weights cannot be read ({type(error).__name__}: {reason})") from error
-    missing = sorted(info["missing_keys"])
-    encoder = [key for key in missing if key.startswith(("bert.embeddings", "bert.encoder"))]
+        raise UserError(f"--model {name}: its weights cannot be read ({first_line(error)})") from error
+    missing, prefix = sorted(info["missing_keys"]), family.base_model_prefix
+    encoder = [key for key in missing if key.startswith((f"{prefix}.embeddings", f"{prefix}.encoder"))]
     if encoder:
-        raise UserError(f"--model {name}: lacks {len(encoder)} weights of the encoder, {encoder[0]} first; needed is a BERT checkpoint")
-    parts = {"bert.pooler": "pooler", "cls.predictions": "MLM head", "cls.seq_relationship": "NSP head"}
+        raise UserError(f"--model {name}: lacks {len(encoder)} weights of the encoder, {encoder[0]} first; needed is a "
+                        f"{config.model_type} checkpoint")
+    parts = {"bert.pooler": "pooler", "cls.predictions": "MLM head", "lm_head": "MLM head", "cls.seq_relationship": "NSP head"}
     return model, [part for prefix, part in parts.items() if any(key.startswith(prefix) for key in missing)]
 
 
-def override(config: BertConfig, entries: list[str]) -> None:
+def override(config: PreTrainedConfig, entries: list[str]) -> None:
     """Set fields of `config` from KEY=VALUE entries, in the type of the field's default; UserError for an unknown key."""
     defaults = BertConfig()
     for entry in entries:
@@ -147,11 +138,11 @@ def override(config: BertConfig, entries: list[str]) -> None:
             raise UserError(f"--config-override {entry}: needed is a value of type {kind.__name__}") from error
 
 
-def count_flops(model: BertForPreTraining, batch: Batch) -> float:
+def count_flops(model: PackedModel, batch: Batch) -> float:
     """Floating-point operations of a forward and backward pass over the real tokens: 6 for each encoder weight and token,
     12 x layers x width for each pair of tokens that attend, 6 for each weight of the MLM head and masked position."""
     config = model.config
-    encoder = sum(weight.numel() for weight in model.bert.encoder.parameters() if weight.ndim == 2)
+    encoder = sum(weight.numel() for weight in model.base_model.encoder.parameters() if weight.ndim == 2)
     head = config.hidden_size * (config.hidden_size + config.vocab_size)
     pairs = sum(length * length for length in batch.lengths[:batch.num_sequences])
     return (6.0 * encoder * batch.num_tokens + 12.0 * config.num_hidden_layers * config.hidden_size * pairs

@@ -5,7 +5,6 @@ states in `training_state.pt` (read with `weights_only=True`), everything else i
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pretrain.config import UserError
+from pretrain.command import UserError
+from pretrain.files import sha256_of, write_json
 
 CHECKSUMS = "checksums.json"
 FACTS = "pretraining.json"  # what scripts/evaluate.py reads its defaults from
@@ -35,7 +35,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         write(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        sums = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+        sums = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
         (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
         for path in [*files, temporary / CHECKSUMS, temporary]:
             _sync(path)
@@ -74,7 +74,7 @@ def problem_of(folder: Path) -> str | None:
                 return f"{path} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{path} has {path.stat().st_size} bytes, needed are {expected['bytes']}"
-            if _sha256(path) != expected["sha256"]:
+            if sha256_of(path) != expected["sha256"]:
                 return f"{path} is damaged (its hash differs)"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{folder / CHECKSUMS} cannot be read ({error})"
@@ -136,7 +136,7 @@ def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / FACTS, facts)
-    (folder / "README.md").write_text(_model_card(facts), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(facts, model.config.model_type), encoding="utf-8")
 
 
 def read_facts(folder: Path) -> dict:
@@ -147,21 +147,14 @@ def read_facts(folder: Path) -> dict:
         return {}
 
 
-def _model_card(facts: dict) -> str:
+def _model_card(facts: dict, family: str) -> str:
     lines = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items() if not isinstance(value, dict))
     scores = "\n".join(f"| held-out {name.replace('_', ' ')} | {value:.4f} |" for name, value in facts["held_out"].items())
     untrained = ("\n\nThe pooler and the NSP head (`bert.pooler`, `cls.seq_relationship`) were not trained: the objective is MLM "
-                 "alone." if facts["objective"] == "mlm" else "")
-    return (f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags:\n- bert\n- pretraining\n---\n\n# BERT, pretrained with "
-            f"{facts['objective']}\n\nOpens with `AutoModelForPreTraining`, `AutoModelForMaskedLM`, `AutoModel` and "
+                 "alone." if facts["objective"] == "mlm" and family == "bert" else "")
+    return (f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags:\n- {family}\n- pretraining\n---\n\n# {family}, pretrained "
+            f"with {facts['objective']}\n\nOpens with `AutoModelForPreTraining`, `AutoModelForMaskedLM`, `AutoModel` and "
             f"`pipeline(\"fill-mask\")` of transformers.{untrained}\n\n| what | value |\n|---|---|\n{lines}\n{scores}\n")
-
-
-def write_json(path: Path, content: dict) -> None:
-    """`content` in place of what is in `path`, at once."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
 
 
 def write_state(folder: Path, tensors: dict, values: dict) -> None:
@@ -196,14 +189,6 @@ def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> 
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.config import UserError
+from pretrain.command import UserError
 
 PREPARATION = timedelta(days=1)  # the first process prepares the text while the others wait
 M_TOP_PAD = -2  # of glibc's malloc.h; any value set by hand turns the growing threshold off

@@ -14,6 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from pretrain.files import write_text
+
 LINE_SECONDS = 5.0  # between lines where there is no progress bar
 CHARTS = {"perplexity": {"training and held-out": ["Multiline", ["train/perplexity", "eval/perplexity", "eval/unigram_perplexity"]]},
           "loss": {"MLM, training and held-out": ["Multiline", ["train/mlm_loss", "eval/mlm_loss"]],
@@ -81,9 +83,9 @@ class Monitor:
         if self.active:
             self.writer.add_text(name, markdown, step)
 
-    def say(self, message: str) -> None:
-        """A line for the user, on stderr, above the progress bar."""
-        if self.active:
+    def say(self, message: str | None) -> None:
+        """A line for the user, if there is one, on stderr, above the progress bar."""
+        if self.active and message:
             tqdm.write(message, file=sys.stderr)
 
     def flush(self) -> None:
@@ -112,9 +114,7 @@ def _cut(path: Path, first_row: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,7 +1,9 @@
 """Data positions: micro-batches are a pure function of (epoch, place, micro-batch), so that 1, 2 or 3 processes see the same
 batches as one, workers change nothing, and a run that starts again at a saved position sees the rest of the uninterrupted
-sequence; and a worker is sent neither plans nor text."""
+sequence; a schedule of mask rates follows the number of the micro-batch and changes masks alone; and a worker is sent neither
+plans nor text."""
 import pickle
+from collections.abc import Callable
 from dataclasses import fields
 from itertools import islice
 
@@ -9,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.batch import Batch
+from pretrain.batch import IGNORED, Batch
 from pretrain.data import reading
 from pretrain.data.collate import Collator
 from pretrain.data.corpus import Corpus
 from pretrain.data.dataset import DataPosition, MicroBatchSampler, PretrainingDataset, make_loader
+from pretrain.data.masking import Masking
 from pretrain.data.planning import Task
 from pretrain.data.preparing import prepare
 
@@ -37,7 +40,7 @@ def dataset(source) -> PretrainingDataset:
 
 @pytest.fixture(scope="module")
 def collator(vocabulary) -> Collator:
-    return Collator(TASK, vocabulary, "word", [0.8, 0.1, 0.1])
+    return Collator(TASK, vocabulary, Masking("word"))
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +57,10 @@ def equal(one: Batch, other: Batch) -> bool:
 
 
 def batches(source, collator, start: DataPosition = START, rank: int = 0, world_size: int = 1, workers: int = 0,
-            end_epoch: int = 2) -> list[Batch]:
+            end_epoch: int = 2, mask_rate: Callable[[int], float] | None = None) -> list[Batch]:
     """What a process started anew reads."""
     dataset = PretrainingDataset(Corpus(source.folder), TASK)
-    return list(make_loader(dataset, collator, MicroBatchSampler(dataset, start, rank, world_size, end_epoch), workers))
+    return list(make_loader(dataset, collator, MicroBatchSampler(dataset, start, rank, world_size, end_epoch, mask_rate), workers))
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +193,83 @@ def test_the_loader_leaves_the_global_random_numbers_alone(source, collator):
     loader = make_loader(dataset, collator, MicroBatchSampler(dataset, START, end_epoch=1))
     assert sum(1 for _ in loader) > 10
     assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], numpy_before)
+
+
+# ---------------------------------------------------------------- a schedule of mask rates
+
+def rate_of(number: int) -> float:
+    """Falls from the task's rate, for every third micro-batch."""
+    return TASK.mask_rate - 0.003 * min(number // 3, 40)
+
+
+@pytest.fixture(scope="module")
+def scheduled(source, collator) -> list[Batch]:
+    return batches(source, collator, mask_rate=rate_of)
+
+
+def restored(batch: Batch) -> torch.Tensor:
+    """Its text, without masks."""
+    return batch.input_ids.index_copy(0, batch.masked_positions, batch.masked_lm_labels)
+
+
+def test_a_schedule_changes_masks_alone(scheduled, reference):
+    """The same text, pairs and micro-batches; fewer of their tokens are masked."""
+    assert len(scheduled) == len(reference) > 60
+    for number, (one, other) in enumerate(zip(scheduled, reference)):
+        assert torch.equal(restored(one), restored(other))
+        for name in ("token_type_ids", "position_ids", "cu_seqlens", "next_sentence_label", "lengths", "num_tokens", "num_sequences"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+        assert equal(one, other) if number < 3 else one.counts["mlm"] <= other.counts["mlm"]
+    assert sum(batch.counts["mlm"] for batch in scheduled) < 0.8 * sum(batch.counts["mlm"] for batch in reference)
+
+
+def test_a_scheduled_micro_batch_is_masked_at_its_rate(source, vocabulary):
+    """Single tokens: exactly the rounded share of each sequence, and some of those at the task's rate, with the same in place."""
+    collator = Collator(TASK, vocabulary, Masking())
+    low, high = (batches(source, collator, end_epoch=1, mask_rate=mask_rate) for mask_rate in (rate_of, None))
+    for number, (batch, full) in enumerate(zip(low, high)):
+        maskable = ~torch.from_numpy(vocabulary.is_special)[restored(batch)]
+        owner = torch.repeat_interleave(torch.arange(len(batch.lengths)), torch.tensor(batch.lengths))
+        counts = torch.bincount(owner[maskable], minlength=len(batch.lengths)).tolist()
+        budget = [min(count, max(1, int(rate_of(number) * count + 0.5))) for count in counts]
+        assert torch.bincount(owner[batch.masked_positions], minlength=len(batch.lengths)).tolist() == budget
+        shown = [dict(zip(part.masked_positions.tolist(), part.input_ids[part.masked_positions].tolist())) for part in (batch, full)]
+        assert shown[0].items() <= shown[1].items()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_see_the_same_rates(dataset, source, collator, scheduled, world_size):
+    parts = [batches(source, collator, rank=rank, world_size=world_size, mask_rate=rate_of) for rank in range(world_size)]
+    assert sum(map(len, parts)) == len(scheduled)
+    for number, batch in enumerate(scheduled):
+        assert equal(parts[number % world_size][number // world_size], batch)
+    for rank in range(world_size):
+        rates = [position.mask_rate for (position,) in MicroBatchSampler(dataset, START, rank, world_size, 2, rate_of)]
+        assert rates == [rate_of(number) for number in range(rank, len(scheduled), world_size)]
+
+
+def test_workers_see_the_same_rates(source, collator, scheduled):
+    found = batches(source, collator, rank=1, world_size=2, workers=2, mask_rate=rate_of)
+    assert len(found) == len(scheduled[1::2]) and all(equal(one, other) for one, other in zip(found, scheduled[1::2]))
+
+
+@pytest.mark.parametrize("first", [1, 13, 50])
+def test_a_schedule_goes_on_from_a_saved_position(source, collator, uninterrupted, scheduled, first):
+    """The resumed run counts from its start on, so that its schedule is told where it stands."""
+    found = batches(source, collator, uninterrupted[first], mask_rate=lambda number: rate_of(first + number))
+    assert len(found) == len(scheduled) - first and all(equal(one, other) for one, other in zip(found, scheduled[first:]))
+
+
+def test_a_rate_is_no_part_of_the_place(dataset, source, uninterrupted, collator, reference):
+    """Positions carry none of their own, and go on from one that does without it; the task's rate is what none means."""
+    assert DataPosition(1, 2, 3).mask_rate is None and all(position.mask_rate is None for position in uninterrupted)
+    rated = uninterrupted[9]._replace(mask_rate=0.05)
+    assert list(dataset.positions(rated, 2)) == uninterrupted[9:] and dataset.advance(rated, 4) == uninterrupted[13]
+    assert equal(collator(dataset.__getitems__([rated._replace(mask_rate=TASK.mask_rate)])), reference[9])
+    assert dataset.__getitems__([rated]).mask_rate == 0.05
+    assert (collator(dataset.__getitems__([rated])).masked_lm_labels != IGNORED).sum() < reference[9].counts["mlm"]
+    (position,) = next(iter(MicroBatchSampler(dataset, rated)))
+    assert position == uninterrupted[9]
 
 
 # ---------------------------------------------------------------- processes and memory

@@ -421,3 +421,19 @@ def test_budget_against_rounding():
     for rate in (0.01, 0.15, 0.3, 0.8):
         found = task(mask_rate=rate).budget(np.arange(600))
         assert found.tolist() == [0] + [max(1, math.floor(rate * count + 0.5)) for count in range(1, 600)]
+
+
+def test_budget_of_a_rate_below_the_tasks():
+    """The rate that is given counts; micro-batches are planned for the task's, within whose limit every lower one stays."""
+    counts = np.arange(600)
+    for rate in (0.01, 0.15, 0.3, 0.8):
+        found = task(mask_rate=0.8).budget(counts, rate)
+        assert np.array_equal(found, task(mask_rate=rate).budget(counts)) and found.dtype == np.int64
+        assert (found <= task(mask_rate=0.8).budget(counts)).all()
+    shard = make_shard(random_documents(100, 30, 9))
+    for objective in ("mlm+nsp", "mlm+sop", "mlm"):
+        planned = task(objective, 32, 8, 0.4)
+        plan = make_plan(shard, everything(shard), planned, key(4))
+        masks = planned.budget(plan.a_length + plan.b_length, 0.1)
+        assert max(masks[start:end].sum() for start, end in zip(plan.bounds, plan.bounds[1:])) <= planned.masked_limit
+        assert masks.sum() < 0.35 * planned.budget(plan.a_length + plan.b_length).sum()

@@ -2,6 +2,7 @@
 the limit; that cutting into pieces never changes a document; the format that is told from the text; every bad input with
 its message; and the index that spares reading a file again."""
 import codecs
+import json
 import os
 import re
 from itertools import chain
@@ -10,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config import UserError
+from pretrain.command import UserError
 from pretrain.data import reading
-from pretrain.data.reading import Span, check_files, content_key, cut_into_pieces, detect_format, expand, read_all
+from pretrain.data.reading import Span, check_files, content_key, cut_into_pieces, detect_format, expand
 
 FORMATS = ("sentences", "lines", "text")
 
@@ -41,7 +42,7 @@ def read_documents(pieces: list[list[Span]], text_format: str) -> list[list[str]
             documents.append(open_document)
             open_document = []
         else:
-            open_document.append(item)
+            open_document.append(item[0])
     assert open_document == [], "a document without an end"
     return documents
 
@@ -96,6 +97,84 @@ def test_formats_spelled_out(tmp_path):
     assert read_documents(whole(path), "text") == [["a", "b", "c"]]
 
 
+def cut_at_stops(line: str) -> list[str]:
+    """A sentence ends after each "." and the spaces behind it; the parts make the line."""
+    return re.findall(r"[^.]*\.\s*|[^.]+", line)
+
+
+def test_a_cut_divides_lines_and_keeps_documents(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a. b.  c\n\n...\nd.\n")
+    found = [item and item[0] for item in reading.sentences(whole(path)[0], "sentences", cut_at_stops)]
+    assert found == ["a.", "b.", "c", None, ".", ".", ".", "d.", None]
+    found = [item and item[0] for item in reading.sentences(whole(path)[0], "lines", cut_at_stops)]
+    assert found == ["a.", "b.", "c", None, ".", ".", ".", None, "d.", None]
+    assert [item and item[0] for item in reading.sentences(whole(path)[0], "lines", lambda line: [])] == []
+
+
+# ---------------------------------------------------------------- records and entities
+
+def slow_sentences(text: str, entities: list, cut) -> list[tuple[str, tuple]]:
+    """Character by character: a sentence ends where a line or part does, unless one entity owns the characters on both sides."""
+    owner = [next((number for number, (start, end) in enumerate(entities) if start <= place < end), None) for place in range(len(text))]
+    begins, place = set(), 0
+    for line in text.split("\n"):
+        for part in (cut(line) if cut else None) or [line]:
+            place += len(part)
+            begins.add(place)
+        place += 1
+    groups = []
+    for place in range(len(text)):
+        if not groups or (place in begins and (owner[place] is None or owner[place] != owner[place - 1])):
+            groups.append([])
+        groups[-1].append(place)
+    found = []
+    for group in groups:
+        while group and not text[group[0]].strip():
+            group.pop(0)
+        while group and not text[group[-1]].strip():
+            group.pop()
+        if group:
+            spans = []
+            for number in dict.fromkeys(owner[place] for place in group if owner[place] is not None):
+                mine = [place - group[0] for place in group if owner[place] == number]
+                spans.append((mine[0], mine[-1] + 1))
+            found.append(("".join(text[place] for place in group), tuple(spans)))
+    return found
+
+
+@st.composite
+def texts_with_entities(draw):
+    text = draw(st.text(st.sampled_from("ab. \n中é😀"), min_size=1, max_size=40))
+    places = draw(st.lists(st.integers(0, len(text)), max_size=8, unique=True).map(sorted))
+    return text, [[start, end] for start, end in zip(places[::2], places[1::2])]
+
+
+@settings(max_examples=300, deadline=None)
+@given(records=st.lists(texts_with_entities(), min_size=1, max_size=3), cut=st.sampled_from([None, cut_at_stops]),
+       piece_bytes=st.sampled_from([1, 60, 1 << 20]))
+def test_records_against_the_slow_reading(scratch, records, cut, piece_bytes):
+    path = scratch / "records.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "entities": entities} if entities else {"text": text}) + "\n"
+                            for text, entities in records), encoding="utf-8")
+    found = [[]]
+    for item in chain.from_iterable(reading.sentences(piece, "jsonl", cut) for piece in cut_into_pieces([path], "jsonl", piece_bytes)):
+        if item is None:
+            found.append([])
+        else:
+            found[-1].append(item)
+    assert found == [*(slow_sentences(text, entities, cut) for text, entities in records), []]
+
+
+def test_records_spelled_out(tmp_path):
+    """Holds the reference itself: an end of a sentence inside an entity is none, one at its bounds is."""
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": " In St. Ives.\nA  b\nc. d", "entities": [[4, 12], [14, 15], [17, 20]]}) + "\n" + '{"text": "e"}\n')
+    expected = [("In St. Ives.", ((3, 11),)), ("A  b\nc.", ((0, 1), (3, 6))), ("d", ()), None, ("e", ()), None]
+    assert list(reading.sentences(whole(path)[0], "jsonl", cut_at_stops)) == expected
+    assert slow_sentences(" In St. Ives.\nA  b\nc. d", [[4, 12], [14, 15], [17, 20]], cut_at_stops) == expected[:3]
+
+
 def test_only_newlines_end_a_line(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes("one\u2028two\x0bthree\x85four\n".encode())
@@ -109,13 +188,6 @@ def test_documents_never_reach_over_a_file(tmp_path):
     piece = whole(first)[0] + whole(second)[0]
     for text_format, expected in (("sentences", [["a", "b"], ["c"]]), ("lines", [["a"], ["b"], ["c"]]), ("text", [["a", "b"], ["c"]])):
         assert read_documents([piece], text_format) == expected
-
-
-def test_read_all_gives_every_sentence(tmp_path):
-    for name, text in (("1.txt", "a\nb\n\nc"), ("2.txt", "d\n")):
-        (tmp_path / name).write_text(text)
-    sources = check_files(sorted(tmp_path.iterdir()), "--train")
-    assert list(read_all(sources, "sentences")) == ["a", "b", "c", "d"]
 
 
 # ---------------------------------------------------------------- long lines
@@ -321,7 +393,7 @@ def test_expand(tmp_path):
     for name in ("b.txt", "a.txt", "sub/c.txt", "sub/deep/d.md", ".hidden/e.txt", "sub/.f.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
-    names = [tmp_path / name for name in ("a.txt", "b.txt", "sub/c.txt", "sub/deep/d.md")]
+    names = [str(tmp_path / name) for name in ("a.txt", "b.txt", "sub/c.txt", "sub/deep/d.md")]
     assert expand([str(tmp_path)], "--train") == names
     assert expand([str(tmp_path / "*.txt")], "--train") == names[:2]
     assert expand([str(tmp_path / "**" / "*.txt")], "--train") == names[:3]
@@ -333,13 +405,35 @@ def test_expand_is_absolute_and_gives_each_file_once(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
-    assert expand(["a.txt", "./a.txt", str(tmp_path)], "--train") == [tmp_path / "a.txt"]
-    assert expand(["a.txt", "sub/../a.txt"], "--train") == [tmp_path / "a.txt"]
+    assert expand(["a.txt", "./a.txt", str(tmp_path)], "--train") == [str(tmp_path / "a.txt")]
+    assert expand(["a.txt", "sub/../a.txt"], "--train") == [str(tmp_path / "a.txt")]
 
 
 def test_a_name_with_brackets_is_a_file_first(tmp_path):
     (tmp_path / "a[1].txt").write_text("text")
-    assert expand([str(tmp_path / "a[1].txt")], "--train") == [tmp_path / "a[1].txt"]
+    assert expand([str(tmp_path / "a[1].txt")], "--train") == [str(tmp_path / "a[1].txt")]
+
+
+def test_what_is_no_file_stays_one_entry(tmp_path, monkeypatch):
+    """hub:NAME, and folders that `datasets` has saved; a folder that holds such folders stands for its files."""
+    monkeypatch.chdir(tmp_path)
+    for name, mark in (("one", "dataset_info.json"), ("two", "dataset_dict.json")):
+        (tmp_path / name).mkdir()
+        for file in (mark, "data.arrow"):
+            (tmp_path / name / file).write_text("x")
+    assert expand(["hub:some/name:config:train", "two", "one", "hub:some/name:config:train"], "--train") == [
+        str(tmp_path / "one"), str(tmp_path / "two"), "hub:some/name:config:train"]
+    assert expand(["o*"], "--train") == [str(tmp_path / "one")]
+
+
+def test_small_files_are_read_by_line(tmp_path):
+    path = tmp_path / "terms.txt"
+    path.write_bytes(codecs.BOM_UTF8 + "one \r\n\n\ttwo\u2028three\n".encode())
+    assert reading.read_lines(str(path), "--lexicon") == ["one", "", "two\u2028three"]
+    path.write_bytes(b"caf\xe9\n")
+    assert message(reading.read_lines, str(path), "--lexicon").startswith(f"--lexicon {path}: cannot be read as UTF-8 text (")
+    assert message(reading.read_lines, str(tmp_path / "gone"), "--similar") == (
+        f"--similar {tmp_path / 'gone'}: cannot be read as UTF-8 text (No such file or directory)")
 
 
 def test_every_missing_path_is_told_at_once(tmp_path):

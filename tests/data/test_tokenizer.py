@@ -1,13 +1,31 @@
 """Tokenizers: training, vocab.txt files against transformers' own BERT tokenizers on the same text, what the masks are told of
-a vocabulary against a loop over its entries, the fingerprint, and every name that cannot be loaded with its message."""
+a vocabulary against a loop over its entries, where words begin against a split by letters, digits and marks, tokens that are
+added, the fingerprint, and every name that cannot be loaded with its message."""
+import functools
+import json
+import re
+import string
+
 import numpy as np
 import pytest
 import tokenizers
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, XLMRobertaTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from pretrain.config import UserError
-from pretrain.data.tokenizer import SPECIAL_TOKENS, describe, fingerprint, from_vocabulary, load, read_vocabulary, train
+from pretrain.command import UserError
+from pretrain.data.tokenizer import (
+    SPECIAL_TOKENS,
+    add_tokens,
+    describe,
+    fingerprint,
+    from_vocabulary,
+    load,
+    read_vocabulary,
+    train,
+    word_starts,
+)
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Café Ångström — naïve coöperation!", "深度学习 BERT模型，2024年。",
          "unknownwordwithoutend ñandú ☃", "a-b c_d e.f 'quoted' (par)", "tab\tand\u2028line\x0bbreaks",
@@ -221,3 +239,222 @@ def test_fingerprint_names_what_the_tokenizer_does(entries):
     assert len({*marks, fingerprint(added)}) == 5
     assert fingerprint(from_vocabulary(dict(reversed(vocabulary.items())), True)) == marks[0]  # whatever the order of entries
     assert all(len(mark) == 16 and int(mark, 16) >= 0 for mark in marks)
+
+
+# ---------------------------------------------------------------- where words begin
+
+ENGLISH = ["Hello world's best cafe, 2004 tries don't re-do it.", "the quick brown fox jumps over the lazy dog",
+           "state-of-the-art e-mail x2", "models learn tokens and masks; 12 of 345 tokens (masked)!",
+           "New York, New Jersey: $5.00 a day?"] * 6
+CHINESE = ["今天天气很好，我们去公园。", "深度学习模型2024年", "人工智能 BERT模型"] * 6
+FIVE = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def byte_level() -> RobertaTokenizer:
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=420, special_tokens=FIVE, show_progress=False,
+                                             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    made.train_from_iterator(ENGLISH + CHINESE, trainer)
+    model = json.loads(made.to_str())["model"]
+    return RobertaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
+def sentence_pieces() -> XLMRobertaTokenizer:
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    made.normalizer, made.pre_tokenizer = tokenizers.normalizers.NFKC(), tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(vocab_size=220, special_tokens=FIVE, unk_token="<unk>", show_progress=False,
+                                                 initial_alphabet=list(string.ascii_letters + string.digits + string.punctuation))
+    made.train_from_iterator(ENGLISH + CHINESE, trainer)
+    return XLMRobertaTokenizer(vocab=[tuple(piece) for piece in json.loads(made.to_str())["model"]["vocab"]])
+
+
+MAKERS = {"byte-level": byte_level, "sentencepiece": sentence_pieces,
+          "wordpiece": lambda: train(lambda: ENGLISH + CHINESE + [string.printable], 260, lowercase=False)}
+
+
+@functools.cache
+def known(kind: str):
+    """A tokenizer that no test changes, and its vocabulary."""
+    made = MAKERS[kind]()
+    return made, describe(made)
+
+
+def words_of(made, text: str, vocabulary=None) -> list[str]:
+    """The characters of each word, without the white space around it; of tokens with one place, the first has it."""
+    encoding = made.backend_tokenizer.encode(text, add_special_tokens=False)
+    starts = word_starts(vocabulary or describe(made), np.array(encoding.ids, np.int64), np.zeros(min(1, len(encoding.ids)), np.int64))
+    assert starts.dtype == bool and starts[:1].all()
+    groups = []
+    for is_start, (start, end) in zip(starts.tolist(), encoding.offsets):
+        if is_start:
+            groups.append([start, end])
+        groups[-1][1] = max(groups[-1][1], end)
+    return [word for start, end in groups if (word := text[start:end].strip())]
+
+
+SIMPLE_WORD = st.sampled_from(["hello", "World", "tokens", "x", "2004", "7", "quick", "Internationalization", "zq", "1st"])
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@settings(max_examples=80, deadline=None)
+@given(parts=st.lists(st.tuples(SIMPLE_WORD, st.sampled_from([" ", " ", "  ", ", ", ". ", " (", ") ", "-", "; ", "! "])), max_size=8))
+def test_words_of_ascii_text_are_runs_of_letters_digits_and_marks(kind, parts):
+    """WordPiece keeps letters and digits together, and each mark apart."""
+    made, vocabulary = known(kind)
+    text = "".join(word + gap for word, gap in parts)
+    expected = re.findall(r"[A-Za-z0-9]+|[^A-Za-z0-9\s]" if kind == "wordpiece" else r"[A-Za-z]+|[0-9]+|[^A-Za-z0-9\s]+", text)
+    assert words_of(made, text, vocabulary) == expected
+
+
+def tokens_of(kind: str, text: str) -> list[tuple[str, int, int, bool]]:
+    """(token, its characters from, to, whether a word starts there)."""
+    made, vocabulary = known(kind)
+    encoding = made.backend_tokenizer.encode(text, add_special_tokens=False)
+    starts = word_starts(vocabulary, np.array(encoding.ids, np.int64), np.zeros(min(1, len(encoding.ids)), np.int64))
+    return [(token, *span, start) for token, span, start in zip(encoding.tokens, encoding.offsets, starts.tolist())
+            if token.strip("\u2581\u0120")]  # those hold nothing but the space before a word
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@settings(max_examples=100, deadline=None)
+@given(parts=st.lists(st.sampled_from(["今", "天", "深度", "学习", "，", " ", "hello", " world", "龘", "2004", "。"]), max_size=8))
+def test_a_word_begins_at_each_chinese_character_and_behind_it(kind, parts):
+    """Wherever a token does; its bytes stay together. What is unknown to SentencePiece is of no kind."""
+    text, reached = "".join(parts).replace("龘", "模" if kind == "sentencepiece" else "龘"), 0
+    for token, start, end, begins in tokens_of(kind, text):
+        start += len(text[start:end]) - len(text[start:end].lstrip())
+        if start < end and start >= reached > 0 and re.search("[\u4e00-\u9fff]", text[start - 1: start + 1]):
+            assert begins, f"{token} at {start}"
+        assert not (begins and start < reached), f"{token} at {start}"
+        reached = max(reached, end)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.sampled_from("aé今😀ñ 한カ—1.ß\u0301龘"), max_size=12))
+def test_no_character_lies_in_two_words(kind, text):
+    reached = 0
+    for token, start, end, begins in tokens_of(kind, text):
+        start += len(text[start:end]) - len(text[start:end].lstrip())
+        assert not (begins and start < min(reached, end)), f"{token} at {start}"
+        reached = max(reached, end)
+
+
+def test_words_spelled_out():
+    """Holds the reference itself."""
+    roberta, xlm = byte_level(), sentence_pieces()
+    text = "Hello world's  best, 2004x (don't)!"
+    assert words_of(roberta, text) == ["Hello", "world", "'s", "best", ",", "2004", "x", "(", "don", "'t", ")!"]
+    assert words_of(xlm, "tokens, 12x2") == ["tokens", ",", "12", "x", "2"] == words_of(roberta, "tokens, 12x2")
+    assert words_of(roberta, "a café 龘今") == ["a", "café", "龘", "今"]
+    assert describe(roberta).needs_space and not describe(xlm).needs_space
+
+
+def test_a_sentence_always_begins_a_word():
+    made = byte_level()
+    ids = np.array(made.backend_tokenizer.encode("learning", add_special_tokens=False).ids)
+    vocabulary = describe(made)
+    assert word_starts(vocabulary, np.tile(ids, 3), np.arange(3) * len(ids)).tolist() == ([True] + [False] * (len(ids) - 1)) * 3
+    assert len(ids) > 1 and word_starts(vocabulary, ids[:0], np.zeros(0, np.int64)).tolist() == []
+
+
+# ---------------------------------------------------------------- added tokens
+
+NEW = ["myocardial infarction", "COVID-19", "Immunoglobulin", "c++", "今天", "zart"]
+
+
+def spelled(made, text: str) -> list[str]:
+    """The text of each token, without white space."""
+    encoding = made.backend_tokenizer.encode(text, add_special_tokens=False)
+    return [text[start:end].strip() for start, end in encoding.offsets]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_added_tokens_are_whole_in_the_text(kind, tmp_path):
+    made = MAKERS[kind]()
+    size, before = len(made), {word: ids_of(made, word if kind == "wordpiece" else f" {word}") for word in NEW}
+    pieces = add_tokens(made, NEW, ["[name]", "[Where]"])
+    ids = made.convert_tokens_to_ids([*NEW, "[name]", "[Where]"])
+    assert sorted(pieces) == sorted(ids) == list(range(size, size + 8)) and len(made) == size + 8
+    assert all(pieces[number] == before[word] for number, word in zip(ids, NEW))
+    assert pieces[ids[6]] and all(number < size for found in pieces.values() for number in found)
+    texts = {"a myocardial infarction, c++ or COVID-19": ["myocardial infarction", "c++", "COVID-19"], "Immunoglobulin": ["Immunoglobulin"],
+             "zarts of zart, xzart": ["zart"], "COVID-19x xCOVID-19 COVID-191": [], "说今天好今天": ["今天", "今天"],
+             "zart zart": ["zart", "zart"], "the[name]of[Where]": ["[name]", "[Where]"], "(COVID-19)": ["COVID-19"]}
+    made.save_pretrained(tmp_path)
+    again = load(str(tmp_path))
+    assert fingerprint(again) == fingerprint(made) and len(again) == len(made)
+    for used in (made, again):
+        for text, expected in texts.items():
+            found = [part for part, number in zip(spelled(used, text), ids_of(used, text)) if number >= size]
+            assert found == expected, text
+        vocabulary = describe(used)
+        assert vocabulary.size == size + 8 and vocabulary.starts_word[size:].all()
+        assert vocabulary.is_special[size:].tolist() == [False] * 6 + [True] * 2 and set(ids[6:]) <= set(used.all_special_ids)
+        assert words_of(used, "the myocardial infarction of COVID-19, zart", vocabulary)[-5:] == [
+            "myocardial infarction", "of", "COVID-19", ",", "zart"]
+
+
+def test_added_tokens_are_found_in_any_case_where_the_tokenizer_lowers_it(entries):
+    made = from_vocabulary({entry: number for number, entry in enumerate(entries)}, True)
+    pieces = add_tokens(made, ["COVID-19", "Café Noir"], ["[Name]"])
+    first, second, special = sorted(pieces)
+    for text in ("covid-19", "COVID-19", "Covid-19", "cafe noir", "CAFÉ NOIR"):
+        assert ids_of(made, text) == [first if text[1] in "oO" else second], text
+    assert ids_of(made, "[Name]") == [special] and special not in ids_of(made, "[name]")
+    plain = from_vocabulary({entry: number for number, entry in enumerate(entries)}, False)
+    (number,) = add_tokens(plain, ["COVID-19"], [])
+    assert ids_of(plain, "COVID-19") == [number] and number not in ids_of(plain, "covid-19")
+
+
+def test_a_special_token_may_take_a_name(entries, tmp_path):
+    made = from_vocabulary({entry: number for number, entry in enumerate(entries)}, True)
+    specials = list(made.all_special_tokens)
+    pieces = add_tokens(made, [], ["eos_token=[EOT]", "[A=B]", "bos_token=[SEP]"])
+    assert made.eos_token == "[EOT]" and made.bos_token == "[SEP]" and len(pieces) == 2  # [SEP] was there
+    assert set(made.all_special_tokens) == {*specials, "[EOT]", "[A=B]"}
+    add_tokens(made, [], ["[C]"])
+    assert {"[A=B]", "[C]"} <= set(made.all_special_tokens)  # those of before stay
+    made.save_pretrained(tmp_path)
+    assert load(str(tmp_path)).eos_token == "[EOT]" and set(load(str(tmp_path)).all_special_tokens) == set(made.all_special_tokens)
+
+
+def test_bad_new_tokens_are_told_at_once_by_line(entries):
+    made = from_vocabulary({entry: number for number, entry in enumerate(entries)}, True)
+    size = len(made)
+    words = ["new words", "", "quick", "NEW words", "[MASK]", "the", "☃", "Quick"]
+    lines = message(add_tokens, made, words, ["foo_token=x", " ", "sep_token="]).splitlines()
+    assert lines[:6] == [
+        "--add-tokens, line 2: is blank; needed is a token",
+        "--add-tokens, line 3: 'quick' is a token already; needed are tokens that the vocabulary lacks",
+        "--add-tokens, line 4: 'NEW words' is the same to the tokenizer as line 1; needed is each token once",
+        "--add-tokens, line 5: '[MASK]' is a token already; needed are tokens that the vocabulary lacks",
+        "--add-tokens, line 6: 'the' is a token already; needed are tokens that the vocabulary lacks",
+        "--add-tokens, line 8: 'Quick' is the same to the tokenizer as line 3; needed is each token once"]
+    assert lines[6].startswith("--add-special-tokens foo_token=x: foo_token is none of ") and "eos_token" in lines[6]
+    assert lines[7:] == ["--add-special-tokens ' ': is blank; needed is TOKEN or NAME=TOKEN",
+                         "--add-special-tokens 'sep_token=': is blank; needed is TOKEN or NAME=TOKEN"]
+    assert len(made) == size
+    add_tokens(made, ["new words"], [])
+    assert "'New Words' is a token already" in message(add_tokens, made, ["New Words"], [])
+
+
+@pytest.mark.parametrize("kind, space", [("byte-level", "\u0120"), ("sentencepiece", "\u2581")])
+def test_a_word_that_is_a_token_behind_its_space_is_one_already(kind, space):
+    made = MAKERS[kind]()
+    word = min(entry[1:] for entry in made.get_vocab() if re.fullmatch(f"{space}[a-z]{{2,}}", entry))
+    assert f"{word!r} is a token already" in message(add_tokens, made, [word], [])
+
+
+@pytest.mark.parametrize("kind, space", [("byte-level", "\u0120"), ("sentencepiece", "\u2581")])
+def test_a_word_that_is_a_piece_of_others_only_is_new_or_told(kind, space):
+    """Its entry without the space must not become the word: it stands inside other words."""
+    made = MAKERS[kind]()
+    vocabulary = made.get_vocab()
+    word = min(entry for entry in vocabulary if re.fullmatch("[a-z]{2,}", entry) and space + entry not in vocabulary)
+    try:
+        pieces = add_tokens(made, [word], [])
+    except UserError:
+        return
+    assert len(pieces) == 1 and ids_of(made, f"a {word}")[-1] == len(made) - 1 and not describe(made).starts_word[vocabulary[word]]

@@ -16,7 +16,8 @@ from transformers import BertForMaskedLM as StockMaskedLM
 from transformers import BertForPreTraining as Stock
 
 from pretrain.batch import IGNORED
-from pretrain.config import MODEL_SIZES, OBJECTIVES, UserError
+from pretrain.command import UserError
+from pretrain.config import MODEL_SIZES, OBJECTIVES
 from pretrain.model import bert
 from pretrain.model.attention import SDPA
 
@@ -197,11 +198,16 @@ def test_half_precision_checkpoint_is_trained_and_saved_in_float32(vocabulary, t
 def test_the_config_names_the_family_and_not_the_folder(saved, tmp_path):
     folder = copy(saved, tmp_path / "chinese-roberta-wwm-ext")
     assert bert.from_checkpoint(str(folder), [])[1] == []
-    other = tmp_path / "bert-base"
-    other.mkdir()
-    (other / "config.json").write_text(json.dumps({"model_type": "roberta"}))
-    with pytest.raises(UserError, match=r"--model .*bert-base: is of the family 'roberta' .*families that work: bert"):
-        bert.from_checkpoint(str(other), [])
+    assert type(bert.from_checkpoint(str(folder), [])[0]) is bert.BertForPreTraining
+
+
+@pytest.mark.parametrize("family", ["distilbert", "electra", "albert", "deberta-v2", "modernbert", "xlm-roberta-xl"])
+def test_another_family_is_refused_with_those_that_work(family, tmp_path):
+    (tmp_path / "bert-base").mkdir()
+    (tmp_path / "bert-base" / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(UserError, match=rf"--model .*bert-base: is of the family '{family}' \(config.model_type\); families that work: "
+                                        r"bert, roberta, xlm-roberta, camembert$"):
+        bert.from_checkpoint(str(tmp_path / "bert-base"), [])
 
 
 def test_name_that_cannot_be_had_offline():

@@ -16,7 +16,7 @@ from packed_reference import small_model
 from safetensors import SafetensorError
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
-from pretrain.config import UserError
+from pretrain.command import UserError
 from pretrain.runtime import checkpoint as ckpt
 
 FACTS = {"objective": "mlm+nsp", "max_length": 64, "step": 7, "started_from": "base", "held_out": {"perplexity": 12.5, "mlm_loss": 2.5}}

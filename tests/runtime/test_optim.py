@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from packed_reference import small_model
 from torch import nn
 
-from pretrain.config import UserError
+from pretrain.command import UserError
 from pretrain.runtime import optim
 from pretrain.runtime.optim import FiniteWatch, make_optimizer, make_schedule
 

@@ -1,0 +1,155 @@
+"""From a command line to options: argparse built from a dataclass, `--config FILE`, and errors told in one message.
+
+Knows nothing of what the options mean (pretrain/config.py does), and nothing here imports torch, so `--help` is fast.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import field, fields
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A problem that the user can mend: shown as one message without a traceback, exit code 2."""
+
+
+def option(default: object, text: str, **argparse_arguments: object):
+    """A dataclass field that is also a command-line option (an argument without a name if `positional`); `text` is its help."""
+    metadata = {"help": text, "argparse": argparse_arguments}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        """One line instead of the usage of sixty options."""
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists the options")
+
+
+def build_parser(options: type, description: str) -> argparse.ArgumentParser:
+    """Argparse parser with one option for each field of the dataclass `options`."""
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with options, as saved in a run's config.json; flags "
+                        "override it")
+    hints = typing.get_type_hints(options)
+    for entry in fields(options):
+        arguments = dict(entry.metadata["argparse"])
+        hint = hints[entry.name]
+        if hint is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            inner = [part for part in typing.get_args(hint) if part is not type(None)] or [hint]
+            arguments["type"] = inner[0]
+            if "choices" not in arguments:
+                arguments.setdefault("metavar", inner[0].__name__.upper())
+        text = entry.metadata["help"].replace("%", "%%")
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default
+        if "default:" not in text and default != []:
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            text = f"{text} (default: {shown})"
+        name = entry.name if arguments.pop("positional", False) else f"--{entry.name.replace('_', '-')}"
+        parser.add_argument(name, help=text, default=default, **arguments)
+    return parser
+
+
+def parse(argv: Sequence[str], options: type, description: str, defaults: dict | None = None):
+    """Instance of the dataclass `options`, from `defaults`, then `--config FILE`, then the flags in `argv`.
+
+    Values of `defaults` and of the file pass through the same types and choices as flags do."""
+    parser = build_parser(options, description)
+    path = parser.parse_known_args(list(argv))[0].config
+    known = {entry.name for entry in fields(options) if not entry.metadata["argparse"].get("positional")}
+    from_file = read_options(path) if path else {}
+    unknown = sorted(set(from_file) - known)
+    if unknown:
+        raise UserError(f"--config {path}: unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    try:
+        parser.parse_args(_as_flags(from_file, options))
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from error
+    namespace = vars(parser.parse_args(_as_flags({**(defaults or {}), **from_file}, options) + list(argv)))
+    namespace.pop("config")
+    return options(**namespace)
+
+
+def read_options(path: str | Path) -> dict:
+    """The mapping in a YAML or JSON file; UserError where it cannot be read or is no mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if str(path).endswith(".json"):
+            values = json.loads(text)
+        else:
+            import yaml  # comes with transformers
+
+            values = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"--config {path}: is neither YAML nor JSON ({error})") from error
+    except Exception as error:  # yaml.YAMLError is no ValueError, and yaml may not have been imported
+        raise UserError(f"--config {path}: is not valid YAML ({error})") from error
+    values = {} if values is None else values  # an empty file
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: holds {type(values).__name__}, needed is a mapping of options to values")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _as_flags(values: dict, options: type) -> list[str]:
+    switches = {name for name, hint in typing.get_type_hints(options).items() if hint is bool}
+    flags = []
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool) and name in switches:
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, bool):  # YAML reads on and off as booleans
+            flags += [flag, "on" if value else "off"]
+        elif isinstance(value, (list, tuple)):
+            flags += [flag, *map(str, value)] if value else []
+        elif value is not None:
+            flags.append(f"{flag}={value}")
+    return flags
+
+
+def check(problems: list[str]) -> None:
+    """Raise one UserError that tells all `problems`, a line each; nothing where there are none."""
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Exit code of `main(argv)`; a UserError becomes a message on stderr and 2."""
+    import sys
+
+    sys.stdout.reconfigure(line_buffering=True)  # stays in order with stderr in a log file
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; needed is a path that exists, room on the disk and the "
+              "right to read and write. The checkpoints of a run stay whole: --resume goes on from the newest", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; `--resume` goes on from the newest checkpoint, where there is one", file=sys.stderr)
+        return 130
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in short."""
+    return f"{type(error).__name__}: " + str(error).strip().split("\n")[0][:200]
+
+
+def require(module: str, what: str) -> types.ModuleType:
+    """An optional module; UserError with the pip command where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.replace("_", "-")
+        raise UserError(f"{what}: needs the package {package}, which is not installed: pip install {package}") from error

@@ -1,0 +1,140 @@
+"""What is marked in text beside its tokens: where words begin and which tokens are entities, as flags of a corpus.
+
+Words are the tokenizer's, but for Chinese, where neighbouring characters are joined as `rjieba` or the spaces of segmented
+text say. Entities are the spans that records bring, and the terms of a lexicon where they occur.
+"""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from pretrain.command import UserError, require
+from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START
+from pretrain.data.reading import Cut, Sentence, read_lines
+from pretrain.data.tokenizer import HAN, is_unspaced
+from pretrain.files import key_of
+
+HAN_CLASS = "[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in HAN) + "]"
+CHINESE_SHARE = 0.3  # of the letters of a text that is taken for Chinese
+SEGMENTED_SHARE = 0.2  # spaces between Chinese characters, for each of them, in a text that is taken for segmented
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How text is cut and marked when it is prepared; part of a corpus's fingerprint. `lexicon`: the terms."""
+
+    language: str = ""  # of sentence splitting; "" is off
+    words: str = "tokenizer"  # or "jieba", "spaces"
+    lexicon: tuple[str, ...] = ()
+    ignore_case: bool = False  # of the lexicon
+
+    @property
+    def key(self) -> list:
+        """What to name the markup by, in JSON."""
+        return [self.language, self.words, key_of(self.lexicon), self.ignore_case]
+
+    @property
+    def cut(self) -> Cut | None:
+        """Divides a line into sentences; None where lines are sentences."""
+        if not self.language:
+            return None
+        segment = require("sentencex", "--split-sentences").segment
+
+        def cut(line: str) -> list[str]:
+            parts = segment(self.language, line)
+            return parts if sum(map(len, parts)) == len(line) else [line]
+        return cut
+
+    @cached_property
+    def _matcher(self):
+        terms = [self._folded(term) for term in self.lexicon]
+        return require("ahocorasick_rs", "--lexicon").AhoCorasick(terms)
+
+    def _folded(self, text: str) -> str:
+        lower = text.lower() if self.ignore_case else text
+        # Offsets must hold: a character that becomes two stays.
+        return lower if len(lower) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+
+    def find(self, text: str, known: tuple[tuple[int, int], ...] = ()) -> list[tuple[int, int]]:
+        """`known` spans and the terms of the lexicon beside them, longest first, none over another, at the bounds of words."""
+        spans = list(known)
+        if not self.lexicon:
+            return spans
+        found = [(start, end) for _, start, end in self._matcher.find_matches_as_indexes(self._folded(text), overlapping=True)
+                 if not (_inside_word(text, start) or _inside_word(text, end))]
+        free = bytearray(b"\1") * len(text)
+        for start, end in spans:
+            free[start:end] = bytes(end - start)
+        for start, end in sorted(found, key=lambda span: (span[0] - span[1], span[0])):
+            if all(free[start:end]):
+                free[start:end] = bytes(end - start)
+                spans.append((start, end))
+        return sorted(spans)
+
+
+def _inside_word(text: str, place: int) -> bool:
+    """Whether `place` lies between two letters or digits of a script that writes words apart."""
+    around = text[max(0, place - 1): place + 1]
+    return 0 < place < len(text) and around.isalnum() and not any(map(is_unspaced, around))
+
+
+def read_terms(path: str) -> tuple[str, ...]:
+    """The terms of a lexicon, one a line, blank lines left out; UserError where there is none."""
+    terms = tuple(dict.fromkeys(line for line in read_lines(path, "--lexicon") if line))
+    if not terms:
+        raise UserError(f"--lexicon {path}: holds no term; needed is one a line")
+    return terms
+
+
+def is_han(text: str) -> np.ndarray:
+    """bool [characters]: Chinese ones."""
+    codes = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
+    return np.logical_or.reduce([(codes >= low) & (codes <= high) for low, high in HAN])
+
+
+def describe_script(sample: str) -> tuple[bool, bool]:
+    """(whether a text is Chinese, whether its words are set apart by spaces)."""
+    han, letters = int(is_han(sample).sum()), sum(map(str.isalpha, sample))
+    gaps = len(re.findall(f"(?<={HAN_CLASS}) +(?={HAN_CLASS})", sample))
+    return han > CHINESE_SHARE * max(1, letters), gaps > SEGMENTED_SHARE * max(1, han)
+
+
+def mark(sentences: list[Sentence], encodings: list, word_starts: np.ndarray, words: str) -> np.ndarray:
+    """uint8 [T]: flags of the tokens of `sentences`; `encodings` have offsets, `word_starts` bool [T] is the tokenizer's say."""
+    text = "".join(sentence for sentence, _ in sentences)
+    bases = np.cumsum([0] + [len(sentence) for sentence, _ in sentences])
+    counts = [len(encoding.ids) for encoding in encodings]
+    offsets = np.array([span for encoding in encodings for span in encoding.offsets], np.int64).reshape(-1, 2)
+    offsets += np.repeat(bases[:-1], counts)[:, None]
+    begin, end = offsets[:, 0], np.maximum(offsets[:, 1] - 1, offsets[:, 0])  # first and last character of each token
+    flags = word_starts.astype(np.uint8) * WORD_START
+    if words != "tokenizer":
+        flags[_joined(text, bases, words, sentences)[begin]] &= ~np.uint8(WORD_START)
+    owner = np.zeros(len(text) + 1, np.int64)  # number of the entity that each character belongs to
+    number = 0
+    for base, (_, spans) in zip(bases.tolist(), sentences):
+        for start, stop in spans:
+            number += 1
+            owner[base + start: base + stop] = number
+    place = np.where(owner > 0, np.arange(len(owner)), len(owner) - 1)
+    place = np.minimum.accumulate(place[::-1])[::-1][begin]  # the first character from there on that an entity has
+    entity = np.where(place <= end, owner[place], 0)
+    goes_on = np.append(False, entity[1:] == entity[:-1])
+    flags[(entity > 0) & ~goes_on] |= ENTITY_START
+    flags[(entity > 0) & goes_on] |= ENTITY_INSIDE
+    return flags
+
+
+def _joined(text: str, bases: np.ndarray, words: str, sentences: list[Sentence]) -> np.ndarray:
+    """bool [characters + 1]: Chinese characters that go on with the word of the one before."""
+    starts = np.zeros(len(text) + 1, bool)
+    starts[bases] = True
+    if words == "jieba":
+        jieba = require("rjieba", "--words jieba")
+        lengths = [len(word) for sentence, _ in sentences for word in jieba.cut(sentence)]
+        starts[np.cumsum(lengths, dtype=np.int64)] = True
+    han = is_han(text)
+    return np.append(han, False) & np.insert(han, 0, False) & ~starts

@@ -1,0 +1,43 @@
+"""Files that are whole or absent, and their hashes."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_aside(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file beside `path`, which gets its name once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8 in place of what is in `path`, at once."""
+    write_aside(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """`content` in place of what is in `path`, at once."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def key_of(content: object) -> str:
+    """16 hexadecimal digits that name `content`, which JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as handle:
+        digest = hashlib.sha256()
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,74 @@
+"""What every family does with a packed batch: encode it without padding, score masked positions, sum the losses."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.batch import IGNORED, Batch, Output
+from pretrain.model.attention import SDPA
+
+
+class PackedModel:
+    """Batch -> Output, mixed into a pretrained model of transformers; `loss_weights` says which losses there are."""
+
+    masked_lm_head = ""  # name of the module that scores hidden states [M, width]
+    loss_weights = {"mlm": 1.0}
+    position_offset = 0  # of the first token's position
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.config.max_position_embeddings - self.position_offset
+
+    def problems_of(self, objective: str, max_length: int) -> list[str]:
+        """What of a task the model cannot do, a message each."""
+        problems, config = [], self.config
+        if max_length > self.max_length:
+            problems.append(f"--max-length {max_length}: the model has {self.max_length} positions; needed is at most that")
+        if objective != "mlm" and config.model_type != "bert":
+            problems.append(f"--objective {objective}: the family {config.model_type} has no NSP head; needed is --objective mlm")
+        elif objective != "mlm" and config.type_vocab_size < 2:
+            problems.append(f"--objective {objective}: the model has {config.type_vocab_size} token types; needed are 2, or "
+                            "--objective mlm")
+        return problems
+
+    def set_objective(self, objective: str, nsp_weight: float = 1.0) -> None:
+        """Choose the losses; a family with one MLM head has nothing to choose."""
+
+    def encode(self, batch: Batch) -> Tensor:
+        """float [T, width]: the last hidden states. Not the encoder's own forward, whose pooler sees the pack's first token only."""
+        encoder = self.base_model
+        hidden = encoder.embeddings(input_ids=batch.input_ids[None], token_type_ids=batch.token_type_ids[None],
+                                    position_ids=batch.position_ids[None] + self.position_offset)
+        # The kernel gets tensors and one constant: the lengths, new in every batch, would make a compiled graph recompile.
+        ends = ({"lengths": batch.lengths} if self.config._attn_implementation == SDPA else
+                {"cu_seqlens": batch.cu_seqlens, "max_length": batch.max_length})
+        return encoder.encoder(hidden, **ends).last_hidden_state[0]
+
+    def masked_lm_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """float32 [M, vocabulary]: scores at the masked positions."""
+        return self.get_submodule(self.masked_lm_head)(hidden[batch.masked_positions]).float()
+
+    def score(self, hidden: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """(logits, labels) of each loss."""
+        return {"mlm": (self.masked_lm_logits(hidden, batch), batch.masked_lm_labels)}
+
+    def forward(self, batch: Batch) -> Output:
+        """Sums over the batch; the caller divides them by counts of the whole step."""
+        scored = self.score(self.encode(batch), batch)
+        return Output({name: F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+                       for name, (logits, labels) in scored.items()},
+                      {name: (logits.detach().argmax(-1) == labels).sum() for name, (logits, labels) in scored.items()})
+
+    @torch.no_grad()
+    def add_vectors(self, size: int, pieces: dict[int, list[int]], from_pieces: bool) -> None:
+        """Make room for `size` tokens in embeddings, decoder and bias; with `from_pieces`, a new token starts from the mean of the
+        tokens that stood for it, else it stays random."""
+        if size > self.config.vocab_size:
+            self.resize_token_embeddings(size, mean_resizing=False)
+        decoder = self.get_output_embeddings()
+        for weights in {id(w): w for w in (self.get_input_embeddings().weight, decoder.weight, decoder.bias)}.values():
+            for number, old in pieces.items() if from_pieces else ():
+                if old:
+                    weights[number] = weights[old].mean(0)

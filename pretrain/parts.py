@@ -1,0 +1,124 @@
+"""The parts of a run from its options: task, masks and model, with the checks of what must fit what."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from pretrain.batch import IGNORED
+from pretrain.command import UserError, check
+from pretrain.config import MODEL_SIZES, Config
+from pretrain.data import tokenizer as tokenizers
+from pretrain.data.corpus import Corpus
+from pretrain.data.dataset import PretrainingDataset
+from pretrain.data.masking import Masking, read_similar
+from pretrain.data.planning import Task
+from pretrain.data.reading import read_lines
+from pretrain.model import bert
+from pretrain.model.packed import PackedModel
+
+MIN_TRUE_SHARE = 0.1  # of the planned pairs
+COUNTED_SHARDS = 4  # planned at the start to count an epoch; a larger corpus is extrapolated from them
+
+
+def make_task(config: Config) -> Task:
+    """The task of the options, planned for the highest mask rate."""
+    return Task(config.objective, config.max_length, config.micro_batch_size, max(config.mask_rate), config.seed)
+
+
+def make_masking(config: Config, tokenizer: PreTrainedTokenizerBase) -> Masking:
+    """The draw of the options; UserError where the table of similar words has none."""
+    similar, vocabulary, backend = None, tokenizers.describe(tokenizer), tokenizers.without_limits(tokenizer)
+
+    def encode(word: str) -> list[int]:
+        ids = backend.encode(" " * vocabulary.needs_space + word, add_special_tokens=False).ids
+        return [] if vocabulary.is_special[ids].any() else ids  # an unknown word is like no other
+
+    if config.replace == "similar":
+        similar = read_similar(read_lines(config.similar, "--similar"), encode)
+        if similar is None:
+            raise UserError(f"--similar {config.similar}: holds no word with a similar one of as many tokens; needed are lines of a word "
+                            "and, after tabs, similar ones")
+        print(f"--similar {config.similar}: {len(similar.counts):,} words with {similar.counts.sum():,} similar ones of as many tokens")
+    return Masking(config.masking, tuple(config.mask_split), config.entity_probability, config.entity_budget, config.entity_fill, similar)
+
+
+def report_added(corpus: Corpus, added: dict[int, list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """How often each added token occurs in the training text; told in short."""
+    if not added:
+        return {}
+    last = max(added)
+    counts = sum(np.bincount(np.minimum(corpus.tokens(index), last + 1), minlength=last + 2) for index in range(corpus.num_shards))
+    counts = counts[sorted(added)].tolist()
+    ranked = dict(sorted(zip(tokenizer.convert_ids_to_tokens(sorted(added)), counts), key=lambda item: -item[1]))
+    most, never = list(ranked.items())[:8], [token for token, count in ranked.items() if not count]
+    print(f"{len(ranked):,} added tokens occur {sum(counts):,} times: " + ", ".join(f"{token} {count:,}" for token, count in most)
+          + (f"; {len(never):,} never do, such as {', '.join(never[:3])}" if never else "") + "; all in added_tokens.tsv")
+    return ranked
+
+
+def make_model(config: Config, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase, vocabulary: tokenizers.Vocabulary,
+               added: dict[int, list[int]]) -> PackedModel:
+    """Model from scratch, from a checkpoint, or of the run to resume; UserError where it does not fit tokenizer or lengths."""
+    if checkpoint:
+        return bert.from_checkpoint(str(checkpoint), [])[0]
+    if config.model in MODEL_SIZES:
+        model, fresh = bert.from_size(config.model, vocabulary.size, config.max_length, vocabulary.pad_id, config.config_override), []
+    else:
+        model, fresh = bert.from_checkpoint(config.model, config.config_override)
+    settings, problems = model.config, model.problems_of(config.objective, config.max_length)
+    if settings.num_hidden_layers < 1 or settings.is_decoder:
+        problems.append(f"--model {config.model}: has {settings.num_hidden_layers} layers, is_decoder {settings.is_decoder}; "
+                        "needed is an encoder")
+    size = vocabulary.size - len(added)
+    if size > settings.vocab_size or size + 128 <= settings.vocab_size and config.model not in MODEL_SIZES:  # rounded-up tables are common
+        problems.append(f"--tokenizer {config.tokenizer or config.model}: has {size:,} entries, the model {config.model} "
+                        f"{settings.vocab_size:,}; needed is the model's own tokenizer")
+    elif config.tokenizer and config.model not in MODEL_SIZES:
+        problems += other_vocabulary(config, tokenizer)
+    check(problems)
+    if added and config.model not in MODEL_SIZES:
+        model.add_vectors(vocabulary.size, added, config.new_vectors == "mean")
+    if fresh:
+        print(f"{config.model} has no {', no '.join(fresh)}: starting fresh, so the first held-out numbers mean nothing")
+    return model
+
+
+def other_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A problem where --tokenizer is not the model's own, if the model comes with one."""
+    try:
+        own = tokenizers.load(config.model, config.lowercase == "on")
+    except UserError:
+        return []  # the model comes without a tokenizer
+    if own.get_vocab().items() <= tokenizer.get_vocab().items():
+        return []
+    return [f"--tokenizer {config.tokenizer}: its vocabulary differs from that of the model {config.model}; leave --tokenizer away"]
+
+
+def check_plan(dataset: PretrainingDataset, config: Config, whole_step: bool = True) -> int:
+    """Optimizer steps in an epoch, from the plan of its first shards; UserError where the text cannot serve the task."""
+    plans, task = [dataset.plan(0, place) for place in range(min(COUNTED_SHARDS, dataset.source.num_shards))], dataset.task
+    labels = np.concatenate([plan.label for plan in plans])
+    num_tokens = sum(int(plan.lengths.sum()) for plan in plans)
+    planned = sum(plan.num_micro_batches for plan in plans)
+    share = len(plans) / dataset.source.num_shards
+    if config.objective != "mlm":
+        true_share = float((labels == 0).mean())
+        random_share = float((labels == 1).mean())
+        print(f"{config.objective}: {true_share:.1%} of the pairs are true next ones, {random_share:.1%} are "
+              f"{'random' if config.objective == 'mlm+nsp' else 'swapped'}, {(labels == IGNORED).mean():.1%} are sequences without a pair")
+        if true_share < MIN_TRUE_SHARE:
+            raise UserError(f"--objective {config.objective}: {true_share:.1%} of the planned pairs would be true next ones, needed are at "
+                            f"least {MIN_TRUE_SHARE:.0%}: the documents have too few sentences. Ways out: --objective mlm, or another "
+                            "--format (sentences: a sentence a line, a blank line between documents)")
+    long_sentences = sum(int((np.diff(dataset.source.shard(dataset.shard_at(0, place)).sentences) > task.max_tokens).sum())
+                         for place in range(len(plans)))
+    if long_sentences and config.objective != "mlm":
+        print(f"{round(long_sentences / share):,} sentences are longer than {task.max_tokens} tokens: planned in pieces of half of that")
+    if whole_step and num_tokens < config.batch_size * config.max_length and share == 1:
+        largest = num_tokens // config.max_length
+        raise UserError(f"--batch-size {config.batch_size}: a step is {config.batch_size * config.max_length:,} tokens, the text makes "
+                        f"{num_tokens:,}; needed is " + (f"at most --batch-size {largest} --micro-batch-size {largest}, or more text"
+                                                         if largest else f"more text, or a --max-length below {num_tokens}"))
+    return max(1, round(planned / share / (config.batch_size // config.micro_batch_size)))
