@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 
+SHOWN_PROBLEMS = 20
+
 
 class UserError(ValueError):
     """A problem that the user can mend: shown as one message without a traceback, exit code 2."""
@@ -117,9 +119,10 @@ def _as_flags(values: dict, options: type) -> list[str]:
 
 
 def check(problems: list[str]) -> None:
-    """Raise one UserError that tells all `problems`, a line each; nothing where there are none."""
+    """Raise one UserError that tells all `problems`, a line each (of very many the first); nothing where there are none."""
     if problems:
-        raise UserError("\n".join(problems))
+        more = len(problems) - SHOWN_PROBLEMS
+        raise UserError("\n".join(problems[:SHOWN_PROBLEMS] + [f"and {more:,} problems more"] * (more > 0)))
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:

@@ -114,7 +114,7 @@ def build(config: Config) -> Run:
     tokenizer, text, added = prepare_tokenizer(config, checkpoint, world)
     vocabulary, masking = tokenizers.describe(tokenizer), make_masking(config, tokenizer)
     model = make_model(config, checkpoint, tokenizer, vocabulary, added)
-    if state and similar_key(config) != state["similar_words"]:
+    if state and similar_key(config) != state.get("similar_words"):
         raise UserError(f"--similar {config.similar}: has changed since the run was started; restore it, or start another run")
     training, held_out_text = open_text(config, tokenizer, vocabulary, text, state, world)
     occurrences = report_added(training, added, tokenizer)

@@ -1,7 +1,7 @@
 """THE loop: `train_step` is one optimizer update, `train` is a run. Plain PyTorch, to be edited.
 
 What flows in is a `Run` (pretrain/setup.py): a model that returns summed losses, a dataset of micro-batches, held-out batches,
-and the derived numbers. To change the objective, change the model's `forward` and `Batch.counts`; to change what is
+and the derived numbers. To change the objective, change the model's `score` and `Batch.counts`; to change what is
 masked, pretrain/data/masking.py; to change the update, this file.
 """
 from __future__ import annotations

@@ -185,6 +185,16 @@ def test_a_run_resumes_without_the_file_of_tokens(base, text, cache, words, tmp_
     assert before.get_vocab() == after.get_vocab() and before.all_special_ids == after.all_special_ids
 
 
+@pytest.mark.parametrize("base", ["bert"], indirect=True)
+def test_the_held_out_documents_are_not_counted(base, text, cache, words, tmp_path):
+    counts = {}
+    for fraction in ("0", "0.4"):
+        output = tmp_path / fraction
+        PRETRAIN.main([*options(text, cache, words), "--model", str(base[1]), "--valid-fraction", fraction, "--output", str(output)])
+        counts[fraction] = sum(int(line.split("\t")[1]) for line in (output / "added_tokens.tsv").read_text().splitlines())
+    assert 0.4 * counts["0"] < counts["0.4"] < 0.8 * counts["0"]
+
+
 def test_a_grown_model_grows_again(tiny_tokenizer, text, cache, words, tmp_path):
     small_model(len(tiny_tokenizer)).save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")

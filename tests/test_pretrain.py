@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -390,6 +391,22 @@ def test_text_without_entities_is_refused(arguments, marked, text_file, tmp_path
         message = refusal(PRETRAIN.main, [*arguments, "--masking", "entity", "--output", tmp_path / "run", *more], capsys)
         assert message.startswith(told) and "\n" not in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_table_of_similar_words_that_has_changed_is_refused_on_resume(arguments, marked, tmp_path, capsys):
+    (tmp_path / "similar.tsv").write_text(Path(marked["similar"]).read_text(), encoding="utf-8")
+    more = ["--masking", "word", "--replace", "similar", "--similar", str(tmp_path / "similar.tsv"), "--output", str(tmp_path / "run")]
+    PRETRAIN.main([*arguments, *more, "--max-steps", "2"])
+    (tmp_path / "similar.tsv").write_text("bank\triver\n", encoding="utf-8")
+    told = refusal(PRETRAIN.main, ["--resume", "--output", tmp_path / "run", "--max-steps", "3"], capsys)
+    assert told == f"--similar {tmp_path / 'similar.tsv'}: has changed since the run was started; restore it, or start another run"
+
+
+def test_held_out_records_need_no_entities(arguments, marked, tmp_path):
+    (tmp_path / "valid.jsonl").write_text('{"text": "the bank ."}\n{"text": "the river ."}\n', encoding="utf-8")
+    more = ["--train", marked["spans"], "--masking", "entity", "--entity-field", "entities", "--objective", "mlm"]
+    PRETRAIN.main([*arguments, *more, "--valid", str(tmp_path / "valid.jsonl"), "--max-steps", "1", "--output", str(tmp_path / "run")])
+    assert math.isfinite(rows(tmp_path / "run")[-1]["eval/perplexity"])
 
 
 def test_a_table_without_a_similar_word_is_refused(arguments, tmp_path, capsys):

@@ -245,10 +245,15 @@ def test_bad_input_of_fill_mask_is_told_in_one_message(model, vocabulary, tmp_pa
     BertModel(small_config(vocabulary.size)).save_pretrained(headless)
     for path in model.glob("tokenizer*"):
         shutil.copy(path, headless)
+    bare = tmp_path / "bare"  # without a tokenizer
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model / name, bare)
     for argv, message in (
             (["--model", model, "bank river ."], "'bank river .': has 0 masks and 5 tokens; needed is a [MASK] or more"),
             (["--model", model, "[MASK] " + "bank " * 600], "'[MASK] bank bank"),
             (["--model", headless, "[MASK]"], f"--model {headless}: has no MLM head, so it cannot fill masks; needed is a"),
+            (["--model", bare, "[MASK]"], f"--tokenizer {bare}: the folder holds none of tokenizer.json"),
             (["--model", tmp_path / "absent", "[MASK]"], f"--model {tmp_path / 'absent'}: is no size (tiny, mini, small, medium, base"),
             (["[MASK]"], "--model: needed is a model that fills masks"),
             (["--model", model], "TEXT: needed is a sentence with [MASK], in quotes"),
@@ -256,3 +261,8 @@ def test_bad_input_of_fill_mask_is_told_in_one_message(model, vocabulary, tmp_pa
             (["--model", model, "--top", "many", "[MASK]"], "--top: invalid int value: 'many'")):
         told = refusal(FILL_MASK.main, argv, capsys)
         assert told.startswith(message) and "\n" not in told
+
+
+def test_no_more_tokens_are_shown_than_there_are(model, vocabulary, capsys):
+    FILL_MASK.main(["--model", str(model), "--top", "100000", "[MASK]"])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + vocabulary.size + 1

@@ -26,6 +26,7 @@ from pretrain.files import key_of, write_aside
 FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
                     ".arrow": "arrow", ".conll": "conll", ".bio": "conll", ".bmes": "conll", ".bioes": "conll"}
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
+CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages of those that Python does not have
 SPAN_KEYS = (("start", "end"), ("start_offset", "end_offset"), ("start_pos", "end_pos"), ("begin", "end"))
 VERSION = 1  # of what this module writes
 
@@ -80,9 +81,11 @@ def _states(entry: str) -> list[tuple]:
 
 
 def _unpack(entry: str, cache: Path) -> str:
-    import fsspec  # comes with torch
-
     path = Path(entry)
+    if path.suffix.lower() in CODECS:
+        require(CODECS[path.suffix.lower()], entry)
+    import fsspec  # comes with torch; knows a codec whose package is there
+
     target = cache / "unpacked" / key_of(_states(entry)) / path.stem
     if not target.is_file():
         def copy(partial: Path) -> None:

@@ -592,3 +592,21 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         read(path)
     assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+
+
+def test_a_data_set_by_the_name_of_the_hub_is_streamed_once(tmp_path, capsys):
+    (tmp_path / "set").mkdir()  # load_dataset takes a folder for a name, too
+    lines(tmp_path / "set" / "train.jsonl", {"text": "a\nb"}, {"text": "c"})
+    lines(tmp_path / "set" / "test.jsonl", {"text": "d"})
+    for name, expected in ((f"hub:{tmp_path}/set", [["a", "b"], ["c"]]), (f"hub:{tmp_path}/set:default:test", [["d"]])):
+        assert texts(read(name, cache=tmp_path / "cache")) == expected
+        assert "converting hub" in capsys.readouterr().out
+        read(name, cache=tmp_path / "cache")
+        assert "converting" not in capsys.readouterr().out
+
+
+def test_a_codec_that_is_missing_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt.zst").write_bytes(b"anything")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert message(tmp_path / "a.txt.zst") == (f"{tmp_path / 'a.txt.zst'}: needs the package zstandard, which is not installed: "
+                                               "pip install zstandard")
