@@ -6,6 +6,7 @@ text say. Entities are the spans that records bring, and the terms of a lexicon 
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,7 @@ from pretrain.files import key_of
 
 HAN_CLASS = "[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in HAN) + "]"
 CHINESE_SHARE = 0.3  # of the letters of a text that is taken for Chinese
+BLANK, ALONE = 0, 1  # kinds of characters; others are letters, digits and marks
 SEGMENTED_SHARE = 0.2  # spaces between Chinese characters, for each of them, in a text that is taken for segmented
 
 
@@ -102,15 +104,19 @@ def describe_script(sample: str) -> tuple[bool, bool]:
     return han > CHINESE_SHARE * max(1, letters), gaps > SEGMENTED_SHARE * max(1, han)
 
 
-def mark(sentences: list[Sentence], encodings: list, word_starts: np.ndarray, words: str) -> np.ndarray:
-    """uint8 [T]: flags of the tokens of `sentences`; `encodings` have offsets, `word_starts` bool [T] is the tokenizer's say."""
+def mark(sentences: list[Sentence], encodings: list, starts_word: np.ndarray | None, words: str) -> np.ndarray:
+    """uint8 [T]: flags of the tokens of `sentences`; `encodings` have offsets. `starts_word` bool [T] tells which tokens begin a
+    word by the tokenizer; None: the characters tell."""
     text = "".join(sentence for sentence, _ in sentences)
     bases = np.cumsum([0] + [len(sentence) for sentence, _ in sentences])
-    counts = [len(encoding.ids) for encoding in encodings]
+    counts = np.array([len(encoding.ids) for encoding in encodings], np.int64)
     offsets = np.array([span for encoding in encodings for span in encoding.offsets], np.int64).reshape(-1, 2)
     offsets += np.repeat(bases[:-1], counts)[:, None]
     begin, end = offsets[:, 0], np.maximum(offsets[:, 1] - 1, offsets[:, 0])  # first and last character of each token
-    flags = word_starts.astype(np.uint8) * WORD_START
+    if starts_word is None:
+        starts_word = _starts_by_characters(text, begin, end)
+        starts_word[(np.cumsum(counts) - counts)[counts > 0]] = True
+    flags = starts_word.astype(np.uint8) * WORD_START
     if words != "tokenizer":
         flags[_joined(text, bases, words, sentences)[begin]] &= ~np.uint8(WORD_START)
     owner = np.zeros(len(text) + 1, np.int64)  # number of the entity that each character belongs to
@@ -119,13 +125,34 @@ def mark(sentences: list[Sentence], encodings: list, word_starts: np.ndarray, wo
         for start, stop in spans:
             number += 1
             owner[base + start: base + stop] = number
-    place = np.where(owner > 0, np.arange(len(owner)), len(owner) - 1)
-    place = np.minimum.accumulate(place[::-1])[::-1][begin]  # the first character from there on that an entity has
+    place = _next_place(owner > 0)[begin]
     entity = np.where(place <= end, owner[place], 0)
     goes_on = np.append(False, entity[1:] == entity[:-1])
     flags[(entity > 0) & ~goes_on] |= ENTITY_START
     flags[(entity > 0) & goes_on] |= ENTITY_INSIDE
     return flags
+
+
+def _next_place(holds: np.ndarray) -> np.ndarray:
+    """int64 [characters]: for each the first place from there on that `holds`, else the last place."""
+    return np.minimum.accumulate(np.where(holds, np.arange(len(holds)), len(holds) - 1)[::-1])[::-1]
+
+
+def _starts_by_characters(text: str, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """bool [T]: which tokens, from character `begin` to `end`, begin a word: a word begins where letters, digits and marks change
+    over, and with each character of a script without spaces; the space before a word, if it is a token, begins it."""
+    codes, inverse = np.unique(np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32), return_inverse=True)
+    kinds = np.array([_kind(chr(code)) for code in codes.tolist()] + [BLANK])[np.append(inverse, len(codes))]
+    begins = np.append(True, kinds[1:] != kinds[:-1]) | (kinds == ALONE)
+    place = _next_place(kinds != BLANK)[begin]
+    is_blank = place > end
+    goes_on = (place[1:] <= end[:-1]) | is_blank[:-1]  # with a character of which the token before holds some bytes, or its space
+    return is_blank | (begins[place] & ~np.append(False, goes_on))
+
+
+def _kind(character: str) -> int:
+    category = unicodedata.category(character)[0]
+    return ALONE if is_unspaced(character) else BLANK if character.isspace() else {"L": 2, "M": 2, "N": 3}.get(category, 4)
 
 
 def _joined(text: str, bases: np.ndarray, words: str, sentences: list[Sentence]) -> np.ndarray:

@@ -22,7 +22,7 @@ from pretrain.command import UserError
 from pretrain.data import reading
 from pretrain.data.corpus import ARRAYS, ENTITY_START, FORMAT_VERSION, WORD_START, Corpus, Shard, concatenate, is_corpus
 from pretrain.data.marking import Markup, mark
-from pretrain.data.tokenizer import Vocabulary, describe, without_limits, word_starts
+from pretrain.data.tokenizer import Vocabulary, describe, without_limits
 from pretrain.files import sha256_of, write_json
 
 COUNTS = ("documents", "sentences", "tokens", "unknown_tokens", "words", "entities")  # of a shard, and of a corpus
@@ -94,13 +94,13 @@ def _write_piece(folder: Path, name: str, piece: list[reading.Span], text_format
         marked = [item and (item[0], markup.find(*item)) for item in batch] if markup.lexicon else batch
         found = [item for item in marked if item is not None]
         # Where characters do not matter, the encoder need not keep track of them: a third faster.
-        by_character = markup.words != "tokenizer" or any(spans for _, spans in found)
+        by_character = vocabulary.starts_word is None or markup.words != "tokenizer" or any(spans for _, spans in found)
         encode = tokenizer.encode_batch if by_character else tokenizer.encode_batch_fast
         encodings = encode([text for text, _ in found], add_special_tokens=False)
         pieces = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
         ids = np.fromiter(chain.from_iterable(pieces), dtype, int(lengths.sum()))
-        starts = word_starts(vocabulary, ids, (np.cumsum(lengths) - lengths)[lengths > 0])
+        starts = None if vocabulary.starts_word is None else vocabulary.starts_word[ids]
         all_flags.append(mark(found, encodings, starts, markup.words) if by_character else starts.astype(np.uint8) * WORD_START)
         all_ids.append(ids)
         offsets.append(batch, lengths)

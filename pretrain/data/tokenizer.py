@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ from pretrain.files import key_of
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in byte-level vocabularies (GPT-2)
-BYTES = {chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))} | {chr(b): b for b in PRINTABLE}
 HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))  # Chinese characters of Unicode 16
 PASSING_STATE = ("truncation", "padding")  # state that changes as a tokenizer is used, not part of what it is
 
@@ -40,23 +37,10 @@ class Vocabulary:
     mask_id: int
     unknown_id: int  # -1 where there is none
     is_special: np.ndarray  # bool [size]
-    starts_word: np.ndarray  # bool [size]; False for "##" pieces
+    starts_word: np.ndarray | None  # bool [size]; False for "##" pieces; None where only the text tells (BPE, SentencePiece)
     ordinary_ids: np.ndarray  # uint32 [size - specials], what a random replacement is drawn from
     fingerprint: str
-    # Tokenizers without "##": the kind of an entry's first and last character, 0 where anything may go on; a word starts where they differ.
-    first_kind: np.ndarray | None = None  # uint8 [size]
-    last_kind: np.ndarray | None = None
     needs_space: bool = False  # a word in running text has its space in its token
-
-
-def word_starts(vocabulary: Vocabulary, ids: np.ndarray, sentence_starts: np.ndarray) -> np.ndarray:
-    """bool [T]: which of `ids` begin a word; `sentence_starts` int64 holds the places of the first tokens of sentences."""
-    starts = vocabulary.starts_word[ids]
-    if vocabulary.first_kind is not None:
-        first, last = vocabulary.first_kind[ids[1:]], vocabulary.last_kind[ids[:-1]]
-        starts[1:] |= (first != last) & (first > 0) & (last > 0)
-    starts[sentence_starts] = True
-    return starts
 
 
 def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
@@ -150,44 +134,15 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     entries = tokenizer.get_vocab()
     size = max(entries.values()) + 1
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    kinds, added = np.zeros((2, size), np.uint8), {token["content"] for token in state["added_tokens"]}
-    byte_level, is_word_piece = '"ByteLevel"' in json.dumps(state["pre_tokenizer"]), state["model"]["type"] == "WordPiece"
     starts_word, is_special = np.ones(size, bool), np.ones(size, bool)  # an id without an entry is never drawn
     for entry, number in entries.items():
         is_special[number] = False
-        if is_word_piece:
-            starts_word[number] = not entry.startswith("##")
-        else:
-            starts_word[number], *kinds[:, number] = _kinds(entry, byte_level and entry not in added)
-            starts_word[number] |= entry in added
+        starts_word[number] = not entry.startswith("##")
     is_special[tokenizer.all_special_ids] = True
     unknown = tokenizer.unk_token_id
     return Vocabulary(size, ids["pad"], ids["cls"], ids["sep"], ids["mask"], -1 if unknown is None else unknown, is_special,
-                      starts_word, np.flatnonzero(~is_special).astype(np.uint32), fingerprint(tokenizer),
-                      *((None, None) if is_word_piece else kinds), needs_space=byte_level)
-
-
-def _kinds(entry: str, byte_level: bool) -> tuple[bool, int, int]:
-    """(whether a word always starts here, kind of the first character, of the last) of an entry of a BPE or SentencePiece
-    vocabulary: 1 letters, 2 digits, 3 others, 4 Chinese and kana; 0 for part of a character, or the space before a word alone."""
-    if byte_level:
-        data = bytes(BYTES[character] for character in entry)
-        if data[:1] >= b"\x80" and data[:1] < b"\xc0":  # goes on with a character
-            return False, 0, 4  # a character that has no entry of its own is rarely one of a longer word
-        text = data.decode("utf-8", "replace")
-        if b"\xe3" <= data[:1] <= b"\xe9":  # from Japanese to Chinese, where each character begins a word
-            return True, 4, 4
-    else:
-        text = entry.replace("\u2581", " ")
-    shown = text.strip()
-    if not shown:
-        return True, 0, 0
-    return text[0] == " " or _kind(shown[0]) == 4, _kind(shown[0]), _kind(shown[-1])
-
-
-def _kind(character: str) -> int:
-    category = unicodedata.category(character)[0]
-    return 4 if is_unspaced(character) else 2 if category == "N" else 1 if category in "LM" or character == "\ufffd" else 3
+                      starts_word if state["model"]["type"] == "WordPiece" else None, np.flatnonzero(~is_special).astype(np.uint32),
+                      fingerprint(tokenizer), needs_space='"ByteLevel"' in json.dumps(state["pre_tokenizer"]))
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, words: list[str], specials: list[str]) -> dict[int, list[int]]:

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, 
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from pretrain.command import UserError
+from pretrain.data.corpus import WORD_START
+from pretrain.data.marking import mark
 from pretrain.data.tokenizer import (
     SPECIAL_TOKENS,
     add_tokens,
@@ -24,7 +26,6 @@ from pretrain.data.tokenizer import (
     load,
     read_vocabulary,
     train,
-    word_starts,
 )
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Café Ångström — naïve coöperation!", "深度学习 BERT模型，2024年。",
@@ -280,10 +281,16 @@ def known(kind: str):
     return made, describe(made)
 
 
+def starts_of(vocabulary, encoding, text: str) -> np.ndarray:
+    """bool: which tokens begin a word, as a corpus is marked."""
+    told = None if vocabulary.starts_word is None else vocabulary.starts_word[np.array(encoding.ids, np.int64)]
+    return (mark([(text, ())], [encoding], told, "tokenizer") & WORD_START).astype(bool)
+
+
 def words_of(made, text: str, vocabulary=None) -> list[str]:
     """The characters of each word, without the white space around it; of tokens with one place, the first has it."""
     encoding = made.backend_tokenizer.encode(text, add_special_tokens=False)
-    starts = word_starts(vocabulary or describe(made), np.array(encoding.ids, np.int64), np.zeros(min(1, len(encoding.ids)), np.int64))
+    starts = starts_of(vocabulary or describe(made), encoding, text)
     assert starts.dtype == bool and starts[:1].all()
     groups = []
     for is_start, (start, end) in zip(starts.tolist(), encoding.offsets):
@@ -311,9 +318,11 @@ def tokens_of(kind: str, text: str) -> list[tuple[str, int, int, bool]]:
     """(token, its characters from, to, whether a word starts there)."""
     made, vocabulary = known(kind)
     encoding = made.backend_tokenizer.encode(text, add_special_tokens=False)
-    starts = word_starts(vocabulary, np.array(encoding.ids, np.int64), np.zeros(min(1, len(encoding.ids)), np.int64))
-    return [(token, *span, start) for token, span, start in zip(encoding.tokens, encoding.offsets, starts.tolist())
-            if token.strip("\u2581\u0120")]  # those hold nothing but the space before a word
+    starts = starts_of(vocabulary, encoding, text)
+    shown = np.array([bool(token.strip("\u2581\u0120")) for token in encoding.tokens], bool)
+    starts[1:] |= starts[:-1] & ~shown[:-1]  # a word may begin with a token that holds its space alone
+    rows = [(token, *span, start) for token, span, start in zip(encoding.tokens, encoding.offsets, starts.tolist())]
+    return [row for row, is_shown in zip(rows, shown) if is_shown]
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -353,10 +362,10 @@ def test_words_spelled_out():
 
 def test_a_sentence_always_begins_a_word():
     made = byte_level()
-    ids = np.array(made.backend_tokenizer.encode("learning", add_special_tokens=False).ids)
-    vocabulary = describe(made)
-    assert word_starts(vocabulary, np.tile(ids, 3), np.arange(3) * len(ids)).tolist() == ([True] + [False] * (len(ids) - 1)) * 3
-    assert len(ids) > 1 and word_starts(vocabulary, ids[:0], np.zeros(0, np.int64)).tolist() == []
+    encoding = made.backend_tokenizer.encode("learning", add_special_tokens=False)
+    flags = mark([("learning", ())] * 3, [encoding] * 3, None, "tokenizer")
+    assert len(encoding.ids) > 1 and flags.tolist() == ([WORD_START] + [0] * (len(encoding.ids) - 1)) * 3
+    assert mark([], [], None, "tokenizer").tolist() == []
 
 
 # ---------------------------------------------------------------- added tokens
@@ -390,7 +399,7 @@ def test_added_tokens_are_whole_in_the_text(kind, tmp_path):
             found = [part for part, number in zip(spelled(used, text), ids_of(used, text)) if number >= size]
             assert found == expected, text
         vocabulary = describe(used)
-        assert vocabulary.size == size + 8 and vocabulary.starts_word[size:].all()
+        assert vocabulary.size == size + 8 and (vocabulary.starts_word is None or vocabulary.starts_word[size:].all())
         assert vocabulary.is_special[size:].tolist() == [False] * 6 + [True] * 2 and set(ids[6:]) <= set(used.all_special_ids)
         assert words_of(used, "the myocardial infarction of COVID-19, zart", vocabulary)[-5:] == [
             "myocardial infarction", "of", "COVID-19", ",", "zart"]
