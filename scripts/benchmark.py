@@ -104,14 +104,18 @@ def measure_prepare(text, tokenizer, repeats: int) -> dict:
 
 def measure_data(run, repeats: int) -> dict:
     """Tokens/s of planning an epoch and of packing and masking all its micro-batches, in this process alone; every strategy
-    in turns, beside token masks. Entities need text with some (--lexicon, spans or tags, under --masking entity)."""
+    in turns, beside token masks. Entities need text with some (--lexicon, spans or tags, under --masking entity), similar words
+    a table (--similar)."""
     from pretrain.data.dataset import DataPosition, PretrainingDataset
 
-    corpus = run.dataset.source
-    rates = {masking: [] for masking in ("token", "word", "span", "entity") if masking != "entity" or corpus.info["entities"]}
+    corpus, given = run.dataset.source, run.collator.masking
+    strategies = {masking: dataclasses.replace(given, masking=masking, similar=None) for masking in ("token", "word", "span", "entity")}
+    strategies["similar"] = dataclasses.replace(given, masking="word")
+    available = {"entity": corpus.info["entities"], "similar": given.similar}
+    rates = {masking: [] for masking in strategies if available.get(masking, True)}
     for epoch in range(repeats + 1):  # another epoch has other pairs, so nothing is planned already
         for masking, kept in rates.items():
-            collator = dataclasses.replace(run.collator, masking=dataclasses.replace(run.collator.masking, masking=masking))
+            collator = dataclasses.replace(run.collator, masking=strategies[masking])
             dataset, tokens = PretrainingDataset(corpus, run.dataset.task), 0
             begin = time.perf_counter()
             for position in dataset.positions(DataPosition(epoch, 0, 0), end_epoch=epoch + 1):
@@ -269,7 +273,7 @@ def describe_machine(device) -> dict:
 def print_table(report: dict) -> None:
     """The results, a line each."""
     names = {"prepare": "prepare (peer: raw encode_batch_fast)", "data_token": "plan, pairs, pack, mask tokens",
-             **{f"data_{masking}": f"the same with {masking} masks (peer: tokens)" for masking in ("word", "span", "entity")},
+             **{f"data_{masking}": f"the same with {masking} masks (peer: tokens)" for masking in ("word", "span", "entity", "similar")},
              "train": "train (peer: transformers.Trainer)"}
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
     print(f"{'':58}{'ours':>12}{'peer':>12}{'ours/peer':>11}")
