@@ -37,8 +37,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(options: type, description: str) -> argparse.ArgumentParser:
     """Argparse parser with one option for each field of the dataclass `options`."""
     parser = _Parser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with options, as saved in a run's config.json; flags "
-                        "override it")
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with options; flags override it")
     hints = typing.get_type_hints(options)
     for entry in fields(options):
         arguments = dict(entry.metadata["argparse"])
@@ -60,14 +59,16 @@ def build_parser(options: type, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str], options: type, description: str, defaults: dict | None = None):
+def parse(argv: Sequence[str], options: type, description: str, defaults: dict | None = None, passed_over: type | None = None):
     """Instance of the dataclass `options`, from `defaults`, then `--config FILE`, then the flags in `argv`.
 
-    Values of `defaults` and of the file pass through the same types and choices as flags do."""
+    Values of `defaults` and of the file pass through the same types and choices as flags do. The file may hold options of
+    `passed_over` that the command has not."""
     parser = build_parser(options, description)
     path = parser.parse_known_args(list(argv))[0].config
     known = {entry.name for entry in fields(options) if not entry.metadata["argparse"].get("positional")}
-    from_file = read_options(path) if path else {}
+    others = {entry.name for entry in fields(passed_over)} - known if passed_over else set()
+    from_file = {name: value for name, value in (read_options(path) if path else {}).items() if name not in others}
     unknown = sorted(set(from_file) - known)
     if unknown:
         raise UserError(f"--config {path}: unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")

@@ -4,18 +4,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file beside `path`, which gets its name once it is whole."""
+    """Let `write` make a file or a folder beside `path`, which gets its name once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         partial.replace(path)
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
 
 

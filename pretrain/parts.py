@@ -1,6 +1,7 @@
 """The parts of a run from its options: task, masks and model, with the checks of what must fit what."""
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from pretrain.batch import IGNORED
 from pretrain.command import UserError, check
 from pretrain.config import MODEL_SIZES, Config
 from pretrain.data import tokenizer as tokenizers
-from pretrain.data.corpus import Corpus
-from pretrain.data.dataset import PretrainingDataset
+from pretrain.data.collate import pack
+from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, Corpus
+from pretrain.data.dataset import DataPosition, PretrainingDataset
 from pretrain.data.masking import Masking, read_similar
 from pretrain.data.planning import Task
 from pretrain.data.reading import read_lines
@@ -19,6 +21,7 @@ from pretrain.model import bert
 from pretrain.model.packed import PackedModel
 
 MIN_TRUE_SHARE = 0.1  # of the planned pairs
+MIN_FITTING_SHARE, SAMPLED_MICRO_BATCHES = 0.8, 20  # of the entities
 COUNTED_SHARDS = 4  # planned at the start to count an epoch; a larger corpus is extrapolated from them
 
 
@@ -42,6 +45,22 @@ def make_masking(config: Config, tokenizer: PreTrainedTokenizerBase) -> Masking:
                             "and, after tabs, similar ones")
         print(f"--similar {config.similar}: {len(similar.counts):,} words with {similar.counts.sum():,} similar ones of as many tokens")
     return Masking(config.masking, tuple(config.mask_split), config.entity_probability, config.entity_budget, config.entity_fill, similar)
+
+
+def check_entities(dataset: PretrainingDataset, vocabulary: tokenizers.Vocabulary, config: Config) -> None:
+    """Tell of entities that are longer than their sequence's budget; short documents have many."""
+    num_entities = num_fitting = 0
+    for position in islice(dataset.positions(DataPosition(0, 0, 0), end_epoch=1), SAMPLED_MICRO_BATCHES):
+        packed = pack(dataset.__getitems__([position]), vocabulary)
+        maskable, starts = ~vocabulary.is_special[packed.ids], packed.flags & ENTITY_INSIDE == 0
+        in_entity = maskable & (packed.flags & (ENTITY_START | ENTITY_INSIDE) > 0)
+        sizes = np.bincount(np.cumsum(starts)[in_entity] - 1, minlength=int(starts.sum()))
+        allowed = config.entity_budget * np.bincount(packed.sequence[maskable], minlength=len(packed.lengths))
+        num_entities += int((sizes > 0).sum())
+        num_fitting += int(((sizes > 0) & (sizes <= allowed[packed.sequence[starts]])).sum())
+    if num_fitting < MIN_FITTING_SHARE * num_entities or not num_entities:
+        print(f"--entity-budget {config.entity_budget}: {num_fitting:,} of {num_entities:,} entities fit into that share of their "
+              "sequence, the others are never masked as a whole; a higher budget, or longer documents, help")
 
 
 def report_added(corpus: Corpus, added: dict[int, list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -80,6 +99,9 @@ def make_model(config: Config, checkpoint: Path | None, tokenizer: PreTrainedTok
     check(problems)
     if added and config.model not in MODEL_SIZES:
         model.add_vectors(vocabulary.size, added, config.new_vectors == "mean")
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) in added:
+            setattr(settings, name, getattr(tokenizer, name))
     if fresh:
         print(f"{config.model} has no {', no '.join(fresh)}: starting fresh, so the first held-out numbers mean nothing")
     return model

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.command import UserError, check
-from pretrain.config import Config, interval, validate
+from pretrain.config import MODEL_SIZES, Config, interval, validate
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.collate import Collator
 from pretrain.data.dataset import PretrainingDataset
@@ -26,7 +26,7 @@ from pretrain.evaluate import HeldOut, make_held_out
 from pretrain.files import sha256_of, write_json, write_text
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.packed import PackedModel
-from pretrain.parts import check_plan, make_masking, make_model, make_task, report_added
+from pretrain.parts import check_entities, check_plan, make_masking, make_model, make_task, report_added
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World, start, wait_for_all
 from pretrain.runtime.optim import choose_precision
@@ -82,7 +82,7 @@ class Run:
 
     def saved_values(self) -> dict:
         """What a checkpoint keeps of the run, beside its progress."""
-        return {"options": asdict(self.config), "total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch,
+        return {"options": saved_options(self.config), "total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch,
                 "precision": self.precision, "threads": torch.get_num_threads(), "processes": self.world.size,
                 "similar_words": similar_key(self.config), "corpus_folders": self.corpus_folders, "corpus": self.dataset.source.fingerprint,
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}}
@@ -132,6 +132,8 @@ def build(config: Config) -> Run:
     collator = Collator(task, vocabulary, masking, fill=attention == VARLEN)
     dataset = PretrainingDataset(training, task)
     steps_per_epoch = state.get("steps_per_epoch") or check_plan(dataset, config)
+    if config.masking == "entity":
+        check_entities(dataset, vocabulary, config)
     held_out = held_out_text and make_held_out(
         held_out_text, config.objective, config.max_length, config.eval_batch_size or config.micro_batch_size, vocabulary,
         config.eval_tokens, collator.fill, training)
@@ -165,7 +167,7 @@ def open_output(run: Run) -> None:
             ckpt.remove_leftovers(run.output)
             if run.checkpoint:
                 ckpt.set_aside_after(run.output, run.state["progress"]["step"])
-            options = asdict(run.config)
+            options = saved_options(run.config)
             for name in ("output", "resume", "overwrite"):  # of this start, not of a run like it
                 del options[name]
             write_json(run.output / "config.json", options)
@@ -195,13 +197,27 @@ def find_checkpoint(output: Path, config: Config) -> Path | None:
     return None
 
 
+def saved_options(config: Config) -> dict:
+    """The options as a run keeps them, with paths that hold in any working directory."""
+    def absolute(path: str) -> str:
+        return path if path.startswith("hub:") else os.path.abspath(os.path.expanduser(path))
+
+    options = asdict(config)
+    for name in ("train", "valid", "lexicon", "similar", "add_tokens", "cache"):
+        value = options[name]
+        options[name] = [absolute(path) for path in value] if isinstance(value, list) else value and absolute(value)
+    for name in ("model", "tokenizer"):  # a folder, else a size or a name of the hub
+        if options[name] not in MODEL_SIZES and Path(options[name] or "", "").exists():
+            options[name] = options[name] and absolute(options[name])
+    return options
+
+
 def changed_options(config: Config, saved: dict) -> list[str]:
     """Problems: options that a resumed run may not change, with both values."""
-    problems = []
-    for entry in fields(Config):
-        old, new = saved.get(entry.name), getattr(config, entry.name)
-        if entry.name not in MAY_CHANGE and entry.name in saved and old != new:
-            problems.append(f"--{entry.name.replace('_', '-')} {new}: the run was started with {old}, and a change would make it "
+    problems, options = [], saved_options(config)
+    for name, new in options.items():
+        if name not in MAY_CHANGE and name in saved and saved[name] != new:
+            problems.append(f"--{name.replace('_', '-')} {new}: the run was started with {saved[name]}, and a change would make it "
                             "another run; leave the option away, or start a run in another --output")
     return problems
 

@@ -5,7 +5,7 @@ The first process prepares, the others wait and open what it has written.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from pretrain.model import bert
 from pretrain.runtime.checkpoint import write_folder
 from pretrain.runtime.distributed import World, main_first
 
-SAMPLED_SENTENCES = 1000  # that tell the script of a text
+SAMPLED_FILES, SAMPLED_SENTENCES = 16, 1000  # that tell the script of a text
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ def check_text(paths: list[str], name: str, options: TextOptions, world: World, 
     What is marked follows from `masking`, an option's value, or "any": all that the text and the options bring."""
     if any(corpora.is_corpus(path) for path in paths):
         check([f"{name} {' '.join(paths)}: needed is one prepared corpus, or text"] if len(paths) > 1 else [])
+        given = {entry.name: getattr(options, entry.name) for entry in fields(TextOptions)
+                 if entry.name != "cache" and getattr(options, entry.name) != entry.default}
+        if given and not getattr(options, "valid", None):
+            raise UserError(" ".join(f"--{option.replace('_', '-')} {value}" for option, value in given.items())
+                            + f": {name} {paths[0]} is prepared already; needed is the option to prepare.py, or the text itself")
         return None
     with main_first(world):
         files, text_format = formats.open_files(paths, name, options, masking in ("entity", "any"))
@@ -55,23 +60,23 @@ def check_text(paths: list[str], name: str, options: TextOptions, world: World, 
 
 def choose_markup(text: TextFiles, name: str, options: TextOptions, masking: str) -> TextFiles:
     """`text` with its markup; UserError where an extra is missing, or --masking entity has nothing to go by."""
-    sample = "".join(item[0] for item in islice(text.sentences(), SAMPLED_SENTENCES) if item)
-    is_chinese, is_segmented = marking.describe_script(sample)
+    sources = text.sources[:: max(1, len(text.sources) // SAMPLED_FILES)]
+    streams = [islice(replace(text, sources=[source]).sentences(), SAMPLED_SENTENCES) for source in sources]
+    chinese_share, is_segmented = marking.describe_script("".join(item[0] for stream in streams for item in stream if item))
     words = options.words
     if words == "auto":
-        words = "tokenizer" if masking == "token" or not is_chinese else "spaces" if is_segmented else "jieba"
+        words = "tokenizer" if masking == "token" or chinese_share < marking.CHINESE_SHARE else "spaces" if is_segmented else "jieba"
         if words != "tokenizer":
-            print(f"{name}: the text is Chinese, its words are told by {words} (--words)")
+            print(f"{name}: {chinese_share:.0%} of the text is Chinese, the words of which are told by {words} (--words)")
     language = options.split_sentences or ""
-    language = ("zh" if is_chinese else "en") if language == "auto" else language
+    language = ("zh" if chinese_share > 0.5 else "en") if language == "auto" else language
     for module, what, used in (("rjieba", "Chinese words, --words jieba", words == "jieba"),
                                ("sentencex", f"--split-sentences {language}", language),
                                ("ahocorasick_rs", f"--lexicon {options.lexicon}", options.lexicon)):
         if used:
             require(module, what)
     if masking == "entity" and not options.lexicon and text.text_format != "jsonl":
-        raise UserError(f"--masking entity: {name} brings no entities; needed is a --lexicon, JSONL with spans (--entity-field), or "
-                        "tagged tokens (--format conll)")
+        raise no_entities(name)
     terms = marking.read_terms(options.lexicon) if options.lexicon and masking != "token" else ()
     return replace(text, markup=Markup(language, words, terms))
 
@@ -105,7 +110,9 @@ def make_tokenizer(options: TokenizerOptions, text: TextFiles | None, path: str,
 def add_tokens(tokenizer: PreTrainedTokenizerBase, options: TokenizerOptions) -> dict[int, list[int]]:
     """Add the tokens of the options to the tokenizer; the ids that each new one was before."""
     words = reading.read_lines(options.add_tokens, "--add-tokens") if options.add_tokens else []
-    return tokenizers.add_tokens(tokenizer, words, options.add_special_tokens) if words or options.add_special_tokens else {}
+    if not words and not options.add_special_tokens:
+        return {}
+    return tokenizers.add_tokens(tokenizer, words, options.add_special_tokens, f"--add-tokens {options.add_tokens}")
 
 
 def trained_tokenizer(text: TextFiles, vocab_size: int, lowercase: bool, cache: Path, world: World) -> PreTrainedTokenizerBase:
@@ -166,8 +173,7 @@ def open_or_prepare(files: TextFiles | None, path: str, tokenizer: PreTrainedTok
                         "tokenizer")
     info = prepared.info
     if masking == "entity" and not info["entities"]:
-        raise UserError(f"--masking entity: the corpus {prepared.folder} holds no entities; needed is one prepared with --lexicon or "
-                        "--entity-field, or of tagged tokens")
+        raise no_entities(f"{name} {path}")
     print(f"{name}: {info['documents']:,} documents, {info['sentences']:,} sentences, {info['tokens']:,} tokens, "
           f"{info['tokens'] / info['words']:.2f} a word{' by ' + info['words_by'] if info['words_by'] != 'tokenizer' else ''}, "
           f"{info['unknown_tokens'] / info['tokens']:.2%} of them unknown to the tokenizer"
@@ -178,8 +184,14 @@ def open_or_prepare(files: TextFiles | None, path: str, tokenizer: PreTrainedTok
 def check_entities(files: TextFiles, markup: Markup, path: str, name: str) -> None:
     """UserError where neither the text nor the lexicon marks an entity; stops at the first."""
     if not any(markup.find(*item) for item in files.sentences() if item):
-        source = "--lexicon: none of its terms occurs in" if markup.lexicon else "--masking entity: no span or tag marks an entity in"
-        raise UserError(f"{source} {name} {path}; needed are some that do, in the spelling of the text")
+        found_none = UserError(f"--lexicon: none of its terms occurs in {name} {path}; needed are some that do, in the text's spelling")
+        raise found_none if markup.lexicon else no_entities(f"{name} {path}")
+
+
+def no_entities(text: str) -> UserError:
+    """What to tell where --masking entity has nothing to go by."""
+    return UserError(f"--masking entity: {text} brings no entities; needed is a --lexicon, JSONL with spans (--entity-field), "
+                     "tagged tokens (--format conll), or a corpus prepared from such")
 
 
 def check_documents(training: Corpus, held_out: Corpus | None, config: Config) -> None:
@@ -191,7 +203,8 @@ def check_documents(training: Corpus, held_out: Corpus | None, config: Config) -
             continue
         found = corpus.count(at_most=needed)
         if found < needed:
-            what = "with --objective mlm+nsp a random next sentence comes from another document" if needed == 2 else "there is no text"
+            what = ("with --objective mlm+nsp a random next sentence comes from another document" if needed == 2 else
+                    "copies of a document are held out together" if corpus is training and not config.valid else "there is no text")
             side = "" if config.valid or not config.valid_fraction else " held out" if corpus is held_out else " left to train on"
             raise UserError(f"{name} {' '.join(paths)}: {found} document{'s' * (found != 1)}{side}, needed are at least {needed} "
                             f"({what}); ways out: more text, another --format, --objective mlm, --valid PATHS, or --valid-fraction 0")

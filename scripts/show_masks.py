@@ -27,7 +27,7 @@ class ShowMasksOptions(TaskOptions, DataOptions, TokenizerOptions, ModelOptions)
 
 def main(argv: list[str]) -> None:
     """Parse, draw, print."""
-    options = parse(argv, ShowMasksOptions, __doc__)
+    options = parse(argv, ShowMasksOptions, __doc__, passed_over=Config)
     wanted = [f"--{name} {value}: needed is a whole number of at least {least}" for name, value, least in (
         ("examples", options.examples, 0), ("sampled", options.sampled, 1)) if value < least]
     check(validate(options) + wanted)
@@ -62,6 +62,7 @@ def report(dataset, collator, tokenizer, config, options, in_colour: bool) -> No
     from pretrain.data.collate import pack
     from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START
     from pretrain.data.dataset import DataPosition
+    from pretrain.data.masking import first_of_unit, similar_ids
 
     counts, left, mask_id = Counter(), options.examples, collator.vocabulary.mask_id
     for position in islice(dataset.positions(DataPosition(0, 0, 0), end_epoch=1), options.sampled):
@@ -70,6 +71,10 @@ def report(dataset, collator, tokenizer, config, options, in_colour: bool) -> No
         places, labels = batch.masked_positions.numpy(), batch.masked_lm_labels.numpy()
         now = batch.input_ids.numpy()[places]
         kinds = np.select([now == mask_id, now == labels], ["mask", "same"], "random" if config.replace == "mask" else "similar")
+        if collator.masking.similar:
+            unit = first_of_unit((packed.flags & WORD_START > 0) & (packed.flags & ENTITY_INSIDE == 0))
+            known = similar_ids(labels, places, packed.ids.astype(np.uint64), unit, collator.masking.similar, np.full(len(places), -1)) >= 0
+            kinds[(kinds == "similar") & ~known] = "random"
         maskable, masked = ~collator.vocabulary.is_special[packed.ids], np.isin(np.arange(len(packed.ids)), places)
         in_entity = packed.flags & (ENTITY_START | ENTITY_INSIDE) > 0
         counts.update(kinds.tolist())
@@ -113,7 +118,7 @@ def print_numbers(counts, config) -> None:
     rate = " to ".join(f"{value:g}" for value in config.mask_rate)
     print(f"masking {config.masking} at {rate} (shown: the first), {config.objective}, {counts['tokens']:,} tokens")
     print(f"masked           {share('masked', 'maskable')} of the ordinary tokens; shortfall {share('shortfall', 'masked')} of the masked")
-    names = {"mask": "[MASK]", "random": "a random token", "similar": "a similar word (a random one where there is none)", "same": "itself"}
+    names = {"mask": "[MASK]", "random": "a random token", "similar": "a similar word", "same": "itself"}
     print("replaced by      " + ", ".join(f"{text} {share(name, 'masked')}" for name, text in names.items() if counts[name]))
     print(f"in a row         {counts['masked'] / max(1, counts['runs']):.2f} tokens on average")
     print(f"words            {counts['maskable'] / max(1, counts['words']):.2f} tokens each; {share('touched words', 'words')} of them are "

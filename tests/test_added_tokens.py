@@ -239,10 +239,14 @@ def test_a_corpus_prepared_with_the_tokens_trains_like_its_text(tiny_tokenizer, 
 # What is refused.
 
 BAD = [
-    ("teachbank\n\nbank river\n", [], "--add-tokens, line 2: is blank; needed is a token"),
-    ("", [], "--add-tokens, line 1: is blank; needed is a token"),
-    ("teachbank\nTeachBank\n", [], "--add-tokens, line 2: 'TeachBank' is the same to the tokenizer as line 1; needed is each token once"),
-    ("bank\n", [], "--add-tokens, line 1: 'bank' is a token already; needed are tokens that the vocabulary lacks"),
+    ("teachbank\n\nbank river\n", [], "--add-tokens {words}, line 2: is blank; needed is a token"),
+    ("", [], "--add-tokens {words}, line 1: is blank; needed is a token"),
+    ("teachbank\nTeachBank\n", [], "--add-tokens {words}, line 2: 'TeachBank' is the same to the tokenizer as line 1; needed is"),
+    ("teachbank\n", ["--add-special-tokens", "bank"], "--add-special-tokens bank: bank is a token already; needed is one that is new"),
+    ("teachbank\n", ["--add-special-tokens", "[a]", "[a]"], "--add-special-tokens [a]: [a] is a token already; needed is one that is new"),
+    ("teachbank\n", ["--add-special-tokens", "mask_token=[EOT]"],
+     "--add-special-tokens mask_token=[EOT]: the model was trained with [MASK] as its mask_token"),
+    ("bank\n", [], "--add-tokens {words}, line 1: 'bank' is a token already; needed are tokens that the vocabulary lacks"),
     (None, [], "--add-tokens {words}: cannot be read as UTF-8 text (No such file or directory)"),
     (b"\xff\xfe", [], "--add-tokens {words}: cannot be read as UTF-8 text ("),
     ("teachbank\n", ["--add-special-tokens", "king_token=[K]"], "--add-special-tokens king_token=[K]: king_token is none of "),
@@ -268,7 +272,7 @@ def test_bad_tokens_are_refused_in_one_message(base, content, more, message, tex
 def test_every_bad_token_is_named_at_once(base, text, cache, words, tmp_path, capsys):
     words.write_text("bank\n\nteachbank\nTEACHBANK\n", encoding="utf-8")
     told = refusal(PRETRAIN.main, [*options(text, cache, words), "--model", base[1], "--output", tmp_path / "run"], capsys)
-    assert [line.partition(":")[0] for line in told.splitlines()] == [f"--add-tokens, line {number}" for number in (1, 2, 4)]
+    assert [line.partition(":")[0] for line in told.splitlines()] == [f"--add-tokens {words}, line {number}" for number in (1, 2, 4)]
 
 
 @pytest.mark.parametrize("base", ["bert"], indirect=True)

@@ -384,13 +384,46 @@ def test_text_without_entities_is_refused(arguments, marked, text_file, tmp_path
                   str(workplace / "cache")])
     (tmp_path / "strange.txt").write_text("xylophone\n", encoding="utf-8")
     for more, told in (
-            (["--train", tmp_path / "corpus"], f"--masking entity: the corpus {tmp_path / 'corpus'} holds no entities; needed is one"),
-            ([], "--masking entity: --train brings no entities; needed is a --lexicon, JSONL with spans (--entity-field), or"),
+            (["--train", tmp_path / "corpus"], f"--masking entity: --train {tmp_path / 'corpus'} brings no entities; needed is a"),
+            ([], "--masking entity: --train brings no entities; needed is a --lexicon, JSONL with spans (--entity-field), tagged"),
             (["--lexicon", tmp_path / "strange.txt"], f"--lexicon: none of its terms occurs in --train {text_file}"),
             (["--train", marked["spans"], "--entity-field", "terms"], f"{marked['spans']}, line 1: has no column 'terms'")):
         message = refusal(PRETRAIN.main, [*arguments, "--masking", "entity", "--output", tmp_path / "run", *more], capsys)
         assert message.startswith(told) and "\n" not in message
     assert not (tmp_path / "run").exists()
+
+
+def test_options_of_text_are_refused_with_a_prepared_corpus(arguments, text_file, tmp_path, workplace, capsys):
+    corpus = tmp_path / "corpus"
+    PREPARE.main(["--input", str(text_file), "--vocab-size", "120", "--output", str(corpus), "--cache", str(workplace / "cache")])
+    more = ["--train", corpus, "--max-documents", "3", "--split-sentences", "--output", tmp_path / "run"]
+    told = refusal(PRETRAIN.main, [*arguments, *more], capsys)
+    assert told.startswith("--split-sentences auto --max-documents 3: --train ") and "prepared already" in told
+
+
+def test_a_run_is_started_again_from_another_directory(arguments, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(text_file.parent)
+    more = ["--train", text_file.name, "--max-steps", "2", "--output", str(tmp_path / "run")]
+    PRETRAIN.main([*arguments, *more])
+    for folder in ckpt.checkpoints(tmp_path / "run"):  # as if it had been killed before the first
+        shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "run" / "final")
+    expected = rows(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    PRETRAIN.main(["--resume", "--output", "run"])
+    assert rows(tmp_path / "run") == expected
+
+
+def test_the_folder_of_a_run_is_no_model(finished, arguments, tmp_path, capsys):
+    told = refusal(PRETRAIN.main, [*arguments, "--model", finished, "--output", tmp_path / "run"], capsys)
+    assert told == f"--model {finished}: is the folder of a run; needed is a model in it, such as {finished / 'final'}"
+
+
+@pytest.mark.parametrize("budget", ["0.05", "1"])
+def test_entities_that_never_fit_are_told(budget, arguments, marked, tmp_path, capsys):
+    more = ["--train", marked["spans"], "--masking", "entity", "--entity-budget", budget, "--max-length", "16", "--max-steps", "1"]
+    PRETRAIN.main([*arguments, *more, "--output", str(tmp_path / "run")])
+    assert ("entities fit into that share of their sequence" in capsys.readouterr().out) is (budget != "1")
 
 
 def test_a_table_of_similar_words_that_has_changed_is_refused_on_resume(arguments, marked, tmp_path, capsys):

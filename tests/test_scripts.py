@@ -2,6 +2,7 @@
 model predicts; both tell bad input in one message."""
 import re
 import shutil
+from itertools import chain
 
 import pytest
 import torch
@@ -17,13 +18,16 @@ SHOW_MASKS, FILL_MASK, PRETRAIN = script("show_masks"), script("fill_mask"), scr
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
+TABLE = {"bank": ["money", "model"], "river": ["money"], "money": ["river"]}  # of similar words
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tiny_tokenizer):
     """A tokenizer, a lexicon, a table of similar words."""
     folder = tmp_path_factory.mktemp("files")
     tiny_tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "terms.txt").write_text("river\nquickly banking\nmodelization tokens\n", encoding="utf-8")
-    (folder / "similar.tsv").write_text("bank\tmoney\tmodel\nriver\tmoney\nmoney\triver\n", encoding="utf-8")
+    (folder / "similar.tsv").write_text("".join("\t".join([word, *others]) + "\n" for word, others in TABLE.items()), encoding="utf-8")
     return {"tokenizer": str(folder / "tokenizer"), "lexicon": str(folder / "terms.txt"), "similar": str(folder / "similar.tsv")}
 
 
@@ -58,10 +62,13 @@ def units_of(flags, begins, goes_on):
     return units
 
 
-def slow_counts(collated, special, mask_id, replaced):
+def slow_counts(collated, tokenizer, by_similar):
     """The numbers that are shown, one token at a time."""
-    counts = dict.fromkeys(("tokens", "ordinary", "masked", "shortfall", "mask", "same", replaced, "runs", "words", "touched words",
-                            "whole words", "entities", "touched entities", "whole entities"), 0)
+    special, mask_id = set(tokenizer.all_special_ids), tokenizer.mask_token_id
+    ids = {word: tokenizer.encode(word, add_special_tokens=False) for word in {*TABLE, *chain.from_iterable(TABLE.values())}}
+    in_table = [ids[word] for word, others in TABLE.items() if any(len(ids[other]) == len(ids[word]) for other in others)]
+    counts = dict.fromkeys(("tokens", "ordinary", "masked", "shortfall", "mask", "same", "similar", "random", "runs", "words",
+                            "touched words", "whole words", "entities", "touched entities", "whole entities"), 0)
     for packed, batch in collated:
         old, new, flags = packed.ids.tolist(), batch.input_ids.tolist(), packed.flags.tolist()
         masked = set(batch.masked_positions.tolist())
@@ -71,7 +78,7 @@ def slow_counts(collated, special, mask_id, replaced):
             counts["ordinary"] += before not in special
             if place in masked:
                 counts["masked"] += 1
-                counts["mask" if after == mask_id else "same" if after == before else replaced] += 1
+                counts["mask" if after == mask_id else "same" if after == before else "random"] += 1
                 counts["runs"] += place - 1 not in masked
             else:
                 assert after == before
@@ -79,6 +86,9 @@ def slow_counts(collated, special, mask_id, replaced):
                  "entities": units_of(flags, lambda flag: flag & ENTITY_START, lambda flag: flag & ENTITY_INSIDE)}
         for name, found in units.items():
             for unit in found:
+                if by_similar and name == "words" and [old[place] for place in unit] in in_table:
+                    moved = sum(old[place] != new[place] for place in unit)
+                    counts["similar"], counts["random"] = counts["similar"] + moved, counts["random"] - moved
                 ordinary = [place for place in unit if old[place] not in special]
                 hit = [place for place in ordinary if place in masked]
                 counts[name] += bool(ordinary)
@@ -101,8 +111,7 @@ def test_numbers_equal_a_slow_count_of_the_batches(name, arguments, files, colla
     told = capsys.readouterr().out
     tokenizer = load(files["tokenizer"])
     assert len(collated) == 7 and "[CLS]" not in told
-    replaced = "similar" if name == "similar" else "random"
-    counts = slow_counts(collated, set(tokenizer.all_special_ids), tokenizer.mask_token_id, replaced)
+    counts = slow_counts(collated, tokenizer, name == "similar")
 
     def share(part, whole):
         return f"{100 * counts[part] / counts[whole]:.1f}%"
@@ -110,7 +119,8 @@ def test_numbers_equal_a_slow_count_of_the_batches(name, arguments, files, colla
     lines = {line.split("  ")[0]: line for line in told.splitlines()}
     assert f"{counts['tokens']:,} tokens" in told and (": 0.3 to 0.1" if name == "word" else " 0.15 ").strip(": ") in told
     assert re.findall(r"[\d.]+%", lines["masked"]) == [share("masked", "ordinary"), share("shortfall", "masked")]
-    assert re.findall(r"[\d.]+%", lines["replaced by"]) == [share(kind, "masked") for kind in ("mask", replaced, "same") if counts[kind]]
+    assert re.findall(r"[\d.]+%", lines["replaced by"]) == [
+        share(kind, "masked") for kind in ("mask", "random", "similar", "same") if counts[kind]]
     assert (counts["mask"] == 0) is (name == "similar")
     assert f" {counts['masked'] / counts['runs']:.2f} tokens" in lines["in a row"]
     assert f" {counts['ordinary'] / counts['words']:.2f} tokens each" in lines["words"]

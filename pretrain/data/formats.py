@@ -13,6 +13,7 @@ import glob
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +28,7 @@ FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".c
                     ".arrow": "arrow", ".conll": "conll", ".bio": "conll", ".bmes": "conll", ".bioes": "conll"}
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
 CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages of those that Python does not have
+UTF8_FORMATS = {"plain", "jsonl", "csv", "tsv", "conll"}
 SPAN_KEYS = (("start", "end"), ("start_offset", "end_offset"), ("start_pos", "end_pos"), ("begin", "end"))
 VERSION = 1  # of what this module writes
 
@@ -36,16 +38,27 @@ def open_files(paths: list[str], name: str, options: TextOptions, read_entities:
 
     Plain text stays where it is, unless some of it is compressed, a table, or cut by --max-documents. UserError for what cannot
     be read; nothing is left half-written."""
-    inputs = [(entry, _format_of(entry, options.format)) for entry in reading.expand(paths, name)]
-    cache = Path(options.cache)
-    inputs = [(_unpack(entry, cache) if Path(entry).suffix.lower() in COMPRESSED else entry, kind) for entry, kind in inputs]
+    cache, origin = Path(options.cache), {}
+    for entry in reading.expand(paths, name):
+        origin |= {member: entry for member in (_unpack(entry, cache) if Path(entry).suffix.lower() in COMPRESSED else [entry])}
+    try:
+        return _open_files(list(origin), name, options, read_entities)
+    except UserError as error:  # tells of files as the user has them
+        message = str(error)
+        for member, entry in origin.items():
+            message = message.replace(member, entry if member == entry else f"{entry} ({Path(member).name})")
+        raise UserError(message) from error
+
+
+def _open_files(entries: list[str], name: str, options: TextOptions, read_entities: bool) -> tuple[list[Path], str]:
+    """`open_files` for what is unpacked."""
+    inputs, cache = [(entry, _format_of(entry, options.format)) for entry in entries], Path(options.cache)
     plain = [Path(entry) for entry, kind in inputs if kind == "plain"]
     text_format = options.format if options.format in PLAIN_FORMATS else ""
-    if plain:
-        reading.check_files(plain, name, cache / "sources.json")
-        if not text_format:
-            text_format, why = reading.detect_format(plain)
-            print(f"{name}: read as --format {text_format} ({why})")
+    reading.check_files([Path(entry) for entry, kind in inputs if kind in UTF8_FORMATS], name, cache / "sources.json")
+    if plain and not text_format:
+        text_format, why = reading.detect_format(plain)
+        print(f"{name}: read as --format {text_format} ({why})")
     if len(plain) == len(inputs) and not options.max_documents:
         return plain, text_format
     inputs = [(entry, text_format if kind == "plain" else kind) for entry, kind in inputs]
@@ -68,8 +81,7 @@ def _format_of(entry: str, wanted: str) -> str:
         return "hub"
     if path.is_dir():
         return "saved"
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
-    told = FORMAT_OF_SUFFIX.get(suffixes[-1] if suffixes else "", "plain")
+    told = FORMAT_OF_SUFFIX.get(path.suffix.lower(), "plain")
     return told if wanted == "auto" else wanted if wanted in RECORD_FORMATS else "plain"
 
 
@@ -80,23 +92,30 @@ def _states(entry: str) -> list[tuple]:
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _unpack(entry: str, cache: Path) -> str:
-    path = Path(entry)
-    if path.suffix.lower() in CODECS:
-        require(CODECS[path.suffix.lower()], entry)
+def _unpack(entry: str, cache: Path) -> list[str]:
+    """The files in a compressed file, unpacked into the cache."""
+    path, suffix = Path(entry), Path(entry).suffix.lower()
+    folder = cache / "unpacked" / key_of(_states(entry))
+    if suffix in CODECS:
+        require(CODECS[suffix], entry)
     import fsspec  # comes with torch; knows a codec whose package is there
 
-    target = cache / "unpacked" / key_of(_states(entry)) / path.stem
-    if not target.is_file():
-        def copy(partial: Path) -> None:
-            with fsspec.open(entry, "rb", compression="infer") as packed, partial.open("wb") as plain:
-                shutil.copyfileobj(packed, plain, 1 << 20)
+    def unpack(partial: Path) -> None:
+        partial.mkdir()
+        if suffix == ".zip":
+            zipfile.ZipFile(path).extractall(partial)
+            return
+        with fsspec.open(glob.escape(entry), "rb", compression="infer") as packed, (partial / path.stem).open("wb") as plain:
+            shutil.copyfileobj(packed, plain, 1 << 20)
+
+    if Path(path.stem).suffix == ".tar":
+        raise UserError(f"{entry}: is an archive; needed are its files (tar -xf), or a .zip")
+    if not folder.is_dir():
         try:
-            write_aside(target, copy)
+            write_aside(folder, unpack)
         except Exception as error:  # each codec has its own
-            raise UserError(f"{entry}: cannot be unpacked ({first_line(error)}); needed is a whole {path.suffix} "
-                            "file") from error
-    return str(target)
+            raise UserError(f"{entry}: cannot be unpacked ({first_line(error)}); needed is a whole {suffix} file") from error
+    return sorted(str(file) for file in folder.rglob("*") if file.is_file())
 
 
 def _convert(inputs: list[tuple[str, str]], options: TextOptions, entity_field: str | None, required: bool, name: str,
@@ -204,7 +223,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
         for number, line in enumerate([handle.read()] if is_array else handle, start=1):
             try:
                 content = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")) if line.strip() else []
-            except ValueError as error:  # json's and UTF-8's
+            except ValueError as error:
                 raise UserError(f"{path}, line {number}: is no JSON ({error}); needed is an object a line, or one array") from error
             for item, record in enumerate(content if isinstance(content, list) else [content], start=1):
                 if not isinstance(record, dict):
@@ -227,13 +246,17 @@ def _delimited(path: Path, kind: str) -> Iterator[tuple[int, dict]]:
                 handle.seek(0)
             reader = csv.reader(handle, **settings)
             header = next(reader, [])
+            twice = [field for place, field in enumerate(header) if field in header[:place]]
+            if twice:
+                raise UserError(f"{path}, line 1: has the column {twice[0]!r} twice; needed are names that differ")
             for row in reader:
                 if len(row) not in (0, len(header)):
-                    raise UserError(f"{path}, line {reader.line_num}: has {len(row)} fields, the header has {len(header)}")
+                    raise UserError(f"{path}, line {reader.line_num}: has {len(row)} fields, the header has {len(header)}; needed is "
+                                    f"{'a comma' if kind == 'csv' else 'a tab'} between fields")
                 if row:
                     yield reader.line_num, dict(zip(header, row))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is no {kind.upper()} in UTF-8 ({error})") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: is no {kind.upper()} ({error}); needed are quotes that close, and are doubled inside") from error
 
 
 def _table(entry: str, kind: str) -> Iterator[tuple[int, dict]]:
@@ -244,7 +267,9 @@ def _table(entry: str, kind: str) -> Iterator[tuple[int, dict]]:
             table = datasets.load_from_disk(entry)
             table = table["train"] if isinstance(table, dict) else table
         elif kind == "hub":
-            dataset, config, split = (entry.removeprefix("hub:").split(":") + ["", ""])[:3]
+            dataset, config, split, *more = entry.removeprefix("hub:").split(":") + ["", "", ""]
+            if not dataset or any(more):
+                raise ValueError("needed is hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
             table = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
         else:
             table = datasets.load_dataset(kind, data_files=[glob.escape(entry)], split="train", streaming=True)

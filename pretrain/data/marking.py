@@ -19,7 +19,7 @@ from pretrain.data.tokenizer import HAN, is_unspaced
 from pretrain.files import key_of
 
 HAN_CLASS = "[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in HAN) + "]"
-CHINESE_SHARE = 0.3  # of the letters of a text that is taken for Chinese
+CHINESE_SHARE = 0.05  # of the letters, from which on a text's Chinese words matter; other words are told the same with them
 BLANK, ALONE = 0, 1  # kinds of characters; others are letters, digits and marks
 SEGMENTED_SHARE = 0.2  # spaces between Chinese characters, for each of them, in a text that is taken for segmented
 
@@ -97,11 +97,11 @@ def is_han(text: str) -> np.ndarray:
     return np.logical_or.reduce([(codes >= low) & (codes <= high) for low, high in HAN])
 
 
-def describe_script(sample: str) -> tuple[bool, bool]:
-    """(whether a text is Chinese, whether its words are set apart by spaces)."""
+def describe_script(sample: str) -> tuple[float, bool]:
+    """(share of Chinese characters in the letters of a text, whether their words are set apart by spaces)."""
     han, letters = int(is_han(sample).sum()), sum(map(str.isalpha, sample))
     gaps = len(re.findall(f"(?<={HAN_CLASS}) +(?={HAN_CLASS})", sample))
-    return han > CHINESE_SHARE * max(1, letters), gaps > SEGMENTED_SHARE * max(1, han)
+    return han / max(1, letters), gaps > SEGMENTED_SHARE * max(1, han)
 
 
 def mark(sentences: list[Sentence], encodings: list, starts_word: np.ndarray | None, words: str) -> np.ndarray:

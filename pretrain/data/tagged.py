@@ -45,23 +45,20 @@ def _blocks(path: Path) -> Iterator[tuple[list[tuple[int, str, str]], bool]]:
     """((line, token, tag) of lines up to a blank one, whether a document starts here)."""
     rows: list[tuple[int, str, str]] = []
     starts_document = False
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as handle:
-            for number, line in enumerate(handle, start=1):
-                line = line.rstrip("\r\n")
-                fields = line.split("\t") if "\t" in line else line.split(" ")
-                if line.strip() and not line.startswith("-DOCSTART-"):
-                    if len(fields) < 2 or not fields[0].strip():
-                        raise UserError(f"{path}, line {number}: holds {line[:40]!r}; needed is a token and, after a tab or a space, "
-                                        "its tag")
-                    rows.append((number, fields[0].strip(), fields[-1].strip()))
-                    continue
-                if rows:
-                    yield rows, starts_document
-                    rows, starts_document = [], False
-                starts_document |= bool(line.strip())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 ({error})") from error
+    with path.open(encoding="utf-8-sig", newline="\n") as handle:
+        for number, line in enumerate(handle, start=1):
+            line = line.rstrip("\r\n")
+            fields = line.split("\t") if "\t" in line else line.split(" ")
+            if line.strip() and not line.startswith("-DOCSTART-"):
+                if len(fields) < 2 or not fields[0].strip():
+                    raise UserError(f"{path}, line {number}: holds {line[:40]!r}; needed is a token and, after a tab or a space, "
+                                    "its tag")
+                rows.append((number, fields[0].strip(), fields[-1].strip()))
+                continue
+            if rows:
+                yield rows, starts_document
+                rows, starts_document = [], False
+            starts_document |= bool(line.strip())
     if rows:
         yield rows, starts_document
 

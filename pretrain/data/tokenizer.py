@@ -145,16 +145,17 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
                       fingerprint(tokenizer), needs_space='"ByteLevel"' in json.dumps(state["pre_tokenizer"]))
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerBase, words: list[str], specials: list[str]) -> dict[int, list[int]]:
+def add_tokens(tokenizer: PreTrainedTokenizerBase, words: list[str], specials: list[str],
+               source: str = "--add-tokens") -> dict[int, list[int]]:
     """Make `words` and `specials` (TOKEN, or NAME=TOKEN) one token each, in place; the ids that each new one was before.
 
     Words are matched before the tokenizer's own rules, so that they stay whole; as words only, where the script writes
-    words apart. UserError names a word, by its line, that holds nothing or is a token already."""
+    words apart. UserError names a word, by `source` and line, that holds nothing or is a token already."""
     backend, before, seen, problems = without_limits(tokenizer), {}, {}, []
     vocabulary, wordpiece = tokenizer.get_vocab(), '"WordPiece"' in backend.to_str()
     normalize = backend.normalizer.normalize_str if backend.normalizer else str
     for line, word in enumerate(words, start=1):
-        name, same = f"--add-tokens, line {line}", seen.setdefault(normalize(word).strip(), line)
+        name, same = f"{source}, line {line}", seen.setdefault(normalize(word).strip(), line)
         pieces = backend.encode(word if wordpiece else f" {word}", add_special_tokens=False).ids
         if not word:
             problems.append(f"{name}: is blank; needed is a token")
@@ -172,6 +173,11 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, words: list[str], specials: l
         token = token if is_named else entry
         if not token.strip():
             problems.append(f"--add-special-tokens {entry!r}: is blank; needed is TOKEN or NAME=TOKEN")
+        elif token in before or not is_named and token in vocabulary:
+            problems.append(f"--add-special-tokens {entry}: {token} is a token already; needed is one that is new")
+        elif is_named and name not in ("bos_token", "eos_token"):
+            problems.append(f"--add-special-tokens {entry}: the model was trained with {getattr(tokenizer, name)} as its {name}; needed is "
+                            "bos_token, eos_token, or TOKEN alone")
         named.setdefault(name if is_named else "extra_special_tokens", []).append(
             AddedToken(token, lstrip=not wordpiece, normalized=False, special=True))
         before[token] = backend.encode(token, add_special_tokens=False).ids

@@ -5,6 +5,8 @@ BertForPreTraining: `save_pretrained` writes the class name into config.json, an
 """
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -94,6 +96,8 @@ def from_size(size: str, vocab_size: int, max_length: int, pad_id: int, override
 
 def load_config(name: str) -> PreTrainedConfig:
     """The config of a checkpoint (folder or hub name); UserError where it cannot be had or is of another family."""
+    if Path(name, "final").is_dir():
+        raise UserError(f"--model {name}: is the folder of a run; needed is a model in it, such as {Path(name, 'final')}")
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds here, from OSError to KeyError

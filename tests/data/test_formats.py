@@ -499,12 +499,13 @@ def test_a_bad_line_of_tagged_tokens_is_told_with_its_number(tmp_path, rows, pro
 def test_a_row_of_another_length_is_told(tmp_path, kind, separator):
     for row, count in (("b", 1), (separator.join("bcd"), 3)):
         path = lines(tmp_path / f"{count}.{kind}", separator.join(["id", "text"]), separator.join("1a"), row)
-        assert message(path) == f"{path}, line 3: has {count} fields, the header has 2"
+        assert message(path) == (f"{path}, line 3: has {count} fields, the header has 2; needed is "
+                                 f"{'a comma' if separator == ',' else 'a tab'} between fields")
 
 
 def test_a_csv_with_an_open_quote_is_told(tmp_path):
     path = lines(tmp_path / "a.csv", "id,text", '1,"never closed')
-    assert message(path).startswith(f"{path}: is no CSV in UTF-8 (")
+    assert message(path).startswith(f"{path}: is no CSV (")
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
@@ -537,9 +538,10 @@ LATIN = "café".encode("latin-1")
 
 @pytest.mark.parametrize("name, raw, problem", [
     ("a.txt", LATIN, "--train {}: is not UTF-8 at byte offset 3 ("),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "' + LATIN + b'"}', "{}, line 2: is no JSON ("),
-    ("a.csv", b"text\n" + LATIN, "{}: is no CSV in UTF-8 ("), ("a.tsv", b"text\n" + LATIN, "{}: is no TSV in UTF-8 ("),
-    ("a.conll", LATIN + b" O\n", "{}: is not UTF-8 ("), ("a.parquet", LATIN, "{}: cannot be read as parquet ("),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "' + LATIN + b'"}', "--train {}: is not UTF-8 at byte offset "),
+    ("a.csv", b"text\n" + LATIN, "--train {}: is not UTF-8 at byte offset "),
+    ("a.tsv", b"text\n" + LATIN, "--train {}: is not UTF-8 at byte offset "),
+    ("a.conll", LATIN + b" O\n", "--train {}: is not UTF-8 at byte offset "), ("a.parquet", LATIN, "{}: cannot be read as parquet ("),
     ("a.arrow", LATIN, "{}: cannot be read as arrow ("),
 ])
 def test_what_is_not_utf8_or_not_of_the_format_is_told(tmp_path, name, raw, problem):
@@ -591,7 +593,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "_choose_field", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         read(path)
-    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert [file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()] == ["sources.json"]
 
 
 def test_a_data_set_by_the_name_of_the_hub_is_streamed_once(tmp_path, capsys):
@@ -610,3 +612,31 @@ def test_a_codec_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     assert message(tmp_path / "a.txt.zst") == (f"{tmp_path / 'a.txt.zst'}: needs the package zstandard, which is not installed: "
                                                "pip install zstandard")
+
+
+def test_an_archive_brings_all_its_files_under_their_names(tmp_path, capsys):
+    lines(tmp_path / "a.jsonl", {"text": "a"})
+    (tmp_path / "b.csv").write_text("text,other\nb,1\n")
+    with zipfile.ZipFile(tmp_path / "both.zip", "w") as archive:
+        for name in ("a.jsonl", "b.csv"):
+            archive.write(tmp_path / name, name)
+    assert texts(read(tmp_path / "both.zip")) == [["a"], ["b"]]
+    with gzip.open(tmp_path / "files.tar.gz", "wb") as packed:
+        packed.write(b"anything")
+    assert message(tmp_path / "files.tar.gz") == f"{tmp_path / 'files.tar.gz'}: is an archive; needed are its files (tar -xf), or a .zip"
+
+
+def test_a_fault_in_a_compressed_file_is_told_with_the_name_that_the_user_gave(tmp_path):
+    with gzip.open(tmp_path / "a.csv.gz", "wt") as packed:
+        packed.write("text,other\na,1,2\n")
+    assert message(tmp_path / "a.csv.gz").startswith(f"{tmp_path / 'a.csv.gz'} (a.csv), line 2: has 3 fields")
+
+
+def test_a_column_that_is_there_twice_is_told(tmp_path):
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    assert message(tmp_path / "a.csv") == f"{tmp_path / 'a.csv'}, line 1: has the column 'text' twice; needed are names that differ"
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:a:b:c:d"])
+def test_a_name_of_the_hub_has_a_form(name, tmp_path):
+    assert "needed is hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT" in message(name, cache=tmp_path / "cache")

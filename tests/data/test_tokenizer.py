@@ -320,7 +320,8 @@ def tokens_of(kind: str, text: str) -> list[tuple[str, int, int, bool]]:
     encoding = made.backend_tokenizer.encode(text, add_special_tokens=False)
     starts = starts_of(vocabulary, encoding, text)
     shown = np.array([bool(token.strip("\u2581\u0120")) for token in encoding.tokens], bool)
-    starts[1:] |= starts[:-1] & ~shown[:-1]  # a word may begin with a token that holds its space alone
+    for place in range(1, len(starts)):  # a word may begin with tokens that hold its space alone
+        starts[place] |= starts[place - 1] and not shown[place - 1]
     rows = [(token, *span, start) for token, span, start in zip(encoding.tokens, encoding.offsets, starts.tolist())]
     return [row for row, is_shown in zip(rows, shown) if is_shown]
 
