@@ -70,7 +70,7 @@ def choose_markup(text: TextFiles, name: str, options: TextOptions, masking: str
             print(f"{name}: {chinese_share:.0%} of the text is Chinese, the words of which are told by {words} (--words)")
     language = options.split_sentences or ""
     language = ("zh" if chinese_share > 0.5 else "en") if language == "auto" else language
-    for module, what, used in (("rjieba", "Chinese words, --words jieba", words == "jieba"),
+    for module, what, used in (("rjieba", "Chinese words (--words tokenizer does without)", words == "jieba"),
                                ("sentencex", f"--split-sentences {language}", language),
                                ("ahocorasick_rs", f"--lexicon {options.lexicon}", options.lexicon)):
         if used:
