@@ -171,7 +171,8 @@ def validate(config) -> list[str]:
     need("mask_rate", lambda v: len(v) <= 2 and all(0 < rate <= 0.8 for rate in v), "one or two shares above 0 and at most 0.8")
     for name in ("entity_probability", "entity_budget"):
         need(name, lambda v: 0 < v <= 1, "a share above 0 and at most 1")
-    need("split_sentences", lambda v: v == "auto" or len(v) in (2, 3) and v.isalpha() and v != "off", "a language code such as en, or auto")
+    need("split_sentences", lambda v: v == "auto" or (len(v) in (2, 3) and v.isalpha() and v not in ("on", "off")),
+         "a language code such as en, or auto")
     for name in ("text_field", "entity_field", "add_tokens", "lexicon", "similar"):
         need(name, lambda v: v.strip(), "a name, or the option left away")
     need("mask_split", lambda v: all(0 <= share <= 1 for share in v) and abs(sum(v) - 1) < 1e-6,

@@ -60,6 +60,7 @@ class Run:
     compile: bool
     checkpoint: Path | None = None
     state: dict = field(default_factory=dict)
+    similar_words: str | None = None  # what names the table of similar words, which a resumed run reads anew
     added_tokens: dict[str, int] = field(default_factory=dict)  # how often each occurs in the training text
     replaced: Path | None = None  # the old run under --overwrite, until the new one has a checkpoint
 
@@ -84,7 +85,7 @@ class Run:
         """What a checkpoint keeps of the run, beside its progress."""
         return {"options": saved_options(self.config), "total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch,
                 "precision": self.precision, "threads": torch.get_num_threads(), "processes": self.world.size,
-                "similar_words": similar_key(self.config), "corpus_folders": self.corpus_folders, "corpus": self.dataset.source.fingerprint,
+                "similar_words": self.similar_words, "corpus_folders": self.corpus_folders, "corpus": self.dataset.source.fingerprint,
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}}
 
     def remove_replaced(self) -> None:
@@ -114,7 +115,8 @@ def build(config: Config) -> Run:
     tokenizer, text, added = prepare_tokenizer(config, checkpoint, world)
     vocabulary, masking = tokenizers.describe(tokenizer), make_masking(config, tokenizer)
     model = make_model(config, checkpoint, tokenizer, vocabulary, added)
-    if state and similar_key(config) != state.get("similar_words"):
+    similar_words = config.similar and sha256_of(Path(config.similar))
+    if state and similar_words != state.get("similar_words"):
         raise UserError(f"--similar {config.similar}: has changed since the run was started; restore it, or start another run")
     training, held_out_text = open_text(config, tokenizer, vocabulary, text, state, world)
     occurrences = report_added(training, added, tokenizer)
@@ -140,7 +142,7 @@ def build(config: Config) -> Run:
     torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
     return Run(config, world, device, precision, output, tokenizer, model.to(device), dataset, collator, held_out,
               {name: str(corpus.folder.absolute()) for name, corpus in (("train", training), ("valid", held_out_text)) if corpus},
-              steps_per_epoch, count_steps(config, state, steps_per_epoch), compiled, checkpoint, state, occurrences)
+              steps_per_epoch, count_steps(config, state, steps_per_epoch), compiled, checkpoint, state, similar_words, occurrences)
 
 
 def check_processes(config: Config, world: World) -> None:
@@ -220,11 +222,6 @@ def changed_options(config: Config, saved: dict) -> list[str]:
             problems.append(f"--{name.replace('_', '-')} {new}: the run was started with {saved[name]}, and a change would make it "
                             "another run; leave the option away, or start a run in another --output")
     return problems
-
-
-def similar_key(config: Config) -> str | None:
-    """What names the table of similar words, which is read anew when a run is resumed."""
-    return config.similar and sha256_of(Path(config.similar))
 
 
 def count_steps(config: Config, state: dict, steps_per_epoch: int) -> int:

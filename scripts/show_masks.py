@@ -59,22 +59,22 @@ def report(dataset, collator, tokenizer, config, options, in_colour: bool) -> No
 
     import numpy as np
 
-    from pretrain.data.collate import pack
     from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START
     from pretrain.data.dataset import DataPosition
-    from pretrain.data.masking import first_of_unit, similar_ids
+    from pretrain.data.draws import derive, uniform
+    from pretrain.data.masking import SPLIT, similar_ids
 
     counts, left, mask_id = Counter(), options.examples, collator.vocabulary.mask_id
     for position in islice(dataset.positions(DataPosition(0, 0, 0), end_epoch=1), options.sampled):
         examples = dataset.__getitems__([position._replace(mask_rate=config.mask_rate[0])])
-        packed, batch = pack(examples, collator.vocabulary), collator(examples)
-        places, labels = batch.masked_positions.numpy(), batch.masked_lm_labels.numpy()
+        drawn, batch = collator.draw(examples), collator(examples)
+        packed, places, labels = drawn.packed, drawn.masked, batch.masked_lm_labels.numpy()
         now = batch.input_ids.numpy()[places]
-        kinds = np.select([now == mask_id, now == labels], ["mask", "same"], "random" if config.replace == "mask" else "similar")
+        kinds = np.select([now == mask_id, now == labels], ["mask", "same"], "random").astype(object)
         if collator.masking.similar:
-            unit = first_of_unit((packed.flags & WORD_START > 0) & (packed.flags & ENTITY_INSIDE == 0))
-            known = similar_ids(labels, places, packed.ids.astype(np.uint64), unit, collator.masking.similar, np.full(len(places), -1)) >= 0
-            kinds[(kinds == "similar") & ~known] = "random"
+            found = similar_ids(labels, places, drawn.keys, drawn.leader, collator.masking.similar, np.full(len(places), -1))
+            by_table = uniform(derive(drawn.keys[drawn.leader[places]], SPLIT)) < config.mask_split[0]
+            kinds[(kinds == "random") & by_table & (found >= 0)] = "similar"
         maskable, masked = ~collator.vocabulary.is_special[packed.ids], np.isin(np.arange(len(packed.ids)), places)
         in_entity = packed.flags & (ENTITY_START | ENTITY_INSIDE) > 0
         counts.update(kinds.tolist())

@@ -23,6 +23,7 @@ from pretrain.command import UserError, parse
 from pretrain.config import OBJECTIVES, Config, validate
 from pretrain.data.dataset import make_loader
 from pretrain.data.tokenizer import describe, load
+from pretrain.files import sha256_of
 from pretrain.parts import make_task
 from pretrain.runtime import checkpoint as ckpt
 
@@ -430,6 +431,8 @@ def test_a_table_of_similar_words_that_has_changed_is_refused_on_resume(argument
     (tmp_path / "similar.tsv").write_text(Path(marked["similar"]).read_text(), encoding="utf-8")
     more = ["--masking", "word", "--replace", "similar", "--similar", str(tmp_path / "similar.tsv"), "--output", str(tmp_path / "run")]
     PRETRAIN.main([*arguments, *more, "--max-steps", "2"])
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "training_state.json").read_text())
+    assert state["similar_words"] == sha256_of(tmp_path / "similar.tsv")
     (tmp_path / "similar.tsv").write_text("bank\triver\n", encoding="utf-8")
     told = refusal(PRETRAIN.main, ["--resume", "--output", tmp_path / "run", "--max-steps", "3"], capsys)
     assert told == f"--similar {tmp_path / 'similar.tsv'}: has changed since the run was started; restore it, or start another run"

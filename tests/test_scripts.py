@@ -100,7 +100,7 @@ def slow_counts(collated, tokenizer, by_similar):
 STRATEGIES = {
     "token": [], "word": ["--masking", "word", "--mask-rate", "0.3", "0.1"], "span": ["--masking", "span", "--objective", "mlm"],
     "entity": ["--masking", "entity", "--lexicon", "{lexicon}", "--mask-split", "0.5", "0.3", "0.2"],
-    "similar": ["--masking", "word", "--replace", "similar", "--similar", "{similar}"],
+    "similar": ["--masking", "word", "--replace", "similar", "--similar", "{similar}", "--mask-split", "0.9", "0", "0.1"],
 }
 
 

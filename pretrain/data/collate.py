@@ -61,6 +61,17 @@ def pack(examples: Examples, vocabulary: Vocabulary) -> Packed:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A packed micro-batch and its draw: M of T tokens are masked."""
+
+    packed: Packed
+    masked: np.ndarray  # int64 [M]
+    keys: np.ndarray  # uint64 [T]
+    leader: np.ndarray  # int64 [T], see `draw_masks`
+    budget: np.ndarray  # int64 [N]
+
+
+@dataclass(frozen=True)
 class Collator:
     """Packs, masks and, with `fill`, fills a micro-batch to the fixed shapes that one compiled graph serves."""
 
@@ -69,19 +80,23 @@ class Collator:
     masking: Masking
     fill: bool = False
 
+    def draw(self, examples: Examples) -> Drawn:
+        """The examples packed, and what the draw decides for them."""
+        packed = pack(examples, self.vocabulary)
+        maskable = ~self.vocabulary.is_special[packed.ids]
+        keys = derive(derive(examples.plan.keys, MASKS)[packed.sequence], packed.position_ids)
+        budget = self.task.budget(np.bincount(packed.sequence[maskable], minlength=len(packed.lengths)), examples.mask_rate)
+        chosen, leader = draw_masks(self.masking, packed.flags, maskable, packed.sequence, keys, budget)
+        return Drawn(packed, np.flatnonzero(chosen), keys, leader, budget)
+
     def __call__(self, examples: Examples) -> Batch:
         """The Batch of `examples`."""
-        plan, packed = examples.plan, pack(examples, self.vocabulary)
+        plan, drawn = examples.plan, self.draw(examples)
+        packed, masked, budget = drawn.packed, drawn.masked, drawn.budget
         ids, lengths = packed.ids, packed.lengths
-        maskable = ~self.vocabulary.is_special[ids]
-        keys = derive(derive(plan.keys, MASKS)[packed.sequence], packed.position_ids)
-        num_maskable = np.bincount(packed.sequence[maskable], minlength=len(lengths))
-        budget = self.task.budget(num_maskable, examples.mask_rate)
-        chosen, leader = draw_masks(self.masking, packed.flags, maskable, packed.sequence, keys, budget)
-        masked = np.flatnonzero(chosen)
         labels = ids[masked]
         num_masked = np.bincount(packed.sequence[masked], minlength=len(lengths))
-        ids[masked] = replace(ids, masked, keys, leader, self.masking, self.vocabulary)
+        ids[masked] = replace(ids, masked, drawn.keys, drawn.leader, self.masking, self.vocabulary)
         arrays = {"input_ids": ids, "token_type_ids": packed.token_type_ids, "position_ids": packed.position_ids, "lengths": lengths,
                   "masked_positions": masked, "masked_lm_labels": labels, "next_sentence_label": plan.label}
         if self.fill:

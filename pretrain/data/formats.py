@@ -114,8 +114,12 @@ def _unpack(entry: str, cache: Path) -> list[str]:
         try:
             write_aside(folder, unpack)
         except Exception as error:  # each codec has its own
-            raise UserError(f"{entry}: cannot be unpacked ({first_line(error)}); needed is a whole {suffix} file") from error
-    return sorted(str(file) for file in folder.rglob("*") if file.is_file())
+            if not folder.is_dir():  # another process may have been faster
+                raise UserError(f"{entry}: cannot be unpacked ({first_line(error)}); needed is a whole {suffix} file") from error
+    files = sorted(map(str, reading.files_of(folder)))
+    if not files:
+        raise UserError(f"{entry}: holds no file; needed is one with text")
+    return files
 
 
 def _convert(inputs: list[tuple[str, str]], options: TextOptions, entity_field: str | None, required: bool, name: str,
@@ -232,16 +236,21 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _delimited(path: Path, kind: str) -> Iterator[tuple[int, dict]]:
-    """Rows of a CSV or TSV file by its header. A TSV in which a quote is not a quoting one is read as it stands."""
+    """Rows of a CSV or TSV file by its header. A TSV in which quotes are no quoting ones is read as it stands: where they do not
+    match, or would join lines that are rows of their own."""
     csv.field_size_limit(1 << 30)
     settings = {"delimiter": "," if kind == "csv" else "\t", "strict": True}
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             if kind == "tsv":
                 try:
-                    for _ in csv.reader(handle, **settings):
-                        pass
+                    joins = any(set("\t\n") & set(field) for row in csv.reader(handle, **settings) for field in row)
+                    handle.seek(0)
+                    tabs = {line.count("\t") for line in handle if line.strip()}
+                    stray = joins and len(tabs) == 1 and tabs != {0}
                 except csv.Error:
+                    stray = True
+                if stray:
                     settings["quoting"] = csv.QUOTE_NONE
                 handle.seek(0)
             reader = csv.reader(handle, **settings)

@@ -80,7 +80,8 @@ class Markup:
 def _inside_word(text: str, place: int) -> bool:
     """Whether `place` lies between two letters or digits of a script that writes words apart."""
     around = text[max(0, place - 1): place + 1]
-    return 0 < place < len(text) and around.isalnum() and not any(map(is_unspaced, around))
+    joined = all(character.isalnum() or unicodedata.category(character)[0] == "M" for character in around)
+    return 0 < place < len(text) and joined and not any(map(is_unspaced, around))
 
 
 def read_terms(path: str) -> tuple[str, ...]:

@@ -61,11 +61,11 @@ def draw_masks(options: Masking, flags: np.ndarray, maskable: np.ndarray, sequen
     in_entity = (flags & (ENTITY_START | ENTITY_INSIDE)).astype(bool) & (options.masking == "entity")
     if options.masking == "span":
         starts = span_starts(words, maskable, keys)
-        leader = first_of_unit(starts)
+        leader = _first_of_unit(starts)
         masked = take(starts, maskable, sequence, keys, budget)
     elif options.masking == "entity":
         starts = ~(flags & ENTITY_INSIDE).astype(bool)
-        leader = first_of_unit(starts)
+        leader = _first_of_unit(starts)
         chosen = in_entity & (uniform(derive(keys, ENTITY_CHOICE)) < options.entity_probability)[leader]
         masked = take(starts, maskable & chosen, sequence, keys, np.floor(options.entity_budget * num_maskable + 1e-9).astype(np.int64))
     num_masked = np.bincount(sequence[masked], minlength=len(budget))
@@ -74,12 +74,11 @@ def draw_masks(options: Masking, flags: np.ndarray, maskable: np.ndarray, sequen
     filled = take(starts, maskable & ~masked, sequence, keys, budget - num_masked,
                   late=in_entity if options.masking == "entity" else None, at_least_one=num_masked == 0)
     by_unit = masked if options.similar is None else masked & in_entity  # a similar word stands for a word, or for an entity
-    other = np.arange(len(flags)) if by_token or options.similar is None else first_of_unit(words)
+    other = np.arange(len(flags)) if by_token or options.similar is None else _first_of_unit(words)
     return masked | filled, np.where(by_unit, leader, other)
 
 
-def first_of_unit(starts: np.ndarray) -> np.ndarray:
-    """int64 [T]: the first token of each token's unit."""
+def _first_of_unit(starts: np.ndarray) -> np.ndarray:
     return np.flatnonzero(starts)[np.cumsum(starts) - 1]
 
 
@@ -182,7 +181,9 @@ def read_similar(lines: Iterable[str], encode: Callable[[str], list[int]]) -> Si
         word, *others = (encode(part.strip()) for part in line.split("\t"))
         choices = [other for other in others if len(other) == len(word) and other != word]
         if word and choices:
-            rows[int(np.add.reduce(derive(np.array(word, np.uint64), np.arange(len(word)))))] = (len(word), choices)
+            name = int(np.add.reduce(derive(np.array(word, np.uint64), np.arange(len(word)))))
+            kept = rows.setdefault(name, (len(word), []))[1]  # a word may have several lines
+            kept += [choice for choice in choices if choice not in kept]
     if not rows:
         return None
     hashes = sorted(rows)

@@ -56,9 +56,9 @@ def expand(paths: list[str], name: str) -> list[str]:
         if entry.startswith("hub:"):
             files.add(entry)
             continue
-        found = _files_of(Path(entry).expanduser())
+        found = files_of(Path(entry).expanduser())
         if not found:
-            found = [file for match in glob.glob(str(Path(entry).expanduser()), recursive=True) for file in _files_of(Path(match))]
+            found = [file for match in glob.glob(str(Path(entry).expanduser()), recursive=True) for file in files_of(Path(match))]
         if not found:
             reason = "is a folder without files" if Path(entry).is_dir() else "no such file or folder, and no file matches it as a glob"
             problems.append(f"{name} {entry}: {reason}")
@@ -67,7 +67,8 @@ def expand(paths: list[str], name: str) -> list[str]:
     return sorted(files)
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
+    """A file itself, and the files in a folder that no dot hides."""
     if path.is_file() or any((path / mark).is_file() for mark in SAVED_DATASET):
         return [path]
     return [file for file in path.rglob("*") if file.is_file() and not any(

@@ -175,6 +175,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, words: list[str], specials: l
             problems.append(f"--add-special-tokens {entry!r}: is blank; needed is TOKEN or NAME=TOKEN")
         elif token in before or not is_named and token in vocabulary:
             problems.append(f"--add-special-tokens {entry}: {token} is a token already; needed is one that is new")
+        elif is_named and name in named:
+            problems.append(f"--add-special-tokens {entry}: {name} is given twice")
         elif is_named and name not in ("bos_token", "eos_token"):
             problems.append(f"--add-special-tokens {entry}: the model was trained with {getattr(tokenizer, name)} as its {name}; needed is "
                             "bos_token, eos_token, or TOKEN alone")

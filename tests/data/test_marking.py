@@ -302,3 +302,8 @@ def test_pieces_of_another_markup_are_not_taken(tokenizer, tmp_path, monkeypatch
     assert found.info["entities"] > 0
     assert set(ARRAYS) == set(found.info["shards"][0]["arrays"])
     assert not list(found.folder.glob("*.piece.json")) and not (found.folder / "content.key").exists()
+
+
+def test_a_term_ends_with_its_combining_marks():
+    assert Markup(lexicon=("\u0915", "\u0930\u093e\u092e")).find("\u0915\u093f \u0930\u093e\u092e \u0930\u093e\u092e\u0940") == [(3, 6)]
+    assert Markup(lexicon=("cafe",)).find("cafe\u0301s cafe") == [(7, 11)]

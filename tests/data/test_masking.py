@@ -578,8 +578,8 @@ def test_the_table_of_a_run_holds_no_special_token(tiny_tokenizer, tmp_path):
     assert set(tiny_tokenizer.convert_ids_to_tokens(table.ids.tolist())) == {"b", "c"}
 
 
-def test_of_two_lines_of_a_word_the_last_counts():
-    assert read_similar(["5\t6", "5\t7\t8", "5\t5"], to_ids).ids.tolist() == [7, 8]
+def test_the_lines_of_a_word_add_up():
+    assert read_similar(["5\t6", "5\t7\t8\t6", "5\t5"], to_ids).ids.tolist() == [6, 7, 8]
 
 
 @settings(max_examples=60, deadline=None)
