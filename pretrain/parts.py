@@ -1,6 +1,7 @@
 """The parts of a run from its options: task, masks and model, with the checks of what must fit what."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -32,14 +33,9 @@ def make_task(config: Config) -> Task:
 
 def make_masking(config: Config, tokenizer: PreTrainedTokenizerBase) -> Masking:
     """The draw of the options; UserError where the table of similar words has none."""
-    similar, vocabulary, backend = None, tokenizers.describe(tokenizer), tokenizers.without_limits(tokenizer)
-
-    def encode(word: str) -> list[int]:
-        ids = backend.encode(" " * vocabulary.needs_space + word, add_special_tokens=False).ids
-        return [] if vocabulary.is_special[ids].any() else ids  # an unknown word is like no other
-
+    similar = None
     if config.replace == "similar":
-        similar = read_similar(read_lines(config.similar, "--similar"), encode)
+        similar = read_similar(read_lines(config.similar, "--similar"), _word_encoder(tokenizer))
         if similar is None:
             raise UserError(f"--similar {config.similar}: holds no word with a similar one of as many tokens; needed are lines of a word "
                             "and, after tabs, similar ones")
@@ -47,7 +43,17 @@ def make_masking(config: Config, tokenizer: PreTrainedTokenizerBase) -> Masking:
     return Masking(config.masking, tuple(config.mask_split), config.entity_probability, config.entity_budget, config.entity_fill, similar)
 
 
-def check_entities(dataset: PretrainingDataset, vocabulary: tokenizers.Vocabulary, config: Config) -> None:
+def _word_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """Ids of a word as it stands in running text; none for one that the tokenizer does not know, which is like no other."""
+    vocabulary, backend = tokenizers.describe(tokenizer), tokenizers.without_limits(tokenizer)
+
+    def encode(word: str) -> list[int]:
+        ids = backend.encode(" " * vocabulary.needs_space + word, add_special_tokens=False).ids
+        return [] if vocabulary.is_special[ids].any() else ids
+    return encode
+
+
+def tell_unfit_entities(dataset: PretrainingDataset, vocabulary: tokenizers.Vocabulary, config: Config) -> None:
     """Tell of entities that are longer than their sequence's budget; short documents have many."""
     num_entities = num_fitting = 0
     for position in islice(dataset.positions(DataPosition(0, 0, 0), end_epoch=1), SAMPLED_MICRO_BATCHES):

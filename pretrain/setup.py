@@ -26,7 +26,7 @@ from pretrain.evaluate import HeldOut, make_held_out
 from pretrain.files import sha256_of, write_json, write_text
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.packed import PackedModel
-from pretrain.parts import check_entities, check_plan, make_masking, make_model, make_task, report_added
+from pretrain.parts import check_plan, make_masking, make_model, make_task, report_added, tell_unfit_entities
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World, start, wait_for_all
 from pretrain.runtime.optim import choose_precision
@@ -135,7 +135,7 @@ def build(config: Config) -> Run:
     dataset = PretrainingDataset(training, task)
     steps_per_epoch = state.get("steps_per_epoch") or check_plan(dataset, config)
     if config.masking == "entity":
-        check_entities(dataset, vocabulary, config)
+        tell_unfit_entities(dataset, vocabulary, config)
     held_out = held_out_text and make_held_out(
         held_out_text, config.objective, config.max_length, config.eval_batch_size or config.micro_batch_size, vocabulary,
         config.eval_tokens, collator.fill, training)

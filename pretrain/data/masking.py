@@ -54,7 +54,6 @@ def draw_masks(options: Masking, flags: np.ndarray, maskable: np.ndarray, sequen
     flags: uint8 [T]; maskable: bool [T]; sequence: int64 [T], ascending; keys: uint64 [T]; budget: int64 [N].
     A first pass takes spans, or entities that are chosen, within their own budget; a second one words or tokens, those
     outside entities first. A sequence of which nothing fits takes its smallest unit."""
-    num_maskable = np.bincount(sequence[maskable], minlength=len(budget))
     words = (flags & WORD_START).astype(bool)
     masked, leader = np.zeros(len(flags), bool), np.arange(len(flags))
     # A corpus may bring entities that the strategy does not ask for.
@@ -67,7 +66,8 @@ def draw_masks(options: Masking, flags: np.ndarray, maskable: np.ndarray, sequen
         starts = ~(flags & ENTITY_INSIDE).astype(bool)
         leader = _first_of_unit(starts)
         chosen = in_entity & (uniform(derive(keys, ENTITY_CHOICE)) < options.entity_probability)[leader]
-        masked = take(starts, maskable & chosen, sequence, keys, np.floor(options.entity_budget * num_maskable + 1e-9).astype(np.int64))
+        cap = np.floor(options.entity_budget * np.bincount(sequence[maskable], minlength=len(budget)) + 1e-9).astype(np.int64)
+        masked = take(starts, maskable & chosen, sequence, keys, cap)
     num_masked = np.bincount(sequence[masked], minlength=len(budget))
     by_token = options.masking == "token" or options.masking == "entity" and options.entity_fill == "token"
     starts = np.ones(len(flags), bool) if by_token else words
