@@ -1,7 +1,8 @@
 """Batch: the one contract between data and model.
 
-T tokens of N sequences are laid end to end, without padding; M of them are predicted. Where a device wants fixed shapes,
-T, N and M are filled up: dummy sequences of [PAD] at the end, and labels of IGNORED, which no loss counts.
+T tokens of N sequences are laid end to end, without padding; M of them are predicted (`Batch`), or each sequence has a label
+(`LabelledBatch`). Where a device wants fixed shapes, T, N and M are filled up: dummy sequences of [PAD] at the end, and labels of
+IGNORED, which no loss counts.
 """
 from __future__ import annotations
 
@@ -13,33 +14,48 @@ from torch import Tensor
 IGNORED = -100  # label that no loss counts, as in torch's cross_entropy
 
 
-@dataclass(frozen=True)
-class Batch:
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Sequences of tokens, whatever is asked of them."""
+
     input_ids: Tensor  # int64 [T]
     token_type_ids: Tensor  # int64 [T]; 0 in [CLS] A [SEP], 1 in B [SEP]
     position_ids: Tensor  # int64 [T]; restarts at 0 in each sequence
     cu_seqlens: Tensor  # int32 [N + 1]; sequence n is tokens cu_seqlens[n]:cu_seqlens[n + 1]; the last is T
-    masked_positions: Tensor  # int64 [M]; places in T
-    masked_lm_labels: Tensor  # int64 [M]; the ids that stood there
-    next_sentence_label: Tensor  # int64 [N]; 0 is next (or in order), 1 is random (or swapped), IGNORED where there is no pair
     lengths: tuple[int, ...]  # of the N sequences, for the host
     max_length: int  # bound of `lengths`, the same for each batch of a run
-    counts: dict[str, int]  # what each loss is divided by: "mlm" masked tokens, "nsp" pairs
+    counts: dict[str, float]  # what each loss is divided by: "mlm" masked tokens, "nsp" pairs, "label" examples or their weights
     num_tokens: int  # real ones, without filling
     num_sequences: int  # real ones
-    shortfall: int = 0  # masked tokens that a budget allowed and no unit could fill
 
-    def _map(self, change) -> Batch:
+    def _map(self, change) -> PackedBatch:
         tensors = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)})
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> PackedBatch:
         """The batch on `device`; the copy does not block where the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> PackedBatch:
         """The batch in pinned memory; the DataLoader calls this."""
         return self._map(Tensor.pin_memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(PackedBatch):
+    """For pretraining."""
+
+    masked_positions: Tensor  # int64 [M]; places in T
+    masked_lm_labels: Tensor  # int64 [M]; the ids that stood there
+    next_sentence_label: Tensor  # int64 [N]; 0 is next (or in order), 1 is random (or swapped), IGNORED where there is no pair
+    shortfall: int = 0  # masked tokens that a budget allowed and no unit could fill
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledBatch(PackedBatch):
+    """For classification."""
+
+    label: Tensor  # int64 [N]; IGNORED where there is none
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shlex
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -119,6 +120,16 @@ def _as_flags(values: dict, options: type) -> list[str]:
     return flags
 
 
+def as_command(script: str, options: object) -> str:
+    """The command that means `options`: every value that is not its default."""
+    changed = {}
+    for entry in fields(options):
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default
+        if getattr(options, entry.name) != default:
+            changed[entry.name] = getattr(options, entry.name)
+    return shlex.join(["python", f"scripts/{script}.py", *_as_flags(changed, type(options))])
+
+
 def check(problems: list[str]) -> None:
     """Raise one UserError that tells all `problems`, a line each (of very many the first); nothing where there are none."""
     if problems:
@@ -155,5 +166,5 @@ def require(module: str, what: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.replace("_", "-")
+        package = {"sklearn": "scikit-learn"}.get(name := module.partition(".")[0], name.replace("_", "-"))
         raise UserError(f"{what}: needs the package {package}, which is not installed: pip install {package}") from error

@@ -99,7 +99,6 @@ class OptimizationOptions:
     micro_batch_size: int = option(32, "sequences of max-length that go through one device at once")
     epochs: float = option(3.0, "passes over the text; sets the number of steps where --max-steps is 0")
     max_steps: int = option(0, "optimizer steps of the run (0: from --epochs)")
-    max_minutes: float = option(0.0, "save and stop after so many minutes, resumable; the schedule stays (0: off)")
     learning_rate: float = option(1e-4, "peak rate of AdamW")
     weight_decay: float = option(0.01, "decay of AdamW, on matrices only (0: off)")
     adam_betas: list[float] = option([0.9, 0.999], "betas of AdamW", nargs=2, metavar="BETA")
@@ -128,6 +127,7 @@ class RunOptions:
     output: str | None = option(None, "run folder (default: runs/DATE-TIME; runs/default for the embedded text)")
     resume: bool = option(False, "go on from the newest good checkpoint of --output, with the options saved there")
     overwrite: bool = option(False, "replace the run in --output, once the new run has a checkpoint")
+    max_minutes: float = option(0.0, "save and stop after so many minutes, resumable; the schedule stays (0: off)")
     eval_every: str = option("auto", "steps between evaluations: N, epoch, or auto (a tenth of the run, 10 to 1000)")
     eval_tokens: int = option(200_000, "held-out tokens that an evaluation reads at most")
     eval_batch_size: int = option(0, "sequences of max-length in an evaluation's micro-batch (0: micro-batch-size)")
@@ -139,6 +139,60 @@ class RunOptions:
 @dataclass
 class Config(RunOptions, MachineOptions, OptimizationOptions, TaskOptions, DataOptions, TokenizerOptions, ModelOptions):
     """All options of `scripts/pretrain.py`."""
+
+
+@dataclass
+class LabelOptions:
+    train: list[str] = option([], "labelled rows to train on: CSV, TSV, JSONL or Parquet files", nargs="+", metavar="FILE")
+    valid: list[str] = option([], "labelled rows by which the best model is chosen", nargs="+", metavar="FILE")
+    test: list[str] = option([], "labelled rows on which it is scored (default: none)", nargs="+", metavar="FILE")
+    text_field: str | None = option(None, "column of the text (default: text, or the only one that holds words)", metavar="NAME")
+    text_pair_field: str | None = option(None, "column of a second text, read together with the first (default: none)", metavar="NAME")
+    label_field: str = option("label", "column of the label, a name or a whole number", metavar="NAME")
+
+
+@dataclass
+class FinetuneOptions(MachineOptions, OptimizationOptions, LabelOptions):
+    """All options of `scripts/finetune.py`."""
+
+    model: str | None = option(None, "encoder: a folder of a model or a run, or a hub name")
+    label_budget: int = option(0, "train on so many rows only, drawn by --seed with the classes in proportion (0: all)")
+    max_length: int | None = option(None, "tokens of an example, specials included; the rest is cut (default: what the model takes, at "
+                                    "most 512)")
+    batch_size: int = option(32, "examples in an optimizer step")
+    micro_batch_size: int | None = option(None, "examples that go through the device at once (default: the batch)")
+    epochs: float = option(10.0, "passes over the training rows; sets the number of steps where --max-steps is 0")
+    learning_rate: float = option(5e-5, "peak rate of AdamW")
+    patience: int = option(3, "stop after so many evaluations without a better --metric (0: off)")
+    metric: str = option("macro_f1", "score on --valid by which the best model is chosen: mean F1 of the classes, or accuracy",
+                         choices=("macro_f1", "accuracy"))
+    class_weights: str = option("none", "balanced: each class weighs alike in the loss, however few rows it has",
+                                choices=("none", "balanced"))
+    seed: int = option(0, "seed of the head's weights, dropout, the order of the rows and the rows of --label-budget")
+    eval_every: str = option("epoch", "steps between evaluations: N, epoch, or auto (an epoch)")
+    log_every: int = option(10, "steps between logged numbers; step 1 is always logged")
+    output: str | None = option(None, "folder of the result (default: runs/finetune-DATE-TIME)")
+    overwrite: bool = option(False, "replace the result in --output")
+    save_model: bool = option(True, "keep the model; without it, scores and predictions alone")
+
+
+@dataclass
+class AdaptOptions(LabelOptions):
+    """All options of `scripts/adapt.py`."""
+
+    model: str | None = option(None, "encoder to go on from: a folder of a model or a run, or a hub name")
+    text: list[str] = option([], "text of the domain to pretrain on, as pretrain.py's --train", nargs="+", metavar="PATH")
+    control: list[str] = option([], "text of another domain: the same pretraining on it is compared (default: none)", nargs="+",
+                                metavar="PATH")
+    task_text: bool = option(False, "pretrain on the texts of --train, too")
+    label_budgets: list[str] = option(["all"], "numbers of training rows to fine-tune on, drawn with the classes in proportion, or all",
+                                      nargs="+", metavar="N")
+    seeds: int = option(5, "fine-tune each encoder with each budget so many times, seeds from 0 on")
+    pretrain: str = option("", "options of pretrain.py, in quotes: \"--max-steps 500 --masking word\" (default: its own)",
+                           metavar="OPTIONS")
+    finetune: str = option("", "options of finetune.py, in quotes (default: its own)", metavar="OPTIONS")
+    output: str = option("runs/adapt", "folder of the experiment; one that was interrupted goes on")
+    overwrite: bool = option(False, "start the experiment in --output anew")
 
 
 # What `python scripts/pretrain.py` runs when no text is given; a flag still overrides each value. At a rate of 3e-3 with the usual
@@ -173,7 +227,7 @@ def validate(config) -> list[str]:
         need(name, lambda v: 0 < v <= 1, "a share above 0 and at most 1")
     need("split_sentences", lambda v: v == "auto" or (len(v) in (2, 3) and v.isalpha() and v not in ("on", "off")),
          "a language code such as en, or auto")
-    for name in ("text_field", "entity_field", "add_tokens", "lexicon", "similar"):
+    for name in ("text_field", "text_pair_field", "label_field", "entity_field", "add_tokens", "lexicon", "similar"):
         need(name, lambda v: v.strip(), "a name, or the option left away")
     need("mask_split", lambda v: all(0 <= share <= 1 for share in v) and abs(sum(v) - 1) < 1e-6,
          "three shares within 0..1 that sum to 1")
@@ -186,7 +240,7 @@ def validate(config) -> list[str]:
     for name in ("batch_size", "micro_batch_size", "keep", "log_every", "eval_tokens"):
         need(name, lambda v: v >= 1, "a whole number of at least 1")
     need("workers", lambda v: 0 <= v <= 256, "0 to 256 processes")
-    for name in ("max_steps", "patience", "eval_batch_size", "seed", "max_documents"):
+    for name in ("max_steps", "patience", "eval_batch_size", "seed", "max_documents", "label_budget"):
         need(name, lambda v: 0 <= v < 2**63, "a whole number of at least 0")
     need("max_length", lambda v: 8 <= v <= 1 << 16, "8 to 65536 tokens")
     need("vocab_size", lambda v: 100 <= v <= 1 << 20, "100 to 1048576 entries")
@@ -199,7 +253,7 @@ def validate(config) -> list[str]:
 
 def _validate_together(config) -> list[str]:
     problems = []
-    batch, micro = getattr(config, "batch_size", 1), getattr(config, "micro_batch_size", 1)
+    batch, micro = getattr(config, "batch_size", 1), getattr(config, "micro_batch_size", 1) or 0
     if micro >= 1 and batch % micro:
         fits = [size for size in range(1, min(batch, micro) + 1) if batch % size == 0]
         problems.append(f"--batch-size {batch}: is not a multiple of --micro-batch-size {micro}; "
@@ -215,7 +269,7 @@ def _validate_together(config) -> list[str]:
         problems.append("--resume --overwrite: exclude each other; needed is one of the two")
     if getattr(config, "resume", False) and not config.output:
         problems.append("--resume: needed is the run folder, --output DIR")
-    if getattr(config, "patience", 0) and not config.valid and not config.valid_fraction:
+    if getattr(config, "patience", 0) and not config.valid and not getattr(config, "valid_fraction", 1):
         problems.append("--patience: needed is held-out text, --valid PATHS or a --valid-fraction above 0")
     if getattr(config, "precision", "") == "fp16" and config.device == "cpu":
         problems.append("--precision fp16: the CPU has no fp16 training; needed is bf16 or fp32")

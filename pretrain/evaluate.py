@@ -24,6 +24,7 @@ from pretrain.data.draws import key
 from pretrain.data.masking import Masking
 from pretrain.data.planning import Task, make_plan, micro_batch_bounds
 from pretrain.data.tokenizer import Vocabulary, load
+from pretrain.files import model_folder
 from pretrain.model.packed import PackedModel
 from pretrain.runtime.distributed import World, sum_over_ranks
 
@@ -140,7 +141,7 @@ def fill_masks(folder: str, texts: Iterable[str], top: int, max_length: int) -> 
     """For each [MASK] of each text the `top` (token, probability, text with it), by transformers' own pipeline, which also
     shows that the folder opens there; UserError for a text without [MASK]."""
     transformers.utils.logging.set_verbosity_error()  # the NSP head that the pipeline leaves over is no news
-    fill = transformers.pipeline("fill-mask", model=folder, tokenizer=load(folder), device="cpu")
+    fill = transformers.pipeline("fill-mask", model=model_folder(folder), tokenizer=load(folder), device="cpu")
     top = min(top, fill.model.config.vocab_size)
     for text in texts:
         parts = text.replace(fill.tokenizer.mask_token, "[MASK]").split("[MASK]")

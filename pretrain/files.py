@@ -32,6 +32,11 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
+def model_folder(name: str) -> str:
+    """The model in the folder of a run: `final`, else `best`; any other name as it is."""
+    return next((str(Path(name, part)) for part in ("final", "best") if Path(name, part).is_dir()), name)
+
+
 def key_of(content: object) -> str:
     """16 hexadecimal digits that name `content`, which JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,9 +34,6 @@ from pretrain.text import open_text, prepare_tokenizer
 # What may change when a run is resumed; everything else decides the data, the weights or the update.
 MAY_CHANGE = {"max_steps", "epochs", "max_minutes", "eval_every", "save_every", "log_every", "keep", "workers", "device", "precision",
               "compile", "patience", "output", "resume", "overwrite", "cache", "gradient_checkpointing"}
-
-RUN_ENTRY = re.compile(r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*"
-                       r"|\.?(best|final|checkpoint-\d+)(\.\w+)?|.*\.(tmp|partial)")  # what a run writes; --overwrite replaces nothing else
 
 
 @dataclass
@@ -158,15 +154,7 @@ def open_output(run: Run) -> None:
     """Make the run folder; called once everything is checked. `--overwrite` moves an old run aside."""
     if run.world.is_main:
         try:
-            replaced = run.output.with_name(f".{run.output.name}.replaced")
-            if run.config.overwrite and run.output.is_dir():
-                # A run without a checkpoint has not replaced anything yet: what stands aside is still worth more.
-                shutil.rmtree(run.output if replaced.exists() and not ckpt.checkpoints(run.output) else replaced, ignore_errors=True)
-                if run.output.exists():
-                    run.output.rename(replaced)
-            run.replaced = replaced if replaced.exists() else None
-            run.output.mkdir(parents=True, exist_ok=True)
-            ckpt.remove_leftovers(run.output)
+            run.replaced = ckpt.make_output(run.output, run.config.overwrite, bool(ckpt.checkpoints(run.output)))
             if run.checkpoint:
                 ckpt.set_aside_after(run.output, run.state["progress"]["step"])
             options = saved_options(run.config)
@@ -183,19 +171,11 @@ def open_output(run: Run) -> None:
 
 def find_checkpoint(output: Path, config: Config) -> Path | None:
     """Checkpoint to resume from; UserError where the folder holds a run and neither --resume nor --overwrite is given."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; needed is a folder")
+    ckpt.check_output(output, config.overwrite, None if config.resume else "--resume to go on with its run, ")
     if config.resume:
         for name in ("best", "final"):
             ckpt.restore(output / name)  # what a save interrupted between two renames had moved aside
         return ckpt.newest_good(output)
-    entries = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
-    strange = sorted(name for name in entries if not RUN_ENTRY.fullmatch(name))
-    if config.overwrite and strange:
-        raise UserError(f"--output {output} --overwrite: holds {strange[0]}, which no run has written; needed is the folder of a run")
-    if entries and not config.overwrite:
-        raise UserError(f"--output {output}: is not empty; needed is another folder, --resume to go on with its run, or --overwrite "
-                        "to replace it")
     return None
 
 

@@ -33,13 +33,15 @@ def main(argv: list[str]) -> None:
 
     from pretrain import evaluate
     from pretrain.data import tokenizer as tokenizers
+    from pretrain.files import model_folder
     from pretrain.model import bert
     from pretrain.runtime import distributed
     from pretrain.runtime.checkpoint import read_facts
     from pretrain.runtime.optim import autocast, choose_precision
     from pretrain.text import check_text, open_or_prepare
 
-    facts = {"objective": "mlm+nsp", "max_length": 128, "eval_tokens": 200_000, "eval_batch_size": 32, **read_facts(Path(options.model))}
+    facts = {"objective": "mlm+nsp", "max_length": 128, "eval_tokens": 200_000, "eval_batch_size": 32,
+             **read_facts(Path(model_folder(options.model)))}
     for name in ("objective", "max_length", "eval_tokens", "eval_batch_size"):
         setattr(options, name, getattr(options, name) or facts[name])
     world, device = distributed.start(options.device)

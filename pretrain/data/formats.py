@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from pretrain.command import UserError, first_line, require
+from pretrain.command import UserError, check, first_line, require
 from pretrain.config import PLAIN_FORMATS, RECORD_FORMATS, TextOptions
 from pretrain.data import reading
 from pretrain.data.tagged import read_tagged
@@ -29,6 +29,7 @@ FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".c
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
 CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages of those that Python does not have
 UTF8_FORMATS = {"plain", "jsonl", "csv", "tsv", "conll"}
+TABLES = ("csv", "tsv", "jsonl", "parquet", "arrow")
 SPAN_KEYS = (("start", "end"), ("start_offset", "end_offset"), ("start_pos", "end_pos"), ("begin", "end"))
 VERSION = 1  # of what this module writes
 
@@ -163,12 +164,9 @@ def _plain(path: Path, text_format: str) -> Iterator[tuple[str, list]]:
 
 def _records(entry: str, kind: str, text_field: str | None, entity_field: str | None, required: bool) -> Iterator[tuple[str, list]]:
     """(text, spans) of each record of a file, a saved data set or one of the hub."""
-    rows, row_name = (_table(entry, kind), "row") if kind in ("parquet", "arrow", "saved", "hub") else (
-        _json_lines(Path(entry)) if kind == "jsonl" else _delimited(Path(entry), kind), "line")
-    for number, record in rows:
-        where = f"{entry}, {row_name} {number}"
+    for where, record in _rows(entry, kind):
         if text_field is None:
-            text_field = _choose_field(record, where)
+            text_field = choose_field(record, where)
         missing = [field for field in (text_field, entity_field if required else None) if field is not None and field not in record]
         if missing:
             raise UserError(f"{where}: has no column {missing[0]!r}, it has {', '.join(map(str, record))}; needed is one of these as "
@@ -182,7 +180,25 @@ def _records(entry: str, kind: str, text_field: str | None, entity_field: str | 
         yield text, _spans(record.get(entity_field), text, where) if entity_field else []
 
 
-def _choose_field(record: dict, where: str) -> str:
+def open_tables(paths: list[str], name: str) -> Iterator[tuple[str, dict]]:
+    """(file and line, record) of each row of the CSV, TSV, JSONL, Parquet or Arrow files that `paths` mean, in order; UserError
+    before the first row where one is of another format or no UTF-8."""
+    entries = dict.fromkeys(file for path in paths for file in reading.expand([path], name))
+    inputs = [(entry, _format_of(entry, "auto")) for entry in entries]
+    check([f"{name} {entry}: needed is a table of rows: {', '.join(TABLES)}" for entry, kind in inputs if kind not in TABLES])
+    reading.check_files([Path(entry) for entry, kind in inputs if kind in UTF8_FORMATS], name)
+    return (row for entry, kind in inputs for row in _rows(entry, kind))
+
+
+def _rows(entry: str, kind: str) -> Iterator[tuple[str, dict]]:
+    rows, row_name = (_table(entry, kind), "row") if kind in ("parquet", "arrow", "saved", "hub") else (
+        _json_lines(Path(entry)) if kind == "jsonl" else _delimited(Path(entry), kind), "line")
+    for number, record in rows:
+        yield f"{entry}, {row_name} {number}", record
+
+
+def choose_field(record: dict, where: str) -> str:
+    """The column that holds the text: "text", or the only one that holds words."""
     texts = [field for field, value in record.items() if isinstance(value, str) and not re.fullmatch(r"[\d.,+-]*", value)]
     if "text" in record or len(texts) == 1:
         return "text" if "text" in record else texts[0]

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from pretrain.command import UserError, check, first_line
-from pretrain.files import key_of
+from pretrain.files import key_of, model_folder
 
 # Workers fork after the tokenizer has used its threads; the setting must be explicit or it warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -43,24 +43,24 @@ class Vocabulary:
     needs_space: bool = False  # a word in running text has its space in its token
 
 
-def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
-    """Tokenizer of a folder, a vocab.txt file (or a folder that holds no more than that) or a hub name.
+def load(name: str, lowercase: bool = True, option: str = "--tokenizer") -> PreTrainedTokenizerBase:
+    """Tokenizer of a folder, a vocab.txt file (or a folder that holds no more than that) or a hub name; `option` is for messages.
 
     Raises UserError where it cannot be had. `lowercase` is used for a bare vocab.txt only."""
-    path = Path(name).expanduser()
+    path = Path(model_folder(str(Path(name).expanduser())))
     if path.is_dir() and not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
         path = path / "vocab.txt"
         if not path.is_file():
-            raise UserError(f"--tokenizer {name}: the folder holds none of tokenizer.json, tokenizer_config.json, vocab.txt")
+            raise UserError(f"{option} {name}: the folder holds no tokenizer, none of tokenizer.json, tokenizer_config.json, vocab.txt")
     if path.is_file():
         return from_vocabulary(read_vocabulary(path), lowercase)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
     except Exception as error:  # transformers raises many kinds here, from OSError to KeyError
-        raise UserError(f"--tokenizer {name}: no such folder or vocab.txt, and not to be had from the hub or its cache "
+        raise UserError(f"{option} {name}: no such folder or vocab.txt, and not to be had from the hub or its cache "
                         f"({first_line(error)}); offline, give a folder with tokenizer.json or vocab.txt") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"--tokenizer {name}: is {type(tokenizer).__name__} in Python; needed is one of the tokenizers library")
+        raise UserError(f"{option} {name}: is {type(tokenizer).__name__} in Python; needed is one of the tokenizers library")
     return tokenizer
 
 

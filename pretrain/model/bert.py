@@ -5,8 +5,6 @@ BertForPreTraining: `save_pretrained` writes the class name into config.json, an
 """
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import transformers
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from transformers.models.bert.modeling_bert import BertPreTrainedModel
 from pretrain.batch import Batch
 from pretrain.command import UserError, first_line
 from pretrain.config import MODEL_SIZES
+from pretrain.files import model_folder
 from pretrain.model.attention import SDPA
 from pretrain.model.heads import MaskedLMHead, PreTrainingHeads
 from pretrain.model.packed import PackedModel
@@ -95,11 +94,10 @@ def from_size(size: str, vocab_size: int, max_length: int, pad_id: int, override
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """The config of a checkpoint (folder or hub name); UserError where it cannot be had or is of another family."""
-    if Path(name, "final").is_dir():
-        raise UserError(f"--model {name}: is the folder of a run; needed is a model in it, such as {Path(name, 'final')}")
+    """The config of a checkpoint (folder of a model or a run, or hub name); UserError where it cannot be had or is of another
+    family."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(model_folder(name))
     except Exception as error:  # transformers raises many kinds here, from OSError to KeyError
         raise UserError(f"--model {name}: is no size ({', '.join(MODEL_SIZES)}), no folder with a config.json, and not to be had from "
                         f"the hub or its cache ({first_line(error)}); offline, give a folder") from error
@@ -113,18 +111,25 @@ def from_checkpoint(name: str, overrides: list[str]) -> tuple[PackedModel, list[
     """(model in float32, parts that start fresh) of a checkpoint of one of FAMILIES, with or without heads."""
     config = load_config(name)
     override(config, overrides)
-    family = FAMILIES[config.model_type]
+    model, missing = load_weights(FAMILIES[config.model_type], name, config)
+    parts = {"bert.pooler": "pooler", "cls.predictions": "MLM head", "lm_head": "MLM head", "cls.seq_relationship": "NSP head"}
+    return model, [part for prefix, part in parts.items() if any(key.startswith(prefix) for key in missing)]
+
+
+def load_weights(family: type[PackedModel], name: str, config: PreTrainedConfig) -> tuple[PackedModel, list[str]]:
+    """(model of a class in float32, weights that the checkpoint lacks, none of the encoder)."""
+    transformers.utils.logging.set_verbosity_error()  # its table of what is missing; the caller tells
     try:
-        model, info = family.from_pretrained(name, config=config, dtype=torch.float32, attn_implementation=SDPA, output_loading_info=True)
+        model, info = family.from_pretrained(model_folder(name), config=config, dtype=torch.float32, attn_implementation=SDPA,
+                                             output_loading_info=True, ignore_mismatched_sizes=family.head_may_differ)
     except Exception as error:
         raise UserError(f"--model {name}: its weights cannot be read ({first_line(error)})") from error
-    missing, prefix = sorted(info["missing_keys"]), family.base_model_prefix
+    missing, prefix = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}), family.base_model_prefix
     encoder = [key for key in missing if key.startswith((f"{prefix}.embeddings", f"{prefix}.encoder"))]
     if encoder:
         raise UserError(f"--model {name}: lacks {len(encoder)} weights of the encoder, {encoder[0]} first; needed is a "
                         f"{config.model_type} checkpoint")
-    parts = {"bert.pooler": "pooler", "cls.predictions": "MLM head", "lm_head": "MLM head", "cls.seq_relationship": "NSP head"}
-    return model, [part for prefix, part in parts.items() if any(key.startswith(prefix) for key in missing)]
+    return model, missing
 
 
 def override(config: PreTrainedConfig, entries: list[str]) -> None:

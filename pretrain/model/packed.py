@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.batch import IGNORED, Batch, Output
+from pretrain.batch import IGNORED, Batch, Output, PackedBatch
 from pretrain.model.attention import SDPA
 
 
@@ -14,7 +14,9 @@ class PackedModel:
 
     masked_lm_head = ""  # name of the module that scores hidden states [M, width]
     loss_weights = {"mlm": 1.0}
+    class_weights: dict[str, Tensor] = {}  # by loss: float [classes], where its classes weigh differently
     position_offset = 0  # of the first token's position
+    head_may_differ = False  # from the checkpoint's in size; it starts fresh then
 
     @property
     def max_length(self) -> int:
@@ -36,7 +38,7 @@ class PackedModel:
     def set_objective(self, objective: str, nsp_weight: float = 1.0) -> None:
         """Choose the losses; a family with one MLM head has nothing to choose."""
 
-    def encode(self, batch: Batch) -> Tensor:
+    def encode(self, batch: PackedBatch) -> Tensor:
         """float [T, width]: the last hidden states. Not the encoder's own forward, whose pooler sees the pack's first token only."""
         encoder = self.base_model
         hidden = encoder.embeddings(input_ids=batch.input_ids[None], token_type_ids=batch.token_type_ids[None],
@@ -54,10 +56,10 @@ class PackedModel:
         """(logits, labels) of each loss."""
         return {"mlm": (self.masked_lm_logits(hidden, batch), batch.masked_lm_labels)}
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: PackedBatch) -> Output:
         """Sums over the batch; the caller divides them by counts of the whole step."""
         scored = self.score(self.encode(batch), batch)
-        return Output({name: F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return Output({name: F.cross_entropy(logits, labels, self.class_weights.get(name), ignore_index=IGNORED, reduction="sum")
                        for name, (logits, labels) in scored.items()},
                       {name: (logits.detach().argmax(-1) == labels).sum() for name, (logits, labels) in scored.items()})
 

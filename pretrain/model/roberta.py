@@ -11,13 +11,17 @@ from torch import nn
 from pretrain.model.packed import PackedModel
 
 
-class _PackedRoberta(PackedModel):
-    masked_lm_head = "lm_head"  # dense, gelu, LayerNorm, decoder
+class RobertaPositions(PackedModel):
+    """How the family counts positions."""
 
     @property
     def position_offset(self) -> int:
         """Positions are counted from the one after that of padding, as in fairseq."""
         return self.config.pad_token_id + 1
+
+
+class _PackedRoberta(RobertaPositions):
+    masked_lm_head = "lm_head"  # dense, gelu, LayerNorm, decoder
 
     def set_output_embeddings(self, decoder: nn.Linear) -> None:
         """Called when the vocabulary is resized."""

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pretrain.command import UserError
 from pretrain.files import sha256_of, write_json
 
+RUN_ENTRY = (r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*|test_predictions\.csv"
+             r"|confusion\.png|\.?(best|final|checkpoint-\d+)(\.\w+)?|.*\.(tmp|partial)")  # --overwrite replaces nothing else
 CHECKSUMS = "checksums.json"
 FACTS = "pretraining.json"  # what scripts/evaluate.py reads its defaults from
 STATE_JSON, STATE_TENSORS = "training_state.json", "training_state.pt"
@@ -53,6 +55,32 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise UserError(f"{folder}: cannot be written ({reason}); needed is room and the right to write. "
                         "What was there before is whole") from error
+
+
+def check_output(output: Path, overwrite: bool, other_way: str | None = "", entries_of_a_run: str = RUN_ENTRY) -> None:
+    """UserError where `output` holds something and --overwrite is not given, or something that no run has written; `other_way` out is
+    told, with None what is there may stay."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; needed is a folder")
+    entries = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    strange = sorted(name for name in entries if not re.fullmatch(entries_of_a_run, name))
+    if overwrite and strange:
+        raise UserError(f"--output {output} --overwrite: holds {strange[0]}, which no run has written; needed is the folder of a run")
+    if entries and not overwrite and other_way is not None:
+        raise UserError(f"--output {output}: is not empty; needed is another folder, {other_way}or --overwrite to replace it")
+
+
+def make_output(output: Path, overwrite: bool, has_result: bool) -> Path | None:
+    """Make the folder of a run; with `overwrite` what is there is renamed, and is to be removed once the new run has a result: its
+    name. What has no result has not replaced anything yet: then what stands aside already is worth more."""
+    replaced = output.with_name(f".{output.name}.replaced")
+    if overwrite and output.is_dir():
+        shutil.rmtree(replaced if has_result or not replaced.exists() else output, ignore_errors=True)
+        if output.exists():
+            output.rename(replaced)
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
+    return replaced if replaced.exists() else None
 
 
 def restore(folder: Path) -> None:

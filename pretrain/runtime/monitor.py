@@ -17,17 +17,20 @@ from tqdm import tqdm
 from pretrain.files import write_text
 
 LINE_SECONDS = 5.0  # between lines where there is no progress bar
-CHARTS = {"perplexity": {"training and held-out": ["Multiline", ["train/perplexity", "eval/perplexity", "eval/unigram_perplexity"]]},
-          "loss": {"MLM, training and held-out": ["Multiline", ["train/mlm_loss", "eval/mlm_loss"]],
-                   "NSP, training and held-out": ["Multiline", ["train/nsp_loss", "eval/nsp_loss"]]}}
+PRETRAINING_CHARTS = {
+    "perplexity": {"training and held-out": ["Multiline", ["train/perplexity", "eval/perplexity", "eval/unigram_perplexity"]]},
+    "loss": {"MLM, training and held-out": ["Multiline", ["train/mlm_loss", "eval/mlm_loss"]],
+             "NSP, training and held-out": ["Multiline", ["train/nsp_loss", "eval/nsp_loss"]]}}
 
 
 class Monitor:
     """Writes the numbers of a run. Rows from `first_row` on are cut, from metrics.jsonl and from TensorBoard: a run that goes
-    on after a crash writes them again. With `active` off (other processes than the first) it does nothing."""
+    on after a crash writes them again. With `active` off (other processes than the first) it does nothing; with `quiet` it shows
+    no bar and no lines of numbers."""
 
-    def __init__(self, output: Path, first_row: int, total_steps: int, options: dict, active: bool = True):
-        self.active, self.total_steps = active, total_steps
+    def __init__(self, output: Path, first_row: int, total_steps: int, options: dict, active: bool = True,
+                 charts: dict = PRETRAINING_CHARTS, score: str = "eval/perplexity", quiet: bool = False):
+        self.active, self.total_steps, self.quiet = active, total_steps, quiet
         if not active:
             return
         self.path = output / "metrics.jsonl"
@@ -36,9 +39,10 @@ class Monitor:
         self.writer = SummaryWriter(str(output), purge_step=first_row)
         self.options = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in options.items()}
         if first_row == 0:
-            self.writer.add_custom_scalars(CHARTS)
-            self._hyperparameters({"eval/perplexity": math.nan})
-        self.bar = tqdm(total=total_steps, initial=max(0, first_row - 1), unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
+            self.writer.add_custom_scalars(charts)
+            self._hyperparameters({score: math.nan})
+        self.bar = tqdm(total=total_steps, initial=max(0, first_row - 1), unit="step", disable=quiet or None, dynamic_ncols=True,
+                        smoothing=0.05)
         self.begin, self.first_step, self.last_line = time.monotonic(), max(0, first_row - 1), 0.0
 
     def _hyperparameters(self, metrics: dict[str, float]) -> None:
@@ -63,7 +67,9 @@ class Monitor:
         shown = {name: f"{value:,.0f}" if name == "tokens/s" else f"{value:.4g}" for name, value in shown.items() if value is not None}
         if shown:
             self.bar.set_postfix(shown, refresh=False)
-        if "eval/perplexity" in numbers:
+        if self.quiet:
+            return
+        if any(name.startswith("eval/") for name in numbers):
             parts = [f"{name.removeprefix('eval/').replace('_', ' ')} {value:.4g}" for name, value in numbers.items()
                      if name.startswith("eval/") and not name.endswith("loss")]
             self.say(f"step {step}: held-out {', '.join(parts)}")

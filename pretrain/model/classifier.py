@@ -1,0 +1,65 @@
+"""Text classification on packed batches: transformers' own classes under their own names, only `forward` is ours."""
+from __future__ import annotations
+
+import transformers
+from torch import Tensor
+
+from pretrain.batch import LabelledBatch
+from pretrain.command import UserError
+from pretrain.model.bert import load_config, load_weights
+from pretrain.model.packed import PackedModel
+from pretrain.model.roberta import RobertaPositions
+
+
+class PackedClassifier(PackedModel):
+    """LabelledBatch -> Output; the head reads the first token of each sequence."""
+
+    loss_weights = {"label": 1.0}
+    head_may_differ = True
+
+    def label_logits(self, hidden: Tensor, batch: LabelledBatch) -> Tensor:
+        """float32 [N, classes]."""
+        first = hidden[batch.cu_seqlens[:-1].long()][:, None]  # [N, 1, width]: pooler and head take token 0
+        pooler = getattr(self.base_model, "pooler", None)
+        return self.classifier(first if pooler is None else self.dropout(pooler(first))).float()
+
+    def score(self, hidden: Tensor, batch: LabelledBatch) -> dict[str, tuple[Tensor, Tensor]]:
+        """(logits, labels) of the one loss."""
+        return {"label": (self.label_logits(hidden, batch), batch.label)}
+
+
+class BertForSequenceClassification(PackedClassifier, transformers.BertForSequenceClassification):
+    """LabelledBatch -> Output."""
+
+
+class RobertaForSequenceClassification(PackedClassifier, RobertaPositions, transformers.RobertaForSequenceClassification):
+    """LabelledBatch -> Output."""
+
+
+class XLMRobertaForSequenceClassification(PackedClassifier, RobertaPositions, transformers.XLMRobertaForSequenceClassification):
+    """LabelledBatch -> Output."""
+
+
+class CamembertForSequenceClassification(PackedClassifier, RobertaPositions, transformers.CamembertForSequenceClassification):
+    """LabelledBatch -> Output."""
+
+
+CLASSIFIERS = {"bert": BertForSequenceClassification, "roberta": RobertaForSequenceClassification,
+               "xlm-roberta": XLMRobertaForSequenceClassification, "camembert": CamembertForSequenceClassification}
+
+
+def load_classifier(name: str, classes: list[str] | None = None) -> PackedClassifier:
+    """The classifier in a checkpoint, or, with `classes`, one of those labels over its encoder; its head is kept where it has them.
+
+    UserError where there is no such checkpoint, or, without `classes`, no head in it."""
+    config = load_config(name)
+    same = classes is None or list(config.id2label.values()) == classes
+    if classes is not None:
+        config.id2label, config.label2id = dict(enumerate(classes)), {label: number for number, label in enumerate(classes)}
+        config.problem_type = "single_label_classification"
+    model, missing = load_weights(CLASSIFIERS[config.model_type], name, config)
+    if not same:  # also where the sizes happen to agree
+        model.classifier.apply(model._init_weights)
+    elif classes is None and any(key.startswith("classifier") for key in missing):
+        raise UserError(f"--model {name}: has no classification head; needed is a model that finetune.py, or another, has made")
+    return model

@@ -1,0 +1,37 @@
+"""Does going on with pretraining on your text help your task? The whole experiment, and one report that answers."""
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` may find a script
+
+from pretrain.command import check, parse, run_command  # noqa: E402
+from pretrain.config import AdaptOptions, validate  # noqa: E402
+
+
+def main(argv: list[str]) -> None:
+    """Parse, run what is not done yet, write the report, tell the verdict."""
+    options = parse(argv, AdaptOptions, __doc__)
+    check(validate(options))
+
+    import numpy as np
+
+    from pretrain import adapt
+    from pretrain.report import write_report
+
+    experiment = adapt.build_experiment(options)
+    adapt.open_experiment(experiment)
+    print(adapt.describe(experiment))
+    facts = adapt.run_experiment(experiment)
+    truth = np.array([experiment.classes.index(label) for label in experiment.rows["test"].labels])
+    predictions = {name: {budget: np.array([adapt.predicted(experiment, name, budget, seed) for seed in range(options.seeds)])
+                          for budget in experiment.budgets} for name in experiment.encoders}
+    answer = write_report(experiment.output, facts | {"command": shlex.join(["python", "scripts/adapt.py", *argv])}, truth, predictions)
+    if experiment.replaced:
+        shutil.rmtree(experiment.replaced, ignore_errors=True)
+    print(f"\n{answer.replace('**', '')}\n\nreport: {experiment.output / 'report.html'} (the same as {experiment.output / 'report.md'})")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
