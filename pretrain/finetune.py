@@ -257,8 +257,8 @@ def finish(task: Task, summary: dict, context: torch.autocast) -> None:
         summary["test"] = score(dataset.labels, shares, task.classes)
         write_rows(task.output / "test_predictions.csv", prediction_rows(task, shares), as_csv=True)
     shown = {"valid": "held-out rows", "test": "test rows"}[name]
-    matrices = {f"What became of the {shown} of each class": summary[name]["confusion"]}
-    pictures.confusion(task.output / "confusion.png", matrices, task.classes)
+    title = f"What became of the {shown} of each class"
+    pictures.confusion(task.output / "confusion.png", title, {"": summary[name]["confusion"]}, task.classes)
     if task.options.save_model:
         task.tokenizer.model_max_length = task.collator.max_length  # where a pipeline cuts, too
         ckpt.write_folder(task.output / "final", lambda folder: write_classifier(folder, task, summary))

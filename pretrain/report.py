@@ -134,7 +134,8 @@ def draw_pictures(output: Path, facts: dict, scores: dict) -> None:
                                                    [np.std(values, ddof=len(values) > 1) for values in of.values()])
                      for name, of in scores.items()}, logarithmic="x" if len(budgets) > 1 else "")
     largest = list(budgets)[-1]
-    pictures.confusion(output / "confusion.png", {
+    title = f"What became of the test rows of each class, {budgets[largest]:,} labelled rows, {facts['seeds']} seeds added up"
+    pictures.confusion(output / "confusion.png", title, {
         f"encoder {ENCODERS[name]}": np.sum([result["test"]["confusion"] for result in facts["scores"][name][largest]], axis=0)
         for name in ("base", "adapted")}, facts["classes"])
     held_out = facts["perplexity"]

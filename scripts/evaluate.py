@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     model, fresh = bert.from_checkpoint(options.model, [])
     check(model.problems_of(options.objective, options.max_length))
     model.set_objective(options.objective)
-    tokenizer = tokenizers.load(options.model)
+    tokenizer = tokenizers.load(options.model, option="--model")
     vocabulary = tokenizers.describe(tokenizer)
     if vocabulary.size > model.config.vocab_size:
         raise UserError(f"--model {options.model}: its tokenizer has {vocabulary.size:,} entries, the model {model.config.vocab_size:,}")

@@ -415,9 +415,10 @@ def test_a_run_is_started_again_from_another_directory(arguments, text_file, tmp
     assert rows(tmp_path / "run") == expected
 
 
-def test_the_folder_of_a_run_is_no_model(finished, arguments, tmp_path, capsys):
-    told = refusal(PRETRAIN.main, [*arguments, "--model", finished, "--output", tmp_path / "run"], capsys)
-    assert told == f"--model {finished}: is the folder of a run; needed is a model in it, such as {finished / 'final'}"
+def test_the_folder_of_a_run_stands_for_its_model(finished, arguments, tmp_path):
+    for name, model in (("run", finished), ("final", finished / "final")):
+        PRETRAIN.main([*map(str, arguments), "--model", str(model), "--max-steps", "1", "--output", str(tmp_path / name)])
+    assert rows(tmp_path / "run") == rows(tmp_path / "final")
 
 
 @pytest.mark.parametrize("budget", ["0.05", "1"])

@@ -263,7 +263,7 @@ def test_bad_input_of_fill_mask_is_told_in_one_message(model, vocabulary, tmp_pa
             (["--model", model, "bank river ."], "'bank river .': has 0 masks and 5 tokens; needed is a [MASK] or more"),
             (["--model", model, "[MASK] " + "bank " * 600], "'[MASK] bank bank"),
             (["--model", headless, "[MASK]"], f"--model {headless}: has no MLM head, so it cannot fill masks; needed is a"),
-            (["--model", bare, "[MASK]"], f"--tokenizer {bare}: the folder holds none of tokenizer.json"),
+            (["--model", bare, "[MASK]"], f"--model {bare}: the folder holds no tokenizer, none of tokenizer.json"),
             (["--model", tmp_path / "absent", "[MASK]"], f"--model {tmp_path / 'absent'}: is no size (tiny, mini, small, medium, base"),
             (["[MASK]"], "--model: needed is a model that fills masks"),
             (["--model", model], "TEXT: needed is a sentence with [MASK], in quotes"),

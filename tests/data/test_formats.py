@@ -594,7 +594,7 @@ def test_a_missing_extra_is_told_with_its_command(tmp_path, monkeypatch, kind):
 
 def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     path = lines(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b"})
-    monkeypatch.setattr(formats, "_choose_field", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(formats, "choose_field", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         read(path)
     assert [file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()] == ["sources.json"]

@@ -154,7 +154,7 @@ def test_a_vocabulary_that_is_no_text(tmp_path):
 
 def test_a_folder_without_a_tokenizer(tmp_path):
     assert message(load, str(tmp_path)) == (
-        f"--tokenizer {tmp_path}: the folder holds none of tokenizer.json, tokenizer_config.json, vocab.txt")
+        f"--tokenizer {tmp_path}: the folder holds no tokenizer, none of tokenizer.json, tokenizer_config.json, vocab.txt")
 
 
 @pytest.mark.parametrize("name", ["no-such-tokenizer", "nobody/nothing", "./gone"])
