@@ -1,4 +1,5 @@
-"""The commands of the README: each of "Your text, your masks" runs, on small files of the names that it uses; the others parse."""
+"""The commands of the README: each of "Your text, your masks" and "Does it help?" runs, on small files of the names that it uses; the
+others parse."""
 import gzip
 import json
 import re
@@ -12,14 +13,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForMaskedLM, BertConfig, BertForPreTraining, RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
 
 from pretrain.command import parse
-from pretrain.config import Config, validate
+from pretrain.config import AdaptOptions, Config, validate
 from pretrain.data import tokenizer as tokenizers
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("## Your text, your masks")[1].split("\n## ")[0]
-COMMANDS = [line for line in SECTION.splitlines() if line.startswith("python scripts/")]
+
+
+def commands(title):
+    section = README.split(f"## {title}")[1].split("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith("python scripts/")]
+
+
+COMMANDS, HELP = commands("Your text, your masks"), commands("Does it help?")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 FAST = ["--max-steps", "2", "--batch-size", "4", "--micro-batch-size", "2", "--max-length", "32", "--eval-tokens", "500"]
+MORE = {"pretrain.py": FAST, "show_masks.py": ["--max-length", "32"], "finetune.py": ["--max-steps", "2"], "adapt.py": [
+    "--label-budgets", "4", "all", "--seeds", "1", "--pretrain", " ".join(FAST), "--finetune", "--max-steps 2 --max-length 32"]}
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +80,7 @@ def run(line, home, monkeypatch):
     spec = spec_from_file_location("script", ROOT / shlex.split(line)[1])
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    fast = FAST if "pretrain.py" in line else ["--max-length", "32"] if "show_masks" in line else []
-    return module.main(arguments + fast)
+    return module.main(arguments + MORE.get(shlex.split(line)[1].removeprefix("scripts/"), []))
 
 
 def test_the_section_has_a_line_for_each_case():
@@ -94,8 +102,31 @@ def test_each_command_of_the_section_runs(line, home, monkeypatch, capsys):
         assert "entities" in printed
 
 
+@pytest.mark.parametrize("line", HELP)
+def test_each_command_of_does_it_help_runs(line, home, monkeypatch, capsys):
+    (home / "other_text").mkdir(exist_ok=True)
+    (home / "other_text" / "b.txt").write_text("\n\n".join(f"The train was slow.\nThe river is quick, {number}." for number in range(40)))
+    for name, start in (("train", 0), ("valid", 20), ("test", 30), ("new", 40)):
+        rows = [f"bank model {number},money" if number % 2 else f"river water {number},water" for number in range(start, start + 10)]
+        (home / f"{name}.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    needed = {"finetune": ("adapted", "python scripts/pretrain.py --train my_text/ --model bert-base-uncased --output runs/adapted"),
+              "predict": ("classifier", HELP[1].replace("--model runs/adapted", "--model bert-base-uncased"))}
+    for script, (folder, command) in needed.items():
+        if f"/{script}.py" in line and not (home / "runs" / folder).exists():
+            run(command, home, monkeypatch)
+    if "/finetune.py" in line and (home / "runs" / "classifier").exists():
+        line += " --overwrite"
+    run(line, home, monkeypatch)
+    printed = capsys.readouterr().out
+    expected = {"adapt": "report.html", "finetune": "mean of the classes", "predict": "10 rows in predictions.csv", "domain": "pieces each"}
+    assert next(text for script, text in expected.items() if f"/{script}.py" in line) in printed
+
+
 def test_all_other_commands_parse():
-    lines = [line.split("#")[0] for line in README.splitlines() if line.startswith("python scripts/pretrain.py") and line not in COMMANDS]
-    assert len(lines) >= 2
-    for line in lines:
-        assert validate(parse(shlex.split(line)[2:], Config, "")) == []
+    lines = [line.split("#")[0] for line in README.splitlines() if line.startswith("python scripts/") and line not in COMMANDS + HELP]
+    kinds = {"scripts/pretrain.py": Config, "scripts/adapt.py": AdaptOptions}
+    lines = [shlex.split(line)[1:] for line in lines]
+    assert {line[0] for line in lines} >= kinds.keys()
+    for name, *arguments in lines:
+        if name in kinds:
+            assert validate(parse(arguments, kinds[name], "")) == []
