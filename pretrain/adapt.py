@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from pretrain import domain, pictures, setup
+from pretrain import domain, setup
 from pretrain.cleaning import write_cleaned
 from pretrain.command import UserError, as_command, check, parse
 from pretrain.config import MODEL_SIZES, AdaptOptions, Config, FinetuneOptions, LabelOptions, validate
@@ -197,7 +197,6 @@ def compare(experiment: Experiment) -> dict:
               for name, shown in names.items() if name in experiment.texts or name == "task"}
     tokenizer, left_out = tokenizers.load(experiment.options.model), domain.stop_words("auto")
     shares, num_words = domain.overlap({name: domain.frequent_words(of, left_out) for name, of in counts.items()}, 10_000)
-    pictures.overlap(experiment.output / "overlap.png", list(counts), shares, num_words)
     broken = {name: domain.fragmentation(of, tokenizer) for name, of in counts.items()}
     return {"names": list(counts), "shares": shares.tolist(), "words": num_words, "texts": {
         name: {"words": sum(counts[name].values()), "pieces_per_word": of.pieces_per_word, "unknown_share": of.unknown_share}

@@ -27,6 +27,7 @@ from pretrain.data import tokenizer as tokenizers
 from pretrain.data.labelled import Labelled, LabelledCollator, LabelledDataset, StepSampler, budget_rows, classes_of, read_labelled
 from pretrain.evaluate import read_sums
 from pretrain.files import write_json
+from pretrain.model.attention import choose_attention
 from pretrain.model.classifier import PackedClassifier, load_classifier
 from pretrain.predict import predict, score, write_rows
 from pretrain.runtime import checkpoint as ckpt
@@ -74,6 +75,7 @@ def build(options: FinetuneOptions, tell: Callable[[str], None] = print) -> Task
     tokenizer = tokenizers.load(options.model, option="--model")
     torch.manual_seed(options.seed)
     model = load_classifier(options.model, classes)
+    model.config._attn_implementation = choose_attention(device, precision)
     max_length = min(MAX_LENGTH, model.max_length) if options.max_length is None else options.max_length
     check(model.problems_of("mlm", max_length))
     datasets = {}
@@ -91,7 +93,7 @@ def build(options: FinetuneOptions, tell: Callable[[str], None] = print) -> Task
     total_steps = options.max_steps or max(1, round(options.epochs * steps_per_epoch))
     every = interval(options.eval_every)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     torch.manual_seed(options.seed)  # dropout, whatever the head has drawn
     return Task(options, device, precision, output, tokenizer, model.to(device),
                 LabelledCollator(max_length, options.micro_batch_size or options.batch_size, weights), classes, rows, datasets, total_steps,

@@ -126,8 +126,9 @@ def write_report(output: Path, facts: dict, truth: np.ndarray, predictions: dict
 
 
 def draw_pictures(output: Path, facts: dict, scores: dict) -> None:
-    """The pictures of the report, but for the overlap."""
-    budgets, metric = facts["budgets"], METRICS[facts["metric"]]
+    """The pictures of the report."""
+    budgets, metric, texts = facts["budgets"], METRICS[facts["metric"]], facts["overlap"]
+    pictures.overlap(output / "overlap.png", texts["names"], np.array(texts["shares"]), texts["words"])
     pictures.curves(output / "learning_curve.png", f"{metric} on the test rows, mean and deviation over {facts['seeds']} seeds",
                     "labelled rows to train on", metric,
                     {f"encoder {ENCODERS[name]}": ([budgets[budget] for budget in of], [np.mean(values) for values in of.values()],

@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
     from pretrain.data.labelled import LabelledCollator, choose_columns, text_of
     from pretrain.data.tokenizer import load
     from pretrain.files import write_aside
+    from pretrain.model.attention import choose_attention
     from pretrain.model.classifier import load_classifier
     from pretrain.runtime.distributed import start
     from pretrain.runtime.optim import autocast, choose_precision
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> None:
     columns = choose_columns(first[1], first[0], options)
     label_field = options.label_field if options.label_field in first[1] else None
     tokenizer, model = load(options.model, option="--model"), load_classifier(options.model).to(device)
+    model.config._attn_implementation = choose_attention(device, precision)
     max_length = options.max_length or min(tokenizer.model_max_length, model.max_length)
     check(model.problems_of("mlm", max_length))
     collator, known, left_out = LabelledCollator(max_length, options.batch_size), [], Counter()
