@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -20,20 +22,21 @@ from pretrain.command import UserError, as_command, check, parse
 from pretrain.config import MODEL_SIZES, AdaptOptions, Config, FinetuneOptions, LabelOptions, validate
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.labelled import Labelled
-from pretrain.data.reading import content_key
+from pretrain.data.reading import content_key, expand
 from pretrain.evaluate import evaluate
-from pretrain.files import sha256_of, write_aside, write_json
-from pretrain.finetune import build, check_budget, finetune, read_rows
+from pretrain.files import model_folder, sha256_of, write_aside, write_json
+from pretrain.finetune import build, check_budget, finetune
 from pretrain.model.bert import from_checkpoint
 from pretrain.runtime import checkpoint as ckpt
-from pretrain.runtime.distributed import World
-from pretrain.runtime.optim import autocast
+from pretrain.runtime.distributed import World, start
+from pretrain.runtime.optim import autocast, choose_precision
 from pretrain.text import TextFiles, check_text
 from pretrain.train import train
 
-GIVEN = {"pretrain": ("model", "train", "output", "resume", "overwrite", "max_minutes"), "finetune": (
-    "model", "label_budget", "seed", "output", "overwrite", "save_model", *(entry.name for entry in fields(LabelOptions)))}
-MAY_GROW = ("seeds", "label_budgets", "output", "overwrite")  # options that a restarted experiment may change
+GIVEN = {  # options that the experiment sets itself
+    "pretrain": ("model", "train", "valid", "patience", "max_minutes", "output", "resume", "overwrite"),
+    "finetune": ("model", "label_budget", "seed", "output", "overwrite", "save_model", *(entry.name for entry in fields(LabelOptions)))}
+MAY_CHANGE = ("seeds", "label_budgets", "output", "overwrite", "pretrain", "finetune")  # the last two are compared as they are understood
 READ_ALREADY = {"format": "jsonl", "text_field": None, "entity_field": None, "split_sentences": None, "max_documents": 0}
 ENTRIES = r"experiment\.json|parts|adapted|control|finetune|report\.(md|html)|\w+\.(png|jsonl)|\..*\.partial"
 
@@ -60,13 +63,12 @@ class Experiment:
         return {"base": self.options.model} | {name: str(self.output / name / "final") for name, of in trained.items() if of in self.texts}
 
     def part(self, name: str, work: Callable[[], dict]) -> dict:
-        """The result of a part: what it has left in its file, else what `work` returns, with the seconds that it took."""
+        """The result of a part: what it has left in its file, else what `work` returns, with the seconds since it was started last."""
         path = self.output / "parts" / f"{name}.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         begin = time.monotonic()
-        result = work()
-        result.setdefault("seconds", time.monotonic() - begin)
+        result = work() | {"wall_seconds": time.monotonic() - begin}
         write_json(path, result)
         return result
 
@@ -82,7 +84,9 @@ def build_experiment(options: AdaptOptions) -> Experiment:
     pretraining, finetuning = passed_on(options, "pretrain", Config), passed_on(options, "finetune", FinetuneOptions)
     labels = {entry.name: getattr(options, entry.name) for entry in fields(LabelOptions)}
     finetuning = replace(finetuning, **labels, model=options.model, save_model=False, overwrite=True)
-    rows, classes = read_rows(finetuning)
+    with told_as("finetune", options):
+        task = build(replace(finetuning, output=str(Path(options.output) / "finetune" / ".check")))
+    rows, classes = task.rows, task.classes
     problems, budgets = [], {}
     for text in options.label_budgets:
         if text == "all":
@@ -94,9 +98,10 @@ def build_experiment(options: AdaptOptions) -> Experiment:
             problems.append(f"--label-budgets {text}: needed is a number of rows, or all")
     check(problems)
     budgets = dict(sorted(budgets.items(), key=lambda item: item[1]))
-    tokenizers.load(options.model, option="--model")
-    fresh = from_checkpoint(options.model, [])[1]
-    build(replace(finetuning, output=str(Path(options.output) / "finetune" / ".check")), tell=lambda line: None)
+    model, fresh = from_checkpoint(options.model, [])
+    with told_as("pretrain", options):
+        check(model.problems_of(pretraining.objective, pretraining.max_length))
+        choose_precision(pretraining.precision, start(pretraining.device)[1])
     texts = {"text": check_text(options.text, "--text", pretraining, World(), pretraining.masking)}
     if options.control:
         texts["control"] = check_text(options.control, "--control", pretraining, World(), pretraining.masking)
@@ -110,38 +115,56 @@ def build_experiment(options: AdaptOptions) -> Experiment:
 
 def passed_on(options: AdaptOptions, name: str, kind: type):
     """The options of another command in --pretrain or --finetune; UserError for those that the experiment gives itself."""
-    text = getattr(options, name)
-    try:
-        parsed = parse(shlex.split(text), kind, "")
+    with told_as(name, options):
+        parsed = parse(shlex.split(getattr(options, name)), kind, "")
         check(validate(parsed))
-    except ValueError as error:  # of shlex, too
-        raise UserError("\n".join(f'--{name} "{text}": {line}' for line in str(error).splitlines())) from error
-    for given in GIVEN[name]:
-        if getattr(parsed, given) != getattr(kind(), given):
-            raise UserError(f'--{name} "{text}": --{given.replace("_", "-")} is given by the experiment; needed is the option left away')
+        check([f"--{given.replace('_', '-')} is given by the experiment; needed is the option left away" for given in GIVEN[name]
+               if getattr(parsed, given) != getattr(kind(), given)])
     return parsed
+
+
+@contextmanager
+def told_as(name: str, options: AdaptOptions) -> Iterator[None]:
+    """Names the option that another command's options came by in what is wrong with them."""
+    try:
+        yield
+    except ValueError as error:  # UserError, and shlex's
+        raise UserError("\n".join(f'--{name} "{getattr(options, name)}": {line}' for line in str(error).splitlines())) from error
 
 
 def open_experiment(experiment: Experiment) -> None:
     """Make the folder, or go on in it; UserError where it holds an experiment with other options or other files."""
-    options, output = experiment.options, experiment.output
-    files = [*options.train, *options.valid, *options.test]
-    now = {"options": {name: value for name, value in asdict(options).items() if name not in MAY_GROW},
-           "files": {path: sha256_of(Path(path).expanduser()) for path in files if Path(path).expanduser().is_file()},
+    options, pretraining, output = experiment.options, experiment.pretraining, experiment.output
+    model = Path(model_folder(options.model))
+    files = [*expand([*options.train, *options.valid, *options.test], "--train"), *model.glob("*.json"), *model.glob("*.safetensors"), *(
+        getattr(pretraining, name) for name in ("lexicon", "similar", "add_tokens") if getattr(pretraining, name))]
+    now = {"options": {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE},
+           "pretrain": asdict(pretraining), "finetune": asdict(experiment.finetuning),
+           "files": {str(path): sha256_of(Path(path)) for path in files if Path(path).is_file()},
            "texts": {name: content_key(text.sources, text.text_format, text.markup.key) for name, text in experiment.texts.items()}}
     path = output / "experiment.json"
     if output.is_dir() and any(output.iterdir()) and not options.overwrite:
         if not path.is_file():
             raise UserError(f"--output {output}: is not empty and holds no experiment; needed is another folder")
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"--output {output}: its experiment was started with --{name.replace('_', '-')} {before['options'].get(name)}, not "
-                   f"{value}; needed is another folder, or --overwrite" for name, value in now["options"].items()
-                   if before["options"].get(name) != value]
-        changed += [f"--output {output}: {name} has changed since its experiment was started; needed is another folder, or --overwrite"
-                    for kind in ("files", "texts") for name, value in now[kind].items() if before[kind].get(name) != value]
-        check(changed)
+        check([f"--output {output}: its experiment was started with {what}; needed is another folder, or --overwrite"
+               for what in differences(before, now)] if any(output.glob("parts/pretrain-*")) else [])
+        if before != now:  # nothing has been trained yet
+            shutil.rmtree(output / "parts", ignore_errors=True)
     experiment.replaced = ckpt.make_output(output, options.overwrite, (output / "report.md").is_file())
     write_json(path, now)
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """What an experiment was started with that is not so now."""
+    flags = {"options": "--{}", "pretrain": "--pretrain \"--{}\"", "finetune": "--finetune \"--{}\""}
+    told = []
+    for kind, values in now.items():
+        for name, value in values.items():
+            old = before.get(kind, {}).get(name)
+            if old != value:
+                told.append(f"{flags[kind].format(name.replace('_', '-'))} {old}, not {value}" if kind in flags else f"another {name}")
+    return told
 
 
 def describe(experiment: Experiment) -> str:
@@ -160,7 +183,7 @@ def run_experiment(experiment: Experiment) -> dict:
         if not cleaned[name]["documents"]:
             raise UserError(f"--{name}: holds nothing but copies of test texts; needed is other text")
     compared = experiment.part("overlap", lambda: compare(experiment))
-    runs = {"adapted": experiment.part("pretrain-adapted", lambda: pretrain(experiment, "adapted", check_control=True))}
+    runs = {"adapted": experiment.part("pretrain-adapted", lambda: pretrain(experiment, "adapted"))}
     if "control" in experiment.texts:
         runs["control"] = experiment.part("pretrain-control", lambda: pretrain(experiment, "control"))
     perplexities = experiment.part("perplexity", lambda: held_out(experiment))
@@ -172,12 +195,14 @@ def run_experiment(experiment: Experiment) -> dict:
                 result = experiment.part(part, lambda name=name, budget=budget, seed=seed: fine_tune(experiment, name, budget, seed))
                 scores[name][budget].append(result)
                 print(f"{name}, {experiment.budgets[budget]:,} labels, seed {seed}: {experiment.finetuning.metric.replace('_', ' ')} "
-                      f"{result['test'][experiment.finetuning.metric]:.3f} ({result['seconds']:.0f} s)")
-    return {"text": {name: cleaned[name] for name in experiment.texts}, "text_seconds": cleaned["seconds"], "overlap": compared,
-            "pretraining": runs, "perplexity": {name: value for name, value in perplexities.items() if name != "seconds"}, "scores": scores,
+                      f"{result['test'][experiment.finetuning.metric]:.3f} ({result['wall_seconds']:.0f} s)")
+    seen = set(experiment.rows["train"].texts)
+    return {"text": {name: cleaned[name] for name in experiment.texts}, "text_seconds": cleaned["wall_seconds"], "overlap": compared,
+            "pretraining": runs, "perplexity": perplexities, "scores": scores,
             "model": experiment.options.model, "metric": experiment.finetuning.metric, "classes": experiment.classes,
             "budgets": experiment.budgets, "seeds": experiment.options.seeds, "fresh_parts": experiment.fresh_parts,
-            "rows": {name: len(rows.labels) for name, rows in experiment.rows.items()}}
+            "rows": {name: len(rows.labels) for name, rows in experiment.rows.items()},
+            "seen_in_training": sum(text in seen for text in experiment.rows["test"].texts)}
 
 
 def clean(experiment: Experiment, name: str) -> dict:
@@ -198,7 +223,9 @@ def compare(experiment: Experiment) -> dict:
     tokenizer, left_out = tokenizers.load(experiment.options.model), domain.stop_words("auto")
     shares, num_words = domain.overlap({name: domain.frequent_words(of, left_out) for name, of in counts.items()}, 10_000)
     broken = {name: domain.fragmentation(of, tokenizer) for name, of in counts.items()}
-    return {"names": list(counts), "shares": shares.tolist(), "words": num_words, "texts": {
+    inputs = [f"{name}={experiment.output / name}.jsonl" for name in names if name in experiment.texts or name == "task"]
+    command = shlex.join(["python", "scripts/domain.py", "--input", *inputs, "--tokenizer", experiment.options.model])
+    return {"command": command, "names": list(counts), "shares": shares.tolist(), "words": num_words, "texts": {
         name: {"words": sum(counts[name].values()), "pieces_per_word": of.pieces_per_word, "unknown_share": of.unknown_share}
         for name, of in broken.items()}}
 
@@ -210,17 +237,18 @@ def config_of(experiment: Experiment, name: str) -> Config:
                      train=[str(experiment.output / f"{source}.jsonl")], resume=True)
     if name == "control":
         adapted = json.loads((experiment.output / "parts" / "pretrain-adapted.json").read_text(encoding="utf-8"))
-        config = replace(config, max_steps=adapted["total_steps"], valid=[])
+        config = replace(config, max_steps=adapted["steps"])
     return config
 
 
-def pretrain(experiment: Experiment, name: str, check_control: bool = False) -> dict:
-    """Pretrain, or go on with it; the run's summary. With `check_control` the control's options are checked before it starts."""
-    if check_control and "control" in experiment.texts:
-        control = [str(experiment.output / "control.jsonl")]
-        setup.build(replace(config_of(experiment, "adapted"), train=control, valid=[], output=str(experiment.output / "control")))
+def pretrain(experiment: Experiment, name: str) -> dict:
+    """Pretrain, or go on with it; the run's summary."""
     config = config_of(experiment, name)
-    run = setup.build(config)
+    with told_as("pretrain", experiment.options):
+        if name == "adapted" and "control" in experiment.texts:  # its text, too, is checked before hours are spent
+            control = experiment.output / "control"
+            setup.build(replace(config, train=[str(control.with_suffix(".jsonl"))], output=str(control)))
+        run = setup.build(config)
     command = as_command("pretrain", replace(config, resume=False, output=None))
     summary_file = run.output / "summary.json"
     if run.is_finished and (run.output / "final").is_dir() and summary_file.is_file():
@@ -230,7 +258,7 @@ def pretrain(experiment: Experiment, name: str, check_control: bool = False) -> 
         setup.print_plan(run)
         summary = train(run)
     warmup = run.config.warmup
-    return {**summary, "total_steps": run.total_steps, "command": command, "precision": run.precision,
+    return {**summary, "command": command, "device": f"{run.device}, {run.precision}",
             "warmup_steps": round(warmup * run.total_steps) if warmup < 1 else int(warmup)}
 
 
@@ -259,7 +287,7 @@ def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict
     """Fine-tune an encoder; its summary and the command that repeats it."""
     options = replace(experiment.finetuning, model=experiment.encoders[name], seed=seed, label_budget=0 if budget == "all" else int(budget),
                       output=str(experiment.output / "finetune" / f"{name}-{budget}-{seed}"))
-    summary = finetune(build(options, tell=lambda line: None), quiet=True)
+    summary = finetune(build(options, tell=lambda line: None, keep_head=False), quiet=True)
     return {**summary, "command": as_command("finetune", replace(options, save_model=True, output=None, overwrite=False))}
 
 

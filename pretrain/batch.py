@@ -27,6 +27,7 @@ class PackedBatch:
     counts: dict[str, float]  # what each loss is divided by: "mlm" masked tokens, "nsp" pairs, "label" examples or their weights
     num_tokens: int  # real ones, without filling
     num_sequences: int  # real ones
+    shortfall: int = 0  # masked tokens that a budget allowed and no unit could fill
 
     def _map(self, change) -> PackedBatch:
         tensors = {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -48,7 +49,6 @@ class Batch(PackedBatch):
     masked_positions: Tensor  # int64 [M]; places in T
     masked_lm_labels: Tensor  # int64 [M]; the ids that stood there
     next_sentence_label: Tensor  # int64 [N]; 0 is next (or in order), 1 is random (or swapped), IGNORED where there is no pair
-    shortfall: int = 0  # masked tokens that a budget allowed and no unit could fill
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -14,8 +15,8 @@ from pretrain.text import TextFiles
 def write_cleaned(text: TextFiles, test_texts: list[tuple[str, ...]], more: list[tuple[str, ...]], target: Path) -> dict[str, int]:
     """Write the documents of `text`, and a document for each of `more`, without exact copies of `test_texts`, to `target` as JSON lines
     (pretrain/data/formats.py); counts of documents, of copies removed and of `more`. One document is in memory at a time."""
-    copies = {squeeze(part) for parts in test_texts for part in parts}
-    longest, counts = max(map(len, copies)), {"documents": 0, "removed": 0, "task_texts": len(more)}
+    copies = sorted({squeeze(part) for parts in test_texts for part in parts})
+    counts = {"documents": 0, "removed": 0, "task_texts": len(more)}
 
     def documents() -> Iterator[list[Sentence]]:
         for is_end, items in groupby(text.sentences(), key=lambda item: item is None):
@@ -26,7 +27,7 @@ def write_cleaned(text: TextFiles, test_texts: list[tuple[str, ...]], more: list
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as out:
             for document in documents():
-                kept, removed = without_copies(document, copies, longest)
+                kept, removed = without_copies(document, copies)
                 counts["removed"] += removed
                 if kept:
                     counts["documents"] += 1
@@ -41,17 +42,18 @@ def squeeze(text: str) -> str:
     return "".join(text.split())
 
 
-def without_copies(sentences: list[Sentence], copies: set[str], longest: int) -> tuple[list[Sentence], int]:
-    """(what is left of a document, copies removed): a sentence, or several in a row, that make a text of `copies`, none of which has
-    more than `longest` characters."""
-    kept, removed, place = [], 0, 0
+def without_copies(sentences: list[Sentence], copies: list[str]) -> tuple[list[Sentence], int]:
+    """(what is left of a document, copies removed): a sentence, or several in a row, that make a text of `copies`, which are squeezed
+    and sorted: as soon as none of them begins so, no more sentences are joined."""
+    squeezed, kept, removed, place = [squeeze(text) for text, _ in sentences], [], 0, 0
     while place < len(sentences):
         joined, end = "", place
         for last in range(place, len(sentences)):
-            joined += squeeze(sentences[last][0])
-            if len(joined) > longest:
+            joined += squeezed[last]
+            found = bisect_left(copies, joined)
+            if found == len(copies) or not copies[found].startswith(joined):
                 break
-            end = last + 1 if joined in copies else end
+            end = last + 1 if copies[found] == joined else end
         if end == place:
             kept.append(sentences[place])
         removed, place = removed + (end > place), max(end, place + 1)

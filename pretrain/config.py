@@ -112,10 +112,14 @@ class OptimizationOptions:
 
 
 @dataclass
-class MachineOptions:
+class DeviceOptions:
     device: str = option("auto", "auto (a GPU where there is one), cpu, cuda or cuda:N")
     precision: str = option("auto", "autocast of the encoder: auto (bf16 where the device computes it fast), bf16, fp16 with a "
                             "gradient scaler, or fp32", choices=("auto", "bf16", "fp16", "fp32"))
+
+
+@dataclass
+class MachineOptions(DeviceOptions):
     compile: str = option("auto", "torch.compile: auto (on with the CUDA attention kernel, off on CPU, where it does not pay), "
                           "on, off", choices=("auto", "on", "off"))
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third more "
@@ -142,13 +146,17 @@ class Config(RunOptions, MachineOptions, OptimizationOptions, TaskOptions, DataO
 
 
 @dataclass
-class LabelOptions:
-    train: list[str] = option([], "labelled rows to train on: CSV, TSV, JSONL or Parquet files", nargs="+", metavar="FILE")
-    valid: list[str] = option([], "labelled rows by which the best model is chosen", nargs="+", metavar="FILE")
-    test: list[str] = option([], "labelled rows on which it is scored (default: none)", nargs="+", metavar="FILE")
+class ColumnOptions:
     text_field: str | None = option(None, "column of the text (default: text, or the only one that holds words)", metavar="NAME")
     text_pair_field: str | None = option(None, "column of a second text, read together with the first (default: none)", metavar="NAME")
     label_field: str = option("label", "column of the label, a name or a whole number", metavar="NAME")
+
+
+@dataclass
+class LabelOptions(ColumnOptions):
+    train: list[str] = option([], "labelled rows to train on: CSV, TSV, JSONL or Parquet files", nargs="+", metavar="FILE")
+    valid: list[str] = option([], "labelled rows by which the best model is chosen", nargs="+", metavar="FILE")
+    test: list[str] = option([], "labelled rows on which it is scored (default: none)", nargs="+", metavar="FILE")
 
 
 @dataclass

@@ -5,12 +5,12 @@ texts have in common. A text is read once, into counts of its words; memory grow
 """
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import regex  # comes with transformers
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.command import UserError, require
@@ -19,8 +19,8 @@ from pretrain.data.marking import HAN_CLASS
 from pretrain.data.reading import read_lines
 from pretrain.text import TextFiles
 
-WORD = re.compile(rf"{HAN_CLASS}|(?:(?!{HAN_CLASS})[^\W_])+")  # a Chinese character, else letters and digits in a row
-SEGMENTED_WORD = re.compile(r"[^\W_]+")
+WORD = regex.compile(rf"{HAN_CLASS}|[\p{{L}}\p{{N}}\p{{M}}--{HAN_CLASS}]+", regex.V1)  # a Chinese character, else letters and digits
+SEGMENTED_WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+")
 MAX_DISTINCT = 2_000_000  # counted words; beyond, the rarer half is dropped
 MIN_COUNT = 5  # of a candidate token
 CHINESE_STOP_WORDS = """的 了 在 是 我 有 和 就 不 人 都 一 一个 上 也 很 到 说 要 去 你 会 着 没有 看 自己 这 那 他 她 它 我们 你们
@@ -69,7 +69,7 @@ def overlap(ranked: dict[str, list[str]], top: int) -> tuple[np.ndarray, int]:
     text has fewer, so many are taken of every text: the shares then compare."""
     num_words = min([top, *map(len, ranked.values())])
     if not num_words:
-        raise UserError(f"{next(name for name, words in ranked.items() if not words)}: holds no word that is no stop word; needed is text")
+        raise UserError(f"{next(name for name, words in ranked.items() if not words)}: holds nothing but stop words; needed is text")
     chosen = [set(words[:num_words]) for words in ranked.values()]
     return np.array([[len(one & other) / num_words for other in chosen] for one in chosen]), num_words
 
@@ -92,19 +92,14 @@ def fragmentation(counts: Counter[str], tokenizer: PreTrainedTokenizerBase, left
     for word, count in counts.items():  # the normalizer may set Chinese characters apart by spaces
         read[backend.normalizer.normalize_str(word).replace(" ", "") if normalizes else word] += count
     words = [word for word in read if word]
-    encodings = backend.encode_batch_fast([" " * vocabulary.needs_space + word for word in words], add_special_tokens=False)
+    spaced = [" " * vocabulary.needs_space + word for word in words]
+    encodings, entries = tokenizers.encode_together(backend, spaced, add_special_tokens=False), tokenizer.get_vocab()
     num_words = num_pieces = num_unknown = 0
     broken = []
     for word, encoding in zip(words, encodings):
         count, pieces, unknown = read[word], len(encoding.ids), vocabulary.unknown_id in encoding.ids
         num_words, num_pieces, num_unknown = num_words + count, num_pieces + count * pieces, num_unknown + count * unknown
-        if count >= MIN_COUNT and (pieces > 1 or unknown) and word.lower() not in left_out:
+        if count >= MIN_COUNT and (pieces > 1 or unknown) and word.lower() not in left_out and word not in entries:
             broken.append((word, count, pieces))
     broken.sort(key=lambda entry: (-entry[1] * entry[2], entry[0]))
     return Fragmentation(num_pieces / max(1, num_words), num_unknown / max(1, num_words), broken)
-
-
-def overlap_table(names: list[str], shares: np.ndarray) -> str:
-    """The shares as Markdown."""
-    rows = [f"| **{name}** | " + " | ".join(f"{share:.0%}" for share in row) + " |" for name, row in zip(names, shares)]
-    return "\n".join([f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *rows])

@@ -24,7 +24,7 @@ from pretrain.data.draws import key
 from pretrain.data.masking import Masking
 from pretrain.data.planning import Task, make_plan, micro_batch_bounds
 from pretrain.data.tokenizer import Vocabulary, load
-from pretrain.files import model_folder
+from pretrain.files import markdown_table, model_folder
 from pretrain.model.packed import PackedModel
 from pretrain.runtime.distributed import World, sum_over_ranks
 
@@ -125,15 +125,15 @@ def sample_predictions(model: PackedModel, held_out: HeldOut, tokenizer: PreTrai
     for number in range(min(num_sequences, batch.num_sequences)):
         start, end = batch.cu_seqlens[number: number + 2].tolist()
         tokens = tokenizer.convert_ids_to_tokens(batch.input_ids[start:end].tolist())
-        rows = ["| place | read | right | predicted |", "|---|---|---|---|"]
+        rows = []
         for index in (index for index in range(batch.counts["mlm"]) if start <= places[index] < end):
             right = tokenizer.convert_ids_to_tokens(int(batch.masked_lm_labels[index]))
             guesses = ", ".join(f"{token} {share:.2f}" for token, share in
                                 zip(tokenizer.convert_ids_to_tokens(ids[index].tolist()), probabilities[index].tolist()))
-            cells = [str(places[index] - start), tokens[places[index] - start], right, guesses]
-            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            rows.append([places[index] - start, tokens[places[index] - start], right, guesses])
             tokens[places[index] - start] = f"**{tokens[places[index] - start]}**"
-        paragraphs.append(" ".join(tokens).replace(" ##", "").replace("|", "\\|") + "\n\n" + "\n".join(rows))
+        paragraphs.append(" ".join(tokens).replace(" ##", "").replace("|", "\\|") + "\n\n"
+                          + markdown_table(["place", "read", "right", "predicted"], rows))
     return "\n\n".join(paragraphs)
 
 

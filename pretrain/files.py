@@ -1,11 +1,12 @@
-"""Files that are whole or absent, and their hashes."""
+"""Files that are whole or absent, their hashes, and the tables in them."""
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -35,6 +36,12 @@ def write_json(path: Path, content: dict) -> None:
 def model_folder(name: str) -> str:
     """The model in the folder of a run: `final`, else `best`; any other name as it is."""
     return next((str(Path(name, part)) for part in ("final", "best") if Path(name, part).is_dir()), name)
+
+
+def markdown_table(header: list[object], rows: Iterable[list[object]]) -> str:
+    """A table in Markdown; a bar in a cell stays one."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", str(cell)) for cell in row) + " |" for row in lines)
 
 
 def key_of(content: object) -> str:

@@ -20,23 +20,22 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from pretrain import pictures
-from pretrain.batch import LabelledBatch
-from pretrain.command import UserError, check, require
+from pretrain.command import check, require
 from pretrain.config import FinetuneOptions, interval, validate
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.labelled import Labelled, LabelledCollator, LabelledDataset, StepSampler, budget_rows, classes_of, read_labelled
-from pretrain.evaluate import read_sums
 from pretrain.files import write_json
 from pretrain.model.attention import choose_attention
-from pretrain.model.classifier import PackedClassifier, load_classifier
-from pretrain.predict import predict, score, write_rows
+from pretrain.model.classifier import PackedClassifier, check_tokenizer, load_classifier
+from pretrain.predict import Tally, new_columns, predict, write_rows
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import start
 from pretrain.runtime.monitor import Monitor, peak_memory_bytes
 from pretrain.runtime.optim import FiniteWatch, autocast, choose_precision, make_optimizer, make_schedule
-from pretrain.train import StepResult, train_step
+from pretrain.train import Window, train_step
 
 MAX_LENGTH = 512  # tokens, where --max-length is not given
+MAX_CURVES = 30  # of single classes
 CHARTS = {"scores": {"held-out accuracy and F1": ["Multiline", ["eval/accuracy", "eval/macro_f1"]],
                      "loss, training and held-out": ["Multiline", ["train/loss", "eval/loss"]]}}
 
@@ -59,22 +58,21 @@ class Task:
     eval_every: int
 
 
-def build(options: FinetuneOptions, tell: Callable[[str], None] = print) -> Task:
-    """Read and check everything, load the model; UserError tells what does not fit, `tell` what the user may want to know."""
+def build(options: FinetuneOptions, tell: Callable[[str], None] = print, keep_head: bool = True) -> Task:
+    """Read and check everything, load the model; UserError tells what does not fit, `tell` what the user may want to know. A head of
+    the same classes is kept only with `keep_head`."""
     needed = {"model": "an encoder to start from", "train": "labelled rows", "valid": "labelled rows to choose the best model by"}
     check([f"--{name}: needed is {what}" for name, what in needed.items() if not getattr(options, name)] + validate(options))
     require("sklearn.metrics", "scores")
     require("matplotlib", "the picture of the confusion matrix")
-    world, device = start(options.device)
-    if world.size > 1:
-        raise UserError(f"{world.size} processes: fine-tuning runs in one; needed is a start without torchrun")
+    _, device = start(options.device, alone="fine-tuning")
     output = Path(options.output or f"runs/finetune-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     ckpt.check_output(output, options.overwrite)
     precision = choose_precision(options.precision, device)
     rows, classes = read_rows(options, tell)
     tokenizer = tokenizers.load(options.model, option="--model")
     torch.manual_seed(options.seed)
-    model = load_classifier(options.model, classes)
+    model = load_classifier(options.model, classes, keep_head)
     model.config._attn_implementation = choose_attention(device, precision)
     max_length = min(MAX_LENGTH, model.max_length) if options.max_length is None else options.max_length
     check(model.problems_of("mlm", max_length))
@@ -84,7 +82,7 @@ def build(options: FinetuneOptions, tell: Callable[[str], None] = print) -> Task
         datasets[name] = dataset = LabelledDataset(labelled.texts, tokenizer, max_length, labels)
         if dataset.num_cut:
             tell(f"--{name}: {dataset.num_cut:,} of {len(dataset):,} rows are longer than {max_length} tokens and are cut")
-    check_tokens(model, datasets["train"], options.model)
+    check_tokenizer(model, options.model, max(tokenizer.get_vocab().values()) + 1, int(datasets["train"].type_ids.max()) + 1)
     weights = None
     if options.class_weights == "balanced":
         weights = len(datasets["train"]) / (len(classes) * np.bincount(datasets["train"].labels, minlength=len(classes)))
@@ -123,18 +121,8 @@ def read_rows(options: FinetuneOptions, tell: Callable[[str], None] = print) -> 
 def check_budget(budget: int, num_rows: int, num_classes: int, option: str) -> list[str]:
     """Problems of a label budget."""
     fits = num_classes <= budget <= num_rows
-    return [] if fits else [f"{option} {budget}: needed is at least {num_classes}, one row of each class, and at most {num_rows}, the rows "
+    return [] if fits else [f"{option} {budget}: needed is at least {num_classes}, a row of each class, and at most {num_rows}, the rows "
                             "of --train"]
-
-
-def check_tokens(model: PackedClassifier, dataset: LabelledDataset, name: str) -> None:
-    """UserError where the tokenizer makes ids that the model has no vectors for."""
-    largest, kinds = int(dataset.ids.max()), int(dataset.type_ids.max()) + 1
-    if largest >= model.config.vocab_size:
-        raise UserError(f"--model {name}: its tokenizer gives the id {largest}, the model has {model.config.vocab_size} vectors; needed is "
-                        "the model's own tokenizer")
-    if kinds > model.config.type_vocab_size:
-        raise UserError(f"--text-pair-field: the model {name} has {model.config.type_vocab_size} token types, two texts need {kinds}")
 
 
 def describe(task: Task) -> str:
@@ -146,6 +134,13 @@ def describe(task: Task) -> str:
     return "\n".join([*rows, f"model: {config.model_type} {config.num_hidden_layers}x{config.hidden_size} on {task.device} in "
                       f"{task.precision}, at most {task.collator.max_length} tokens an example", f"run: {task.total_steps:,} steps of "
                       f"{options.batch_size} examples, evaluation every {task.eval_every:,}; {task.output}"])
+
+
+def saved_options(options: FinetuneOptions) -> dict:
+    """The options of a run like this one, with paths that hold in any working directory."""
+    saved = {name: value for name, value in asdict(options).items() if name not in ("output", "overwrite")}
+    saved["model"] = str(Path(options.model).absolute()) if Path(options.model).exists() else options.model
+    return saved | {name: [str(Path(path).expanduser().absolute()) for path in saved[name]] for name in ("train", "valid", "test")}
 
 
 @dataclass
@@ -169,18 +164,18 @@ def finetune(task: Task, quiet: bool = False) -> dict:
     """Train, keep the best model, score it; returns the summary, which is also in summary.json, the last file that is written."""
     options, model, device = task.options, task.model, task.device
     replaced = ckpt.make_output(task.output, options.overwrite, (task.output / "summary.json").is_file())
-    write_json(task.output / "config.json", asdict(options))
+    write_json(task.output / "config.json", saved_options(options))
     trained = torch.compile(model) if options.compile == "on" else model
     optimizer = make_optimizer(model, options.learning_rate, options.weight_decay, options.adam_betas, options.adam_epsilon)
     scaler = torch.amp.GradScaler(device.type, enabled=task.precision == "fp16")
     context = autocast(device, task.precision)
     learning_rate = make_schedule(options.schedule, options.learning_rate, options.warmup, task.total_steps)
     monitor = Monitor(task.output, 0, task.total_steps, asdict(options), charts=CHARTS, score=f"eval/{options.metric}", quiet=quiet)
-    watch, best, window, begin = FiniteWatch(), Best(), Window(), time.monotonic()
+    watch, best, window, begin = FiniteWatch(), Best(), Window({}, {}), time.monotonic()
     dataset = task.datasets["train"]
     steps = iter(DataLoader(dataset, batch_sampler=StepSampler(len(dataset), options.batch_size, options.seed), collate_fn=task.collator,
                             pin_memory=device.type == "cuda", generator=torch.Generator()))
-    step, num_tokens, seconds = 0, 0, 0.0
+    step = 0
     model.train()
     while step < task.total_steps and not 0 < options.patience <= best.evaluations_without_gain:
         tick = time.perf_counter()
@@ -189,14 +184,13 @@ def finetune(task: Task, quiet: bool = False) -> dict:
         result = train_step(trained, model.loss_weights, batches, optimizer, scaler, context, rate, options.max_grad_norm, device)
         step += 1
         monitor.say(watch.observe(result.finite, f"at step {step}"))
-        window.add(result, batches)
-        num_tokens += sum(batch.num_tokens for batch in batches)
+        window.add(result, batches, flops=0.0)
+        window.add_seconds("seconds", time.perf_counter() - tick, 1)
         numbers = {}
         if step in (1, task.total_steps) or step % options.log_every == 0:
-            numbers = window.read(device) | {"optim/learning_rate": rate, "optim/grad_norm": float(result.grad_norm),
-                                             "memory/peak_bytes": peak_memory_bytes(device)}
-            window = Window()
-        seconds += time.perf_counter() - tick
+            numbers = means(window.read(device)) | {"optim/learning_rate": rate, "optim/grad_norm": float(result.grad_norm),
+                                                    "memory/peak_bytes": peak_memory_bytes(device)}
+            window = Window({}, {})
         if step == task.total_steps or step % task.eval_every == 0:
             scores = evaluate(task, "valid", context)
             best.update(scores, options.metric, step, model)
@@ -206,8 +200,8 @@ def finetune(task: Task, quiet: bool = False) -> dict:
         monitor.advance()
     monitor.say(watch.observe(None))
     model.load_state_dict(best.weights)
-    summary = {"steps": step, "best_step": best.step, "seconds": time.monotonic() - begin, "tokens_per_second": num_tokens / seconds,
-               "skipped_steps": watch.skipped, "train_rows": len(dataset), "valid": best.scores}
+    summary = {"steps": step, "best_step": best.step, "seconds": time.monotonic() - begin, "skipped_steps": watch.skipped,
+               "train_rows": len(dataset), "valid": best.scores}
     finish(task, summary, context)
     monitor.close({f"eval/{options.metric}": best.scores[options.metric]})
     write_json(task.output / "summary.json", summary)
@@ -216,47 +210,36 @@ def finetune(task: Task, quiet: bool = False) -> dict:
     return summary
 
 
-class Window:
-    """Sums since the last logged step."""
-
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}
-        self.num_examples = self.num_tokens = 0
-        self.begin = time.perf_counter()
-
-    def add(self, result: StepResult, batches: list[LabelledBatch]) -> None:
-        """One update."""
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in result.sums.items()}
-        self.num_examples += sum(batch.num_sequences for batch in batches)
-        self.num_tokens += sum(batch.num_tokens for batch in batches)
-
-    def read(self, device: torch.device) -> dict[str, float]:
-        """Means under their names in TensorBoard; waits for the device."""
-        sums = read_sums(self.sums, device)
-        return {"train/loss": sums["label_loss"] / max(sums["label_count"], 1e-12),
-                "train/accuracy": sums["label_correct"] / self.num_examples,
-                "speed/tokens_per_second": self.num_tokens / (time.perf_counter() - self.begin)}
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """The numbers of a window under their names in TensorBoard."""
+    return {"train/loss": sums["label_loss"] / (sums["label_count"] or 1.0), "train/accuracy": sums["label_correct"] / sums["sequences"],
+            "speed/tokens_per_second": sums["tokens"] / sums["seconds"]}
 
 
 def evaluate(task: Task, name: str, context: torch.autocast) -> dict:
     """Scores on the rows of an option."""
-    dataset = task.datasets[name]
-    return score(dataset.labels, predict(task.model, dataset, task.collator, task.device, context), task.classes)
+    return score(task, name, predict(task.model, task.datasets[name], task.collator, task.device, context))
+
+
+def score(task: Task, name: str, probabilities: np.ndarray) -> dict:
+    """Scores of predictions for the rows of an option."""
+    tally = Tally(task.classes)
+    tally.add(task.datasets[name].labels, probabilities)
+    return tally.scores()
 
 
 def flat(prefix: str, scores: dict) -> dict[str, float]:
     """The numbers of `score` under their names in TensorBoard."""
     numbers = {f"{prefix}/{name}": value for name, value in scores.items() if isinstance(value, float)}
-    return numbers | {f"{prefix}/f1_{label}": of["f1"] for label, of in scores["classes"].items()}
+    return numbers | {f"{prefix}_f1/{label}": of["f1"] for label, of in list(scores["classes"].items())[:MAX_CURVES]}
 
 
 def finish(task: Task, summary: dict, context: torch.autocast) -> None:
     """Score the best model on the test rows, write predictions, picture and model; the scores go into `summary`."""
     name = "valid"
     if "test" in task.datasets:
-        name, dataset = "test", task.datasets["test"]
-        shares = predict(task.model, dataset, task.collator, task.device, context)
-        summary["test"] = score(dataset.labels, shares, task.classes)
+        name, shares = "test", predict(task.model, task.datasets["test"], task.collator, task.device, context)
+        summary["test"] = score(task, "test", shares)
         write_rows(task.output / "test_predictions.csv", prediction_rows(task, shares), as_csv=True)
     shown = {"valid": "held-out rows", "test": "test rows"}[name]
     title = f"What became of the {shown} of each class"
@@ -269,8 +252,8 @@ def finish(task: Task, summary: dict, context: torch.autocast) -> None:
 def prediction_rows(task: Task, shares: np.ndarray) -> Iterator[dict]:
     """Rows of test_predictions.csv."""
     for label, row in zip(task.rows["test"].labels, shares):
-        yield {"label": label, "predicted_label": task.classes[int(row.argmax())],
-               **{f"probability_{name}": round(float(share), 6) for name, share in zip(task.classes, row)}}
+        cells = [task.classes[int(row.argmax())], *(round(float(share), 6) for share in row)]
+        yield {"label": label, **dict(zip(new_columns(task.classes), cells))}
 
 
 def write_classifier(folder: Path, task: Task, summary: dict) -> None:
@@ -278,12 +261,10 @@ def write_classifier(folder: Path, task: Task, summary: dict) -> None:
     task.model.save_pretrained(folder)
     task.tokenizer.save_pretrained(folder)
     family, options = task.model.config.model_type, task.options
-    lines = [f"| {name} | {value} |" for name, value in (
-        ("started from", options.model), ("classes", ", ".join(task.classes)), ("training rows", summary["train_rows"]),
-        ("tokens of an example", task.collator.max_length), ("step of the best model", summary["best_step"]), ("seed", options.seed))]
-    lines += [f"| {part} {name.replace('_', ' ')} | {value:.4f} |" for part in ("valid", "test") if part in summary
-              for name, value in summary[part].items() if isinstance(value, float)]
-    (folder / "README.md").write_text(
-        f"---\nlibrary_name: transformers\npipeline_tag: text-classification\ntags:\n- {family}\n---\n\n# {family} that tells "
-        f"{len(task.classes)} classes\n\nOpens with `AutoModelForSequenceClassification` and `pipeline(\"text-classification\")` of "
-        "transformers.\n\n| what | value |\n|---|---|\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    rows = [["started from", options.model], ["classes", ", ".join(task.classes)], ["training rows", summary["train_rows"]],
+            ["tokens of an example", task.collator.max_length], ["step of the best model", summary["best_step"]], ["seed", options.seed]]
+    rows += [[f"{part} {name.replace('_', ' ')}", f"{value:.4f}"] for part in ("valid", "test") if part in summary
+             for name, value in summary[part].items() if isinstance(value, float)]
+    (folder / "README.md").write_text(ckpt.model_card(
+        "text-classification", [family], f"{family} that tells {len(task.classes)} classes", "`AutoModelForSequenceClassification` and "
+        "`pipeline(\"text-classification\")` of transformers.", rows), encoding="utf-8")

@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from pretrain.batch import IGNORED
-from pretrain.command import UserError, require
-from pretrain.data.labelled import LabelledCollator, LabelledDataset, label_of
+from pretrain.command import UserError, check, require
+from pretrain.data.labelled import LabelledCollator, LabelledDataset, label_of, text_of
 from pretrain.model.classifier import PackedClassifier
 
 CHUNK = 1024  # rows
@@ -39,19 +38,30 @@ def predict(model: PackedClassifier, dataset: LabelledDataset, collator: Labelle
     return torch.cat(logits).softmax(-1).cpu().numpy()
 
 
-def score(labels: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> dict:
-    """Scores of predictions: loss, accuracy, mean precision, recall and F1 of the classes (those that occur or are predicted), the same
-    for each class, and the confusion matrix, a row for each true class; `labels` int64 [texts]."""
-    metrics = require("sklearn.metrics", "scores")
-    predicted, present = probabilities.argmax(-1), np.union1d(labels, probabilities.argmax(-1))
-    columns = metrics.precision_recall_fscore_support(labels, predicted, labels=range(len(classes)), zero_division=0)
-    names = ("precision", "recall", "f1")
-    return {"loss": float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-30)).mean()),
-            "accuracy": float(metrics.accuracy_score(labels, predicted)),
-            **{f"macro_{name}": float(column[present].mean()) for name, column in zip(names, columns)},
-            "classes": {label: {**{name: float(column[number]) for name, column in zip(names, columns)}, "rows": int(columns[3][number])}
-                        for number, label in enumerate(classes)},
-            "confusion": metrics.confusion_matrix(labels, predicted, labels=range(len(classes))).tolist()}
+class Tally:
+    """What scores are made of: the confusion matrix int64 [classes, classes], a row for each true class, and the sum of the losses."""
+
+    def __init__(self, classes: list[str]):
+        self.classes, self.confusion, self.loss_sum = classes, np.zeros((len(classes), len(classes)), np.int64), 0.0
+
+    def add(self, labels: np.ndarray, probabilities: np.ndarray) -> None:
+        """Count rows: `labels` int64 [texts], `probabilities` [texts, classes]."""
+        np.add.at(self.confusion, (labels, probabilities.argmax(-1)), 1)
+        self.loss_sum -= float(np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-30)).sum())
+
+    def scores(self) -> dict:
+        """Loss, accuracy, mean precision, recall and F1 of the classes (those that occur or are predicted), the same for each class,
+        and the confusion matrix."""
+        metrics, number = require("sklearn.metrics", "scores"), np.arange(len(self.classes))
+        true, predicted = np.repeat(number, len(number)), np.tile(number, len(number))
+        rows, columns = self.confusion.sum(1), metrics.precision_recall_fscore_support(
+            true, predicted, labels=number, sample_weight=self.confusion.ravel(), zero_division=0)
+        present, names = (rows > 0) | (self.confusion.sum(0) > 0), ("precision", "recall", "f1")
+        return {"loss": self.loss_sum / rows.sum(), "accuracy": float(np.trace(self.confusion) / rows.sum()),
+                **{f"macro_{name}": float(column[present].mean()) for name, column in zip(names, columns)},
+                "classes": {label: {**{name: float(column[place]) for name, column in zip(names, columns)}, "rows": int(rows[place])}
+                            for place, label in enumerate(self.classes)},
+                "confusion": self.confusion.tolist()}
 
 
 def table_of(scores: dict) -> str:
@@ -65,33 +75,49 @@ def table_of(scores: dict) -> str:
     return "\n".join([*lines, f"accuracy {scores['accuracy']:.3f}"])
 
 
-def predict_rows(rows: Iterable[tuple[str, dict]], texts_of: Callable[[str, dict], tuple[str, ...]], label_field: str | None,
-                 model: PackedClassifier, tokenizer: PreTrainedTokenizerBase, collator: LabelledCollator, device: torch.device,
-                 autocast: torch.autocast, known: list[tuple[int, np.ndarray]], left_out: Counter) -> Iterator[dict]:
-    """Each (where, row) with its `predicted_label` and a `probability_LABEL` for each class.
+def new_columns(classes: list[str]) -> list[str]:
+    """The columns that predictions add to a row."""
+    return ["predicted_label", *(f"probability_{label}" for label in classes)]
 
-    Fills `known` with (label, probabilities) of the rows whose `label_field` holds a label of the model, and counts the others in
-    `left_out` by what they hold."""
-    classes, rows = list(model.config.id2label.values()), iter(rows)
-    new_columns = ["predicted_label", *(f"probability_{label}" for label in classes)]
+
+def predict_rows(rows: Iterable[tuple[str, dict]], columns: tuple[str, ...], label_field: str,
+                 predict_chunk: Callable[[list[tuple[str, ...]]], np.ndarray], tally: Tally, left_out: Counter) -> Iterator[dict]:
+    """Each (where, row) with its `predicted_label` and a `probability_LABEL` for each class, as `predict_chunk` tells for texts.
+
+    Rows whose `label_field` holds a label of the model go into `tally`, the others are counted in `left_out`."""
+    classes, rows = tally.classes, iter(rows)
     while chunk := list(islice(rows, CHUNK)):
-        texts = [texts_of(where, record) for where, record in chunk]
-        dataset = LabelledDataset(texts, tokenizer, collator.max_length)
-        for (where, record), shares in zip(chunk, predict(model, dataset, collator, device, autocast)):
-            taken = [column for column in new_columns if column in record]
-            if taken:
-                raise UserError(f"{where}: has a column {taken[0]!r} already; needed is a file without it")
-            if label_field is not None:
-                try:
-                    label = label_of(record.get(label_field))
-                except ValueError:
-                    label = str(record[label_field])
-                known.append((classes.index(label), shares)) if label in classes else left_out.update([label])
-            yield record | dict(zip(new_columns, [classes[int(shares.argmax())], *(round(float(share), 6) for share in shares)]))
+        probabilities = predict_chunk([text_of(record, columns, where) for where, record in chunk])
+        labels = np.array([class_of(record.get(label_field), classes) for _, record in chunk])
+        tally.add(labels[labels != IGNORED], probabilities[labels != IGNORED])
+        left_out["rows"] += int((labels == IGNORED).sum())
+        for (_, record), shares in zip(chunk, probabilities):
+            cells = [classes[int(shares.argmax())], *(round(float(share), 6) for share in shares)]
+            yield record | dict(zip(new_columns(classes), cells))
 
 
-def write_rows(path: Path, rows: Iterable[dict], as_csv: bool) -> int:
-    """Write `rows` to `path` as CSV, by the columns of the first, or as JSON lines; how many they are."""
+def check_rows(rows: Iterable[tuple[str, dict]], columns: tuple[str, ...]) -> None:
+    """UserError that tells each row without text; reads all of them."""
+    problems = []
+    for where, record in rows:
+        try:
+            text_of(record, columns, where)
+        except UserError as error:
+            problems.append(str(error))
+    check(problems)
+
+
+def class_of(value: object, classes: list[str]) -> int:
+    """Number of the class that a cell names, IGNORED where it names none."""
+    try:
+        label = label_of(value)
+    except ValueError:
+        label = None
+    return classes.index(label) if label in classes else IGNORED
+
+
+def write_rows(path: Path, rows: Iterable[dict], as_csv: bool, name: str = "") -> int:
+    """Write `rows` to `path` as CSV, by the columns of the first, or as JSON lines; how many they are. `name` is for messages."""
     number = 0
     with path.open("w", encoding="utf-8", newline="") as out:
         writer = None
@@ -103,15 +129,8 @@ def write_rows(path: Path, rows: Iterable[dict], as_csv: bool) -> int:
                 writer = csv.DictWriter(out, list(row))
                 writer.writeheader()
             if not row.keys() <= set(writer.fieldnames):
-                raise UserError(f"--output {path}: row {number} has the columns {', '.join(row)}, the first has "
+                raise UserError(f"--output {name or path}: row {number} has the columns {', '.join(row)}, the first has "
                                 f"{', '.join(writer.fieldnames)}; needed is .jsonl for rows that differ")
             writer.writerow({name: json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, (list, dict)) else cell
                              for name, cell in row.items()})
     return number
-
-
-def known_labels(known: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """(labels int64 [rows], probabilities [rows, classes]) of what `predict_rows` has filled."""
-    labels, shares = zip(*known)
-    assert IGNORED not in labels
-    return np.array(labels), np.stack(shares)

@@ -16,8 +16,7 @@ import torch
 import transformers
 
 from pretrain import pictures
-from pretrain.domain import overlap_table
-from pretrain.files import write_text
+from pretrain.files import markdown_table, write_text
 
 DRAWS, DRAWN_TOGETHER = 10_000, 200
 ENCODERS = {"base": "as it was", "adapted": "pretrained on your text", "control": "pretrained on the control text"}
@@ -85,21 +84,24 @@ def verdict(differences: dict[str, tuple[float, float, float]], over_control: di
     if unclear and helped + harmed:
         text += f" No difference could be shown {shown(unclear, differences)}."
     if over_control:
-        better = [budget for budget, (_, low, _) in over_control.items() if low > 0]
-        text += (f" Against the same pretraining on the control text: {shown(list(over_control), over_control)}; "
-                 + ("so it is this text that helps" + ("" if len(better) == len(over_control) else ", where that interval lies above 0")
-                    if better else "so nothing shows that it is this text that matters, rather than more pretraining on any") + ".")
+        text += f" Against the same pretraining on the control text: {shown(list(over_control), over_control)}"
+        better = [budget for budget in helped if over_control[budget][1] > 0]
+        if better:
+            text += "; so it is this text that helps" + ", where that interval lies above 0" * (len(better) < len(helped))
+        elif helped:
+            text += "; so nothing shows that it is this text that matters, rather than more pretraining on any"
+        text += "."
     return text
 
 
 def cell(text: object) -> str:
     """Text for a cell of a Markdown table, and safe in HTML."""
-    return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", " ")
+    return re.sub(r"([\\`*_\[\]!|])", r"\\\1", html.escape(str(text), quote=False)).replace("\n", " ")
 
 
-def table(header: list[str], rows: list[list[object]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in (header, ["---"] * len(header), *rows))
+def table(header: list[object], rows: list[list[object]]) -> str:
+    """A table whose cells are shown as they are."""
+    return markdown_table(list(map(cell, header)), [list(map(cell, row)) for row in rows])
 
 
 def minutes(seconds: float) -> str:
@@ -140,7 +142,7 @@ def draw_pictures(output: Path, facts: dict, scores: dict) -> None:
         f"encoder {ENCODERS[name]}": np.sum([result["test"]["confusion"] for result in facts["scores"][name][largest]], axis=0)
         for name in ("base", "adapted")}, facts["classes"])
     held_out = facts["perplexity"]
-    if held_out:
+    if "curve" in held_out:
         curve, training = (list(zip(*held_out[name])) for name in ("curve", "training"))
         pictures.curves(output / "perplexity.png", "Perplexity while pretraining on your text: lower is better", "optimizer step",
                         "perplexity", {"held-out text": (*curve, None), "training text": (*training, None)}, logarithmic="y",
@@ -151,12 +153,14 @@ def what_was_done(facts: dict) -> str:
     """What the reader has to know first."""
     rows, text = facts["rows"], facts["text"]
     lines = [f"The encoder **{cell(facts['model'])}** was pretrained further on {text['text']['documents']:,} documents of your text "
-             f"({facts['pretraining']['adapted']['total_steps']:,} optimizer steps). Then the encoder as it was and the one after that "
+             f"({facts['pretraining']['adapted']['steps']:,} optimizer steps). Then the encoder as it was and the one after that "
              "were fine-tuned on the same labelled rows, with the same seeds, and scored on the same test rows.",
              f"- Task: {len(facts['classes'])} classes ({', '.join(map(cell, facts['classes'][:20]))}); "
              + ", ".join(f"{count:,} {name} rows" for name, count in rows.items()) + ".",
              f"- The best model of a fine-tuning run is chosen by the validation rows, all of which are used for every budget; "
              f"{facts['seeds']} seeds each."]
+    if facts["seen_in_training"]:
+        lines.append(f"- {facts['seen_in_training']:,} of the test texts are among the training rows, too.")
     for name, of in text.items():
         removed = f"{of['removed']:,} exact copies of test texts were removed" if of["removed"] else "it held no exact copy of a test text"
         task = f"; the {of['task_texts']:,} texts of the training rows were added" if of["task_texts"] else ""
@@ -179,7 +183,8 @@ def scores_section(facts: dict, scores: dict, differences: dict, control: dict |
     return (f"## Does it help the task?\n\n{MEANING[facts['metric']]}. The table has the mean ± standard deviation over "
             f"{facts['seeds']} seeds on the test rows. The interval says what other test rows of the same kind might have shown "
             f"({DRAWS:,} draws of the test rows, the same for both encoders and all seeds): a difference is taken for real where its "
-            "interval does not hold 0.\n\n" + table(header, rows) + "\n\n![Score by number of labelled rows](learning_curve.png)")
+            "interval does not hold 0. How much the seeds differ is in the ±, not in the interval.\n\n" + table(header, rows)
+            + "\n\n![Score by number of labelled rows](learning_curve.png)")
 
 
 def classes_section(facts: dict) -> str:
@@ -200,7 +205,7 @@ def classes_section(facts: dict) -> str:
 def perplexity_section(facts: dict) -> str:
     """What pretraining has learnt of the text."""
     held_out, fresh = facts["perplexity"], facts["fresh_parts"]
-    if not held_out:
+    if "curve" not in held_out:
         return "## Has it learnt the text?\n\nNo text was held out, so there is no perplexity to tell."
     rows = [["before", f"{held_out['before']:,.2f}"], ["after pretraining on your text", f"{held_out['after']:,.2f}"]]
     told = ""
@@ -224,32 +229,37 @@ def perplexity_section(facts: dict) -> str:
 def overlap_section(facts: dict) -> str:
     """How far the texts are from one another."""
     of = facts["overlap"]
+    shares = [[name, *map("{:.0%}".format, row)] for name, row in zip(of["names"], of["shares"])]
     rows = [[name, f"{text['words']:,}", f"{text['pieces_per_word']:.2f}", f"{text['unknown_share']:.2%}"]
             for name, text in of["texts"].items()]
     return (f"## How near are the texts?\n\nShare of their {of['words']:,} most frequent words that two texts have in common, stop words "
-            "left out. A pretraining text near the task tends to help more.\n\n" + overlap_table(of["names"], np.array(of["shares"]))
+            "left out. A pretraining text near the task tends to help more.\n\n" + table(["", *of["names"]], shares)
             + "\n\n![Overlap of the vocabularies](overlap.png)\n\nHow the encoder's tokenizer reads their words:\n\n"
             + table(["text", "words", "pieces a word", "unknown words"], rows))
 
 
 def time_section(facts: dict) -> str:
     """Time of each part and the machine."""
-    of = facts["scores"]
-    rows = [["reading and cleaning the text, overlap", minutes(facts["text_seconds"] + facts["overlap"]["seconds"])]]
-    rows += [[f"pretraining, {name}", minutes(run["seconds"])] for name, run in facts["pretraining"].items()]
-    rows += [[f"{sum(map(len, budgets.values()))} times fine-tuning, {name}", minutes(sum(
-        result["seconds"] for results in budgets.values() for result in results))] for name, budgets in of.items()]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return ("## Time\n\n" + table(["part", "time"], rows)
-            + f"\n\nOn {device}, torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}.")
+    runs, scores = facts["pretraining"], facts["scores"]
+    seconds = {"cleaning the text, overlap, perplexities": sum((facts["text_seconds"], *(facts[part]["wall_seconds"] for part in (
+        "overlap", "perplexity"))))}
+    seconds |= {f"pretraining, {name}": run["wall_seconds"] for name, run in runs.items()}
+    for name, budgets in scores.items():
+        times = [result["wall_seconds"] for results in budgets.values() for result in results]
+        seconds[f"{len(times)} times fine-tuning, {name}"] = sum(times)
+    rows = [[part, minutes(taken)] for part, taken in seconds.items()]
+    return ("## Time\n\n" + table(["part", "time"], [*rows, ["together", minutes(sum(seconds.values()))]])
+            + f"\n\nOn {runs['adapted']['device']} ({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}, "
+            f"transformers {transformers.__version__}, Python {platform.python_version()}.")
 
 
 def commands_section(facts: dict) -> str:
     """Every command that repeats a part."""
     lines = [facts["command"], *(run["command"] for run in facts["pretraining"].values())]
+    lines.append(facts["overlap"]["command"])
     lines += [facts["scores"][name][budget][0]["command"] for budget in facts["budgets"] for name in facts["scores"]]
-    return ("## Commands\n\nThe whole experiment, its pretraining, and the fine-tuning of each encoder with each budget at seed 0 "
-            f"(the others: `--seed` up to {facts['seeds'] - 1}):\n\n```\n" + "\n".join(lines) + "\n```")
+    return ("## Commands\n\nThe whole experiment, its pretraining, the overlap, and the fine-tuning of each encoder with each budget at "
+            f"seed 0 (the others: `--seed` up to {facts['seeds'] - 1}):\n\n```\n" + "\n".join(lines) + "\n```")
 
 
 def to_html(text: str, folder: Path) -> str:

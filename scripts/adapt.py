@@ -6,14 +6,16 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` may find a script
 
-from pretrain.command import check, parse, run_command  # noqa: E402
-from pretrain.config import AdaptOptions, validate  # noqa: E402
+from pretrain.command import parse, run_command  # noqa: E402
+from pretrain.config import AdaptOptions  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
     """Parse, run what is not done yet, write the report, tell the verdict."""
-    options = parse(argv, AdaptOptions, __doc__)
-    check(validate(options))
+    joined: list[str] = []
+    for part in argv:  # argparse takes "--max-steps=5", one word, for an option of its own
+        joined += [f"{joined.pop()}={part}" if joined and joined[-1] in ("--pretrain", "--finetune") else part]
+    options = parse(joined, AdaptOptions, __doc__)
 
     import numpy as np
 

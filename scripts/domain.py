@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` may find a script
 
-from pretrain.command import UserError, check, option, parse, run_command  # noqa: E402
+from pretrain.command import UserError, check, option, parse, require, run_command  # noqa: E402
 from pretrain.config import TextOptions, validate  # noqa: E402
 
 
@@ -39,9 +39,8 @@ def main(argv: list[str]) -> None:
     check(problems + validate(options))
 
     from pretrain import domain, pictures
-    from pretrain.command import require
     from pretrain.data import tokenizer as tokenizers
-    from pretrain.files import write_json, write_text
+    from pretrain.files import markdown_table, write_json, write_text
     from pretrain.runtime.distributed import World
     from pretrain.text import check_text
 
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> None:
               "texts": {name: {"words": sum(of.values()), "distinct_words": len(of)} for name, of in counts.items()}}
     if len(texts) > 1:
         print(f"shared by the {num_words:,} most frequent words of two texts, stop words left out:\n"
-              + domain.overlap_table(list(texts), shares))
+              + markdown_table(["", *texts], [[name, *map("{:.0%}".format, row)] for name, row in zip(texts, shares)]))
         pictures.overlap(output / "overlap.png", list(texts), shares, num_words)
     for name, of in counts.items():
         told = f"{name}: {sum(of.values()):,} words, {len(of):,} distinct"

@@ -7,11 +7,11 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` may find a script
 
 from pretrain.command import UserError, check, option, parse, run_command  # noqa: E402
-from pretrain.config import OBJECTIVES, TextOptions, validate  # noqa: E402
+from pretrain.config import OBJECTIVES, DeviceOptions, TextOptions, validate  # noqa: E402
 
 
 @dataclass
-class EvaluateOptions(TextOptions):
+class EvaluateOptions(DeviceOptions, TextOptions):
     """Options of this command. Values that are not given come from the run that made the model, else as pretrain.py's."""
 
     model: str | None = option(None, "BERT checkpoint: a folder or a hub name")
@@ -21,8 +21,6 @@ class EvaluateOptions(TextOptions):
     max_length: int | None = option(None, "tokens in a sequence (default: the run's, else 128)")
     eval_tokens: int | None = option(None, "tokens that are read at most (default: the run's, else 200000)")
     eval_batch_size: int | None = option(None, "sequences of max-length in a micro-batch (default: the run's, else 32)")
-    device: str = option("auto", "auto (a GPU where there is one), cpu, cuda or cuda:N")
-    precision: str = option("auto", "auto (as pretrain.py), bf16, fp16 or fp32", choices=("auto", "bf16", "fp16", "fp32"))
 
 
 def main(argv: list[str]) -> None:

@@ -5,14 +5,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` may find a script
 
-from pretrain.command import check, parse, run_command  # noqa: E402
-from pretrain.config import FinetuneOptions, validate  # noqa: E402
+from pretrain.command import parse, run_command  # noqa: E402
+from pretrain.config import FinetuneOptions  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
     """Parse, train, print the scores; JSON on the last line."""
     options = parse(argv, FinetuneOptions, __doc__)
-    check(validate(options))
 
     from pretrain.finetune import build, describe, finetune
     from pretrain.predict import table_of
@@ -28,7 +27,6 @@ def main(argv: list[str]) -> None:
     scores = {f"{part}_{name}": value for part in ("valid", "test") for name, value in summary.pop(part, {}).items()
               if isinstance(value, float)}
     print(json.dumps(summary | scores))
-
 
 
 if __name__ == "__main__":

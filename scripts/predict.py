@@ -3,31 +3,24 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` may find a script
 
 from pretrain.command import UserError, check, option, parse, run_command  # noqa: E402
-from pretrain.config import validate  # noqa: E402
+from pretrain.config import ColumnOptions, DeviceOptions, validate  # noqa: E402
 
 
 @dataclass
-class PredictOptions:
+class PredictOptions(DeviceOptions, ColumnOptions):
     """Options of this command."""
 
     model: str | None = option(None, "classifier: the folder of a model or a fine-tuning run, or a hub name")
     input: list[str] = option([], "rows: CSV, TSV, JSONL or Parquet files, in order", nargs="+", metavar="FILE")
     output: str | None = option(None, "file of the result, .csv or .jsonl: the rows with predicted_label and a probability of each class",
                                 metavar="FILE")
-    text_field: str | None = option(None, "column of the text (default: text, or the only one that holds words)", metavar="NAME")
-    text_pair_field: str | None = option(None, "column of a second text (default: none)", metavar="NAME")
-    label_field: str = option("label", "column of the label, where there is one: the scores are told", metavar="NAME")
     max_length: int | None = option(None, "tokens of a row, specials included; the rest is cut (default: as in fine-tuning)")
     batch_size: int = option(64, "rows that go through the device at once")
-    device: str = option("auto", "auto (a GPU where there is one), cpu, cuda or cuda:N")
-    precision: str = option("auto", "auto (bf16 where the device computes it fast), bf16, fp16 or fp32",
-                            choices=("auto", "bf16", "fp16", "fp32"))
     overwrite: bool = option(False, "replace the file --output")
 
 
@@ -43,52 +36,47 @@ def main(argv: list[str]) -> None:
         problems.append(f"--output {output}: exists; needed is another name, or --overwrite to replace a file")
     check(problems + validate(options))
 
-    import torch
-
-    from pretrain import predict
     from pretrain.data.formats import open_tables
-    from pretrain.data.labelled import LabelledCollator, choose_columns, text_of
+    from pretrain.data.labelled import LabelledCollator, LabelledDataset, choose_columns
     from pretrain.data.tokenizer import load
     from pretrain.files import write_aside
     from pretrain.model.attention import choose_attention
-    from pretrain.model.classifier import load_classifier
+    from pretrain.model.classifier import check_tokenizer, load_classifier
+    from pretrain.predict import Tally, check_rows, new_columns, predict, predict_rows, table_of, write_rows
     from pretrain.runtime.distributed import start
     from pretrain.runtime.optim import autocast, choose_precision
 
-    world, device = start(options.device)
-    if world.size > 1:
-        raise UserError(f"{world.size} processes: predictions run in one; needed is a start without torchrun")
+    _, device = start(options.device, alone="prediction")
     precision = choose_precision(options.precision, device)
-    rows = open_tables(options.input, "--input")
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"--input {' '.join(options.input)}: holds no row; needed are rows of text")
-    columns = choose_columns(first[1], first[0], options)
-    label_field = options.label_field if options.label_field in first[1] else None
-    tokenizer, model = load(options.model, option="--model"), load_classifier(options.model).to(device)
+    tokenizer, model = load(options.model, option="--model"), load_classifier(options.model)
     model.config._attn_implementation = choose_attention(device, precision)
     max_length = options.max_length or min(tokenizer.model_max_length, model.max_length)
     check(model.problems_of("mlm", max_length))
-    collator, known, left_out = LabelledCollator(max_length, options.batch_size), [], Counter()
-    predicted = predict.predict_rows(chain([first], rows), lambda where, record: text_of(record, columns, where), label_field, model,
-                                     tokenizer, collator, device, autocast(device, precision), known, left_out)
-    num_rows = 0
+    classes = list(model.config.id2label.values())
+    where, first = next(open_tables(options.input, "--input"), ("", {}))
+    if not first:
+        raise UserError(f"--input {' '.join(options.input)}: holds no row; needed are rows of text")
+    columns = choose_columns(first, where, options)
+    taken = [column for column in new_columns(classes) if column in first]
+    check([f"{where}: has a column {column!r} already; needed is a file without it" for column in taken])
+    check_rows(open_tables(options.input, "--input"), columns)
+    pair = LabelledDataset([("a",) * len(columns)], tokenizer, max_length)
+    check_tokenizer(model, options.model, max(tokenizer.get_vocab().values()) + 1, int(pair.type_ids.max()) + 1)
 
-    def write(partial: Path) -> None:
-        nonlocal num_rows
-        num_rows = predict.write_rows(partial, predicted, output.suffix == ".csv")
-
-    with torch.inference_mode():
-        write_aside(output, write)
-    print(f"{num_rows:,} rows in {output}")
-    result = {"rows": num_rows}
-    if left_out:
-        print(f"without scores: {sum(left_out.values()):,} rows whose {label_field} is none of the model's labels, such as "
-              f"{left_out.most_common(1)[0][0] or 'nothing'!r}")
-    if known:
-        scores = predict.score(*predict.known_labels(known), list(model.config.id2label.values()))
-        print(predict.table_of(scores))
+    collator, tally, left_out, counted = LabelledCollator(max_length, options.batch_size), Tally(classes), Counter(), []
+    model, context = model.to(device), autocast(device, precision)
+    rows = predict_rows(open_tables(options.input, "--input"), columns, options.label_field, lambda texts: predict(
+        model, LabelledDataset(texts, tokenizer, max_length), collator, device, context), tally, left_out)
+    write_aside(output, lambda partial: counted.append(write_rows(partial, rows, output.suffix == ".csv", str(output))))
+    print(f"{counted[0]:,} rows in {output}")
+    result = {"rows": counted[0]}
+    if tally.confusion.any():
+        scores = tally.scores()
+        print(table_of(scores))
         result |= {name: value for name, value in scores.items() if isinstance(value, float)}
+    if options.label_field in first and left_out["rows"]:
+        print(f"left out of the scores: {left_out['rows']:,} rows whose {options.label_field} is none of the model's labels "
+              f"({', '.join(classes[:20])})")
     print(json.dumps(result))
 
 

@@ -183,18 +183,16 @@ def _records(entry: str, kind: str, text_field: str | None, entity_field: str | 
 def open_tables(paths: list[str], name: str) -> Iterator[tuple[str, dict]]:
     """(file and line, record) of each row of the CSV, TSV, JSONL, Parquet or Arrow files that `paths` mean, in order; UserError
     before the first row where one is of another format or no UTF-8."""
-    entries = dict.fromkeys(file for path in paths for file in reading.expand([path], name))
-    inputs = [(entry, _format_of(entry, "auto")) for entry in entries]
+    inputs = [(entry, _format_of(entry, "auto")) for path in paths for entry in reading.expand([path], name)]
     check([f"{name} {entry}: needed is a table of rows: {', '.join(TABLES)}" for entry, kind in inputs if kind not in TABLES])
     reading.check_files([Path(entry) for entry, kind in inputs if kind in UTF8_FORMATS], name)
     return (row for entry, kind in inputs for row in _rows(entry, kind))
 
 
 def _rows(entry: str, kind: str) -> Iterator[tuple[str, dict]]:
-    rows, row_name = (_table(entry, kind), "row") if kind in ("parquet", "arrow", "saved", "hub") else (
-        _json_lines(Path(entry)) if kind == "jsonl" else _delimited(Path(entry), kind), "line")
-    for number, record in rows:
-        yield f"{entry}, {row_name} {number}", record
+    rows = _json_lines(Path(entry)) if kind == "jsonl" else (_delimited if kind in ("csv", "tsv") else _table)(entry, kind)
+    row_name = "line" if kind in ("jsonl", "csv", "tsv") else "row"
+    yield from ((f"{entry}, {row_name} {number}", record) for number, record in rows)
 
 
 def choose_field(record: dict, where: str) -> str:
@@ -251,13 +249,13 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
                 yield item if is_array else number, record
 
 
-def _delimited(path: Path, kind: str) -> Iterator[tuple[int, dict]]:
+def _delimited(path: str, kind: str) -> Iterator[tuple[int, dict]]:
     """Rows of a CSV or TSV file by its header. A TSV in which quotes are no quoting ones is read as it stands: where they do not
     match, or would join lines that are rows of their own."""
     csv.field_size_limit(1 << 30)
     settings = {"delimiter": "," if kind == "csv" else "\t", "strict": True}
     try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
+        with open(path, encoding="utf-8-sig", newline="") as handle:
             if kind == "tsv":
                 try:
                     joins = any(set("\t\n") & set(field) for row in csv.reader(handle, **settings) for field in row)

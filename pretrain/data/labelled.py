@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pretrain.batch import IGNORED, LabelledBatch
 from pretrain.command import UserError, check
-from pretrain.config import LabelOptions
+from pretrain.config import ColumnOptions
 from pretrain.data.draws import derive, key
 from pretrain.data.formats import choose_field, open_tables
-from pretrain.data.tokenizer import without_limits
+from pretrain.data.tokenizer import encode_together, without_limits
 
 MAX_CLASSES = 1000
-ENCODED_TOGETHER = 10_000  # texts
+FRACTION = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Labelled:
     labels: list[str]
 
 
-def choose_columns(record: dict, where: str, options: LabelOptions) -> tuple[str, ...]:
+def choose_columns(record: dict, where: str, options: ColumnOptions) -> tuple[str, ...]:
     """The columns of the text or the two texts, told from a first row; UserError where the row lacks one."""
     rest = {name: value for name, value in record.items() if name not in (options.label_field, options.text_pair_field)}
     columns = (options.text_field or choose_field(rest, where),) + ((options.text_pair_field,) if options.text_pair_field else ())
@@ -49,8 +49,8 @@ def text_of(record: dict, columns: tuple[str, ...], where: str) -> tuple[str, ..
     texts = tuple(record.get(column) for column in columns)
     for column, text in zip(columns, texts):
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: the column {column} holds {'no text' if not text or isinstance(text, str) else str(text)[:40]!r}; "
-                            "needed is text")
+            held = repr(str(text)[:40]) if text and not isinstance(text, str) else "no text"
+            raise UserError(f"{where}: the column {column} holds {held}; needed is text")
     return tuple(text.encode("utf-8", "replace").decode("utf-8") for text in texts)  # JSON may hold half of a surrogate pair
 
 
@@ -59,7 +59,7 @@ def label_of(value: object) -> str | None:
     if isinstance(value, bool):
         return str(value).lower()
     text = str(value).strip() if isinstance(value, (str, int)) else ""
-    if not text and value is not None and not isinstance(value, str) or re.fullmatch(r"[+-]?\d*\.\d+", text):
+    if not text and value is not None and not isinstance(value, str) or re.fullmatch(FRACTION, text):
         raise ValueError(f"holds {str(value)[:40]!r}")
     return text or None
 
@@ -68,7 +68,7 @@ def _is_number(label: str) -> bool:
     return re.fullmatch(r"-?\d+", label, re.ASCII) is not None
 
 
-def read_labelled(paths: list[str], name: str, options: LabelOptions, classes: list[str] | None = None) -> Labelled:
+def read_labelled(paths: list[str], name: str, options: ColumnOptions, classes: list[str] | None = None) -> Labelled:
     """The rows of files, in order; UserError tells every row without a text or a label, and labels that are not in `classes` (of
     --train, where given) or are numbers here and names there."""
     texts, labels, problems, kinds, columns = [], [], [], {}, None
@@ -94,10 +94,10 @@ def read_labelled(paths: list[str], name: str, options: LabelOptions, classes: l
         else:
             texts.append(text)
             labels.append(label)
-            kinds.setdefault("whole number" if _is_number(label) else "name", f"{label!r} ({where})")
+            kind = "boolean" if isinstance(record[options.label_field], bool) else "whole number" if _is_number(label) else "name"
+            kinds.setdefault(kind, f"the {kind} {label!r} ({where})")
     if len(kinds) > 1 and classes is None:
-        problems.append(f"{name}: the column {options.label_field} mixes the whole number {kinds['whole number']} with the name "
-                        f"{kinds['name']}; needed is one kind")
+        problems.append(f"{name}: the column {options.label_field} mixes {' with '.join(kinds.values())}; needed is one kind")
     check(problems)
     if not texts:
         raise UserError(f"{name} {' '.join(paths)}: holds no row; needed are rows of a text and a label")
@@ -133,16 +133,14 @@ class LabelledDataset(Dataset):
 
     def __init__(self, texts: list[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int, labels: np.ndarray | None = None):
         backend = without_limits(tokenizer)
-        backend.enable_truncation(max_length)
+        backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
         self.labels = np.full(len(texts), IGNORED) if labels is None else labels
         ids, type_ids, lengths, self.num_cut = [], [], [], 0
-        for start in range(0, len(texts), ENCODED_TOGETHER):
-            chunk = texts[start: start + ENCODED_TOGETHER]
-            for encoding in backend.encode_batch_fast([text if len(text) == 2 else text[0] for text in chunk]):
-                ids.append(np.array(encoding.ids, np.uint32))
-                type_ids.append(np.array(encoding.type_ids, np.uint8))
-                lengths.append(len(encoding.ids))
-                self.num_cut += bool(encoding.overflowing)
+        for encoding in encode_together(backend, [text if len(text) == 2 else text[0] for text in texts]):
+            ids.append(np.array(encoding.ids, np.uint32))
+            type_ids.append(np.array(encoding.type_ids, np.uint8))
+            lengths.append(len(encoding.ids))
+            self.num_cut += bool(encoding.overflowing)
         self.ids, self.type_ids = np.concatenate(ids), np.concatenate(type_ids)
         self.ends = np.cumsum(lengths)
         self.starts = self.ends - lengths

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from pretrain.command import UserError, check, first_line
@@ -23,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))  # Chinese characters of Unicode 16
+ENCODED_TOGETHER = 10_000  # texts
 PASSING_STATE = ("truncation", "padding")  # state that changes as a tokenizer is used, not part of what it is
 
 
@@ -113,6 +114,12 @@ def without_limits(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def encode_together(backend: Tokenizer, texts: Sequence, **more: bool) -> Iterator[Encoding]:
+    """The encodings of `texts`, in order; some are in memory at a time, and the engine's threads share them."""
+    for start in range(0, len(texts), ENCODED_TOGETHER):
+        yield from backend.encode_batch_fast(texts[start: start + ENCODED_TOGETHER], **more)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

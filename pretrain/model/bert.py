@@ -104,6 +104,7 @@ def load_config(name: str) -> PreTrainedConfig:
     if config.model_type not in FAMILIES:
         raise UserError(f"--model {name}: is of the family {config.model_type!r} (config.model_type); families that work: "
                         f"{', '.join(FAMILIES)}")
+    config.id2label = dict(sorted(config.id2label.items()))  # a file may have them in any order
     return config
 
 

@@ -1,6 +1,7 @@
 """Text classification on packed batches: transformers' own classes under their own names, only `forward` is ours."""
 from __future__ import annotations
 
+import torch
 import transformers
 from torch import Tensor
 
@@ -48,18 +49,34 @@ CLASSIFIERS = {"bert": BertForSequenceClassification, "roberta": RobertaForSeque
                "xlm-roberta": XLMRobertaForSequenceClassification, "camembert": CamembertForSequenceClassification}
 
 
-def load_classifier(name: str, classes: list[str] | None = None) -> PackedClassifier:
+def load_classifier(name: str, classes: list[str] | None = None, keep_head: bool = True) -> PackedClassifier:
     """The classifier in a checkpoint, or, with `classes`, one of those labels over its encoder; its head is kept where it has them.
 
-    UserError where there is no such checkpoint, or, without `classes`, no head in it."""
+    UserError where there is no such checkpoint, or, without `classes`, no head in it that chooses one class. A fresh head is drawn
+    from the global random numbers, the last thing that is."""
     config = load_config(name)
-    same = classes is None or list(config.id2label.values()) == classes
+    keep_head &= classes is None or list(config.id2label.values()) == classes
     if classes is not None:
         config.id2label, config.label2id = dict(enumerate(classes)), {label: number for number, label in enumerate(classes)}
         config.problem_type = "single_label_classification"
     model, missing = load_weights(CLASSIFIERS[config.model_type], name, config)
-    if not same:  # also where the sizes happen to agree
+    has_head = not any(key.startswith("classifier") for key in missing)
+    if classes is None and not (has_head and config.num_labels > 1 and config.problem_type in (None, "single_label_classification")):
+        raise UserError(f"--model {name}: has no head that chooses one of several classes; needed is a classifier, such as "
+                        "finetune.py makes")
+    if not (keep_head and has_head):  # also where the sizes happen to agree
+        torch.manual_seed(torch.initial_seed())  # whatever else was missing and has drawn
+        for weight in model.classifier.parameters():
+            weight._is_hf_initialized = False  # what came from the checkpoint would be passed over
         model.classifier.apply(model._init_weights)
-    elif classes is None and any(key.startswith("classifier") for key in missing):
-        raise UserError(f"--model {name}: has no classification head; needed is a model that finetune.py, or another, has made")
     return model
+
+
+def check_tokenizer(model: PackedClassifier, name: str, num_ids: int, num_types: int) -> None:
+    """UserError where a tokenizer of `num_ids` ids, which tells `num_types` texts apart, is not the model's."""
+    config = model.config
+    if num_ids > config.vocab_size:
+        raise UserError(f"--model {name}: its tokenizer has {num_ids:,} ids, the model {config.vocab_size:,} vectors; needed is the "
+                        "model's own tokenizer")
+    if num_types > config.type_vocab_size:
+        raise UserError(f"--text-pair-field: the model {name} has {config.type_vocab_size} token types, two texts need {num_types}")

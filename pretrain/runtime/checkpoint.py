@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.command import UserError
-from pretrain.files import sha256_of, write_json
+from pretrain.files import markdown_table, sha256_of, write_json
 
 RUN_ENTRY = (r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*|test_predictions\.csv"
              r"|confusion\.png|\.?(best|final|checkpoint-\d+)(\.\w+)?|.*\.(tmp|partial)")  # --overwrite replaces nothing else
@@ -164,7 +164,7 @@ def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / FACTS, facts)
-    (folder / "README.md").write_text(_model_card(facts, model.config.model_type), encoding="utf-8")
+    (folder / "README.md").write_text(_pretraining_card(facts, model.config.model_type), encoding="utf-8")
 
 
 def read_facts(folder: Path) -> dict:
@@ -175,14 +175,19 @@ def read_facts(folder: Path) -> dict:
         return {}
 
 
-def _model_card(facts: dict, family: str) -> str:
-    lines = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items() if not isinstance(value, dict))
-    scores = "\n".join(f"| held-out {name.replace('_', ' ')} | {value:.4f} |" for name, value in facts["held_out"].items())
+def _pretraining_card(facts: dict, family: str) -> str:
+    rows = [[name.replace("_", " "), value] for name, value in facts.items() if not isinstance(value, dict)]
+    rows += [[f"held-out {name.replace('_', ' ')}", f"{value:.4f}"] for name, value in facts["held_out"].items()]
     untrained = ("\n\nThe pooler and the NSP head (`bert.pooler`, `cls.seq_relationship`) were not trained: the objective is MLM "
                  "alone." if facts["objective"] == "mlm" and family == "bert" else "")
-    return (f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags:\n- {family}\n- pretraining\n---\n\n# {family}, pretrained "
-            f"with {facts['objective']}\n\nOpens with `AutoModelForPreTraining`, `AutoModelForMaskedLM`, `AutoModel` and "
-            f"`pipeline(\"fill-mask\")` of transformers.{untrained}\n\n| what | value |\n|---|---|\n{lines}\n{scores}\n")
+    return model_card("fill-mask", [family, "pretraining"], f"{family}, pretrained with {facts['objective']}", "`AutoModelForPreTraining`, "
+                      f"`AutoModelForMaskedLM`, `AutoModel` and `pipeline(\"fill-mask\")` of transformers.{untrained}", rows)
+
+
+def model_card(task: str, tags: list[str], title: str, opens_with: str, rows: list[list[object]]) -> str:
+    """README.md of a model folder, as the hub reads it."""
+    return (f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n" + "".join(f"- {tag}\n" for tag in tags)
+            + f"---\n\n# {title}\n\nOpens with {opens_with}\n\n{markdown_table(['what', 'value'], rows)}\n")
 
 
 def write_state(folder: Path, tensors: dict, values: dict) -> None:

@@ -34,9 +34,12 @@ class World:
         return self.rank == 0
 
 
-def start(device: str) -> tuple[World, torch.device]:
-    """(world, device) of this process; `device` is auto, cpu, cuda or cuda:N. Joins the process group under torchrun."""
+def start(device: str, alone: str = "") -> tuple[World, torch.device]:
+    """(world, device) of this process; `device` is auto, cpu, cuda or cuda:N. Joins the process group under torchrun; what runs
+    `alone` is refused there."""
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if alone and size > 1:
+        raise UserError(f"{size} processes: {alone} runs in one; needed is a start without torchrun")
     chosen = _choose_device(device, local_rank if size > 1 else None)
     _keep_memory_flat()
     if size > 1 and not dist.is_initialized():
@@ -90,11 +93,11 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def sum_counts(counts: dict[str, int], device: torch.device) -> dict[str, float | Tensor]:
-    """`counts` summed over all processes, at least 1; at one process they stay on the host: no copy to the device to wait for."""
+    """`counts` summed over all processes, 1 for 0; at one process they stay on the host: no copy to the device to wait for."""
     if not dist.is_initialized():
-        return {name: max(1, count) for name, count in counts.items()}
-    whole = sum_over_ranks(torch.tensor(list(counts.values()), dtype=torch.float32, device=device)).clamp(min=1)
-    return dict(zip(counts, whole))
+        return {name: count or 1 for name, count in counts.items()}
+    whole = sum_over_ranks(torch.tensor(list(counts.values()), dtype=torch.float32, device=device))
+    return dict(zip(counts, torch.where(whole > 0, whole, 1.0)))
 
 
 def any_rank(flag: bool) -> bool:

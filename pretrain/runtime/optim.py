@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from pretrain.command import UserError
 
@@ -74,20 +75,8 @@ def peak_flops(device: torch.device, precision: str) -> float:
             return PEAK_FLOPS[max(known, key=len)]
     size = 8192 if device.type == "cuda" else 1024
     left = torch.randn(size, size, device=device, dtype=AUTOCAST[precision])
-    times = []
-    for _ in range(6):
-        times.append(_seconds(lambda: left @ left, device))
-    return 2.0 * size**3 / min(times)
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    import time
-
-    begin = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    timer = Timer("left @ left", globals={"left": left}, num_threads=torch.get_num_threads())
+    return 2.0 * size**3 / min(timer.blocked_autorange(min_run_time=0.05).times)
 
 
 class FiniteWatch:

@@ -1,6 +1,7 @@
 """Optimizer, schedule, precision: rates against closed forms, decay on matrices only, a step that is not finite changes nothing and is
 told one step later, and what a device cannot do is refused."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,8 +186,8 @@ def test_peak_of_an_unknown_gpu_is_measured_and_not_that_of_a_similar_name(name,
 
 
 def test_peak_of_a_cpu_is_operations_over_the_best_time(monkeypatch):
-    times = iter([0.5, 0.25, 0.5, 0.5, 0.5, 0.5])
-    monkeypatch.setattr(optim, "_seconds", lambda work, device: next(times))
+    measured = SimpleNamespace(blocked_autorange=lambda min_run_time: SimpleNamespace(times=[0.5, 0.25, 0.5]))
+    monkeypatch.setattr(optim, "Timer", lambda *_, **__: measured)
     assert optim.peak_flops(CPU, "fp32") == 2 * 1024**3 / 0.25
 
 

@@ -1,0 +1,522 @@
+"""The experiment from end to end, on a tiny encoder: its report tells what its parts have left, the parts are what the single commands
+give, and one that was interrupted, asked for more or started anew ends as the one that was not; every bad input in one message."""
+import csv
+import json
+import re
+import shlex
+import shutil
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from conftest import make_documents, refusal, rows, script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score
+from transformers import BertConfig, BertForPreTraining, BertModel
+
+from pretrain import adapt, train
+from pretrain import finetune as finetuning
+from pretrain.command import as_command, parse, run_command
+from pretrain.config import AdaptOptions, Config, FinetuneOptions, validate
+from pretrain.data import tokenizer as tokenizers
+from pretrain.data.labelled import budget_rows
+
+ADAPT, PRETRAIN, FINETUNE, EVALUATE = script("adapt"), script("pretrain"), script("finetune"), script("evaluate")
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+FINE = "--max-steps 3 --eval-every 1 --max-length 32 --batch-size 8 --learning-rate 3e-2 --precision fp32"
+ENCODERS, BUDGETS, TASKS = ("base", "adapted", "control"), {"12": 12, "all": 30}, []
+
+
+def write_rows(path, texts, label_of):
+    with path.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([("text", "label"), *((text, label_of(text)) for text in texts)])
+
+
+@pytest.fixture(scope="module")
+def place(documents, tmp_path_factory):
+    """An encoder, texts and labelled rows; the first test row and the last, which has two sentences, are copied in both texts."""
+    folder = tmp_path_factory.mktemp("adapt")
+    sentences = [sentence for document in make_documents(60, 5) for sentence in document if 3 < len(sentence.split()) < 15]
+    test = [*sentences[42:60], "\n".join(sentences[60:62])]
+    for name, texts in (("train", sentences[:30]), ("valid", sentences[30:42]), ("test", test)):
+        write_rows(folder / f"{name}.csv", texts, lambda text: "even|<b>" if len(text.split()) % 2 else "odd")
+    copies = [[test[0].replace(" ", "  "), *documents[0]], [*documents[1], *sentences[60:62], "river ."], sentences[60:62]]
+    for name, of in (("text", documents[2:]), ("control", make_documents(40, 11))):
+        (folder / f"{name}.txt").write_text("\n\n".join("\n".join(document) for document in [*of, *copies]) + "\n", encoding="utf-8")
+    tokenizer = tokenizers.train(lambda: (sentence for document in documents for sentence in document), 120)
+    config = BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **SMALL)
+    for name, kind in (("model", BertForPreTraining), ("headless", BertModel)):
+        kind(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretraining(place, cache):
+    return ("--max-steps 3 --save-every 1 --eval-every 1 --log-every 1 --batch-size 4 --micro-batch-size 4 --max-length 32 "
+            f"--objective mlm --eval-tokens 500 --learning-rate 3e-2 --precision fp32 --cache {cache}")
+
+
+@pytest.fixture(scope="module")
+def small(place, pretraining):
+    """Without a control, one budget and one seed."""
+    named = [part for name in ("train", "valid", "test") for part in (f"--{name}", str(place / f"{name}.csv"))]
+    return ["--model", str(place / "model"), "--text", str(place / "text.txt"), *named, "--pretrain", pretraining, "--finetune", FINE,
+            "--seeds", "1", "--label-budgets", "12"]
+
+
+@pytest.fixture(scope="module")
+def whole(small, place):
+    return [*small[:-4], "--control", str(place / "control.txt"), "--seeds", "2", "--label-budgets", *BUDGETS]
+
+
+@pytest.fixture(scope="module")
+def finished(whole, place):
+    """The uninterrupted experiment that others are compared with; what it has fine-tuned is in TASKS."""
+    with pytest.MonkeyPatch.context() as context:
+        seen = counted(context, "finetune")
+        ADAPT.main([*whole, "--output", str(place / "finished")])
+    TASKS.extend(task for task, in seen)
+    return place / "finished"
+
+
+@pytest.fixture(scope="module")
+def finished_small(small, place):
+    ADAPT.main([*small, "--output", str(place / "small")])
+    return place / "small"
+
+
+def part(folder, name):
+    return json.loads((folder / "parts" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def report_of(folder):
+    """The report without the times, the machine and the commands, in which the folder is named."""
+    return (folder / "report.md").read_text(encoding="utf-8").split("## Time")[0]
+
+
+def tables(text):
+    """[[cells as text]] of every table, without the rule below its head."""
+    found = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
+    return [[[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in lines.strip().split("\n") if "| ---" not in row]
+            for lines in found]
+
+
+def counted(monkeypatch, name, module=adapt):
+    """What `module.name` is called with; it still works."""
+    calls, original = [], getattr(module, name)
+
+    def observed(*arguments, **more):
+        calls.append(arguments)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(module, name, observed)
+    return calls
+
+
+def stopped(monkeypatch, module, name, number):
+    """Ctrl-C as `module.name` is called for the `number`-th time."""
+    calls, original = [], getattr(module, name)
+
+    def interrupted(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(module, name, interrupted)
+
+
+def nothing_is_trained(monkeypatch):
+    for name in ("finetune", "train", "write_cleaned", "compare"):
+        monkeypatch.setattr(adapt, name, lambda *_, name=name, **__: pytest.fail(f"{name} is called again"))
+
+
+# What it leaves.
+
+def test_numbers_of_the_report_are_those_of_the_parts(finished):
+    scores, classes, *_ = tables(report_of(finished))
+    values = {(name, budget): [part(finished, f"finetune-{name}-{budget}-{seed}")["test"] for seed in range(2)]
+              for name in ENCODERS for budget in BUDGETS}
+    assert len({tuple(of["macro_f1"] for of in results) for results in values.values()}) >= 4, "equal scores would show nothing"
+    for row, (budget, count) in zip(scores[1:], BUDGETS.items(), strict=True):
+        means = {name: [of["macro_f1"] for of in values[name, budget]] for name in ENCODERS}
+        assert row[:4] == [str(count), *(f"{np.mean(of):.3f} ± {np.std(of, ddof=1):.3f}" for of in means.values())]
+        assert [cell.split(" ")[0] for cell in row[4:]] == [
+            f"{np.mean(means['adapted']) - np.mean(means[other]):+.3f}" for other in ("base", "control")]
+        low, high = map(float, re.search(r"\((.*) to (.*)\)", row[4]).groups())
+        assert low <= float(row[4].split(" ")[0]) <= high
+    for row, label in zip(classes[1:], ("even|<b>", "odd"), strict=True):
+        f1 = [np.mean([of["classes"][label]["f1"] for of in values[name, "all"]]) for name in ("base", "adapted")]
+        assert row == [label.replace("|<b>", "\\|&lt;b&gt;"), str(values["base", "all"][0]["classes"][label]["rows"]),
+                       *(f"{value:.3f}" for value in f1), f"{f1[1] - f1[0]:+.3f}"]
+
+
+def test_scores_of_the_parts_are_those_of_the_predictions(finished):
+    for name in ENCODERS:
+        for budget in BUDGETS:
+            for seed in range(2):
+                with (finished / "finetune" / f"{name}-{budget}-{seed}" / "test_predictions.csv").open() as file:
+                    labels, predicted = zip(*((row["label"], row["predicted_label"]) for row in csv.DictReader(file)))
+                assert len(labels) == 19
+                assert part(finished, f"finetune-{name}-{budget}-{seed}")["test"]["macro_f1"] == pytest.approx(
+                    f1_score(labels, predicted, average="macro"), abs=1e-12)
+
+
+def test_report_and_page_open_with_the_verdict_and_hold_all_sections(finished):
+    text, page = ((finished / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
+    answer = text.split("\n")[2]
+    assert re.match(r"> \*\*(Yes|No)\*\*, .*Against the same pretraining on the control text: with 12 labels .* with 30 labels", answer)
+    assert re.findall("^## (.*)", text, re.MULTILINE) == [
+        "What was done", "Does it help the task?", "Which classes?", "Has it learnt the text?", "How near are the texts?", "Time",
+        "Commands"]
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert pictures == ["learning_curve.png", "confusion.png", "perplexity.png", "overlap.png"]
+    assert page.count('src="data:image/png;base64,') == 4 and not re.search(r'src="(?!data:)|https?://', page)
+    assert "<strong>" in page.split("<blockquote>")[1].split("</blockquote>")[0] and "odd, even" not in page
+
+
+def test_the_encoders_share_rows_and_seeds(finished, place):
+    tasks = {tuple(task.output.name.split("-")): task for task in TASKS}
+    assert list(tasks) == [(name, budget, str(seed)) for budget in BUDGETS for seed in range(2) for name in ENCODERS]
+    with (place / "train.csv").open(newline="") as file:
+        all_rows = [((row["text"],), row["label"]) for row in csv.DictReader(file)]
+    models = {"base": str(place / "model"), **{name: str(finished / name / "final") for name in ENCODERS[1:]}}
+    for (name, budget, seed), task in tasks.items():
+        chosen = all_rows
+        if budget != "all":
+            chosen = [all_rows[row] for row in budget_rows([label for _, label in all_rows], int(budget), int(seed))]
+        assert list(zip(task.rows["train"].texts, task.rows["train"].labels)) == chosen and len(chosen) == BUDGETS[budget]
+        assert task.options.model == models[name] and task.options.seed == int(seed) and not task.options.save_model
+        assert replace(task.options, model="", output="") == replace(tasks["base", budget, seed].options, model="", output="")
+        assert task.rows["test"] == TASKS[0].rows["test"] and len(task.rows["valid"].labels) == 12
+    assert tasks["base", "12", "0"].rows["train"] != tasks["base", "12", "1"].rows["train"]
+
+
+def test_perplexities_are_those_of_evaluate(finished, place, cache, capsys):
+    told = part(finished, "perplexity")
+    found = {}
+    for name, model in (("before", place / "model"), ("after", finished / "adapted"), ("control", finished / "control")):
+        EVALUATE.main(["--model", str(model), "--input", str(finished / "text.jsonl"), "--valid-fraction", "0.05", "--max-length", "32",
+                       "--objective", "mlm", "--eval-tokens", "500", "--eval-batch-size", "4", "--precision", "fp32",
+                       "--cache", str(cache)])
+        found[name] = json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"]
+    assert {name: told[name] for name in found} == pytest.approx(found, rel=1e-6) and len(set(found.values())) == 3
+    assert [step for step, _ in told["curve"]] == [0, 1, 2, 3] and [step for step, _ in told["training"]] == [1, 2, 3]
+    assert told["curve"][0][1] == told["before"] and told["curve"][-1][1] == told["after"]
+    shown = tables(report_of(finished))[2]
+    assert [row[1] for row in shown[1:]] == [f"{told[name]:,.2f}" for name in ("before", "after", "control", "unigram")]
+
+
+def test_the_control_has_the_steps_of_the_adapted_run_and_the_same_options(finished):
+    runs = [json.loads((finished / name / "config.json").read_text()) for name in ENCODERS[1:]]
+    assert {name for name in runs[0] if runs[0][name] != runs[1][name]} == {"train"}
+    assert [part(finished, f"pretrain-{name}")["total_steps"] for name in ENCODERS[1:]] == [3, 3]
+    assert [run["train"] for run in runs] == [[str(finished / f"{name}.jsonl")] for name in ("text", "control")]
+
+
+def test_a_control_that_is_longer_does_no_more_steps(small, place, tmp_path, pretraining):
+    epochs = pretraining.replace("--max-steps 3", "--epochs 0.05").replace("--batch-size 4", "--batch-size 8", 1)
+    arguments = [*small, "--control", str(place / "model" / "config.json").replace("model/config.json", "text.txt"), "--text",
+                 str(place / "control.txt"), "--pretrain", epochs]
+    ADAPT.main([*arguments, "--output", str(tmp_path / "out")])
+    steps = [part(tmp_path / "out", f"pretrain-{name}")["total_steps"] for name in ENCODERS[1:]]
+    assert steps[0] == steps[1] == rows(tmp_path / "out" / "control")[-1]["step"]
+
+
+def test_copies_of_test_texts_are_removed_and_counted(finished, place):
+    counts = part(finished, "text")
+    for name, documents in (("text", 58 + 2), ("control", 40 + 2)):
+        assert {key: counts[name][key] for key in ("documents", "removed", "task_texts")} == {
+            "documents": documents, "removed": 3, "task_texts": 0}
+        assert len((finished / f"{name}.jsonl").read_text().splitlines()) == documents
+    with (place / "test.csv").open(newline="") as file:
+        first, *_, last = (row["text"] for row in csv.DictReader(file))
+    for name in ("text", "control"):
+        kept = [json.loads(line)["text"] for line in (finished / f"{name}.jsonl").read_text().splitlines()]
+        assert not any(" ".join(first.split()) == " ".join(line.split()) for text in kept for line in text.split("\n"))
+        assert not any(last in text for text in kept) and any(text.endswith("\nriver .") for text in kept)
+    told = report_of(finished)
+    assert told.count("3 exact copies of test texts were removed") == 2 and "60 documents of your text" in told
+
+
+def test_task_text_is_pretrained_on_too_but_for_copies_of_test_texts(small, place, tmp_path):
+    with (place / "train.csv").open(newline="") as file:
+        train_rows = list(csv.DictReader(file))
+    with (place / "test.csv").open(newline="") as file:
+        copy = next(csv.DictReader(file))["text"]
+    write_rows(tmp_path / "train.csv", [row["text"] for row in train_rows] + [copy], lambda text: "odd" if len(text) % 2 else "even|<b>")
+    output = tmp_path / "out"
+    ADAPT.main([*small, "--train", str(tmp_path / "train.csv"), "--task-text", "--output", str(output)])
+    written = [json.loads(line)["text"] for line in (output / "text.jsonl").read_text().splitlines()]
+    assert written[60:] == [row["text"] for row in train_rows]
+    counts = part(output, "text")["text"]
+    assert (counts["documents"], counts["removed"], counts["task_texts"]) == (90, 4, 31)
+    assert "; the 31 texts of the training rows were added." in report_of(output)
+    assert "--task-text" in (output / "report.md").read_text().split("## Commands")[1]
+
+
+def test_a_fresh_mlm_head_is_told_where_perplexity_means_nothing(small, place, tmp_path):
+    ADAPT.main([*small, "--model", str(place / "headless"), "--output", str(tmp_path / "out")])
+    told, curve = report_of(tmp_path / "out"), part(tmp_path / "out", "perplexity")["curve"]
+    assert re.search(r"came without .*MLM head.*, which started from random weights: its perplexity before", told)
+    assert tables(told)[2][1] == ["at step 1, the first held-out value after warm-up", f"{curve[1][1]:,.2f}"]
+
+
+def test_without_held_out_text_there_is_no_perplexity(small, pretraining, tmp_path):
+    ADAPT.main([*small, "--pretrain", f"{pretraining} --valid-fraction 0", "--output", str(tmp_path / "out")])
+    assert "No text was held out" in report_of(tmp_path / "out") and not (tmp_path / "out" / "perplexity.png").exists()
+    assert part(tmp_path / "out", "perplexity").keys() <= {"seconds"}
+
+
+def test_held_out_text_of_your_own_keeps_its_format(small, place, pretraining, finished_small, tmp_path):
+    """BUG shown: --format jsonl, which is that of the cleaned text, is also used for --valid, which is the user's."""
+    (tmp_path / "valid.txt").write_text("\n\n".join("\n".join(document) for document in make_documents(6, 3)) + "\n")
+    ADAPT.main([*small, "--pretrain", f"{pretraining} --valid {tmp_path / 'valid.txt'}", "--output", str(tmp_path / "out")])
+    assert part(tmp_path / "out", "perplexity")["before"] != part(finished_small, "perplexity")["before"]
+
+
+# Commands.
+
+def commands(folder):
+    return [shlex.split(line) for line in (folder / "report.md").read_text().split("```")[1].strip().split("\n")]
+
+
+def test_every_printed_command_parses(finished, whole, place):
+    first, *others = commands(finished)
+    assert first == ["python", "scripts/adapt.py", *whole, "--output", str(finished)]
+    assert len(others) == 2 + 3 * 2 and validate(parse(first[2:], AdaptOptions, "")) == []
+    for command in others:
+        kind = {"scripts/pretrain.py": Config, "scripts/finetune.py": FinetuneOptions}[command[1]]
+        options = parse(command[2:], kind, "")
+        assert validate(options) == [] and options.output is None and not options.overwrite
+    assert [parse(command[2:], FinetuneOptions, "").model for command in others[2:]] == 2 * [
+        str(place / "model"), *(str(finished / name / "final") for name in ENCODERS[1:])]
+
+
+def test_the_printed_commands_repeat_the_parts(finished, tmp_path):
+    _, adapted, control, *fine = commands(finished)
+    for name, command in (("adapted", adapted), ("control", control)):
+        PRETRAIN.main([*command[2:], "--output", str(tmp_path / name)])
+        assert rows(tmp_path / name) == rows(finished / name)
+    for number, name in ((4, "adapted-all"), (1, "adapted-12")):
+        FINETUNE.main([*fine[number][2:], "--seed", "1", "--output", str(tmp_path / name)])
+        again = json.loads((tmp_path / name / "summary.json").read_text())
+        assert again["test"] == part(finished, f"finetune-{name}-1")["test"] and (tmp_path / name / "final" / "model.safetensors").is_file()
+
+
+VALUES = {bool: st.booleans(), int: st.integers(-5, 10**6), float: st.floats(0, 1e9),
+          str: st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=8).filter(lambda text: text[0] != "-")}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data(), st.sampled_from([Config, FinetuneOptions, AdaptOptions]))
+def test_a_command_means_the_options_that_it_was_made_of(data, kind):
+    options = kind()
+    for entry in data.draw(st.lists(st.sampled_from(fields(kind)), max_size=6)):
+        hint, arguments = kind.__annotations__.get(entry.name) or entry.type, entry.metadata["argparse"]
+        inner = next(of for name, of in (("bool", bool), ("int", int), ("float", float), ("str", str)) if name in str(hint))
+        value = st.sampled_from(arguments["choices"]) if "choices" in arguments else VALUES[inner]
+        count = arguments.get("nargs")
+        is_list = str(hint).startswith("list")
+        setattr(options, entry.name, data.draw(st.lists(value, min_size=count if isinstance(count, int) else 1,
+                                                        max_size=count if isinstance(count, int) else 3) if is_list else value))
+    python, path, *argv = shlex.split(as_command("some", options))
+    assert (python, path) == ("python", "scripts/some.py") and parse(argv, kind, "") == options
+
+
+# Going on.
+
+def test_a_finished_experiment_trains_nothing_again_and_rewrites_the_report(finished, whole, tmp_path, monkeypatch, capsys):
+    output = shutil.copytree(finished, tmp_path / "out")
+    for name in ("report.md", "report.html", "learning_curve.png"):
+        (output / name).unlink()
+    nothing_is_trained(monkeypatch)
+    ADAPT.main([*whole, "--output", str(output)])
+    assert report_of(output) == report_of(finished) and (output / "learning_curve.png").is_file() and (output / "report.html").is_file()
+    told = capsys.readouterr().out
+    answer = report_of(output).split("\n")[2].removeprefix("> ").replace("**", "")
+    assert answer in told and f"report: {output / 'report.html'}" in told and "12 times fine-tuning: budgets 12, 30, 2 seeds" in told
+
+
+@pytest.mark.parametrize("module, name, number", [(finetuning, "finish", 2), (train, "train_step", 2), (train, "save", 1)],
+                         ids=["fine-tuning", "pretraining", "no checkpoint"])
+def test_an_interrupted_experiment_ends_as_the_uninterrupted_one(module, name, number, finished_small, small, tmp_path, monkeypatch):
+    arguments = [*small, "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as context:
+        stopped(context, module, name, number)
+        assert run_command(ADAPT.main, arguments) == 130
+    assert not (tmp_path / "out" / "report.md").exists()
+    done = {path.name for path in (tmp_path / "out" / "parts").glob("*")}
+    with monkeypatch.context() as context:
+        if "pretrain-adapted.json" in done:
+            context.setattr(adapt, "train", lambda *_: pytest.fail("pretrained again"))
+        steps = counted(context, "train_step", train)
+        calls = counted(context, "finetune")
+        ADAPT.main(arguments)
+    assert len(calls) == (1 if name == "finish" else 2)
+    assert len(steps) == {"finish": 0, "train_step": 2, "save": 3}[name]
+    assert report_of(tmp_path / "out") == report_of(finished_small)
+    assert rows(tmp_path / "out" / "adapted") == rows(finished_small / "adapted")
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_the_interrupted_control_goes_on_where_it_was(finished, whole, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    arguments = [*whole, "--label-budgets", "12", "--seeds", "1", "--output", str(output)]
+    with monkeypatch.context() as context:
+        stopped(context, train, "train_step", 3 + 3)
+        assert run_command(ADAPT.main, arguments) == 130
+    steps, calls = counted(monkeypatch, "train_step", train), counted(monkeypatch, "finetune")
+    ADAPT.main(arguments)
+    assert (len(steps), len(calls)) == (1, 3) and rows(output / "control") == rows(finished / "control")
+    assert tables(report_of(output))[2:] == tables(report_of(finished))[2:]
+    assert all(part(output, f"finetune-{name}-12-0")["test"] == part(finished, f"finetune-{name}-12-0")["test"] for name in ENCODERS)
+
+
+@pytest.mark.parametrize("more, new, header", [
+    (["--seeds", "2"], {("base", 12, 1), ("adapted", 12, 1)}, "over 2 seeds"),
+    (["--label-budgets", "20", "12"], {("base", 20, 0), ("adapted", 20, 0)}, "over 1 seeds"),
+], ids=["seeds", "budgets"])
+def test_more_seeds_or_budgets_run_what_is_new_alone(more, new, header, finished_small, small, tmp_path, monkeypatch):
+    output = shutil.copytree(finished_small, tmp_path / "out")
+    monkeypatch.setattr(adapt, "train", lambda *_: pytest.fail("pretrained again"))
+    calls = counted(monkeypatch, "finetune")
+    ADAPT.main([*small, *more, "--output", str(output)])
+    assert {(task.output.name.split("-")[0], task.options.label_budget, task.options.seed) for (task,) in calls} == new
+    scores = tables(report_of(output))[0]
+    assert [row[0] for row in scores[1:]] == (["12"] if "--seeds" in more else ["12", "20"]) and header in report_of(output)
+    if "--seeds" not in more:
+        assert scores[1] == tables(report_of(finished_small))[0][1]
+
+
+def test_overwrite_starts_anew_and_what_was_there_stays_until_there_is_a_report(finished_small, small, tmp_path, monkeypatch):
+    output = shutil.copytree(finished_small, tmp_path / "out")
+    aside = tmp_path / ".out.replaced"
+    other = [*small, "--finetune", FINE.replace("--max-steps 3", "--max-steps 2"), "--output", str(output)]
+    with monkeypatch.context() as context:
+        stopped(context, adapt, "finetune", 1)
+        assert run_command(ADAPT.main, [*other, "--overwrite"]) == 130
+    assert (aside / "report.md").is_file() and not (output / "report.md").exists()
+    calls = counted(monkeypatch, "finetune")
+    ADAPT.main(other)
+    assert len(calls) == 2 and (output / "report.md").is_file() and not aside.exists()
+    assert part(output, "finetune-base-12-0")["steps"] == 2
+
+
+# What is refused.
+
+@pytest.mark.parametrize("more, message", [
+    (["--task-text"], "--output {output}: its experiment was started with --task-text False, not True; needed is another folder, or"),
+    (["--finetune", FINE + " --metric accuracy"], "--output {output}: its experiment was started with --finetune --max-steps 3"),
+    (["--model", "{place}/headless"], "--output {output}: its experiment was started with --model {place}/model, not {place}/headless; "),
+    (["--control", "{place}/control.txt"], "--output {output}: its experiment was started with --control [], not ['{place}/control.txt']"),
+], ids=["task-text", "finetune", "model", "control"])
+def test_other_options_are_refused(more, message, finished_small, small, place, capsys, monkeypatch):
+    nothing_is_trained(monkeypatch)
+    names = {"place": place, "output": finished_small}
+    told = refusal(ADAPT.main, [*small, *(word.format(**names) for word in more), "--output", finished_small], capsys)
+    assert told.startswith(message.format(**names))
+
+
+@pytest.mark.parametrize("name, line, what", [("train.csv", "bank river .,odd\n", "{path}"), ("test.csv", "bank river .,odd\n", "{path}"),
+                                              ("text.txt", "\nbank river .\n", "text")], ids=["train", "test", "text"])
+def test_a_changed_file_is_refused(name, line, what, finished_small, small, place, capsys):
+    path = place / name
+    before = path.read_bytes()
+    try:
+        path.write_bytes(before + line.encode())
+        told = refusal(ADAPT.main, [*small, "--output", finished_small], capsys)
+    finally:
+        path.write_bytes(before)
+    assert told == (f"--output {finished_small}: {what.format(path=path)} has changed since its experiment was started; needed is another "
+                    "folder, or --overwrite")
+
+
+def test_a_changed_file_of_a_folder_is_refused(small, place, tmp_path, monkeypatch, capsys):
+    """BUG shown: of labelled rows that a folder or a glob means no hash is kept, so that their change goes unseen."""
+    (tmp_path / "rows").mkdir()
+    shutil.copy(place / "train.csv", tmp_path / "rows")
+    arguments = [*small, "--train", str(tmp_path / "rows"), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as context:
+        stopped(context, adapt, "clean", 1)
+        assert run_command(ADAPT.main, arguments) == 130
+    with (tmp_path / "rows" / "train.csv").open("a") as file:
+        file.write("bank river .,odd\n")
+    monkeypatch.setattr(adapt, "run_experiment", lambda *_: pytest.fail("goes on with other rows"))
+    assert "has changed since its experiment was started" in refusal(ADAPT.main, arguments, capsys)
+
+
+def test_a_folder_that_holds_something_else_is_refused(small, tmp_path, finished_small, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    told = refusal(ADAPT.main, [*small, "--output", tmp_path / "mine"], capsys)
+    assert told == f"--output {tmp_path / 'mine'}: is not empty and holds no experiment; needed is another folder"
+    told = refusal(ADAPT.main, [*small, "--output", tmp_path / "mine", "--overwrite"], capsys)
+    assert told.startswith(f"--output {tmp_path / 'mine'} --overwrite: holds thesis.txt, which no run has written")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    told = refusal(ADAPT.main, [*small, "--output", tmp_path / "mine" / "thesis.txt"], capsys)
+    assert told == f"--output {tmp_path / 'mine' / 'thesis.txt'}: is a file; needed is a folder"
+
+
+GIVEN = "is given by the experiment; needed is the option left away"
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--model", "base"], "--model base: is a size; needed is a pretrained encoder, a folder or a hub name"),
+    (["--seeds", "0"], "--seeds 0: needed is a whole number of at least 1"),
+    (["--seeds", "many"], "--seeds: invalid int value: 'many'"),
+    (["--label-budgets", "31"], "--label-budgets 31: needed is at least 2, one row of each class, and at most 30, the rows of --train"),
+    (["--label-budgets", "all", "1"], "--label-budgets 1: needed is at least 2, one row of each class, and at most 30"),
+    (["--label-budgets", "few"], "--label-budgets few: needed is a number of rows, or all"),
+    (["--label-budgets", "-3"], "--label-budgets -3: needed is a number of rows, or all"),
+    (["--label-budgets", "1²"], "--label-budgets 1²: needed is a number of rows, or all"),
+    (["--pretrain", "--masks 3"], '--pretrain "--masks 3": unrecognized arguments: --masks 3; --help lists the options'),
+    (["--pretrain", "--mask-rate 0.9"], '--pretrain "--mask-rate 0.9": --mask-rate 0.9: needed is one or two shares'),
+    (["--pretrain", '--cache "my'], '--pretrain "--cache "my": No closing quotation'),
+    (["--pretrain", "--train x.txt"], f'--pretrain "--train x.txt": --train {GIVEN}'),
+    (["--pretrain", "--model tiny"], f'--pretrain "--model tiny": --model {GIVEN}'),
+    (["--pretrain", "--output x"], f'--pretrain "--output x": --output {GIVEN}'),
+    (["--pretrain", "--seed 3 --overwrite"], f'--pretrain "--seed 3 --overwrite": --overwrite {GIVEN}'),
+    (["--pretrain", "--max-minutes 3"], f'--pretrain "--max-minutes 3": --max-minutes {GIVEN}'),
+    (["--finetune", "--seed 3"], f'--finetune "--seed 3": --seed {GIVEN}'),
+    (["--finetune", "--label-budget 3"], f'--finetune "--label-budget 3": --label-budget {GIVEN}'),
+    (["--finetune", "--test x.csv"], f'--finetune "--test x.csv": --test {GIVEN}'),
+    (["--finetune", "--label-field x"], f'--finetune "--label-field x": --label-field {GIVEN}'),
+    (["--finetune", "--epochs 3 --no-save-model"], f'--finetune "--epochs 3 --no-save-model": --save-model {GIVEN}'),
+    (["--finetune", "--epochs 0"], '--finetune "--epochs 0": --epochs 0.0: needed is a number above 0'),
+    (["--text", "absent.txt"], "--text absent.txt: no such file"),
+    (["--control", "absent.txt"], "--control absent.txt: no such file"),
+    (["--test", "absent.csv"], "--test absent.csv: no such file"),
+    (["--text", "{corpus}"], "--text: is a prepared corpus; needed is text, from which copies of test texts can be removed"),
+    (["--control", "{corpus}"], "--control: is a prepared corpus; needed is text, from which copies of test texts can be removed"),
+    (["--text-field", "body"], "--train {place}/train.csv, line 2: has no column 'body', it has text, label"),
+    (["--label-field", ""], "--label-field : needed is a name, or the option left away"),
+    (["--max-steps", "3"], "unrecognized arguments: --max-steps 3"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_told_in_one_message_before_anything_is_written(more, message, small, place, corpus, cache, tmp_path, capsys):
+    names = {"place": place, "corpus": corpus.folder}
+    kept = [word for name, word in zip(["", *small], small) if "--pretrain" not in (name, word)] + ["--pretrain", f"--cache {cache}"]
+    told = refusal(ADAPT.main, [*kept, *(word.format(**names) for word in more), "--output", tmp_path / "out"], capsys)
+    assert told.startswith(message.format(**names)) and "\n" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_switch_alone_can_be_passed_on(small, tmp_path, capsys):
+    """BUG shown: argparse takes a quoted option without a space for one of its own, and tells "expected one argument"."""
+    told = refusal(ADAPT.main, [*small, "--seeds", "0", "--finetune", "--gradient-checkpointing", "--output", tmp_path / "out"], capsys)
+    assert told == "--seeds 0: needed is a whole number of at least 1"
+
+
+def test_what_is_missing_is_told_at_once(capsys):
+    assert refusal(ADAPT.main, [], capsys).splitlines() == [
+        "--model: needed is an encoder to go on from", "--text: needed is text to pretrain on", "--train: needed is labelled rows to "
+        "fine-tune on", "--valid: needed is labelled rows to choose the best model by", "--test: needed is labelled rows to score it on"]
+
+
+def test_text_of_nothing_but_test_texts_is_refused(small, place, tmp_path, capsys):
+    with (place / "test.csv").open(newline="") as file:
+        (tmp_path / "copies.txt").write_text("\n\n".join(row["text"] for row in csv.DictReader(file)) + "\n")
+    told = refusal(ADAPT.main, [*small, "--text", tmp_path / "copies.txt", "--output", tmp_path / "out"], capsys)
+    assert told == "--text: holds nothing but copies of test texts; needed is other text"
