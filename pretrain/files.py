@@ -4,7 +4,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -40,8 +39,8 @@ def model_folder(name: str) -> str:
 
 def markdown_table(header: list[object], rows: Iterable[list[object]]) -> str:
     """A table in Markdown; a bar in a cell stays one."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", str(cell)) for cell in row) + " |" for row in lines)
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def key_of(content: object) -> str:

@@ -96,7 +96,7 @@ def verdict(differences: dict[str, tuple[float, float, float]], over_control: di
 
 def cell(text: object) -> str:
     """Text for a cell of a Markdown table, and safe in HTML."""
-    return re.sub(r"([\\`*_\[\]!|])", r"\\\1", html.escape(str(text), quote=False)).replace("\n", " ")
+    return re.sub(r"([\\`*_\[\]!])", r"\\\1", html.escape(str(text), quote=False)).replace("\n", " ")
 
 
 def table(header: list[object], rows: list[list[object]]) -> str:
