@@ -244,12 +244,12 @@ def config_of(experiment: Experiment, name: str) -> Config:
 def pretrain(experiment: Experiment, name: str) -> dict:
     """Pretrain, or go on with it; the run's summary."""
     config = config_of(experiment, name)
+    command = as_command("pretrain", replace(config, resume=False, output=None))  # `build` fills in what was left open
     with told_as("pretrain", experiment.options):
         if name == "adapted" and "control" in experiment.texts:  # its text, too, is checked before hours are spent
             control = experiment.output / "control"
             setup.build(replace(config, train=[str(control.with_suffix(".jsonl"))], output=str(control)))
         run = setup.build(config)
-    command = as_command("pretrain", replace(config, resume=False, output=None))
     summary_file = run.output / "summary.json"
     if run.is_finished and (run.output / "final").is_dir() and summary_file.is_file():
         summary = json.loads(summary_file.read_text(encoding="utf-8"))

@@ -96,10 +96,13 @@ def predict_rows(rows: Iterable[tuple[str, dict]], columns: tuple[str, ...], lab
             yield record | dict(zip(new_columns(classes), cells))
 
 
-def check_rows(rows: Iterable[tuple[str, dict]], columns: tuple[str, ...]) -> None:
-    """UserError that tells each row without text; reads all of them."""
-    problems = []
+def check_rows(rows: Iterable[tuple[str, dict]], columns: tuple[str, ...], new: list[str]) -> None:
+    """UserError that tells each row without text, and each of the columns `new` that is there already; reads all rows."""
+    problems, taken = [], set()
     for where, record in rows:
+        again = [column for column in new if column in record and column not in taken]
+        taken.update(again)
+        problems += [f"{where}: has a column {column!r} already; needed is a file without it" for column in again]
         try:
             text_of(record, columns, where)
         except UserError as error:

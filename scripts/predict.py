@@ -57,9 +57,7 @@ def main(argv: list[str]) -> None:
     if not first:
         raise UserError(f"--input {' '.join(options.input)}: holds no row; needed are rows of text")
     columns = choose_columns(first, where, options)
-    taken = [column for column in new_columns(classes) if column in first]
-    check([f"{where}: has a column {column!r} already; needed is a file without it" for column in taken])
-    check_rows(open_tables(options.input, "--input"), columns)
+    check_rows(open_tables(options.input, "--input"), columns, new_columns(classes))
     pair = LabelledDataset([("a",) * len(columns)], tokenizer, max_length)
     check_tokenizer(model, options.model, max(tokenizer.get_vocab().values()) + 1, int(pair.type_ids.max()) + 1)
 
@@ -74,7 +72,7 @@ def main(argv: list[str]) -> None:
         scores = tally.scores()
         print(table_of(scores))
         result |= {name: value for name, value in scores.items() if isinstance(value, float)}
-    if options.label_field in first and left_out["rows"]:
+    if left_out["rows"] and (options.label_field in first or tally.confusion.any()):
         print(f"left out of the scores: {left_out['rows']:,} rows whose {options.label_field} is none of the model's labels "
               f"({', '.join(classes[:20])})")
     print(json.dumps(result))

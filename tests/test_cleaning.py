@@ -6,12 +6,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pretrain.cleaning import as_record, squeeze, without_copies, write_cleaned
+from pretrain.cleaning import as_record, without_copies, write_cleaned
 from pretrain.data.reading import Span, check_files, sentences
 from pretrain.text import TextFiles
 
-WORDS = st.lists(st.sampled_from(["a", "b", "ab", "ba", " a", "a b", "b\t a", "ａ"]), max_size=9)
+WORDS = st.lists(st.sampled_from(["a", "b", "ab", "ba", " a", "a b", "b\t a", "\u3000b\xa0", " ", "ａ"]), max_size=9)
 COPIES = st.sets(st.sampled_from(["a", "b", "ab", "aab", "abb", "bab", "abab", "baba", "ａ"]), min_size=1, max_size=4)
+
+
+def left_of(texts, copies):
+    kept, removed = without_copies([(text, ()) for text in texts], sorted(copies))
+    return [text for text, _ in kept], removed
 
 
 def slow_copy_at(texts, place, copies):
@@ -24,39 +29,12 @@ def slow_copy_at(texts, place, copies):
 @example(["a", "b", "ab"], {"ab"})
 @example(["a", "a", "b", "b"], {"aab", "abb", "b"})
 def test_what_is_removed_equals_a_slow_search(texts, copies):
-    kept, removed = without_copies([(text, ()) for text in texts], copies, max(map(len, copies)))
     expected, count, place = [], 0, 0
     while place < len(texts):
         end = slow_copy_at(texts, place, copies)
         expected += [] if end > place else [texts[place]]
         count, place = count + (end > place), max(end, place + 1)
-    assert ([text for text, _ in kept], removed) == (expected, count)
-
-
-@settings(max_examples=300, deadline=None)
-@given(WORDS, COPIES)
-def test_no_run_of_whole_sentences_that_stayed_is_a_copy(texts, copies):
-    """Of sentences that stood one after the other; each carries its place, so that those left are known."""
-    kept, _ = without_copies([(text, ((place, place),)) for place, text in enumerate(texts)], copies, max(map(len, copies)))
-    left = [place for _, ((place, _),) in kept]
-    assert left == sorted(set(left)) and all(texts[place] == text for text, ((place, _),) in kept)
-    for start in range(len(texts)):
-        for end in range(start + 1, len(texts) + 1):
-            if set(range(start, end)) <= set(left):
-                assert squeeze("".join(texts[start:end])) not in copies
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(["the cat .", "a dog .", "it rains", "x"]), min_size=1, max_size=4), st.data())
-def test_white_space_makes_no_difference(parts, data):
-    """However a test text is cut into sentences and spaced, between others it goes, and it alone."""
-    text = " ".join(parts)
-    letters = squeeze(text)
-    cuts = sorted(data.draw(st.sets(st.integers(1, len(letters) - 1), max_size=4))) if len(letters) > 1 else []
-    pieces = [letters[start:end] for start, end in zip([0, *cuts], [*cuts, len(letters)])]
-    spaced = [data.draw(st.sampled_from([" ", "\u3000", "\xa0", ""])).join(piece) for piece in pieces]
-    document = [("before !", ()), *((piece, ()) for piece in spaced), ("after !", ())]
-    assert without_copies(document, {letters}, len(letters)) == ([("before !", ()), ("after !", ())], 1)
+    assert left_of(texts, copies) == (expected, count)
 
 
 @pytest.mark.parametrize("document, copies, left, removed", [
@@ -66,11 +44,12 @@ def test_white_space_makes_no_difference(parts, data):
     (["ab c"], {"ab"}, ["ab c"], 0),  # a part of a sentence is none
     (["ab", "c"], {"b"}, ["ab", "c"], 0),
     (["A"], {"a"}, ["A"], 0),
+    (["x", "a\u3000b", "", "\xa0c", "y"], {"abc"}, ["x", "y"], 1),  # white space makes no difference
+    (["a", "b", "x"], {"abc", "abd", "a"}, ["b", "x"], 1),  # the longest that is whole
     ([], {"a"}, [], 0),
 ])
 def test_whole_sentences_are_removed_and_nothing_else(document, copies, left, removed):
-    kept, count = without_copies([(text, ()) for text in document], copies, max(map(len, copies)))
-    assert ([text for text, _ in kept], count) == (left, removed)
+    assert left_of(document, copies) == (left, removed)
 
 
 @settings(max_examples=100, deadline=None)

@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,18 +39,15 @@ def text_of(tmp_path, cache):
 
 
 def is_word(text):
-    return bool(text) and all(character.isalnum() for character in text) and not text.isnumeric()
+    return all(unicodedata.category(character)[0] in "LNM" for character in text)
 
 
 def slow_count(content, words):
     """One character after the other; `words` as --words says it."""
     counts = Counter()
     for line in unicodedata.normalize("NFC", content).split("\n"):
-        if words == "jieba":
-            counts.update(word for word in rjieba.cut(line) if is_word(word))
-            continue
-        spaced = "".join(f" {c} " if words == "tokenizer" and tokenizers.is_unspaced(c) else c if c.isalnum() else " " for c in line)
-        counts.update(word for word in spaced.split() if is_word(word))
+        spaced = "".join(f" {c} " if words == "tokenizer" and tokenizers.is_unspaced(c) else c if is_word(c) else " " for c in line)
+        counts.update(word for word in (filter(is_word, rjieba.cut(line)) if words == "jieba" else spaced.split()) if not word.isnumeric())
     return counts
 
 
@@ -70,19 +68,21 @@ def test_word_counts_equal_a_slow_form(content, words, told, text_of):
 
 @pytest.mark.parametrize("line", ["हिन्दी भाषा", "สวัสดี", "مُحَمَّد"])
 def test_combining_marks_are_part_of_their_word(line, text_of):
-    """BUG shown: marks are no letters to \\w, so that words of Hindi, Thai or vocalised Arabic fall into single letters."""
     assert domain.count_words(text_of(line + "\n")) == Counter(line.split(" "))
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.text(st.sampled_from("aB1é_'- 北京語\u0301x²٣"), max_size=30))
-def test_words_of_any_line_are_those_of_the_slow_form(line):
-    class Text:
-        markup = domain.TextFiles([], "sentences").markup
+@pytest.mark.parametrize("line", ["\u2764\ufe0f good", "\u0301 good"], ids=["heart", "accent"])
+def test_marks_without_a_letter_are_no_word(line, text_of):
+    """An emoji is mostly a sign and a selector, which is a mark."""
+    assert domain.count_words(text_of(line + "\n")) == {"good": 1}
 
-        def sentences(self):
-            yield from [(line, ()), None]
-    assert domain.count_words(Text()) == slow_count(line, "tokenizer")
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from([*"aB1é_'- 北京語x²٣", "e\u0301", "x\u0301", "हि"]), max_size=30).map("".join),
+       st.sampled_from(["tokenizer", "spaces"]))
+def test_words_of_any_line_are_those_of_the_slow_form(line, words):
+    text = SimpleNamespace(markup=SimpleNamespace(words=words), sentences=lambda: [(line, ()), None])
+    assert domain.count_words(text) == slow_count(line, words)
 
 
 def test_the_bound_on_distinct_words_keeps_the_frequent_ones(text_of, monkeypatch):
@@ -96,9 +96,6 @@ def test_the_bound_on_distinct_words_keeps_the_frequent_ones(text_of, monkeypatc
         def update(self, *words):
             super().update(*words)
             sizes.append(len(self))
-
-        def most_common(self, number=None):
-            return super().most_common(number)
 
     monkeypatch.setattr(domain, "Counter", Watched)
     bounded = domain.count_words(text)
@@ -136,7 +133,7 @@ def test_overlap_equals_set_arithmetic(texts, top):
 
 
 def test_a_text_without_words_has_no_overlap():
-    with pytest.raises(UserError, match="empty: holds no word that is no stop word; needed is text"):
+    with pytest.raises(UserError, match="empty: holds nothing but stop words; needed is text"):
         domain.overlap({"full": ["bank"], "empty": []}, 10)
 
 
@@ -174,17 +171,6 @@ def test_pieces_equal_those_of_each_word_by_itself(kind, documents, tiny_tokeniz
     assert found.broken == sorted(found.broken, key=lambda entry: (-entry[1] * entry[2], entry[0]))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.dictionaries(st.text(st.sampled_from("banksteéÉAWΩ北京"), min_size=1, max_size=8), st.integers(1, 9), min_size=1, max_size=6))
-def test_pieces_of_any_words_equal_those_of_transformers(tiny_tokenizer, counts):
-    found = domain.fragmentation(Counter(counts), tiny_tokenizer)
-    assert (found.pieces_per_word, found.unknown_share) == pytest.approx(one_by_one(counts, tiny_tokenizer)[:2])
-
-
-def test_without_words_nothing_breaks(tiny_tokenizer):
-    assert domain.fragmentation(Counter(), tiny_tokenizer) == domain.Fragmentation(0.0, 0.0, [])
-
-
 # The command.
 
 @pytest.fixture(scope="module")
@@ -199,6 +185,7 @@ def home(documents, tiny_tokenizer, tmp_path_factory):
     (folder / "zh.txt").write_text(CHINESE * 8, encoding="utf-8")
     tiny_tokenizer.save_pretrained(folder / "tokenizer")
     tokenizers.train(lambda: [character for character in CHINESE if character not in "散步"], 120).save_pretrained(folder / "chinese")
+    (folder / "more.txt").write_text("river rivers more\n\nthe bank\n")
     (folder / "stops.txt").write_text("bank\n")
     (folder / "only.txt").write_text("the of and\nof the, 2024!\n")
     (folder / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
@@ -218,12 +205,12 @@ def compare(home, cache, tmp_path, capsys):
 
 
 def test_the_command_tells_writes_and_draws_what_it_compares(compare, home, documents):
-    result, told, output = compare("--input", "one=HOME/one.txt", "two=HOME/two.txt", "other=HOME/other.txt", "--top", "50",
-                                   "--tokenizer", "HOME/tokenizer", "--candidates", "3")
+    result, told, output = compare("--input", "one=HOME/one.txt", "two=HOME/two.txt", "two=HOME/more.txt", "other=HOME/other.txt",
+                                   "--top", "50", "--tokenizer", "HOME/tokenizer", "--candidates", "3", "--stop-words", "HOME/stops.txt")
     assert json.loads((output / "domain.json").read_text(encoding="utf-8")) == result and list(result["overlap"]) == ["one", "two", "other"]
-    left_out, ranked = domain.stop_words("auto"), {}
+    left_out, ranked = {"bank"}, {}
     for name in ("one", "two", "other"):
-        counts = slow_count((home / f"{name}.txt").read_text(), "tokenizer")
+        counts = slow_count("\n".join((home / f"{file}.txt").read_text() for file in (name, "more")[:1 + (name == "two")]), "tokenizer")
         lower = Counter(word for word, count in counts.items() for word in [word.lower()] * count)
         ranked[name] = [word for word, _ in sorted(lower.items(), key=lambda item: (-item[1], item[0]))
                         if word not in left_out and len(word) > 1 or word == "ω"]
@@ -235,28 +222,9 @@ def test_the_command_tells_writes_and_draws_what_it_compares(compare, home, docu
     assert size == min(50, *map(len, ranked.values())) < 50
     for one, row in result["overlap"].items():
         assert row == {other: len(set(ranked[one][:size]) & set(ranked[other][:size])) / size for other in ranked}
-        assert f"| **{one}** | " + " | ".join(f"{share:.0%}" for share in row.values()) + " |" in told
+        assert f"| {one} | " + " | ".join(f"{share:.0%}" for share in row.values()) + " |" in told
     assert result["overlap"]["one"]["two"] > result["overlap"]["one"]["other"]
     assert imread(output / "overlap.png").shape[0] > 400 and f"shared by the {size} most frequent words" in told
-
-
-def test_one_text_of_several_files_needs_no_picture(compare, home):
-    result, told, output = compare("--input", "all=HOME/one.txt", "all=HOME/two.txt")
-    assert result["overlap"] == {"all": {"all": 1.0}} and "shared by" not in told
-    assert {path.name for path in output.iterdir()} == {"domain.json"}
-    assert result["texts"]["all"]["words"] == sum(sum(slow_count((home / f"{name}.txt").read_text(), "tokenizer").values())
-                                                  for name in ("one", "two"))
-
-
-@pytest.mark.parametrize("stops, kept", [("auto", {"bank"}), ("none", {"bank", "the"}), ("HOME/stops.txt", {"the"})])
-def test_stop_words_are_left_out_of_overlap_and_candidates(stops, kept, compare, tmp_path):
-    (tmp_path / "text.txt").write_text("the bank\n" * 9)
-    (tmp_path / "rest.txt").write_text("bank the banker\n" * 9)
-    result, _, output = compare("--input", f"a={tmp_path / 'text.txt'}", f"b={tmp_path / 'rest.txt'}", "--stop-words", stops)
-    first = sorted({"bank", "banker", "the"} - ({"bank", "the"} - kept))[:len(kept)]  # of b, in which all are as frequent
-    assert result["words_compared"] == len(kept) and result["overlap"]["a"]["b"] == len(kept & {*first}) / len(kept)
-    _, _, output = compare("--input", "a=HOME/other.txt", "--stop-words", stops, "--tokenizer", "HOME/tokenizer")
-    assert ("the" in (output / "candidates-a.txt").read_text().split()) is ("the" in kept)
 
 
 @pytest.mark.parametrize("text, name, some", [
@@ -276,8 +244,8 @@ def test_candidates_are_taken_by_add_tokens_as_they_are(text, name, some, compar
 @pytest.mark.parametrize("kind, counts", [("roberta", {"ing": 9, "riverized": 9}), ("roberta", {"Bank": 5, "ed": 7}), (
     "xlm_roberta", {"Ｂanks": 9, "Banks": 9, "zebra": 9}), ("whole words", {"北京": 9, "北海": 9})])
 def test_candidates_of_other_tokenizers_are_taken_too(kind, counts, request, tmp_path):
-    """BUG shown: a word whose letters are a piece inside of words breaks at the start of one, and add_tokens says that it is a token
-    already; two forms that a normalizer of SentencePiece makes one are two candidates."""
+    """Not so a word whose letters are a piece inside of words, which breaks at the start of one; and of two forms that a normalizer of
+    SentencePiece makes one there is one."""
     if kind == "whole words":
         entries = [*tokenizers.SPECIAL_TOKENS, "北", "京", "北京"]
         tokenizer = tokenizers.from_vocabulary({word: number for number, word in enumerate(entries)}, True)
@@ -291,14 +259,10 @@ def test_candidates_of_other_tokenizers_are_taken_too(kind, counts, request, tmp
 @pytest.mark.parametrize("argv, message", [
     ([], "--input: needed are texts, NAME=PATH, two or more to compare"),
     (["--input", "HOME/one.txt"], "--input HOME/one.txt: needed is NAME=PATH"),
-    (["--input", "=HOME/one.txt"], "--input =HOME/one.txt: needed is NAME=PATH"),
-    (["--input", "one="], "--input one=: needed is NAME=PATH"),
-    (["--input", "a/b=HOME/one.txt"], "--input a/b=HOME/one.txt: needed is NAME=PATH"),
     (["--input", "one=HOME/absent.txt"], "--input one HOME/absent.txt: no such file"),
     (["--input", "one=HOME/latin.txt"], "--input one HOME/latin.txt: "),
     (["--input", "one=CORPUS"], "--input one: is a prepared corpus; needed is text"),
-    (["--input", "one=HOME/one.txt", "only=HOME/only.txt"], "only: holds no word that is no stop word; needed is text"),
-    (["--input", "one=HOME/one.txt", "--top", "0"], "--top 0: needed is a whole number of at least 1"),
+    (["--input", "one=HOME/one.txt", "only=HOME/only.txt"], "only: holds nothing but stop words; needed is text"),
     (["--input", "one=HOME/one.txt", "--candidates", "-1"], "--candidates -1: needed is a whole number of at least 1"),
     (["--input", "one=HOME/one.txt", "--stop-words", "HOME/no.txt"], "--stop-words HOME/no.txt: cannot be read as UTF-8 text (No such"),
     (["--input", "one=HOME/one.txt", "--stop-words", "HOME/latin.txt"], "--stop-words HOME/latin.txt: cannot be read as UTF-8 text ("),
@@ -313,6 +277,6 @@ def test_bad_input_is_told_in_one_message_and_nothing_is_written(argv, message, 
 
 
 def test_all_that_is_bad_is_told_at_once(capsys):
-    told = refusal(DOMAIN.main, ["--input", "text.txt", "a=", "--top", "0", "--candidates", "0"], capsys)
+    told = refusal(DOMAIN.main, ["--input", "text.txt", "a=", "=x.txt", "a/b=x.txt", "--top", "0", "--candidates", "0"], capsys)
     assert [re.match(r"--[a-z]+ \S+?(?=: )", line)[0] for line in told.splitlines()] == [
-        "--input text.txt", "--input a=", "--top 0", "--candidates 0"]
+        "--input text.txt", "--input a=", "--input =x.txt", "--input a/b=x.txt", "--top 0", "--candidates 0"]

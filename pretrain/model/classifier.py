@@ -55,13 +55,14 @@ def load_classifier(name: str, classes: list[str] | None = None, keep_head: bool
     UserError where there is no such checkpoint, or, without `classes`, no head in it that chooses one class. A fresh head is drawn
     from the global random numbers, the last thing that is."""
     config = load_config(name)
-    keep_head &= classes is None or list(config.id2label.values()) == classes
+    chooses_one = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+    keep_head &= chooses_one and classes in (None, list(config.id2label.values()))
     if classes is not None:
         config.id2label, config.label2id = dict(enumerate(classes)), {label: number for number, label in enumerate(classes)}
         config.problem_type = "single_label_classification"
     model, missing = load_weights(CLASSIFIERS[config.model_type], name, config)
     has_head = not any(key.startswith("classifier") for key in missing)
-    if classes is None and not (has_head and config.num_labels > 1 and config.problem_type in (None, "single_label_classification")):
+    if classes is None and not (has_head and chooses_one):
         raise UserError(f"--model {name}: has no head that chooses one of several classes; needed is a classifier, such as "
                         "finetune.py makes")
     if not (keep_head and has_head):  # also where the sizes happen to agree

@@ -20,6 +20,7 @@ from pretrain.batch import IGNORED
 from pretrain.command import UserError
 from pretrain.config import LabelOptions
 from pretrain.data import labelled
+from pretrain.data import tokenizer as tokenizers
 from pretrain.data.labelled import LabelledCollator, LabelledDataset, StepSampler, budget_rows, classes_of, label_of, read_labelled, text_of
 from pretrain.model.classifier import load_classifier
 from pretrain.runtime.optim import autocast, make_optimizer
@@ -55,10 +56,10 @@ def problem(call, *arguments, **options):
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("labels, read_as, classes", [
     (["sad", "glad", "sad", "calm"], ["sad", "glad", "sad", "calm"], ["calm", "glad", "sad"]),
-    ([10, 9, -1, 10], ["10", "9", "-1", "10"], ["-1", "9", "10"]),
+    ([10, 9, -1, 10], ["10", "9", "-1", "10"], ["-1", "9", "10"]), (["1", "2", "01", "1"], ["1", "2", "01", "1"], ["01", "1", "2"]),
     ([True, False, True, True], ["true", "false", "true", "true"], ["false", "true"]),
     (["b", "B", "é", "b"], ["b", "B", "é", "b"], ["B", "b", "é"]),
-], ids=["names", "numbers", "truth", "case"])
+], ids=["names", "numbers", "spellings", "truth", "case"])
 def test_labels_are_read_alike_in_every_format(labels, read_as, classes, suffix, tmp_path):
     path = write(tmp_path / f"rows{suffix}", [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)])
     if labels[0] is True and suffix in (".csv", ".tsv"):
@@ -68,23 +69,13 @@ def test_labels_are_read_alike_in_every_format(labels, read_as, classes, suffix,
     assert classes_of(rows, "--train", [path]) == classes
 
 
-@pytest.mark.parametrize("value, label", [("yes", "yes"), (" yes ", "yes"), (7, "7"), ("-7", "-7"), (True, "true"), (False, "false"),
-                                          (0, "0"), ("", None), ("  ", None), (None, None),
-                                          ("v1.5", "v1.5"), ("情绪", "情绪"), ("1,5", "1,5")])
-def test_a_label_is_a_name_or_a_whole_number(value, label):
-    assert label_of(value) == label
-
-
-@pytest.mark.parametrize("value", [1.0, 0.5, float("nan"), "1.5", "-.5", "+2.0", ["a"], [], {"a": 1}, {}])
-def test_anything_else_is_no_label(value):
-    with pytest.raises(ValueError, match="^holds "):
-        label_of(value)
-
-
-def test_numbers_are_in_the_order_of_numbers_and_their_spellings_stay_apart(tmp_path):
-    labels = ["10", "2", "01", "1", "-3"] * 3
-    path = write(tmp_path / "rows.csv", [{"text": "words", "label": label} for label in labels])
-    assert classes_of(read(path), "--train", [path]) == ["-3", "01", "1", "2", "10"]
+def test_a_label_is_a_name_or_a_whole_number():
+    for value in ("yes", 7, "-7", 0, "v1.5", "情绪", "1,5"):
+        assert label_of(value) == str(value)
+    assert [label_of(value) for value in (" yes ", True, False, "", "  ", None)] == ["yes", "true", "false", None, None, None]
+    for value in (1.0, 0.5, float("nan"), "1.5", "-.5", "+2.0", "1e3", ["a"], [], {"a": 1}, {}):
+        with pytest.raises(ValueError, match="^holds "):
+            label_of(value)
 
 
 def test_columns_are_those_asked_for_or_the_one_of_words():
@@ -108,21 +99,16 @@ def test_columns_are_those_asked_for_or_the_one_of_words():
 def test_texts_of_a_row_are_whole_and_halves_of_surrogate_pairs_are_replaced():
     assert text_of({"a": " x\n", "b": "y"}, ("b", "a"), "here") == ("y", " x\n")
     assert text_of({"a": "x\ud83dy"}, ("a",), "here") == ("x?y",)
-    for value, shown in ((7, "'7'"), (["x"], '"[\'x\']"')):
-        assert problem(text_of, {"a": "x", "b": value}, ("a", "b"), "here") == f"here: the column b holds {shown}; needed is text"
-
-
-@pytest.mark.xfail(reason="BUG: tells a blank cell as one that holds the words 'no text'")
-@pytest.mark.parametrize("record", [{"b": None}, {"b": ""}, {"b": " \t"}, {}], ids=str)
-def test_a_blank_text_is_told(record):
-    assert problem(text_of, {"a": "x"} | record, ("a", "b"), "here") == "here: the column b holds no text; needed is text"
+    for value, held in ((7, "'7'"), (["x"], '"[\'x\']"'), (None, "no text"), ("", "no text"), (" \t", "no text")):
+        assert problem(text_of, {"a": "x", "b": value}, ("a", "b"), "here") == f"here: the column b holds {held}; needed is text"
+    assert problem(text_of, {"a": "x"}, ("a", "b"), "here") == "here: the column b holds no text; needed is text"
 
 
 def test_files_are_read_in_the_order_given_and_each_row_that_is_wrong_is_told(tmp_path):
     later = write(tmp_path / "a.csv", [{"text": "one", "label": "x"}, {"text": " ", "label": "x"}, {"text": "two", "label": ""}])
     first = write(tmp_path / "b.jsonl", [{"text": "three", "label": "y"}, {"text": "four", "label": 1.5}, {"text": 4, "label": "y"}])
     told = problem(read_labelled, [first, later], "--valid", LabelOptions(), ["y"])
-    assert told.replace("'no text'", "no text").splitlines() == [
+    assert told.splitlines() == [
         f"--valid {first}, line 2: the column label holds '1.5'; needed is a name or a whole number",
         f"--valid {first}, line 3: the column text holds '4'; needed is text",
         f"--valid {later}, line 2: the label 'x' does not occur in --train; there are y",
@@ -140,11 +126,17 @@ def test_a_file_without_the_column_is_told_once(tmp_path):
     assert problem(read, other, text_field="body", label_field="kind").count("\n") == 0
 
 
-def test_numbers_and_names_do_not_mix_in_train_alone(tmp_path):
-    path = write(tmp_path / "a.csv", [{"text": "one", "label": label} for label in ("x", "3", "4", "y")])
-    assert problem(read, path) == (f"--train: the column label mixes the whole number '3' ({path}, line 3) with the name 'x' ({path}, "
-                                   "line 2); needed is one kind")
-    assert read(path, classes=["x", "3", "4", "y"]).labels == ["x", "3", "4", "y"], "what --train has is right elsewhere"
+@pytest.mark.parametrize("labels, kinds", [
+    (["x", "3", "4", "y"], "the name 'x' ({path}, line 1) with the whole number '3' ({path}, line 2)"),
+    ([True, 1, False, 0], "the boolean 'true' ({path}, line 1) with the whole number '1' ({path}, line 2)"),
+    (["true", True, 7], "the name 'true' ({path}, line 1) with the boolean 'true' ({path}, line 2) with the whole number '7' ({path}, "
+     "line 3)"),
+], ids=["names", "truth", "all"])
+def test_kinds_of_labels_do_not_mix_in_train_alone(labels, kinds, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "one", "label": label} for label in labels])
+    assert problem(read, path) == f"--train: the column label mixes {kinds.format(path=path)}; needed is one kind"
+    names = [label_of(label) for label in labels]
+    assert read(path, classes=names).labels == names, "what --train has is right elsewhere"
 
 
 @pytest.mark.parametrize("labels, message", [
@@ -153,15 +145,14 @@ def test_numbers_and_names_do_not_mix_in_train_alone(tmp_path):
      "--label-field right?)"),
     ([str(number // 2) for number in range(2002)], "1,001 different labels in 2,002 rows, such as '0'; needed are classes, at most 1000, "
      "with several rows each (is --label-field right?)"),
-])
+    (["a", "b"], None), (["a", "b", "c", "c"], None), ([str(number // 2) for number in range(2000)], None),
+], ids=lambda value: "told" if isinstance(value, str) else None)
 def test_what_is_no_set_of_classes_is_told(labels, message):
     rows = labelled.Labelled([("words",)] * len(labels), labels)
-    assert problem(classes_of, rows, "--train", ["a.csv", "b.csv"]) == f"--train a.csv b.csv: {message}"
-
-
-@pytest.mark.parametrize("labels", [["a", "b"], ["a", "b", "c", "c"], [str(number // 2) for number in range(2000)]])
-def test_few_rows_may_have_few_classes(labels):
-    assert len(classes_of(labelled.Labelled([("words",)] * len(labels), labels), "--train", [])) == len(set(labels))
+    if message is None:
+        assert len(classes_of(rows, "--train", [])) == len(set(labels))
+    else:
+        assert problem(classes_of, rows, "--train", ["a.csv", "b.csv"]) == f"--train a.csv b.csv: {message}"
 
 
 # Label budget.
@@ -209,11 +200,11 @@ def texts(documents):
     return [*joined, "bank", "河流 bank 银行", "Bank's  RIVER\n\tmoney?", "zzz 🙂"]
 
 
-@pytest.mark.parametrize("max_length", [14, 33, 64, 1000])
+@pytest.mark.parametrize("max_length", [14, 64, 1000])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("name", ["tiny_tokenizer", "roberta_tokenizer", "xlm_roberta_tokenizer"])
 def test_ids_and_types_equal_those_of_transformers(name, parts, max_length, texts, request, monkeypatch):
-    monkeypatch.setattr(labelled, "ENCODED_TOGETHER", 7)
+    monkeypatch.setattr(tokenizers, "ENCODED_TOGETHER", 7)
     tokenizer = copy.deepcopy(request.getfixturevalue(name))
     given_texts = [(text,) if parts == 1 else (text, other) for text, other in zip(texts, reversed(texts))]
     tokenizer("whatever", truncation=True, max_length=3, padding="max_length")  # leaves its limits set
@@ -231,13 +222,12 @@ def test_ids_and_types_equal_those_of_transformers(name, parts, max_length, text
     assert all(bare[number][2] == IGNORED for number in range(len(texts)))
 
 
-@pytest.mark.xfail(reason="BUG: cuts on the right, the saved model's pipeline on the left")
 def test_a_tokenizer_that_cuts_on_the_left_cuts_there(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.truncation_side = "left"
-    text = "bank river money water teach learn model token mask"
-    ids, _, _ = LabelledDataset([(text,)], tokenizer, 8)[0]
-    assert ids.tolist() == tokenizer(text, truncation=True, max_length=8)["input_ids"] != tokenizer(text)["input_ids"]
+    for text in (("bank river money water teach learn model token mask",), ("bank river money water", "teach learn model token mask")):
+        ids, _, _ = LabelledDataset([text], tokenizer, 8)[0]
+        assert ids.tolist() == tokenizer(*text, truncation=True, max_length=8)["input_ids"] != tokenizer(*text)["input_ids"]
 
 
 # Steps.
@@ -334,7 +324,7 @@ def test_the_update_is_that_of_torchs_mean_however_the_step_is_cut(weights, chec
     assert sums["label_correct"] == (logits.argmax(-1) == labels).sum()
 
 
-@pytest.mark.parametrize("weight", [1.0, 3.0, pytest.param(0.25, marks=pytest.mark.xfail(reason="BUG: counts below 1 are taken for 1"))])
+@pytest.mark.parametrize("weight", [3.0, 0.25])
 def test_a_step_of_one_example_has_the_loss_of_that_example_whatever_its_class_weighs(weight, checkpoint):
     """The last step of an epoch may hold one example; torch's weighted mean of one is its loss."""
     norms, examples = [], [(*make_examples()[0][:2], 0)]
