@@ -118,18 +118,21 @@ def passed_on(options: AdaptOptions, name: str, kind: type):
     with told_as(name, options):
         parsed = parse(shlex.split(getattr(options, name)), kind, "")
         check(validate(parsed))
-        check([f"--{given.replace('_', '-')} is given by the experiment; needed is the option left away" for given in GIVEN[name]
-               if getattr(parsed, given) != getattr(kind(), given)])
+    check([f'--{name} "{getattr(options, name)}": --{given.replace("_", "-")} is given by the experiment; needed is the option left away'
+           for given in GIVEN[name] if getattr(parsed, given) != getattr(kind(), given)])
     return parsed
 
 
 @contextmanager
 def told_as(name: str, options: AdaptOptions) -> Iterator[None]:
-    """Names the option that another command's options came by in what is wrong with them."""
+    """Names the option that another command's options came by in what is wrong with them; what the experiment's own options are
+    wrong in stays as it is."""
+    own = {f"--{entry.name.replace('_', '-')}" for entry in fields(options)}
     try:
         yield
     except ValueError as error:  # UserError, and shlex's
-        raise UserError("\n".join(f'--{name} "{getattr(options, name)}": {line}' for line in str(error).splitlines())) from error
+        raise UserError("\n".join(line if line.split(" ")[0].rstrip(":") in own else f'--{name} "{getattr(options, name)}": {line}'
+                                  for line in str(error).splitlines())) from error
 
 
 def open_experiment(experiment: Experiment) -> None:
@@ -148,20 +151,19 @@ def open_experiment(experiment: Experiment) -> None:
             raise UserError(f"--output {output}: is not empty and holds no experiment; needed is another folder")
         before = json.loads(path.read_text(encoding="utf-8"))
         check([f"--output {output}: its experiment was started with {what}; needed is another folder, or --overwrite"
-               for what in differences(before, now)] if any(output.glob("parts/pretrain-*")) else [])
-        if before != now:  # nothing has been trained yet
-            shutil.rmtree(output / "parts", ignore_errors=True)
+               for what in differences(before, now)] if [*output.glob("parts/pretrain-*"), *output.glob("*/checkpoint-*")] else [])
+        for name in ("parts", "adapted", "control") if before != now else ():  # nothing has been trained yet
+            shutil.rmtree(output / name, ignore_errors=True)
     experiment.replaced = ckpt.make_output(output, options.overwrite, (output / "report.md").is_file())
     write_json(path, now)
 
 
 def differences(before: dict, now: dict) -> list[str]:
     """What an experiment was started with that is not so now."""
-    flags = {"options": "--{}", "pretrain": "--pretrain \"--{}\"", "finetune": "--finetune \"--{}\""}
-    told = []
+    flags, told = {"options": "--{}", "pretrain": "--pretrain \"--{}\"", "finetune": "--finetune \"--{}\""}, []
     for kind, values in now.items():
-        for name, value in values.items():
-            old = before.get(kind, {}).get(name)
+        for name in {**before.get(kind, {}), **values}:
+            old, value = before.get(kind, {}).get(name), values.get(name)
             if old != value:
                 told.append(f"{flags[kind].format(name.replace('_', '-'))} {old}, not {value}" if kind in flags else f"another {name}")
     return told

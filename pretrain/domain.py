@@ -19,8 +19,9 @@ from pretrain.data.marking import HAN_CLASS
 from pretrain.data.reading import read_lines
 from pretrain.text import TextFiles
 
-WORD = regex.compile(rf"{HAN_CLASS}|[\p{{L}}\p{{N}}\p{{M}}--{HAN_CLASS}]+", regex.V1)  # a Chinese character, else letters and digits
-SEGMENTED_WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+")
+# A Chinese character, else letters and digits in a row; a mark alone is none.
+WORD = regex.compile(rf"{HAN_CLASS}|[\p{{L}}\p{{N}}--{HAN_CLASS}][\p{{L}}\p{{N}}\p{{M}}--{HAN_CLASS}]*", regex.V1)
+SEGMENTED_WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*")
 MAX_DISTINCT = 2_000_000  # counted words; beyond, the rarer half is dropped
 MIN_COUNT = 5  # of a candidate token
 CHINESE_STOP_WORDS = """的 了 在 是 我 有 和 就 不 人 都 一 一个 上 也 很 到 说 要 去 你 会 着 没有 看 自己 这 那 他 她 它 我们 你们

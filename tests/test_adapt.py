@@ -420,7 +420,8 @@ def with_row(content):
 
 @pytest.mark.parametrize("name, change, what", [
     ("train.csv", with_row, "{path}"), ("valid-2.csv", with_row, "{path}"), ("valid-2.csv", None, "{path}"),
-    ("test.csv", with_row, "{path}"), ("text.txt", lambda content: content + b"\nbank river .\n", "text"), ("model/model.safetensors", flipped, "{path}"),
+    ("test.csv", with_row, "{path}"), ("text.txt", lambda content: content + b"\nbank river .\n", "text"),
+    ("model/model.safetensors", flipped, "{path}"),
 ], ids=["train", "of a glob", "removed", "test", "text", "model"])
 def test_a_changed_file_is_refused(name, change, what, finished_small, small, place, tmp_path, monkeypatch, capsys):
     output, path = shutil.copytree(finished_small, tmp_path / "out"), place / name

@@ -212,7 +212,6 @@ def make_facts(classes=("pos|neg", "<b>"), encoders=("base", "adapted"), budgets
     scores = {name: {budget: [result_of(truth, row, classes) for row in rows] for budget, rows in of.items()}
               for name, of in predictions.items()}
     perplexity = {"before": 31234.5, "after": 21.5, "curve": [[0, 31234.5], [10, 90.0], [20, 30.25], [30, 21.5]],
-                  
                   "training": [[1, 400.0], [10, 80.0], [30, 20.0]], "unigram": 100.0, "wall_seconds": 1.0}
     perplexity |= ({"control": 44.5} if "control" in encoders else {})
     names = ["pretraining text", "task", "control text"][:len(encoders)]
