@@ -137,8 +137,9 @@ def check(problems: list[str]) -> None:
         raise UserError("\n".join(problems[:SHOWN_PROBLEMS] + [f"and {more:,} problems more"] * (more > 0)))
 
 
-def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Exit code of `main(argv)`; a UserError becomes a message on stderr and 2."""
+def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], way_on: str = "") -> int:
+    """Exit code of `main(argv)`; a UserError becomes a message on stderr and 2. `way_on` tells what goes on with what was
+    interrupted."""
     import sys
 
     sys.stdout.reconfigure(line_buffering=True)  # stays in order with stderr in a log file
@@ -149,10 +150,10 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         return 2
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}; needed is a path that exists, room on the disk and the "
-              "right to read and write. The checkpoints of a run stay whole: --resume goes on from the newest", file=sys.stderr)
+              f"right to read and write{way_on and f'; {way_on}'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; `--resume` goes on from the newest checkpoint, where there is one", file=sys.stderr)
+        print(f"interrupted{way_on and f'; {way_on}'}", file=sys.stderr)
         return 130
 
 

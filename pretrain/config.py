@@ -149,14 +149,14 @@ class Config(RunOptions, MachineOptions, OptimizationOptions, TaskOptions, DataO
 class ColumnOptions:
     text_field: str | None = option(None, "column of the text (default: text, or the only one that holds words)", metavar="NAME")
     text_pair_field: str | None = option(None, "column of a second text, read together with the first (default: none)", metavar="NAME")
-    label_field: str = option("label", "column of the label, a name or a whole number", metavar="NAME")
+    label_field: str = option("label", "column of the label; labels are names or whole numbers", metavar="NAME")
 
 
 @dataclass
 class LabelOptions(ColumnOptions):
     train: list[str] = option([], "labelled rows to train on: CSV, TSV, JSONL or Parquet files", nargs="+", metavar="FILE")
     valid: list[str] = option([], "labelled rows by which the best model is chosen", nargs="+", metavar="FILE")
-    test: list[str] = option([], "labelled rows on which it is scored (default: none)", nargs="+", metavar="FILE")
+    test: list[str] = option([], "labelled rows to score it on; adapt.py needs them (default: none)", nargs="+", metavar="FILE")
 
 
 @dataclass

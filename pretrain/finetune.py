@@ -6,6 +6,7 @@ AutoModelForSequenceClassification, scores, the confusion matrix as a picture, a
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import shutil
 import time
@@ -67,7 +68,7 @@ def build(options: FinetuneOptions, tell: Callable[[str], None] = print, keep_he
     require("matplotlib", "the picture of the confusion matrix")
     _, device = start(options.device, alone="fine-tuning")
     output = Path(options.output or f"runs/finetune-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    ckpt.check_output(output, options.overwrite)
+    ckpt.check_output(output, options.overwrite or is_unfinished(output))
     precision = choose_precision(options.precision, device)
     rows, classes = read_rows(options, tell)
     tokenizer = tokenizers.load(options.model, option="--model")
@@ -96,6 +97,13 @@ def build(options: FinetuneOptions, tell: Callable[[str], None] = print, keep_he
     return Task(options, device, precision, output, tokenizer, model.to(device),
                 LabelledCollator(max_length, options.micro_batch_size or options.batch_size, weights), classes, rows, datasets, total_steps,
                 every if isinstance(every, int) else steps_per_epoch)
+
+
+def is_unfinished(output: Path) -> bool:
+    """Whether a folder holds what an interrupted fine-tuning has left: no model, no scores, nothing to go on from."""
+    config = output / "config.json"
+    has_result = any((output / name).exists() for name in ("summary.json", "final"))
+    return config.is_file() and not has_result and "label_field" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def read_rows(options: FinetuneOptions, tell: Callable[[str], None] = print) -> tuple[dict[str, Labelled], list[str]]:
@@ -163,7 +171,7 @@ class Best:
 def finetune(task: Task, quiet: bool = False) -> dict:
     """Train, keep the best model, score it; returns the summary, which is also in summary.json, the last file that is written."""
     options, model, device = task.options, task.model, task.device
-    replaced = ckpt.make_output(task.output, options.overwrite, (task.output / "summary.json").is_file())
+    replaced = ckpt.make_output(task.output, options.overwrite or is_unfinished(task.output), (task.output / "summary.json").is_file())
     write_json(task.output / "config.json", saved_options(options))
     trained = torch.compile(model) if options.compile == "on" else model
     optimizer = make_optimizer(model, options.learning_rate, options.weight_decay, options.adam_betas, options.adam_epsilon)

@@ -12,7 +12,7 @@ from pretrain.data.tokenizer import is_unspaced
 STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"), ("#E69F00", "v", "-")]
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei",
                  "Microsoft YaHei", "PingFang SC", "Arial Unicode MS")
-MAX_NUMBERED, MAX_NAMED = 30, 60  # classes up to which the cells of a matrix hold numbers, and its sides names
+MAX_NUMBERED, MAX_NAMED = 30, 60  # classes up to which the cells of a matrix hold numbers, and its sides all names
 
 
 def _chinese_fonts() -> list[str]:
@@ -42,9 +42,10 @@ def _matrix(axis, values: np.ndarray, shown: np.ndarray, names: list[str]):
         print("pictures number what has a Chinese name: no font with Chinese characters is installed, such as Noto Sans CJK")
         names = [f"{number}" if any(map(is_unspaced, name)) else name for number, name in enumerate(names, start=1)]
     is_wide = max(map(len, names)) * len(names) > 30
-    names = names if len(names) <= MAX_NAMED else [""] * len(names)
-    axis.set_xticks(range(len(names)), names, rotation=45 if is_wide else 0, ha="right" if is_wide else "center", parse_math=False)
-    axis.set_yticks(range(len(names)), names, parse_math=False)
+    step = -(-len(names) // MAX_NAMED)
+    named, places = names[::step], range(0, len(names), step)
+    axis.set_xticks(places, named, rotation=45 if is_wide else 0, ha="right" if is_wide else "center", parse_math=False)
+    axis.set_yticks(places, named, parse_math=False)
     if len(names) <= MAX_NUMBERED:
         for (row, column), text in np.ndenumerate(shown):
             axis.text(column, row, text, ha="center", va="center", color="white" if values[row, column] > 0.55 else "black",

@@ -1,7 +1,7 @@
 """The page that answers "did it help?": tables, pictures and one sentence, from what the parts of an experiment have left.
 
 The difference of two encoders is their mean score over the seeds, one less the other; its 95 % interval is that of a paired bootstrap
-over the test rows: the same rows are drawn for both encoders and all seeds (Efron and Tibshirani 1993, chapter 13).
+over the test rows and the seeds: the same are drawn for both encoders (Efron and Tibshirani 1993, chapter 13).
 """
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pretrain import pictures
 from pretrain.files import markdown_table, write_text
 
 DRAWS, DRAWN_TOGETHER = 10_000, 200
+FEW_ROWS, MANY_UNKNOWN = 100, 0.05  # of which a reader is warned
 ENCODERS = {"base": "as it was", "adapted": "pretrained on your text", "control": "pretrained on the control text"}
 METRICS = {"macro_f1": "macro F1", "accuracy": "accuracy"}
 MEANING = {"accuracy": "Accuracy is the share of test rows that get the right class", "macro_f1": (
@@ -46,12 +47,13 @@ def scores_of(weights: np.ndarray, truth: np.ndarray, predictions: np.ndarray, n
 
 def bootstrap(truth: np.ndarray, left: np.ndarray, right: np.ndarray, num_classes: int, metric: str, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean score of `right` less that of `left`, int [seeds, n] both."""
-    draw, num_rows, differences = np.random.default_rng(seed), len(truth), []
+    draw, num_rows, num_seeds, differences = np.random.default_rng(seed), len(truth), len(left), []
     for _ in range(DRAWS // DRAWN_TOGETHER):
         rows = draw.integers(0, num_rows, (DRAWN_TOGETHER, num_rows)) + num_rows * np.arange(DRAWN_TOGETHER)[:, None]
         weights = np.bincount(rows.ravel(), minlength=DRAWN_TOGETHER * num_rows).reshape(DRAWN_TOGETHER, num_rows).astype(np.float32)
-        means = [scores_of(weights, truth, predictions, num_classes, metric).mean(1) for predictions in (left, right)]
-        differences.append(means[1] - means[0])
+        before, after = (scores_of(weights, truth, predictions, num_classes, metric) for predictions in (left, right))
+        seeds = draw.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), DRAWN_TOGETHER) / num_seeds
+        differences.append(((after - before) * seeds).sum(1))
     low, high = np.quantile(np.concatenate(differences), [0.025, 0.975])
     return float(low), float(high)
 
@@ -76,13 +78,13 @@ def verdict(differences: dict[str, tuple[float, float, float]], over_control: di
     unclear = [budget for budget in differences if budget not in helped + harmed]
     if helped:
         text = f"**Yes**, going on with pretraining on this text helped this task: {shown(helped, differences)}."
-        text += f" But it made it worse {shown(harmed, differences)}." if harmed else ""
+        text += f" But it made it worse: {shown(harmed, differences)}." if harmed else ""
     elif harmed:
         text = f"**No**, going on with pretraining on this text made this task worse: {shown(harmed, differences)}."
     else:
-        text = f"**No**, no help to this task could be shown: {shown(unclear, differences)}, and 0 lies within."
+        text = f"**No**: that it helps this task could not be shown: {shown(unclear, differences)}; 0 lies within."
     if unclear and helped + harmed:
-        text += f" No difference could be shown {shown(unclear, differences)}."
+        text += f" No difference could be shown: {shown(unclear, differences)}."
     if over_control:
         text += f" Against the same pretraining on the control text: {shown(list(over_control), over_control)}"
         better = [budget for budget in helped if over_control[budget][1] > 0]
@@ -94,6 +96,20 @@ def verdict(differences: dict[str, tuple[float, float, float]], over_control: di
     return text
 
 
+def caveats(facts: dict) -> list[str]:
+    """What a reader of the verdict has to mind."""
+    held_out, rows = facts["perplexity"], facts["rows"]["test"]
+    unknown = max(text["unknown_share"] for text in facts["overlap"]["texts"].values())
+    told = {
+        "one seed alone was tried, another may well turn the answer": facts["seeds"] == 1,
+        "pretraining was too short, guessing each token by its frequency is still better than this model":
+            "curve" in held_out and held_out["unigram"] and held_out["after"] > held_out["unigram"],
+        f"{rows} test rows are few": rows < FEW_ROWS,
+        f"{facts['seen_in_training']:,} of the {rows:,} test texts are among the training rows": facts["seen_in_training"] > rows // 20,
+        f"the encoder's tokenizer does not know {unknown:.0%} of the words": unknown > MANY_UNKNOWN}
+    return [f"Mind that {' and '.join(found)}."] if (found := [text for text, holds in told.items() if holds]) else []
+
+
 def cell(text: object) -> str:
     """Text for a cell of a Markdown table, and safe in HTML."""
     return re.sub(r"([\\`*_\[\]!])", r"\\\1", html.escape(str(text), quote=False)).replace("\n", " ")
@@ -102,6 +118,11 @@ def cell(text: object) -> str:
 def table(header: list[object], rows: list[list[object]]) -> str:
     """A table whose cells are shown as they are."""
     return markdown_table(list(map(cell, header)), [list(map(cell, row)) for row in rows])
+
+
+def seeds(facts: dict) -> str:
+    """How many there were."""
+    return f"{facts['seeds']} seed{'s' * (facts['seeds'] > 1)}"
 
 
 def minutes(seconds: float) -> str:
@@ -116,7 +137,7 @@ def write_report(output: Path, facts: dict, truth: np.ndarray, predictions: dict
               for name, of in facts["scores"].items()}
     differences = differences_of(truth, predictions, scores, len(classes), metric, "base")
     control = differences_of(truth, predictions, scores, len(classes), metric, "control") if "control" in scores else None
-    answer = verdict(differences, control, budgets, metric)
+    answer = " ".join([verdict(differences, control, budgets, metric), *caveats(facts)])
     draw_pictures(output, facts, scores)
     sections = [f"# Did going on with pretraining help?\n\n> {answer}", what_was_done(facts),
                 scores_section(facts, scores, differences, control), classes_section(facts), perplexity_section(facts),
@@ -131,13 +152,13 @@ def draw_pictures(output: Path, facts: dict, scores: dict) -> None:
     """The pictures of the report."""
     budgets, metric, texts = facts["budgets"], METRICS[facts["metric"]], facts["overlap"]
     pictures.overlap(output / "overlap.png", texts["names"], np.array(texts["shares"]), texts["words"])
-    pictures.curves(output / "learning_curve.png", f"{metric} on the test rows, mean and deviation over {facts['seeds']} seeds",
+    pictures.curves(output / "learning_curve.png", f"{metric} on the test rows, mean and deviation over {seeds(facts)}",
                     "labelled rows to train on", metric,
                     {f"encoder {ENCODERS[name]}": ([budgets[budget] for budget in of], [np.mean(values) for values in of.values()],
                                                    [np.std(values, ddof=len(values) > 1) for values in of.values()])
                      for name, of in scores.items()}, logarithmic="x" if len(budgets) > 1 else "")
     largest = list(budgets)[-1]
-    title = f"What became of the test rows of each class, {budgets[largest]:,} labelled rows, {facts['seeds']} seeds added up"
+    title = f"What became of the test rows of each class, {budgets[largest]:,} labelled rows, {seeds(facts)} added up"
     pictures.confusion(output / "confusion.png", title, {
         f"encoder {ENCODERS[name]}": np.sum([result["test"]["confusion"] for result in facts["scores"][name][largest]], axis=0)
         for name in ("base", "adapted")}, facts["classes"])
@@ -158,7 +179,7 @@ def what_was_done(facts: dict) -> str:
              f"- Task: {len(facts['classes'])} classes ({', '.join(map(cell, facts['classes'][:20]))}); "
              + ", ".join(f"{count:,} {name} rows" for name, count in rows.items()) + ".",
              f"- The best model of a fine-tuning run is chosen by the validation rows, all of which are used for every budget; "
-             f"{facts['seeds']} seeds each."]
+             f"{seeds(facts)} each."]
     if facts["seen_in_training"]:
         lines.append(f"- {facts['seen_in_training']:,} of the test texts are among the training rows, too.")
     for name, of in text.items():
@@ -175,15 +196,16 @@ def scores_section(facts: dict, scores: dict, differences: dict, control: dict |
     """The answer in numbers."""
     rows = []
     for budget, count in facts["budgets"].items():
-        values = [f"{np.mean(of[budget]):.3f} ± {np.std(of[budget], ddof=len(of[budget]) > 1):.3f}" for of in scores.values()]
+        values = [f"{np.mean(of[budget]):.3f}" + (f" ± {np.std(of[budget], ddof=1):.3f}" if facts["seeds"] > 1 else "")
+                  for of in scores.values()]
         pairs = [pair for pair in (differences, control) if pair]
         rows.append([f"{count:,}", *values, *(f"{of[budget][0]:+.3f} ({of[budget][1]:+.3f} to {of[budget][2]:+.3f})" for of in pairs)])
     header = ["labelled rows", *(f"encoder {ENCODERS[name]}" for name in scores), "difference (95 % interval)",
               "beyond the control (95 % interval)"][: 2 + len(scores) + (control is not None)]
     return (f"## Does it help the task?\n\n{MEANING[facts['metric']]}. The table has the mean ± standard deviation over "
-            f"{facts['seeds']} seeds on the test rows. The interval says what other test rows of the same kind might have shown "
-            f"({DRAWS:,} draws of the test rows, the same for both encoders and all seeds): a difference is taken for real where its "
-            "interval does not hold 0. How much the seeds differ is in the ±, not in the interval.\n\n" + table(header, rows)
+            f"{seeds(facts)} on the test rows. The interval says what other test rows of the same kind, and other "
+            f"seeds, might have shown ({DRAWS:,} draws of both, the same for both encoders): a difference is taken for real where its "
+            "interval does not hold 0.\n\n" + table(header, rows)
             + "\n\n![Score by number of labelled rows](learning_curve.png)")
 
 
@@ -217,9 +239,6 @@ def perplexity_section(facts: dict) -> str:
                 f"({held_out['before']:,.0f}) means nothing, so the one after is compared with others.")
     if "control" in held_out:
         rows.append(["after the same pretraining on the control text", f"{held_out['control']:,.2f}"])
-    if held_out["unigram"] and held_out["after"] > held_out["unigram"]:
-        told += ("\n\n**Pretraining was too short**: guessing each token by its frequency is still better than this model, so the "
-                 "answer above says little about a longer run.")
     if held_out["unigram"]:
         rows.append(["guessing by frequency", f"{held_out['unigram']:,.2f}"])
     return ("## Has it learnt the text?\n\nPerplexity on documents of your text that were held out: 50 means \"as unsure as among 50 "

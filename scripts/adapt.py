@@ -20,11 +20,12 @@ def main(argv: list[str]) -> None:
     import numpy as np
 
     from pretrain import adapt
+    from pretrain.experiment import build_experiment, describe, open_experiment
     from pretrain.report import write_report
 
-    experiment = adapt.build_experiment(options)
-    adapt.open_experiment(experiment)
-    print(adapt.describe(experiment))
+    experiment = build_experiment(options)
+    open_experiment(experiment)
+    print(describe(experiment))
     facts = adapt.run_experiment(experiment)
     truth = np.array([experiment.classes.index(label) for label in experiment.rows["test"].labels])
     predictions = {name: {budget: np.array([adapt.predicted(experiment, name, budget, seed) for seed in range(options.seeds)])
@@ -36,4 +37,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:], "the same command goes on where it was"))

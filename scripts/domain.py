@@ -59,8 +59,9 @@ def main(argv: list[str]) -> None:
     result = {"words_compared": num_words, "overlap": {name: dict(zip(texts, row)) for name, row in zip(texts, shares.tolist())},
               "texts": {name: {"words": sum(of.values()), "distinct_words": len(of)} for name, of in counts.items()}}
     if len(texts) > 1:
-        print(f"shared by the {num_words:,} most frequent words of two texts, stop words left out:\n"
-              + markdown_table(["", *texts], [[name, *map("{:.0%}".format, row)] for name, row in zip(texts, shares)]))
+        table = markdown_table(["", *texts], [[name, *map("{:.0%}".format, row)] for name, row in zip(texts, shares)])
+        print(f"shared by the {num_words:,} most frequent words of two texts, stop words left out:\n{table}")
+        write_text(output / "overlap.md", f"{table}\n")
         pictures.overlap(output / "overlap.png", list(texts), shares, num_words)
     for name, of in counts.items():
         told = f"{name}: {sum(of.values()):,} words, {len(of):,} distinct"

@@ -36,8 +36,8 @@ def main(argv: list[str]) -> None:
         problems.append(f"--output {output}: exists; needed is another name, or --overwrite to replace a file")
     check(problems + validate(options))
 
-    from pretrain.data.formats import open_tables
     from pretrain.data.labelled import LabelledCollator, LabelledDataset, choose_columns
+    from pretrain.data.tables import open_tables
     from pretrain.data.tokenizer import load
     from pretrain.files import write_aside
     from pretrain.model.attention import choose_attention

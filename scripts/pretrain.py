@@ -70,4 +70,4 @@ def report(run, summary: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:], "--resume goes on from the newest checkpoint, where there is one: they stay whole"))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 from transformers import BertConfig, BertForPreTraining, BertModel
 
-from pretrain import adapt, pictures, report, train
+from pretrain import adapt, experiment, pictures, report, train
 from pretrain import finetune as finetuning
 from pretrain.command import as_command, parse, run_command
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, validate
@@ -486,8 +486,8 @@ def test_bad_input_is_told_in_one_message_before_anything_is_written(more, messa
 
 
 def test_a_switch_alone_can_be_passed_on(small, tmp_path, monkeypatch):
-    seen = counted(monkeypatch, "open_experiment")
-    stopped(monkeypatch, adapt, "describe", 1)
+    seen = counted(monkeypatch, "open_experiment", experiment)
+    stopped(monkeypatch, experiment, "describe", 1)
     assert run_command(ADAPT.main, [*small, "--finetune", "--gradient-checkpointing", "--output", str(tmp_path / "out")]) == 130
     assert seen[0][0].finetuning.gradient_checkpointing
 
@@ -496,6 +496,12 @@ def test_what_is_missing_is_told_at_once(capsys):
     assert refusal(ADAPT.main, [], capsys).splitlines() == [
         "--model: needed is an encoder to go on from", "--text: needed is text to pretrain on", "--train: needed is labelled rows to "
         "fine-tune on", "--valid: needed is labelled rows to choose the best model by", "--test: needed is labelled rows to score it on"]
+
+
+def test_a_control_that_is_the_text_itself_is_refused(small, place, tmp_path, capsys):
+    text = small[small.index("--text") + 1]
+    told = refusal(ADAPT.main, [*small, "--control", text, "--output", tmp_path / "out"], capsys)
+    assert told == f"--control {text}: is the text of --text; needed is text of another domain"
 
 
 def test_text_of_nothing_but_test_texts_is_refused(small, place, tmp_path, capsys):

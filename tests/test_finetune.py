@@ -373,6 +373,19 @@ def test_a_result_is_replaced_once_another_is_whole(data, tmp_path, monkeypatch)
         run_of([*options, "--overwrite"], output)
 
 
+def test_what_was_interrupted_may_be_started_again(encoder, files, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    options = ["--model", encoder, "--train", files["train"], "--valid", files["valid"], *FAST, "--max-steps", "2"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_of(options, output)
+    assert (output / "metrics.jsonl").is_file() and not (output / "summary.json").exists()
+    run_of(options, output)
+    assert (output / "final").is_dir() and [row["step"] for row in metrics(output)] == [1, 2]
+    with pytest.raises(UserError, match="is not empty"):
+        run_of(options, output)
+
+
 # Scores.
 
 @pytest.mark.parametrize("present", [[0, 1, 2, 3], [0, 2], [1]], ids=["all", "two", "one"])

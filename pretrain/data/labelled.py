@@ -18,7 +18,7 @@ from pretrain.batch import IGNORED, LabelledBatch
 from pretrain.command import UserError, check
 from pretrain.config import ColumnOptions
 from pretrain.data.draws import derive, key
-from pretrain.data.formats import choose_field, open_tables
+from pretrain.data.tables import choose_field, open_tables
 from pretrain.data.tokenizer import encode_together, without_limits
 
 MAX_CLASSES = 1000
@@ -46,7 +46,10 @@ def choose_columns(record: dict, where: str, options: ColumnOptions) -> tuple[st
 
 def text_of(record: dict, columns: tuple[str, ...], where: str) -> tuple[str, ...]:
     """The text or the two texts of a row; UserError where one is missing or blank."""
-    texts = tuple(record.get(column) for column in columns)
+    missing = [column for column in columns if column not in record]
+    if missing:
+        raise UserError(f"{where}: has no column {missing[0]!r}, it has {', '.join(map(str, record))}; needed are those of the first row")
+    texts = tuple(record[column] for column in columns)
     for column, text in zip(columns, texts):
         if not isinstance(text, str) or not text.strip():
             held = repr(str(text)[:40]) if text and not isinstance(text, str) else "no text"

@@ -507,6 +507,12 @@ def test_a_row_of_another_length_is_told(tmp_path, kind, separator):
                                  f"{'a comma' if separator == ',' else 'a tab'} between fields")
 
 
+def test_a_csv_of_semicolons_is_read_by_them(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id;text\n1;\"x; y, z\"\n2;w\n")
+    assert texts(read(path, cache=tmp_path / "cache")) == [["x; y, z"], ["w"]]
+
+
 def test_a_csv_with_an_open_quote_is_told(tmp_path):
     path = lines(tmp_path / "a.csv", "id,text", '1,"never closed')
     assert message(path).startswith(f"{path}: is no CSV (")

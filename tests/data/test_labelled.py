@@ -101,7 +101,7 @@ def test_texts_of_a_row_are_whole_and_halves_of_surrogate_pairs_are_replaced():
     assert text_of({"a": "x\ud83dy"}, ("a",), "here") == ("x?y",)
     for value, held in ((7, "'7'"), (["x"], '"[\'x\']"'), (None, "no text"), ("", "no text"), (" \t", "no text")):
         assert problem(text_of, {"a": "x", "b": value}, ("a", "b"), "here") == f"here: the column b holds {held}; needed is text"
-    assert problem(text_of, {"a": "x"}, ("a", "b"), "here") == "here: the column b holds no text; needed is text"
+    assert problem(text_of, {"a": "x"}, ("a", "b"), "here") == "here: has no column 'b', it has a; needed are those of the first row"
 
 
 def test_files_are_read_in_the_order_given_and_each_row_that_is_wrong_is_told(tmp_path):
