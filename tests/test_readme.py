@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def commands(title):
     section = README.split(f"## {title}")[1].split("\n## ")[0]
-    return [line for line in section.splitlines() if line.startswith("python scripts/")]
+    return [line for line in section.splitlines() if line.startswith("python scripts/") and "sci_cite" not in line]  # hours, on other data
 
 
 COMMANDS, HELP = commands("Your text, your masks"), commands("Does it help?")
