@@ -1,8 +1,4 @@
-"""The page that answers "did it help?": tables, pictures and one sentence, from what the parts of an experiment have left.
-
-The difference of two encoders is their mean score over the seeds, one less the other; its 95 % interval is that of a paired bootstrap
-over the test rows and the seeds: the same are drawn for both encoders (Efron and Tibshirani 1993, chapter 13).
-"""
+"""The page that answers "did it help?": tables, pictures and one sentence, from what the parts of an experiment have left."""
 from __future__ import annotations
 
 import base64
@@ -17,83 +13,59 @@ import transformers
 
 from pretrain import pictures
 from pretrain.files import markdown_table, write_text
+from pretrain.significance import DRAWS, differences_of
 
-DRAWS, DRAWN_TOGETHER = 10_000, 200
-FEW_ROWS, MANY_UNKNOWN = 100, 0.05  # of which a reader is warned
-ENCODERS = {"base": "as it was", "adapted": "pretrained on your text", "control": "pretrained on the control text"}
+FEW_ROWS, MANY_UNKNOWN, OWN_TEXT = 100, 0.05, 0.95  # of which a reader is warned
+ENCODERS = {"base": "original encoder", "adapted": "pretrained on your text", "control": "pretrained on the control text"}
 METRICS = {"macro_f1": "macro F1", "accuracy": "accuracy"}
 MEANING = {"accuracy": "Accuracy is the share of test rows that get the right class", "macro_f1": (
-    "F1 joins how many rows of a class are found with how many found ones are right, 1 is perfect; macro F1 is the mean of the classes")}
+    "F1 combines recall, the share of a class's rows that are found, and precision, the share of the rows given that class that are right; "
+    "1 is perfect, and macro F1 is the mean of the classes")}
 STYLE = """body{font:16px/1.5 sans-serif;max-width:52em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}
 td,th{border:1px solid #bbb;padding:.3em .7em;text-align:left}img{max-width:100%}pre{background:#f4f4f4;padding:.7em;overflow:auto;
 white-space:pre-wrap;word-break:break-all}blockquote{border-left:.4em solid #0072B2;margin:1em 0;padding:.2em 1em;font-size:1.1em}"""
 
 
-def scores_of(weights: np.ndarray, truth: np.ndarray, predictions: np.ndarray, num_classes: int, metric: str) -> np.ndarray:
-    """float [draws, seeds]: the metric when row n of the test counts `weights[d, n]` times; truth int [n], predictions int [seeds, n]."""
-    if metric == "accuracy":
-        return weights @ (predictions == truth).T.astype(np.float32) / weights.sum(1, keepdims=True)
-    is_class = np.eye(num_classes, dtype=np.float32)
-    of_truth = weights @ is_class[truth]
-    scores = []
-    for predicted in predictions:
-        hits = weights @ (is_class[truth] * (predicted == truth)[:, None])
-        either = of_truth + weights @ is_class[predicted]
-        f1 = np.divide(2 * hits, either, out=np.full_like(hits, np.nan), where=either > 0)  # a class that is nowhere is left out
-        scores.append(np.nanmean(f1, axis=1))
-    return np.stack(scores, axis=1)
-
-
-def bootstrap(truth: np.ndarray, left: np.ndarray, right: np.ndarray, num_classes: int, metric: str, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean score of `right` less that of `left`, int [seeds, n] both."""
-    draw, num_rows, num_seeds, differences = np.random.default_rng(seed), len(truth), len(left), []
-    for _ in range(DRAWS // DRAWN_TOGETHER):
-        rows = draw.integers(0, num_rows, (DRAWN_TOGETHER, num_rows)) + num_rows * np.arange(DRAWN_TOGETHER)[:, None]
-        weights = np.bincount(rows.ravel(), minlength=DRAWN_TOGETHER * num_rows).reshape(DRAWN_TOGETHER, num_rows).astype(np.float32)
-        before, after = (scores_of(weights, truth, predictions, num_classes, metric) for predictions in (left, right))
-        seeds = draw.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), DRAWN_TOGETHER) / num_seeds
-        differences.append(((after - before) * seeds).sum(1))
-    low, high = np.quantile(np.concatenate(differences), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def differences_of(truth: np.ndarray, predictions: dict[str, dict[str, np.ndarray]], scores: dict[str, dict[str, list[float]]],
-                   num_classes: int, metric: str, left: str) -> dict[str, tuple[float, float, float]]:
-    """Budget -> (difference adapted less `left`, low, high)."""
-    return {budget: (float(np.mean(scores["adapted"][budget]) - np.mean(scores[left][budget])),
-                     *bootstrap(truth, predictions[left][budget], predictions["adapted"][budget], num_classes, metric))
-            for budget in scores["adapted"]}
-
-
 def verdict(differences: dict[str, tuple[float, float, float]], over_control: dict[str, tuple[float, float, float]] | None,
             budgets: dict[str, int], metric: str) -> str:
-    """One plain sentence, and one on the control: "yes" only where the interval lies above 0."""
-    def shown(chosen: list[str], of: dict) -> str:
+    """The answer, "yes" only for budgets whose interval lies above 0, and what the control adds to it."""
+    def numbers(chosen: list[str], of: dict) -> str:
         return "; ".join(f"with {budgets[budget]:,} labels {of[budget][0]:+.3f} {METRICS[metric]} (95 % interval {of[budget][1]:+.3f} to "
                          f"{of[budget][2]:+.3f})" for budget in chosen)
+
+    def only(chosen: list[str]) -> str:
+        return "" if len(chosen) == len(differences) else f" with {' and '.join(f'{budgets[budget]:,}' for budget in chosen)} labels"
 
     helped = [budget for budget, (_, low, _) in differences.items() if low > 0]
     harmed = [budget for budget, (_, _, high) in differences.items() if high < 0]
     unclear = [budget for budget in differences if budget not in helped + harmed]
+    what = "further pretraining on this text"
     if helped:
-        text = f"**Yes**, going on with pretraining on this text helped this task: {shown(helped, differences)}."
-        text += f" But it made it worse: {shown(harmed, differences)}." if harmed else ""
+        text = f"**Yes{only(helped)}**: {what} helped this task, {numbers(helped, differences)}."
+        text += f" It made it worse {numbers(harmed, differences)}." if harmed else ""
     elif harmed:
-        text = f"**No**, going on with pretraining on this text made this task worse: {shown(harmed, differences)}."
+        text = f"**No**: {what} made this task worse, {numbers(harmed, differences)}."
     else:
-        text = f"**No**: that it helps this task could not be shown: {shown(unclear, differences)}; 0 lies within."
+        text = f"**No**: that {what} helps this task could not be shown, {numbers(unclear, differences)}; 0 lies within."
     if unclear and helped + harmed:
-        text += f" No difference could be shown: {shown(unclear, differences)}."
+        text += f" No difference could be shown {numbers(unclear, differences)}; 0 lies within."
     if over_control:
-        text += f" Against the same pretraining on the control text: {shown(list(over_control), over_control)}"
+        text += f" Against the same pretraining on the control text: {numbers(list(over_control), over_control)}"
         better = [budget for budget in helped if over_control[budget][1] > 0]
         if better:
-            text += "; so it is this text that helps" + ", where that interval lies above 0" * (len(better) < len(helped))
+            text += f"; so it is this text that helps{only(better)}"
         elif helped:
             text += "; so nothing shows that it is this text that matters, rather than more pretraining on any"
         text += "."
     return text
+
+
+def guess(facts: dict) -> float:
+    """The score of always saying the class that is most frequent in the test rows."""
+    rows = [of["rows"] for of in facts["scores"]["base"][list(facts["budgets"])[0]][0]["test"]["classes"].values()]
+    accuracy = max(rows) / sum(rows)
+    return accuracy if facts["metric"] == "accuracy" else 2 * accuracy / (1 + accuracy) / sum(count > 0 for count in rows)
 
 
 def caveats(facts: dict) -> list[str]:
@@ -139,7 +111,7 @@ def write_report(output: Path, facts: dict, truth: np.ndarray, predictions: dict
     control = differences_of(truth, predictions, scores, len(classes), metric, "control") if "control" in scores else None
     answer = " ".join([verdict(differences, control, budgets, metric), *caveats(facts)])
     draw_pictures(output, facts, scores)
-    sections = [f"# Did going on with pretraining help?\n\n> {answer}", what_was_done(facts),
+    sections = [f"# Did further pretraining help?\n\n> {answer}", what_was_done(facts),
                 scores_section(facts, scores, differences, control), classes_section(facts), perplexity_section(facts),
                 overlap_section(facts), time_section(facts), commands_section(facts)]
     text = "\n\n".join(section for section in sections if section) + "\n"
@@ -154,41 +126,49 @@ def draw_pictures(output: Path, facts: dict, scores: dict) -> None:
     pictures.overlap(output / "overlap.png", texts["names"], np.array(texts["shares"]), texts["words"])
     pictures.curves(output / "learning_curve.png", f"{metric} on the test rows, mean and deviation over {seeds(facts)}",
                     "labelled rows to train on", metric,
-                    {f"encoder {ENCODERS[name]}": ([budgets[budget] for budget in of], [np.mean(values) for values in of.values()],
+                    {ENCODERS[name]: ([budgets[budget] for budget in of], [np.mean(values) for values in of.values()],
                                                    [np.std(values, ddof=len(values) > 1) for values in of.values()])
-                     for name, of in scores.items()}, logarithmic="x" if len(budgets) > 1 else "")
+                     for name, of in scores.items()}, logarithmic="x" if len(budgets) > 1 else "",
+                    flat={"always the most frequent class": guess(facts)})
     largest = list(budgets)[-1]
     title = f"What became of the test rows of each class, {budgets[largest]:,} labelled rows, {seeds(facts)} added up"
     pictures.confusion(output / "confusion.png", title, {
-        f"encoder {ENCODERS[name]}": np.sum([result["test"]["confusion"] for result in facts["scores"][name][largest]], axis=0)
+        ENCODERS[name]: np.sum([result["test"]["confusion"] for result in facts["scores"][name][largest]], axis=0)
         for name in ("base", "adapted")}, facts["classes"])
     held_out = facts["perplexity"]
     if "curve" in held_out:
-        curve, training = (list(zip(*held_out[name])) for name in ("curve", "training"))
+        first = facts["pretraining"]["adapted"]["warmup_steps"] if "MLM head" in facts["fresh_parts"] else 0  # before, it means nothing
+        curve, training = (list(zip(*([point for point in held_out[name] if point[0] >= first] or held_out[name])))
+                           for name in ("curve", "training"))
         pictures.curves(output / "perplexity.png", "Perplexity while pretraining on your text: lower is better", "optimizer step",
-                        "perplexity", {"held-out text": (*curve, None), "training text": (*training, None)}, logarithmic="y",
+                        "perplexity (logarithmic)", {"held-out text": (*curve, None), "training text": (*training, None)}, logarithmic="y",
                         flat={"guessing by frequency": held_out["unigram"]} if held_out["unigram"] else None)
 
 
 def what_was_done(facts: dict) -> str:
     """What the reader has to know first."""
     rows, text = facts["rows"], facts["text"]
-    lines = [f"The encoder **{cell(facts['model'])}** was pretrained further on {text['text']['documents']:,} documents of your text "
-             f"({facts['pretraining']['adapted']['steps']:,} optimizer steps). Then the encoder as it was and the one after that "
-             "were fine-tuned on the same labelled rows, with the same seeds, and scored on the same test rows.",
+    lines = [f"The encoder **{cell(facts['model'])}** was pretrained further on your text, {text['text']['documents']:,} documents with "
+             f"those held out for perplexity ({facts['pretraining']['adapted']['steps']:,} optimizer steps). Then the original encoder "
+             "and the one pretrained further were fine-tuned on the same labelled rows, with the same seeds, and scored on the same test "
+             "rows.",
              f"- Task: {len(facts['classes'])} classes ({', '.join(map(cell, facts['classes'][:20]))}); "
              + ", ".join(f"{count:,} {name} rows" for name, count in rows.items()) + ".",
-             f"- The best model of a fine-tuning run is chosen by the validation rows, all of which are used for every budget; "
-             f"{seeds(facts)} each."]
+             f"- The best model of a fine-tuning run is chosen by all {rows['valid']:,} validation rows, whatever the budget: labels "
+             f"beyond it; {seeds(facts)} each, which also choose the rows of a budget."]
     if facts["seen_in_training"]:
         lines.append(f"- {facts['seen_in_training']:,} of the test texts are among the training rows, too.")
     for name, of in text.items():
         removed = f"{of['removed']:,} exact copies of test texts were removed" if of["removed"] else "it held no exact copy of a test text"
         task = f"; the {of['task_texts']:,} texts of the training rows were added" if of["task_texts"] else ""
-        lines.append(f"- {'Your text' if name == 'text' else 'The control text'}: {removed}{task}.")
+        lines.append(f"- {'Your text' if name == 'text' else 'The control text'}: {of['documents']:,} documents; {removed}{task}.")
     if "control" in text:
         lines.append("- Control: the same encoder after as many steps on text of another domain. What your text does beyond that is due to "
-                     "its domain.")
+                     "what it says, not to more training alone.")
+    own = np.array(facts["overlap"]["shares"])[:2, :2].min()
+    if own > OWN_TEXT:
+        lines.append(f"- Your text shares {own:.0%} of its frequent words with the task's training rows: it is nearly the task's own text, "
+                     "so this says little of other text of the domain.")
     return "## What was done\n\n" + lines[0] + "\n\n" + "\n".join(lines[1:])
 
 
@@ -200,12 +180,13 @@ def scores_section(facts: dict, scores: dict, differences: dict, control: dict |
                   for of in scores.values()]
         pairs = [pair for pair in (differences, control) if pair]
         rows.append([f"{count:,}", *values, *(f"{of[budget][0]:+.3f} ({of[budget][1]:+.3f} to {of[budget][2]:+.3f})" for of in pairs)])
-    header = ["labelled rows", *(f"encoder {ENCODERS[name]}" for name in scores), "difference (95 % interval)",
-              "beyond the control (95 % interval)"][: 2 + len(scores) + (control is not None)]
-    return (f"## Does it help the task?\n\n{MEANING[facts['metric']]}. The table has the mean ± standard deviation over "
-            f"{seeds(facts)} on the test rows. The interval says what other test rows of the same kind, and other "
-            f"seeds, might have shown ({DRAWS:,} draws of both, the same for both encoders): a difference is taken for real where its "
-            "interval does not hold 0.\n\n" + table(header, rows)
+    header = ["labelled rows", *(ENCODERS[name] for name in scores), "your text less original (95 % interval)",
+              "your text less control (95 % interval)"][: 2 + len(scores) + (control is not None)]
+    return (f"## Does it help the task?\n\n{MEANING[facts['metric']]}. Always saying the most frequent class would reach "
+            f"{guess(facts):.3f}. The table has the mean ± standard deviation over {seeds(facts)} on the test rows. The interval is of the "
+            f"difference, on the same rows, seed by seed ({DRAWS:,} bootstrap draws of test rows and seeds, each used for both encoders), "
+            "so that it may leave out 0 where the ± overlap; with few seeds it is rough. A difference is taken for real where its interval "
+            "leaves out 0.\n\n" + table(header, rows)
             + "\n\n![Score by number of labelled rows](learning_curve.png)")
 
 
@@ -220,7 +201,7 @@ def classes_section(facts: dict) -> str:
     rows = [[label, num_rows[label]["rows"], f"{mean('base', label):.3f}", f"{mean('adapted', label):.3f}",
              f"{mean('adapted', label) - mean('base', label):+.3f}"] for label in facts["classes"]]
     return (f"## Which classes?\n\nF1 of each class with {facts['budgets'][largest]:,} labelled rows, mean over the seeds; the picture "
-            "adds up the seeds.\n\n" + table(["class", "test rows", "before", "after", "difference"], rows)
+            "adds up the seeds.\n\n" + table(["class", "test rows", ENCODERS["base"], ENCODERS["adapted"], "difference"], rows)
             + "\n\n![Confusion before and after](confusion.png)")
 
 
@@ -229,18 +210,18 @@ def perplexity_section(facts: dict) -> str:
     held_out, fresh = facts["perplexity"], facts["fresh_parts"]
     if "curve" not in held_out:
         return "## Has it learnt the text?\n\nNo text was held out, so there is no perplexity to tell."
-    rows = [["before", f"{held_out['before']:,.2f}"], ["after pretraining on your text", f"{held_out['after']:,.2f}"]]
+    rows = [["before", f"{held_out['before']:,.1f}"], ["after pretraining on your text", f"{held_out['after']:,.1f}"]]
     told = ""
     if "MLM head" in fresh:
         warmup = facts["pretraining"]["adapted"]["warmup_steps"]
         step, value = next(((step, value) for step, value in held_out["curve"] if step >= max(1, warmup)), held_out["curve"][-1])
-        rows[0] = [f"at step {step}, the first held-out value after warm-up", f"{value:,.2f}"]
-        told = (f"\n\nThe encoder came without {' and '.join(fresh)}, which started from random weights: its perplexity before "
-                f"({held_out['before']:,.0f}) means nothing, so the one after is compared with others.")
+        rows[0] = [f"at step {step}, the first held-out value after warm-up", f"{value:,.1f}"]
+        told = (f"\n\nThe encoder came without {' and '.join(fresh)} (what guesses masked tokens), which started at random: its perplexity "
+                f"before ({held_out['before']:,.0f}) means nothing, so the one after is compared with others.")
     if "control" in held_out:
-        rows.append(["after the same pretraining on the control text", f"{held_out['control']:,.2f}"])
+        rows.append(["after the same pretraining on the control text", f"{held_out['control']:,.1f}"])
     if held_out["unigram"]:
-        rows.append(["guessing by frequency", f"{held_out['unigram']:,.2f}"])
+        rows.append(["guessing each token by its frequency", f"{held_out['unigram']:,.1f}"])
     return ("## Has it learnt the text?\n\nPerplexity on documents of your text that were held out: 50 means \"as unsure as among 50 "
             f"tokens\"; lower is better.{told}\n\n" + table(["", "held-out perplexity"], rows) + "\n\n![Perplexity](perplexity.png)")
 
@@ -265,7 +246,7 @@ def time_section(facts: dict) -> str:
     seconds |= {f"pretraining, {name}": run["wall_seconds"] for name, run in runs.items()}
     for name, budgets in scores.items():
         times = [result["wall_seconds"] for results in budgets.values() for result in results]
-        seconds[f"{len(times)} times fine-tuning, {name}"] = sum(times)
+        seconds[f"{len(times)} times fine-tuning, {ENCODERS[name]}"] = sum(times)
     rows = [[part, minutes(taken)] for part, taken in seconds.items()]
     return ("## Time\n\n" + table(["part", "time"], [*rows, ["together", minutes(sum(seconds.values()))]])
             + f"\n\nOn {runs['adapted']['device']} ({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}, "
@@ -292,4 +273,4 @@ def to_html(text: str, folder: Path) -> str:
 
     body = re.sub(r'src="(\w+\.png)"', inside, body)
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>Did going on with pretraining help?</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n")
+            f"<title>Did further pretraining help?</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 from transformers import BertConfig, BertForPreTraining, BertModel
 
-from pretrain import adapt, experiment, pictures, report, train
+from pretrain import adapt, experiment, pictures, significance, train
 from pretrain import finetune as finetuning
 from pretrain.command import as_command, parse, run_command
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, validate
@@ -76,7 +76,7 @@ def whole(small, place):
 def quick():
     """Pictures and intervals have their own tests (tests/test_report.py): here their names are enough."""
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(report, "DRAWS", 400)
+        context.setattr(significance, "DRAWS", 400)
         for name in ("overlap", "curves", "confusion"):
             context.setattr(pictures, name, lambda path, *_, **__: path.write_bytes(path.name.encode()))
         yield
@@ -204,7 +204,7 @@ def test_perplexities_are_those_of_evaluate(finished, place, cache, capsys):
     assert [step for step, _ in told["curve"]] == [0, 1, 2, 3] and [step for step, _ in told["training"]] == [1, 2, 3]
     assert told["curve"][0][1] == told["before"] and told["curve"][-1][1] == told["after"]
     shown = tables(report_of(finished))[2]
-    assert [row[1] for row in shown[1:]] == [f"{told[name]:,.2f}" for name in ("before", "after", "control", "unigram")]
+    assert [row[1] for row in shown[1:]] == [f"{told[name]:,.1f}" for name in ("before", "after", "control", "unigram")]
 
 
 def test_the_control_has_the_steps_of_the_adapted_run_and_the_same_options(finished, small, place, pretraining, tmp_path):
@@ -234,7 +234,7 @@ def test_copies_of_test_texts_are_removed_and_counted(finished, place):
         assert not any(" ".join(first.split()) == " ".join(line.split()) for text in kept for line in text.split("\n"))
         assert not any(last in text for text in kept) and any(text.endswith("\nriver .") for text in kept)
     told = report_of(finished)
-    assert told.count("3 exact copies of test texts were removed") == 2 and "60 documents of your text" in told
+    assert told.count("3 exact copies of test texts were removed") == 2 and "- Your text: 60 documents; 3 exact" in told
 
 
 def test_what_has_trained_nothing_yet_may_start_with_other_options(small, place, tmp_path, monkeypatch):
@@ -254,9 +254,9 @@ def test_what_has_trained_nothing_yet_may_start_with_other_options(small, place,
     assert written[60:] == texts["train"] and (counts["documents"], counts["removed"], counts["task_texts"]) == (90, 4, 31)
     assert "; the 31 texts of the training rows were added." in told and "--task-text" in page.split("## Commands")[1]
     assert "- 1 of the test texts are among the training rows, too." in told and part(output, "pretrain-adapted")["steps"] == 2
-    assert re.search(r"came without .*MLM head.*, which started from random weights: its perplexity before", told)
+    assert re.search(r"came without .*MLM head.*, which started at random: its perplexity before", told)
     curve = part(output, "perplexity")["curve"]
-    assert tables(told)[2][1] == ["at step 1, the first held-out value after warm-up", f"{curve[1][1]:,.2f}"]
+    assert tables(told)[2][1] == ["at step 1, the first held-out value after warm-up", f"{curve[1][1]:,.1f}"]
 
 
 @pytest.mark.parametrize("more", [["--task-text"], ["--model", "{place}/headless"]], ids=["text", "model"])

@@ -13,7 +13,7 @@ from matplotlib.cbook import is_math_text
 from matplotlib.image import imread
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
-from pretrain import pictures, report
+from pretrain import pictures, report, significance
 
 METRICS = ("macro_f1", "accuracy")
 
@@ -39,7 +39,7 @@ def test_weighted_scores_equal_sklearns_on_repeated_rows(num_classes, seeds, dat
         weights[:, draw.integers(rows)] += weights.sum(1) == 0
     weights = np.vstack([weights, np.ones_like(weights[:1])])
     for metric in METRICS:
-        found = report.scores_of(weights.astype(np.float32), truth, predictions, num_classes, metric)
+        found = significance.scores_of(weights.astype(np.float32), truth, predictions, num_classes, metric)
         expected = [[sklearn_score(np.repeat(truth, row), np.repeat(of, row), metric) for of in predictions] for row in weights]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -55,11 +55,12 @@ def test_a_clear_difference_excludes_0_and_turns_with_the_sides(metric):
     draw = np.random.default_rng(0)
     truth = draw.integers(0, 3, 200)
     worse, better = (predictions_right(draw, truth, share, 3) for share in (0.5, 0.8))
-    low, high = report.bootstrap(truth, worse, better, 3, metric)
+    low, high = significance.bootstrap(truth, worse, better, 3, metric)
     gain = np.mean([sklearn_score(truth, row, metric) for row in better]) - np.mean([sklearn_score(truth, row, metric) for row in worse])
-    assert 0.1 < low < gain < high < 0.5 and report.bootstrap(truth, worse, worse.copy(), 3, metric) == (0.0, 0.0)
-    assert report.bootstrap(truth, better, worse, 3, metric) == pytest.approx((-high, -low), abs=2e-6)
-    assert report.bootstrap(truth, worse, better, 3, metric) == (low, high) != report.bootstrap(truth, worse, better, 3, metric, seed=1)
+    assert 0.1 < low < gain < high < 0.5 and significance.bootstrap(truth, worse, worse.copy(), 3, metric) == (0.0, 0.0)
+    assert significance.bootstrap(truth, better, worse, 3, metric) == pytest.approx((-high, -low), abs=2e-6)
+    other = significance.bootstrap(truth, worse, better, 3, metric, seed=1)
+    assert significance.bootstrap(truth, worse, better, 3, metric) == (low, high) != other
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -73,11 +74,11 @@ def test_intervals_agree_with_a_slow_paired_bootstrap(metric):
         scores = [np.mean([_score(truth[rows], of[seed][rows], metric) for seed in seeds]) for of in (left, right)]
         differences.append(scores[1] - scores[0])
     expected = np.percentile(differences, [2.5, 97.5])
-    assert report.bootstrap(truth, left, right, 3, metric) == pytest.approx(expected, abs=0.025)
+    assert significance.bootstrap(truth, left, right, 3, metric) == pytest.approx(expected, abs=0.025)
     # Paired: of encoders that err alike the difference is surer than two that are drawn apart would make it.
     alike = left.copy()
     alike[:, :6] = truth[:6]
-    low, high = report.bootstrap(truth, left, alike, 3, metric)
+    low, high = significance.bootstrap(truth, left, alike, 3, metric)
     of_one = np.std([np.mean([_score(truth[rows], of[rows], metric) for of in left]) for rows in draw.integers(0, 60, (300, 60))])
     assert low >= 0 and high - low < 0.6 * 2 * 1.96 * 2**0.5 * of_one
 
@@ -92,23 +93,24 @@ def _score(truth, predicted, metric):
 
 # The verdict.
 
-YES = "**Yes**, going on with pretraining on this text helped this task: with 100 labels"
+YES = ": further pretraining on this text helped this task, with 100 labels"
 HELPED = "+0.100 macro F1 (95 % interval +0.050 to +0.150)"
 CLEAR, WORSE, UNCLEAR, TOUCHING = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.01, 0.05), (0.1, 0.0, 0.2)
 BUDGETS = {"100": 100, "all": 2000}
 NOTHING = "nothing shows that it is this text that matters, rather than more pretraining on any"
+NOT_SHOWN = "**No**: that further pretraining on this text helps this task could not be shown, with 100 labels"
 
 
 @pytest.mark.parametrize("few, all_rows, start, more", [
-    (CLEAR, CLEAR, f"{YES} {HELPED}; with 2,000 labels {HELPED}.", ""),
-    (CLEAR, UNCLEAR, f"{YES} {HELPED}.",
-     " No difference could be shown: with 2,000 labels +0.020 macro F1 (95 % interval -0.010 to +0.050)."),
-    (CLEAR, WORSE, f"{YES} {HELPED}.", " But it made it worse: with 2,000 labels -0.100 macro F1 (95 % interval -0.150 to -0.050)."),
-    (UNCLEAR, WORSE, "**No**, going on with pretraining on this text made this task worse: with 2,000 labels",
-     " No difference could be shown: with 100 labels"),
-    (UNCLEAR, UNCLEAR, "**No**: that it helps this task could not be shown: with 100 labels +0.020", "; 0 lies within."),
-    (TOUCHING, TOUCHING, "**No**: that it helps this task could not be shown: with 100 labels +0.100", "; 0 lies within."),
-    ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), "**No**: that it helps this task could not be shown", "; 0 lies within."),
+    (CLEAR, CLEAR, f"**Yes**{YES} {HELPED}; with 2,000 labels {HELPED}.", ""),
+    (CLEAR, UNCLEAR, f"**Yes with 100 labels**{YES} {HELPED}.",
+     " No difference could be shown with 2,000 labels +0.020 macro F1 (95 % interval -0.010 to +0.050); 0 lies within."),
+    (CLEAR, WORSE, f"**Yes with 100 labels**{YES} {HELPED}.",
+     " It made it worse with 2,000 labels -0.100 macro F1 (95 % interval -0.150 to -0.050)."),
+    (UNCLEAR, WORSE, "**No**: further pretraining on this text made this task worse, with 2,000 labels",
+     " No difference could be shown with 100 labels"),
+    (UNCLEAR, UNCLEAR, f"{NOT_SHOWN} +0.020", "; 0 lies within."), (TOUCHING, TOUCHING, f"{NOT_SHOWN} +0.100", "; 0 lies within."),
+    ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), f"{NOT_SHOWN} +0.000", "; 0 lies within."),
 ], ids=["yes", "yes and unclear", "mixed", "worse", "unclear", "touching 0", "equal"])
 def test_the_verdict_says_what_the_intervals_say(few, all_rows, start, more):
     text = report.verdict({"100": few, "all": all_rows}, None, BUDGETS, "macro_f1")
@@ -117,7 +119,7 @@ def test_the_verdict_says_what_the_intervals_say(few, all_rows, start, more):
 
 @pytest.mark.parametrize("few, all_rows, end", [
     (CLEAR, CLEAR, "; so it is this text that helps."),
-    (UNCLEAR, CLEAR, "; so it is this text that helps, where that interval lies above 0."),
+    (UNCLEAR, CLEAR, "; so it is this text that helps with 2,000 labels."),
     (UNCLEAR, TOUCHING, f"; so {NOTHING}."), (WORSE, WORSE, f"; so {NOTHING}."),
 ], ids=["text", "text in part", "unclear", "worse"])
 def test_the_verdict_weighs_the_control(few, all_rows, end):
@@ -135,14 +137,16 @@ BOUNDS = st.tuples(st.floats(-1, 1), st.floats(0, 0.5), st.floats(0, 0.5)).map(l
 @example(CLEAR, UNCLEAR, (UNCLEAR, CLEAR))
 def test_yes_is_never_said_where_no_interval_lies_above_0(few, all_rows, control):
     text = report.verdict({"100": few, "all": all_rows}, control and dict(zip(BUDGETS, control)), BUDGETS, "macro_f1")
-    assert text.startswith("**Yes**" if max(few[1], all_rows[1]) > 0 else "**No**")
-    helped = text.split("helped this task: ")[1].split("). ")[0].split(").")[0] if "**Yes**" in text else ""
-    assert [f"with {count:,} labels" in helped for count in BUDGETS.values()] == [of[1] > 0 for of in (few, all_rows)]
+    gains = [of[1] > 0 for of in (few, all_rows)]
+    labels = {(True, True): "", (True, False): " with 100 labels", (False, True): " with 2,000 labels", (False, False): None}
+    assert text.startswith(f"**Yes{labels[tuple(gains)]}**" if any(gains) else "**No**")
+    helped = text.split("helped this task, ")[1].split("). ")[0].split(").")[0] if "**Yes" in text else ""
+    assert [f"with {count:,} labels" in helped for count in BUDGETS.values()] == gains
     assert ("worse" in text) == (min(few[2], all_rows[2]) < 0)
-    better = [over[1] > 0 for of, over in zip((few, all_rows), control or ()) if of[1] > 0]  # where the text helped
-    assert ("it is this text that helps" in text) == any(better) and ("where that interval" in text) == (any(better) and not all(better))
-    assert (NOTHING in text) == (bool(better) and not any(better)) and ("control" in text) == (control is not None)
-    assert control is None or text.endswith(("that helps.", "above 0.", f"{NOTHING}.") if better else ").")
+    better = tuple(gain and over[1] > 0 for gain, over in zip(gains, control or ((0, 0, 0),) * 2))  # where the text helped
+    assert ("it is this text that helps" in text) == any(better) and (NOTHING in text) == (bool(control) and any(gains) and not any(better))
+    assert ("control" in text) == (control is not None)
+    assert control is None or text.endswith(f"that helps{labels[better]}." if any(better) else f"{NOTHING}." if any(gains) else ").")
     assert all(f"with {count:,} labels {of[0]:+.3f}" in text for count, of in zip(BUDGETS.values(), (few, all_rows)))
 
 
@@ -232,7 +236,7 @@ def make_facts(classes=("pos|neg", "<b>"), encoders=("base", "adapted"), budgets
 def write(tmp_path, monkeypatch):
     """Writes a report; (Markdown, page, verdict)."""
     def write(drawn=False, **more):
-        monkeypatch.setattr(report, "DRAWS", 400)
+        monkeypatch.setattr(significance, "DRAWS", 400)
         for name in () if drawn else ("overlap", "curves", "confusion"):
             monkeypatch.setattr(pictures, name, lambda path, *_, **__: path.write_bytes(path.name.encode()))
         facts, truth, predictions = make_facts(**more)
@@ -253,22 +257,22 @@ def test_every_section_shows_what_there_is(encoders, held_out, fresh, metric, wr
     text, page, answer = write(encoders=encoders, held_out=held_out, fresh=fresh, metric=metric)
     assert answer.startswith("**Yes**") and text.split("\n")[2] == f"> {answer}" and re.findall("^## (.*)", text, re.MULTILINE) == ALWAYS
     with_control = "control" in encoders
-    for told in ("encoder pretrained on the control text", "beyond the control (95 % interval)", "- Control: the same encoder",
-                 "| pretraining, control | 2.5 min |", "- The control text: 7 exact copies of test texts were removed",
-                 "| 4 times fine-tuning, control | 12 s |", "python scripts/pretrain.py control",
+    for told in ("| pretrained on the control text |", "your text less control (95 % interval)", "- Control: the same encoder",
+                 "| pretraining, control | 2.5 min |", "7 exact copies of test texts were removed",
+                 "| 4 times fine-tuning, pretrained on the control text | 12 s |", "python scripts/pretrain.py control",
                  "Against the same pretraining on the control text"):
         assert (told in text) is with_control, told
-    assert ("after the same pretraining on the control text | 44.50" in text) is (with_control and held_out)
+    assert ("after the same pretraining on the control text | 44.5 |" in text) is (with_control and held_out)
     assert ("No text was held out" in text) is not held_out and ("perplexity.png" in text) is held_out
     assert ("means nothing" in text) is (held_out and "MLM head" in fresh)
     if held_out and "MLM head" in fresh:
-        assert "| at step 20, the first held-out value after warm-up | 30.25 |" in text
-        assert f"came without {' and '.join(fresh)}" in text and "(31,234)" in text and "\n| before |" not in text
+        assert "| at step 20, the first held-out value after warm-up | 30.2 |" in text
+        assert f"came without {' and '.join(fresh)} (what" in text and "(31,234)" in text and "\n| before |" not in text
     elif held_out:
-        assert "| before | 31,234.50 |" in text
-    assert ("| after pretraining on your text | 21.50 |" in text) is ("| guessing by frequency | 100.00 |" in text) is held_out
+        assert "| before | 31,234.5 |" in text
+    assert ("| after pretraining on your text | 21.5 |" in text) is ("| guessing each token by its frequency | 100.0 |" in text) is held_out
     assert "pretraining was too short" not in text and ("4 of the test texts are among the training rows" in text) is held_out
-    assert "and other seeds, might have shown" in text and "python scripts/domain.py --input x" in text
+    assert "bootstrap draws of test rows and seeds" in text and "python scripts/domain.py --input x" in text
     assert "| cleaning the text, overlap, perplexities | 3 s |" in text and "On cpu, fp32 (" in text
     assert {"macro_f1": "macro F1 is the mean", "accuracy": "Accuracy is the share"}[metric] in text and "it held no exact copy" in text
     assert "**my|&lt;model&gt;**" in text and "1,234 documents" in text and "(30 optimizer steps)" in text
