@@ -6,7 +6,6 @@ AutoModelForSequenceClassification, scores, the confusion matrix as a picture, a
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import shutil
 import time
@@ -103,7 +102,7 @@ def is_unfinished(output: Path) -> bool:
     """Whether a folder holds what an interrupted fine-tuning has left: no model, no scores, nothing to go on from."""
     config = output / "config.json"
     has_result = any((output / name).exists() for name in ("summary.json", "final"))
-    return config.is_file() and not has_result and "label_field" in json.loads(config.read_text(encoding="utf-8"))
+    return config.is_file() and not has_result and '"label_field"' in config.read_text(encoding="utf-8", errors="replace")
 
 
 def read_rows(options: FinetuneOptions, tell: Callable[[str], None] = print) -> tuple[dict[str, Labelled], list[str]]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -39,13 +38,17 @@ def predict(model: PackedClassifier, dataset: LabelledDataset, collator: Labelle
 
 
 class Tally:
-    """What scores are made of: the confusion matrix int64 [classes, classes], a row for each true class, and the sum of the losses."""
+    """What scores are made of: the confusion matrix int64 [classes, classes], a row for each true class, the sum of the losses, and how
+    many rows had no label."""
 
     def __init__(self, classes: list[str]):
-        self.classes, self.confusion, self.loss_sum = classes, np.zeros((len(classes), len(classes)), np.int64), 0.0
+        self.classes, self.confusion, self.loss_sum, self.left_out = classes, np.zeros((len(classes), len(classes)), np.int64), 0.0, 0
 
     def add(self, labels: np.ndarray, probabilities: np.ndarray) -> None:
-        """Count rows: `labels` int64 [texts], `probabilities` [texts, classes]."""
+        """Count rows: `labels` int64 [texts], IGNORED where there is none, `probabilities` [texts, classes]."""
+        known = labels != IGNORED
+        self.left_out += int((~known).sum())
+        labels, probabilities = labels[known], probabilities[known]
         np.add.at(self.confusion, (labels, probabilities.argmax(-1)), 1)
         self.loss_sum -= float(np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-30)).sum())
 
@@ -81,16 +84,14 @@ def new_columns(classes: list[str]) -> list[str]:
 
 
 def predict_rows(rows: Iterable[tuple[str, dict]], columns: tuple[str, ...], label_field: str,
-                 predict_chunk: Callable[[list[tuple[str, ...]]], np.ndarray], tally: Tally, left_out: Counter) -> Iterator[dict]:
+                 predict_chunk: Callable[[list[tuple[str, ...]]], np.ndarray], tally: Tally) -> Iterator[dict]:
     """Each (where, row) with its `predicted_label` and a `probability_LABEL` for each class, as `predict_chunk` tells for texts.
 
-    Rows whose `label_field` holds a label of the model go into `tally`, the others are counted in `left_out`."""
+    Rows whose `label_field` holds a label of the model are scored in `tally`."""
     classes, rows = tally.classes, iter(rows)
     while chunk := list(islice(rows, CHUNK)):
         probabilities = predict_chunk([text_of(record, columns, where) for where, record in chunk])
-        labels = np.array([class_of(record.get(label_field), classes) for _, record in chunk])
-        tally.add(labels[labels != IGNORED], probabilities[labels != IGNORED])
-        left_out["rows"] += int((labels == IGNORED).sum())
+        tally.add(np.array([class_of(record.get(label_field), classes) for _, record in chunk]), probabilities)
         for (_, record), shares in zip(chunk, probabilities):
             cells = [classes[int(shares.argmax())], *(round(float(share), 6) for share in shares)]
             yield record | dict(zip(new_columns(classes), cells))

@@ -1,7 +1,6 @@
 """Labels and probabilities for the rows of a file, streaming and in order, and scores where the rows have labels."""
 import json
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +60,10 @@ def main(argv: list[str]) -> None:
     pair = LabelledDataset([("a",) * len(columns)], tokenizer, max_length)
     check_tokenizer(model, options.model, max(tokenizer.get_vocab().values()) + 1, int(pair.type_ids.max()) + 1)
 
-    collator, tally, left_out, counted = LabelledCollator(max_length, options.batch_size), Tally(classes), Counter(), []
+    collator, tally, counted = LabelledCollator(max_length, options.batch_size), Tally(classes), []
     model, context = model.to(device), autocast(device, precision)
     rows = predict_rows(open_tables(options.input, "--input"), columns, options.label_field, lambda texts: predict(
-        model, LabelledDataset(texts, tokenizer, max_length), collator, device, context), tally, left_out)
+        model, LabelledDataset(texts, tokenizer, max_length), collator, device, context), tally)
     write_aside(output, lambda partial: counted.append(write_rows(partial, rows, output.suffix == ".csv", str(output))))
     print(f"{counted[0]:,} rows in {output}")
     result = {"rows": counted[0]}
@@ -72,8 +71,8 @@ def main(argv: list[str]) -> None:
         scores = tally.scores()
         print(table_of(scores))
         result |= {name: value for name, value in scores.items() if isinstance(value, float)}
-    if left_out["rows"] and (options.label_field in first or tally.confusion.any()):
-        print(f"left out of the scores: {left_out['rows']:,} rows whose {options.label_field} is none of the model's labels "
+    if tally.left_out and (options.label_field in first or tally.confusion.any()):
+        print(f"left out of the scores: {tally.left_out:,} rows whose {options.label_field} is none of the model's labels "
               f"({', '.join(classes[:20])})")
     print(json.dumps(result))
 

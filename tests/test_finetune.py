@@ -539,7 +539,7 @@ def test_rows_come_back_in_order_with_the_numbers_of_the_stock_pipeline(read_as,
 
 def test_rows_stream_a_chunk_at_a_time(monkeypatch):
     monkeypatch.setattr(predict, "CHUNK", 4)
-    read, seen, tally, left_out = [], [], predict.Tally(["a", "b"]), Counter()
+    read, seen, tally = [], [], predict.Tally(["a", "b"])
 
     def rows():
         for number in range(10):
@@ -550,12 +550,12 @@ def test_rows_stream_a_chunk_at_a_time(monkeypatch):
         assert texts == [(f"text {number}",) for number in range(len(read) - len(texts), len(read))]
         return np.array([[0.25, 0.75]] * len(texts))
 
-    for number, row in enumerate(predict.predict_rows(rows(), ("text",), "kind", shares_of, tally, left_out)):
+    for number, row in enumerate(predict.predict_rows(rows(), ("text",), "kind", shares_of, tally)):
         seen.append(len(read))
         assert row == {"text": f"text {number}", "kind": "bax"[number % 3], "predicted_label": "b", "probability_a": 0.25,
                        "probability_b": 0.75}
     assert seen == [4] * 4 + [8] * 4 + [10] * 2
-    assert tally.confusion.tolist() == [[0, 3], [0, 4]] and left_out == {"rows": 3}
+    assert tally.confusion.tolist() == [[0, 3], [0, 4]] and tally.left_out == 3
 
 
 def test_rows_without_a_label_that_the_model_knows_are_predicted_but_not_scored(predict_argv, tmp_path, capsys):
