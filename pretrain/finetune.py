@@ -32,6 +32,7 @@ from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import start
 from pretrain.runtime.monitor import Monitor, peak_memory_bytes
 from pretrain.runtime.optim import FiniteWatch, autocast, choose_precision, make_optimizer, make_schedule
+from pretrain.setup import saved_options
 from pretrain.train import Window, train_step
 
 MAX_LENGTH = 512  # tokens, where --max-length is not given
@@ -143,13 +144,6 @@ def describe(task: Task) -> str:
                       f"{options.batch_size} examples, evaluation every {task.eval_every:,}; {task.output}"])
 
 
-def saved_options(options: FinetuneOptions) -> dict:
-    """The options of a run like this one, with paths that hold in any working directory."""
-    saved = {name: value for name, value in asdict(options).items() if name not in ("output", "overwrite")}
-    saved["model"] = str(Path(options.model).absolute()) if Path(options.model).exists() else options.model
-    return saved | {name: [str(Path(path).expanduser().absolute()) for path in saved[name]] for name in ("train", "valid", "test")}
-
-
 @dataclass
 class Best:
     """The best evaluation so far, and the weights of then, on the CPU."""
@@ -171,7 +165,8 @@ def finetune(task: Task, quiet: bool = False) -> dict:
     """Train, keep the best model, score it; returns the summary, which is also in summary.json, the last file that is written."""
     options, model, device = task.options, task.model, task.device
     replaced = ckpt.make_output(task.output, options.overwrite or is_unfinished(task.output), (task.output / "summary.json").is_file())
-    write_json(task.output / "config.json", saved_options(options))
+    write_json(task.output / "config.json", {name: value for name, value in saved_options(options).items()
+                                             if name not in ("output", "overwrite")})  # of this start, not of a run like it
     trained = torch.compile(model) if options.compile == "on" else model
     optimizer = make_optimizer(model, options.learning_rate, options.weight_decay, options.adam_betas, options.adam_epsilon)
     scaler = torch.amp.GradScaler(device.type, enabled=task.precision == "fp16")

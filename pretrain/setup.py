@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.command import UserError, check
-from pretrain.config import MODEL_SIZES, Config, interval, validate
+from pretrain.config import MODEL_SIZES, Config, FinetuneOptions, interval, validate
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.collate import Collator
 from pretrain.data.dataset import PretrainingDataset
@@ -179,16 +179,16 @@ def find_checkpoint(output: Path, config: Config) -> Path | None:
     return None
 
 
-def saved_options(config: Config) -> dict:
+def saved_options(config: Config | FinetuneOptions) -> dict:
     """The options as a run keeps them, with paths that hold in any working directory."""
     def absolute(path: str) -> str:
         return path if path.startswith("hub:") else os.path.abspath(os.path.expanduser(path))
 
     options = asdict(config)
-    for name in ("train", "valid", "lexicon", "similar", "add_tokens", "cache"):
+    for name in options.keys() & {"train", "valid", "test", "lexicon", "similar", "add_tokens", "cache"}:
         value = options[name]
         options[name] = [absolute(path) for path in value] if isinstance(value, list) else value and absolute(value)
-    for name in ("model", "tokenizer"):  # a folder, else a size or a name of the hub
+    for name in options.keys() & {"model", "tokenizer"}:  # a folder, else a size or a name of the hub
         if options[name] not in MODEL_SIZES and Path(options[name] or "", "").exists():
             options[name] = options[name] and absolute(options[name])
     return options
