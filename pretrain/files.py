@@ -1,12 +1,20 @@
 """Files that are whole or absent, their hashes, and the tables in them."""
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
+
+from pretrain.command import UserError
+
+_held: dict[str, TextIO] = {}  # locks of this process, by folder; a run's until the process ends
 
 
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:
@@ -30,6 +38,53 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict) -> None:
     """`content` in place of what is in `path`, at once."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def hold(folder: Path, wait: bool = False) -> None:
+    """Hold `folder` against other processes until this one ends, or `let_go`. One that comes later waits, or gets a UserError.
+
+    A POSIX record lock on a file beside the folder: it ends with the process, however that ends, and forked workers have no part
+    in it. Where the file system knows no locks, there is none."""
+    key = os.path.abspath(folder)
+    if key in _held:
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    handle = folder.with_name(f".{folder.name}.lock").open("a+")
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            handle.seek(0)
+            other = handle.read().strip()
+            handle.close()
+            raise UserError(f"{folder}: another process{other and f' ({other})'} is at work in it; needed is to wait, to stop it, or "
+                            "another folder") from error
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(f"{folder}: the file system has no locks, so nothing keeps a second process out")
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+    handle.flush()
+    _held[key] = handle
+
+
+def let_go(folder: Path) -> None:
+    """The counterpart of `hold`."""
+    handle = _held.pop(os.path.abspath(folder), None)
+    if handle:
+        handle.close()
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """`hold` while something is made in `folder`; a second process that makes the same waits. A full or read-only disk is told."""
+    try:
+        hold(folder, wait=True)
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}); needed is room and the right to write") from error
+    finally:
+        let_go(folder)
 
 
 def model_folder(name: str) -> str:

@@ -18,7 +18,8 @@ from pretrain.data import formats, marking, reading
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.corpus import Corpus
 from pretrain.data.marking import Markup
-from pretrain.data.preparing import exclusive, prepare
+from pretrain.data.preparing import prepare
+from pretrain.files import exclusive
 from pretrain.model import bert
 from pretrain.runtime.checkpoint import write_folder
 from pretrain.runtime.distributed import World, main_first

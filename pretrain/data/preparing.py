@@ -4,8 +4,6 @@ A piece of text makes one shard, whatever else is prepared; the manifest is writ
 """
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -23,7 +21,7 @@ from pretrain.data import reading
 from pretrain.data.corpus import ARRAYS, ENTITY_START, FORMAT_VERSION, WORD_START, Corpus, Shard, concatenate, is_corpus
 from pretrain.data.marking import Markup, mark
 from pretrain.data.tokenizer import Vocabulary, describe, without_limits
-from pretrain.files import sha256_of, write_json
+from pretrain.files import exclusive, sha256_of, write_json
 
 COUNTS = ("documents", "sentences", "tokens", "unknown_tokens", "words", "entities")  # of a shard, and of a corpus
 BATCH_CHARACTERS = 1 << 20  # text that goes to the tokenizer at once
@@ -191,15 +189,3 @@ def _batches(stream: Iterable[reading.Sentence | None]) -> Iterator[list[reading
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` against a second process that prepares the same (it waits); a full or read-only disk is told."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_name(f".{folder.name}.lock").open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}); needed is room and the right to write") from error
