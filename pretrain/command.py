@@ -8,6 +8,8 @@ import argparse
 import importlib
 import json
 import shlex
+import signal
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -15,10 +17,19 @@ from dataclasses import field, fields
 from pathlib import Path
 
 SHOWN_PROBLEMS = 20
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class UserError(ValueError):
     """A problem that the user can mend: shown as one message without a traceback, exit code 2."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Signal `number` has ended the command: exit code 128 + `number`."""
+
+    def __init__(self, number: int, told: str = "interrupted by"):
+        super().__init__(f"{told} {signal.Signals(number).name}")
+        self.number = number
 
 
 def option(default: object, text: str, **argparse_arguments: object):
@@ -140,8 +151,10 @@ def check(problems: list[str]) -> None:
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], way_on: str = "") -> int:
     """Exit code of `main(argv)`; a UserError becomes a message on stderr and 2. `way_on` tells what goes on with what was
     interrupted."""
-    import sys
+    def interrupt(number: int, frame: types.FrameType | None) -> typing.NoReturn:
+        raise Interrupted(number)
 
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     sys.stdout.reconfigure(line_buffering=True)  # stays in order with stderr in a log file
     try:
         return main(argv) or 0
@@ -152,9 +165,18 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}; needed is a path that exists, room on the disk and the "
               f"right to read and write{way_on and f'; {way_on}'}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"interrupted{way_on and f'; {way_on}'}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"{stop if str(stop) else 'interrupted'}{way_on and f'; {way_on}'}", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """For worker processes, which end with their parent: what is sent to the whole group is the parent's to answer."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def first_line(error: Exception) -> str:

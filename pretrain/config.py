@@ -138,6 +138,8 @@ class RunOptions:
     save_every: str = option("auto", "steps between checkpoints: N, epoch, or auto (a tenth of the run, 10 to 1000)")
     log_every: int = option(10, "steps between logged numbers; step 1 is always logged")
     keep: int = option(3, "newest checkpoints that are kept")
+    shard: bool = option(False, "under torchrun: each process holds a part of every weight (FSDP2), for encoders that do not fit one "
+                         "device")
 
 
 @dataclass
@@ -277,6 +279,8 @@ def _validate_together(config) -> list[str]:
         problems.append("--resume --overwrite: exclude each other; needed is one of the two")
     if getattr(config, "resume", False) and not config.output:
         problems.append("--resume: needed is the run folder, --output DIR")
+    if getattr(config, "shard", False) and config.precision == "fp16":
+        problems.append("--shard --precision fp16: needed is bf16 or fp32")
     if getattr(config, "patience", 0) and not config.valid and not getattr(config, "valid_fraction", 1):
         problems.append("--patience: needed is held-out text, --valid PATHS or a --valid-fraction above 0")
     if getattr(config, "precision", "") == "fp16" and config.device == "cpu":

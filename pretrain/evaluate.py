@@ -7,7 +7,7 @@ scripts/evaluate.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,22 +85,29 @@ def read_sums(total: dict[str, Tensor | float], device: torch.device) -> dict[st
     """The sums over all processes, each of which has the same keys; waits for the device."""
     keys = sorted(total)
     values = [torch.as_tensor(total[key], dtype=torch.float64, device=device) for key in keys]
-    return dict(zip(keys, sum_over_ranks(torch.stack(values)).tolist())) if keys else {}
+    return dict(zip(keys, sum_over_ranks(torch.stack(values).cpu()).tolist())) if keys else {}
 
 
 @torch.no_grad()
-def evaluate(model: PackedModel, held_out: HeldOut, device: torch.device, autocast: torch.autocast,
-             world: World = World()) -> dict[str, float]:
-    """Held-out numbers, named as `summarize` names them, and unigram_perplexity; no random number is drawn."""
+def evaluate(model: PackedModel, held_out: HeldOut, device: torch.device, autocast: torch.autocast, world: World = World(),
+             stop: Callable[[], int] = lambda: 0) -> dict[str, float] | None:
+    """Held-out numbers, named as `summarize` names them, and unigram_perplexity; no random number is drawn. None where `stop`, asked
+    before each batch by all processes together, ends it."""
     was_training = model.training
     model.eval()
-    batches = held_out.batches[world.rank:: world.size]
+    batches, counted = held_out.batches, held_out.batches[world.rank:: world.size]
     total = {f"{name}_{kind}": 0.0 for name in model.loss_weights for kind in ("loss", "correct")}
     with autocast:
-        for batch in batches:
-            total |= add_up(total, model(batch.to(device)))
+        for number in range(world.rank, -(-len(batches) // world.size) * world.size, world.size):
+            if stop():
+                break
+            output = model(batches[min(number, len(batches) - 1)].to(device))  # a sharded model needs every process each time
+            if number < len(batches):
+                total |= add_up(total, output)
     model.train(was_training)
-    total |= {f"{name}_count": float(sum(batch.counts[name] for batch in batches)) for name in model.loss_weights}
+    if stop():
+        return None
+    total |= {f"{name}_count": float(sum(batch.counts[name] for batch in counted)) for name in model.loss_weights}
     numbers = summarize(read_sums(total, device), model.loss_weights)
     if held_out.unigram_perplexity is not None:
         numbers["unigram_perplexity"] = held_out.unigram_perplexity

@@ -14,7 +14,7 @@ from pretrain.command import UserError, check, parse
 from pretrain.config import MODEL_SIZES, AdaptOptions, Config, FinetuneOptions, LabelOptions, validate
 from pretrain.data.labelled import Labelled
 from pretrain.data.reading import content_key, expand
-from pretrain.files import model_folder, sha256_of, write_json
+from pretrain.files import hold, model_folder, sha256_of, write_json
 from pretrain.finetune import build, check_budget
 from pretrain.model.bert import from_checkpoint
 from pretrain.runtime import checkpoint as ckpt
@@ -26,7 +26,7 @@ GIVEN = {  # options that the experiment sets itself
     "pretrain": ("model", "train", "valid", "patience", "max_minutes", "output", "resume", "overwrite"),
     "finetune": ("model", "label_budget", "seed", "output", "overwrite", "save_model", *(entry.name for entry in fields(LabelOptions)))}
 MAY_CHANGE = ("seeds", "label_budgets", "output", "overwrite", "pretrain", "finetune")  # the last two are compared as they are understood
-ENTRIES = r"experiment\.json|parts|adapted|control|finetune|report\.(md|html)|\w+\.(png|jsonl)|\..*\.partial"
+ENTRIES = r"experiment\.json|parts|adapted|control|finetune|report\.(md|html)|\w+\.(png|jsonl)|\..*\.(partial|lock)"
 
 
 @dataclass
@@ -128,6 +128,7 @@ def told_as(name: str, options: AdaptOptions) -> Iterator[None]:
 def open_experiment(experiment: Experiment) -> None:
     """Make the folder, or go on in it; UserError where it holds an experiment with other options or other files."""
     options, pretraining, output = experiment.options, experiment.pretraining, experiment.output
+    hold(output)
     model = Path(model_folder(options.model))
     files = [*expand([*options.train, *options.valid, *options.test], "--train"), *model.glob("*.json"), *model.glob("*.safetensors"), *(
         getattr(pretraining, name) for name in ("lexicon", "similar", "add_tokens") if getattr(pretraining, name))]

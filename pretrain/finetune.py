@@ -28,12 +28,13 @@ from pretrain.files import write_json
 from pretrain.model.attention import choose_attention
 from pretrain.model.classifier import PackedClassifier, check_tokenizer, load_classifier
 from pretrain.predict import Tally, new_columns, predict, write_rows
+from pretrain.progress import Window
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import start
 from pretrain.runtime.monitor import Monitor, peak_memory_bytes
 from pretrain.runtime.optim import FiniteWatch, autocast, choose_precision, make_optimizer, make_schedule
 from pretrain.setup import saved_options
-from pretrain.train import Window, train_step
+from pretrain.train import train_step
 
 MAX_LENGTH = 512  # tokens, where --max-length is not given
 MAX_CURVES = 30  # of single classes
@@ -185,8 +186,8 @@ def finetune(task: Task, quiet: bool = False) -> dict:
         rate = learning_rate(step + 1)
         result = train_step(trained, model.loss_weights, batches, optimizer, scaler, context, rate, options.max_grad_norm, device)
         step += 1
-        monitor.say(watch.observe(result.finite, f"at step {step}"))
-        window.add(result, batches, flops=0.0)
+        monitor.say(watch.observe(result.finite, step))
+        window.add(result.sums, batches, flops=0.0)
         window.add_seconds("seconds", time.perf_counter() - tick, 1)
         numbers = {}
         if step in (1, task.total_steps) or step % options.log_every == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shlex
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,20 +21,21 @@ from pretrain.command import UserError, check
 from pretrain.config import MODEL_SIZES, Config, FinetuneOptions, interval, validate
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.collate import Collator
-from pretrain.data.dataset import PretrainingDataset
+from pretrain.data.dataset import DataPosition, PretrainingDataset
 from pretrain.evaluate import HeldOut, make_held_out
-from pretrain.files import sha256_of, write_json, write_text
+from pretrain.files import hold, sha256_of, write_json, write_text
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.packed import PackedModel
 from pretrain.parts import check_plan, make_masking, make_model, make_task, report_added, tell_unfit_entities
 from pretrain.runtime import checkpoint as ckpt
-from pretrain.runtime.distributed import World, start, wait_for_all
-from pretrain.runtime.optim import choose_precision
+from pretrain.runtime.distributed import World, any_rank, gather, place, start, wait_for_all
+from pretrain.runtime.memory import micro_batch_fits
+from pretrain.runtime.optim import autocast, choose_precision
 from pretrain.text import open_text, prepare_tokenizer
 
 # What may change when a run is resumed; everything else decides the data, the weights or the update.
 MAY_CHANGE = {"max_steps", "epochs", "max_minutes", "eval_every", "save_every", "log_every", "keep", "workers", "device", "precision",
-              "compile", "patience", "output", "resume", "overwrite", "cache", "gradient_checkpointing"}
+              "compile", "patience", "output", "resume", "overwrite", "cache", "gradient_checkpointing", "shard"}
 
 
 @dataclass
@@ -65,6 +67,12 @@ class Run:
         every = interval(value)
         return every if isinstance(every, int) else self.steps_per_epoch if every == "epoch" else max(10, min(1000, self.total_steps // 10))
 
+    def rebuild(self, position: DataPosition) -> str:
+        """The command that shows the micro-batches of a step again, and keeps them in a file."""
+        return shlex.join(["python", "scripts/show_masks.py", "--config", str(self.output / "config.json"), "--position",
+                           *(str(number) for number in position if number is not None), "--sampled",
+                           str(self.config.batch_size // self.config.micro_batch_size), "--save", "batch.pt"])
+
     @property
     def is_finished(self) -> bool:
         """Whether the run to resume has no step left to do."""
@@ -92,14 +100,43 @@ class Run:
 
 
 def build(config: Config) -> Run:
-    """Check everything, prepare tokenizer and corpus, make the model; UserError tells what does not fit."""
+    """Check everything, prepare tokenizer and corpus, make the model; UserError tells what does not fit.
+
+    A full micro-batch is tried. Where one process finds no room for it, all halve it: the run is built anew with the smaller one
+    and more accumulation, as if that had been asked for."""
     check(validate(config))
     world, device = start(config.device)
-    check_processes(config, world)
     config.output = config.output or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if world.is_main:
+        hold(_output(config))
+    while True:
+        run = _assemble(config, world, device)
+        fullest = run.dataset.fullest(DataPosition(*run.state.get("progress", {}).get("position", (0, 0, 0))))
+        fits = run.is_finished or micro_batch_fits(run.model, run.collator(run.dataset.__getitems__([fullest])).to(device),
+                                                   autocast(device, run.precision))
+        if not any_rank(not fits):
+            # Dropout differs between processes, weights do not.
+            torch.manual_seed(config.seed + world.rank)
+            return run
+        micro = config.micro_batch_size
+        smaller = max((size for size in range(1, micro // 2 + 1) if config.batch_size % size == 0), default=0)
+        if not smaller or run.checkpoint or config.shard:
+            raise UserError(f"--micro-batch-size {micro}: the memory of {device} is too small for it; needed is a larger device, "
+                            f"--gradient-checkpointing, or {'in a new run a smaller one' if smaller else 'a smaller --max-length'}")
+        config.micro_batch_size = smaller
+        print(f"--micro-batch-size {micro}: the memory of {device} is too small for it, so it is {smaller} in this run")
+        del run
+
+
+def _output(config: Config) -> Path:
+    return Path(os.path.abspath(config.output)) if config.output in (".", "..") else Path(config.output)
+
+
+def _assemble(config: Config, world: World, device: torch.device) -> Run:
+    check_processes(config, world)
     config.workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
-    output = Path(os.path.abspath(config.output)) if config.output in (".", "..") else Path(config.output)
-    checkpoint = find_checkpoint(output, config) if world.is_main or config.resume else None
+    output = _output(config)
+    checkpoint = gather(find_checkpoint(output, config) if world.is_main else None)[0]
     state = ckpt.read_values(checkpoint) if checkpoint else {}
     if checkpoint:
         check(changed_options(config, state["options"]))
@@ -120,7 +157,7 @@ def build(config: Config) -> Run:
     task = make_task(config)
     attention = choose_attention(device, precision)
     model.config._attn_implementation = attention
-    compiled = config.compile == "on" or (config.compile == "auto" and attention == VARLEN)
+    compiled = config.compile == "on" or (config.compile == "auto" and attention == VARLEN and not config.shard)
     if config.compile == "auto":
         torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is written
     model.set_objective(config.objective, config.nsp_weight)
@@ -135,8 +172,7 @@ def build(config: Config) -> Run:
     held_out = held_out_text and make_held_out(
         held_out_text, config.objective, config.max_length, config.eval_batch_size or config.micro_batch_size, vocabulary,
         config.eval_tokens, collator.fill, training)
-    torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
-    return Run(config, world, device, precision, output, tokenizer, model.to(device), dataset, collator, held_out,
+    return Run(config, world, device, precision, output, tokenizer, place(model, device, config.shard), dataset, collator, held_out,
               {name: str(corpus.folder.absolute()) for name, corpus in (("train", training), ("valid", held_out_text)) if corpus},
               steps_per_epoch, count_steps(config, state, steps_per_epoch), compiled, checkpoint, state, similar_words, occurrences)
 
@@ -173,8 +209,8 @@ def find_checkpoint(output: Path, config: Config) -> Path | None:
     """Checkpoint to resume from; UserError where the folder holds a run and neither --resume nor --overwrite is given."""
     ckpt.check_output(output, config.overwrite, None if config.resume else "--resume to go on with its run, ")
     if config.resume:
-        for name in ("best", "final"):
-            ckpt.restore(output / name)  # what a save interrupted between two renames had moved aside
+        for previous in output.glob(".*.previous"):  # what a save interrupted between two renames had moved aside
+            ckpt.restore(previous.with_name(previous.name[1:].removesuffix(".previous")))
         return ckpt.newest_good(output)
     return None
 

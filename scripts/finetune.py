@@ -13,10 +13,12 @@ def main(argv: list[str]) -> None:
     """Parse, train, print the scores; JSON on the last line."""
     options = parse(argv, FinetuneOptions, __doc__)
 
+    from pretrain.files import hold
     from pretrain.finetune import build, describe, finetune
     from pretrain.predict import table_of
 
     task = build(options)
+    hold(task.output)
     print(describe(task))
     summary = finetune(task)
     for name in ("valid", "test"):

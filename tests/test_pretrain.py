@@ -210,7 +210,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(finished
     assert_same_run(finished, tmp_path / "run")
     PRETRAIN.main([*arguments, "--max-steps", "2", "--output", str(tmp_path / "run"), "--overwrite"])
     assert [path.name for path in ckpt.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.lock", "run"]
 
 
 def test_patience_stops_early_and_stays_stopped(arguments, tmp_path, capsys):

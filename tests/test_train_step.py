@@ -255,7 +255,7 @@ def test_another_model_with_another_loss_trains(sequences):
 
 def test_a_process_without_any_of_a_loss_adds_nothing_to_its_count(sequences, monkeypatch):
     """Counts are summed as they are: with 0 pairs here and 5 on another process, the step has 5, whatever a division by 0 needs."""
-    monkeypatch.setattr(train, "sum_counts", lambda counts, device: {name: count + 5 for name, count in counts.items()})
+    monkeypatch.setattr(train, "sum_counts", lambda counts: {name: count + 5 for name, count in counts.items()})
     model = SegmentModel()
     batch = replace(sequences["1x32"][0], counts={"segment": 0})
     model(batch).loss_sums["segment"].backward()

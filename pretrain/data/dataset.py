@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pretrain.batch import Batch
+from pretrain.command import UserError, first_line, ignore_stop_signals
 from pretrain.data.collate import Collator, Examples
 from pretrain.data.corpus import Corpus
 from pretrain.data.draws import derive, key
@@ -63,6 +65,11 @@ class PretrainingDataset(Dataset):
         first, last = plan.bounds[position.micro_batch: position.micro_batch + 2]
         return Examples(shard, plan.take(slice(first, last)), position.mask_rate)
 
+    def fullest(self, near: DataPosition) -> DataPosition:
+        """The micro-batch of most tokens in the same epoch's shard: as full as they come."""
+        plan = self.plan(near.epoch, near.place)
+        return near._replace(micro_batch=int(np.argmax(np.add.reduceat(plan.lengths, plan.bounds[:-1]))))
+
     def positions(self, start: DataPosition, end_epoch: int | None = None) -> Iterator[DataPosition]:
         """Positions from `start` on, without end or up to the beginning of `end_epoch`."""
         epoch, place, first, _ = start
@@ -95,7 +102,18 @@ class MicroBatchSampler(Sampler):
 
 
 def make_loader(dataset: PretrainingDataset, collator: Collator, sampler: MicroBatchSampler, workers: int = 0,
-                pin_memory: bool = False) -> DataLoader:
-    """DataLoader of Batches. Its own generator keeps it from drawing from the global stream, on which dropout depends."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers, pin_memory=pin_memory,
-                      generator=torch.Generator(), prefetch_factor=4 if workers else None)
+                pin_memory: bool = False) -> Iterator[Batch]:
+    """Batches through a DataLoader. Its own generator keeps it from drawing from the global stream, on which dropout depends.
+
+    UserError where a worker process has died or found damage, in one line."""
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers, pin_memory=pin_memory,
+                        generator=torch.Generator(), prefetch_factor=4 if workers else None,
+                        worker_init_fn=ignore_stop_signals if workers else None)
+    try:
+        yield from loader
+    except UserError as error:  # of a worker: with its traceback, the message last
+        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"--workers {workers}: {first_line(error)}; needed is more memory, or fewer workers") from error

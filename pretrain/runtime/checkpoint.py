@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pretrain.command import UserError
+from pretrain.command import UserError, first_line
 from pretrain.files import markdown_table, sha256_of, write_json
 
 RUN_ENTRY = (r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*|test_predictions\.csv"
@@ -28,7 +28,7 @@ DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch.save and safeten
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `folder` and put it in its place; what was there stays whole until then.
+    """Let `write` fill a folder beside `folder` and put it in its place; what was there stays whole until it has been read back.
 
     UserError where the disk is full or not writable; nothing else is changed then."""
     temporary, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.previous")
@@ -41,6 +41,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
         for path in [*files, temporary / CHECKSUMS, temporary]:
             _sync(path)
+        problem = problem_of(temporary, needed=())
+        if problem:
+            raise OSError(f"reading it again, {problem}")
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
             folder.rename(previous)
@@ -90,7 +93,7 @@ def restore(folder: Path) -> None:
         previous.rename(folder)
 
 
-def problem_of(folder: Path) -> str | None:
+def problem_of(folder: Path, needed: tuple[str, ...] = (STATE_JSON, STATE_TENSORS)) -> str | None:
     """What is wrong with a folder of `write_folder`, naming the file; None if sizes and hashes agree."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
@@ -106,7 +109,7 @@ def problem_of(folder: Path) -> str | None:
                 return f"{path} is damaged (its hash differs)"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{folder / CHECKSUMS} cannot be read ({error})"
-    return None if {STATE_JSON, STATE_TENSORS} <= set(sums) else f"{folder} holds no training state"
+    return None if set(needed) <= set(sums) else f"{folder} holds no training state"
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -159,9 +162,19 @@ def remove_leftovers(output: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
-def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
-    """A model folder that opens with transformers: weights, tokenizer, a model card, and the card's facts as JSON."""
-    model.save_pretrained(folder)
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """UserError where one of `tensors` holds a number that is not finite: it must not reach a checkpoint."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{name} holds numbers that are not finite: nothing is saved, the run stops; what was saved before is whole. A "
+                            "lower --learning-rate, --max-grad-norm 1 or --precision fp32 may help")
+
+
+def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dict,
+                weights: dict[str, torch.Tensor]) -> None:
+    """A model folder that opens with transformers: `weights`, tokenizer, a model card, and the card's facts as JSON."""
+    check_finite(weights)
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     write_json(folder / FACTS, facts)
     (folder / "README.md").write_text(_pretraining_card(facts, model.config.model_type), encoding="utf-8")
@@ -192,6 +205,8 @@ def model_card(task: str, tags: list[str], title: str, opens_with: str, rows: li
 
 def write_state(folder: Path, tensors: dict, values: dict) -> None:
     """Training state into a checkpoint under construction."""
+    check_finite({f"the optimizer's {part} of {name}": tensor for name, parts in tensors["optimizer"]["state"].items()
+                  for part, tensor in parts.items()})
     torch.save(tensors, folder / STATE_TENSORS)
     (folder / STATE_JSON).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
@@ -205,8 +220,11 @@ def read_values(folder: Path) -> dict:
 
 
 def read_tensors(folder: Path) -> dict:
-    """The training state's tensors, on the CPU; nothing is unpickled."""
-    return torch.load(folder / STATE_TENSORS, map_location="cpu", weights_only=True)
+    """The training state's tensors, mapped from the file; nothing is unpickled."""
+    try:
+        return torch.load(folder / STATE_TENSORS, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch has a dozen kinds for what it cannot read
+        raise UserError(f"{folder / STATE_TENSORS}: cannot be read ({first_line(error)})") from error
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
@@ -228,5 +246,7 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):  # so that what is read back comes from the disk
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

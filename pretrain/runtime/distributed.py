@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import sys
@@ -13,11 +14,21 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.command import UserError
 
+SILENCE = timedelta(minutes=30)  # after which a process is taken for lost; one that dies is noticed at once
 PREPARATION = timedelta(days=1)  # the first process prepares the text while the others wait
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by names, put together
 M_TOP_PAD = -2  # of glibc's malloc.h; any value set by hand turns the growing threshold off
 
 
@@ -42,10 +53,11 @@ def start(device: str, alone: str = "") -> tuple[World, torch.device]:
         raise UserError(f"{size} processes: {alone} runs in one; needed is a start without torchrun")
     chosen = _choose_device(device, local_rank if size > 1 else None)
     _keep_memory_flat()
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PREPARATION)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    if size > 1 and not dist.is_initialized():
+        # What processes agree on is on the host, by gloo, so that no agreement waits for a GPU; NCCL moves gradients and weights.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=SILENCE)
     world = World(int(os.environ.get("RANK", 0)), size)
     if not world.is_main:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks; errors still go to stderr
@@ -85,46 +97,63 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether `error` tells that another process has gone."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error))
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """`tensor` summed over all processes, in place."""
+    """`tensor`, on the CPU, summed over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def sum_counts(counts: dict[str, int], device: torch.device) -> dict[str, float | Tensor]:
-    """`counts` summed over all processes, 1 for 0; at one process they stay on the host: no copy to the device to wait for."""
+def sum_counts(counts: dict[str, float]) -> dict[str, float]:
+    """`counts` summed over all processes, 1 for 0."""
+    whole = sum_over_ranks(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist()
+    return {name: count or 1.0 for name, count in zip(counts, whole)}
+
+
+def max_over_ranks(number: int) -> int:
+    """The largest `number` of all processes."""
     if not dist.is_initialized():
-        return {name: count or 1 for name, count in counts.items()}
-    whole = sum_over_ranks(torch.tensor(list(counts.values()), dtype=torch.float32, device=device))
-    return dict(zip(counts, torch.where(whole > 0, whole, 1.0)))
+        return number
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any process."""
-    return bool(sum_over_ranks(torch.tensor(float(flag), device=_device())) > 0) if dist.is_initialized() else flag
+    return max_over_ranks(int(flag)) > 0
 
 
 def wait_for_all() -> None:
     """Return once every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
+    max_over_ranks(0)
 
 
 @contextlib.contextmanager
 def main_first(world: World) -> Iterator[None]:
     """The first process does what is inside before the others do: they find on disk what it has written."""
-    if not world.is_main:
-        wait_for_all()
-    try:
+    if world.size == 1:
         yield
-    finally:
-        if world.is_main:
-            wait_for_all()
+        return
+    if not world.is_main:
+        dist.barrier(_patient())
+    yield
+    if world.is_main:  # not where it has failed: its end ends the others
+        dist.barrier(_patient())
+
+
+@functools.cache
+def _patient() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=PREPARATION)
 
 
 def gather(value: object) -> list:
-    """`value` of every process, in rank order."""
+    """`value` of every process, in rank order; tensors in it are on the CPU."""
     if not dist.is_initialized():
         return [value]
     values: list = [None] * dist.get_world_size()
@@ -132,15 +161,52 @@ def gather(value: object) -> list:
     return values
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+def place(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
+    """`model` on `device`; with `shard` each process holds a part of every weight (FSDP2), a layer being put together when it is
+    computed."""
+    if not shard or not dist.is_initialized():
+        return model.to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.base_model.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "encode")  # what sample predictions call beside forward
+    return model
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    """`model`, its gradients summed over the processes by DDP where there are several."""
-    return DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+def wrap(model: nn.Module, compiled: bool) -> nn.Module:
+    """`model`, compiled if asked for, its gradients summed over the processes by DDP where there are several."""
+    trained = torch.compile(model) if compiled else model
+    is_replica = dist.is_initialized() and not isinstance(model, FSDPModule)
+    return DistributedDataParallel(trained, broadcast_buffers=False, gradient_as_bucket_view=True) if is_replica else trained
 
 
 def gradient_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Context of a micro-batch: gradients travel in the last one of a step only."""
+    """Context of a micro-batch: gradients travel in the last one of a step only. Those of a sharded model travel each time: no
+    process has room for whole ones."""
     return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def whole_number(value: Tensor) -> Tensor:
+    """A number computed from sharded tensors, the same on all processes."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of `model`; of a sharded one put together on the first process, the others get nothing. All call it together."""
+    return get_model_state_dict(model, options=WHOLE) if isinstance(model, FSDPModule) else model.state_dict()
+
+
+def whole_averages(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """State of `optimizer` by the names of the weights, put together likewise: it fits any number of processes, sharded or not."""
+    return get_optimizer_state_dict(model, optimizer, options=WHOLE if isinstance(model, FSDPModule) else None)
+
+
+def load_averages(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """The counterpart of `whole_averages`, in the same place; ValueError where the state is of other weights."""
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    wrong = [name for name, weight in weights.items() if any(
+        state["state"][name][part].shape != weight.shape for part in ("exp_avg", "exp_avg_sq"))]
+    if wrong or weights.keys() != state["state"].keys():
+        raise ValueError(f"{', '.join(wrong or weights.keys() ^ state['state'].keys())[:200]}: not as in the model")
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

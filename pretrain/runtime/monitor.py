@@ -41,9 +41,8 @@ class Monitor:
         if first_row == 0:
             self.writer.add_custom_scalars(charts)
             self._hyperparameters({score: math.nan})
-        self.bar = tqdm(total=total_steps, initial=max(0, first_row - 1), unit="step", disable=quiet or None, dynamic_ncols=True,
-                        smoothing=0.05)
         self.begin, self.first_step, self.last_line = time.monotonic(), max(0, first_row - 1), 0.0
+        self.bar = tqdm(total=total_steps, initial=self.first_step, unit="step", disable=quiet or None, dynamic_ncols=True, smoothing=0.05)
 
     def _hyperparameters(self, metrics: dict[str, float]) -> None:
         # The parts of SummaryWriter.add_hparams, which would open a second event file and show the run twice.
@@ -51,8 +50,8 @@ class Monitor:
             self.writer.file_writer.add_summary(summary)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Write the numbers of `step`, once: one row of metrics.jsonl, one point of each curve."""
-        if not self.active:
+        """Write the numbers of `step`, if there are any, once: one row of metrics.jsonl, one point of each curve."""
+        if not self.active or not numbers:
             return
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}  # a skipped step's are not, nor JSON
         self.file.write(json.dumps({"step": step, **numbers}) + "\n")

@@ -82,23 +82,34 @@ def peak_flops(device: torch.device, precision: str) -> float:
 class FiniteWatch:
     """Reads the finite flag of a step one step later, when the device has long computed it, so that nothing waits.
 
-    The optimizer has already passed over the step; here it is counted and told, and a run that only skips is stopped."""
+    The optimizer has already passed over the step; here it is counted and told, and a run that only skips is stopped.
+    `rebuild` gives a command that rebuilds the data of a step, from what `observe` was told of it."""
 
-    def __init__(self, skipped: int = 0):
-        self.skipped, self.in_a_row = skipped, 0
-        self._pending: tuple[Tensor, str] | None = None
+    def __init__(self, skipped: int = 0, in_a_row: int = 0, rebuild: Callable[[object], str] | None = None):
+        self.skipped, self.in_a_row, self.rebuild = skipped, in_a_row, rebuild
+        self._pending: tuple[Tensor, int, object] | None = None
+        self._scale = math.inf
 
-    def observe(self, finite: Tensor | None, where: str = "") -> str | None:
+    def observe(self, finite: Tensor | None, step: int = 0, data: object = None) -> str | None:
         """Remember the flag (bool scalar) of this step; a message about the previous one if it was not finite."""
-        pending, self._pending = self._pending, None if finite is None else (finite, where)
-        if pending is None:
+        pending, self._pending = self._pending, None if finite is None else (finite, step, data)
+        if pending is None or bool(pending[0]):
+            self.in_a_row = 0 if pending else self.in_a_row
             return None
-        if bool(pending[0]):
-            self.in_a_row = 0
-            return None
+        _, step, data = pending
         self.skipped += 1
         self.in_a_row += 1
+        where = f"at step {step}" + (f", data position {data}" if data is not None else "")
         if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(f"the gradients of {self.in_a_row} steps in a row were not finite, last {pending[1]}; the weights are "
-                            "those before them. A lower --learning-rate, or --precision fp32, may help")
-        return f"gradients not finite {pending[1]}: the step changed nothing"
+            way = self.rebuild and f". Its data: {self.rebuild(data)}"
+            raise UserError(f"the gradients of {self.in_a_row} steps in a row were not finite, last {where}; the weights are those before "
+                            f"them. A lower --learning-rate, or --precision fp32, may help{way or ''}")
+        return f"gradients not finite {where}: the step changed nothing"
+
+    def observe_scale(self, scaler: torch.amp.GradScaler) -> str | None:
+        """A message where the scale of fp16 gradients has fallen below 1, once each time; waits for the device."""
+        before, self._scale = self._scale, scaler.get_scale()
+        if not self._scale < 1 <= before:
+            return None
+        return (f"the scale of the fp16 gradients has fallen to {self._scale:g}: they overflow without it, and vanish; --precision bf16 or "
+                "fp32, or a lower --learning-rate, may help")

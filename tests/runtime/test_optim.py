@@ -195,10 +195,10 @@ def test_peak_of_a_cpu_is_operations_over_the_best_time(monkeypatch):
 
 def test_a_step_that_is_not_finite_is_told_one_step_later():
     watch, good, bad = FiniteWatch(), torch.tensor(True), torch.tensor(False)
-    assert watch.observe(good, "at step 1") is None
-    assert watch.observe(bad, "at step 2") is None, "its flag may not be there yet"
-    assert watch.observe(good, "at step 3") == "gradients not finite at step 2: the step changed nothing"
-    assert watch.observe(bad, "at step 4") is None
+    assert watch.observe(good, 1) is None
+    assert watch.observe(bad, 2) is None, "its flag may not be there yet"
+    assert watch.observe(good, 3) == "gradients not finite at step 2: the step changed nothing"
+    assert watch.observe(bad, 4) is None
     assert watch.observe(None) == "gradients not finite at step 4: the step changed nothing"  # before a checkpoint
     assert watch.observe(None) is None, "nothing is told twice"
     assert watch.skipped == 2
@@ -206,7 +206,7 @@ def test_a_step_that_is_not_finite_is_told_one_step_later():
 
 def test_the_count_goes_on_from_a_checkpoint():
     watch = FiniteWatch(skipped=5)
-    watch.observe(torch.tensor(False), "at step 9")
+    watch.observe(torch.tensor(False), 9)
     watch.observe(None)
     assert watch.skipped == 6
 
@@ -214,12 +214,12 @@ def test_the_count_goes_on_from_a_checkpoint():
 def test_a_run_that_only_skips_is_stopped():
     watch, bad = FiniteWatch(), torch.tensor(False)
     for step in range(1, optim.MAX_SKIPPED_IN_A_ROW):
-        watch.observe(bad, f"at step {step}")
-    watch.observe(torch.tensor(True), "at step 20")  # one good step: the row begins anew
+        watch.observe(bad, step)
+    watch.observe(torch.tensor(True), 20)  # one good step: the row begins anew
     for step in range(21, 21 + optim.MAX_SKIPPED_IN_A_ROW):
-        watch.observe(bad, f"at step {step}")
+        watch.observe(bad, step)
     assert watch.in_a_row == optim.MAX_SKIPPED_IN_A_ROW - 1
     with pytest.raises(UserError, match=rf"the gradients of {optim.MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, last at step 40; "
                                         r".*A lower --learning-rate, or --precision fp32, may help"):
-        watch.observe(bad, "at step 41")
+        watch.observe(bad, 41)
     assert watch.skipped == 2 * optim.MAX_SKIPPED_IN_A_ROW - 1
