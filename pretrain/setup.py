@@ -29,7 +29,7 @@ from pretrain.model.packed import PackedModel
 from pretrain.parts import check_plan, make_masking, make_model, make_task, report_added, tell_unfit_entities
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World, any_rank, gather, place, start, wait_for_all
-from pretrain.runtime.memory import micro_batch_fits
+from pretrain.runtime.faults import explained, micro_batch_fits
 from pretrain.runtime.optim import autocast, choose_precision
 from pretrain.text import open_text, prepare_tokenizer
 
@@ -110,7 +110,8 @@ def build(config: Config) -> Run:
     if world.is_main:
         hold(_output(config))
     while True:
-        run = _assemble(config, world, device)
+        with explained(config.micro_batch_size):
+            run = _assemble(config, world, device)
         fullest = run.dataset.fullest(DataPosition(*run.state.get("progress", {}).get("position", (0, 0, 0))))
         fits = run.is_finished or micro_batch_fits(run.model, run.collator(run.dataset.__getitems__([fullest])).to(device),
                                                    autocast(device, run.precision))

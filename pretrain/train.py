@@ -36,6 +36,7 @@ from pretrain.runtime.distributed import (
     whole_weights,
     wrap,
 )
+from pretrain.runtime.faults import explained
 from pretrain.runtime.monitor import Monitor, peak_memory_bytes
 from pretrain.runtime.optim import FiniteWatch, autocast, make_optimizer, make_schedule, peak_flops
 from pretrain.runtime.signals import StopSignals
@@ -90,7 +91,7 @@ def train(run: Run) -> dict[str, float | str]:
     """Train from the start or from `run.checkpoint` to the end; returns the summary, which is also in summary.json.
 
     A signal ends it after the step: the run is saved, and `Interrupted` raised."""
-    with StopSignals() as signals:
+    with StopSignals() as signals, explained(run.config.micro_batch_size):
         summary = _train(run, signals)
     if summary["state"] != FINISHED and signals.number:
         raise Interrupted(signals.number, f"step {summary['steps']:,} of {run.total_steps:,} is saved; stopped by")

@@ -15,11 +15,10 @@ def main(argv: list[str]) -> None:
     """Parse, prepare, train, tell the result."""
     config = parse(argv, Config, __doc__)
     check(validate(config))
-    saved = Path(config.output or "", "config.json")
-    resumed = config.resume and saved.is_file()
-    embedded = not config.train and not resumed
-    if resumed:
-        config = parse(argv, Config, __doc__, defaults=read_options(saved))
+    saved = read_saved(Path(config.output)) if config.resume else None
+    embedded = not config.train and not saved
+    if saved:
+        config = parse(argv, Config, __doc__, defaults=saved)
     elif config.resume and embedded:
         raise UserError(f"--resume --output {config.output}: holds no run to go on with; needed are the options of a new one, with --train")
     elif embedded and config.model != Config.model:
@@ -29,8 +28,6 @@ def main(argv: list[str]) -> None:
 
     if embedded:  # before torch is imported: its threads then sleep while they wait, for a shared machine (scripts/README.md)
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    import torch
-
     from pretrain import embedded as default_run
     from pretrain import setup
     from pretrain.runtime.distributed import stop
@@ -46,15 +43,26 @@ def main(argv: list[str]) -> None:
         default_run.fit_to_machine(run)
     setup.open_output(run)
     setup.print_plan(run)
-    try:
-        summary = train(run)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"--micro-batch-size {config.micro_batch_size}: the device's memory is full; needed is a smaller one, or "
-                        "--gradient-checkpointing") from error
+    summary = train(run)
     report(run, summary)
     if embedded and summary["state"] == "finished" and run.world.is_main:
         print(f"a few masks, filled by the model:\n{default_run.fill_examples(run.output / 'final')}")
     return stop()
+
+
+def read_saved(output: Path) -> dict | None:
+    """Options of the run in a folder: of its config.json, or of the newest checkpoint where that is lost; None where there is no run."""
+    states = sorted(output.glob("checkpoint-*/training_state.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    problems = []
+    for path in [output / "config.json", *states]:
+        try:
+            values = read_options(path) if path.is_file() else {}
+            if values:
+                return values if path.name == "config.json" else values["options"]
+        except (UserError, KeyError) as error:
+            problems.append(f"{path}: {error}")
+    check(problems)
+    return None
 
 
 def report(run, summary: dict) -> None:

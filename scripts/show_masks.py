@@ -22,6 +22,9 @@ class ShowMasksOptions(TaskOptions, DataOptions, TokenizerOptions, ModelOptions)
     examples: int = option(12, "sequences that are shown")
     sampled: int = option(100, "micro-batches that the numbers are taken from")
     seed: int = option(0, "seed of pairs and masks, as pretrain.py's")
+    position: list[float] = option([], "data position of the first micro-batch that is shown, as a run tells it (default: 0 0 0)",
+                                   nargs="+", metavar="NUMBER")
+    save: str | None = option(None, "file to write the tensors of the micro-batches to, for torch.load (default: none)", metavar="FILE")
     colour: str = option("auto", "auto (where the output is a terminal), on or off", choices=("auto", "on", "off"))
 
 
@@ -30,6 +33,10 @@ def main(argv: list[str]) -> None:
     options = parse(argv, ShowMasksOptions, __doc__, passed_over=Config)
     wanted = [f"--{name} {value}: needed is a whole number of at least {least}" for name, value, least in (
         ("examples", options.examples, 0), ("sampled", options.sampled, 1)) if value < least]
+    if options.position and (len(options.position) not in (3, 4) or any(
+            not 0 <= number < 2**53 or number % 1 for number in options.position[:3])):
+        wanted.append(f"--position {' '.join(map(str, options.position))}: needed are epoch, place, micro-batch and, where the run has a "
+                      "schedule, the mask rate")
     check(validate(options) + wanted)
 
     from pretrain import embedded, parts
@@ -41,7 +48,7 @@ def main(argv: list[str]) -> None:
 
     if not options.train:
         options.train, options.format = [str(embedded.write_text(Path(options.cache)))], "sentences"
-    shown = vars(options).keys() - {"examples", "sampled", "colour"}
+    shown = vars(options).keys() - {"examples", "sampled", "position", "save", "colour"}
     config = Config(**{name: getattr(options, name) for name in shown})
     tokenizer, text, _ = prepare_tokenizer(config, None, World())
     vocabulary, masking = tokenizers.describe(tokenizer), parts.make_masking(config, tokenizer)
@@ -53,23 +60,28 @@ def main(argv: list[str]) -> None:
 
 
 def report(dataset, collator, tokenizer, config, options, in_colour: bool) -> None:
-    """Print the examples and the statistics of the first micro-batches of the run."""
+    """Print the examples and the statistics of the first micro-batches of the run, or of those at --position."""
     from collections import Counter
+    from dataclasses import asdict
     from itertools import islice
 
     import numpy as np
+    import torch
 
     from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START
     from pretrain.data.dataset import DataPosition
     from pretrain.data.draws import derive, uniform
     from pretrain.data.masking import SPLIT, similar_ids
 
-    counts, left, mask_id = Counter(), options.examples, collator.vocabulary.mask_id
-    for position in islice(dataset.positions(DataPosition(0, 0, 0), end_epoch=1), options.sampled):
-        examples = dataset.__getitems__([position._replace(mask_rate=config.mask_rate[0])])
+    counts, left, mask_id, saved = Counter(), options.examples, collator.vocabulary.mask_id, []
+    start = DataPosition(*map(int, options.position[:3] or (0, 0, 0)), *options.position[3:])
+    rate = config.mask_rate[0] if start.mask_rate is None else start.mask_rate
+    for position in islice(dataset.positions(start, end_epoch=None if options.position else 1), options.sampled):
+        examples = dataset.__getitems__([position._replace(mask_rate=rate)])
         drawn, batch = collator.draw(examples), collator(examples)
         packed, places, labels = drawn.packed, drawn.masked, batch.masked_lm_labels.numpy()
         now = batch.input_ids.numpy()[places]
+        saved += [asdict(batch)] if options.save else []
         kinds = np.select([now == mask_id, now == labels], ["mask", "same"], "random").astype(object)
         if collator.masking.similar:
             found = similar_ids(labels, places, drawn.keys, drawn.leader, collator.masking.similar, np.full(len(places), -1))
@@ -92,6 +104,9 @@ def report(dataset, collator, tokenizer, config, options, in_colour: bool) -> No
                           {place - start: kind for place, kind in zip(places.tolist(), kinds.tolist())}, in_colour)
         left = max(0, left - len(packed.lengths))
     print_numbers(counts, config)
+    if options.save:
+        torch.save(saved, options.save)
+        print(f"{options.save}: {len(saved)} micro-batches, as torch.load reads them")
 
 
 def print_example(tokenizer, before, after, in_entity, kinds: dict[int, str], in_colour: bool) -> None:

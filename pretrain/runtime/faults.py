@@ -1,12 +1,32 @@
-"""Whether a micro-batch fits the device's memory, tried before the first step, and telling errors that mean it does not."""
+"""Faults that a run cannot mend, told in a line: memory that is full, a process that is gone. And a trial of what needs most
+memory, before the first step."""
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from pretrain.batch import PackedBatch
+from pretrain.command import UserError, first_line
+from pretrain.runtime.distributed import is_lost_peer
+
+
+@contextlib.contextmanager
+def explained(micro_batch_size: int) -> Iterator[None]:
+    """Faults inside become a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_full(error):
+            raise UserError(f"--micro-batch-size {micro_batch_size}: memory is full ({first_line(error)}); needed is a smaller one, in a "
+                            "new run, or --gradient-checkpointing; checkpoints are whole") from error
+        if is_lost_peer(error):
+            raise UserError(f"another process of this run has gone ({first_line(error)}); --resume goes on from the newest checkpoint"
+                            ) from error
+        raise
 
 
 def is_full(error: BaseException) -> bool:
