@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ SILENCE = timedelta(minutes=30)  # after which a process is taken for lost; one 
 PREPARATION = timedelta(days=1)  # the first process prepares the text while the others wait
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by names, put together
 M_TOP_PAD = -2  # of glibc's malloc.h; any value set by hand turns the growing threshold off
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def start(device: str, alone: str = "") -> tuple[World, torch.device]:
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
         # What processes agree on is on the host, by gloo, so that no agreement waits for a GPU; NCCL moves gradients and weights.
+        if sys.platform == "linux":  # where torchrun is killed its processes would go on alone
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=SILENCE)
     world = World(int(os.environ.get("RANK", 0)), size)
     if not world.is_main:
@@ -194,7 +198,10 @@ def whole_number(value: Tensor) -> Tensor:
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """State dict of `model`; of a sharded one put together on the first process, the others get nothing. All call it together."""
-    return get_model_state_dict(model, options=WHOLE) if isinstance(model, FSDPModule) else model.state_dict()
+    if not isinstance(model, FSDPModule):
+        return model.state_dict()
+    weights = get_model_state_dict(model, options=WHOLE)
+    return weights | {name: weights[same] for name, same in model.all_tied_weights_keys.items() if weights}  # one tensor again, not two
 
 
 def whole_averages(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
