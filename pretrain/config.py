@@ -263,8 +263,8 @@ def validate(config) -> list[str]:
 
 def _validate_together(config) -> list[str]:
     problems = []
-    batch, micro = getattr(config, "batch_size", 1), getattr(config, "micro_batch_size", 1) or 0
-    if micro >= 1 and batch % micro:
+    batch, micro = getattr(config, "batch_size", 0), getattr(config, "micro_batch_size", 1) or 0
+    if micro >= 1 and batch >= 1 and batch % micro:
         fits = [size for size in range(1, min(batch, micro) + 1) if batch % size == 0]
         problems.append(f"--batch-size {batch}: is not a multiple of --micro-batch-size {micro}; "
                         f"needed is a micro-batch size that divides it, such as {fits[-1] if fits else 1}")

@@ -21,6 +21,7 @@ class ShowMasksOptions(TaskOptions, DataOptions, TokenizerOptions, ModelOptions)
     model: str = option("base", "the model whose tokenizer is used, or a size, as pretrain.py's")
     examples: int = option(12, "sequences that are shown")
     sampled: int = option(100, "micro-batches that the numbers are taken from")
+    micro_batch_size: int = option(32, "sequences of max-length in a micro-batch, as pretrain.py's")
     seed: int = option(0, "seed of pairs and masks, as pretrain.py's")
     position: list[float] = option([], "data position of the first micro-batch that is shown, as a run tells it (default: 0 0 0)",
                                    nargs="+", metavar="NUMBER")
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
     if not options.train:
         options.train, options.format = [str(embedded.write_text(Path(options.cache)))], "sentences"
     shown = vars(options).keys() - {"examples", "sampled", "position", "save", "colour"}
-    config = Config(**{name: getattr(options, name) for name in shown})
+    config = Config(**{name: getattr(options, name) for name in shown}, batch_size=options.micro_batch_size)
     tokenizer, text, _ = prepare_tokenizer(config, None, World())
     vocabulary, masking = tokenizers.describe(tokenizer), parts.make_masking(config, tokenizer)
     dataset = PretrainingDataset(open_text(config, tokenizer, vocabulary, text, {}, World())[0], parts.make_task(config))

@@ -5,7 +5,11 @@ import json
 import os
 import random
 import shutil
+import signal
+import socket
 import sys
+import time
+import traceback
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -141,6 +145,42 @@ def refusal(main, argv, capsys) -> str:
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(line.startswith("error: ") for line in lines)
     return "\n".join(line.removeprefix("error: ") for line in lines)
+
+
+def in_processes(folder, main, argv, count=1, prepare=lambda rank: None, seconds=60) -> list[tuple[int, str]]:
+    """(exit code, what was told on stderr) of the command in each of `count` forked processes, which find one another as under
+    torchrun; negative is the signal that has ended one. `prepare` is called in each before: what is to go wrong there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = {}
+    for rank in range(count):
+        children[rank] = os.fork()
+        if not children[rank]:
+            code = 1
+            try:
+                for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
+                                    "MASTER_PORT": port}.items() if count > 1 else ():
+                    os.environ[name] = str(value)
+                sys.stdout, sys.stderr = ((folder / f"{name}-{rank}").open("w", buffering=1) for name in ("out", "err"))
+                os.dup2(sys.stderr.fileno(), 2)  # what is written past Python
+                prepare(rank)
+                code = run_command(main, [str(part) for part in argv])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+    end, codes = time.monotonic() + seconds, {}
+    while len(codes) < count:
+        for rank in children.keys() - codes.keys():
+            if time.monotonic() > end:
+                os.kill(children[rank], signal.SIGKILL)
+            ended, status = os.waitpid(children[rank], os.WNOHANG)
+            if ended:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return [(codes[rank], (folder / f"err-{rank}").read_text()) for rank in range(count)]
 
 
 @pytest.fixture(scope="session")
