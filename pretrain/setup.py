@@ -139,6 +139,11 @@ def _assemble(config: Config, world: World, device: torch.device) -> Run:
     output = _output(config)
     checkpoint = gather(find_checkpoint(output, config) if world.is_main else None)[0]
     state = ckpt.read_values(checkpoint) if checkpoint else {}
+    if state and state["progress"]["best_perplexity"] is not None:
+        damage = gather(ckpt.problem_of(output / "best", needed=()) if world.is_main else None)[0]
+        if damage:
+            print(f"{damage}: the next evaluation makes best/ anew")
+            state["progress"]["best_perplexity"] = None
     if checkpoint:
         check(changed_options(config, state["options"]))
         if state["processes"] == world.size:

@@ -16,6 +16,9 @@ def main(argv: list[str]) -> None:
     config = parse(argv, Config, __doc__)
     check(validate(config))
     saved = read_saved(Path(config.output)) if config.resume else None
+    if saved and Path(config.output, "final").is_dir() and not list(Path(config.output).glob("checkpoint-*")):
+        print(f"{config.output} is finished, its checkpoints are gone; its model is {Path(config.output, 'final')}")
+        return
     embedded = not config.train and not saved
     if saved:
         config = parse(argv, Config, __doc__, defaults=saved)
@@ -30,15 +33,17 @@ def main(argv: list[str]) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from pretrain import embedded as default_run
     from pretrain import setup
+    from pretrain.runtime.checkpoint import problem_of
     from pretrain.runtime.distributed import stop
     from pretrain.train import train
 
     if embedded:
         config.train = [str(default_run.write_text(Path(config.cache)))]
     run = setup.build(config)
-    if run.is_finished and (run.output / "final").is_dir():
+    if run.is_finished and problem_of(run.output / "final", needed=()) is None:
         print(f"{run.output} is finished, at step {run.state['progress']['step']}; its model is {run.output / 'final'}")
-        return stop()
+        stop()
+        return
     if embedded:
         default_run.fit_to_machine(run)
     setup.open_output(run)
@@ -47,7 +52,7 @@ def main(argv: list[str]) -> None:
     report(run, summary)
     if embedded and summary["state"] == "finished" and run.world.is_main:
         print(f"a few masks, filled by the model:\n{default_run.fill_examples(run.output / 'final')}")
-    return stop()
+    stop()
 
 
 def read_saved(output: Path) -> dict | None:
