@@ -292,6 +292,21 @@ def test_a_run_that_only_skips_stops_and_tells_how_to_see_the_batch(arguments, t
     assert ckpt.read_values(tmp_path / "run" / "checkpoint-6")["progress"]["skipped_in_a_row"] == 2
 
 
+def test_a_scale_of_fp16_that_collapses_is_told_once():
+    watch, scaler = optim.FiniteWatch(), torch.amp.GradScaler("cpu", init_scale=4.0, backoff_factor=0.25, growth_interval=1)
+    told = []
+    for overflows in (True, True, True, False, False, False, False, True, True):
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.AdamW([weight], fused=True)
+        scaler.scale(weight.sum() * (float("inf") if overflows else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        told.append(watch.observe_scale(scaler))
+    assert [bool(line) for line in told] == [False, True, False, False, False, False, False, True, False]
+    assert told[1].startswith("the scale of the fp16 gradients has fallen to 0.25: ")
+
+
 @pytest.mark.parametrize("part", ["weight", "average"])
 def test_nothing_that_is_not_finite_is_saved(finished, arguments, tmp_path, monkeypatch, capsys, part):
     original = train.train_step
@@ -524,13 +539,24 @@ def test_all_processes_halve_a_micro_batch_that_one_has_no_room_for(arguments, t
     assert json.loads((tmp_path / "run" / "config.json").read_text())["micro_batch_size"] == 4
 
 
-@pytest.mark.parametrize(("count", "more"), [(1, []), (4, []), (2, ["--shard"]), (1, ["--shard"])])
-def test_a_run_goes_on_with_another_number_of_processes(arguments, workplace, tmp_path, count, more):
-    """The same global batches, so the same losses, within rounding; dropout off."""
-    whole = workplace / "without dropout"
+@pytest.fixture(scope="module")
+def by_two(arguments, workplace):
+    """A run in two processes, without dropout: its options and its folder."""
     options = [*arguments, "--config-override", *SIZES[1:], "hidden_dropout_prob=0"]
-    if not whole.exists():
-        assert [code for code, _ in in_processes(workplace, PRETRAIN.main, [*options, "--output", whole], count=2)] == [0, 0]
+    assert [code for code, _ in in_processes(workplace, PRETRAIN.main, [*options, "--output", workplace / "by two"], count=2)] == [0, 0]
+    return options, workplace / "by two"
+
+
+def test_two_processes_equal_one(by_two, tmp_path):
+    options, whole = by_two
+    PRETRAIN.main([*options, "--output", str(tmp_path / "one")])
+    assert_close_runs(whole, tmp_path / "one")
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, []), (4, []), (2, ["--shard"]), (1, ["--shard"])])
+def test_a_run_goes_on_with_another_number_of_processes(by_two, tmp_path, count, more):
+    """The same global batches, so the same losses, within rounding."""
+    _, whole = by_two
     interrupted_copy(whole, tmp_path / "run", 4)
     ended = in_processes(tmp_path, PRETRAIN.main, ["--resume", "--output", tmp_path / "run", *more], count=count)
     assert {code for code, _ in ended} == {0}, ended

@@ -168,3 +168,9 @@ def test_no_option_means_two_things():
                 kinds.setdefault(node.target.id, {})[name] = ast.unparse(node.annotation).removesuffix(" | None")
     for option, found in kinds.items():
         assert len(set(found.values())) == 1, f"{option}: {found}"
+
+
+def test_the_table_of_faults_names_tests_that_there_are():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "README.md").read_text()))
+    written = {name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
+    assert len(named) > 30 and not named - written
