@@ -102,8 +102,8 @@ class Run:
 def build(config: Config) -> Run:
     """Check everything, prepare tokenizer and corpus, make the model; UserError tells what does not fit.
 
-    A full micro-batch is tried. Where one process finds no room for it, all halve it: the run is built anew with the smaller one
-    and more accumulation, as if that had been asked for."""
+    A full micro-batch is tried, but where a run goes on, which has its micro-batches. Where one process finds no room for it, all
+    halve it: the run is built anew with the smaller one and more accumulation, as if that had been asked for."""
     check(validate(config))
     world, device = start(config.device)
     config.output = config.output or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -112,16 +112,15 @@ def build(config: Config) -> Run:
     while True:
         with explained(config.micro_batch_size):
             run = _assemble(config, world, device)
-        fullest = run.dataset.fullest(DataPosition(*run.state.get("progress", {}).get("position", (0, 0, 0))))
-        fits = run.is_finished or micro_batch_fits(run.model, run.collator(run.dataset.__getitems__([fullest])).to(device),
-                                                   autocast(device, run.precision))
+        fits = run.checkpoint or micro_batch_fits(run.model, run.collator(run.dataset.__getitems__([run.dataset.fullest()])).to(device),
+                                                  autocast(device, run.precision))
         if not any_rank(not fits):
             # Dropout differs between processes, weights do not.
             torch.manual_seed(config.seed + world.rank)
             return run
         micro = config.micro_batch_size
         smaller = max((size for size in range(1, micro // 2 + 1) if config.batch_size % size == 0), default=0)
-        if not smaller or run.checkpoint or config.shard:
+        if not smaller or config.shard:
             raise UserError(f"--micro-batch-size {micro}: the memory of {device} is too small for it; needed is a larger device, "
                             f"--gradient-checkpointing, or {'in a new run a smaller one' if smaller else 'a smaller --max-length'}")
         config.micro_batch_size = smaller
@@ -164,7 +163,7 @@ def _assemble(config: Config, world: World, device: torch.device) -> Run:
     attention = choose_attention(device, precision)
     model.config._attn_implementation = attention
     compiled = config.compile == "on" or (config.compile == "auto" and attention == VARLEN and not config.shard)
-    if config.compile == "auto":
+    if config.compile == "auto" and compiled:
         torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is written
     model.set_objective(config.objective, config.nsp_weight)
     if config.gradient_checkpointing:

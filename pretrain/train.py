@@ -31,8 +31,8 @@ from pretrain.runtime.distributed import (
     load_averages,
     sum_counts,
     wait_for_all,
+    whole,
     whole_averages,
-    whole_number,
     whole_weights,
     wrap,
 )
@@ -62,8 +62,8 @@ def train_step(model: nn.Module, loss_weights: dict[str, float], batches: Sequen
     Losses are sums divided once by the counts of the whole step, over all micro-batches and processes: a mean of means would
     weigh a token by how many others its micro-batch happens to mask. Every loss: sum / count x weight."""
     counts = {name: sum(batch.counts[name] for batch in batches) for name in loss_weights}
-    whole = sum_counts(counts)
-    scale = {name: weight * world_size / whole[name] for name, weight in loss_weights.items()}  # DDP averages over processes
+    global_counts = sum_counts(counts)
+    scale = {name: weight * world_size / global_counts[name] for name, weight in loss_weights.items()}  # DDP averages over processes
     total: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
         with gradient_sync(model, last=number == len(batches) - 1):
@@ -75,7 +75,7 @@ def train_step(model: nn.Module, loss_weights: dict[str, float], batches: Sequen
 
     scaler.unscale_(optimizer)
     parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
-    grad_norm = whole_number(nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
     finite = torch.isfinite(grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

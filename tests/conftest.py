@@ -122,8 +122,8 @@ def assert_same_run(left, right, step=10):
     a, b = load_file(left / "final" / "model.safetensors"), load_file(right / "final" / "model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     a, b = ckpt.read_tensors(left / f"checkpoint-{step}"), ckpt.read_tensors(right / f"checkpoint-{step}")
-    for number, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(state[key], b["optimizer"]["state"][number][key]) for key in state)
+    for name, state in a["optimizer"].items():
+        assert all(torch.equal(state[key], b["optimizer"][name][key]) for key in state)
     assert torch.equal(a["random_states"][0]["cpu"], b["random_states"][0]["cpu"])
     assert rows(left) == rows(right)
 

@@ -65,10 +65,10 @@ class PretrainingDataset(Dataset):
         first, last = plan.bounds[position.micro_batch: position.micro_batch + 2]
         return Examples(shard, plan.take(slice(first, last)), position.mask_rate)
 
-    def fullest(self, near: DataPosition) -> DataPosition:
-        """The micro-batch of most tokens in the same epoch's shard: as full as they come."""
-        plan = self.plan(near.epoch, near.place)
-        return near._replace(micro_batch=int(np.argmax(np.add.reduceat(plan.lengths, plan.bounds[:-1]))))
+    def fullest(self) -> DataPosition:
+        """The micro-batch of most tokens in the first epoch's first shard: as full as they come."""
+        plan = self.plan(0, 0)
+        return DataPosition(0, 0, int(np.argmax(np.add.reduceat(plan.lengths, plan.bounds[:-1]))))
 
     def positions(self, start: DataPosition, end_epoch: int | None = None) -> Iterator[DataPosition]:
         """Positions from `start` on, without end or up to the beginning of `end_epoch`."""

@@ -205,7 +205,7 @@ def model_card(task: str, tags: list[str], title: str, opens_with: str, rows: li
 
 def write_state(folder: Path, tensors: dict, values: dict) -> None:
     """Training state into a checkpoint under construction."""
-    check_finite({f"the optimizer's {part} of {name}": tensor for name, parts in tensors["optimizer"]["state"].items()
+    check_finite({f"the optimizer's {part} of {name}": tensor for name, parts in tensors["optimizer"].items()
                   for part, tensor in parts.items()})
     torch.save(tensors, folder / STATE_TENSORS)
     (folder / STATE_JSON).write_text(json.dumps(values, indent=1), encoding="utf-8")

@@ -15,21 +15,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.command import UserError
 
 SILENCE = timedelta(minutes=30)  # after which a process is taken for lost; one that dies is noticed at once
 PREPARATION = timedelta(days=1)  # the first process prepares the text while the others wait
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by names, put together
 M_TOP_PAD = -2  # of glibc's malloc.h; any value set by hand turns the growing threshold off
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
@@ -170,6 +161,9 @@ def place(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
     computed."""
     if not shard or not dist.is_initialized():
         return model.to(device)
+    from torch.distributed.device_mesh import init_device_mesh  # a second to import
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.base_model.encoder.layer:
         fully_shard(layer, mesh=mesh)
@@ -178,10 +172,14 @@ def place(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
     return model
 
 
+def _is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(weight, "full_tensor") for weight in model.parameters())
+
+
 def wrap(model: nn.Module, compiled: bool) -> nn.Module:
     """`model`, compiled if asked for, its gradients summed over the processes by DDP where there are several."""
     trained = torch.compile(model) if compiled else model
-    is_replica = dist.is_initialized() and not isinstance(model, FSDPModule)
+    is_replica = dist.is_initialized() and not _is_sharded(model)
     return DistributedDataParallel(trained, broadcast_buffers=False, gradient_as_bucket_view=True) if is_replica else trained
 
 
@@ -191,29 +189,53 @@ def gradient_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextMan
     return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
-def whole_number(value: Tensor) -> Tensor:
-    """A number computed from sharded tensors, the same on all processes."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, put together: all processes call this in the same order."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of `model`; of a sharded one put together on the first process, the others get nothing. All call it together."""
-    if not isinstance(model, FSDPModule):
-        return model.state_dict()
-    weights = get_model_state_dict(model, options=WHOLE)
+    """State dict of `model`; of a sharded one put together on the CPU of the first process, the others get nothing."""
+    weights = model.state_dict()
+    if not _is_sharded(model):
+        return weights
+    weights = _on_first({"": weights})[""]
     return weights | {name: weights[same] for name, same in model.all_tied_weights_keys.items() if weights}  # one tensor again, not two
 
 
-def whole_averages(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def whole_averages(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """State of `optimizer` by the names of the weights, put together likewise: it fits any number of processes, sharded or not."""
-    return get_optimizer_state_dict(model, optimizer, options=WHOLE if isinstance(model, FSDPModule) else None)
+    state = {name: optimizer.state[weight] for name, weight in model.named_parameters() if weight in optimizer.state}
+    return _on_first(state) if _is_sharded(model) else state
 
 
-def load_averages(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+def _on_first(groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    kept: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            together = whole(tensor)
+            if dist.get_rank() == 0:
+                kept[group][name] = together.cpu()
+    return kept
+
+
+def load_averages(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]) -> None:
     """The counterpart of `whole_averages`, in the same place; ValueError where the state is of other weights."""
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    wrong = [name for name, weight in weights.items() if any(
-        state["state"][name][part].shape != weight.shape for part in ("exp_avg", "exp_avg_sq"))]
-    if wrong or weights.keys() != state["state"].keys():
-        raise ValueError(f"{', '.join(wrong or weights.keys() ^ state['state'].keys())[:200]}: not as in the model")
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    wrong = sorted(weights.keys() ^ state.keys()) or [name for name, weight in weights.items() if any(
+        state[name][part].shape != weight.shape for part in ("exp_avg", "exp_avg_sq"))]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong[:3])}: not as in the model")
+    names, numbered = {weight: name for name, weight in weights.items()}, {}
+    for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+        numbered[len(numbered)] = {part: _like(weight, tensor) for part, tensor in state[names[weight]].items()}
+    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _like(weight: Tensor, tensor: Tensor) -> Tensor:
+    """This process's part of a whole `tensor`, where `weight` is sharded."""
+    if not hasattr(weight, "full_tensor") or not tensor.ndim:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)

@@ -30,7 +30,7 @@ def checkpoint(vocabulary, tiny_tokenizer, tmp_path_factory):
 
     def write(target):
         ckpt.write_model(target, model, tiny_tokenizer, FACTS, model.state_dict())
-        ckpt.write_state(target, {"optimizer": {"state": {0: {"exp_avg": torch.arange(4.0)}}}}, {"progress": {"step": 7}})
+        ckpt.write_state(target, {"optimizer": {"weight": {"exp_avg": torch.arange(4.0)}}}, {"progress": {"step": 7}})
 
     ckpt.write_folder(folder, write)
     return folder
@@ -45,7 +45,7 @@ def write_text(text):
     """A writer of one file, with what makes a folder count as a checkpoint."""
     def write(folder):
         (folder / "text").write_text(text)
-        ckpt.write_state(folder, {"optimizer": {"state": {}}}, {})
+        ckpt.write_state(folder, {"optimizer": {}}, {})
     return write
 
 
@@ -284,12 +284,13 @@ def test_training_state_goes_there_and_back(tmp_path):
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    tensors = {"optimizer": optimizer.state_dict(), "random_states": [ckpt.random_states(torch.device("cpu"))]}
+    state = {"weight": optimizer.state[layer.weight], "bias": optimizer.state[layer.bias]}
+    tensors = {"optimizer": state, "random_states": [ckpt.random_states(torch.device("cpu"))]}
     ckpt.write_state(tmp_path, tensors, {"progress": {"position": [0, 2, 5]}})
     assert ckpt.read_values(tmp_path) == {"progress": {"position": [0, 2, 5]}}
     read = ckpt.read_tensors(tmp_path)
-    for number, entry in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(read["optimizer"]["state"][number][name], value) for name, value in entry.items())
+    for name, entry in state.items():
+        assert all(torch.equal(read["optimizer"][name][part], value) for part, value in entry.items())
     expected = torch.rand(3)  # the state was taken before this draw
     ckpt.set_random_states(read["random_states"][0], torch.device("cpu"))
     assert torch.equal(torch.rand(3), expected)
