@@ -155,8 +155,9 @@ def open_text(config: Config, tokenizer: PreTrainedTokenizerBase, vocabulary: to
 
 
 def open_or_prepare(files: TextFiles | None, path: str, tokenizer: PreTrainedTokenizerBase, vocabulary: tokenizers.Vocabulary,
-                    cache: Path, name: str, world: World, masking: str = "token", output: Path | None = None) -> Corpus:
-    """The corpus in `path`, or that of the text files, found in the cache or prepared into it, or into `output`."""
+                    cache: Path, name: str, world: World, masking: str = "token", output: Path | None = None,
+                    workers: int | None = None, ray: str | None = None) -> Corpus:
+    """The corpus in `path`, or that of the text files, found in the cache or prepared into it, or into `output`, by `workers` or `ray`."""
     if files is None:
         prepared, told = corpora.open_corpus(path, vocabulary.fingerprint, name), "found"
     else:
@@ -168,7 +169,7 @@ def open_or_prepare(files: TextFiles | None, path: str, tokenizer: PreTrainedTok
             told = "found" if corpora.is_corpus(folder) else "prepared"
             if told == "prepared" and (masking == "entity" or markup.lexicon):
                 check_entities(files, markup, path, name)
-            prepared = prepare(files.sources, files.text_format, tokenizer, folder, markup=markup)
+            prepared = prepare(files.sources, files.text_format, tokenizer, folder, markup=markup, workers=workers, ray=ray)
     if vocabulary.is_special[prepared.shard(0).ids[:1 << 20]].all():
         raise UserError(f"{name} {path}: holds only special and unknown tokens, so nothing can be masked; needed is text that fits the "
                         "tokenizer")

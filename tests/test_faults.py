@@ -80,7 +80,7 @@ def send(number):
 
 @pytest.mark.parametrize(("name", "call", "target"), [
     ("train_step", 1, train), ("train_step", 6, train), ("evaluate", 1, train), ("evaluate", 2, train), ("write_model", 1, ckpt),
-    ("write_state", 2, ckpt), ("_sync", 3, ckpt), ("_sync", 30, ckpt), ("prune", 3, ckpt), ("finish", 1, train), ("read_tensors", 1, ckpt),
+    ("write_state", 2, ckpt), ("sync", 3, ckpt), ("sync", 30, ckpt), ("prune", 3, ckpt), ("finish", 1, train), ("read_tensors", 1, ckpt),
     ("write_json", 1, setup), ("make_tokenizer", 1, sys.modules["pretrain.text"]), ("check_plan", 1, setup)])
 def test_killed_anywhere_then_resumed(finished, arguments, tmp_path, monkeypatch, name, call, target):
     if name == "read_tensors":  # in a restart, then
@@ -446,7 +446,7 @@ def test_workers_of_a_killed_process_do_not_hold_its_lock(tmp_path):
 def test_a_save_that_does_not_read_back_replaces_nothing(finished, tmp_path, monkeypatch, capsys):
     """A disk that loses what it has taken."""
     interrupted_copy(finished, tmp_path / "run", 4)
-    original = ckpt._sync
+    original = ckpt.sync
 
     def forget(path):
         original(path)
@@ -454,7 +454,7 @@ def test_a_save_that_does_not_read_back_replaces_nothing(finished, tmp_path, mon
             path.write_bytes(path.read_bytes()[:-8] + b"\0" * 8)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ckpt, "_sync", forget)
+        patched.setattr(ckpt, "sync", forget)
         told = refusal_after_messages(PRETRAIN.main, ["--resume", "--output", tmp_path / "run", "--keep", "1"], capsys)
     assert "cannot be written (reading it again," in told and "model.safetensors is damaged (its hash differs)" in told
     assert [path.name for path in ckpt.checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-2"]

@@ -7,7 +7,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -17,26 +19,38 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.command import UserError
-from pretrain.data import reading
+from pretrain.data import reading, spreading
 from pretrain.data.corpus import ARRAYS, ENTITY_START, FORMAT_VERSION, WORD_START, Corpus, Shard, concatenate, is_corpus
 from pretrain.data.marking import Markup, mark
 from pretrain.data.tokenizer import Vocabulary, describe, without_limits
-from pretrain.files import exclusive, sha256_of, write_json
+from pretrain.files import exclusive, sha256_of, sync, write_json
 
 COUNTS = ("documents", "sentences", "tokens", "unknown_tokens", "words", "entities")  # of a shard, and of a corpus
 BATCH_CHARACTERS = 1 << 20  # text that goes to the tokenizer at once
 
 
-def prepare(sources: list[reading.Source], text_format: str, tokenizer: PreTrainedTokenizerBase, folder: Path,
-            piece_bytes: int = reading.PIECE_BYTES, markup: Markup = Markup()) -> Corpus:
-    """Write the corpus of `sources` into `folder`, or open it where it is there. Restarts by piece.
+@dataclass(frozen=True)
+class _Recipe:
+    """What the shard of a piece follows from, beside the piece, and the folder that it is written to."""
 
-    Memory is bounded by a batch of text and the arrays of one shard. Raises UserError where the text holds no token."""
+    folder: Path
+    text_format: str
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    markup: Markup
+
+
+def prepare(sources: list[reading.Source], text_format: str, tokenizer: PreTrainedTokenizerBase, folder: Path,
+            piece_bytes: int = reading.PIECE_BYTES, markup: Markup = Markup(), workers: int | None = None,
+            ray: str | None = None) -> Corpus:
+    """Write the corpus of `sources` into `folder`, or open it where it is there: the same bytes whoever makes them. Restarts by piece.
+
+    `workers` processes share the pieces (0 or 1: this one; None: by the cores and the text), or the Ray cluster at the address `ray`.
+    Each holds a batch of text and the arrays of one shard. Raises UserError where the text holds no token."""
     if is_corpus(folder):
         return Corpus(folder)
     vocabulary = describe(tokenizer)
-    backend = without_limits(tokenizer)
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.absolute().with_name(f"{folder.name}.partial")  # a cluster's processes have other working folders
     with exclusive(partial):
         if is_corpus(folder):  # another process has written it while this one waited
             return Corpus(folder)
@@ -44,20 +58,53 @@ def prepare(sources: list[reading.Source], text_format: str, tokenizer: PreTrain
         _discard_other_work(partial, reading.content_key(sources, text_format, vocabulary.fingerprint, piece_bytes, FORMAT_VERSION,
                                                          markup.key))
         pieces = reading.cut_into_pieces([Path(source.path) for source in sources], text_format, piece_bytes)
-        total = sum(source.size for source in sources)
-        entries = []
-        with tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=None) as bar:
-            for number, piece in enumerate(pieces):
-                entries.append(_write_piece(partial, f"shard-{number:05d}", piece, text_format, backend, vocabulary, markup, bar))
-        entries = _join_small(partial, [entry for entry in entries if entry["documents"]])
+        # The markup anew: what it has built to find terms with cannot be sent.
+        recipe = _Recipe(partial, text_format, without_limits(tokenizer), vocabulary, replace(markup))
+        entries = _join_small(partial, [entry for entry in _write_pieces(recipe, pieces, workers, ray) if entry["documents"]])
         if not entries:
             raise UserError(f"{sources[0].path}: the tokenizer finds no token in the text; needed is text in its script")
         tokenizer.save_pretrained(partial / "tokenizer")
         write_json(partial / "corpus.json", _describe_corpus(entries, sources, text_format, vocabulary) | {"words_by": markup.words})
-        for leftover in [*partial.glob("*.piece.json"), partial / "content.key"]:
-            leftover.unlink()
-        partial.rename(folder)
+        _give_name(partial, folder, entries)
     return Corpus(folder)
+
+
+def _write_pieces(recipe: _Recipe, pieces: list[list[reading.Span]], workers: int | None, ray: str | None) -> list[dict]:
+    """The entries of all pieces, in order."""
+    sizes = [sum(span.end - span.start for span in piece) for piece in pieces]
+    if workers is None:  # one process has the cores for tokenizing alone: enough for less than two whole pieces
+        workers = min(spreading.usable_cores(), sum(sizes) // reading.PIECE_BYTES)
+    workers = min(workers, len(pieces))
+    tasks = [(f"shard-{number:05d}", piece) for number, piece in enumerate(pieces)]
+    entries: list[dict] = [{}] * len(pieces)
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="preparing", disable=None) as bar:
+        if ray:
+            results = spreading.on_cluster(_write_piece, recipe, tasks, ray)
+        elif workers > 1:
+            results = spreading.in_processes(_write_piece, recipe, tasks, workers)
+        else:
+            results = ((number, _write_piece(recipe, *task, bar.update)) for number, task in enumerate(tasks))
+        finished = 0
+        with closing(results):  # else an interruption here would leave the workers at work
+            for number, entries[number] in results:
+                finished += sizes[number]
+                bar.update(finished - bar.n)
+    return entries
+
+
+def _give_name(partial: Path, folder: Path, entries: list[dict]) -> None:
+    """Make the finished corpus `folder`. Synced first: after a power cut it is whole or absent."""
+    for path in partial.rglob("*"):
+        sync(path)
+    kept = {"tokenizer", "corpus.json", *(f"{entry['name']}.{array}.npy" for entry in entries for array in ARRAYS)}
+    for leftover in partial.iterdir():  # of interruptions, too
+        if leftover.name not in kept:
+            leftover.unlink()
+    sync(partial)
+    if folder.exists():  # without corpus.json: somebody has begun to remove it
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    sync(folder.absolute().parent)
 
 
 def _discard_other_work(folder: Path, key: str) -> None:
@@ -78,16 +125,19 @@ def _describe_corpus(entries: list[dict], sources: list[reading.Source], text_fo
             "sources": [vars(source) for source in sources], "shards": entries}
 
 
-def _write_piece(folder: Path, name: str, piece: list[reading.Span], text_format: str, tokenizer: Tokenizer,
-                 vocabulary: Vocabulary, markup: Markup, bar: tqdm) -> dict:
-    """Write the shard of one piece and return its entry of `corpus.json`; a piece that is written already is kept."""
+def _write_piece(recipe: _Recipe, name: str, piece: list[reading.Span], advance: Callable[[int], object] = int) -> dict:
+    """Write the shard of one piece and return its entry of `corpus.json`; a piece that is written already is kept, if it is whole.
+
+    `advance` is told the bytes of text as they are done."""
+    folder, tokenizer, vocabulary, markup = recipe.folder, recipe.tokenizer, recipe.vocabulary, recipe.markup
     done = folder / f"{name}.piece.json"
-    if done.is_file():
-        bar.update(sum(span.end - span.start for span in piece))
-        return json.loads(done.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError):  # not there, or torn by a power cut
+        entry = json.loads(done.read_text(encoding="utf-8"))
+        if entry["arrays"] == _seals(folder, name):
+            return entry
     dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
     offsets, all_ids, all_flags = _Offsets(), [np.zeros(0, dtype)], [np.zeros(0, np.uint8)]
-    stream = reading.sentences(piece, text_format, markup.cut)
+    stream = reading.sentences(piece, recipe.text_format, markup.cut)
     for batch in _batches(_spaced(stream) if vocabulary.needs_space else stream):
         marked = [item and (item[0], markup.find(*item)) for item in batch] if markup.lexicon else batch
         found = [item for item in marked if item is not None]
@@ -102,7 +152,7 @@ def _write_piece(folder: Path, name: str, piece: list[reading.Span], text_format
         all_flags.append(mark(found, encodings, starts, markup.words) if by_character else starts.astype(np.uint8) * WORD_START)
         all_ids.append(ids)
         offsets.append(batch, lengths)
-        bar.update(sum(len(text.encode()) + 1 for text, _ in found))
+        advance(sum(len(text.encode()) + 1 for text, _ in found))
     arrays = {"ids": np.concatenate(all_ids), "flags": np.concatenate(all_flags), **offsets.arrays()}
     entry = _write_shard(folder, name, Shard(**arrays), int((arrays["ids"] == vocabulary.unknown_id).sum()))
     write_json(done, entry)
@@ -148,13 +198,18 @@ class _Offsets:
 
 def _write_shard(folder: Path, name: str, shard: Shard, num_unknown: int) -> dict:
     """Write the arrays of a shard and return its entry of `corpus.json`."""
-    files = {array: folder / f"{name}.{array}.npy" for array in ARRAYS}
-    for array, path in files.items():
-        np.save(path, getattr(shard, array), allow_pickle=False)
+    for array in ARRAYS:
+        np.save(folder / f"{name}.{array}.npy", getattr(shard, array), allow_pickle=False)
     return {"name": name, "documents": len(shard.hashes), "sentences": len(shard.sentences) - 1, "tokens": len(shard.ids),
             "unknown_tokens": num_unknown, "words": int((shard.flags & WORD_START > 0).sum()),
             "entities": int((shard.flags & ENTITY_START > 0).sum()), "smallest_hashes": np.unique(shard.hashes)[:2].tolist(),
-            "arrays": {array: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for array, path in files.items()}}
+            "arrays": _seals(folder, name)}
+
+
+def _seals(folder: Path, name: str) -> dict[str, dict]:
+    """Size and hash of each array of a shard, as they are on disk."""
+    files = {array: folder / f"{name}.{array}.npy" for array in ARRAYS}
+    return {array: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for array, path in files.items()}
 
 
 def _join_small(folder: Path, entries: list[dict]) -> list[dict]:

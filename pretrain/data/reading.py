@@ -190,7 +190,7 @@ def _cut_file(file: Path, text_format: str, piece_bytes: int) -> list[Span]:
                 cuts.append(handle.tell())
     if cuts[-1] < size:
         cuts.append(size)
-    return [Span(str(file), start, end) for start, end in zip(cuts, cuts[1:])]
+    return [Span(os.path.abspath(file), start, end) for start, end in zip(cuts, cuts[1:])]
 
 
 def sentences(piece: list[Span], text_format: str, cut: Cut | None = None) -> Iterator[Sentence | None]:

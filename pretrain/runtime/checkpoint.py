@@ -6,7 +6,6 @@ states in `training_state.pt` (read with `weights_only=True`), everything else i
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.command import UserError, first_line
-from pretrain.files import markdown_table, sha256_of, write_json
+from pretrain.files import markdown_table, sha256_of, sync, write_json
 
 RUN_ENTRY = (r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*|test_predictions\.csv"
              r"|confusion\.png|\.?(best|final|checkpoint-\d+)(\.\w+)?|.*\.(tmp|partial)")  # --overwrite replaces nothing else
@@ -40,7 +39,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         sums = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
         (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
         for path in [*files, temporary / CHECKSUMS, temporary]:
-            _sync(path)
+            sync(path)
         problem = problem_of(temporary, needed=())
         if problem:
             raise OSError(f"reading it again, {problem}")
@@ -48,7 +47,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         if folder.exists():
             folder.rename(previous)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
     except torch.OutOfMemoryError:
         raise
@@ -240,13 +239,3 @@ def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> 
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise"):  # so that what is read back comes from the disk
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
