@@ -18,7 +18,7 @@ from pretrain.config import Config
 from pretrain.data import tokenizer as tokenizers
 from pretrain.evaluate import evaluate
 from pretrain.experiment import Experiment, told_as
-from pretrain.files import write_aside
+from pretrain.files import read_json, whole, write_aside
 from pretrain.finetune import build, finetune
 from pretrain.model.bert import from_checkpoint
 from pretrain.runtime.distributed import World
@@ -90,7 +90,7 @@ def config_of(experiment: Experiment, name: str) -> Config:
     config = replace(experiment.pretraining, **READ_ALREADY, model=experiment.options.model, output=str(experiment.output / name),
                      train=[str(experiment.output / f"{source}.jsonl")], resume=True)
     if name == "control":
-        adapted = json.loads((experiment.output / "parts" / "pretrain-adapted.json").read_text(encoding="utf-8"))
+        adapted = read_json(experiment.output / "parts" / "pretrain-adapted.json", {"steps": whole(1, 1 << 62)}, "the result of a part")
         config = replace(config, max_steps=adapted["steps"])
     return config
 
@@ -106,7 +106,7 @@ def pretrain(experiment: Experiment, name: str) -> dict:
         run = setup.build(config)
     summary_file = run.output / "summary.json"
     if run.is_finished and (run.output / "final").is_dir() and summary_file.is_file():
-        summary = json.loads(summary_file.read_text(encoding="utf-8"))
+        summary = read_json(summary_file, needed="the summary of a run")
     else:
         setup.open_output(run)
         setup.print_plan(run)

@@ -5,6 +5,7 @@ Knows nothing of what the options mean (pretrain/config.py does), and nothing he
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import shlex
@@ -12,7 +13,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -179,7 +180,19 @@ def ignore_stop_signals(worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def first_line(error: Exception) -> str:
+@contextlib.contextmanager
+def refusing(message: str, needed: str) -> Iterator[None]:
+    """Whatever a library raises inside becomes a UserError. Of every kind: transformers raises dozens, from OSError to KeyError, and a
+    panic of Rust code is no Exception."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{message} ({first_line(error)}); {needed}") from error
+
+
+def first_line(error: BaseException) -> str:
     """What a library's error says, in short."""
     return f"{type(error).__name__}: " + str(error).strip().split("\n")[0][:200]
 

@@ -148,7 +148,8 @@ def fill_masks(folder: str, texts: Iterable[str], top: int, max_length: int) -> 
     """For each [MASK] of each text the `top` (token, probability, text with it), by transformers' own pipeline, which also
     shows that the folder opens there; UserError for a text without [MASK]."""
     transformers.utils.logging.set_verbosity_error()  # the NSP head that the pipeline leaves over is no news
-    fill = transformers.pipeline("fill-mask", model=model_folder(folder), tokenizer=load(folder, option="--model"), device="cpu")
+    fill = transformers.pipeline("fill-mask", model=model_folder(folder), tokenizer=load(folder, option="--model"), device="cpu",
+                                 trust_remote_code=False)
     top = min(top, fill.model.config.vocab_size)
     for text in texts:
         parts = text.replace(fill.tokenizer.mask_token, "[MASK]").split("[MASK]")

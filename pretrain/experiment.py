@@ -1,7 +1,6 @@
 """A checked experiment: what `scripts/adapt.py` is asked for, everything read and compared before any work starts, and its folder."""
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import time
@@ -14,7 +13,7 @@ from pretrain.command import UserError, check, parse
 from pretrain.config import MODEL_SIZES, AdaptOptions, Config, FinetuneOptions, LabelOptions, validate
 from pretrain.data.labelled import Labelled
 from pretrain.data.reading import content_key, expand
-from pretrain.files import hold, model_folder, sha256_of, write_json
+from pretrain.files import hold, model_folder, read_json, sha256_of, write_json
 from pretrain.finetune import build, check_budget
 from pretrain.model.bert import from_checkpoint
 from pretrain.runtime import checkpoint as ckpt
@@ -54,7 +53,7 @@ class Experiment:
         """The result of a part: what it has left in its file, else what `work` returns, with the seconds since it was started last."""
         path = self.output / "parts" / f"{name}.json"
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path, needed="a result, or no such file, which makes the part again")
         begin = time.monotonic()
         result = work() | {"wall_seconds": time.monotonic() - begin}
         write_json(path, result)
@@ -140,7 +139,7 @@ def open_experiment(experiment: Experiment) -> None:
     if output.is_dir() and any(output.iterdir()) and not options.overwrite:
         if not path.is_file():
             raise UserError(f"--output {output}: is not empty and holds no experiment; needed is another folder")
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, dict.fromkeys(("options", "pretrain", "finetune", "files", "texts"), {}), "an experiment of adapt.py")
         check([f"--output {output}: its experiment was started with {what}; needed is another folder, or --overwrite"
                for what in differences(before, now)] if [*output.glob("parts/pretrain-*"), *output.glob("*/checkpoint-*")] else [])
         for name in ("parts", "adapted", "control") if before != now else ():  # nothing has been trained yet

@@ -1,4 +1,8 @@
-"""Files that are whole or absent, their hashes, and the tables in them."""
+"""Files that are whole or absent, their hashes, JSON of a known form, and the tables in them.
+
+A form is what JSON from elsewhere must be before it is used: (test of a value, what is needed), {key: form}, where a missing key holds
+None, or [form of each item].
+"""
 from __future__ import annotations
 
 import contextlib
@@ -7,13 +11,37 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from itertools import starmap
 from pathlib import Path
+from types import MappingProxyType
 from typing import TextIO
 
-from pretrain.command import UserError
+from pretrain.command import UserError, first_line
 
+TEXT = (lambda value: type(value) is str, "text")
+FILE_NAMES = (lambda value: type(value) is dict and all(map(FILE_NAME[0], value.values())), "an object of plain file names")
+FILE_NAME = (lambda value: type(value) is str and re.fullmatch(r"\w[\w.-]{0,99}", value, re.ASCII), "a plain file name")
+
+
+def whole(low: int, high: int, or_none: bool = False) -> tuple[Callable[[object], bool], str]:
+    """The form of a whole number within low..high."""
+    return lambda value: or_none and value is None or type(value) is int and low <= value <= high, f"a whole number within {low}..{high}"
+
+
+def number(low: float, high: float) -> tuple[Callable[[object], bool], str]:
+    """The form of a number within low..high that may be left out."""
+    return lambda value: value is None or type(value) in (int, float) and low <= value <= high, f"a number within {low:g}..{high:g}"
+
+
+MODEL_FORM = {  # of config.json: what decides sizes, or would fail deep in the library
+    "num_hidden_layers": whole(1, 1024, True), "hidden_size": whole(1, 1 << 16, True), "num_attention_heads": whole(1, 1 << 12, True),
+    "intermediate_size": whole(1, 1 << 20, True), "vocab_size": whole(1, 1 << 24, True), "type_vocab_size": whole(1, 1 << 10, True),
+    "max_position_embeddings": whole(1, 1 << 20, True), "num_labels": whole(0, 1 << 16, True), "pad_token_id": whole(0, 1 << 24, True),
+    "chunk_size_feed_forward": whole(0, 0, True), "hidden_dropout_prob": number(0, 1), "attention_probs_dropout_prob": number(0, 1),
+    "classifier_dropout": number(0, 1), "layer_norm_eps": number(1e-38, 1), "initializer_range": number(0, 1e3)}
 _held: dict[str, TextIO] = {}  # locks of this process, by folder; a run's until the process ends
 
 
@@ -38,6 +66,30 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict) -> None:
     """`content` in place of what is in `path`, at once."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def read_json(path: Path, form: object = MappingProxyType({}), needed: str = "") -> dict:
+    """The object in a JSON file; UserError where it cannot be read or is not of `form`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); needed is {needed}") from error
+    if problem := misfit(content, form):
+        raise UserError(f"{path}: {problem}")
+    return content
+
+
+def misfit(value: object, form: object, place: str = "") -> str | None:
+    """Where `value` departs from `form`, and what is needed there; None where it does not."""
+    kind = type(form) if type(form) in (list, tuple) else dict
+    if kind is tuple:
+        shown = value if isinstance(value, (str, int, float)) else "none" if value is None else f"of type {type(value).__name__}"
+        return None if form[0](value) else f"{place} is {str(shown)[:60]}, needed is {form[1]}"
+    if not isinstance(value, kind):
+        return f"{place or 'the content'} is of type {type(value).__name__}, needed is {'an array' if kind is list else 'an object'}"
+    parts = ([(item, form[0], f"{place}[{index}]") for index, item in enumerate(value)] if kind is list else
+             [(value.get(key), inner, f"{place}.{key}".lstrip(".")) for key, inner in form.items()])
+    return next(filter(None, starmap(misfit, parts)), None)
 
 
 def hold(folder: Path, wait: bool = False) -> None:

@@ -45,6 +45,8 @@ def check_text(paths: list[str], name: str, options: TextOptions, world: World, 
     """The text that `paths` mean, checked and in files that `prepare` reads; None where they mean a prepared corpus.
 
     What is marked follows from `masking`, an option's value, or "any": all that the text and the options bring."""
+    broken = [Path(path) / "corpus.json" for path in paths if not corpora.is_corpus(path) and any(Path(path).glob("shard-*.ids.npy"))]
+    check([f"{name} {path}: is missing, beside shards of a corpus; {corpora.AGAIN}" for path in broken])
     if any(corpora.is_corpus(path) for path in paths):
         check([f"{name} {' '.join(paths)}: needed is one prepared corpus, or text"] if len(paths) > 1 else [])
         given = {entry.name: getattr(options, entry.name) for entry in fields(TextOptions)
@@ -137,7 +139,7 @@ def open_text(config: Config, tokenizer: PreTrainedTokenizerBase, vocabulary: to
         paths = getattr(config, name)
         folder = state.get("corpus_folders", {}).get(name)
         if folder and paths and corpora.is_corpus(folder):
-            opened[name] = corpora.open_corpus(folder, vocabulary.fingerprint, f"--{name}")
+            opened[name] = corpora.open_corpus(folder, vocabulary, f"--{name}")
         elif paths:
             masking = config.masking if name == "train" else "token"
             files = text[name] if name in text else check_text(paths, f"--{name}", config, world, masking)
@@ -159,7 +161,7 @@ def open_or_prepare(files: TextFiles | None, path: str, tokenizer: PreTrainedTok
                     workers: int | None = None, ray: str | None = None) -> Corpus:
     """The corpus in `path`, or that of the text files, found in the cache or prepared into it, or into `output`, by `workers` or `ray`."""
     if files is None:
-        prepared, told = corpora.open_corpus(path, vocabulary.fingerprint, name), "found"
+        prepared, told = corpora.open_corpus(path, vocabulary, name), "found"
     else:
         normalizer = tokenizer.backend_tokenizer.normalizer
         markup = replace(files.markup, ignore_case=normalizer is not None and normalizer.normalize_str("A") == "a")

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     precision = choose_precision(options.precision, device)
     tokenizer, model = load(options.model, option="--model"), load_classifier(options.model)
     model.config._attn_implementation = choose_attention(device, precision)
-    max_length = options.max_length or min(tokenizer.model_max_length, model.max_length)
+    max_length = options.max_length or int(min(tokenizer.model_max_length, model.max_length))
     check(model.problems_of("mlm", max_length))
     classes = list(model.config.id2label.values())
     where, first = next(open_tables(options.input, "--input"), ("", {}))

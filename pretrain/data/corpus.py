@@ -1,33 +1,44 @@
 """Corpus on disk: memory-mapped token ids in plain `.npy` shards, written by pretrain/data/preparing.py.
 
-A folder with `corpus.json` (counts, sizes and hashes of the shards, fingerprints of tokenizer and text), `tokenizer/` and,
+A folder with `corpus.json` (counts, sizes and hashes of all files, fingerprints of tokenizer and text), `tokenizer/` and,
 for each piece of text, five arrays:
     ids         uint16 (uint32 for vocabularies above 65,536)  [tokens]
     flags       uint8   [tokens]         bit 0: the token starts a word; 1: an entity; 2: it goes on with one
     sentences   int64   [sentences + 1]  token offsets
     documents   int64   [documents + 1]  sentence offsets
     hashes      uint64  [documents]      of a document's text: held-out text is chosen by it
-Everything is written to a temporary name and renamed, so that a half-written corpus is never read.
+Everything is written to a temporary name and renamed, so that a half-written corpus is never read. Nothing in it is trusted: it may be
+damaged, or made by somebody else.
 """
 from __future__ import annotations
 
-import json
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pretrain.command import UserError
-from pretrain.data.tokenizer import load
-from pretrain.files import sha256_of
+from pretrain.command import UserError, refusing
+from pretrain.data.tokenizer import Vocabulary, load
+from pretrain.files import FILE_NAME, TEXT, key_of, misfit, read_json, sha256_of, whole
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 WORD_START, ENTITY_START, ENTITY_INSIDE = 1, 2, 4  # bits of `flags`
-ARRAYS = ("ids", "flags", "sentences", "documents", "hashes")
+LAYOUT = {"ids": (None, "tokens", 0), "flags": (np.uint8, "tokens", 0), "sentences": (np.int64, "sentences", 1),
+          "documents": (np.int64, "documents", 1), "hashes": (np.uint64, "documents", 0)}  # type, what is counted, and one more
+ARRAYS = tuple(LAYOUT)
+COUNTS = ("documents", "sentences", "tokens", "unknown_tokens", "words", "entities")  # of a shard, and of a corpus
 HASH_RANGE = 2**64
+AGAIN = "remove the folder and the corpus is prepared again"
 FEW_DOCUMENTS = 4  # two sides of two
 OPEN_SHARDS = 4  # that a process keeps mapped
+
+_FILE = {"bytes": whole(0, 2**63), "sha256": TEXT}
+_COUNTS = {name: whole(int(COUNTS.index(name) < 3), 2**63) for name in COUNTS}
+_FORM = _COUNTS | {"words": whole(1, 2**63), "vocab_size": whole(1, 1 << 24), "fingerprint": TEXT, "tokenizer": TEXT, "words_by": TEXT,
+                   "smallest_hashes": [whole(0, HASH_RANGE - 2)], "tokenizer_files": [_FILE | {"name": FILE_NAME}],
+                   "shards": [_COUNTS | {"name": FILE_NAME, "arrays": dict.fromkeys(ARRAYS, _FILE)}]}
 
 
 @dataclass(frozen=True)
@@ -60,34 +71,37 @@ class Part:
 class Corpus:
     """A corpus folder, opened for reading; `part` restricts it.
 
-    Sizes are checked here, the hash of a shard when a process first opens it. Small enough to pickle: shards are mapped
-    lazily in each process."""
+    The manifest and all sizes are checked here, a shard's hashes and content when a process first opens it. Small enough to pickle:
+    shards are mapped lazily in each process."""
 
-    def __init__(self, folder: str | Path, part: Part = Part(), verified: set[int] | None = None):
+    def __init__(self, folder: str | Path, part: Part = Part()):
         self.folder, self.part = Path(folder), part
         self.info = _read_info(self.folder)
         self._open: dict[int, Shard] = {}
-        self._verified = set() if verified is None else verified  # shared by the parts of a corpus
-        try:
-            self._check_sizes()
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{self.folder / 'corpus.json'}: is garbled ({type(error).__name__}: {error}); remove the folder and the "
-                            "corpus is prepared again") from error
-
-    def _check_sizes(self) -> None:
-        for entry in self.info["shards"]:
-            for name, array in entry["arrays"].items():
-                path = self._path(entry, name)
-                size = path.stat().st_size if path.is_file() else None
-                if size != array["bytes"]:
-                    raise UserError(f"{path}: {'is missing' if size is None else f'has {size} bytes'}, needed are {array['bytes']}; "
-                                    f"remove {self.folder} and the corpus is prepared again")
+        self._verified: set[int] = set()  # shared by the parts of a corpus
+        for path, file in [*self.tokenizer_files, *(item for index in range(self.num_shards) for item in self._files(index))]:
+            size = path.stat().st_size if path.is_file() else None
+            if size != file["bytes"]:
+                raise UserError(f"{path}: {'is missing' if size is None else f'has {size} bytes'}, needed are {file['bytes']}; "
+                                f"remove {self.folder} and the corpus is prepared again")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}, "_verified": set()}
 
-    def _path(self, entry: dict, name: str) -> Path:
-        return self.folder / f"{entry['name']}.{name}.npy"
+    def _files(self, index: int) -> list[tuple[Path, dict]]:
+        entry = self.info["shards"][index]
+        return [(self.folder / f"{entry['name']}.{name}.npy", entry["arrays"][name]) for name in ARRAYS]
+
+    @property
+    def tokenizer_files(self) -> list[tuple[Path, dict]]:
+        return [(self.folder / "tokenizer" / file["name"], file) for file in self.info["tokenizer_files"]]
+
+    def check_hashes(self, files: list[tuple[Path, dict]]) -> None:
+        """UserError where one of `files` is not as it was written."""
+        for path, file in files:
+            if sha256_of(path) != file["sha256"]:
+                raise UserError(f"{path}: its content has changed since it was written; remove {self.folder} and the corpus is "
+                                "prepared again")
 
     @property
     def num_shards(self) -> int:
@@ -100,24 +114,30 @@ class Corpus:
     def shard(self, index: int) -> Shard:
         """Shard `index`, mapped, and verified when this process first reads it."""
         if index not in self._verified:
-            entry = self.info["shards"][index]
-            for name, array in entry["arrays"].items():
-                path = self._path(entry, name)
-                if sha256_of(path) != array["sha256"]:
-                    raise UserError(f"{path}: its content has changed since it was written; remove {self.folder} and the corpus "
-                                    "is prepared again")
+            self.check_hashes(self._files(index))
+            shard, paths = self._map(index), {name: path for name, (path, _) in zip(ARRAYS, self._files(index))}
+            _check_offsets(paths["sentences"], shard.sentences, len(shard.ids))
+            if shard.ids.max() >= self.info["vocab_size"]:
+                raise UserError(f"{paths['ids']}: holds the id {shard.ids.max()}, the vocabulary has {self.info['vocab_size']}; {AGAIN}")
             self._verified.add(index)
         return self._map(index)
 
     def _map(self, index: int) -> Shard:
         """Shard `index`, mapped but not verified: enough to count. The last few stay open."""
         if index not in self._open:
-            entry = self.info["shards"][index]
-            # As plain arrays over the map: indexing a np.memmap costs 40 us more each time.
-            arrays = {name: np.asarray(np.load(self._path(entry, name), mmap_mode="r", allow_pickle=False)) for name in ARRAYS}
+            entry, arrays = self.info["shards"][index], {}
+            for (path, _), (name, (kind, of, more)) in zip(self._files(index), LAYOUT.items()):
+                kind = kind or (np.uint16 if self.info["vocab_size"] <= 1 << 16 else np.uint32)
+                with refusing(f"{path}: is no array of numbers", AGAIN):
+                    array = np.load(path, mmap_mode="r", allow_pickle=False)
+                if not isinstance(array, np.memmap) or (array.dtype, array.shape) != (kind, (entry[of] + more,)):
+                    raise UserError(f"{path}: holds no {entry[of] + more:,} numbers of type {kind.__name__}, as corpus.json says; {AGAIN}")
+                arrays[name] = np.asarray(array)  # a plain array over the map: indexing a np.memmap costs 40 us more each time
             while len(self._open) >= OPEN_SHARDS:
                 self._open.pop(next(iter(self._open)))
             shard = Shard(**arrays)
+            if index not in self._verified:
+                _check_offsets(self._files(index)[3][0], shard.documents, len(shard.sentences) - 1)
             self._open[index] = _split_tails(shard, self.part.tail) if self.part.tail else shard
         return self._open[index]
 
@@ -154,11 +174,13 @@ class Corpus:
         FEW_DOCUMENTS, which that would use up, the last sentences of each are held out instead."""
         if self.info["documents"] < FEW_DOCUMENTS:
             return self._part(tail=fraction), self._part(tail=fraction, is_tail=True)
-        bound = max(int(fraction * HASH_RANGE), *(value + 1 for value in self.info["smallest_hashes"]))
+        bound = max([int(fraction * HASH_RANGE), *(value + 1 for value in self.info["smallest_hashes"])])
         return self._part(low=bound), self._part(high=bound)
 
     def _part(self, **bounds: float) -> Corpus:
-        return Corpus(self.folder, Part(**bounds), self._verified)
+        part = copy.copy(self)  # opens its shards itself
+        part.part, part._verified = Part(**bounds), self._verified
+        return part
 
     def select(self, max_tokens: int) -> Shard:
         """The documents of lowest hash, in that order, until they hold `max_tokens`, two at least; as one shard in memory."""
@@ -175,6 +197,11 @@ class Corpus:
         for rank in np.argsort(order, kind="stable").tolist():  # shard by shard, so that each is opened once
             parts[rank] = _document(self.shard(int(owners[order[rank]])), int(np.concatenate(places)[order[rank]]))
         return concatenate(parts)
+
+
+def _check_offsets(path: Path, offsets: np.ndarray, end: int) -> None:
+    if offsets[0] != 0 or offsets[-1] != end or not (offsets[1:] > offsets[:-1]).all():
+        raise UserError(f"{path}: its offsets do not rise from 0 to {end}; {AGAIN}")
 
 
 def _split_tails(shard: Shard, share: float) -> Shard:
@@ -209,27 +236,39 @@ def is_corpus(path: str | Path) -> bool:
     return (Path(path) / "corpus.json").is_file()
 
 
-def open_corpus(folder: str | Path, fingerprint: str, name: str) -> Corpus:
-    """Corpus of `folder` that was made with the tokenizer of `fingerprint`; UserError otherwise."""
+def open_corpus(folder: str | Path, vocabulary: Vocabulary, name: str) -> Corpus:
+    """Corpus of `folder` that was made with the tokenizer of `vocabulary`; UserError otherwise."""
     corpus = Corpus(folder)
-    if corpus.info["tokenizer"] != fingerprint:
-        raise UserError(f"{name} {folder}: was prepared with the tokenizer {corpus.info['tokenizer']}, the one in use is {fingerprint}; "
-                        f"give --tokenizer {Path(folder) / 'tokenizer'}, or the text itself to prepare it anew")
+    made, used = ((corpus.info["tokenizer"], corpus.info["vocab_size"]), (vocabulary.fingerprint, vocabulary.size))
+    if made != used:
+        raise UserError(f"{name} {folder}: was prepared with the tokenizer {made[0]} ({made[1]:,} ids), the one in use is {used[0]} "
+                        f"({used[1]:,} ids); give --tokenizer {Path(folder) / 'tokenizer'}, or the text itself to prepare it anew")
     return corpus
+
+
+def seal(info: dict) -> dict:
+    """The manifest `info` with a checksum of its content."""
+    content = {key: value for key, value in info.items() if key != "checksum"}
+    return {**content, "checksum": key_of(content)}
 
 
 def _read_info(folder: Path) -> dict:
     path = folder / "corpus.json"
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        complete = all(key in info for key in ("format_version", "shards", "tokenizer", "fingerprint", "smallest_hashes"))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); needed is a folder written by scripts/prepare.py") from error
-    if not complete or info["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path}: is no corpus of format {FORMAT_VERSION}; remove the folder and the corpus is prepared again")
+    info = read_json(path, {}, "a folder written by scripts/prepare.py")
+    if info.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: is no corpus of format {FORMAT_VERSION}; {AGAIN}")
+    with refusing(f"{path}: cannot be read", AGAIN):
+        is_sealed = info == seal(info)
+    problem = misfit(info, _FORM) if is_sealed else "its checksum does not fit its content"
+    if not problem and any(info[name] != sum(entry[name] for entry in info["shards"]) for name in COUNTS):
+        problem = "its counts are not those of its shards"
+    if problem:
+        raise UserError(f"{path}: {problem}; {AGAIN}")
     return info
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that a corpus was prepared with."""
-    return load(str(Path(folder) / "tokenizer"))
+    """The tokenizer that a corpus was prepared with, verified."""
+    corpus = Corpus(folder)
+    corpus.check_hashes(corpus.tokenizer_files)
+    return load(str(corpus.folder / "tokenizer"))

@@ -20,12 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from pretrain.command import UserError
 from pretrain.data import reading, spreading
-from pretrain.data.corpus import ARRAYS, ENTITY_START, FORMAT_VERSION, WORD_START, Corpus, Shard, concatenate, is_corpus
+from pretrain.data.corpus import ARRAYS, COUNTS, ENTITY_START, FORMAT_VERSION, WORD_START, Corpus, Shard, concatenate, is_corpus, seal
 from pretrain.data.marking import Markup, mark
 from pretrain.data.tokenizer import Vocabulary, describe, without_limits
 from pretrain.files import exclusive, sha256_of, sync, write_json
 
-COUNTS = ("documents", "sentences", "tokens", "unknown_tokens", "words", "entities")  # of a shard, and of a corpus
 BATCH_CHARACTERS = 1 << 20  # text that goes to the tokenizer at once
 
 
@@ -64,7 +63,9 @@ def prepare(sources: list[reading.Source], text_format: str, tokenizer: PreTrain
         if not entries:
             raise UserError(f"{sources[0].path}: the tokenizer finds no token in the text; needed is text in its script")
         tokenizer.save_pretrained(partial / "tokenizer")
-        write_json(partial / "corpus.json", _describe_corpus(entries, sources, text_format, vocabulary) | {"words_by": markup.words})
+        files = [{"name": path.name} | _describe_file(path) for path in sorted((partial / "tokenizer").iterdir())]
+        write_json(partial / "corpus.json", seal(_describe_corpus(entries, sources, text_format, vocabulary)
+                                                 | {"words_by": markup.words, "tokenizer_files": files}))
         _give_name(partial, folder, entries)
     return Corpus(folder)
 
@@ -121,7 +122,7 @@ def _describe_corpus(entries: list[dict], sources: list[reading.Source], text_fo
     counts = {name: sum(entry[name] for entry in entries) for name in COUNTS}
     content = json.dumps([[array["sha256"] for array in entry["arrays"].values()] for entry in entries])
     return {"format_version": FORMAT_VERSION, **counts, "fingerprint": hashlib.sha256(content.encode()).hexdigest()[:16],
-            "tokenizer": vocabulary.fingerprint, "text_format": text_format, "smallest_hashes": smallest,
+            "tokenizer": vocabulary.fingerprint, "vocab_size": vocabulary.size, "text_format": text_format, "smallest_hashes": smallest,
             "sources": [vars(source) for source in sources], "shards": entries}
 
 
@@ -208,8 +209,11 @@ def _write_shard(folder: Path, name: str, shard: Shard, num_unknown: int) -> dic
 
 def _seals(folder: Path, name: str) -> dict[str, dict]:
     """Size and hash of each array of a shard, as they are on disk."""
-    files = {array: folder / f"{name}.{array}.npy" for array in ARRAYS}
-    return {array: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for array, path in files.items()}
+    return {array: _describe_file(folder / f"{name}.{array}.npy") for array in ARRAYS}
+
+
+def _describe_file(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _join_small(folder: Path, entries: list[dict]) -> list[dict]:

@@ -15,8 +15,8 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from pretrain.command import UserError, check, first_line
-from pretrain.files import key_of, model_folder
+from pretrain.command import UserError, check, refusing
+from pretrain.files import MODEL_FORM, key_of, model_folder, read_json
 
 # Workers fork after the tokenizer has used its threads; the setting must be explicit or it warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -24,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))  # Chinese characters of Unicode 16
 ENCODED_TOGETHER = 10_000  # texts
+MOST_IDS = 1 << 24
 PASSING_STATE = ("truncation", "padding")  # state that changes as a tokenizer is used, not part of what it is
 
 
@@ -55,14 +56,27 @@ def load(name: str, lowercase: bool = True, option: str = "--tokenizer") -> PreT
             raise UserError(f"{option} {name}: the folder holds no tokenizer, none of tokenizer.json, tokenizer_config.json, vocab.txt")
     if path.is_file():
         return from_vocabulary(read_vocabulary(path), lowercase)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
-    except Exception as error:  # transformers raises many kinds here, from OSError to KeyError
-        raise UserError(f"{option} {name}: no such folder or vocab.txt, and not to be had from the hub or its cache "
-                        f"({first_line(error)}); offline, give a folder with tokenizer.json or vocab.txt") from error
+    if (path / "config.json").is_file():  # the tokenizer's class depends on it
+        read_json(path / "config.json", MODEL_FORM, "a model's config")
+    source, problem = (str(path), "its tokenizer cannot be read") if path.is_dir() else (
+        name, "no such folder or vocab.txt, and not to be had from the hub or its cache")
+    with refusing(f"{option} {name}: {problem}", "offline, give a folder with tokenizer.json or vocab.txt"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{option} {name}: is {type(tokenizer).__name__} in Python; needed is one of the tokenizers library")
+    with refusing(f"{option} {name}: its tokenizer is garbled", "needed are its files as they were saved"):
+        _try_out(tokenizer)
     return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise something, of any kind, where the tokenizer fails at a text, or where its ids are too high or its own tokens have none."""
+    size, limit = max(tokenizer.get_vocab().values()) + 1, tokenizer.model_max_length
+    if size > MOST_IDS or not limit >= 1:  # the engine's own state would grow with the ids
+        raise ValueError(f"its ids reach to {size - 1:,}, its texts to {limit} tokens")
+    used = [*tokenizer.all_special_ids, *without_limits(tokenizer).encode("A b, 1\u00e9\u4eac\U0010fffd", "c").ids]
+    if not all(0 <= number < size for number in used):
+        raise ValueError(f"it uses ids that it has not: {used}")
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:

@@ -5,22 +5,26 @@ BertForPreTraining: `save_pretrained` writes the class name into config.json, an
 """
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertModel, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.models.bert.modeling_bert import BertPreTrainedModel
 
 from pretrain.batch import Batch
-from pretrain.command import UserError, first_line
+from pretrain.command import UserError, refusing
 from pretrain.config import MODEL_SIZES
-from pretrain.files import model_folder
+from pretrain.files import FILE_NAMES, MODEL_FORM, misfit, model_folder, read_json
 from pretrain.model.attention import SDPA
 from pretrain.model.heads import MaskedLMHead, PreTrainingHeads
 from pretrain.model.packed import PackedModel
 from pretrain.model.roberta import CamembertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
 
 OVERRIDES = {int: int, float: float, str: str, bool: lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]}
+FEW_WEIGHTS = 1 << 28  # that may be made before it shows that a file lacks them
 
 transformers.utils.logging.disable_progress_bar()  # its bars for every file written break the run's own
 
@@ -87,25 +91,48 @@ def from_size(size: str, vocab_size: int, max_length: int, pad_id: int, override
                         intermediate_size=4 * width, max_position_embeddings=max(512, max_length), pad_token_id=pad_id)
     override(config, overrides)
     config._attn_implementation = SDPA
-    try:
+    with refusing(f"--config-override {' '.join(overrides)}: makes no model", "needed are fields that fit together"):
         return BertForPreTraining(config)
-    except Exception as error:  # each wrong field has its own, from ValueError to IndexError
-        raise UserError(f"--config-override {' '.join(overrides)}: makes no model ({type(error).__name__}: {error})") from error
 
 
 def load_config(name: str) -> PreTrainedConfig:
     """The config of a checkpoint (folder of a model or a run, or hub name); UserError where it cannot be had or is of another
     family."""
-    try:
-        config = AutoConfig.from_pretrained(model_folder(name))
-    except Exception as error:  # transformers raises many kinds here, from OSError to KeyError
-        raise UserError(f"--model {name}: is no size ({', '.join(MODEL_SIZES)}), no folder with a config.json, and not to be had from "
-                        f"the hub or its cache ({first_line(error)}); offline, give a folder") from error
+    folder = model_folder(name)
+    if Path(folder, "config.json").is_file():  # before a number in it makes something large
+        read_json(Path(folder, "config.json"), MODEL_FORM, "a model's config")
+    with refusing(f"--model {name}: is no size ({', '.join(MODEL_SIZES)}), no folder with a config.json, and not to be had from the hub or "
+                  "its cache", "offline, give a folder"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in FAMILIES:
         raise UserError(f"--model {name}: is of the family {config.model_type!r} (config.model_type); families that work: "
                         f"{', '.join(FAMILIES)}")
-    config.id2label = dict(sorted(config.id2label.items()))  # a file may have them in any order
+    config.id2label = {number: str(label) for number, label in sorted(config.id2label.items())}  # a file may have them in any order
+    check_config(config, f"--model {name}")
     return config
+
+
+def check_config(config: PreTrainedConfig, name: str) -> None:
+    """UserError where the fields of `config` make no model: before anything is as large as they say."""
+    problem = misfit(config.to_dict(), MODEL_FORM)
+    if not problem and config.hidden_size % config.num_attention_heads:
+        problem = f"hidden_size is {config.hidden_size}, needed is a multiple of num_attention_heads, {config.num_attention_heads}"
+    if not problem and config.hidden_act not in ACT2FN:
+        problem = f"hidden_act is {config.hidden_act}, needed is one of {', '.join(ACT2FN)}"
+    if problem:
+        raise UserError(f"{name}: {problem}")
+
+
+def check_files(folder: Path, config: PreTrainedConfig, name: str) -> None:
+    """UserError where the weights of a folder are in other folders, or fewer than `config` says."""
+    for index in folder.glob("*.index.json"):
+        read_json(index, {"weight_map": FILE_NAMES}, "an index of weights")
+    num_bytes, width = sum(path.stat().st_size for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]), config.hidden_size
+    weights = width * (config.vocab_size + config.max_position_embeddings
+                       + config.num_hidden_layers * (4 * width + 2 * config.intermediate_size))
+    if num_bytes and weights > max(num_bytes, FEW_WEIGHTS):
+        raise UserError(f"--model {name}: its config describes {weights:,} weights, its files have {num_bytes:,} bytes; needed is a whole "
+                        "checkpoint and its own config")
 
 
 def from_checkpoint(name: str, overrides: list[str]) -> tuple[PackedModel, list[str]]:
@@ -120,11 +147,10 @@ def from_checkpoint(name: str, overrides: list[str]) -> tuple[PackedModel, list[
 def load_weights(family: type[PackedModel], name: str, config: PreTrainedConfig) -> tuple[PackedModel, list[str]]:
     """(model of a class in float32, weights that the checkpoint lacks, none of the encoder)."""
     transformers.utils.logging.set_verbosity_error()  # its table of what is missing; the caller tells
-    try:
+    check_files(Path(model_folder(name)), config, name)
+    with refusing(f"--model {name}: its weights cannot be read", "needed is a whole checkpoint, in safetensors or without code in it"):
         model, info = family.from_pretrained(model_folder(name), config=config, dtype=torch.float32, attn_implementation=SDPA,
                                              output_loading_info=True, ignore_mismatched_sizes=family.head_may_differ)
-    except Exception as error:
-        raise UserError(f"--model {name}: its weights cannot be read ({first_line(error)})") from error
     missing, prefix = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}), family.base_model_prefix
     encoder = [key for key in missing if key.startswith((f"{prefix}.embeddings", f"{prefix}.encoder"))]
     if encoder:
@@ -146,6 +172,8 @@ def override(config: PreTrainedConfig, entries: list[str]) -> None:
             setattr(config, name, OVERRIDES[kind](text))
         except (ValueError, KeyError) as error:
             raise UserError(f"--config-override {entry}: needed is a value of type {kind.__name__}") from error
+    if entries:
+        check_config(config, f"--config-override {' '.join(entries)}")
 
 
 def count_flops(model: PackedModel, batch: Batch) -> float:

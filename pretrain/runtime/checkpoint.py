@@ -16,12 +16,15 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.command import UserError, first_line
-from pretrain.files import markdown_table, sha256_of, sync, write_json
+from pretrain.config import OBJECTIVES
+from pretrain.files import markdown_table, misfit, read_json, sha256_of, sync, whole, write_json
 
 RUN_ENTRY = (r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*|test_predictions\.csv"
              r"|confusion\.png|\.?(best|final|checkpoint-\d+)(\.\w+)?|.*\.(tmp|partial)")  # --overwrite replaces nothing else
 CHECKSUMS = "checksums.json"
 FACTS = "pretraining.json"  # what scripts/evaluate.py reads its defaults from
+FACTS_FORM = {"objective": (OBJECTIVES.__contains__, "an objective"), "max_length": whole(8, 1 << 16), "eval_tokens": whole(1, 1 << 40),
+              "eval_batch_size": whole(1, 1 << 20)}
 STATE_JSON, STATE_TENSORS = "training_state.json", "training_state.pt"
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch.save and safetensors raise their own on a full disk
 
@@ -180,11 +183,12 @@ def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def read_facts(folder: Path) -> dict:
-    """The facts that `write_model` has left in a model folder; {} for any other checkpoint."""
+    """The facts that `write_model` has left in a model folder, without garbled ones; {} for any other checkpoint."""
     try:
-        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(folder / FACTS)
+    except UserError:
         return {}
+    return {name: value for name, value in content.items() if name not in FACTS_FORM or not misfit(value, FACTS_FORM[name])}
 
 
 def _pretraining_card(facts: dict, family: str) -> str:

@@ -4,6 +4,7 @@ by what a document holds; and a corpus of another tokenizer is refused."""
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -340,18 +341,20 @@ def test_a_flipped_bit_is_named_when_the_shard_is_opened(copy, name):
         f"{path}: its content has changed since it was written; remove {copy} and the corpus is prepared again")
 
 
-@pytest.mark.parametrize("raw, problem", [("{", "cannot be read ("), ("3", "cannot be read ("), ("{}", "is no corpus of format 2"),
-                                          ('{"format_version": 2}', "is no corpus of format 2")])
+@pytest.mark.parametrize("raw, problem", [("{", "cannot be read ("), ("3", "the content is of type int, needed is an object"),
+                                          ("{}", "is no corpus of format 3"),
+                                          ("[" * 9999, "cannot be read (RecursionError"),
+                                          ('{"format_version": 3}', "its checksum does not fit its content")])
 def test_a_damaged_manifest_is_named(copy, raw, problem):
     (copy / "corpus.json").write_text(raw)
     assert message(Corpus, copy).startswith(f"{copy / 'corpus.json'}: {problem}")
 
 
-@pytest.mark.parametrize("version", [1, 99])
+@pytest.mark.parametrize("version", [1, 2, 99])
 def test_another_format_version_is_refused(copy, version):
     info = json.loads((copy / "corpus.json").read_text())
     (copy / "corpus.json").write_text(json.dumps({**info, "format_version": version}))
-    assert message(Corpus, copy) == f"{copy / 'corpus.json'}: is no corpus of format 2; remove the folder and the corpus is prepared again"
+    assert message(Corpus, copy) == f"{copy / 'corpus.json'}: is no corpus of format 3; remove the folder and the corpus is prepared again"
 
 
 def test_a_folder_that_is_no_corpus(tmp_path):
@@ -360,13 +363,13 @@ def test_a_folder_that_is_no_corpus(tmp_path):
 
 
 def test_another_tokenizer_is_refused_with_both_fingerprints(many_shards, tokenizer):
-    mark, other = fingerprint(tokenizer), fingerprint(make_tokenizer(("more",)))
-    assert open_corpus(many_shards.folder, mark, "--train").num_shards == many_shards.num_shards
-    folder = many_shards.folder
+    own, other, folder = describe(tokenizer), describe(make_tokenizer(("more",))), many_shards.folder
+    assert open_corpus(folder, own, "--train").num_shards == many_shards.num_shards
     assert message(open_corpus, folder, other, "--train") == (
-        f"--train {folder}: was prepared with the tokenizer {mark}, the one in use is {other}; give --tokenizer {folder / 'tokenizer'}, "
-        "or the text itself to prepare it anew")
-    assert describe(load_tokenizer(folder)).fingerprint == mark  # and what the message says helps
+        f"--train {folder}: was prepared with the tokenizer {own.fingerprint} ({own.size} ids), the one in use is {other.fingerprint} "
+        f"({own.size + 1} ids); give --tokenizer {folder / 'tokenizer'}, or the text itself to prepare it anew")
+    assert "(62 ids)" in message(open_corpus, folder, replace(own, size=62), "--train")
+    assert describe(load_tokenizer(folder)).fingerprint == own.fingerprint  # and what the message says helps
 
 
 # ---------------------------------------------------------------- shards in a process

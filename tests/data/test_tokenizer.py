@@ -171,7 +171,7 @@ def test_a_damaged_folder_is_told(tmp_path):
 
 def test_a_tokenizer_in_python_is_refused(vocabulary_file, tmp_path, monkeypatch):
     slow = BertTokenizerLegacy(str(vocabulary_file))
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: slow)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **more: slow)
     assert message(load, "some/name") == (
         "--tokenizer some/name: is BertTokenizerLegacy in Python; needed is one of the tokenizers library")
 
