@@ -193,8 +193,8 @@ def refusing(message: str, needed: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in short."""
-    return f"{type(error).__name__}: " + str(error).strip().split("\n")[0][:200]
+    """What a library's error says, in short: its first sentence, without the advice that follows."""
+    return f"{type(error).__name__}: " + str(error).strip().split("\n")[0].split(". ")[0][:200]
 
 
 def require(module: str, what: str) -> types.ModuleType:

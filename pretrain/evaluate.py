@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.batch import IGNORED, Batch, Output
-from pretrain.command import UserError
+from pretrain.command import UserError, refusing
 from pretrain.data.collate import Collator, Examples
 from pretrain.data.corpus import Corpus
 from pretrain.data.draws import key
 from pretrain.data.masking import Masking
 from pretrain.data.planning import Task, make_plan, micro_batch_bounds
-from pretrain.data.tokenizer import Vocabulary, load
+from pretrain.data.tokenizer import Vocabulary, describe, load
 from pretrain.files import markdown_table, model_folder
 from pretrain.model.packed import PackedModel
 from pretrain.runtime.distributed import World, sum_over_ranks
@@ -148,8 +148,10 @@ def fill_masks(folder: str, texts: Iterable[str], top: int, max_length: int) -> 
     """For each [MASK] of each text the `top` (token, probability, text with it), by transformers' own pipeline, which also
     shows that the folder opens there; UserError for a text without [MASK]."""
     transformers.utils.logging.set_verbosity_error()  # the NSP head that the pipeline leaves over is no news
-    fill = transformers.pipeline("fill-mask", model=model_folder(folder), tokenizer=load(folder, option="--model"), device="cpu",
-                                 trust_remote_code=False)
+    tokenizer = load(folder, option="--model")
+    describe(tokenizer)  # refuses one without [MASK]
+    with refusing(f"--model {folder}: does not open in transformers", "needed is a whole checkpoint and its own config"):
+        fill = transformers.pipeline("fill-mask", model=model_folder(folder), tokenizer=tokenizer, device="cpu", trust_remote_code=False)
     top = min(top, fill.model.config.vocab_size)
     for text in texts:
         parts = text.replace(fill.tokenizer.mask_token, "[MASK]").split("[MASK]")

@@ -70,11 +70,16 @@ def load(name: str, lowercase: bool = True, option: str = "--tokenizer") -> PreT
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise something, of any kind, where the tokenizer fails at a text, or where its ids are too high or its own tokens have none."""
-    size, limit = max(tokenizer.get_vocab().values()) + 1, tokenizer.model_max_length
+    """Raise something, of any kind, where the tokenizer fails at a text, has no vocabulary, or ids that are too high or not its own."""
+    entries, limit = tokenizer.get_vocab(), tokenizer.model_max_length
+    if entries.keys() <= set(tokenizer.all_special_tokens):  # what transformers makes where the vocabulary's file is missing
+        raise ValueError("it has no vocabulary")
+    size = max(entries.values()) + 1
     if size > MOST_IDS or not limit >= 1:  # the engine's own state would grow with the ids
         raise ValueError(f"its ids reach to {size - 1:,}, its texts to {limit} tokens")
-    used = [*tokenizer.all_special_ids, *without_limits(tokenizer).encode("A b, 1\u00e9\u4eac\U0010fffd", "c").ids]
+    json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()  # as it is saved
+    backend, text = without_limits(tokenizer), "A b, 1\u00e9\u4eac\U0010fffd"
+    used = [*tokenizer.all_special_ids, *backend.encode(text).ids, *backend.encode(text, text).ids]
     if not all(0 <= number < size for number in used):
         raise ValueError(f"it uses ids that it has not: {used}")
 
@@ -148,7 +153,7 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """The `Vocabulary` of a tokenizer; UserError where it lacks a special token that pretraining needs."""
     names = ("pad", "cls", "sep", "mask")
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
-    missing = [f"[{name.upper()}]" for name in names if ids[name] is None]
+    missing = [f"[{name.upper()}]" for name in names if ids[name] is None or name == "mask" and [*ids.values()].count(ids[name]) > 1]
     if missing:
         raise UserError(f"--tokenizer {tokenizer.name_or_path or 'given'}: has no {', '.join(missing)} token; "
                         "needed is a tokenizer made for masked language modelling")

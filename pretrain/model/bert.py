@@ -98,12 +98,13 @@ def from_size(size: str, vocab_size: int, max_length: int, pad_id: int, override
 def load_config(name: str) -> PreTrainedConfig:
     """The config of a checkpoint (folder of a model or a run, or hub name); UserError where it cannot be had or is of another
     family."""
-    folder = model_folder(name)
-    if Path(folder, "config.json").is_file():  # before a number in it makes something large
-        read_json(Path(folder, "config.json"), MODEL_FORM, "a model's config")
-    with refusing(f"--model {name}: is no size ({', '.join(MODEL_SIZES)}), no folder with a config.json, and not to be had from the hub or "
-                  "its cache", "offline, give a folder"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    path, problem = Path(model_folder(name), "config.json"), "its config.json cannot be used"
+    if path.is_file():  # before a number in it makes something large
+        read_json(path, MODEL_FORM, "a model's config")
+    else:
+        problem = f"is no size ({', '.join(MODEL_SIZES)}), no folder with a config.json, and not to be had from the hub or its cache"
+    with refusing(f"--model {name}: {problem}", "offline, give a folder"):
+        config = AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False)
     if config.model_type not in FAMILIES:
         raise UserError(f"--model {name}: is of the family {config.model_type!r} (config.model_type); families that work: "
                         f"{', '.join(FAMILIES)}")
