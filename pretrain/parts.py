@@ -93,9 +93,8 @@ def make_model(config: Config, checkpoint: Path | None, tokenizer: PreTrainedTok
     else:
         model, fresh = bert.from_checkpoint(config.model, config.config_override)
     settings, problems = model.config, model.problems_of(config.objective, config.max_length)
-    if settings.num_hidden_layers < 1 or settings.is_decoder:
-        problems.append(f"--model {config.model}: has {settings.num_hidden_layers} layers, is_decoder {settings.is_decoder}; "
-                        "needed is an encoder")
+    if settings.is_decoder:
+        problems.append(f"--model {config.model}: is a decoder (is_decoder); needed is an encoder")
     size = vocabulary.size - len(added)
     if size > settings.vocab_size or size + 128 <= settings.vocab_size and config.model not in MODEL_SIZES:  # rounded-up tables are common
         problems.append(f"--tokenizer {config.tokenizer or config.model}: has {size:,} entries, the model {config.model} "

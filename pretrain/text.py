@@ -45,8 +45,6 @@ def check_text(paths: list[str], name: str, options: TextOptions, world: World, 
     """The text that `paths` mean, checked and in files that `prepare` reads; None where they mean a prepared corpus.
 
     What is marked follows from `masking`, an option's value, or "any": all that the text and the options bring."""
-    broken = [Path(path) / "corpus.json" for path in paths if not corpora.is_corpus(path) and any(Path(path).glob("shard-*.ids.npy"))]
-    check([f"{name} {path}: is missing, beside shards of a corpus; {corpora.AGAIN}" for path in broken])
     if any(corpora.is_corpus(path) for path in paths):
         check([f"{name} {' '.join(paths)}: needed is one prepared corpus, or text"] if len(paths) > 1 else [])
         given = {entry.name: getattr(options, entry.name) for entry in fields(TextOptions)

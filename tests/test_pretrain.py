@@ -488,7 +488,7 @@ BAD = [
     (["--batch-size", "1000000007"], ["--batch-size 1000000007: is not a multiple of --micro-batch-size 8"]),
     (["--vocab-size", "1000000000000"], ["--vocab-size 1000000000000: needed is 100 to 1048576 entries"]),
     (["--config-override", "type_vocab_size=1"], ["the model has 1 token types"]),
-    (["--config-override", "num_hidden_layers=-1"], ["has -1 layers"]),
+    (["--config-override", "num_hidden_layers=-1"], ["num_hidden_layers is -1, needed is a whole number within 1..1024"]),
     (["--learning-rate", "nan"], ["--learning-rate nan: needed is a number above 0"]),
     (["--learning-rate", "fast"], ["--learning-rate: invalid float value: 'fast'"]),
     (["--patience", "2", "--valid-fraction", "0"], ["--patience: needed is held-out text"]),

@@ -214,6 +214,12 @@ def test_a_corpus_without_a_good_manifest_is_told_by_the_commands(corpus_copy, m
             assert f"{manifest}: {problem}" in refusal(main, [*argv, "--cache", tmp_path / "cache", "--device", "cpu"], capsys)
 
 
+def test_a_cached_corpus_that_has_lost_its_manifest(text_file, tiny_tokenizer, corpus_copy):
+    (corpus_copy / "corpus.json").unlink()
+    with pytest.raises(UserError, match="corpus.json: is missing, beside shards of a corpus; remove the folder"):
+        prepare(check_files([text_file], "--train"), "sentences", tiny_tokenizer, corpus_copy)
+
+
 # Models.
 
 class Bomb:
@@ -272,7 +278,7 @@ def test_a_config_that_says_more_than_the_weights_hold(model_copy):
         from_checkpoint(str(model_copy), [])
 
 
-@pytest.mark.parametrize("write", [lambda bomb, path: path.write_bytes(pickle.dumps(bomb)),
+@pytest.mark.parametrize("write", [lambda bomb, path: path.write_bytes(pickle.dumps(bomb, protocol=2)),
                                    lambda bomb, path: torch.save({"bert.embeddings.word_embeddings.weight": bomb}, path),
                                    lambda bomb, path: path.write_bytes(b"x" * 4096), lambda bomb, path: path.write_bytes(b"")])
 def test_pickled_code_in_weights_does_not_run(model_copy, tmp_path, write):

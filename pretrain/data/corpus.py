@@ -13,6 +13,7 @@ damaged, or made by somebody else.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class Corpus:
         self.info = _read_info(self.folder)
         self._open: dict[int, Shard] = {}
         self._verified: set[int] = set()  # shared by the parts of a corpus
-        for path, file in [*self.tokenizer_files, *(item for index in range(self.num_shards) for item in self._files(index))]:
+        for path, file in [*self.tokenizer_files, *(item for index in range(self.num_shards) for item in self._files(index).values())]:
             size = path.stat().st_size if path.is_file() else None
             if size != file["bytes"]:
                 raise UserError(f"{path}: {'is missing' if size is None else f'has {size} bytes'}, needed are {file['bytes']}; "
@@ -88,15 +89,15 @@ class Corpus:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}, "_verified": set()}
 
-    def _files(self, index: int) -> list[tuple[Path, dict]]:
+    def _files(self, index: int) -> dict[str, tuple[Path, dict]]:
         entry = self.info["shards"][index]
-        return [(self.folder / f"{entry['name']}.{name}.npy", entry["arrays"][name]) for name in ARRAYS]
+        return {name: (self.folder / f"{entry['name']}.{name}.npy", entry["arrays"][name]) for name in ARRAYS}
 
     @property
     def tokenizer_files(self) -> list[tuple[Path, dict]]:
         return [(self.folder / "tokenizer" / file["name"], file) for file in self.info["tokenizer_files"]]
 
-    def check_hashes(self, files: list[tuple[Path, dict]]) -> None:
+    def check_hashes(self, files: Iterable[tuple[Path, dict]]) -> None:
         """UserError where one of `files` is not as it was written."""
         for path, file in files:
             if sha256_of(path) != file["sha256"]:
@@ -114,20 +115,21 @@ class Corpus:
     def shard(self, index: int) -> Shard:
         """Shard `index`, mapped, and verified when this process first reads it."""
         if index not in self._verified:
-            self.check_hashes(self._files(index))
-            shard, paths = self._map(index), {name: path for name, (path, _) in zip(ARRAYS, self._files(index))}
-            _check_offsets(paths["sentences"], shard.sentences, len(shard.ids))
-            if shard.ids.max() >= self.info["vocab_size"]:
-                raise UserError(f"{paths['ids']}: holds the id {shard.ids.max()}, the vocabulary has {self.info['vocab_size']}; {AGAIN}")
+            files = self._files(index)
+            self.check_hashes(files.values())
+            shard = self._map(index)
+            _check_offsets(files["sentences"][0], shard.sentences, len(shard.ids))
+            if (highest := shard.ids.max()) >= self.info["vocab_size"]:
+                raise UserError(f"{files['ids'][0]}: holds the id {highest}, the vocabulary has {self.info['vocab_size']} ids; {AGAIN}")
             self._verified.add(index)
         return self._map(index)
 
     def _map(self, index: int) -> Shard:
         """Shard `index`, mapped but not verified: enough to count. The last few stay open."""
         if index not in self._open:
-            entry, arrays = self.info["shards"][index], {}
-            for (path, _), (name, (kind, of, more)) in zip(self._files(index), LAYOUT.items()):
-                kind = kind or (np.uint16 if self.info["vocab_size"] <= 1 << 16 else np.uint32)
+            entry, files, arrays = self.info["shards"][index], self._files(index), {}
+            for name, (kind, of, more) in LAYOUT.items():
+                path, kind = files[name][0], kind or (np.uint16 if self.info["vocab_size"] <= 1 << 16 else np.uint32)
                 with refusing(f"{path}: is no array of numbers", AGAIN):
                     array = np.load(path, mmap_mode="r", allow_pickle=False)
                 if not isinstance(array, np.memmap) or (array.dtype, array.shape) != (kind, (entry[of] + more,)):
@@ -137,7 +139,7 @@ class Corpus:
                 self._open.pop(next(iter(self._open)))
             shard = Shard(**arrays)
             if index not in self._verified:
-                _check_offsets(self._files(index)[3][0], shard.documents, len(shard.sentences) - 1)
+                _check_offsets(files["documents"][0], shard.documents, len(shard.sentences) - 1)
             self._open[index] = _split_tails(shard, self.part.tail) if self.part.tail else shard
         return self._open[index]
 
@@ -232,8 +234,11 @@ def concatenate(parts: list[Shard]) -> Shard:
 
 
 def is_corpus(path: str | Path) -> bool:
-    """Whether `path` is the folder of a prepared corpus."""
-    return (Path(path) / "corpus.json").is_file()
+    """Whether `path` is the folder of a prepared corpus; UserError where it has been one."""
+    manifest = Path(path) / "corpus.json"
+    if not manifest.is_file() and any(manifest.parent.glob("shard-*.ids.npy")):
+        raise UserError(f"{manifest}: is missing, beside shards of a corpus; {AGAIN}")
+    return manifest.is_file()
 
 
 def open_corpus(folder: str | Path, vocabulary: Vocabulary, name: str) -> Corpus:
@@ -254,7 +259,7 @@ def seal(info: dict) -> dict:
 
 def _read_info(folder: Path) -> dict:
     path = folder / "corpus.json"
-    info = read_json(path, {}, "a folder written by scripts/prepare.py")
+    info = read_json(path, {}, f"a folder written by scripts/prepare.py; {AGAIN}")
     if info.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: is no corpus of format {FORMAT_VERSION}; {AGAIN}")
     with refusing(f"{path}: cannot be read", AGAIN):

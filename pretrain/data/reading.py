@@ -109,7 +109,7 @@ def _read_index(index: Path | None) -> dict[str, dict]:
     try:
         known = json.loads(index.read_text(encoding="utf-8")) if index else {}
         return {path: asdict(Source(**entry)) for path, entry in known.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}  # it only saves time
 
 

@@ -62,7 +62,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
         for number, line in enumerate([handle.read()] if is_array else handle, start=1):
             try:
                 content = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")) if line.strip() else []
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: is no JSON ({error}); needed is an object a line, or one array") from error
             for item, record in enumerate(content if isinstance(content, list) else [content], start=1):
                 if not isinstance(record, dict):

@@ -228,7 +228,7 @@ def test_an_interrupted_preparation_goes_on_by_piece(sources, tokenizer, many_sh
     monkeypatch.setattr(np, "save", interrupted)
     with pytest.raises(Interruption):
         prepare(sources, "sentences", tokenizer, folder, 8000)
-    assert not folder.exists() and not is_corpus(folder.with_name("corpus.partial"))
+    assert not folder.exists() and not (tmp_path / "corpus.partial" / "corpus.json").exists()
     monkeypatch.setattr(np, "save", noted)
     prepare(sources, "sentences", tokenizer, folder, 8000)
     assert content(folder) == content(many_shards.folder)
