@@ -152,8 +152,11 @@ def check(problems: list[str]) -> None:
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], way_on: str = "") -> int:
     """Exit code of `main(argv)`; a UserError becomes a message on stderr and 2. `way_on` tells what goes on with what was
     interrupted."""
+    stops = []
+
     def interrupt(number: int, frame: types.FrameType | None) -> typing.NoReturn:
-        raise Interrupted(number)
+        stops.append(Interrupted(number))
+        raise stops[0]
 
     before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     sys.stdout.reconfigure(line_buffering=True)  # stays in order with stderr in a log file
@@ -169,6 +172,11 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except KeyboardInterrupt as stop:
         print(f"{stop if str(stop) else 'interrupted'}{way_on and f'; {way_on}'}", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
+    except Exception:
+        if not stops:
+            raise
+        print(stops[0], file=sys.stderr)  # raised where it came, in the middle of an import, say, and made something else of there
+        return 128 + stops[0].number
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -132,7 +132,7 @@ def _write_piece(recipe: _Recipe, name: str, piece: list[reading.Span], advance:
     `advance` is told the bytes of text as they are done."""
     folder, tokenizer, vocabulary, markup = recipe.folder, recipe.tokenizer, recipe.vocabulary, recipe.markup
     done = folder / f"{name}.piece.json"
-    with suppress(OSError, ValueError):  # not there, or torn by a power cut
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or torn by a power cut
         entry = json.loads(done.read_text(encoding="utf-8"))
         if entry["arrays"] == _seals(folder, name):
             return entry

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -35,8 +36,10 @@ def in_processes(function: Callable, shared: object, tasks: Sequence[tuple], wor
         # Ctrl-C reaches the whole group of processes; workers inherit the mask and leave it to this one.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            numbers = {pool.submit(function, shared, *task): number for number, task in enumerate(tasks)}
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            try:
+                numbers = {pool.submit(function, shared, *task): number for number, task in enumerate(tasks)}
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for future in as_completed(numbers):
                 yield numbers[future], future.result()
         except BaseException as error:
@@ -57,7 +60,10 @@ def on_cluster(function: Callable, shared: object, tasks: Sequence[tuple], addre
     """By Ray, on the cluster at `address` ("local": one on this machine for the while), which gets this package sent; UserError
     where there is none, or it fails."""
     ray = require("ray", "--ray")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdecimal():
+            socket.create_connection((host, int(port)), 10).close()  # Ray would try for minutes
         ray.init(address, runtime_env={"py_modules": [str(Path(__file__).parents[1])], "env_vars": ALONE}, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--ray {address}: no cluster answers ({first_line(error)}); needed is the address of one, or local") from error
