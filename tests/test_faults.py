@@ -387,7 +387,7 @@ def test_memory_that_is_full_later_stops_the_run_and_leaves_its_checkpoints(fini
     with monkeypatch.context() as patched:
         during(patched, "train_step", 6, fill)
         told = refusal_after_messages(PRETRAIN.main, [*arguments, "--output", tmp_path / "run"], capsys)
-    assert "--micro-batch-size 4: memory is full (OutOfMemoryError: CUDA out of memory." in told and "checkpoints are whole" in told
+    assert "--micro-batch-size 4: memory is full (OutOfMemoryError: CUDA out of memory)" in told and "checkpoints are whole" in told
     PRETRAIN.main(["--resume", "--output", str(tmp_path / "run")])
     assert_same_run(finished, tmp_path / "run")
 

@@ -52,11 +52,26 @@ def start(device: str, alone: str = "") -> tuple[World, torch.device]:
         # What processes agree on is on the host, by gloo, so that no agreement waits for a GPU; NCCL moves gradients and weights.
         if sys.platform == "linux":  # where torchrun is killed its processes would go on alone
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=SILENCE)
+        meeting = {"store": _fresh_store(), "rank": int(os.environ["RANK"]), "world_size": size} if os.environ.get(
+            "TORCHELASTIC_USE_AGENT_STORE") == "True" else {}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=SILENCE, **meeting)
     world = World(int(os.environ.get("RANK", 0)), size)
     if not world.is_main:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks; errors still go to stderr
     return world, chosen
+
+
+def _fresh_store() -> dist.TCPStore:
+    """Where the processes of this start meet. torchrun's own store outlives its restarts, so that some would read the addresses of
+    processes that are gone (pytorch #135712): here it only tells the port of a new one."""
+    host, kept = os.environ["MASTER_ADDR"], dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if os.environ["RANK"] == "0":
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        kept.set("port of this start", str(store.port))
+        return store
+    while True:
+        with contextlib.suppress(dist.DistError):  # nobody listens at the port of an earlier start
+            return dist.TCPStore(host, int(kept.get("port of this start")), timeout=timedelta(seconds=3), wait_for_workers=False)
 
 
 def _keep_memory_flat() -> None:
