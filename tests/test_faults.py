@@ -121,14 +121,14 @@ def test_killed_between_two_renames_of_a_save(finished, arguments, tmp_path, mon
 
 def test_killed_with_workers_in_the_second_epoch(arguments, tmp_path, monkeypatch):
     """The first batch after a restart is the next one of the middle of an epoch."""
-    more = [*arguments, "--batch-size", "64", "--max-steps", "60", "--save-every", "50", "--eval-every", "60"]
+    more = [*arguments, "--batch-size", "64", "--max-steps", "20", "--save-every", "16", "--eval-every", "60"]
     PRETRAIN.main([*more, "--output", str(tmp_path / "whole")])
-    assert ckpt.read_values(tmp_path / "whole" / "checkpoint-50")["progress"]["position"][0] > 0
+    assert ckpt.read_values(tmp_path / "whole" / "checkpoint-16")["progress"]["position"][0] > 0
     command = [*more, "--output", tmp_path / "run", "--resume", "--workers", "2"]
     assert in_processes(tmp_path, PRETRAIN.main, command, prepare=lambda rank: during(
-        monkeypatch, "train_step", 55, send(signal.SIGKILL)))[0][0] == -signal.SIGKILL
+        monkeypatch, "train_step", 19, send(signal.SIGKILL)))[0][0] == -signal.SIGKILL
     PRETRAIN.main([str(part) for part in command])
-    assert_same_run(tmp_path / "whole", tmp_path / "run", step=60)
+    assert_same_run(tmp_path / "whole", tmp_path / "run", step=20)
 
 
 def test_a_restart_loop_ends(finished, capsys):

@@ -52,7 +52,8 @@ def micro_batch_fits(model: nn.Module, batch: PackedBatch, context: torch.autoca
         fits = False
     model.train(was_training)
     model.zero_grad(set_to_none=True)
-    gc.collect()
+    if not fits:  # what the error has kept alive
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return fits
