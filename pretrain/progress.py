@@ -1,6 +1,7 @@
 """Where a run stands: the progress that a checkpoint keeps, and the sums since the last logged step."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,16 @@ from torch import Tensor
 from pretrain.batch import PackedBatch
 from pretrain.data.dataset import DataPosition
 from pretrain.evaluate import read_sums
+from pretrain.files import number, whole
+
+COUNT = whole(0, 2**53)
+NUMBERS = (lambda value: type(value) is dict and all(type(item) in (int, float) for item in value.values()), "an object of numbers")
+FLAG = (lambda value: type(value) is bool, "true or false")
+POSITION = (lambda value: type(value) is list and len(value) in (3, 4) and all(COUNT[0](number) for number in value[:3])
+            and value[3:] in ([], [None]), "a data position")
+FORM = {"position": POSITION, "handled": FLAG, "finished": FLAG, "best_perplexity": number(0, math.inf),
+        **dict.fromkeys(("step", "skipped", "skipped_in_a_row", "best_step", "evaluations_without_gain", "last_eval_step"), COUNT),
+        **dict.fromkeys(("totals", "last_train", "last_eval", "row", "window"), NUMBERS)}  # of a Progress, as JSON
 
 
 @dataclass
@@ -34,6 +45,11 @@ class Progress:
 
     def __post_init__(self):
         self.position = DataPosition(*self.position)
+
+    @classmethod
+    def restored(cls, saved: dict | None) -> Progress:
+        """From what a checkpoint has kept, which fits FORM; None: the start."""
+        return cls(**{name: saved[name] for name in FORM}) if saved else cls()
 
     def add_window(self, sums: dict[str, float], numbers: dict[str, float]) -> None:
         """Take over the sums and the means of a window."""

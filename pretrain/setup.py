@@ -6,6 +6,7 @@ fails often comes first; text is tokenized once everything else fits.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import shlex
@@ -23,19 +24,28 @@ from pretrain.data import tokenizer as tokenizers
 from pretrain.data.collate import Collator
 from pretrain.data.dataset import DataPosition, PretrainingDataset
 from pretrain.evaluate import HeldOut, make_held_out
-from pretrain.files import hold, sha256_of, write_json, write_text
+from pretrain.files import TEXT, hold, number, sha256_of, whole, write_json, write_text
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.packed import PackedModel
 from pretrain.parts import check_plan, make_masking, make_model, make_task, report_added, tell_unfit_entities
+from pretrain.progress import FORM
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World, any_rank, gather, place, start, wait_for_all
 from pretrain.runtime.faults import explained, micro_batch_fits
-from pretrain.runtime.optim import autocast, choose_precision
+from pretrain.runtime.optim import AUTOCAST, autocast, choose_precision
 from pretrain.text import open_text, prepare_tokenizer
 
 # What may change when a run is resumed; everything else decides the data, the weights or the update.
 MAY_CHANGE = {"max_steps", "epochs", "max_minutes", "eval_every", "save_every", "log_every", "keep", "workers", "device", "precision",
               "compile", "patience", "output", "resume", "overwrite", "cache", "gradient_checkpointing", "shard"}
+
+
+TEXT_OR_NONE = (lambda value: value is None or TEXT[0](value), "text, or nothing")
+STATE_FORM = {  # of training_state.json, as `saved_values` makes it
+    "options": {"epochs": number(0, math.inf), "max_steps": whole(0, 2**53), "precision": TEXT}, "progress": FORM,
+    "total_steps": whole(1, 2**53), "steps_per_epoch": whole(1, 2**53), "threads": whole(1, 1024), "processes": whole(1, 1 << 20),
+    "precision": (AUTOCAST.__contains__, "bf16, fp16 or fp32"), "similar_words": TEXT_OR_NONE, "corpus": TEXT,
+    "corpus_folders": {"train": TEXT_OR_NONE, "valid": TEXT_OR_NONE}}
 
 
 @dataclass
@@ -137,7 +147,7 @@ def _assemble(config: Config, world: World, device: torch.device) -> Run:
     config.workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
     output = _output(config)
     checkpoint = gather(find_checkpoint(output, config) if world.is_main else None)[0]
-    state = ckpt.read_values(checkpoint) if checkpoint else {}
+    state = ckpt.read_values(checkpoint, STATE_FORM) if checkpoint else {}
     if state and state["progress"]["best_perplexity"] is not None:
         damage = gather(ckpt.problem_of(output / "best", needed=()) if world.is_main else None)[0]
         if damage:

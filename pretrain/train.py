@@ -106,7 +106,7 @@ def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
     context = autocast(device, run.precision)
     learning_rate = make_schedule(config.schedule, config.learning_rate, config.warmup, run.total_steps)
     micro_batches = config.batch_size // config.micro_batch_size
-    progress = Progress(**run.state["progress"]) if run.checkpoint else Progress()
+    progress = Progress.restored(run.state.get("progress"))
     window = Window.restored(progress.window, device, world.is_main)
     watch = FiniteWatch(progress.skipped, progress.skipped_in_a_row, run.rebuild)
     monitor = Monitor(run.output, progress.step + progress.handled, run.total_steps, asdict(config), active=world.is_main)

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SIZES, assert_same_run, in_processes, interrupted_copy, refusal, rows, script
+from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file
 from stress import assert_one_curve
+from test_safety import mutations
 
 from pretrain import files, setup, train
 from pretrain.batch import Output
-from pretrain.command import run_command
+from pretrain.command import UserError, parse, run_command
+from pretrain.config import Config
 from pretrain.model.bert import BertForPreTraining
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime import optim
@@ -160,6 +163,48 @@ def test_a_damaged_model_folder_is_made_again(finished, tmp_path, name, capsys):
     assert ckpt.problem_of(output / name, needed=()) is None
     if name == "best":
         assert "model.safetensors has 4 bytes" in capsys.readouterr().out
+
+
+def seal(path):
+    """Give a changed file of a checkpoint the hash that fits."""
+    sums = json.loads((path.parent / ckpt.CHECKSUMS).read_text())
+    sums[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+    (path.parent / ckpt.CHECKSUMS).write_text(json.dumps(sums))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(mutate=mutations())
+def test_a_training_state_of_any_content(finished, workplace, mutate):
+    """With fitting hashes, as somebody else may have made it: the run goes on, or a message tells why not."""
+    output = workplace / "hostile"
+    shutil.rmtree(output, ignore_errors=True)
+    interrupted_copy(finished, output, 2)
+    path = output / "checkpoint-2" / ckpt.STATE_JSON
+    path.write_text(json.dumps(mutate(json.loads(path.read_text()))))
+    seal(path)
+    threads = torch.get_num_threads()
+    try:
+        config = parse(["--resume", "--output", str(output)], Config, "", defaults=json.loads((output / "config.json").read_text()))
+        train.Progress.restored(setup.build(config).state.get("progress"))
+    except UserError:
+        pass
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda state: {}, lambda state: [], lambda state: state | {"random_states": [{"cpu": 1}]},
+    lambda state: state | {"optimizer": {}}, lambda state: state | {"optimizer": dict(list(state["optimizer"].items())[1:])},
+    lambda state: state | {"optimizer": {name: {**parts, "exp_avg": torch.zeros(3)} for name, parts in state["optimizer"].items()}},
+    lambda state: state | {"optimizer": {name: {} for name in state["optimizer"]}}])
+def test_tensors_of_a_training_state_that_do_not_fit(finished, tmp_path, spoil, capsys):
+    interrupted_copy(finished, tmp_path / "run", 2)
+    path = tmp_path / "run" / "checkpoint-2" / ckpt.STATE_TENSORS
+    torch.save(spoil(ckpt.read_tensors(path.parent)), path.with_name("new"))
+    path.with_name("new").replace(path)
+    seal(path)
+    told = refusal(PRETRAIN.main, ["--resume", "--output", tmp_path / "run"], capsys)
+    assert told.startswith(f"{path}: does not fit the model (")
 
 
 def test_options_come_from_a_checkpoint_where_config_json_is_lost(finished, tmp_path):

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
@@ -214,12 +215,9 @@ def write_state(folder: Path, tensors: dict, values: dict) -> None:
     (folder / STATE_JSON).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
-def read_values(folder: Path) -> dict:
-    """The training state's plain values."""
-    try:
-        return json.loads((folder / STATE_JSON).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / STATE_JSON}: cannot be read ({error})") from error
+def read_values(folder: Path, form: object = MappingProxyType({})) -> dict:
+    """The training state's plain values, which fit `form` (pretrain/files.py)."""
+    return read_json(folder / STATE_JSON, form, "a checkpoint as a run has written it")
 
 
 def read_tensors(folder: Path) -> dict:
