@@ -103,7 +103,9 @@ def hold(folder: Path, wait: bool = False) -> None:
     if key in _held:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    handle = folder.with_name(f".{folder.name}.lock").open("a+")
+    beside = folder.with_name(f".{folder.name}.lock")
+    # Inside where the folder alone is writable, a volume mounted into a container, say.
+    handle = (beside if beside.exists() or os.access(folder.parent, os.W_OK) else folder / ".lock").open("a+")
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:

@@ -470,6 +470,15 @@ def test_a_second_run_on_a_folder_is_refused(finished, arguments, tmp_path, caps
     assert_same_run(finished, output)
 
 
+def test_a_folder_that_alone_is_writable(finished, arguments, tmp_path, monkeypatch):
+    """As a volume that is mounted into a container: the lock lies in it."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    PRETRAIN.main([*arguments, "--output", str(tmp_path / "run")])
+    assert_same_run(finished, tmp_path / "run")
+    assert (tmp_path / "run" / ".lock").is_file() and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_workers_of_a_killed_process_do_not_hold_its_lock(tmp_path):
     child = os.fork()
     if not child:

@@ -21,7 +21,7 @@ from pretrain.config import OBJECTIVES
 from pretrain.files import markdown_table, misfit, read_json, sha256_of, sync, whole, write_json
 
 RUN_ENTRY = (r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*|test_predictions\.csv"
-             r"|confusion\.png|\.?(best|final|checkpoint-\d+)(\.\w+)?|.*\.(tmp|partial)")  # --overwrite replaces nothing else
+             r"|confusion\.png|\.?(best|final|checkpoint-\d+)(\.\w+)?|.*\.(tmp|partial)|\.lock")  # --overwrite replaces nothing else
 CHECKSUMS = "checksums.json"
 FACTS = "pretraining.json"  # what scripts/evaluate.py reads its defaults from
 FACTS_FORM = {"objective": (OBJECTIVES.__contains__, "an objective"), "max_length": whole(8, 1 << 16), "eval_tokens": whole(1, 1 << 40),
@@ -68,7 +68,7 @@ def check_output(output: Path, overwrite: bool, other_way: str | None = "", entr
     told, with None what is there may stay."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; needed is a folder")
-    entries = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    entries = {entry.name for entry in output.iterdir()} - {".lock"} if output.is_dir() else set()
     strange = sorted(name for name in entries if not re.fullmatch(entries_of_a_run, name))
     if overwrite and strange:
         raise UserError(f"--output {output} --overwrite: holds {strange[0]}, which no run has written; needed is the folder of a run")

@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -194,8 +195,11 @@ def _is_sharded(model: nn.Module) -> bool:
 def wrap(model: nn.Module, compiled: bool) -> nn.Module:
     """`model`, compiled if asked for, its gradients summed over the processes by DDP where there are several."""
     trained = torch.compile(model) if compiled else model
-    is_replica = dist.is_initialized() and not _is_sharded(model)
-    return DistributedDataParallel(trained, broadcast_buffers=False, gradient_as_bucket_view=True) if is_replica else trained
+    if not dist.is_initialized() or _is_sharded(model):
+        return trained
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for buffers that never change
+        return DistributedDataParallel(trained, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def gradient_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
