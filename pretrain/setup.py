@@ -116,9 +116,9 @@ def build(config: Config) -> Run:
     halve it: the run is built anew with the smaller one and more accumulation, as if that had been asked for."""
     check(validate(config))
     world, device = start(config.device)
-    config.output = config.output or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if world.is_main:
+    if config.output and world.is_main:
         hold(_output(config))
+    config.output = config.output or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
     while True:
         with explained(config.micro_batch_size):
             run = _assemble(config, world, device)
