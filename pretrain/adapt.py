@@ -18,7 +18,7 @@ from pretrain.config import Config
 from pretrain.data import tokenizer as tokenizers
 from pretrain.evaluate import evaluate
 from pretrain.experiment import Experiment, told_as
-from pretrain.files import read_json, whole, write_aside
+from pretrain.files import integer, read_json, write_aside
 from pretrain.finetune import build, finetune
 from pretrain.model.bert import from_checkpoint
 from pretrain.runtime.distributed import World
@@ -90,7 +90,7 @@ def config_of(experiment: Experiment, name: str) -> Config:
     config = replace(experiment.pretraining, **READ_ALREADY, model=experiment.options.model, output=str(experiment.output / name),
                      train=[str(experiment.output / f"{source}.jsonl")], resume=True)
     if name == "control":
-        adapted = read_json(experiment.output / "parts" / "pretrain-adapted.json", {"steps": whole(1, 1 << 62)}, "the result of a part")
+        adapted = read_json(experiment.output / "parts" / "pretrain-adapted.json", {"steps": integer(1, 1 << 62)}, "the result of a part")
         config = replace(config, max_steps=adapted["steps"])
     return config
 
@@ -105,7 +105,7 @@ def pretrain(experiment: Experiment, name: str) -> dict:
             setup.build(replace(config, train=[str(control.with_suffix(".jsonl"))], output=str(control)))
         run = setup.build(config)
     summary_file = run.output / "summary.json"
-    if run.is_finished and (run.output / "final").is_dir() and summary_file.is_file():
+    if run.has_result() and summary_file.is_file():
         summary = read_json(summary_file, needed="the summary of a run")
     else:
         setup.open_output(run)

@@ -279,8 +279,6 @@ def _validate_together(config) -> list[str]:
         problems.append("--resume --overwrite: exclude each other; needed is one of the two")
     if getattr(config, "resume", False) and not config.output:
         problems.append("--resume: needed is the run folder, --output DIR")
-    if getattr(config, "shard", False) and config.precision == "fp16":
-        problems.append("--shard --precision fp16: needed is bf16 or fp32")
     if getattr(config, "patience", 0) and not config.valid and not getattr(config, "valid_fraction", 1):
         problems.append("--patience: needed is held-out text, --valid PATHS or a --valid-fraction above 0")
     if getattr(config, "precision", "") == "fp16" and config.device == "cpu":

@@ -26,24 +26,16 @@ FILE_NAMES = (lambda value: type(value) is dict and all(map(FILE_NAME[0], value.
 FILE_NAME = (lambda value: type(value) is str and re.fullmatch(r"\w[\w.-]{0,99}", value, re.ASCII), "a plain file name")
 
 
-def whole(low: int, high: int, or_none: bool = False) -> tuple[Callable[[object], bool], str]:
+def integer(low: int, high: int, or_none: bool = False) -> tuple[Callable[[object], bool], str]:
     """The form of a whole number within low..high."""
     return lambda value: or_none and value is None or type(value) is int and low <= value <= high, f"a whole number within {low}..{high}"
 
 
-def number(low: float, high: float) -> tuple[Callable[[object], bool], str]:
+def real(low: float, high: float) -> tuple[Callable[[object], bool], str]:
     """The form of a number within low..high that may be left out."""
     return lambda value: value is None or type(value) in (int, float) and low <= value <= high, f"a number within {low:g}..{high:g}"
 
 
-MODEL_FORM = {  # of config.json: what decides sizes, or would fail deep in the library
-    "num_hidden_layers": whole(1, 1024, True), "hidden_size": whole(1, 1 << 16, True), "num_attention_heads": whole(1, 1 << 12, True),
-    "intermediate_size": whole(1, 1 << 20, True), "vocab_size": whole(1, 1 << 24, True), "type_vocab_size": whole(1, 1 << 10, True),
-    "max_position_embeddings": whole(1, 1 << 20, True), "num_labels": whole(0, 1 << 16, True), "pad_token_id": whole(0, 1 << 24, True),
-    "chunk_size_feed_forward": whole(0, 0, True), "return_dict": (lambda value: value in (None, True), "true"),
-    "hidden_dropout_prob": number(0, 1), "attention_probs_dropout_prob": number(0, 1), "classifier_dropout": number(0, 1),
-    "layer_norm_eps": number(1e-38, 1), "initializer_range": number(0, 1e3), "per_layer_config": (lambda value: value is None, "nothing"),
-    **dict.fromkeys(("attn_implementation", "_attn_implementation"), (lambda value: "/" not in str(value), "no code of the hub"))}
 _held: dict[str, TextIO] = {}  # locks of this process, by folder; a run's until the process ends
 
 

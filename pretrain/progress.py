@@ -11,16 +11,25 @@ from torch import Tensor
 from pretrain.batch import PackedBatch
 from pretrain.data.dataset import DataPosition
 from pretrain.evaluate import read_sums
-from pretrain.files import number, whole
+from pretrain.files import TEXT, integer, real
+from pretrain.runtime.optim import AUTOCAST
 
-COUNT = whole(0, 2**53)
+COUNT = integer(0, 2**53)
 NUMBERS = (lambda value: type(value) is dict and all(type(item) in (int, float) for item in value.values()), "an object of numbers")
 FLAG = (lambda value: type(value) is bool, "true or false")
 POSITION = (lambda value: type(value) is list and len(value) in (3, 4) and all(COUNT[0](number) for number in value[:3])
             and value[3:] in ([], [None]), "a data position")
-FORM = {"position": POSITION, "handled": FLAG, "finished": FLAG, "best_perplexity": number(0, math.inf),
+FORM = {"position": POSITION, "is_logged": FLAG, "finished": FLAG, "best_perplexity": real(0, math.inf),
         **dict.fromkeys(("step", "skipped", "skipped_in_a_row", "best_step", "evaluations_without_gain", "last_eval_step"), COUNT),
         **dict.fromkeys(("totals", "last_train", "last_eval", "row", "window"), NUMBERS)}  # of a Progress, as JSON
+TEXT_OR_NONE = (lambda value: value is None or TEXT[0](value), "text, or nothing")
+STATE_FORM = {  # of training_state.json, as `saved_values` makes it
+    "options": {"epochs": (lambda value: type(value) in (int, float) and value > 0, "a number above 0"), "precision": TEXT,
+                "max_steps": integer(0, 2**53), "micro_batch_size": integer(1, 2**53)},
+    "asked_micro_batch_size": integer(1, 2**53), "progress": FORM,
+    "total_steps": integer(1, 2**53), "steps_per_epoch": integer(1, 2**53), "threads": integer(1, 1024), "processes": integer(1, 1 << 20),
+    "precision": (tuple(AUTOCAST).__contains__, "bf16, fp16 or fp32"), "similar_words": TEXT_OR_NONE, "corpus": TEXT,
+    "corpus_folders": {"train": TEXT_OR_NONE, "valid": TEXT_OR_NONE}}
 
 
 @dataclass
@@ -40,7 +49,7 @@ class Progress:
     last_eval_step: int = 0
     window: dict[str, float] = field(default_factory=dict)  # sums since the last logged step
     row: dict[str, float] = field(default_factory=dict)  # numbers of this step that are not logged yet
-    handled: bool = False  # this step has been evaluated and logged; not so where a signal has come before
+    is_logged: bool = False  # this step has been evaluated and logged; not so where a signal has come before
     finished: bool = False
 
     def __post_init__(self):

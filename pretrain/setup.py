@@ -6,7 +6,6 @@ fails often comes first; text is tokenized once everything else fits.
 from __future__ import annotations
 
 import datetime
-import math
 import os
 import platform
 import shlex
@@ -24,28 +23,20 @@ from pretrain.data import tokenizer as tokenizers
 from pretrain.data.collate import Collator
 from pretrain.data.dataset import DataPosition, PretrainingDataset
 from pretrain.evaluate import HeldOut, make_held_out
-from pretrain.files import TEXT, hold, number, sha256_of, whole, write_json, write_text
+from pretrain.files import hold, sha256_of, write_json, write_text
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.packed import PackedModel
 from pretrain.parts import check_plan, make_masking, make_model, make_task, report_added, tell_unfit_entities
-from pretrain.progress import FORM
+from pretrain.progress import STATE_FORM
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World, any_rank, gather, place, start, wait_for_all
 from pretrain.runtime.faults import explained, micro_batch_fits
-from pretrain.runtime.optim import AUTOCAST, autocast, choose_precision
+from pretrain.runtime.optim import autocast, choose_precision
 from pretrain.text import open_text, prepare_tokenizer
 
 # What may change when a run is resumed; everything else decides the data, the weights or the update.
 MAY_CHANGE = {"max_steps", "epochs", "max_minutes", "eval_every", "save_every", "log_every", "keep", "workers", "device", "precision",
               "compile", "patience", "output", "resume", "overwrite", "cache", "gradient_checkpointing", "shard"}
-
-
-TEXT_OR_NONE = (lambda value: value is None or TEXT[0](value), "text, or nothing")
-STATE_FORM = {  # of training_state.json, as `saved_values` makes it
-    "options": {"epochs": number(0, math.inf), "max_steps": whole(0, 2**53), "precision": TEXT}, "progress": FORM,
-    "total_steps": whole(1, 2**53), "steps_per_epoch": whole(1, 2**53), "threads": whole(1, 1024), "processes": whole(1, 1 << 20),
-    "precision": (AUTOCAST.__contains__, "bf16, fp16 or fp32"), "similar_words": TEXT_OR_NONE, "corpus": TEXT,
-    "corpus_folders": {"train": TEXT_OR_NONE, "valid": TEXT_OR_NONE}}
 
 
 @dataclass
@@ -66,6 +57,7 @@ class Run:
     steps_per_epoch: int
     total_steps: int
     compile: bool
+    asked_micro_batch_size: int  # what is in the options may be less, see `build`
     checkpoint: Path | None = None
     state: dict = field(default_factory=dict)
     similar_words: str | None = None  # what names the table of similar words, which a resumed run reads anew
@@ -86,9 +78,15 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether the run to resume has no step left to do."""
-        progress = self.state.get("progress", {})
-        return progress.get("step", -1) >= self.total_steps or (
-            progress.get("finished", False) and self.total_steps == self.state["total_steps"])
+        progress = self.state.get("progress", {"is_logged": False})
+        return progress["is_logged"] and (progress["step"] >= self.total_steps or (
+            progress["finished"] and self.total_steps == self.state["total_steps"]))
+
+    def has_result(self) -> bool:
+        """Whether the run is finished and `final/` is its model. All processes call this, the first looks."""
+        final = self.output / "final"
+        return gather(self.is_finished and self.world.is_main and ckpt.problem_of(final, needed=()) is None
+                      and ckpt.read_facts(final).get("step") == self.state["progress"]["step"])[0]
 
     def mask_rate(self, step: int) -> float | None:
         """Rate of the schedule in a step from 0 on; None where there is one rate."""
@@ -97,9 +95,10 @@ class Run:
 
     def saved_values(self) -> dict:
         """What a checkpoint keeps of the run, beside its progress."""
-        return {"options": saved_options(self.config), "total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch,
-                "precision": self.precision, "threads": torch.get_num_threads(), "processes": self.world.size,
-                "similar_words": self.similar_words, "corpus_folders": self.corpus_folders, "corpus": self.dataset.source.fingerprint,
+        return {"options": saved_options(self.config), "asked_micro_batch_size": self.asked_micro_batch_size, "precision": self.precision,
+                "total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch, "threads": torch.get_num_threads(),
+                "processes": self.world.size, "similar_words": self.similar_words, "corpus_folders": self.corpus_folders,
+                "corpus": self.dataset.source.fingerprint,
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}}
 
     def remove_replaced(self) -> None:
@@ -119,17 +118,18 @@ def build(config: Config) -> Run:
     if config.output and world.is_main:
         hold(_output(config))
     config.output = config.output or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    asked = config.micro_batch_size
     while True:
         with explained(config.micro_batch_size):
-            run = _assemble(config, world, device)
-        fits = run.checkpoint or micro_batch_fits(run.model, run.collator(run.dataset.__getitems__([run.dataset.fullest()])).to(device),
-                                                  autocast(device, run.precision))
-        if not any_rank(not fits):
-            # Dropout differs between processes, weights do not.
-            torch.manual_seed(config.seed + world.rank)
-            return run
+            run = _assemble(config, world, device, asked)
+            fits = run.checkpoint or micro_batch_fits(run.model, run.collator(run.dataset.__getitems__([run.dataset.fullest()])).to(device),
+                                                      autocast(device, run.precision))
+            # Sharded weights travel in the trial: the others wait there for a process that has no room, and end with it.
+            if not config.shard and not any_rank(not fits) or config.shard and fits:
+                torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
+                return run
         micro = config.micro_batch_size
-        smaller = max((size for size in range(1, micro // 2 + 1) if config.batch_size % size == 0), default=0)
+        smaller = max((size for size in range(1, micro // 2 + 1) if config.batch_size % (size * world.size) == 0), default=0)
         if not smaller or config.shard:
             raise UserError(f"--micro-batch-size {micro}: the memory of {device} is too small for it; needed is a larger device, "
                             f"--gradient-checkpointing, or {'in a new run a smaller one' if smaller else 'a smaller --max-length'}")
@@ -142,8 +142,7 @@ def _output(config: Config) -> Path:
     return Path(os.path.abspath(config.output)) if config.output in (".", "..") else Path(config.output)
 
 
-def _assemble(config: Config, world: World, device: torch.device) -> Run:
-    check_processes(config, world)
+def _assemble(config: Config, world: World, device: torch.device, asked: int) -> Run:
     config.workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
     output = _output(config)
     checkpoint = gather(find_checkpoint(output, config) if world.is_main else None)[0]
@@ -154,11 +153,15 @@ def _assemble(config: Config, world: World, device: torch.device) -> Run:
             print(f"{damage}: the next evaluation makes best/ anew")
             state["progress"]["best_perplexity"] = None
     if checkpoint:
+        if config.micro_batch_size == state["asked_micro_batch_size"]:  # asked for again: less is in force since the first start
+            config.micro_batch_size, asked = state["options"]["micro_batch_size"], config.micro_batch_size
         check(changed_options(config, state["options"]))
         if state["processes"] == world.size:
             torch.set_num_threads(state["threads"])  # sums are split by thread: another number, other bits
     kept = state and config.precision == state["options"]["precision"]
     precision = choose_precision(state["precision"] if kept else config.precision, device)
+    check(["--shard --precision fp16: needed is bf16 or fp32"] if config.shard and precision == "fp16" else [])
+    check_processes(config, world)
     torch.manual_seed(config.seed)
     tokenizer, text, added = prepare_tokenizer(config, checkpoint, world)
     vocabulary, masking = tokenizers.describe(tokenizer), make_masking(config, tokenizer)
@@ -189,7 +192,7 @@ def _assemble(config: Config, world: World, device: torch.device) -> Run:
         config.eval_tokens, collator.fill, training)
     return Run(config, world, device, precision, output, tokenizer, place(model, device, config.shard), dataset, collator, held_out,
               {name: str(corpus.folder.absolute()) for name, corpus in (("train", training), ("valid", held_out_text)) if corpus},
-              steps_per_epoch, count_steps(config, state, steps_per_epoch), compiled, checkpoint, state, similar_words, occurrences)
+              steps_per_epoch, count_steps(config, state, steps_per_epoch), compiled, asked, checkpoint, state, similar_words, occurrences)
 
 
 def check_processes(config: Config, world: World) -> None:
@@ -225,7 +228,7 @@ def find_checkpoint(output: Path, config: Config) -> Path | None:
     ckpt.check_output(output, config.overwrite, None if config.resume else "--resume to go on with its run, ")
     if config.resume:
         for previous in output.glob(".*.previous"):  # what a save interrupted between two renames had moved aside
-            ckpt.restore(previous.with_name(previous.name[1:].removesuffix(".previous")))
+            ckpt.put_back(previous.with_name(previous.name[1:].removesuffix(".previous")))
         return ckpt.newest_good(output)
     return None
 

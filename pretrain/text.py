@@ -4,6 +4,7 @@ The first process prepares, the others wait and open what it has written.
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -121,7 +122,7 @@ def trained_tokenizer(text: TextFiles, vocab_size: int, lowercase: bool, cache: 
     lines = replace(text, markup=Markup())
     key = reading.content_key(text.sources, text.text_format, vocab_size, lowercase)
     folder = cache / f"tokenizer-{key}"
-    with main_first(world), exclusive(folder):
+    with main_first(world), contextlib.nullcontext() if folder.is_dir() else exclusive(folder):
         if not folder.is_dir():
             print(f"training a WordPiece vocabulary of {vocab_size:,} on {len(text.sources):,} files")
             made = tokenizers.train(lambda: (item[0] for item in lines.sentences() if item), vocab_size, lowercase)

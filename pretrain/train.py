@@ -94,7 +94,8 @@ def train(run: Run) -> dict[str, float | str]:
     with StopSignals() as signals, explained(run.config.micro_batch_size):
         summary = _train(run, signals)
     if summary["state"] != FINISHED and signals.number:
-        raise Interrupted(signals.number, f"step {summary['steps']:,} of {run.total_steps:,} is saved; stopped by")
+        saved = f"step {summary['steps']:,} of {run.total_steps:,} is saved" if summary["steps"] else "before the first step"
+        raise Interrupted(signals.number, f"{saved}; stopped by")
     return summary
 
 
@@ -109,8 +110,9 @@ def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
     progress = Progress.restored(run.state.get("progress"))
     window = Window.restored(progress.window, device, world.is_main)
     watch = FiniteWatch(progress.skipped, progress.skipped_in_a_row, run.rebuild)
-    monitor = Monitor(run.output, progress.step + progress.handled, run.total_steps, asdict(config), active=world.is_main)
-    first_step, saved = progress.step, (progress.step, progress.handled)
+    monitor = Monitor(run.output, progress.step + progress.is_logged, run.total_steps, asdict(config), active=world.is_main)
+    progress.finished = run.is_finished  # which may have been given more steps
+    first_step, resumed_at = progress.step, (progress.step, progress.is_logged)
     sampler = MicroBatchSampler(run.dataset, progress.position, world.rank, world.size,
                                 mask_rate=lambda number: run.mask_rate(first_step + number // micro_batches))
     loader = make_loader(run.dataset, run.collator, sampler, config.workers, pin_memory=device.type == "cuda")
@@ -121,20 +123,20 @@ def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
         restore(run, optimizer, scaler)
     while True:
         step, stop = progress.step, signals.agreed()
-        finished = step >= run.total_steps or (progress.handled and run.is_finished)
-        if not progress.handled and not stop:
-            if finished or step % run.every(config.eval_every) == 0:
+        if not progress.is_logged and not stop:
+            is_last = step >= run.total_steps
+            if is_last or step % run.every(config.eval_every) == 0:
                 held_out = hold_out(run, progress, context, monitor, signals)
                 stop = signals.number if held_out is None else 0
-                finished |= 0 < config.patience <= progress.evaluations_without_gain
+                is_last |= 0 < config.patience <= progress.evaluations_without_gain
                 progress.row |= held_out or {}
             if not stop:
                 monitor.log(step, progress.row)
-                progress.row, progress.handled, progress.finished = {}, True, finished
+                progress.row, progress.is_logged, progress.finished = {}, True, is_last
         # At least one step first, so that a run restarted again and again goes on.
         out_of_time = step > first_step and config.max_minutes > 0 and any_rank(time.monotonic() - begin >= config.max_minutes * 60)
-        ends = finished or stop or out_of_time
-        if step and (step, progress.handled) != saved and (ends or step % run.every(config.save_every) == 0):
+        ends = progress.finished or stop or out_of_time
+        if step and (step, progress.is_logged) != resumed_at and (ends or step % run.every(config.save_every) == 0):
             monitor.say(watch.observe(None))
             progress.skipped, progress.skipped_in_a_row = watch.skipped, watch.in_a_row
             save(run, progress, window, optimizer, scaler, monitor)
@@ -149,7 +151,7 @@ def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
                             world.size)
         position = progress.position._replace(mask_rate=run.mask_rate(step))
         monitor.say(watch.observe(result.finite, step + 1, tuple(position)))
-        progress.step, progress.position, progress.handled = step + 1, run.dataset.advance(progress.position, micro_batches), False
+        progress.step, progress.position, progress.is_logged = step + 1, run.dataset.advance(progress.position, micro_batches), False
         window.add(result.sums, batches, sum(count_flops(model, batch) for batch in batches))
         logged = progress.step in (1, run.total_steps) or progress.step % config.log_every == 0
         grad_norm = float(result.grad_norm) if logged else None  # waits for the device, so that the clock is right
@@ -168,7 +170,7 @@ def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
             window = Window({}, {})
         monitor.advance()
     progress.add_window(window.read(device), progress.last_train)
-    return finish(run, progress, monitor, finished, signals.number)
+    return finish(run, progress, monitor, signals.number)
 
 
 def hold_out(run: Run, progress: Progress, context: torch.autocast, monitor: Monitor, signals: StopSignals) -> dict[str, float] | None:
@@ -181,7 +183,7 @@ def hold_out(run: Run, progress: Progress, context: torch.autocast, monitor: Mon
         return None
     progress.last_eval, progress.last_eval_step = numbers, progress.step
     monitor.text(progress.step, "held-out predictions", sample_predictions(run.model, run.held_out, run.tokenizer, run.device, context))
-    perplexity = progress.last_eval["perplexity"]
+    perplexity = numbers["perplexity"]
     if perplexity < (math.inf if progress.best_perplexity is None else progress.best_perplexity):
         progress.best_perplexity, progress.best_step, progress.evaluations_without_gain = perplexity, progress.step, 0
         weights = whole_weights(run.model)
@@ -189,7 +191,7 @@ def hold_out(run: Run, progress: Progress, context: torch.autocast, monitor: Mon
             ckpt.write_folder(run.output / "best", lambda folder: export(run, progress, folder, weights))
     else:
         progress.evaluations_without_gain += 1
-    return {f"eval/{name}": value for name, value in progress.last_eval.items()}
+    return {f"eval/{name}": value for name, value in numbers.items()}
 
 
 def export(run: Run, progress: Progress, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -234,15 +236,15 @@ def restore(run: Run, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradSc
         raise UserError(f"{run.checkpoint / ckpt.STATE_TENSORS}: does not fit the model ({first_line(error)})") from error
 
 
-def finish(run: Run, progress: Progress, monitor: Monitor, finished: bool, signal_number: int) -> dict[str, float | str]:
+def finish(run: Run, progress: Progress, monitor: Monitor, signal_number: int) -> dict[str, float | str]:
     """Write `final/` if the run is at its end, and the summary."""
-    weights = whole_weights(run.model)
-    if finished and run.world.is_main:
+    weights = whole_weights(run.model) if progress.finished else {}
+    if progress.finished and run.world.is_main:
         ckpt.write_folder(run.output / "final", lambda folder: export(run, progress, folder, weights))
     totals = progress.totals
     seconds = max(totals.get("seconds", 0.0), 1e-9)
     reason = signal.Signals(signal_number).name if signal_number else "--max-minutes"
-    summary = {"state": FINISHED if finished else f"stopped by {reason}, --resume goes on", "steps": progress.step,
+    summary = {"state": FINISHED if progress.finished else f"stopped by {reason}, --resume goes on", "steps": progress.step,
                "real_tokens": int(totals.get("tokens", 0)), "seconds": seconds,
                "sequences_per_second": totals.get("sequences", 0.0) / seconds, "tokens_per_second": totals.get("tokens", 0.0) / seconds,
                "skipped_steps": progress.skipped, "mask_shortfall": totals.get("shortfall", 0.0) / max(1.0, totals.get("masked", 0.0))}

@@ -33,14 +33,13 @@ def main(argv: list[str]) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from pretrain import embedded as default_run
     from pretrain import setup
-    from pretrain.runtime.checkpoint import problem_of
     from pretrain.runtime.distributed import stop
     from pretrain.train import train
 
     if embedded:
         config.train = [str(default_run.write_text(Path(config.cache)))]
     run = setup.build(config)
-    if run.is_finished and problem_of(run.output / "final", needed=()) is None:
+    if run.has_result():
         print(f"{run.output} is finished, at step {run.state['progress']['step']}; its model is {run.output / 'final'}")
         stop()
         return
@@ -63,8 +62,8 @@ def read_saved(output: Path) -> dict | None:
         try:
             values = read_options(path) if path.is_file() else {}
             if values:
-                return values if path.name == "config.json" else values["options"]
-        except (UserError, KeyError) as error:
+                return values if path.name == "config.json" else dict(values["options"])
+        except (UserError, KeyError, TypeError) as error:
             problems.append(f"{path}: {error}")
     check(problems)
     return None

@@ -207,6 +207,32 @@ def test_tensors_of_a_training_state_that_do_not_fit(finished, tmp_path, spoil, 
     assert told.startswith(f"{path}: does not fit the model (")
 
 
+def test_the_model_of_a_run_that_has_been_made_longer_is_the_last(finished, tmp_path):
+    """Killed between the last checkpoint and the new final/."""
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(finished / "final", tmp_path / "stale")
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run"), "--max-steps", "12"])
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "stale").rename(tmp_path / "run" / "final")
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "run")])
+    assert ckpt.read_facts(tmp_path / "run" / "final")["step"] == 12
+
+
+def test_a_reader_of_the_messages_that_is_gone_costs_no_step(finished, arguments, tmp_path, monkeypatch):
+    """Ctrl-C ends `tee`, too."""
+    def prepare(rank):
+        def stop():
+            ends = os.pipe()
+            os.dup2(ends[1], 2)
+            os.close(ends[0])
+            os.close(ends[1])
+            os.kill(os.getpid(), signal.SIGTERM)
+        during(monkeypatch, "train_step", 5, stop)
+
+    in_processes(tmp_path, PRETRAIN.main, [*arguments, "--output", tmp_path / "run"], prepare=prepare)
+    assert ckpt.checkpoints(tmp_path / "run")[0].name == "checkpoint-5"
+
+
 def test_options_come_from_a_checkpoint_where_config_json_is_lost(finished, tmp_path):
     for number, text in enumerate((None, "{", "[]", "")):
         output = tmp_path / str(number)
@@ -221,9 +247,10 @@ def test_options_come_from_a_checkpoint_where_config_json_is_lost(finished, tmp_
 # Signals.
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize(("name", "call", "steps"), [("train_step", 5, 5), ("evaluate", 2, 4), ("save", 1, 3)])
+@pytest.mark.parametrize(("name", "call", "steps"), [("train_step", 5, 5), ("evaluate", 2, 4), ("save", 1, 3), ("train_step", 10, 10),
+                                                     ("evaluate", 4, 10)])
 def test_a_signal_saves_and_leaves(finished, arguments, tmp_path, monkeypatch, capsys, number, name, call, steps):
-    if name != "train_step" and number != signal.SIGTERM:
+    if (name, call) != ("train_step", 5) and number != signal.SIGTERM:
         pytest.skip("the signals differ in their number alone")
     with monkeypatch.context() as patched:
         during(patched, name, call, send(number))
@@ -287,7 +314,7 @@ def test_a_worker_that_dies_is_told(arguments, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(setup.Collator, "__call__", collate)
     told = refusal_after_messages(PRETRAIN.main, [*arguments, "--workers", "1", "--output", tmp_path / "run"], capsys)
-    assert "--workers 1: RuntimeError: DataLoader worker" in told and "needed is more memory, or fewer workers" in told
+    assert "--workers: RuntimeError: DataLoader worker" in told and "needed is more memory, or fewer workers" in told
 
 
 # Bad numbers.
@@ -406,6 +433,17 @@ def test_a_micro_batch_that_does_not_fit_is_halved(arguments, tmp_path, monkeypa
     assert all(f"{size}: the memory of cpu is too small for it, so it is {size // 2} in this run" in told for size in (8, 4))
     assert json.loads((tmp_path / "halved" / "config.json").read_text())["micro_batch_size"] == 2
     assert_same_run(tmp_path / "asked", tmp_path / "halved")
+
+
+def test_the_command_of_a_halved_run_goes_on_with_it(arguments, tmp_path, monkeypatch, capsys):
+    command = [*arguments, "--resume", "--micro-batch-size", "8", "--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patched:
+        limit_memory(patched, 140)
+        PRETRAIN.main([*command, "--max-steps", "4"])
+    PRETRAIN.main(command)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["micro_batch_size"] == 4
+    assert run_command(PRETRAIN.main, command) == 0 and "is finished, at step 10" in capsys.readouterr().out
+    assert "--micro-batch-size 2: the run was started with 4" in refusal(PRETRAIN.main, [*command, "--micro-batch-size", "2"], capsys)
 
 
 def test_where_no_micro_batch_fits_nothing_is_left(arguments, tmp_path, monkeypatch, capsys):

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pretrain.command import UserError, refusing
 from pretrain.data.tokenizer import Vocabulary, load
-from pretrain.files import FILE_NAME, TEXT, key_of, misfit, read_json, sha256_of, whole
+from pretrain.files import FILE_NAME, TEXT, integer, key_of, misfit, read_json, sha256_of
 
 FORMAT_VERSION = 3
 WORD_START, ENTITY_START, ENTITY_INSIDE = 1, 2, 4  # bits of `flags`
@@ -35,10 +35,10 @@ AGAIN = "remove the folder and the corpus is prepared again"
 FEW_DOCUMENTS = 4  # two sides of two
 OPEN_SHARDS = 4  # that a process keeps mapped
 
-_FILE = {"bytes": whole(0, 2**63), "sha256": TEXT}
-_COUNTS = {name: whole(int(COUNTS.index(name) < 3), 2**63) for name in COUNTS}
-_FORM = _COUNTS | {"words": whole(1, 2**63), "vocab_size": whole(1, 1 << 24), "fingerprint": TEXT, "tokenizer": TEXT, "words_by": TEXT,
-                   "smallest_hashes": [whole(0, HASH_RANGE - 2)], "tokenizer_files": [_FILE | {"name": FILE_NAME}],
+_FILE = {"bytes": integer(0, 2**63), "sha256": TEXT}
+_COUNTS = {name: integer(int(COUNTS.index(name) < 3), 2**63) for name in COUNTS}
+_FORM = _COUNTS | {"words": integer(1, 2**63), "vocab_size": integer(1, 1 << 24), "fingerprint": TEXT, "tokenizer": TEXT, "words_by": TEXT,
+                   "smallest_hashes": [integer(0, HASH_RANGE - 2)], "tokenizer_files": [_FILE | {"name": FILE_NAME}],
                    "shards": [_COUNTS | {"name": FILE_NAME, "arrays": dict.fromkeys(ARRAYS, _FILE)}]}
 
 

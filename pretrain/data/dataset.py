@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pretrain.batch import Batch
-from pretrain.command import UserError, first_line, ignore_stop_signals
+from pretrain.command import UserError, ignore_stop_signals
 from pretrain.data.collate import Collator, Examples
 from pretrain.data.corpus import Corpus
 from pretrain.data.draws import derive, key
@@ -105,7 +105,7 @@ def make_loader(dataset: PretrainingDataset, collator: Collator, sampler: MicroB
                 pin_memory: bool = False) -> Iterator[Batch]:
     """Batches through a DataLoader. Its own generator keeps it from drawing from the global stream, on which dropout depends.
 
-    UserError where a worker process has died or found damage, in one line."""
+    UserError where a worker process has found damage, in one line."""
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers, pin_memory=pin_memory,
                         generator=torch.Generator(), prefetch_factor=4 if workers else None,
                         worker_init_fn=ignore_stop_signals if workers else None)
@@ -113,7 +113,3 @@ def make_loader(dataset: PretrainingDataset, collator: Collator, sampler: MicroB
         yield from loader
     except UserError as error:  # of a worker: with its traceback, the message last
         raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"--workers {workers}: {first_line(error)}; needed is more memory, or fewer workers") from error

@@ -16,7 +16,7 @@ from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers,
 from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from pretrain.command import UserError, check, refusing
-from pretrain.files import MODEL_FORM, key_of, model_folder, read_json
+from pretrain.files import key_of, model_folder, read_json
 
 # Workers fork after the tokenizer has used its threads; the setting must be explicit or it warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -57,7 +57,7 @@ def load(name: str, lowercase: bool = True, option: str = "--tokenizer") -> PreT
     if path.is_file():
         return from_vocabulary(read_vocabulary(path), lowercase)
     if (path / "config.json").is_file():  # the tokenizer's class depends on it
-        read_json(path / "config.json", MODEL_FORM, "a model's config")
+        read_json(path / "config.json", needed="a model's config")
     source, problem = (str(path), "its tokenizer cannot be read") if path.is_dir() else (
         name, "no such folder or vocab.txt, and not to be had from the hub or its cache")
     with refusing(f"{option} {name}: {problem}", "offline, give a folder with tokenizer.json or vocab.txt"):

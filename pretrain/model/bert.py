@@ -17,7 +17,7 @@ from transformers.models.bert.modeling_bert import BertPreTrainedModel
 from pretrain.batch import Batch
 from pretrain.command import UserError, refusing
 from pretrain.config import MODEL_SIZES
-from pretrain.files import FILE_NAMES, MODEL_FORM, misfit, model_folder, read_json
+from pretrain.files import FILE_NAMES, integer, misfit, model_folder, read_json, real
 from pretrain.model.attention import SDPA
 from pretrain.model.heads import MaskedLMHead, PreTrainingHeads
 from pretrain.model.packed import PackedModel
@@ -25,6 +25,16 @@ from pretrain.model.roberta import CamembertForMaskedLM, RobertaForMaskedLM, XLM
 
 OVERRIDES = {int: int, float: float, str: str, bool: lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]}
 FEW_WEIGHTS = 1 << 28  # that may be made before it shows that a file lacks them
+
+MODEL_FORM = {  # of config.json: what decides sizes, or would fail deep in the library
+    "num_hidden_layers": integer(1, 1024, True), "hidden_size": integer(1, 1 << 16, True), "num_attention_heads": integer(1, 1 << 12, True),
+    "intermediate_size": integer(1, 1 << 20, True), "vocab_size": integer(1, 1 << 24, True), "type_vocab_size": integer(1, 1 << 10, True),
+    "max_position_embeddings": integer(1, 1 << 20, True), "num_labels": integer(0, 1 << 16, True),
+    "pad_token_id": integer(0, 1 << 24, True), "chunk_size_feed_forward": integer(0, 0, True),
+    "return_dict": (lambda value: value in (None, True), "true"),
+    "hidden_dropout_prob": real(0, 1), "attention_probs_dropout_prob": real(0, 1), "classifier_dropout": real(0, 1),
+    "layer_norm_eps": real(0, 1), "initializer_range": real(0, 1e3), "per_layer_config": (lambda value: value is None, "nothing"),
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), (lambda value: "/" not in str(value), "no code of the hub"))}
 
 transformers.utils.logging.disable_progress_bar()  # its bars for every file written break the run's own
 

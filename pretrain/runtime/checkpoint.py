@@ -18,14 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.command import UserError, first_line
 from pretrain.config import OBJECTIVES
-from pretrain.files import markdown_table, misfit, read_json, sha256_of, sync, whole, write_json
+from pretrain.files import integer, markdown_table, misfit, read_json, sha256_of, sync, write_json
 
 RUN_ENTRY = (r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*|test_predictions\.csv"
              r"|confusion\.png|\.?(best|final|checkpoint-\d+)(\.\w+)?|.*\.(tmp|partial)|\.lock")  # --overwrite replaces nothing else
 CHECKSUMS = "checksums.json"
 FACTS = "pretraining.json"  # what scripts/evaluate.py reads its defaults from
-FACTS_FORM = {"objective": (OBJECTIVES.__contains__, "an objective"), "max_length": whole(8, 1 << 16), "eval_tokens": whole(1, 1 << 40),
-              "eval_batch_size": whole(1, 1 << 20)}
+FACTS_FORM = {"objective": (OBJECTIVES.__contains__, "an objective"), "max_length": integer(8, 1 << 16), "eval_tokens": integer(1, 1 << 40),
+              "eval_batch_size": integer(1, 1 << 20)}
 STATE_JSON, STATE_TENSORS = "training_state.json", "training_state.pt"
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch.save and safetensors raise their own on a full disk
 
@@ -53,11 +53,11 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(folder)
         sync(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
-    except torch.OutOfMemoryError:
-        raise
     except DISK_ERRORS as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DataLoader worker" in str(error):
+            raise
         shutil.rmtree(temporary, ignore_errors=True)
-        restore(folder)
+        put_back(folder)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise UserError(f"{folder}: cannot be written ({reason}); needed is room and the right to write. "
                         "What was there before is whole") from error
@@ -89,7 +89,7 @@ def make_output(output: Path, overwrite: bool, has_result: bool) -> Path | None:
     return replaced if replaced.exists() else None
 
 
-def restore(folder: Path) -> None:
+def put_back(folder: Path) -> None:
     """Put back what an interrupted `write_folder` had moved aside."""
     previous = folder.with_name(f".{folder.name}.previous")
     if previous.exists() and not folder.exists():
@@ -161,7 +161,7 @@ def prune(output: Path, keep: int) -> None:
 
 def remove_leftovers(output: Path) -> None:
     """Remove what an interrupted save or removal has left."""
-    for leftover in [*output.glob(".*.partial"), *output.glob(".*.removed")]:
+    for leftover in [*output.glob(".*.partial"), *output.glob(".*.removed"), *output.glob(".*.previous")]:
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 

@@ -24,6 +24,7 @@ SILENCE = timedelta(minutes=30)  # after which a process is taken for lost; one 
 PREPARATION = timedelta(days=1)  # the first process prepares the text while the others wait
 M_TOP_PAD = -2  # of glibc's malloc.h; any value set by hand turns the growing threshold off
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+NEW_PORT = "port of this start"  # key in torchrun's store
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,14 @@ def _fresh_store() -> dist.TCPStore:
     host, kept = os.environ["MASTER_ADDR"], dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     if os.environ["RANK"] == "0":
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        kept.set("port of this start", str(store.port))
-        return store
-    while True:
+        kept.set(NEW_PORT, str(store.port))
+    while os.environ["RANK"] != "0":
+        port = int(kept.get(NEW_PORT))
         with contextlib.suppress(dist.DistError):  # nobody listens at the port of an earlier start
-            return dist.TCPStore(host, int(kept.get("port of this start")), timeout=timedelta(seconds=3), wait_for_workers=False)
+            store = dist.TCPStore(host, port, timeout=timedelta(seconds=3), wait_for_workers=False)
+            break
+    store.set_timeout(SILENCE)
+    return store
 
 
 def _keep_memory_flat() -> None:

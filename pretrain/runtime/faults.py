@@ -13,6 +13,8 @@ from pretrain.batch import PackedBatch
 from pretrain.command import UserError, first_line
 from pretrain.runtime.distributed import is_lost_peer
 
+FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # of the host, CUDA, cuBLAS
+
 
 @contextlib.contextmanager
 def explained(micro_batch_size: int) -> Iterator[None]:
@@ -23,6 +25,8 @@ def explained(micro_batch_size: int) -> Iterator[None]:
         if is_full(error):
             raise UserError(f"--micro-batch-size {micro_batch_size}: memory is full ({first_line(error)}); needed is a smaller one, in a "
                             "new run, or --gradient-checkpointing; checkpoints are whole") from error
+        if "DataLoader worker" in str(error):  # told by a signal handler, wherever the process is
+            raise UserError(f"--workers: {first_line(error)}; needed is more memory, or fewer workers; checkpoints are whole") from error
         if is_lost_peer(error):
             raise UserError(f"another process of this run has gone ({first_line(error)}); --resume goes on from the newest checkpoint"
                             ) from error
@@ -32,7 +36,7 @@ def explained(micro_batch_size: int) -> Iterator[None]:
 def is_full(error: BaseException) -> bool:
     """Whether `error` tells that memory is full; torch has no class of its own for that of the host."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error)))
+        isinstance(error, RuntimeError) and any(words in str(error) for words in FULL))
 
 
 def micro_batch_fits(model: nn.Module, batch: PackedBatch, context: torch.autocast) -> bool:

@@ -87,13 +87,13 @@ class FiniteWatch:
 
     def __init__(self, skipped: int = 0, in_a_row: int = 0, rebuild: Callable[[object], str] | None = None):
         self.skipped, self.in_a_row, self.rebuild = skipped, in_a_row, rebuild
-        self._pending: tuple[Tensor, int, object] | None = None
+        self._pending: tuple[Callable[[], bool], int, object] | None = None
         self._scale = math.inf
 
     def observe(self, finite: Tensor | None, step: int = 0, data: object = None) -> str | None:
         """Remember the flag (bool scalar) of this step; a message about the previous one if it was not finite."""
-        pending, self._pending = self._pending, None if finite is None else (finite, step, data)
-        if pending is None or bool(pending[0]):
+        pending, self._pending = self._pending, None if finite is None else (_on_its_way(finite), step, data)
+        if pending is None or pending[0]():
             self.in_a_row = 0 if pending else self.in_a_row
             return None
         _, step, data = pending
@@ -113,3 +113,12 @@ class FiniteWatch:
             return None
         return (f"the scale of the fp16 gradients has fallen to {self._scale:g}: they overflow without it, and vanish; --precision bf16 or "
                 "fp32, or a lower --learning-rate, may help")
+
+
+def _on_its_way(flag: Tensor) -> Callable[[], bool]:
+    """What reads `flag` later: from a GPU it is copied now, so that reading waits for what came before it alone."""
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    copy, done = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+    return lambda: done.synchronize() or bool(copy)

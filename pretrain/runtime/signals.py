@@ -1,6 +1,7 @@
 """Signals that end a run: noted while it trains, so that the step is finished and saved, and agreed on by all processes."""
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -29,8 +30,8 @@ class StopSignals:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
         again = "; once more stops at once" if number == signal.SIGINT else ""
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step, which is saved{again}\n".encode())
+        with contextlib.suppress(OSError):  # nobody may read there any more; not print: the signal may have come in the middle of one
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step, which is saved{again}\n".encode())
 
     def agreed(self) -> int:
         """The signal that any process has received, 0 for none: the same number on all, which call this together."""

@@ -118,13 +118,13 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
 def test_restore_puts_back_what_a_kill_between_two_renames_has_moved_aside(tmp_path):
     ckpt.write_folder(tmp_path / "best", write_text("old"))
     (tmp_path / "best").rename(tmp_path / ".best.previous")
-    ckpt.restore(tmp_path / "best")
+    ckpt.put_back(tmp_path / "best")
     assert os.listdir(tmp_path) == ["best"] and ckpt.problem_of(tmp_path / "best") is None
     shutil.copytree(tmp_path / "best", tmp_path / ".best.previous")  # a kill after both: the new one stays
     (tmp_path / "best" / "text").write_text("new")
-    ckpt.restore(tmp_path / "best")
+    ckpt.put_back(tmp_path / "best")
     assert (tmp_path / "best" / "text").read_text() == "new"
-    ckpt.restore(tmp_path / "never")  # nothing to put back
+    ckpt.put_back(tmp_path / "never")  # nothing to put back
     assert not (tmp_path / "never").exists()
 
 
