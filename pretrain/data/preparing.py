@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
@@ -74,7 +75,8 @@ def _write_pieces(recipe: _Recipe, pieces: list[list[reading.Span]], workers: in
     """The entries of all pieces, in order."""
     sizes = [sum(span.end - span.start for span in piece) for piece in pieces]
     if workers is None:  # one process has the cores for tokenizing alone: enough for less than two whole pieces
-        workers = min(spreading.usable_cores(), sum(sizes) // reading.PIECE_BYTES)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(cores, sum(sizes) // reading.PIECE_BYTES)
     workers = min(workers, len(pieces))
     tasks = [(f"shard-{number:05d}", piece) for number, piece in enumerate(pieces)]
     entries: list[dict] = [{}] * len(pieces)
@@ -102,7 +104,7 @@ def _give_name(partial: Path, folder: Path, entries: list[dict]) -> None:
         if leftover.name not in kept:
             leftover.unlink()
     sync(partial)
-    if folder.exists():  # without corpus.json: somebody has begun to remove it
+    if folder.exists():  # without corpus.json and shards: somebody has begun to remove it
         shutil.rmtree(folder)
     partial.rename(folder)
     sync(folder.absolute().parent)

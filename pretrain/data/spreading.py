@@ -1,4 +1,4 @@
-"""A function over many tasks: in this process, in worker processes of this machine, or on a cluster by Ray.
+"""A function over many tasks: in worker processes of this machine, or on a cluster by Ray.
 
 `function(shared, *task)` must be pure, of a module and quick to send, its results small: so who runs a task, where and in which
 order changes nothing. Every way yields (number of the task, result) as they come, and ends all workers at an error.
@@ -21,11 +21,6 @@ from pretrain.command import UserError, first_line, require
 
 ALONE = {"TOKENIZERS_PARALLELISM": "false"}  # in a worker: the cores are shared out already
 KEPT = "finished pieces are kept, the same command goes on"
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_processes(function: Callable, shared: object, tasks: Sequence[tuple], workers: int) -> Iterator[tuple[int, Any]]:

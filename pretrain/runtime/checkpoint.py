@@ -153,7 +153,6 @@ def set_aside_after(output: Path, step: int) -> None:
 
 def prune(output: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints; the folder's name goes first, so that none is found half-removed."""
-    remove_leftovers(output)
     for folder in checkpoints(output)[keep:]:
         folder.rename(folder.with_name(f".{folder.name}.removed"))
     remove_leftovers(output)

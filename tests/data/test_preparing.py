@@ -88,7 +88,7 @@ def test_ray_changes_no_byte(make, whole, tmp_path, monkeypatch):
 def test_workers_by_the_cores_and_the_text(monkeypatch, size, expected):
     """Less than two whole pieces are not worth the start of a process."""
     asked = []
-    monkeypatch.setattr(spreading, "usable_cores", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     monkeypatch.setattr(spreading, "in_processes", lambda *given: asked.append(given[-1]) or (entry for entry in ()))
     monkeypatch.setattr(preparing, "_write_piece", lambda *_: {})
     pieces = [[reading.Span("text", start << 20, min(start + 64, size) << 20)] for start in range(0, size, 64)]
