@@ -194,7 +194,7 @@ def refusing(message: str, needed: str) -> Iterator[None]:
     panic of Rust code is no Exception."""
     try:
         yield
-    except (UserError, KeyboardInterrupt, SystemExit):
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         raise UserError(f"{message} ({first_line(error)}); {needed}") from error

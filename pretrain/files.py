@@ -91,8 +91,8 @@ def hold(folder: Path, wait: bool = False) -> None:
 
     A POSIX record lock on a file beside the folder: it ends with the process, however that ends, and forked workers have no part
     in it. Where the file system knows no locks, there is none."""
-    key = os.path.abspath(folder)
-    if key in _held:
+    folder = Path(os.path.realpath(folder))  # whatever link leads to it
+    if str(folder) in _held:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.lock")
@@ -113,12 +113,12 @@ def hold(folder: Path, wait: bool = False) -> None:
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {os.uname().nodename}")
     handle.flush()
-    _held[key] = handle
+    _held[str(folder)] = handle
 
 
 def let_go(folder: Path) -> None:
     """The counterpart of `hold`."""
-    handle = _held.pop(os.path.abspath(folder), None)
+    handle = _held.pop(os.path.realpath(folder), None)
     if handle:
         handle.close()
 

@@ -160,6 +160,8 @@ def _assemble(config: Config, world: World, device: torch.device, asked: int) ->
             torch.set_num_threads(state["threads"])  # sums are split by thread: another number, other bits
     kept = state and config.precision == state["options"]["precision"]
     precision = choose_precision(state["precision"] if kept else config.precision, device)
+    if state and precision != state["precision"]:
+        print(f"the run goes on in {precision}, it was in {state['precision']}: its numbers will not be those of one that stays")
     check(["--shard --precision fp16: needed is bf16 or fp32"] if config.shard and precision == "fp16" else [])
     check_processes(config, world)
     torch.manual_seed(config.seed)

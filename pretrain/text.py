@@ -22,7 +22,7 @@ from pretrain.data.marking import Markup
 from pretrain.data.preparing import prepare
 from pretrain.files import exclusive
 from pretrain.model import bert
-from pretrain.runtime.checkpoint import write_folder
+from pretrain.runtime.checkpoint import problem_of, write_folder
 from pretrain.runtime.distributed import World, main_first
 
 SAMPLED_FILES, SAMPLED_SENTENCES = 16, 1000  # that tell the script of a text
@@ -122,12 +122,20 @@ def trained_tokenizer(text: TextFiles, vocab_size: int, lowercase: bool, cache: 
     lines = replace(text, markup=Markup())
     key = reading.content_key(text.sources, text.text_format, vocab_size, lowercase)
     folder = cache / f"tokenizer-{key}"
-    with main_first(world), contextlib.nullcontext() if folder.is_dir() else exclusive(folder):
-        if not folder.is_dir():
+    with main_first(world), contextlib.nullcontext() if _is_good(folder) else exclusive(folder):
+        if not _is_good(folder):  # another process may have been faster
             print(f"training a WordPiece vocabulary of {vocab_size:,} on {len(text.sources):,} files")
             made = tokenizers.train(lambda: (item[0] for item in lines.sentences() if item), vocab_size, lowercase)
             write_folder(folder, made.save_pretrained)
     return tokenizers.load(str(folder))
+
+
+def _is_good(folder: Path) -> bool:
+    """Whether a tokenizer is there and as it was written; tells where it is not."""
+    damage = problem_of(folder, needed=()) if folder.is_dir() else ""
+    if damage:
+        print(f"{damage}: the tokenizer is made again")
+    return damage is None
 
 
 def open_text(config: Config, tokenizer: PreTrainedTokenizerBase, vocabulary: tokenizers.Vocabulary, text: dict, state: dict,

@@ -314,7 +314,7 @@ def test_a_worker_that_dies_is_told(arguments, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(setup.Collator, "__call__", collate)
     told = refusal_after_messages(PRETRAIN.main, [*arguments, "--workers", "1", "--output", tmp_path / "run"], capsys)
-    assert "--workers: RuntimeError: DataLoader worker" in told and "needed is more memory, or fewer workers" in told
+    assert "--workers: RuntimeError: DataLoader worker" in told and "or fewer workers; checkpoints are whole" in told
 
 
 # Bad numbers.
@@ -499,8 +499,9 @@ def test_a_second_run_on_a_folder_is_refused(finished, arguments, tmp_path, caps
            "hold(Path(sys.argv[2])); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(output)], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
-    for more in (["--resume"], [*arguments, "--overwrite"]):
-        told = refusal(PRETRAIN.main, [*more, "--output", output], capsys)
+    (tmp_path / "link").symlink_to(output)
+    for path, more in ((output, ["--resume"]), (output, [*arguments, "--overwrite"]), (tmp_path / "link", ["--resume"])):
+        told = refusal(PRETRAIN.main, [*more, "--output", path], capsys)
         assert f"{output}: another process (process {other.pid} on " in told and "is at work in it" in told
     other.kill()
     other.wait()
@@ -552,6 +553,36 @@ def test_a_save_that_does_not_read_back_replaces_nothing(finished, tmp_path, mon
     assert [path.name for path in ckpt.checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-2"]
     PRETRAIN.main(["--resume", "--output", str(tmp_path / "run"), "--keep", "9"])
     assert_same_run(finished, tmp_path / "run")
+
+
+def test_a_run_whose_folder_is_moved_away_stops(finished, arguments, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        during(patched, "train_step", 5, lambda: (tmp_path / "run").rename(tmp_path / "moved"))
+        told = refusal_after_messages(PRETRAIN.main, [*arguments, "--output", tmp_path / "run"], capsys)
+    assert "has been moved or removed while its run was at work" in told or "No such file" in told  # of TensorBoard's own thread
+    assert not (tmp_path / "run").exists()
+    PRETRAIN.main(["--resume", "--output", str(tmp_path / "moved")])
+    assert_same_run(finished, tmp_path / "moved")
+
+
+def test_a_damaged_tokenizer_of_the_cache_is_made_again(finished, arguments, tmp_path, capsys):
+    """One letter changed: valid, and another vocabulary."""
+    cache = tmp_path / "cache"
+    PRETRAIN.main([*arguments, "--cache", str(cache), "--max-steps", "1", "--output", str(tmp_path / "one")])
+    path, = cache.glob("tokenizer-*/tokenizer.json")
+    path.write_text(path.read_text().replace('"river"', '"rivex"'))
+    PRETRAIN.main([*arguments, "--cache", str(cache), "--output", str(tmp_path / "two")])
+    assert f"{path} is damaged (its hash differs): the tokenizer is made again" in capsys.readouterr().out
+    assert_same_run(finished, tmp_path / "two")
+
+
+def test_a_worker_that_is_stuck_is_told(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pretrain.data.dataset.SILENCE_SECONDS", 1)
+    original = setup.Collator.__call__
+    monkeypatch.setattr(setup.Collator, "__call__", lambda self, examples: time.sleep(
+        3 if torch.utils.data.get_worker_info() else 0) or original(self, examples))
+    told = refusal_after_messages(PRETRAIN.main, [*arguments, "--workers", "1", "--output", tmp_path / "run"], capsys)
+    assert "--workers: RuntimeError: DataLoader timed out after 1 seconds" in told
 
 
 def test_a_full_disk_for_the_log_is_told(finished, tmp_path, monkeypatch, capsys):

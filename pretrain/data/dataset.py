@@ -21,6 +21,7 @@ from pretrain.data.draws import derive, key
 from pretrain.data.planning import Plan, Task, make_plan
 
 SHARD_ORDER, EXAMPLES = 0, 1  # streams of random numbers
+SILENCE_SECONDS = 300  # after which a worker process is taken for stuck
 
 
 class DataPosition(NamedTuple):
@@ -108,7 +109,7 @@ def make_loader(dataset: PretrainingDataset, collator: Collator, sampler: MicroB
     UserError where a worker process has found damage, in one line."""
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers, pin_memory=pin_memory,
                         generator=torch.Generator(), prefetch_factor=4 if workers else None,
-                        worker_init_fn=ignore_stop_signals if workers else None)
+                        worker_init_fn=ignore_stop_signals if workers else None, timeout=SILENCE_SECONDS if workers else 0)
     try:
         yield from loader
     except UserError as error:  # of a worker: with its traceback, the message last

@@ -54,7 +54,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         sync(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
     except DISK_ERRORS as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DataLoader worker" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or "DataLoader" in str(error):
             raise
         shutil.rmtree(temporary, ignore_errors=True)
         put_back(folder)
@@ -98,6 +98,8 @@ def put_back(folder: Path) -> None:
 
 def problem_of(folder: Path, needed: tuple[str, ...] = (STATE_JSON, STATE_TENSORS)) -> str | None:
     """What is wrong with a folder of `write_folder`, naming the file; None if sizes and hashes agree."""
+    if not (folder / CHECKSUMS).is_file():  # else reading a pipe of that name would wait
+        return f"{folder / CHECKSUMS} cannot be read (there is no such file)"
     try:
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         for name, expected in sums.items():
@@ -110,7 +112,7 @@ def problem_of(folder: Path, needed: tuple[str, ...] = (STATE_JSON, STATE_TENSOR
                 return f"{path} has {path.stat().st_size} bytes, needed are {expected['bytes']}"
             if sha256_of(path) != expected["sha256"]:
                 return f"{path} is damaged (its hash differs)"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{folder / CHECKSUMS} cannot be read ({error})"
     return None if set(needed) <= set(sums) else f"{folder} holds no training state"
 

@@ -25,8 +25,9 @@ def explained(micro_batch_size: int) -> Iterator[None]:
         if is_full(error):
             raise UserError(f"--micro-batch-size {micro_batch_size}: memory is full ({first_line(error)}); needed is a smaller one, in a "
                             "new run, or --gradient-checkpointing; checkpoints are whole") from error
-        if "DataLoader worker" in str(error):  # told by a signal handler, wherever the process is
-            raise UserError(f"--workers: {first_line(error)}; needed is more memory, or fewer workers; checkpoints are whole") from error
+        if "DataLoader" in str(error):  # stuck; or dead, which is told by a signal handler, wherever the process is
+            raise UserError(f"--workers: {first_line(error)}; needed is more memory, more open files (ulimit -n), or fewer "
+                            "workers; checkpoints are whole") from error
         if is_lost_peer(error):
             raise UserError(f"another process of this run has gone ({first_line(error)}); --resume goes on from the newest checkpoint"
                             ) from error

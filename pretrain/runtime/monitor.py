@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from pretrain.command import UserError
 from pretrain.files import write_text
 
 LINE_SECONDS = 5.0  # between lines where there is no progress bar
@@ -94,8 +95,10 @@ class Monitor:
             tqdm.write(message, file=sys.stderr)
 
     def flush(self) -> None:
-        """Everything so far to disk; called before a checkpoint."""
+        """Everything so far to disk; called before a checkpoint. UserError where the run's folder is no longer where it was."""
         if self.active:
+            if not self.path.is_file() or not os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
+                raise UserError(f"{self.path.parent}: has been moved or removed while its run was at work; --resume goes on there")
             self.writer.flush()
             os.fsync(self.file.fileno())
 

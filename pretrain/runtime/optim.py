@@ -103,7 +103,7 @@ class FiniteWatch:
         if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
             way = self.rebuild and f". Its data: {self.rebuild(data)}"
             raise UserError(f"the gradients of {self.in_a_row} steps in a row were not finite, last {where}; the weights are those before "
-                            f"them. A lower --learning-rate, or --precision fp32, may help{way or ''}")
+                            f"them. A new run with a lower --learning-rate, or --precision fp32, may help{way or ''}")
         return f"gradients not finite {where}: the step changed nothing"
 
     def observe_scale(self, scaler: torch.amp.GradScaler) -> str | None:

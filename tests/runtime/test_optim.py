@@ -220,6 +220,6 @@ def test_a_run_that_only_skips_is_stopped():
         watch.observe(bad, step)
     assert watch.in_a_row == optim.MAX_SKIPPED_IN_A_ROW - 1
     with pytest.raises(UserError, match=rf"the gradients of {optim.MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, last at step 40; "
-                                        r".*A lower --learning-rate, or --precision fp32, may help"):
+                                        r".*A new run with a lower --learning-rate, or --precision fp32, may help"):
         watch.observe(bad, 41)
     assert watch.skipped == 2 * optim.MAX_SKIPPED_IN_A_ROW - 1
