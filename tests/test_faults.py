@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file
 from stress import assert_one_curve
 from test_safety import mutations
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from pretrain import files, setup, train
 from pretrain.batch import Output
@@ -674,6 +675,30 @@ def test_two_processes_equal_one(by_two, tmp_path):
     options, whole = by_two
     PRETRAIN.main([*options, "--output", str(tmp_path / "one")])
     assert_close_runs(whole, tmp_path / "one")
+
+
+def test_gradients_travel_once_a_step(by_two, tmp_path, monkeypatch):
+    """However many micro-batches a process has in it."""
+    def count(rank):
+        def wrap(model, compiled):
+            trained = original(model, compiled)
+            def travel(_, bucket):
+                with (folder / "buckets").open("a") as told:
+                    told.write("." if rank == 0 else "")
+                return default_hooks.allreduce_hook(None, bucket)
+            trained.register_comm_hook(None, travel)
+            return trained
+        original = train.wrap
+        monkeypatch.setattr(train, "wrap", wrap)
+
+    travelled = {}
+    for micro in ("2", "4", "8"):  # four, two and one of them on each process
+        (folder := tmp_path / micro).mkdir()
+        argv = [*by_two[0], "--micro-batch-size", micro, "--max-steps", "3", "--output", folder / "run"]
+        ended = in_processes(folder, PRETRAIN.main, argv, count=2, prepare=count)
+        assert [code for code, _ in ended] == [0, 0], ended
+        travelled[micro] = len((folder / "buckets").read_text())
+    assert travelled["2"] == travelled["4"] == travelled["8"] in (3, 6), travelled  # the model is one bucket, or two
 
 
 @pytest.mark.parametrize(("count", "more"), [(1, []), (4, []), (2, ["--shard"]), (1, ["--shard"])])
