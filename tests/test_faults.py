@@ -602,27 +602,17 @@ def test_a_full_disk_for_the_log_is_told(finished, tmp_path, monkeypatch, capsys
 
 # Many processes.
 
-def test_a_signal_to_one_process_stops_all_by_agreement(finished_by_two, arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "call", "number", "steps"), [("train_step", 5, signal.SIGUSR1, 5), ("evaluate", 2, signal.SIGTERM, 4)])
+def test_a_signal_to_one_process_stops_all_by_agreement(finished_by_two, arguments, tmp_path, monkeypatch, name, call, number, steps):
     def prepare(rank):
         if rank == 1:
-            during(monkeypatch, "train_step", 5, send(signal.SIGUSR1))
+            during(monkeypatch, name, call, send(number))
 
     ended = in_processes(tmp_path, PRETRAIN.main, [*arguments, "--output", tmp_path / "run"], count=2, prepare=prepare)
-    assert [code for code, _ in ended] == [128 + signal.SIGUSR1] * 2, ended
-    assert all("step 5 of 10 is saved; stopped by SIGUSR1" in told for _, told in ended)
+    assert [code for code, _ in ended] == [128 + number] * 2, ended
+    assert all(f"step {steps} of 10 is saved; stopped by {number.name}" in told for _, told in ended)
     resumed = in_processes(tmp_path, PRETRAIN.main, ["--resume", "--output", tmp_path / "run"], count=2)
     assert [code for code, _ in resumed] == [0, 0], resumed
-    assert_same_run(finished_by_two, tmp_path / "run")
-
-
-def test_a_signal_in_an_evaluation_of_many_processes(finished_by_two, arguments, tmp_path, monkeypatch):
-    def prepare(rank):
-        if rank == 1:
-            during(monkeypatch, "evaluate", 2, send(signal.SIGTERM))
-
-    ended = in_processes(tmp_path, PRETRAIN.main, [*arguments, "--output", tmp_path / "run"], count=2, prepare=prepare)
-    assert [code for code, _ in ended] == [143, 143], ended
-    assert [code for code, _ in in_processes(tmp_path, PRETRAIN.main, ["--resume", "--output", tmp_path / "run"], count=2)] == [0, 0]
     assert_same_run(finished_by_two, tmp_path / "run")
 
 
