@@ -111,6 +111,14 @@ def script(name):
     return module
 
 
+def ten_steps(text_file, cache, micro_batch_size) -> list[str]:
+    """Options of a run of ten steps with dropout, accumulation, whole words and NSP."""
+    return ["--train", str(text_file), "--model", "tiny", *SIZES, "--vocab-size", "120", "--masking", "word", "--max-length", "32",
+            "--batch-size", "16", "--micro-batch-size", str(micro_batch_size), "--max-steps", "10", "--save-every", "2", "--eval-every",
+            "4", "--log-every", "3", "--keep", "9", "--eval-tokens", "600", "--cache", str(cache), "--learning-rate", "1e-3",
+            "--precision", "fp32"]
+
+
 def rows(output):
     """Rows of metrics.jsonl, without what depends on the clock and the machine."""
     read = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

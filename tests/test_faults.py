@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SIZES, assert_same_run, in_processes, interrupted_copy, refusal, rows, script
+from conftest import ROOT, SIZES, assert_same_run, in_processes, interrupted_copy, refusal, rows, script, ten_steps
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file
 from stress import assert_one_curve
@@ -36,11 +36,7 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arguments(workplace, text_file):
-    """A run of ten steps with dropout, accumulation, whole words and NSP."""
-    return ["--train", str(text_file), "--model", "tiny", *SIZES, "--vocab-size", "120", "--masking", "word", "--max-length", "32",
-            "--batch-size", "16", "--micro-batch-size", "4", "--max-steps", "10", "--save-every", "2", "--eval-every", "4",
-            "--log-every", "3", "--keep", "9", "--eval-tokens", "600", "--cache", str(workplace / "cache"), "--learning-rate", "1e-3",
-            "--precision", "fp32"]
+    return ten_steps(text_file, workplace / "cache", micro_batch_size=4)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 
@@ -110,8 +111,10 @@ def problem_of(folder: Path, needed: tuple[str, ...] = (STATE_JSON, STATE_TENSOR
                 return f"{path} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{path} has {path.stat().st_size} bytes, needed are {expected['bytes']}"
-            if sha256_of(path) != expected["sha256"]:
-                return f"{path} is damaged (its hash differs)"
+        with ThreadPoolExecutor() as pool:  # a resumed run waits for it; hashing leaves other threads their way
+            for name, digest in zip(sums, pool.map(sha256_of, [folder / name for name in sums])):
+                if digest != sums[name]["sha256"]:
+                    return f"{folder / name} is damaged (its hash differs)"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{folder / CHECKSUMS} cannot be read ({error})"
     return None if set(needed) <= set(sums) else f"{folder} holds no training state"
