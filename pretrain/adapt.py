@@ -129,7 +129,7 @@ def held_out(experiment: Experiment) -> dict:
               "unigram": next((row["eval/unigram_perplexity"] for row in rows if "eval/unigram_perplexity" in row), None)}
     if "control" in experiment.texts:
         model = from_checkpoint(str(experiment.output / "control" / "final"), [])[0]
-        model.config._attn_implementation = run.model.config._attn_implementation
+        model.attention = run.model.attention
         model.set_objective(run.config.objective)
         same_tokens = model.config.vocab_size == run.model.config.vocab_size
         if same_tokens:

@@ -75,7 +75,7 @@ def build(options: FinetuneOptions, tell: Callable[[str], None] = print, keep_he
     tokenizer = tokenizers.load(options.model, option="--model")
     torch.manual_seed(options.seed)
     model = load_classifier(options.model, classes, keep_head)
-    model.config._attn_implementation = choose_attention(device, precision)
+    model.attention = choose_attention(device, precision)
     max_length = min(MAX_LENGTH, model.max_length) if options.max_length is None else options.max_length
     check(model.problems_of("mlm", max_length))
     datasets = {}

@@ -175,8 +175,7 @@ def _assemble(config: Config, world: World, device: torch.device, asked: int) ->
     occurrences = report_added(training, added, tokenizer)
 
     task = make_task(config)
-    attention = choose_attention(device, precision)
-    model.config._attn_implementation = attention
+    attention = model.attention = choose_attention(device, precision)
     compiled = config.compile == "on" or (config.compile == "auto" and attention == VARLEN and not config.shard)
     if config.compile == "auto" and compiled:
         torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is written
@@ -291,7 +290,7 @@ def print_plan(run: Run) -> None:
     accumulation = config.batch_size // config.micro_batch_size // world.size
     settings = model.config
     print(f"model: {settings.num_hidden_layers}x{settings.hidden_size}, {weights / 1e6:.1f} M weights, vocabulary "
-          f"{settings.vocab_size:,}, on {run.device} in {run.precision}, {settings._attn_implementation} attention"
+          f"{settings.vocab_size:,}, on {run.device} in {run.precision}, attention by {model.attention}"
           f"{', compiled' * run.compile}")
     print(f"step: {config.batch_size} x {config.max_length} = {config.batch_size * config.max_length:,} tokens, in {accumulation} "
           f"micro-batches of {config.micro_batch_size} x {config.max_length} on each of {world.size} process{'es' * (world.size > 1)}")

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     _, device = start(options.device, alone="prediction")
     precision = choose_precision(options.precision, device)
     tokenizer, model = load(options.model, option="--model"), load_classifier(options.model)
-    model.config._attn_implementation = choose_attention(device, precision)
+    model.attention = choose_attention(device, precision)
     max_length = options.max_length or int(min(tokenizer.model_max_length, model.max_length))
     check(model.problems_of("mlm", max_length))
     classes = list(model.config.id2label.values())

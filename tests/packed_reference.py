@@ -10,7 +10,6 @@ from pretrain.data.collate import Collator, Examples
 from pretrain.data.dataset import DataPosition, PretrainingDataset
 from pretrain.data.masking import Masking
 from pretrain.data.planning import Task
-from pretrain.model.attention import SDPA
 from pretrain.model.bert import BertForPreTraining
 
 MAX_LENGTH = 64
@@ -35,7 +34,6 @@ def roughen(model: torch.nn.Module, seed: int = 11) -> torch.nn.Module:
 def small_model(vocab_size: int, objective: str = "mlm+nsp", **settings) -> BertForPreTraining:
     """Our model, in training mode."""
     config = small_config(vocab_size, **settings)
-    config._attn_implementation = SDPA
     torch.manual_seed(5)
     model = roughen(BertForPreTraining(config)).train()
     model.set_objective(objective)

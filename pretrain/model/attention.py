@@ -1,42 +1,113 @@
-"""Attention over packed sequences, without padding, plugged into transformers' attention registry.
+"""Self-attention over packed sequences, without padding, in the place of transformers' own; the names of its weights stay.
 
-A pack is one row of T tokens; `lengths` (host) and `cu_seqlens` (device) say where its sequences end. Two ways give the same
-result: the variable-length FlashAttention kernel of torch on CUDA, and a loop of scaled_dot_product_attention elsewhere.
-Neither drops attention probabilities: the kernel cannot, and on CPU it would cost two to three times.
+A pack is one row of T tokens; `lengths` (host) and `cu_seqlens` (device) say where its sequences end. Query, key and value come from
+one matrix product. Attention is one kernel on CUDA (variable-length FlashAttention) and a loop over the sequences elsewhere.
+No probability is dropped: the kernel cannot, and on CPU it would cost two to three times.
 
 Shapes: H heads, D numbers a head.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import AttentionInterface
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-SDPA, VARLEN = "packed_sdpa", "packed_varlen"
+SDPA, VARLEN = "sdpa loop", "varlen kernel"
+GROUP_SCORES = 1 << 19  # scores that the backward pass on CPU handles at once: they stay in its cache
+LONGEST_PLAIN = 512  # tokens of a sequence, beyond which its scores take too much memory
 
 
-def packed_sdpa(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, *,
-                lengths: tuple[int, ...], scaling: float | None = None, **_: object) -> tuple[Tensor, None]:
-    """query, key, value [1, H, T, D] -> [1, T, H, D]; each sequence attends to itself, one call each.
+class PackedSelfAttention(nn.Module):
+    """Takes over query, key and value of a self-attention module of transformers, which calls it with one row."""
+
+    def __init__(self, stock: nn.Module):
+        super().__init__()
+        self.query, self.key, self.value = stock.query, stock.key, stock.value
+        self.num_heads = stock.num_attention_heads
+
+    def forward(self, hidden_states: Tensor, attention_mask: None = None, *, lengths: tuple[int, ...] | None = None,
+                cu_seqlens: Tensor | None = None, max_length: int = 0, **_: object) -> tuple[Tensor, None]:
+        """[1, T, width] -> [1, T, width]; either `lengths`, or `cu_seqlens` and a fixed bound, so that one graph serves."""
+        parts = self.query, self.key, self.value
+        qkv = F.linear(hidden_states[0], torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
+        attended = packed_sdpa(qkv, lengths) if lengths is not None else packed_varlen(qkv, cu_seqlens, max_length)
+        return attended.flatten(1)[None], None
+
+
+def packed_sdpa(qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """[T, 3, H, D] -> [T, H, D]; each sequence attends to itself, one call each.
 
     On CPU this loop beat scattering to a padded batch and nested tensors, down to sequences of 32 tokens."""
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
-    return torch.cat([F.scaled_dot_product_attention(*part, scale=scaling) for part in parts], dim=2).transpose(1, 2), None
+    if (qkv.device.type == "cpu" and qkv.dtype != torch.float32 and torch.is_grad_enabled() and max(lengths) <= LONGEST_PLAIN
+            and not torch.compiler.is_compiling()):
+        return _GroupedBackward.apply(qkv, lengths)
+    return torch.cat([_attend(part.movedim(0, 2)).movedim(1, 0) for part in qkv.split(lengths)])
 
 
-def packed_varlen(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, *,
-                  cu_seqlens: Tensor, max_length: int, **_: object) -> tuple[Tensor, None]:
-    """The same by one kernel: fp16 or bf16 on Ampere or later; `max_length` a fixed bound, so that one graph serves."""
+def packed_varlen(qkv: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+    """The same by one kernel: fp16 or bf16 on Ampere or later."""
     from torch.nn.attention.varlen import varlen_attn
 
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, H, D]
     # Seven arguments by position: the names and order of later ones differ between torch releases.
-    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_length, max_length)[None], None
+    return varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_length, max_length)
 
 
-AttentionInterface.register(SDPA, packed_sdpa)
-AttentionInterface.register(VARLEN, packed_varlen)
+class _GroupedBackward(torch.autograd.Function):
+    """`packed_sdpa` whose gradients are those of plain matrix products over a few sequences of about the same length at once.
+
+    torch's own backward pass of short sequences in bf16 runs at an eighth of the matrix rate on CPU; this takes a third of its time."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(qkv)
+        ctx.lengths = lengths
+        return packed_sdpa(qkv, lengths)  # grad mode is off here
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        lengths, (qkv,) = ctx.lengths, ctx.saved_tensors
+        gradients = torch.empty_like(qkv)
+        inputs, outputs = torch.cat([qkv, grad[:, None]], 1).split(lengths), gradients.split(lengths)
+        for group in _groups(lengths, qkv.shape[2]):
+            padded = pad_sequence([inputs[number] for number in group], batch_first=True)  # [G, L, 4, H, D], 0 where there is no token
+            found = _gradients(padded.permute(2, 0, 3, 1, 4), [lengths[number] for number in group])
+            for number, part in zip(group, found.permute(1, 3, 0, 2, 4)):
+                outputs[number].copy_(part[:lengths[number]])
+        return gradients, None
+
+
+def _groups(lengths: tuple[int, ...], num_heads: int) -> Iterator[list[int]]:
+    """Places of `lengths`, the longest first, in groups of at most GROUP_SCORES scores, one sequence at least."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    while order:
+        size = max(1, GROUP_SCORES // (num_heads * lengths[order[0]] ** 2))
+        yield order[:size]
+        order = order[size:]
+
+
+def _attend(qkv: Tensor) -> Tensor:
+    """[3, H, L, D] -> [H, L, D]."""
+    return F.scaled_dot_product_attention(*qkv[:, None].unbind(0))[0]
+
+
+def _gradients(tensors: Tensor, lengths: list[int]) -> Tensor:
+    """Query, key, value and the gradient of what was attended [4, G, H, L, D] -> the gradients of the three [3, G, H, L, D].
+
+    Sequence g has lengths[g] tokens, the longest first."""
+    shape, scale = tensors.shape, tensors.shape[-1] ** -0.5
+    query, key, value, grad = tensors.flatten(1, 2).unbind(0)  # [G x H, L, D] each
+    scores = torch.bmm(query * scale, key.transpose(1, 2))
+    if lengths[-1] < lengths[0]:
+        beyond = torch.arange(lengths[0]) >= torch.tensor(lengths)[:, None]
+        scores.view(*shape[1:3], *scores.shape[1:]).masked_fill_(beyond[:, None, None], float("-inf"))
+    shares = scores.softmax(-1)
+    grad_scores = torch._softmax_backward_data(torch.bmm(grad, value.transpose(1, 2)), shares, -1, shares.dtype) * scale
+    return torch.stack([torch.bmm(grad_scores, key), torch.bmm(grad_scores.transpose(1, 2), query),
+                        torch.bmm(shares.transpose(1, 2), grad)]).view(3, *shape[1:])
 
 
 def choose_attention(device: torch.device, precision: str) -> str:

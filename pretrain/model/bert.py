@@ -18,7 +18,6 @@ from pretrain.batch import Batch
 from pretrain.command import UserError, refusing
 from pretrain.config import MODEL_SIZES
 from pretrain.files import FILE_NAMES, integer, misfit, model_folder, read_json, real
-from pretrain.model.attention import SDPA
 from pretrain.model.heads import MaskedLMHead, PreTrainingHeads
 from pretrain.model.packed import PackedModel
 from pretrain.model.roberta import CamembertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
@@ -100,7 +99,6 @@ def from_size(size: str, vocab_size: int, max_length: int, pad_id: int, override
     config = BertConfig(vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
                         intermediate_size=4 * width, max_position_embeddings=max(512, max_length), pad_token_id=pad_id)
     override(config, overrides)
-    config._attn_implementation = SDPA
     with refusing(f"--config-override {' '.join(overrides)}: makes no model", "needed are fields that fit together"):
         return BertForPreTraining(config)
 
@@ -160,7 +158,7 @@ def load_weights(family: type[PackedModel], name: str, config: PreTrainedConfig)
     transformers.utils.logging.set_verbosity_error()  # its table of what is missing; the caller tells
     check_files(Path(model_folder(name)), config, name)
     with refusing(f"--model {name}: its weights cannot be read", "needed is a whole checkpoint, in safetensors or without code in it"):
-        model, info = family.from_pretrained(model_folder(name), config=config, dtype=torch.float32, attn_implementation=SDPA,
+        model, info = family.from_pretrained(model_folder(name), config=config, dtype=torch.float32,
                                              output_loading_info=True, ignore_mismatched_sizes=family.head_may_differ)
     missing, prefix = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}), family.base_model_prefix
     encoder = [key for key in missing if key.startswith((f"{prefix}.embeddings", f"{prefix}.encoder"))]

@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.batch import IGNORED, Batch, Output, PackedBatch
-from pretrain.model.attention import SDPA
+from pretrain.batch import Batch, Output, PackedBatch
+from pretrain.model.attention import SDPA, PackedSelfAttention
+from pretrain.model.cross_entropy import summed_cross_entropy
+from pretrain.model.dropout import replace_dropout
 
 
 class PackedModel:
@@ -17,6 +18,14 @@ class PackedModel:
     class_weights: dict[str, Tensor] = {}  # by loss: float [classes], where its classes weigh differently
     position_offset = 0  # of the first token's position
     head_may_differ = False  # from the checkpoint's in size; it starts fresh then
+    attention = SDPA  # or VARLEN
+
+    def post_init(self) -> None:
+        """Called by transformers once the modules are made; the names of the weights stay."""
+        for layer in self.base_model.encoder.layer:
+            layer.attention.self = PackedSelfAttention(layer.attention.self)
+        replace_dropout(self)
+        super().post_init()
 
     @property
     def max_length(self) -> int:
@@ -44,13 +53,13 @@ class PackedModel:
         hidden = encoder.embeddings(input_ids=batch.input_ids[None], token_type_ids=batch.token_type_ids[None],
                                     position_ids=batch.position_ids[None] + self.position_offset)
         # The kernel gets tensors and one constant: the lengths, new in every batch, would make a compiled graph recompile.
-        ends = ({"lengths": batch.lengths} if self.config._attn_implementation == SDPA else
+        ends = ({"lengths": batch.lengths} if self.attention == SDPA else
                 {"cu_seqlens": batch.cu_seqlens, "max_length": batch.max_length})
         return encoder.encoder(hidden, **ends).last_hidden_state[0]
 
     def masked_lm_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """float32 [M, vocabulary]: scores at the masked positions."""
-        return self.get_submodule(self.masked_lm_head)(hidden[batch.masked_positions]).float()
+        """[M, vocabulary]: scores at the masked positions, in the precision of the products."""
+        return self.get_submodule(self.masked_lm_head)(hidden[batch.masked_positions])
 
     def score(self, hidden: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """(logits, labels) of each loss."""
@@ -59,9 +68,8 @@ class PackedModel:
     def forward(self, batch: PackedBatch) -> Output:
         """Sums over the batch; the caller divides them by counts of the whole step."""
         scored = self.score(self.encode(batch), batch)
-        return Output({name: F.cross_entropy(logits, labels, self.class_weights.get(name), ignore_index=IGNORED, reduction="sum")
-                       for name, (logits, labels) in scored.items()},
-                      {name: (logits.detach().argmax(-1) == labels).sum() for name, (logits, labels) in scored.items()})
+        losses = {name: summed_cross_entropy(logits, labels, self.class_weights.get(name)) for name, (logits, labels) in scored.items()}
+        return Output({name: loss for name, (loss, _) in losses.items()}, {name: correct for name, (_, correct) in losses.items()})
 
     @torch.no_grad()
     def add_vectors(self, size: int, pieces: dict[int, list[int]], from_pieces: bool) -> None:

@@ -1,5 +1,6 @@
-"""Attention over packs: it equals dense attention under a block-diagonal mask, filled batches change no loss and no gradient, and the
-kernel's path (tensors and one constant) gives the same through the whole model and compiles once for batches of any lengths."""
+"""Attention over packs: it equals dense attention under a block-diagonal mask, the grouped backward pass gives the exact gradients,
+filled batches change no loss and no gradient, and the kernel's path (tensors and one constant) gives the same through the whole
+model and compiles once for batches of any lengths."""
 import pytest
 import torch
 import torch._dynamo
@@ -7,27 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_reference import assert_close, gradients, make_batches, small_model
 from torch._dynamo.testing import CompileCounter
-from transformers import AttentionInterface
 
 from pretrain.batch import IGNORED
 from pretrain.config import OBJECTIVES
+from pretrain.model import attention
 from pretrain.model.attention import SDPA, VARLEN, choose_attention, packed_sdpa, packed_varlen
 
 HAS_KERNEL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def dense(query, key, value, cu_seqlens, scaling=None):
-    """The slow form: softmax(QK' x scale) V over the whole pack, -inf where two tokens are of different sequences."""
-    place = torch.arange(query.shape[2], device=query.device)
+def dense(qkv, cu_seqlens, max_length=None):
+    """The slow form: softmax(QK' / sqrt(D)) V over the whole pack, -inf where two tokens are of different sequences. What the CUDA
+    kernel computes, for any device and with its arguments."""
+    query, key, value = qkv.permute(1, 2, 0, 3)  # [H, T, D] each
+    place = torch.arange(len(qkv), device=qkv.device)
     sequence = (place[:, None] >= cu_seqlens[None, 1:]).sum(1)  # tensor operations only: this compiles
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
     scores = scores.masked_fill(sequence[:, None] != sequence[None, :], float("-inf"))
-    return (scores.softmax(-1) @ value).transpose(1, 2)
-
-
-def masked_varlen(module, query, key, value, attention_mask=None, *, cu_seqlens, max_length, **_):
-    """What the CUDA kernel computes, for any device: the same arguments as packed_varlen, a mask in place of the kernel."""
-    return dense(query, key, value, cu_seqlens), None
+    return (scores.softmax(-1) @ value).transpose(0, 1)
 
 
 def offsets(lengths):
@@ -36,8 +34,8 @@ def offsets(lengths):
 
 @pytest.fixture
 def with_mask(monkeypatch):
-    """`masked_varlen` under the name of the kernel."""
-    monkeypatch.setitem(AttentionInterface._global_mapping, VARLEN, masked_varlen)
+    """`dense` in the place of the kernel."""
+    monkeypatch.setattr(attention, "packed_varlen", dense)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -46,7 +44,7 @@ def with_mask(monkeypatch):
 def twins(vocab_size, **settings):
     """The same model with either attention."""
     models = [small_model(vocab_size, **settings) for _ in range(2)]
-    models[1].config._attn_implementation = VARLEN
+    models[1].attention = VARLEN
     return models
 
 
@@ -60,13 +58,36 @@ def run(model, batch, compiled=None):
 
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8), heads=st.integers(1, 3), width=st.sampled_from([1, 4, 8]),
-       scaling=st.sampled_from([None, 0.5]), seed=st.integers(0, 99))
-def test_packed_sdpa_equals_dense_attention_with_a_block_diagonal_mask(lengths, heads, width, scaling, seed):
+       seed=st.integers(0, 99))
+def test_packed_sdpa_equals_dense_attention_with_a_block_diagonal_mask(lengths, heads, width, seed):
+    qkv = torch.randn(sum(lengths), 3, heads, width, generator=torch.Generator().manual_seed(seed))
+    ours = packed_sdpa(qkv, tuple(lengths))
+    assert ours.shape == (sum(lengths), heads, width)
+    torch.testing.assert_close(ours, dense(qkv, offsets(lengths)), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), heads=st.integers(1, 3), scores=st.sampled_from([1, 2000, 1 << 19]),
+       seed=st.integers(0, 99))
+def test_gradients_by_groups_are_those_of_float64(lengths, heads, scores, seed):
+    """In bf16 on CPU, for groups of one, a few and all sequences; half of the gradients' noise is that of bf16 itself."""
     generator = torch.Generator().manual_seed(seed)
-    query, key, value = torch.randn(3, 1, heads, sum(lengths), width, generator=generator)
-    ours, weights = packed_sdpa(torch.nn.Identity(), query, key, value, lengths=tuple(lengths), scaling=scaling)
-    assert ours.shape == (1, sum(lengths), heads, width) and weights is None
-    torch.testing.assert_close(ours, dense(query, key, value, offsets(lengths), scaling), atol=1e-5, rtol=1e-5)
+    qkv = torch.randn(sum(lengths), 3, heads, 16, generator=generator).bfloat16().requires_grad_()
+    direction = torch.randn(sum(lengths), heads, 16, generator=generator).bfloat16()
+    exact = qkv.detach().double().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "GROUP_SCORES", scores)
+        ours = packed_sdpa(qkv, tuple(lengths))
+        assert type(ours.grad_fn).__name__ == "_GroupedBackwardBackward"
+        (found,) = torch.autograd.grad(ours, qkv, direction)
+    (wanted,) = torch.autograd.grad(dense(exact, offsets(lengths)), exact, direction.double())
+    assert torch.linalg.norm(found.double() - wanted) <= 0.015 * torch.linalg.norm(wanted) + 1e-9
+
+
+def test_long_sequences_and_float32_keep_torchs_own_gradients():
+    for dtype, lengths in ((torch.bfloat16, (attention.LONGEST_PLAIN + 1, 3)), (torch.float32, (4, 3))):
+        qkv = torch.randn(sum(lengths), 3, 1, 8, dtype=dtype, requires_grad=True)
+        assert "Grouped" not in type(packed_sdpa(qkv, lengths).grad_fn).__name__
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -127,18 +148,14 @@ def test_exact_batches_would_compile_again(corpus, vocabulary, with_mask):
 def test_packed_varlen_equals_dense_attention(dtype):
     lengths = (1, 7, 64, 33, 128, 1)
     generator = torch.Generator().manual_seed(1)
-    leaves = [torch.randn(1, 2, sum(lengths), 64, generator=generator).to("cuda", dtype).requires_grad_() for _ in range(3)]
-    cu_seqlens = offsets(lengths).cuda()
-    ours, weights = packed_varlen(torch.nn.Identity(), *leaves, cu_seqlens=cu_seqlens, max_length=128)
-    expected = dense(*(leaf.detach().float().requires_grad_() for leaf in leaves), cu_seqlens)
-    assert ours.shape == (1, sum(lengths), 2, 64) and weights is None
+    qkv = torch.randn(sum(lengths), 3, 2, 64, generator=generator).to("cuda", dtype).requires_grad_()
+    exact, cu_seqlens = qkv.detach().float().requires_grad_(), offsets(lengths).cuda()
+    ours, expected = packed_varlen(qkv, cu_seqlens, 128), dense(exact, cu_seqlens)
+    assert ours.shape == (sum(lengths), 2, 64)
     torch.testing.assert_close(ours.float(), expected, atol=2e-2, rtol=2e-2)
     direction = torch.randn(ours.shape, generator=generator).cuda()
-    found = torch.autograd.grad(ours, leaves, direction.to(dtype))
-    exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
-    wanted = torch.autograd.grad(dense(*exact, cu_seqlens), exact, direction)
-    for ours, theirs in zip(found, wanted):
-        torch.testing.assert_close(ours.float(), theirs, atol=5e-2, rtol=5e-2)
+    (found,), (wanted,) = torch.autograd.grad(ours, qkv, direction.to(dtype)), torch.autograd.grad(expected, exact, direction)
+    torch.testing.assert_close(found.float(), wanted, atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.gpu
