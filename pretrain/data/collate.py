@@ -113,7 +113,7 @@ class Collator:
         last offset give NaN gradients, pytorch #176793), so dummy sequences of at least one [PAD] cover the tail: one for
         each free slot, and one slot more for each full sequence, so that they can always reach the end."""
         task, lengths = self.task, arrays["lengths"]
-        slots = task.sequence_limit + task.micro_batch_size
+        slots = task.sequence_limit + task.slots
         tail, dummies = task.token_limit + slots - int(lengths.sum()), slots - len(lengths)
         dummy_lengths = tail // dummies + (np.arange(dummies) < tail % dummies)
         assert dummy_lengths.min() >= 1 and dummy_lengths.max() <= task.max_length, (tail, dummies)

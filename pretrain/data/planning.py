@@ -27,9 +27,10 @@ class Task:
 
     objective: str
     max_length: int
-    micro_batch_size: int
+    micro_batch_size: int  # full sequences in a micro-batch, of max_length or of `counted_length`
     mask_rate: float  # the highest of the run
     seed: int
+    counted_length: int | None = None  # of a run's first phase, the tokens of whose micro-batches those of the others have, too
 
     @property
     def max_tokens(self) -> int:
@@ -39,17 +40,22 @@ class Task:
     @property
     def token_limit(self) -> int:
         """Tokens in a micro-batch, specials included."""
-        return self.micro_batch_size * self.max_length
+        return self.micro_batch_size * (self.counted_length or self.max_length)
+
+    @property
+    def slots(self) -> int:
+        """Sequences of max_length that reach the end of a micro-batch, the last one perhaps beyond it."""
+        return -(-self.token_limit // self.max_length)
 
     @property
     def sequence_limit(self) -> int:
         """Sequences in a micro-batch."""
-        return self.micro_batch_size * SEQUENCES_PER_SLOT
+        return self.slots * SEQUENCES_PER_SLOT
 
     @property
     def masked_limit(self) -> int:
         """Masked positions in a micro-batch; one more for each full sequence leaves room for rounding."""
-        return int(self.mask_rate * self.token_limit) + self.micro_batch_size
+        return int(self.mask_rate * self.token_limit) + self.slots
 
     def budget(self, num_maskable: np.ndarray, mask_rate: float | None = None) -> np.ndarray:
         """int64: tokens that are masked of so many maskable ones in a sequence; at a rate below the task's, with a schedule."""

@@ -65,7 +65,8 @@ def equal(one: Batch, other: Batch) -> bool:
 
 
 TASKS = st.builds(Task, objective=st.sampled_from(["mlm+nsp", "mlm+sop", "mlm"]), max_length=st.integers(8, 48),
-                  micro_batch_size=st.integers(1, 6), mask_rate=st.sampled_from([0.05, 0.15, 0.4, 0.8]), seed=st.integers(0, 99))
+                  micro_batch_size=st.integers(1, 6), mask_rate=st.sampled_from([0.05, 0.15, 0.4, 0.8]), seed=st.integers(0, 99),
+                  counted_length=st.none() | st.integers(8, 120)).filter(lambda task: task.token_limit >= task.max_length)
 SHARDS = st.builds(make_shard, documents=st.integers(1, 12), sentences=st.integers(1, 12), longest=st.sampled_from([1, 6, 30]),
                    seed=st.integers(0, 99))
 

@@ -30,8 +30,9 @@ def random_documents(count: int, sentences: int, longest: int, seed: int = 3) ->
     return [source.integers(1, longest + 1, source.integers(1, sentences + 1)).tolist() for _ in range(count)]
 
 
-def task(objective: str = "mlm+nsp", max_length: int = 32, micro_batch_size: int = 4, mask_rate: float = 0.15, seed: int = 0) -> Task:
-    return Task(objective, max_length, micro_batch_size, mask_rate, seed)
+def task(objective: str = "mlm+nsp", max_length: int = 32, micro_batch_size: int = 4, mask_rate: float = 0.15, seed: int = 0,
+         counted_length: int | None = None) -> Task:
+    return Task(objective, max_length, micro_batch_size, mask_rate, seed, counted_length)
 
 
 def everything(shard: Shard) -> np.ndarray:
@@ -382,7 +383,8 @@ def test_both_ends_are_cut():
 
 
 TASKS = st.builds(task, objective=st.sampled_from(["mlm+nsp", "mlm+sop", "mlm"]), max_length=st.integers(8, 40),
-                  micro_batch_size=st.integers(1, 5), mask_rate=st.sampled_from([0.01, 0.15, 0.4, 0.8]))
+                  micro_batch_size=st.integers(1, 5), mask_rate=st.sampled_from([0.01, 0.15, 0.4, 0.8]),
+                  counted_length=st.none() | st.integers(8, 100)).filter(lambda task: task.token_limit >= task.max_length)
 
 
 @settings(max_examples=150, deadline=None)
@@ -393,12 +395,12 @@ def test_micro_batches_are_those_of_a_greedy_loop(task, data):
     nothing = np.zeros(len(sizes), np.int64)
     a_length = np.array(sizes, np.int64) - np.array(has_b, np.int64)
     plan = Plan(nothing, a_length, nothing, np.array(has_b, np.int64), nothing, nothing.astype(np.uint64))
-    expected, tokens, sequences, masked = [0], 0, 0, 0
+    limit = task.micro_batch_size * (task.max_length if task.counted_length is None else task.counted_length)
+    expected, tokens, sequences, masked, full = [0], 0, 0, 0, math.ceil(limit / task.max_length)
     for index, (size, pair) in enumerate(zip(sizes, has_b)):
         need = (size + 2 + pair, 1, min(size, max(1, math.floor(task.mask_rate * size + 0.5))))
         assert need[0] <= task.max_length
-        if (tokens + need[0] > task.micro_batch_size * task.max_length or sequences + 1 > 4 * task.micro_batch_size
-                or masked + need[2] > int(task.mask_rate * task.micro_batch_size * task.max_length) + task.micro_batch_size):
+        if tokens + need[0] > limit or sequences + 1 > 4 * full or masked + need[2] > int(task.mask_rate * limit) + full:
             expected.append(index)
             tokens = sequences = masked = 0
         tokens, sequences, masked = tokens + need[0], sequences + need[1], masked + need[2]
