@@ -119,21 +119,27 @@ def pretrain(experiment: Experiment, name: str) -> dict:
 def held_out(experiment: Experiment) -> dict:
     """Held-out perplexities of the domain's text before and after pretraining on it, and after pretraining on the control; {} where
     no text was held out."""
-    run = setup.build(config_of(experiment, "adapted"))
-    if not run.held_out:
+    config = config_of(experiment, "adapted")
+    run = setup.build(config)
+    phase, context = run.phases[-1], autocast(run.device, run.precision)
+    if not phase.held_out:
         return {}
     rows = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    curve = [[row["step"], row["eval/perplexity"]] for row in rows if "eval/perplexity" in row]
+    curve = [[row["step"], row["eval/perplexity"]] for row in rows
+             if "eval/perplexity" in row and row.get("train/max_length", phase.max_length) == phase.max_length]
+    if curve[0][0] > 0:  # at the start it was that of the first phase, which does not compare
+        untrained = setup.build(replace(config, output=str(experiment.output / "untrained"))).model
+        curve.insert(0, [0, evaluate(untrained, phase.held_out, run.device, context)["perplexity"]])
     result = {"before": curve[0][1], "after": curve[-1][1], "curve": curve,
               "training": [[row["step"], row["train/perplexity"]] for row in rows if "train/perplexity" in row],
-              "unigram": next((row["eval/unigram_perplexity"] for row in rows if "eval/unigram_perplexity" in row), None)}
+              "unigram": phase.held_out.unigram_perplexity}
     if "control" in experiment.texts:
         model = from_checkpoint(str(experiment.output / "control" / "final"), [])[0]
         model.attention = run.model.attention
         model.set_objective(run.config.objective)
         same_tokens = model.config.vocab_size == run.model.config.vocab_size
         if same_tokens:
-            result["control"] = evaluate(model.to(run.device), run.held_out, run.device, autocast(run.device, run.precision))["perplexity"]
+            result["control"] = evaluate(model.to(run.device), phase.held_out, run.device, context)["perplexity"]
     return result
 
 

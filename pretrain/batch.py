@@ -23,7 +23,7 @@ class PackedBatch:
     position_ids: Tensor  # int64 [T]; restarts at 0 in each sequence
     cu_seqlens: Tensor  # int32 [N + 1]; sequence n is tokens cu_seqlens[n]:cu_seqlens[n + 1]; the last is T
     lengths: tuple[int, ...]  # of the N sequences, for the host
-    max_length: int  # bound of `lengths`, the same for each batch of a run
+    max_length: int  # bound of `lengths`, the same for each batch of a phase
     counts: dict[str, float]  # what each loss is divided by: "mlm" masked tokens, "nsp" pairs, "label" examples or their weights
     num_tokens: int  # real ones, without filling
     num_sequences: int  # real ones

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pretrain import phases
 from pretrain.command import option
 
 MODEL_SIZES = {  # (layers, width); heads are width / 64, the inner width 4 x width, as in Turc et al. 2019
@@ -90,7 +91,10 @@ class TaskOptions:
                           choices=("mask", "similar"))
     similar: str | None = option(None, "file of similar words: a word and, after tabs, words of its kind a line (default: none)",
                                  metavar="FILE")
-    max_length: int = option(128, "tokens in a sequence, specials included")
+    max_length: int | None = option(None, f"tokens in a sequence, specials included (default: {phases.DEFAULT_LENGTH})")
+    phases: list[str] = option([], "in place of --max-length: lengths one after another, each for a share of the optimizer steps, such as "
+                               "128:0.9 512:0.1; a batch counts sequences of the first (default: one length)", nargs="+",
+                               metavar="LENGTH:SHARE")
 
 
 @dataclass
@@ -262,7 +266,7 @@ def validate(config) -> list[str]:
 
 
 def _validate_together(config) -> list[str]:
-    problems = []
+    problems = phases.problems_of(config) if hasattr(config, "phases") else []
     batch, micro = getattr(config, "batch_size", 0), getattr(config, "micro_batch_size", 1) or 0
     if micro >= 1 and batch >= 1 and batch % micro:
         fits = [size for size in range(1, min(batch, micro) + 1) if batch % size == 0]

@@ -18,6 +18,7 @@ import torch
 from pretrain import files
 from pretrain.data.dataset import DataPosition
 from pretrain.evaluate import fill_masks
+from pretrain.phases import phase_ends
 from pretrain.runtime.distributed import gather
 from pretrain.runtime.optim import autocast, make_optimizer
 from pretrain.setup import Run
@@ -87,6 +88,7 @@ def fit_to_machine(run: Run, seconds: float = TRAINING_SECONDS) -> None:
     if not run.config.max_steps and run.config.epochs == type(run.config)().epochs:
         run.config.max_steps = max(MIN_STEPS, min(MAX_STEPS, int(seconds / step_seconds)))
         run.total_steps = run.config.max_steps
+        phase_ends(run.config, run.total_steps)  # refuses too few
     shown = ", ".join(f"{1000 * value:.0f} ms ({precision}, {threads} threads)" for (precision, threads), value in times.items())
     print(f"a step takes {shown}: {run.total_steps} steps in {run.precision} on {threads} threads")
 

@@ -16,6 +16,7 @@ from pretrain.data.reading import content_key, expand
 from pretrain.files import hold, model_folder, read_json, sha256_of, write_json
 from pretrain.finetune import build, check_budget
 from pretrain.model.bert import from_checkpoint
+from pretrain.phases import longest, option_of
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World, start
 from pretrain.runtime.optim import choose_precision
@@ -87,7 +88,7 @@ def build_experiment(options: AdaptOptions) -> Experiment:
     budgets = dict(sorted(budgets.items(), key=lambda item: item[1]))
     model, fresh = from_checkpoint(options.model, [])
     with told_as("pretrain", options):
-        check(model.problems_of(pretraining.objective, pretraining.max_length))
+        check(model.problems_of(pretraining.objective, longest(pretraining), option_of(pretraining)))
         choose_precision(pretraining.precision, start(pretraining.device)[1])
     texts = {"text": check_text(options.text, "--text", pretraining, World(), pretraining.masking)}
     if options.control:

@@ -1,34 +1,65 @@
-"""The parts of a run from its options: task, masks and model, with the checks of what must fit what."""
+"""The parts of a run from its options: phases, masks, model and steps, with the checks of what must fit what."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from pretrain import phases
 from pretrain.batch import IGNORED
 from pretrain.command import UserError, check
 from pretrain.config import MODEL_SIZES, Config
 from pretrain.data import tokenizer as tokenizers
-from pretrain.data.collate import pack
+from pretrain.data.collate import Collator, pack
 from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, Corpus
 from pretrain.data.dataset import DataPosition, PretrainingDataset
 from pretrain.data.masking import Masking, read_similar
 from pretrain.data.planning import Task
 from pretrain.data.reading import read_lines
+from pretrain.evaluate import HeldOut, make_held_out
 from pretrain.model import bert
 from pretrain.model.packed import PackedModel
+from pretrain.runtime.distributed import World
 
 MIN_TRUE_SHARE = 0.1  # of the planned pairs
 MIN_FITTING_SHARE, SAMPLED_MICRO_BATCHES = 0.8, 20  # of the entities
 COUNTED_SHARDS = 4  # planned at the start to count an epoch; a larger corpus is extrapolated from them
 
 
-def make_task(config: Config) -> Task:
-    """The task of the options, planned for the highest mask rate."""
-    return Task(config.objective, config.max_length, config.micro_batch_size, max(config.mask_rate), config.seed)
+@dataclass(frozen=True)
+class Phase:
+    """What is read while sequences have one length; a run without --phases has one."""
+
+    number: int  # from 0 on
+    dataset: PretrainingDataset
+    collator: Collator
+    held_out: HeldOut | None
+    eval_batch_size: int  # sequences in its micro-batches
+
+    @property
+    def max_length(self) -> int:
+        """Tokens in a sequence."""
+        return self.collator.task.max_length
+
+
+def make_task(config: Config, number: int = 0) -> Task:
+    """The task of a phase, planned for the highest mask rate."""
+    lengths = [length for length, _ in phases.lengths_and_shares(config)]
+    return Task(config.objective, lengths[number], config.micro_batch_size, max(config.mask_rate), config.seed, lengths[0])
+
+
+def make_phase(config: Config, number: int, dataset: PretrainingDataset, held_out: Corpus | None, vocabulary: tokenizers.Vocabulary,
+               masking: Masking, fill: bool) -> Phase:
+    """A phase with its held-out batches, whose tokens are those of the first phase's at most, but for one sequence at least."""
+    task = dataset.task
+    eval_batch_size = max(1, (config.eval_batch_size or config.micro_batch_size) * task.counted_length // task.max_length)
+    batches = held_out and make_held_out(held_out, config.objective, task.max_length, eval_batch_size, vocabulary, config.eval_tokens,
+                                         fill, dataset.source)
+    return Phase(number, dataset, Collator(task, vocabulary, masking, fill), batches, eval_batch_size)
 
 
 def make_masking(config: Config, tokenizer: PreTrainedTokenizerBase) -> Masking:
@@ -89,10 +120,10 @@ def make_model(config: Config, checkpoint: Path | None, tokenizer: PreTrainedTok
     if checkpoint:
         return bert.from_checkpoint(str(checkpoint), [])[0]
     if config.model in MODEL_SIZES:
-        model, fresh = bert.from_size(config.model, vocabulary.size, config.max_length, vocabulary.pad_id, config.config_override), []
+        model, fresh = bert.from_size(config.model, vocabulary.size, phases.longest(config), vocabulary.pad_id, config.config_override), []
     else:
         model, fresh = bert.from_checkpoint(config.model, config.config_override)
-    settings, problems = model.config, model.problems_of(config.objective, config.max_length)
+    settings, problems = model.config, model.problems_of(config.objective, phases.longest(config), phases.option_of(config))
     if settings.is_decoder:
         problems.append(f"--model {config.model}: is a decoder (is_decoder); needed is an encoder")
     size = vocabulary.size - len(added)
@@ -123,29 +154,54 @@ def other_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> list
     return [f"--tokenizer {config.tokenizer}: its vocabulary differs from that of the model {config.model}; leave --tokenizer away"]
 
 
+def check_processes(config: Config, world: World) -> None:
+    """UserError where the micro-batches of a step cannot be shared out evenly."""
+    micro_batches = config.batch_size // config.micro_batch_size
+    if micro_batches % world.size:
+        fits = ", ".join(str(count) for count in range(1, micro_batches + 1) if micro_batches % count == 0)
+        raise UserError(f"{world.size} processes: a step of --batch-size {config.batch_size} has {micro_batches} micro-batches of "
+                        f"--micro-batch-size {config.micro_batch_size}; needed is a number of processes that divides them: {fits}")
+
+
 def check_plan(dataset: PretrainingDataset, config: Config, whole_step: bool = True) -> int:
-    """Optimizer steps in an epoch, from the plan of its first shards; UserError where the text cannot serve the task."""
+    """Optimizer steps in an epoch of this length, from the plan of its first shards; UserError where the text cannot serve the task."""
     plans, task = [dataset.plan(0, place) for place in range(min(COUNTED_SHARDS, dataset.source.num_shards))], dataset.task
     labels = np.concatenate([plan.label for plan in plans])
     num_tokens = sum(int(plan.lengths.sum()) for plan in plans)
     planned = sum(plan.num_micro_batches for plan in plans)
     share = len(plans) / dataset.source.num_shards
+    at_length = f" at {task.max_length} tokens" * bool(config.phases)
     if config.objective != "mlm":
         true_share = float((labels == 0).mean())
         random_share = float((labels == 1).mean())
-        print(f"{config.objective}: {true_share:.1%} of the pairs are true next ones, {random_share:.1%} are "
+        print(f"{config.objective}{at_length}: {true_share:.1%} of the pairs are true next ones, {random_share:.1%} are "
               f"{'random' if config.objective == 'mlm+nsp' else 'swapped'}, {(labels == IGNORED).mean():.1%} are sequences without a pair")
         if true_share < MIN_TRUE_SHARE:
-            raise UserError(f"--objective {config.objective}: {true_share:.1%} of the planned pairs would be true next ones, needed are at "
-                            f"least {MIN_TRUE_SHARE:.0%}: the documents have too few sentences. Ways out: --objective mlm, or another "
-                            "--format (sentences: a sentence a line, a blank line between documents)")
+            raise UserError(f"--objective {config.objective}: {true_share:.1%} of the planned pairs{at_length} would be true next ones, "
+                            f"needed are at least {MIN_TRUE_SHARE:.0%}: the documents have too few sentences. Ways out: --objective "
+                            "mlm, or another --format (sentences: a sentence a line, a blank line between documents)")
     long_sentences = sum(int((np.diff(dataset.source.shard(dataset.shard_at(0, place)).sentences) > task.max_tokens).sum())
                          for place in range(len(plans)))
     if long_sentences and config.objective != "mlm":
         print(f"{round(long_sentences / share):,} sentences are longer than {task.max_tokens} tokens: planned in pieces of half of that")
-    if whole_step and num_tokens < config.batch_size * config.max_length and share == 1:
-        largest = num_tokens // config.max_length
-        raise UserError(f"--batch-size {config.batch_size}: a step is {config.batch_size * config.max_length:,} tokens, the text makes "
-                        f"{num_tokens:,}; needed is " + (f"at most --batch-size {largest} --micro-batch-size {largest}, or more text"
-                                                         if largest else f"more text, or a --max-length below {num_tokens}"))
+    if whole_step and num_tokens < config.batch_size * task.counted_length and share == 1:
+        largest = num_tokens // task.counted_length
+        raise UserError(f"--batch-size {config.batch_size}: a step is {config.batch_size * task.counted_length:,} tokens, the text makes "
+                        f"{num_tokens:,}{at_length}; needed is " + (
+                            f"at most --batch-size {largest} --micro-batch-size {largest}, or more text"
+                            if largest else f"more text, or {phases.option_of(config)} below {num_tokens} tokens"))
     return max(1, round(planned / share / (config.batch_size // config.micro_batch_size)))
+
+
+def count_steps(config: Config, state: dict, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run: decided when it starts; a resumed run keeps them unless it is told otherwise."""
+    wanted = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
+    if not state:
+        return wanted
+    saved = state["options"]
+    if config.epochs != saved["epochs"] and config.max_steps == saved["max_steps"]:
+        config.max_steps, wanted = 0, max(1, round(config.epochs * steps_per_epoch))
+    if (config.max_steps, config.epochs) == (saved["max_steps"], saved["epochs"]):
+        return state["total_steps"]
+    print(f"the run now ends at step {wanted}, not {state['total_steps']}: the schedules of learning rate and masks change")
+    return wanted

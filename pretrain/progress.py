@@ -21,6 +21,7 @@ POSITION = (lambda value: type(value) is list and len(value) in (3, 4) and all(C
             and value[3:] in ([], [None]), "a data position")
 FORM = {"position": POSITION, "is_logged": FLAG, "finished": FLAG, "best_perplexity": real(0, math.inf),
         **dict.fromkeys(("step", "skipped", "skipped_in_a_row", "best_step", "evaluations_without_gain", "last_eval_step"), COUNT),
+        **dict.fromkeys(("phase", "last_eval_phase"), integer(0, 2**53, or_none=True)),  # a checkpoint of an older version has none
         **dict.fromkeys(("totals", "last_train", "last_eval", "row", "window"), NUMBERS)}  # of a Progress, as JSON
 TEXT_OR_NONE = (lambda value: value is None or TEXT[0](value), "text, or nothing")
 STATE_FORM = {  # of training_state.json, as `saved_values` makes it
@@ -37,7 +38,8 @@ class Progress:
     """Where a run stands: all that a checkpoint needs beside weights, optimizer and random states."""
 
     step: int = 0  # optimizer updates done
-    position: DataPosition = DataPosition(0, 0, 0)  # of the next micro-batch
+    position: DataPosition = DataPosition(0, 0, 0)  # of the next micro-batch, as `phase` cuts them
+    phase: int = 0  # its number; the next step may be the first of another
     totals: dict[str, float] = field(default_factory=dict)  # real tokens, sequences, seconds of training; to the last logged step
     skipped: int = 0  # steps that were not finite
     skipped_in_a_row: int = 0
@@ -47,6 +49,7 @@ class Progress:
     last_train: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
     last_eval_step: int = 0
+    last_eval_phase: int = 0
     window: dict[str, float] = field(default_factory=dict)  # sums since the last logged step
     row: dict[str, float] = field(default_factory=dict)  # numbers of this step that are not logged yet
     is_logged: bool = False  # this step has been evaluated and logged; not so where a signal has come before
@@ -58,7 +61,7 @@ class Progress:
     @classmethod
     def restored(cls, saved: dict | None) -> Progress:
         """From what a checkpoint has kept, which fits FORM; None: the start."""
-        return cls(**{name: saved[name] for name in FORM}) if saved else cls()
+        return cls(**{name: saved[name] for name in FORM if saved.get(name) is not None}) if saved else cls()
 
     def add_window(self, sums: dict[str, float], numbers: dict[str, float]) -> None:
         """Take over the sums and the means of a window."""

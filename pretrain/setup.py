@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,16 +18,15 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from pretrain import parts, phases
 from pretrain.command import UserError, check
 from pretrain.config import MODEL_SIZES, Config, FinetuneOptions, interval, validate
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.collate import Collator
 from pretrain.data.dataset import DataPosition, PretrainingDataset
-from pretrain.evaluate import HeldOut, make_held_out
 from pretrain.files import hold, sha256_of, write_json, write_text
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.packed import PackedModel
-from pretrain.parts import check_plan, make_masking, make_model, make_task, report_added, tell_unfit_entities
 from pretrain.progress import STATE_FORM
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World, any_rank, gather, place, start, wait_for_all
@@ -50,9 +50,7 @@ class Run:
     output: Path
     tokenizer: PreTrainedTokenizerBase
     model: PackedModel
-    dataset: PretrainingDataset
-    collator: Collator
-    held_out: HeldOut | None
+    phases: list[parts.Phase]
     corpus_folders: dict[str, str]
     steps_per_epoch: int
     total_steps: int
@@ -69,10 +67,27 @@ class Run:
         every = interval(value)
         return every if isinstance(every, int) else self.steps_per_epoch if every == "epoch" else max(10, min(1000, self.total_steps // 10))
 
-    def rebuild(self, position: DataPosition) -> str:
-        """The command that shows the micro-batches of a step again, and keeps them in a file."""
+    @property
+    def dataset(self) -> PretrainingDataset:  # of the first phase, by which steps and epochs are counted
+        return self.phases[0].dataset
+
+    @property
+    def collator(self) -> Collator:
+        return self.phases[0].collator
+
+    @property
+    def phase_ends(self) -> list[int]:
+        return phases.phase_ends(self.config, self.total_steps)
+
+    def phase_at(self, step: int) -> parts.Phase:
+        """The phase of a step, counted from 0; the nearest one for a number outside the run."""
+        return self.phases[min(bisect_right(self.phase_ends, step), len(self.phases) - 1)]
+
+    def rebuild(self, position: DataPosition, step: int) -> str:
+        """The command that shows the micro-batches of a step, counted from 1, again, and keeps them in a file."""
+        phase = ["--phase", str(self.phase_at(step - 1).number + 1)] if self.config.phases else []
         return shlex.join(["python", "scripts/show_masks.py", "--config", str(self.output / "config.json"), "--position",
-                           *(str(number) for number in position if number is not None), "--sampled",
+                           *(str(number) for number in position if number is not None), *phase, "--sampled",
                            str(self.config.batch_size // self.config.micro_batch_size), "--save", "batch.pt"])
 
     @property
@@ -122,17 +137,19 @@ def build(config: Config) -> Run:
     while True:
         with explained(config.micro_batch_size):
             run = _assemble(config, world, device, asked)
-            fits = run.checkpoint or micro_batch_fits(run.model, run.collator(run.dataset.__getitems__([run.dataset.fullest()])).to(device),
-                                                      autocast(device, run.precision))
+            fits = run.checkpoint or all(
+                micro_batch_fits(run.model, phase.collator(phase.dataset.__getitems__([phase.dataset.fullest()])).to(device),
+                                 autocast(device, run.precision)) for phase in run.phases)
             # Sharded weights travel in the trial: the others wait there for a process that has no room, and end with it.
             if not config.shard and not any_rank(not fits) or config.shard and fits:
                 torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
                 return run
-        micro = config.micro_batch_size
-        smaller = max((size for size in range(1, micro // 2 + 1) if config.batch_size % (size * world.size) == 0), default=0)
+        micro, least = config.micro_batch_size, phases.least_micro_batch_size(config)
+        smaller = max((size for size in range(least, micro // 2 + 1) if config.batch_size % (size * world.size) == 0), default=0)
         if not smaller or config.shard:
+            way = "in a new run a smaller one" if smaller else f"shorter sequences ({phases.option_of(config)})"
             raise UserError(f"--micro-batch-size {micro}: the memory of {device} is too small for it; needed is a larger device, "
-                            f"--gradient-checkpointing, or {'in a new run a smaller one' if smaller else 'a smaller --max-length'}")
+                            f"--gradient-checkpointing, or {way}")
         config.micro_batch_size = smaller
         print(f"--micro-batch-size {micro}: the memory of {device} is too small for it, so it is {smaller} in this run")
         del run
@@ -144,6 +161,7 @@ def _output(config: Config) -> Path:
 
 def _assemble(config: Config, world: World, device: torch.device, asked: int) -> Run:
     config.workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
+    config.max_length = None if config.phases else phases.longest(config)
     output = _output(config)
     checkpoint = gather(find_checkpoint(output, config) if world.is_main else None)[0]
     state = ckpt.read_values(checkpoint, STATE_FORM) if checkpoint else {}
@@ -163,18 +181,17 @@ def _assemble(config: Config, world: World, device: torch.device, asked: int) ->
     if state and precision != state["precision"]:
         print(f"the run goes on in {precision}, it was in {state['precision']}: its numbers will not be those of one that stays")
     check(["--shard --precision fp16: needed is bf16 or fp32"] if config.shard and precision == "fp16" else [])
-    check_processes(config, world)
+    parts.check_processes(config, world)
     torch.manual_seed(config.seed)
     tokenizer, text, added = prepare_tokenizer(config, checkpoint, world)
-    vocabulary, masking = tokenizers.describe(tokenizer), make_masking(config, tokenizer)
-    model = make_model(config, checkpoint, tokenizer, vocabulary, added)
+    vocabulary, masking = tokenizers.describe(tokenizer), parts.make_masking(config, tokenizer)
+    model = parts.make_model(config, checkpoint, tokenizer, vocabulary, added)
     similar_words = config.similar and sha256_of(Path(config.similar))
     if state and similar_words != state.get("similar_words"):
         raise UserError(f"--similar {config.similar}: has changed since the run was started; restore it, or start another run")
     training, held_out_text = open_text(config, tokenizer, vocabulary, text, state, world)
-    occurrences = report_added(training, added, tokenizer)
+    occurrences = parts.report_added(training, added, tokenizer)
 
-    task = make_task(config)
     attention = model.attention = choose_attention(device, precision)
     compiled = config.compile == "on" or (config.compile == "auto" and attention == VARLEN and not config.shard)
     if config.compile == "auto" and compiled:
@@ -183,26 +200,17 @@ def _assemble(config: Config, world: World, device: torch.device, asked: int) ->
     if config.gradient_checkpointing:
         # The newer name of the two, where this transformers has it.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    collator = Collator(task, vocabulary, masking, fill=attention == VARLEN)
-    dataset = PretrainingDataset(training, task)
-    steps_per_epoch = state.get("steps_per_epoch") or check_plan(dataset, config)
+    datasets = [PretrainingDataset(training, parts.make_task(config, number)) for number in range(max(1, len(config.phases)))]
+    steps_per_epoch = state.get("steps_per_epoch") or [parts.check_plan(dataset, config) for dataset in datasets][0]
+    total_steps = parts.count_steps(config, state, steps_per_epoch)
+    phases.phase_ends(config, total_steps)  # which refuses too few
     if config.masking == "entity":
-        tell_unfit_entities(dataset, vocabulary, config)
-    held_out = held_out_text and make_held_out(
-        held_out_text, config.objective, config.max_length, config.eval_batch_size or config.micro_batch_size, vocabulary,
-        config.eval_tokens, collator.fill, training)
-    return Run(config, world, device, precision, output, tokenizer, place(model, device, config.shard), dataset, collator, held_out,
+        parts.tell_unfit_entities(min(datasets, key=lambda dataset: dataset.task.max_length), vocabulary, config)
+    made = [parts.make_phase(config, number, dataset, held_out_text, vocabulary, masking, fill=attention == VARLEN)
+            for number, dataset in enumerate(datasets)]
+    return Run(config, world, device, precision, output, tokenizer, place(model, device, config.shard), made,
               {name: str(corpus.folder.absolute()) for name, corpus in (("train", training), ("valid", held_out_text)) if corpus},
-              steps_per_epoch, count_steps(config, state, steps_per_epoch), compiled, asked, checkpoint, state, similar_words, occurrences)
-
-
-def check_processes(config: Config, world: World) -> None:
-    """UserError where the micro-batches of a step cannot be shared out evenly."""
-    micro_batches = config.batch_size // config.micro_batch_size
-    if micro_batches % world.size:
-        fits = ", ".join(str(count) for count in range(1, micro_batches + 1) if micro_batches % count == 0)
-        raise UserError(f"{world.size} processes: a step of --batch-size {config.batch_size} has {micro_batches} micro-batches of "
-                        f"--micro-batch-size {config.micro_batch_size}; needed is a number of processes that divides them: {fits}")
+              steps_per_epoch, total_steps, compiled, asked, checkpoint, state, similar_words, occurrences)
 
 
 def open_output(run: Run) -> None:
@@ -259,26 +267,12 @@ def changed_options(config: Config, saved: dict) -> list[str]:
     return problems
 
 
-def count_steps(config: Config, state: dict, steps_per_epoch: int) -> int:
-    """Optimizer steps of the run: decided when it starts; a resumed run keeps them unless it is told otherwise."""
-    wanted = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
-    if not state:
-        return wanted
-    saved = state["options"]
-    if config.epochs != saved["epochs"] and config.max_steps == saved["max_steps"]:
-        config.max_steps, wanted = 0, max(1, round(config.epochs * steps_per_epoch))
-    if (config.max_steps, config.epochs) == (saved["max_steps"], saved["epochs"]):
-        return state["total_steps"]
-    print(f"the run now ends at step {wanted}, not {state['total_steps']}: the schedules of learning rate and masks change")
-    return wanted
-
-
-def describe_run(run: Run) -> dict:
-    """Facts of a run, for its model card and for scripts/evaluate.py."""
+def describe_run(run: Run, phase: parts.Phase) -> dict:
+    """Facts of a run, for its model card and for scripts/evaluate.py; `phase` is the one that was evaluated."""
     config = run.config
-    return {"objective": config.objective, "max_length": config.max_length, "masking": config.masking, "mask_rate": config.mask_rate,
-            "started_from": config.model,
-            "eval_tokens": config.eval_tokens, "eval_batch_size": config.eval_batch_size or config.micro_batch_size,
+    return {"objective": config.objective, "max_length": phase.max_length, **({"phases": config.phases} if config.phases else {}),
+            "masking": config.masking, "mask_rate": config.mask_rate, "started_from": config.model,
+            "eval_tokens": config.eval_tokens, "eval_batch_size": phase.eval_batch_size,
             "batch_size": config.batch_size, "total_steps": run.total_steps,
             "learning_rate": config.learning_rate, "precision": run.precision, "corpus": run.dataset.source.fingerprint}
 
@@ -288,11 +282,14 @@ def print_plan(run: Run) -> None:
     config, model, world = run.config, run.model, run.world
     weights = sum(weight.numel() for weight in model.parameters())
     accumulation = config.batch_size // config.micro_batch_size // world.size
-    settings = model.config
+    settings, length, tokens = model.config, run.phases[0].max_length, run.collator.task.token_limit
     print(f"model: {settings.num_hidden_layers}x{settings.hidden_size}, {weights / 1e6:.1f} M weights, vocabulary "
           f"{settings.vocab_size:,}, on {run.device} in {run.precision}, attention by {model.attention}"
           f"{', compiled' * run.compile}")
-    print(f"step: {config.batch_size} x {config.max_length} = {config.batch_size * config.max_length:,} tokens, in {accumulation} "
-          f"micro-batches of {config.micro_batch_size} x {config.max_length} on each of {world.size} process{'es' * (world.size > 1)}")
+    print(f"step: {config.batch_size} x {length} = {config.batch_size * length:,} tokens, in {accumulation} "
+          f"micro-batches of {config.micro_batch_size} x {length} on each of {world.size} process{'es' * (world.size > 1)}")
     print(f"run: {run.total_steps:,} steps, {run.total_steps / run.steps_per_epoch:.1f} epochs of {run.steps_per_epoch:,} steps; "
           f"evaluation every {run.every(config.eval_every):,}, checkpoint every {run.every(config.save_every):,}; {run.output}")
+    for phase, begin, end in zip(run.phases if config.phases else [], [0, *run.phase_ends], run.phase_ends):
+        print(f"phase {phase.number + 1}: steps {begin + 1:,} to {end:,}, sequences of {phase.max_length} tokens, "
+              f"{tokens / phase.max_length:.4g} of them fill a micro-batch")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from pretrain.data.dataset import MicroBatchSampler, make_loader
 from pretrain.evaluate import add_up, evaluate, sample_predictions, summarize
 from pretrain.files import write_json
 from pretrain.model.bert import count_flops
+from pretrain.parts import Phase
 from pretrain.progress import Progress, Window, speed
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import (
@@ -113,9 +114,7 @@ def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
     monitor = Monitor(run.output, progress.step + progress.is_logged, run.total_steps, asdict(config), active=world.is_main)
     progress.finished = run.is_finished  # which may have been given more steps
     first_step, resumed_at = progress.step, (progress.step, progress.is_logged)
-    sampler = MicroBatchSampler(run.dataset, progress.position, world.rank, world.size,
-                                mask_rate=lambda number: run.mask_rate(first_step + number // micro_batches))
-    loader = make_loader(run.dataset, run.collator, sampler, config.workers, pin_memory=device.type == "cuda")
+    phase = loader = None
     peak = peak_flops(device, run.precision)
     begin = time.monotonic()
     model.train()
@@ -131,6 +130,8 @@ def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
                 is_last |= 0 < config.patience <= progress.evaluations_without_gain
                 progress.row |= held_out or {}
             if not stop:
+                if config.phases and progress.row:
+                    progress.row["train/max_length"] = run.phase_at(step - 1).max_length
                 monitor.log(step, progress.row)
                 progress.row, progress.is_logged, progress.finished = {}, True, is_last
         # At least one step first, so that a run restarted again and again goes on.
@@ -144,6 +145,9 @@ def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
             break
 
         tick = time.perf_counter()
+        if run.phase_at(step) is not phase:  # at the start, and where sequences get another length; the workers of the old loader end
+            phase = run.phase_at(step)
+            loader = open_phase(run, phase, progress, monitor)
         batches = [next(loader) for _ in range(micro_batches // world.size)]
         window.add_seconds("wait_seconds", time.perf_counter() - tick, world.size)
         rate = learning_rate(step + 1)
@@ -151,9 +155,9 @@ def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
                             world.size)
         position = progress.position._replace(mask_rate=run.mask_rate(step))
         monitor.say(watch.observe(result.finite, step + 1, tuple(position)))
-        progress.step, progress.position, progress.is_logged = step + 1, run.dataset.advance(progress.position, micro_batches), False
+        progress.step, progress.position, progress.is_logged = step + 1, phase.dataset.advance(progress.position, micro_batches), False
         window.add(result.sums, batches, sum(count_flops(model, batch) for batch in batches))
-        logged = progress.step in (1, run.total_steps) or progress.step % config.log_every == 0
+        logged = progress.step in (1, *run.phase_ends) or progress.step % config.log_every == 0
         grad_norm = float(result.grad_norm) if logged else None  # waits for the device, so that the clock is right
         window.add_seconds("seconds", time.perf_counter() - tick, world.size)
         if logged:
@@ -173,18 +177,34 @@ def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
     return finish(run, progress, monitor, signals.number)
 
 
+def open_phase(run: Run, phase: Phase, progress: Progress, monitor: Monitor) -> Iterator[Batch]:
+    """Batches of `phase` from the next step on. The shards of an epoch come in one order, whatever the length, but a position within
+    one means nothing at another length: what is left of it is passed over, so that no text comes twice in an epoch."""
+    config, step = run.config, progress.step
+    if phase.number != progress.phase:
+        progress.phase, progress.position = phase.number, phase.dataset.next_whole_shard(progress.position)
+        monitor.say(f"step {step + 1}: from here on sequences of {phase.max_length} tokens, from data position {tuple(progress.position)}")
+    micro_batches = config.batch_size // config.micro_batch_size
+    sampler = MicroBatchSampler(phase.dataset, progress.position, run.world.rank, run.world.size,
+                                mask_rate=lambda number: run.mask_rate(step + number // micro_batches))
+    return make_loader(phase.dataset, phase.collator, sampler, config.workers, pin_memory=run.device.type == "cuda")
+
+
 def hold_out(run: Run, progress: Progress, context: torch.autocast, monitor: Monitor, signals: StopSignals) -> dict[str, float] | None:
-    """Evaluate on the held-out batches, show sample predictions, keep `best/`; the numbers under their names, {} without
+    """Evaluate on the held-out batches of the phase, show sample predictions, keep `best/`; the numbers under their names, {} without
     held-out text, None where a signal has come."""
-    if not run.held_out:
+    phase = run.phase_at(progress.step - 1)
+    if not phase.held_out:
         return {}
-    numbers = evaluate(run.model, run.held_out, run.device, context, run.world, signals.agreed)
+    numbers = evaluate(run.model, phase.held_out, run.device, context, run.world, signals.agreed)
     if numbers is None:
         return None
-    progress.last_eval, progress.last_eval_step = numbers, progress.step
-    monitor.text(progress.step, "held-out predictions", sample_predictions(run.model, run.held_out, run.tokenizer, run.device, context))
+    progress.last_eval, progress.last_eval_step, progress.last_eval_phase = numbers, progress.step, phase.number
+    monitor.text(progress.step, "held-out predictions", sample_predictions(run.model, phase.held_out, run.tokenizer, run.device, context))
     perplexity = numbers["perplexity"]
-    if perplexity < (math.inf if progress.best_perplexity is None else progress.best_perplexity):
+    if phase is not run.phases[-1]:
+        pass  # perplexities at different lengths do not compare
+    elif perplexity < (math.inf if progress.best_perplexity is None else progress.best_perplexity):
         progress.best_perplexity, progress.best_step, progress.evaluations_without_gain = perplexity, progress.step, 0
         weights = whole_weights(run.model)
         if run.world.is_main:
@@ -196,7 +216,8 @@ def hold_out(run: Run, progress: Progress, context: torch.autocast, monitor: Mon
 
 def export(run: Run, progress: Progress, folder: Path, weights: dict[str, Tensor]) -> None:
     """Model with `weights`, tokenizer, model card and facts into `folder`; it opens with transformers as it is."""
-    facts = {**describe_run(run), "step": progress.step, "held_out_step": progress.last_eval_step, "held_out": progress.last_eval}
+    phase = run.phases[: progress.last_eval_phase + 1][-1] if progress.last_eval else run.phase_at(progress.step - 1)
+    facts = {**describe_run(run, phase), "step": progress.step, "held_out_step": progress.last_eval_step, "held_out": progress.last_eval}
     ckpt.write_model(folder, run.model, run.tokenizer, facts, weights)
 
 

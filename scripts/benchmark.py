@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
     options = parse(argv, BenchmarkOptions, __doc__)
     if options.quick:
         options = parse(argv, BenchmarkOptions, __doc__, defaults=QUICK)
-    check(cli.validate(options) + [f"--steps {options.steps}: needed is a whole number of at least 1"] * (options.steps < 1))
+    check(cli.validate(options) + [f"--steps {options.steps}: needed is a whole number of at least 1"] * (options.steps < 1)
+          + ["--phases: a measurement has one length; needed is --max-length"] * bool(options.phases))
     if "train" in options.parts and importlib.util.find_spec("accelerate") is None:
         raise UserError("--parts train: transformers.Trainer needs accelerate: pip install accelerate (or --parts prepare data)")
 
@@ -134,11 +135,12 @@ def our_steps(run) -> Iterator[tuple[int, float]]:
 
     from pretrain.data.dataset import DataPosition, MicroBatchSampler, make_loader
     from pretrain.model.bert import count_flops
+    from pretrain.runtime.distributed import wrap
     from pretrain.runtime.optim import autocast, make_optimizer
     from pretrain.train import train_step
 
     config, model = run.config, run.model.train()
-    trained = torch.compile(model) if run.compile else model
+    trained = wrap(model, run.compile)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, config.adam_betas, config.adam_epsilon)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
     sampler = MicroBatchSampler(run.dataset, DataPosition(0, 0, 0))

@@ -25,6 +25,7 @@ class ShowMasksOptions(TaskOptions, DataOptions, TokenizerOptions, ModelOptions)
     seed: int = option(0, "seed of pairs and masks, as pretrain.py's")
     position: list[float] = option([], "data position of the first micro-batch that is shown, as a run tells it (default: 0 0 0)",
                                    nargs="+", metavar="NUMBER")
+    phase: int = option(1, "the phase of --phases that is shown, from 1 on")
     save: str | None = option(None, "file to write the tensors of the micro-batches to, for torch.load (default: none)", metavar="FILE")
     colour: str = option("auto", "auto (where the output is a terminal), on or off", choices=("auto", "on", "off"))
 
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> None:
             not 0 <= number < 2**53 or number % 1 for number in options.position[:3])):
         wanted.append(f"--position {' '.join(map(str, options.position))}: needed are epoch, place, micro-batch and, where the run has a "
                       "schedule, the mask rate")
+    if not 1 <= options.phase <= max(1, len(options.phases)):
+        wanted.append(f"--phase {options.phase}: needed is a whole number of 1 to {max(1, len(options.phases))}, as many as --phases has")
     check(validate(options) + wanted)
 
     from pretrain import embedded, parts
@@ -49,11 +52,11 @@ def main(argv: list[str]) -> None:
 
     if not options.train:
         options.train, options.format = [str(embedded.write_text(Path(options.cache)))], "sentences"
-    shown = vars(options).keys() - {"examples", "sampled", "position", "save", "colour"}
+    shown = vars(options).keys() - {"examples", "sampled", "position", "phase", "save", "colour"}
     config = Config(**{name: getattr(options, name) for name in shown}, batch_size=options.micro_batch_size)
     tokenizer, text, _ = prepare_tokenizer(config, None, World())
     vocabulary, masking = tokenizers.describe(tokenizer), parts.make_masking(config, tokenizer)
-    dataset = PretrainingDataset(open_text(config, tokenizer, vocabulary, text, {}, World())[0], parts.make_task(config))
+    dataset = PretrainingDataset(open_text(config, tokenizer, vocabulary, text, {}, World())[0], parts.make_task(config, options.phase - 1))
     parts.check_plan(dataset, config, whole_step=False)
     collator = Collator(dataset.task, vocabulary, masking)
     in_colour = options.colour == "on" or (options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)

@@ -192,19 +192,35 @@ def test_the_encoders_share_rows_and_seeds(finished, place):
     assert tasks["base", "12", "0"].rows["train"] != tasks["base", "12", "1"].rows["train"]
 
 
-def test_perplexities_are_those_of_evaluate(finished, place, cache, capsys):
-    told = part(finished, "perplexity")
+def evaluated(folder, place, cache, capsys):
+    """Perplexities of the three encoders at 32 tokens, by scripts/evaluate.py."""
     found = {}
-    for name, model in (("before", place / "model"), ("after", finished / "adapted"), ("control", finished / "control")):
-        EVALUATE.main(["--model", str(model), "--input", str(finished / "text.jsonl"), "--valid-fraction", "0.05", "--max-length", "32",
+    for name, model in (("before", place / "model"), ("after", folder / "adapted"), ("control", folder / "control")):
+        EVALUATE.main(["--model", str(model), "--input", str(folder / "text.jsonl"), "--valid-fraction", "0.05", "--max-length", "32",
                        "--objective", "mlm", "--eval-tokens", "500", "--eval-batch-size", "4", "--precision", "fp32",
                        "--cache", str(cache)])
         found[name] = json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"]
+    return found
+
+
+def test_perplexities_are_those_of_evaluate(finished, place, cache, capsys):
+    told, found = part(finished, "perplexity"), evaluated(finished, place, cache, capsys)
     assert {name: told[name] for name in found} == pytest.approx(found, rel=1e-6) and len(set(found.values())) == 3
     assert [step for step, _ in told["curve"]] == [0, 1, 2, 3] and [step for step, _ in told["training"]] == [1, 2, 3]
     assert told["curve"][0][1] == told["before"] and told["curve"][-1][1] == told["after"]
     shown = tables(report_of(finished))[2]
     assert [row[1] for row in shown[1:]] == [f"{told[name]:,.1f}" for name in ("before", "after", "control", "unigram")]
+
+
+def test_with_phases_all_perplexities_are_those_of_the_last_length(small, place, pretraining, cache, tmp_path, capsys):
+    phases = pretraining.replace("--max-length 32", "--phases 16:0.4 32:0.6")
+    ADAPT.main([*small, "--control", str(place / "control.txt"), "--pretrain", phases, "--output", str(tmp_path / "out")])
+    told, found = part(tmp_path / "out", "perplexity"), evaluated(tmp_path / "out", place, cache, capsys)
+    assert {name: told[name] for name in found} == pytest.approx(found, rel=1e-6) and len(set(found.values())) == 3
+    assert [step for step, _ in told["curve"]] == [0, 2, 3] and not (tmp_path / "out" / "untrained").exists()
+    ADAPT.main([*small, "--control", str(place / "control.txt"), "--pretrain", phases, "--output", str(tmp_path / "out")])
+    told = refusal(ADAPT.main, [*small, "--pretrain", "--phases 32:0.5 600:0.5", "--output", str(tmp_path / "other")], capsys)
+    assert told.splitlines()[0].startswith('--pretrain "--phases 32:0.5 600:0.5": --phases 600: the model has 512 positions')
 
 
 def test_the_control_has_the_steps_of_the_adapted_run_and_the_same_options(finished, small, place, pretraining, tmp_path):

@@ -18,7 +18,7 @@ from stress import assert_one_curve
 from test_safety import mutations
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from pretrain import files, setup, train
+from pretrain import files, parts, setup, train
 from pretrain.batch import Output
 from pretrain.command import UserError, parse, run_command
 from pretrain.config import Config
@@ -81,7 +81,7 @@ def send(number):
 @pytest.mark.parametrize(("name", "call", "target"), [
     ("train_step", 1, train), ("train_step", 6, train), ("evaluate", 1, train), ("evaluate", 2, train), ("write_model", 1, ckpt),
     ("write_state", 2, ckpt), ("sync", 3, ckpt), ("sync", 30, ckpt), ("prune", 3, ckpt), ("finish", 1, train), ("read_tensors", 1, ckpt),
-    ("write_json", 1, setup), ("make_tokenizer", 1, sys.modules["pretrain.text"]), ("check_plan", 1, setup)])
+    ("write_json", 1, setup), ("make_tokenizer", 1, sys.modules["pretrain.text"]), ("check_plan", 1, parts)])
 def test_killed_anywhere_then_resumed(finished, arguments, tmp_path, monkeypatch, name, call, target):
     if name == "read_tensors":  # in a restart, then
         interrupted_copy(finished, tmp_path / "run", 4)
@@ -282,7 +282,7 @@ def test_a_second_sigint_stops_at_once(arguments, tmp_path, monkeypatch):
 
 
 def test_a_signal_before_training_ends_the_command(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(setup, "check_plan", lambda *more: send(signal.SIGTERM)())
+    monkeypatch.setattr(parts, "check_plan", lambda *more: send(signal.SIGTERM)())
     assert run_command(PRETRAIN.main, [*arguments, "--output", str(tmp_path / "run")]) == 143
     assert capsys.readouterr().err.endswith("interrupted by SIGTERM\n")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -85,6 +85,11 @@ class PretrainingDataset(Dataset):
         """The position `count` micro-batches after `position`."""
         return next(islice(self.positions(position), count, None))
 
+    def next_whole_shard(self, position: DataPosition) -> DataPosition:
+        """The beginning of the first shard from `position` on of which nothing has been read. It does not depend on the task, as micro-
+        batches do: from there another task goes on through the epoch."""
+        return self.advance(DataPosition(position.epoch, position.place + (position.micro_batch > 0), 0), 0)
+
 
 class MicroBatchSampler(Sampler):
     """Every `world_size`-th position from `start` on, the first being number `rank`: what one process trains on.

@@ -32,11 +32,11 @@ class PackedModel:
         """Tokens that a sequence may have."""
         return self.config.max_position_embeddings - self.position_offset
 
-    def problems_of(self, objective: str, max_length: int) -> list[str]:
-        """What of a task the model cannot do, a message each."""
+    def problems_of(self, objective: str, max_length: int, option: str = "--max-length") -> list[str]:
+        """What of a task the model cannot do, a message each; `option` is what the length came by."""
         problems, config = [], self.config
         if max_length > self.max_length:
-            problems.append(f"--max-length {max_length}: the model has {self.max_length} positions; needed is at most that")
+            problems.append(f"{option} {max_length}: the model has {self.max_length} positions; needed is at most that")
         if objective != "mlm" and config.model_type != "bert":
             problems.append(f"--objective {objective}: the family {config.model_type} has no NSP head; needed is --objective mlm")
         elif objective != "mlm" and config.type_vocab_size < 2:

@@ -199,8 +199,10 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def wrap(model: nn.Module, compiled: bool) -> nn.Module:
-    """`model`, compiled if asked for, its gradients summed over the processes by DDP where there are several."""
-    trained = torch.compile(model) if compiled else model
+    """`model`, compiled if asked for, its gradients summed over the processes by DDP where there are several.
+
+    A graph has fixed shapes, so that each phase gets one of its own: by default the second would make one of any shape, slower for all."""
+    trained = torch.compile(model, dynamic=False) if compiled else model
     if not dist.is_initialized() or _is_sharded(model):
         return trained
     with warnings.catch_warnings():

@@ -83,9 +83,9 @@ class FiniteWatch:
     """Reads the finite flag of a step one step later, when the device has long computed it, so that nothing waits.
 
     The optimizer has already passed over the step; here it is counted and told, and a run that only skips is stopped.
-    `rebuild` gives a command that rebuilds the data of a step, from what `observe` was told of it."""
+    `rebuild` gives a command that rebuilds the data of a step, from what `observe` was told of it and the step."""
 
-    def __init__(self, skipped: int = 0, in_a_row: int = 0, rebuild: Callable[[object], str] | None = None):
+    def __init__(self, skipped: int = 0, in_a_row: int = 0, rebuild: Callable[[object, int], str] | None = None):
         self.skipped, self.in_a_row, self.rebuild = skipped, in_a_row, rebuild
         self._pending: tuple[Callable[[], bool], int, object] | None = None
         self._scale = math.inf
@@ -101,7 +101,7 @@ class FiniteWatch:
         self.in_a_row += 1
         where = f"at step {step}" + (f", data position {data}" if data is not None else "")
         if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            way = self.rebuild and f". Its data: {self.rebuild(data)}"
+            way = self.rebuild and f". Its data: {self.rebuild(data, step)}"
             raise UserError(f"the gradients of {self.in_a_row} steps in a row were not finite, last {where}; the weights are those before "
                             f"them. A new run with a lower --learning-rate, or --precision fp32, may help{way or ''}")
         return f"gradients not finite {where}: the step changed nothing"
