@@ -14,7 +14,6 @@ import torch
 from conftest import SIZES, assert_same_run, in_processes, interrupted_copy, refusal, rows, script
 from packed_reference import small_model
 from torch._dynamo.testing import CompileCounter
-from transformers import AttentionInterface
 
 from pretrain import adapt, phases, setup, train
 from pretrain.batch import Batch
@@ -26,6 +25,7 @@ from pretrain.data.masking import Masking
 from pretrain.data.planning import Task
 from pretrain.data.preparing import prepare
 from pretrain.data.reading import check_files
+from pretrain.model import attention
 from pretrain.model.attention import VARLEN
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime import distributed
@@ -237,17 +237,17 @@ def test_the_experiment_compares_at_the_last_length(finished, arguments, tmp_pat
 
 def test_each_phase_has_one_graph(corpus, vocabulary, monkeypatch):
     """Three lengths, each seen twice: by default the second would make one graph of any shape, and the third would have none."""
-    def attend(module, query, key, value, attention_mask=None, *, cu_seqlens, max_length, **_):
-        sequence = (torch.arange(query.shape[2])[:, None] >= cu_seqlens[None, 1:]).sum(1)
-        same = sequence[:, None] == sequence[None, :]
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, same).transpose(1, 2), None
+    def attend(qkv, cu_seqlens, max_length):
+        sequence = (torch.arange(len(qkv))[:, None] >= cu_seqlens[None, 1:]).sum(1)
+        parts = qkv.permute(1, 2, 0, 3).unbind(0)
+        return torch.nn.functional.scaled_dot_product_attention(*parts, sequence[:, None] == sequence[None, :]).transpose(0, 1)
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, VARLEN, attend)
+    monkeypatch.setattr(attention, "packed_varlen", attend)
     torch._dynamo.reset()
     counter, compile_with, batches = CompileCounter(), torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda *more, **options: compile_with(*more, backend=counter, **options))
     model = small_model(vocabulary.size)
-    model.config._attn_implementation = VARLEN
+    model.attention = VARLEN
     compiled = distributed.wrap(model, True)
     for length in (16, 24, 40):
         task = Task("mlm+nsp", length, 8, 0.15, 0, counted_length=16)
