@@ -14,7 +14,7 @@ import torch
 import transformers
 from conftest import SIZES, refusal, script
 
-from pretrain.benchmark import alone, data, limits, steps, sweep
+from pretrain.benchmark import alone, data, limits, steps, sweep, table
 from pretrain.benchmark.peer import Peer, describe
 from pretrain.benchmark.rows import blocks, same_examples
 from pretrain.command import UserError
@@ -101,11 +101,11 @@ def test_blocks_are_the_documents_end_to_end(run):
 
 def test_every_part_tells_its_figures(arguments, tmp_path, capsys):
     parts = [part for part in BENCHMARK.PARTS if part != "start"]
-    report, table = report_of([*arguments, "--parts", *parts, "--json", tmp_path / "report.json"], capsys)
+    report, shown = report_of([*arguments, "--parts", *parts, "--json", tmp_path / "report.json"], capsys)
     assert report == json.loads((tmp_path / "report.json").read_text())
     for part in ("prepare", "train", "blocks"):
         sides = report[part]["tokens_per_second"]
-        assert sides.keys() == {"ours", "peer"} and min(sides.values()) > 0 and f"{sides['ours'] / sides['peer']:.3g}" in table
+        assert sides.keys() == {"ours", "peer"} and min(sides.values()) > 0 and f"{sides['ours'] / sides['peer']:.3g}" in shown
     for part in ("data_token", "data_word", "data_span", "loader_0_workers", "loader_1_workers", "loader_2_workers", "profile"):
         assert report[part]["tokens_per_second"]["ours"] > 0
     assert 0 < report["train"]["share_of_matrix_rate"]["ours"] < 1 and report["train"]["failed"] == report["blocks"]["failed"] == {}
@@ -116,14 +116,24 @@ def test_every_part_tells_its_figures(arguments, tmp_path, capsys):
     assert not list((tmp_path / "temporary").iterdir())
 
 
+def test_what_a_gpu_adds_is_told(capsys):
+    table.print_report({"train": {"peak_gib": {"ours": 2.0, "peer": 3.0}, "failed": {}, "compiled": {
+        "ours while it is timed": {"graphs": 0, "graph_breaks": 0}, "peer": {"graphs": 4, "graph_breaks": 1}}},
+        "profile": {"waits_for_device": 2, "kernels": {"gemm": 0.5}}, "cells": {"a cell": {"command": "python", "failed": "no room"}}})
+    told = capsys.readouterr().out
+    for line in ("0.667", "compiled by ours while it is timed: 0 graphs, 0 graph breaks", "compiled by peer: 4 graphs, 1 graph breaks",
+                 "waits for the device in a step: 2", " 50.0% gemm", "failed: no room"):
+        assert line in told
+
+
 @pytest.mark.parametrize("side", ["ours", "peer"])
 def test_a_side_that_fails_is_told_and_the_other_is_measured(side, arguments, tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("no room. Ask for advice")
 
     monkeypatch.setattr(*((steps, "train_step") if side == "ours" else (Peer, "make_model")), fail)
-    report, table = report_of([*arguments, "--parts", "train"], capsys)
-    assert report["train"]["failed"] == {side: "RuntimeError: no room"} and f"{side} failed: RuntimeError: no room" in table
+    report, shown = report_of([*arguments, "--parts", "train"], capsys)
+    assert report["train"]["failed"] == {side: "RuntimeError: no room"} and f"{side} failed: RuntimeError: no room" in shown
     assert report["train"]["tokens_per_second"].keys() == {"ours", "peer"} - {side}
     assert not list((tmp_path / "temporary").iterdir())
 
@@ -187,14 +197,14 @@ def test_a_sweep_measures_its_cells_and_tells_the_best(arguments, tmp_path, monk
     monkeypatch.setattr(sweep, "start", in_place)
     monkeypatch.setattr(sweep, "MICRO_BATCH_TOKENS", {"cpu": (64, 32)})
     monkeypatch.setattr(alone, "start", in_place)
-    report, table = report_of([*arguments, "--models", "tiny", "--lengths", "32", "--json", tmp_path / "report.json"], capsys)
+    report, shown = report_of([*arguments, "--models", "tiny", "--lengths", "32", "--json", tmp_path / "report.json"], capsys)
     assert list(report["cells"]) == [f"tiny 32 x {size}: {parts}" for size, parts in (
         (2, "train profile"), (1, "numerics"), (1, "largest"), (1, "train"), (2, "start"))]
     assert not any("failed" in cell for cell in report["cells"].values()) and report["left_out"] == []
     rates = {cell["micro_batch_size"]: cell["train"]["tokens_per_second"] for cell in report["cells"].values() if "train" in cell}
     for side in ("ours", "peer"):
         assert report["best"]["tiny 32"][side]["tokens_per_second"] == max(rates[size][side] for size in (1, 2))
-    assert f"{report['best']['tiny 32']['ours']['tokens_per_second']:,.0f}" in table and ", cores " in table
+    assert f"{report['best']['tiny 32']['ours']['tokens_per_second']:,.0f}" in shown and ", cores " in shown
     assert report == json.loads((tmp_path / "report.json").read_text()) and not list((tmp_path / "temporary").iterdir())
 
 
@@ -202,10 +212,10 @@ def test_a_cell_that_fails_or_hangs_is_told_and_the_sweep_goes_on(arguments, tmp
     real, ends = alone.start, iter(["raise SystemExit('no compiler')", "import time; time.sleep(60)"])
     monkeypatch.setattr(sweep, "start", lambda command, log, environment: real(["-c", next(ends)], log))
     begin = time.perf_counter()
-    report, table = report_of([*arguments, "--models", "tiny", "--lengths", "16", "32", "--minutes", "0.02"], capsys)
+    report, shown = report_of([*arguments, "--models", "tiny", "--lengths", "16", "32", "--minutes", "0.02"], capsys)
     assert time.perf_counter() - begin < 10 and len(report["left_out"]) == 8 - 2
     assert [cell["failed"] for cell in report["cells"].values()] == ["no compiler", "no time left"]
-    assert "failed: no compiler" in table and "left out, no time: tiny 16" in table
+    assert "failed: no compiler" in shown and "left out, no time: tiny 16" in shown
 
 
 def test_bad_input_is_told_in_one_message(arguments, text_file, capsys):

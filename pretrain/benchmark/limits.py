@@ -44,17 +44,16 @@ def largest(fits: Callable[[int], bool], cap: int) -> int:
 
 def fits(attempt: Callable[[object, int], None], run, size: int) -> bool:
     """Whether two steps of `size` sequences find room; the second has the averages that the first makes."""
-    found = True
+    gc.collect()  # what came before may be kept alive by circles, or by an error
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
     try:
         attempt(run, size)
     except (RuntimeError, MemoryError) as error:
         if not is_full(error):
             raise
-        found = False
-    gc.collect()  # what the error has kept alive
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return found
+        return False
+    return True
 
 
 def our_steps(run, size: int) -> None:

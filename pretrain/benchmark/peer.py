@@ -87,6 +87,7 @@ def describe(run, rows: Rows) -> Peer:
         "max_grad_norm": config.max_grad_norm, "bf16": run.precision == "bf16", "fp16": run.precision == "fp16", "torch_compile": fixed,
         "use_cpu": run.device.type == "cpu", "train_sampling_strategy": "sequential", "remove_unused_columns": False,
         "dataloader_num_workers": LOADER_WORKERS if run.device.type == "cuda" else config.workers,
+        "logging_nan_inf_filter": False,  # it would wait for the device in every step
         "logging_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True}
     mask, random, _ = config.mask_split
     masks = {"mlm_probability": config.mask_rate[0], "mask_replace_prob": mask, "random_replace_prob": random,

@@ -20,7 +20,7 @@ from pretrain.benchmark.rows import same_examples
 from pretrain.command import first_line
 from pretrain.data.dataset import DataPosition, MicroBatchSampler, make_loader
 from pretrain.model.bert import count_flops
-from pretrain.runtime.optim import autocast, make_optimizer, peak_flops
+from pretrain.runtime.optim import FiniteWatch, autocast, make_optimizer, peak_flops
 from pretrain.train import train_step
 
 BLOCK_STEPS = {"cpu": 1, "cuda": 8}  # a side's steps in a row: a GPU queues the next while it computes, as in a run
@@ -41,15 +41,16 @@ class Ours:
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
         sampler = MicroBatchSampler(run.dataset, DataPosition(0, 0, 0))
         self.loader = make_loader(run.dataset, run.collator, sampler, config.workers, pin_memory=run.device.type == "cuda")
-        self.wait_seconds = 0.0
+        self.watch, self.wait_seconds = FiniteWatch(), 0.0
 
     def step(self) -> tuple[int, float]:
         """Real tokens and floating-point operations of one step; on a GPU it has been queued, not awaited."""
         run, config, tick = self.run, self.run.config, time.perf_counter()
         batches = [next(self.loader) for _ in range(config.batch_size // config.micro_batch_size)]
         self.wait_seconds += time.perf_counter() - tick
-        train_step(self.trained, self.model.loss_weights, batches, self.optimizer, self.scaler, autocast(run.device, run.precision),
-                   config.learning_rate, config.max_grad_norm, run.device)
+        result = train_step(self.trained, self.model.loss_weights, batches, self.optimizer, self.scaler,
+                            autocast(run.device, run.precision), config.learning_rate, config.max_grad_norm, run.device)
+        self.watch.observe(result.finite)  # of the step before: so the host is one step ahead, not more
         return sum(batch.num_tokens for batch in batches), sum(count_flops(self.model, batch) for batch in batches)
 
 
@@ -60,17 +61,16 @@ def synchronize(device: torch.device) -> None:
 
 
 def compiled_so_far() -> Counter:
-    """What torch.compile has done in this process: graphs, and places where it had to leave one."""
+    """What torch.compile has done in this process: graphs that it made, and places where it had to leave one."""
     return Counter(graphs=counters["stats"]["unique_graphs"], graph_breaks=sum(counters["graph_break"].values()))
 
 
 class Turns:
     """Blocks of steps of both sides; each notes (tokens, FLOP, seconds, peak bytes without what the other side holds)."""
 
-    def __init__(self, ours: Ours, rows: Rows, steps: int, warm_up: int, before_timing: Callable[[], None]):
+    def __init__(self, ours: Ours, rows: Rows, block: int, warm_up: int, before_timing: Callable[[], None]):
         self.ours, self.device, self.warm_up, self.before_timing = ours, ours.run.device, warm_up, before_timing
-        self.block, self.batch_size, self.ends = block_steps(ours.run), ours.run.config.batch_size, rows.offsets
-        self.count, self.taken = count_blocks(ours.run, steps, warm_up), 0
+        self.block, self.ends, self.taken = block, rows.offsets[::block * ours.run.config.batch_size], 0
         self.blocks, self.failed = {"ours": [], "peer": []}, {}
         self.held = {"ours": self.memory()[0], "peer": 0}  # between the blocks of a side
         self.compiled = {"warm_up": Counter(), "timed": Counter()}  # of our side
@@ -95,10 +95,9 @@ class Turns:
         self.blocks[side].append((tokens, flops, seconds, peak - self.held[other]))
         self.held[side] = in_use - self.held[other]
 
-    def peer_block(self, last_step: int) -> None:
-        """The peer has made a block of steps, to `last_step`; our turn."""
-        last = last_step * self.batch_size
-        self.close("peer", "ours", int(self.ends[last] - self.ends[last - self.block * self.batch_size]), 0.0)
+    def peer_is_done(self) -> None:
+        """The peer has made its block; our turn."""
+        self.close("peer", "ours", int(self.ends[self.taken + 1] - self.ends[self.taken]), 0.0)
         self.our_block()
 
     def our_block(self) -> None:
@@ -125,42 +124,33 @@ class Turns:
             traceback.print_exc()
 
 
-def block_steps(run) -> int:
-    """Steps that a side makes in a row."""
-    return BLOCK_STEPS[run.device.type]
-
-
-def count_blocks(run, steps: int, warm_up: int) -> int:
-    """Blocks of each side, those that warm up included."""
-    return warm_up + max(MIN_BLOCKS, -(-steps // block_steps(run)))
-
-
 def take_turns(ours: Ours, make_rows: Callable[[object, int], Rows], steps: int, warm_up: int,
                before_timing: Callable[[], None] = lambda: None) -> dict:
     """Real tokens/s of both sides over rows of `make_rows`, in turns; where they do the same work also their share of the device's
     matrix rate, on a GPU their peak memory, and what torch.compile did to ours."""
-    run = ours.run
-    rows = make_rows(run, count_blocks(run, steps, warm_up) * block_steps(run) * run.config.batch_size)
-    turns = Turns(ours, rows, steps, warm_up, before_timing)
+    run, block = ours.run, BLOCK_STEPS[ours.run.device.type]
+    count, before = warm_up + max(MIN_BLOCKS, -(-steps // block)), compiled_so_far()
+    rows = make_rows(run, count * block * run.config.batch_size)
+    turns = Turns(ours, rows, block, warm_up, before_timing)
 
     class TakeTurns(TrainerCallback):
         def on_train_begin(self, arguments, state, control, **_) -> None:
             turns.begin()
 
         def on_step_end(self, arguments, state, control, **_) -> None:
-            if state.global_step % turns.block == 0:
-                turns.peer_block(state.global_step)
+            if state.global_step % block == 0:
+                turns.peer_is_done()
 
     matrix_rates = [peak_flops(run.device, run.precision) for _ in range(MATRIX_REPEATS)]  # before and after: what others took shows
     with tempfile.TemporaryDirectory() as folder, turns.keeping_errors("peer"):
-        describe(run, rows).make_trainer(folder, turns.count * turns.block, TakeTurns()).train()
-    while turns.taken < turns.count:
+        describe(run, rows).make_trainer(folder, count * block, TakeTurns()).train()
+    while turns.taken < count:
         turns.our_block()
     matrix_rate = max(*matrix_rates, *(peak_flops(run.device, run.precision) for _ in range(MATRIX_REPEATS)))
     timed = {side: blocks[warm_up:] for side, blocks in turns.blocks.items() if len(blocks) > warm_up}
     rates = {side: median(tokens / seconds for tokens, _, seconds, _ in blocks) for side, blocks in timed.items()}
-    result = {"tokens_per_second": rates, "steps": (turns.count - warm_up) * turns.block, "failed": turns.failed,
-              "step_seconds": {side: median(seconds for _, _, seconds, _ in blocks) / turns.block for side, blocks in timed.items()}}
+    result = {"tokens_per_second": rates, "steps": (count - warm_up) * block, "failed": turns.failed,
+              "step_seconds": {side: median(seconds for _, _, seconds, _ in blocks) / block for side, blocks in timed.items()}}
     if make_rows is same_examples and "ours" in timed:
         flops_a_token = sum(flops for _, flops, _, _ in timed["ours"]) / sum(tokens for tokens, _, _, _ in timed["ours"])
         result |= {"matrix_flops": matrix_rate,
@@ -168,7 +158,9 @@ def take_turns(ours: Ours, make_rows: Callable[[object, int], Rows], steps: int,
     if run.device.type == "cuda":
         result["peak_gib"] = {side: max(peak for *_, peak in blocks) / 2**30 for side, blocks in timed.items()}
     if run.compile:
-        result["compiled"] = {when: dict(what) for when, what in turns.compiled.items()}
+        theirs = compiled_so_far() - before - turns.compiled["warm_up"] - turns.compiled["timed"]
+        result["compiled"] = {who: {name: what[name] for name in ("graphs", "graph_breaks")} for who, what in (
+            ("ours while it warms up", turns.compiled["warm_up"]), ("ours while it is timed", turns.compiled["timed"]), ("peer", theirs))}
     return result
 
 

@@ -33,15 +33,16 @@ def print_parts(report: dict) -> None:
     for part in [part for part in report if isinstance(report[part], dict) and part not in ("options", "machine", "cells", "best")]:
         name = NAMES.get(part, part.replace("_", " "))
         for what, value in report[part].items():
-            if isinstance(value, dict) and {"ours", "peer"} & value.keys() and what != "failed":
+            if isinstance(value, dict) and {"ours", "peer"} & value.keys() and what not in ("failed", "compiled"):
                 print_line(f"{name}, {what.replace('_', ' ')}", value)
         for side, failure in report[part].get("failed", {}).items():
             print_failure(f"{name}, {side}", failure)
         for kernel, share in report[part].get("kernels", {}).items():
             print(f"    {share:6.1%} {kernel[:100]}")
-        for what in ("compiled", "waits_for_device"):
-            if what in report[part]:
-                print(f"{name}, {what.replace('_', ' ')}: {report[part][what]}")
+        for who, made in report[part].get("compiled", {}).items():
+            print(f"{name}, compiled by {who}: {made['graphs']} graphs, {made['graph_breaks']} graph breaks")
+        if "waits_for_device" in report[part]:
+            print(f"{name}, waits for the device in a step: {report[part]['waits_for_device']}")
 
 
 def print_line(name: str, sides: dict[str, float]) -> None:
