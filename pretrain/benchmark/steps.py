@@ -150,6 +150,7 @@ def take_turns(ours: Ours, make_rows: Callable[[object, int], Rows], steps: int,
     timed = {side: blocks[warm_up:] for side, blocks in turns.blocks.items() if len(blocks) > warm_up}
     rates = {side: median(tokens / seconds for tokens, _, seconds, _ in blocks) for side, blocks in timed.items()}
     result = {"tokens_per_second": rates, "steps": (count - warm_up) * block, "failed": turns.failed,
+              "micro_batch_size": run.config.micro_batch_size,  # which may have been halved to fit
               "step_seconds": {side: median(seconds for _, _, seconds, _ in blocks) / block for side, blocks in timed.items()}}
     if make_rows is same_examples and "ours" in timed:
         flops_a_token = sum(flops for _, flops, _, _ in timed["ours"]) / sum(tokens for tokens, _, _, _ in timed["ours"])
