@@ -79,11 +79,12 @@ def run_group(options, group: list[Cell], folder: Path, end: float) -> Iterator[
             told, log = folder / f"{number}.json", folder / f"{number}.log"
             chosen = dataclasses.replace(
                 options, model=cell.model, max_length=cell.max_length, parts=list(cell.parts), micro_batch_size=cell.micro_batch_size,
-                batch_size=cell.micro_batch_size, models=[], quick=False, json=str(told), lock=str(folder / "lock"))
-            command = shlex.split(as_command("benchmark", chosen))[1:]
+                batch_size=cell.micro_batch_size, models=[], quick=False, json=None)
+            command = as_command("benchmark", chosen)
+            _, name, *flags = [*shlex.split(command), "--json", str(told), "--lock", str(folder / "lock")]
             # Temporary files of whatever is stopped lie in the folder that is removed at the end; so do compiled kernels.
-            process = start([str(ROOT / command[0]), *command[1:]], log, environment={"TMPDIR": str(folder.parent)})
-            running[cell] = (process, told, log, shlex.join(["python", *command]))
+            process = start([str(ROOT / name), *flags], log, environment={"TMPDIR": str(folder.parent)})
+            running[cell] = (process, told, log, command)
         while time.monotonic() < end and any(process.poll() is None for process, *_ in running.values()):
             yield {cell.name: found(cell, *files) for cell, (_, *files) in running.items()}
             time.sleep(POLL_SECONDS)
