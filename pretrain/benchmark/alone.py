@@ -26,7 +26,7 @@ STEPS = 3  # then a checkpoint is written; a resumed process makes one more
 POLL_SECONDS = 0.01
 STOP_SECONDS = 5.0  # after which a process that was asked to stop is killed
 RESUME_GOAL = 5.0  # seconds
-PEER_CODE = "import pickle, sys; peer, *how = pickle.load(open(0, 'rb')); peer.run_alone(*how)"
+PEER_CODE = "import pickle, sys; call, given = pickle.load(sys.stdin.buffer); call(*given)"
 
 
 def start(command: list[str], log: Path, given: Path | None = None, environment: dict[str, str] = MappingProxyType({})) -> subprocess.Popen:
@@ -95,7 +95,7 @@ def run_peer(run, folder: Path, resume: bool) -> tuple[float, int]:
     output, told, given = folder / "peer", folder / "peer" / FIRST_STEP, folder / "peer.pickle"
     told.unlink(missing_ok=True)
     peer = describe(run, same_examples(run, (STEPS + 1) * run.config.batch_size))
-    given.write_bytes(pickle.dumps((peer, str(output), STEPS + resume, resume)))
+    given.write_bytes(pickle.dumps((peer.run_alone, (str(output), STEPS + resume, resume))))
     begin, log = time.perf_counter(), folder / "peer.log"
     seconds, peak = watch(start(["-c", PEER_CODE], log, given), begin, told.is_file, log)
     return seconds, int(told.read_text(encoding="utf-8")) if run.device.type == "cuda" else peak

@@ -99,9 +99,9 @@ def measure_numerics(run) -> dict:
     for device, precision, compiled in ((run.device, run.precision, run.compile), (torch.device("cpu"), "fp32", False)):
         torch.manual_seed(0)
         model = from_size("tiny", vocabulary.size, task.max_length, vocabulary.pad_id, ["hidden_dropout_prob=0"]).to(device).train()
-        model.config._attn_implementation = choose_attention(device, precision)
+        model.attention = choose_attention(device, precision)
         model.set_objective(task.objective)
-        collator = dataclasses.replace(run.collator, task=task, fill=model.config._attn_implementation == VARLEN)
+        collator = dataclasses.replace(run.collator, task=task, fill=model.attention == VARLEN)
         batch = collator(dataset.__getitems__([dataset.fullest()]))
         result = train_step(torch.compile(model) if compiled else model, model.loss_weights, [batch],
                             make_optimizer(model, 0.0, 0.0, [0.9, 0.999], 1e-6), torch.amp.GradScaler(enabled=False),

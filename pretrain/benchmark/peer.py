@@ -4,17 +4,23 @@ Imports nothing of ours but what describes the task, so that a process of its ow
 from __future__ import annotations
 
 import copy
+import json
+import sys
+import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from torch._dynamo.utils import counters
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 LOADER_WORKERS = 8  # on a GPU: its collator is Python, and one process would hold the device up
+COMPILED = ("graphs", "graph_breaks")
 FIRST_STEP = "first-step"  # file that a process on its own writes once that is done
 
 
@@ -69,12 +75,59 @@ class Peer:
         """Train to step `steps` and save, in a process of its own; tells of the first step by a file, and of a GPU's peak memory in it."""
         class Tell(TrainerCallback):
             def on_step_end(self, arguments, state, control, **_) -> None:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                synchronize(arguments.device)
                 Path(folder, FIRST_STEP).touch()
 
         self.make_trainer(folder, steps, Tell(), save_strategy="steps", save_steps=steps).train(resume_from_checkpoint=resume or None)
         Path(folder, FIRST_STEP).write_text(str(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0), encoding="utf-8")
+
+    def run_in_turns(self, folder: str, steps: int, block_steps: int) -> None:
+        """Train, in a process of its own, waiting for a line of stdin before each block of steps; a line of stdout tells of each."""
+        sys.stdout, told = sys.stderr, sys.stdout  # whatever else prints
+
+        class TakeTurns(TrainerCallback):
+            def wait(self, device: torch.device) -> None:
+                if not sys.stdin.buffer.readline():
+                    sys.exit("the benchmark has gone")
+                self.before, self.begin = compiled_so_far(), begin_block(device)
+
+            def on_train_begin(self, arguments, state, control, **_) -> None:
+                self.wait(arguments.device)
+
+            def on_step_end(self, arguments, state, control, **_) -> None:
+                if state.global_step % block_steps == 0:
+                    block = end_block(arguments.device, self.begin) | (compiled_so_far() - self.before)
+                    print(json.dumps(block), file=told, flush=True)
+                    if state.global_step < steps:
+                        self.wait(arguments.device)
+
+        self.make_trainer(folder, steps, TakeTurns()).train()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def begin_block(device: torch.device) -> float:
+    """Start the clock of a few steps, for `end_block`."""
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return time.perf_counter()
+
+
+def end_block(device: torch.device, begin: float) -> dict[str, float]:
+    """Seconds since `begin`, and the peak memory of a GPU since then (0 elsewhere)."""
+    synchronize(device)
+    return {"seconds": time.perf_counter() - begin,
+            "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}
+
+
+def compiled_so_far() -> Counter:
+    """What torch.compile has done in this process: graphs that it made, and places where it had to leave one."""
+    return Counter(dict(zip(COMPILED, (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))))
 
 
 def describe(run, rows: Rows) -> Peer:

@@ -1,25 +1,31 @@
-"""Optimizer steps of both sides, in turns in one process, and what one of ours consists of."""
+"""Optimizer steps of both sides, in turns, and what one of ours consists of."""
 from __future__ import annotations
 
 import contextlib
+import json
+import pickle
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
-from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity
-from transformers import TrainerCallback
 
-from pretrain.benchmark.peer import Rows, describe
+from pretrain.benchmark.alone import PEER_CODE, ROOT, stop, told_last
+from pretrain.benchmark.peer import COMPILED, Peer, Rows, begin_block, compiled_so_far, describe, end_block, synchronize
 from pretrain.benchmark.rows import same_examples
-from pretrain.command import first_line
+from pretrain.command import UserError, first_line
 from pretrain.data.dataset import DataPosition, MicroBatchSampler, make_loader
 from pretrain.model.bert import count_flops
+from pretrain.runtime.distributed import wrap
 from pretrain.runtime.optim import FiniteWatch, autocast, make_optimizer, peak_flops
 from pretrain.train import train_step
 
@@ -36,7 +42,7 @@ class Ours:
 
     def __init__(self, run):
         config, self.run, self.model = run.config, run, run.model.train()
-        self.trained = torch.compile(self.model) if run.compile else self.model
+        self.trained = wrap(self.model, run.compile)
         self.optimizer = make_optimizer(self.model, config.learning_rate, config.weight_decay, config.adam_betas, config.adam_epsilon)
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
         sampler = MicroBatchSampler(run.dataset, DataPosition(0, 0, 0))
@@ -54,114 +60,92 @@ class Ours:
         return sum(batch.num_tokens for batch in batches), sum(count_flops(self.model, batch) for batch in batches)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU has queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class PeerProcess:
+    """The peer in a process of its own, as its users run it: with memory and threads that no setting of ours reaches."""
 
+    def __init__(self, peer: Peer, steps: int, block: int, folder: str):
+        self.log = Path(folder, "peer.log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen([sys.executable, "-c", PEER_CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                                            cwd=ROOT, start_new_session=True)
+        pickle.dump((peer.run_in_turns, (folder, steps, block)), self.process.stdin)
 
-def compiled_so_far() -> Counter:
-    """What torch.compile has done in this process: graphs that it made, and places where it had to leave one."""
-    return Counter(graphs=counters["stats"]["unique_graphs"], graph_breaks=sum(counters["graph_break"].values()))
+    def take_block(self) -> dict:
+        """Let it make a block of steps; what it tells of it. UserError where it has failed."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(b"\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(f"the process ended with {self.process.wait()}: {told_last(self.log)}")
+        return json.loads(line)
 
 
 class Turns:
-    """Blocks of steps of both sides; each notes (tokens, FLOP, seconds, peak bytes without what the other side holds)."""
+    """Blocks of steps of both sides; of each block its tokens, FLOP, seconds and, on a GPU, peak memory."""
 
-    def __init__(self, ours: Ours, rows: Rows, block: int, warm_up: int, before_timing: Callable[[], None]):
-        self.ours, self.device, self.warm_up, self.before_timing = ours, ours.run.device, warm_up, before_timing
-        self.block, self.ends, self.taken = block, rows.offsets[::block * ours.run.config.batch_size], 0
-        self.blocks, self.failed = {"ours": [], "peer": []}, {}
-        self.held = {"ours": self.memory()[0], "peer": 0}  # between the blocks of a side
-        self.compiled = {"warm_up": Counter(), "timed": Counter()}  # of our side
+    def __init__(self, ours: Ours, rows: Rows, block: int):
+        self.ours, self.device, self.block = ours, ours.run.device, block
+        self.ends = rows.offsets[::block * ours.run.config.batch_size]
+        self.blocks: dict[str, list[dict]] = {"ours": [], "peer": []}
+        self.failed: dict[str, str] = {}
 
-    def memory(self) -> tuple[int, int]:
-        """(bytes in use, most since the block began) of a GPU; both 0 elsewhere."""
-        if self.device.type != "cuda":
-            return 0, 0
-        return torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+    def take(self, peer: PeerProcess) -> None:
+        """A block of each side that has not failed. An error of one is told in its place, and the other is measured all the same."""
+        for side, make in (("peer", lambda: self.peer_block(peer)), ("ours", self.our_block)):
+            if side not in self.failed:
+                try:
+                    self.blocks[side].append(make())
+                except Exception as error:  # of every kind: compilers and drivers raise their own
+                    self.failed[side] = first_line(error)
+                    traceback.print_exc()
 
-    def begin(self) -> None:
-        """Start the clock."""
-        synchronize(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.start = time.perf_counter()
+    def peer_block(self, peer: PeerProcess) -> dict:
+        """The peer's block; its tokens are those of its rows."""
+        number = len(self.blocks["peer"])
+        return peer.take_block() | {"tokens": int(self.ends[number + 1] - self.ends[number])}
 
-    def close(self, side: str, other: str, tokens: int, flops: float) -> None:
-        """End a block of `side`."""
-        synchronize(self.device)
-        seconds, (in_use, peak) = time.perf_counter() - self.start, self.memory()
-        self.blocks[side].append((tokens, flops, seconds, peak - self.held[other]))
-        self.held[side] = in_use - self.held[other]
-
-    def peer_is_done(self) -> None:
-        """The peer has made its block; our turn."""
-        self.close("peer", "ours", int(self.ends[self.taken + 1] - self.ends[self.taken]), 0.0)
-        self.our_block()
-
-    def our_block(self) -> None:
-        """A block of ours, where it has not failed; then the clock starts again for whoever is next."""
-        before = compiled_so_far()
-        if "ours" not in self.failed:
-            with self.keeping_errors("ours"):
-                self.begin()
-                tokens, flops = map(sum, zip(*(self.ours.step() for _ in range(self.block))))
-                self.close("ours", "peer", tokens, flops)
-        self.compiled["warm_up" if self.taken < self.warm_up else "timed"] += compiled_so_far() - before
-        self.taken += 1
-        if self.taken == self.warm_up:
-            self.before_timing()
-        self.begin()
-
-    @contextlib.contextmanager
-    def keeping_errors(self, side: str) -> Iterator[None]:
-        """An error of one side is told in its place, and the other is measured all the same."""
-        try:
-            yield
-        except Exception as error:  # of every kind: compilers and drivers raise their own
-            self.failed[side] = first_line(error)
-            traceback.print_exc()
+    def our_block(self) -> dict:
+        """A block of ours."""
+        before, begin = compiled_so_far(), begin_block(self.device)
+        tokens, flops = map(sum, zip(*(self.ours.step() for _ in range(self.block))))
+        return {"tokens": tokens, "flops": flops, **end_block(self.device, begin), **(compiled_so_far() - before)}
 
 
 def take_turns(ours: Ours, make_rows: Callable[[object, int], Rows], steps: int, warm_up: int,
                before_timing: Callable[[], None] = lambda: None) -> dict:
     """Real tokens/s of both sides over rows of `make_rows`, in turns; where they do the same work also their share of the device's
-    matrix rate, on a GPU their peak memory, and what torch.compile did to ours."""
+    matrix rate, on a GPU their peak memory and what torch.compile did."""
     run, block = ours.run, BLOCK_STEPS[ours.run.device.type]
-    count, before = warm_up + max(MIN_BLOCKS, -(-steps // block)), compiled_so_far()
+    count = warm_up + max(MIN_BLOCKS, -(-steps // block))
     rows = make_rows(run, count * block * run.config.batch_size)
-    turns = Turns(ours, rows, block, warm_up, before_timing)
-
-    class TakeTurns(TrainerCallback):
-        def on_train_begin(self, arguments, state, control, **_) -> None:
-            turns.begin()
-
-        def on_step_end(self, arguments, state, control, **_) -> None:
-            if state.global_step % block == 0:
-                turns.peer_is_done()
-
+    turns = Turns(ours, rows, block)
     matrix_rates = [peak_flops(run.device, run.precision) for _ in range(MATRIX_REPEATS)]  # before and after: what others took shows
-    with tempfile.TemporaryDirectory() as folder, turns.keeping_errors("peer"):
-        describe(run, rows).make_trainer(folder, count * block, TakeTurns()).train()
-    while turns.taken < count:
-        turns.our_block()
+    with tempfile.TemporaryDirectory() as folder:
+        peer = PeerProcess(describe(run, rows), count * block, block, folder)
+        try:
+            for number in range(count):
+                if number == warm_up:
+                    before_timing()
+                turns.take(peer)
+        finally:
+            stop(peer.process, signal.SIGKILL)
     matrix_rate = max(*matrix_rates, *(peak_flops(run.device, run.precision) for _ in range(MATRIX_REPEATS)))
     timed = {side: blocks[warm_up:] for side, blocks in turns.blocks.items() if len(blocks) > warm_up}
-    rates = {side: median(tokens / seconds for tokens, _, seconds, _ in blocks) for side, blocks in timed.items()}
+    rates = {side: median(each["tokens"] / each["seconds"] for each in blocks) for side, blocks in timed.items()}
     result = {"tokens_per_second": rates, "steps": (count - warm_up) * block, "failed": turns.failed,
               "micro_batch_size": run.config.micro_batch_size,  # which may have been halved to fit
-              "step_seconds": {side: median(seconds for _, _, seconds, _ in blocks) / block for side, blocks in timed.items()}}
+              "step_seconds": {side: median(each["seconds"] for each in blocks) / block for side, blocks in timed.items()}}
     if make_rows is same_examples and "ours" in timed:
-        flops_a_token = sum(flops for _, flops, _, _ in timed["ours"]) / sum(tokens for tokens, _, _, _ in timed["ours"])
+        flops_a_token = sum(each["flops"] for each in timed["ours"]) / sum(each["tokens"] for each in timed["ours"])
         result |= {"matrix_flops": matrix_rate,
                    "share_of_matrix_rate": {side: rate * flops_a_token / matrix_rate for side, rate in rates.items()}}
     if run.device.type == "cuda":
-        result["peak_gib"] = {side: max(peak for *_, peak in blocks) / 2**30 for side, blocks in timed.items()}
+        result["peak_gib"] = {side: max(each["peak_bytes"] for each in blocks) / 2**30 for side, blocks in timed.items()}
     if run.compile:
-        theirs = compiled_so_far() - before - turns.compiled["warm_up"] - turns.compiled["timed"]
-        result["compiled"] = {who: {name: what[name] for name in ("graphs", "graph_breaks")} for who, what in (
-            ("ours while it warms up", turns.compiled["warm_up"]), ("ours while it is timed", turns.compiled["timed"]), ("peer", theirs))}
+        result["compiled"] = {f"{side} while it {when}": {name: sum(each.get(name, 0) for each in blocks) for name in COMPILED}
+                              for side in turns.blocks for when, blocks in (("warms up", turns.blocks[side][:warm_up]),
+                                                                            ("is timed", timed.get(side, [])))}
     return result
 
 
