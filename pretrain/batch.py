@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,14 @@ class PackedBatch:
     def _map(self, change) -> PackedBatch:
         tensors = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)})
+
+    def __getstate__(self) -> dict:
+        """For a pipe between processes: as arrays. torch sends each tensor as a file in shared memory through a socket, which takes
+        longer than to make the batch, and fails where the path of TMPDIR is long."""
+        return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update({name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()})
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on `device`; the copy does not block where the memory is pinned."""

@@ -27,6 +27,7 @@ from pretrain.runtime.distributed import World
 
 MIN_TRUE_SHARE = 0.1  # of the planned pairs
 MIN_FITTING_SHARE, SAMPLED_MICRO_BATCHES = 0.8, 20  # of the entities
+SHAPE_MULTIPLE = 32  # of tokens, where a micro-batch is not filled to its limits
 COUNTED_SHARDS = 4  # planned at the start to count an epoch; a larger corpus is extrapolated from them
 
 
@@ -59,7 +60,7 @@ def make_phase(config: Config, number: int, dataset: PretrainingDataset, held_ou
     eval_batch_size = max(1, (config.eval_batch_size or config.micro_batch_size) * task.counted_length // task.max_length)
     batches = held_out and make_held_out(held_out, config.objective, task.max_length, eval_batch_size, vocabulary, config.eval_tokens,
                                          fill, dataset.source)
-    return Phase(number, dataset, Collator(task, vocabulary, masking, fill), batches, eval_batch_size)
+    return Phase(number, dataset, Collator(task, vocabulary, masking, fill, SHAPE_MULTIPLE), batches, eval_batch_size)
 
 
 def make_masking(config: Config, tokenizer: PreTrainedTokenizerBase) -> Masking:

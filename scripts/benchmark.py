@@ -77,7 +77,7 @@ def check_options(options: BenchmarkOptions) -> None:
     """UserError for what cannot be measured."""
     problems = [problem for length in (options.lengths if options.models else [])
                 for problem in cli.validate(dataclasses.replace(options, max_length=length)) if "--max-length" in problem]
-    problems += cli.validate(options)
+    problems += cli.validate(options) + ["--phases: a measurement has one length; needed is --max-length"] * bool(options.phases)
     for name, value in (("steps", options.steps), ("jobs", options.jobs)):
         problems += [f"--{name} {value}: needed is a whole number of at least 1"] * (value < 1)
     problems += [f"--minutes {options.minutes}: needed is a number above 0"] * (not 0 < options.minutes < float("inf"))

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     vocabulary, masking = tokenizers.describe(tokenizer), parts.make_masking(config, tokenizer)
     dataset = PretrainingDataset(open_text(config, tokenizer, vocabulary, text, {}, World())[0], parts.make_task(config, options.phase - 1))
     parts.check_plan(dataset, config, whole_step=False)
-    collator = Collator(dataset.task, vocabulary, masking)
+    collator = Collator(dataset.task, vocabulary, masking, multiple=parts.SHAPE_MULTIPLE)
     in_colour = options.colour == "on" or (options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     report(dataset, collator, tokenizer, config, options, in_colour)
 
@@ -83,7 +83,8 @@ def report(dataset, collator, tokenizer, config, options, in_colour: bool) -> No
     for position in islice(dataset.positions(start, end_epoch=None if options.position else 1), options.sampled):
         examples = dataset.__getitems__([position._replace(mask_rate=rate)])
         drawn, batch = collator.draw(examples), collator(examples)
-        packed, places, labels = drawn.packed, drawn.masked, batch.masked_lm_labels.numpy()
+        packed, places = drawn.packed, drawn.masked
+        labels = batch.masked_lm_labels.numpy()[:len(places)]  # what follows fills the batch
         now = batch.input_ids.numpy()[places]
         saved += [asdict(batch)] if options.save else []
         kinds = np.select([now == mask_id, now == labels], ["mask", "same"], "random").astype(object)

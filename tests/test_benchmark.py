@@ -15,7 +15,7 @@ import transformers
 from conftest import SIZES, refusal, script
 
 from pretrain.benchmark import alone, data, limits, steps, sweep, table
-from pretrain.benchmark.peer import Peer, describe
+from pretrain.benchmark.peer import describe
 from pretrain.benchmark.rows import blocks, same_examples
 from pretrain.command import UserError
 from pretrain.data.dataset import DataPosition
@@ -62,10 +62,10 @@ def test_the_peer_trains_on_the_very_same_pairs(run):
     ours, labels = [], []
     for position in run.dataset.positions(DataPosition(0, 0, 0)):
         batch = run.collator(run.dataset.__getitems__([position]))
-        ids = batch.input_ids.clone()
-        ids[batch.masked_positions] = batch.masked_lm_labels
-        ours += zip(ids.split(batch.lengths), batch.token_type_ids.split(batch.lengths))
-        labels += batch.next_sentence_label.tolist()
+        ids, number, real = batch.input_ids.clone(), batch.counts["mlm"], batch.num_sequences  # what follows is filling
+        ids[batch.masked_positions[:number]] = batch.masked_lm_labels[:number]
+        ours += list(zip(ids.split(batch.lengths), batch.token_type_ids.split(batch.lengths)))[:real]
+        labels += batch.next_sentence_label[:real].tolist()
         if len(ours) >= 50:
             break
     assert len(rows) == 50
@@ -118,10 +118,11 @@ def test_every_part_tells_its_figures(arguments, tmp_path, capsys):
 
 def test_what_a_gpu_adds_is_told(capsys):
     table.print_report({"train": {"peak_gib": {"ours": 2.0, "peer": 3.0}, "failed": {}, "compiled": {
-        "ours while it is timed": {"graphs": 0, "graph_breaks": 0}, "peer": {"graphs": 4, "graph_breaks": 1}}},
+        "ours while it is timed": {"graphs": 0, "graph_breaks": 0}, "peer while it warms up": {"graphs": 4, "graph_breaks": 1}}},
         "profile": {"waits_for_device": 2, "kernels": {"gemm": 0.5}}, "cells": {"a cell": {"command": "python", "failed": "no room"}}})
     told = capsys.readouterr().out
-    for line in ("0.667", "compiled by ours while it is timed: 0 graphs, 0 graph breaks", "compiled by peer: 4 graphs, 1 graph breaks",
+    for line in ("0.667", "compiled by ours while it is timed: 0 graphs, 0 graph breaks",
+                 "compiled by peer while it warms up: 4 graphs, 1 graph breaks",
                  "waits for the device in a step: 2", " 50.0% gemm", "failed: no room"):
         assert line in told
 
@@ -131,9 +132,10 @@ def test_a_side_that_fails_is_told_and_the_other_is_measured(side, arguments, tm
     def fail(*_, **__):
         raise RuntimeError("no room. Ask for advice")
 
-    monkeypatch.setattr(*((steps, "train_step") if side == "ours" else (Peer, "make_model")), fail)
+    monkeypatch.setattr(*((steps, "train_step", fail) if side == "ours" else (steps, "PEER_CODE", "raise RuntimeError('no room')")))
     report, shown = report_of([*arguments, "--parts", "train"], capsys)
-    assert report["train"]["failed"] == {side: "RuntimeError: no room"} and f"{side} failed: RuntimeError: no room" in shown
+    message = "RuntimeError: no room" if side == "ours" else "UserError: the process ended with 1: RuntimeError: no room"
+    assert report["train"]["failed"] == {side: message} and f"{side} failed: {message}" in shown
     assert report["train"]["tokens_per_second"].keys() == {"ours", "peer"} - {side}
     assert not list((tmp_path / "temporary").iterdir())
 
@@ -162,8 +164,8 @@ def in_place(command, log, given=None, environment=None):
     environment and Path(environment["TMPDIR"]).mkdir(exist_ok=True)
     with redirect_stdout(log.open("w") if environment else io.StringIO()):
         if given:
-            peer, *how = pickle.loads(given.read_bytes())
-            peer.run_alone(*how)
+            call, values = pickle.loads(given.read_bytes())
+            call(*values)
         else:
             (PRETRAIN if command[0].endswith("pretrain.py") else BENCHMARK).main(command[1:])
     return SimpleNamespace(pid=1 << 30, returncode=0, poll=lambda: 0)

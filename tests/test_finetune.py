@@ -234,14 +234,14 @@ def noisy(encoder, tmp_path_factory):
     train, rows = write_csv(folder / "train.csv", make_rows(48, 34, noise=0.5)), make_rows(60, 5, noise=0.4)
     valid = write_csv(folder / "valid.csv", rows)
     options = ["--model", encoder, "--train", train, "--valid", valid, "--patience", "0", "--schedule", "constant"]
-    return options, rows, folder / "run", run_of([*options, "--epochs", "12"], folder / "run")
+    return options, rows, folder / "run", run_of([*options, "--epochs", "16"], folder / "run")
 
 
 def test_the_saved_model_is_that_of_the_best_evaluation(noisy):
     _, rows, output, summary = noisy
     evaluated = [row for row in metrics(output) if "eval/loss" in row]
     best = max(evaluated, key=lambda row: (row["eval/macro_f1"], -row["eval/loss"]))
-    assert len(evaluated) == 12 and best["step"] == summary["best_step"] < summary["steps"] == 36
+    assert len(evaluated) == 16 and best["step"] == summary["best_step"] < summary["steps"] == 48
     assert evaluated[-1]["eval/loss"] > 1.03 * best["eval/loss"]
     labels = np.array([list(CLASSES).index(row["label"]) for row in rows])
     shares = stock_probabilities(output / "final", [(row["text"],) for row in rows])

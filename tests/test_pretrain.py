@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, SIZES, assert_same_run, interrupted_copy, refusal, rows, script, ten_steps
 
+from pretrain.batch import IGNORED
 from pretrain.command import UserError, parse
 from pretrain.config import OBJECTIVES, Config, validate
 from pretrain.data.dataset import make_loader
@@ -252,8 +253,8 @@ def test_further_pretraining_from_a_finished_run(finished, arguments, tmp_path):
 
 def ordinary_tokens(batch, vocabulary):
     """int: tokens of a batch that may be masked."""
-    before = batch.input_ids.clone()
-    before[batch.masked_positions] = batch.masked_lm_labels
+    before, number = batch.input_ids.clone(), batch.counts["mlm"]  # what follows is filling
+    before[batch.masked_positions[:number]] = batch.masked_lm_labels[:number]
     return int((~torch.from_numpy(vocabulary.is_special)[before]).sum())
 
 
@@ -320,9 +321,10 @@ def test_every_masking_trains_with_every_objective(name, objective, arguments, m
     shown = {number for batch in batches for number in batch.input_ids.tolist()}
     assert (tokenizer.mask_token_id in shown) is ("similar" not in name)
     for batch in batches:
-        assert batch.counts["mlm"] == len(batch.masked_positions) > 0
-        before, masked = batch.input_ids.clone(), set(batch.masked_positions.tolist())
-        before[batch.masked_positions] = batch.masked_lm_labels
+        number = batch.counts["mlm"]
+        assert number == (batch.masked_lm_labels != IGNORED).sum() > 0
+        before, masked = batch.input_ids.clone(), set(batch.masked_positions[:number].tolist())
+        before[batch.masked_positions[:number]] = batch.masked_lm_labels[:number]
         tokens = tokenizer.convert_ids_to_tokens(before.tolist())
         for place, token in enumerate(tokens):
             if token.startswith("##") and not tokens[place - 1].startswith("["):  # a window may begin within a word

@@ -73,12 +73,15 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Collator:
-    """Packs, masks and, with `fill`, fills a micro-batch to the fixed shapes that one compiled graph serves."""
+    """Packs, masks and, with `fill`, fills a micro-batch to the fixed shapes that one compiled graph serves; else its tokens to a
+    multiple of `multiple`, its masked positions to one of half of that. Few shapes suit a CPU, too: matrix products keep code for each,
+    and memory that is freed fits again."""
 
     task: Task
     vocabulary: Vocabulary
     masking: Masking
     fill: bool = False
+    multiple: int = 1  # 1: as they are
 
     def draw(self, examples: Examples) -> Drawn:
         """The examples packed, and what the draw decides for them."""
@@ -99,8 +102,7 @@ class Collator:
         ids[masked] = replace(ids, masked, drawn.keys, drawn.leader, self.masking, self.vocabulary)
         arrays = {"input_ids": ids, "token_type_ids": packed.token_type_ids, "position_ids": packed.position_ids, "lengths": lengths,
                   "masked_positions": masked, "masked_lm_labels": labels, "next_sentence_label": plan.label}
-        if self.fill:
-            arrays = self._fill(arrays)
+        arrays = self._fill(arrays, *(self._limits if self.fill else self._multiples)(lengths, len(masked)))
         lengths = arrays.pop("lengths")
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         return Batch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()},
@@ -108,23 +110,31 @@ class Collator:
                      counts={"mlm": len(masked), "nsp": int((plan.label != IGNORED).sum())}, num_tokens=len(ids),
                      num_sequences=len(plan.label), shortfall=int(np.maximum(0, budget - num_masked).sum()))
 
-    def _fill(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The arrays at the size of the limits. The attention kernel wants every token inside a sequence (tokens beyond the
-        last offset give NaN gradients, pytorch #176793), so dummy sequences of at least one [PAD] cover the tail: one for
-        each free slot, and one slot more for each full sequence, so that they can always reach the end."""
-        task, lengths = self.task, arrays["lengths"]
+    def _limits(self, lengths: np.ndarray, num_masked: int) -> tuple[np.ndarray, int]:
+        """(lengths of dummy sequences, slots of masked positions) up to the limits of the task. The attention kernel wants every token
+        inside a sequence (tokens beyond the last offset give NaN gradients, pytorch #176793), so sequences of at least one [PAD] cover
+        the tail: one for each free slot, and one slot more for each full sequence, so that they can always reach the end."""
+        task = self.task
         slots = task.sequence_limit + task.slots
         tail, dummies = task.token_limit + slots - int(lengths.sum()), slots - len(lengths)
         dummy_lengths = tail // dummies + (np.arange(dummies) < tail % dummies)
         assert dummy_lengths.min() >= 1 and dummy_lengths.max() <= task.max_length, (tail, dummies)
-        num_masked = len(arrays["masked_positions"])
         # Entities may go beyond the rate, and a word above its budget is taken all the same: then the next of few sizes.
         size = max(64, task.masked_limit // 8 // 64 * 64)
-        masked_slots = -(-max(task.masked_limit, num_masked) // size) * size
+        return dummy_lengths, -(-max(task.masked_limit, num_masked) // size) * size
+
+    def _multiples(self, lengths: np.ndarray, num_masked: int) -> tuple[np.ndarray, int]:
+        """The same up to the next multiples."""
+        full, rest = divmod(-int(lengths.sum()) % self.multiple, self.task.max_length)
+        half = max(1, self.multiple // 2)
+        return np.array([self.task.max_length] * full + [rest] * (rest > 0), np.int64), -(-num_masked // half) * half
+
+    def _fill(self, arrays: dict[str, np.ndarray], dummy_lengths: np.ndarray, masked_slots: int) -> dict[str, np.ndarray]:
+        """The arrays with dummy sequences of [PAD] and with ignored labels at their ends."""
+        tail, dummies, free = dummy_lengths.sum(), len(dummy_lengths), masked_slots - len(arrays["masked_positions"])
         offsets = np.cumsum(dummy_lengths) - dummy_lengths
         filling = {"input_ids": np.full(tail, self.vocabulary.pad_id), "token_type_ids": np.zeros(tail, np.int64),
                    "position_ids": np.arange(tail) - np.repeat(offsets, dummy_lengths), "lengths": dummy_lengths,
-                   "masked_positions": np.zeros(masked_slots - num_masked, np.int64),
-                   "masked_lm_labels": np.full(masked_slots - num_masked, IGNORED),
+                   "masked_positions": np.zeros(free, np.int64), "masked_lm_labels": np.full(free, IGNORED),
                    "next_sentence_label": np.full(dummies, IGNORED)}
         return {name: np.concatenate([array, filling[name]]) for name, array in arrays.items()}

@@ -41,14 +41,18 @@ def is_full(error: BaseException) -> bool:
 
 
 def micro_batch_fits(model: nn.Module, batch: PackedBatch, context: torch.autocast) -> bool:
-    """Run `batch` forward and backward beside the optimizer's two averages, and discard it all: what a step needs at once."""
+    """Run `batch` forward and backward beside gradients and the optimizer's two averages, and discard it all: what a step needs at
+    once, from its second micro-batch on."""
     was_training = model.training
     try:
         model.train()
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        averages = [torch.zeros_like(weight) for weight in weights for _ in range(2)]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
         with context:
             loss = sum(model(batch).loss_sums.values())
         loss.backward()
-        averages = [torch.zeros_like(weight) for weight in model.parameters() if weight.requires_grad for _ in range(2)]
         del loss, averages
         fits = True
     except (RuntimeError, MemoryError) as error:

@@ -253,11 +253,11 @@ def test_another_rate_changes_masks_alone(shard, task, masking, fill, share):
 # ---------------------------------------------------------------- filling
 
 @settings(max_examples=60, deadline=None)
-@given(shard=SHARDS, task=TASKS, masking=st.sampled_from(sorted(MASKINGS)))
-def test_filling_adds_only_what_is_ignored(shard, task, masking):
+@given(shard=SHARDS, task=TASKS, masking=st.sampled_from(sorted(MASKINGS)), fill=st.booleans(), multiple=st.sampled_from([2, 32, 100]))
+def test_filling_adds_only_what_is_ignored(shard, task, masking, fill, multiple):
     plan = plan_of(shard, task)
     exact = micro_batches(shard, plan, Collator(task, VOCABULARY, MASKINGS[masking]))
-    filled = micro_batches(shard, plan, Collator(task, VOCABULARY, MASKINGS[masking], True))
+    filled = micro_batches(shard, plan, Collator(task, VOCABULARY, MASKINGS[masking], fill, multiple))
     for real, batch in zip(exact, filled):
         for name in ("counts", "num_tokens", "num_sequences", "shortfall", "max_length"):
             assert getattr(real, name) == getattr(batch, name)
@@ -275,7 +275,9 @@ def test_filling_adds_only_what_is_ignored(shard, task, masking):
         assert min(batch.lengths) >= 1 and max(batch.lengths) <= task.max_length
         expected = [position for length in batch.lengths for position in range(length)]
         assert batch.position_ids.tolist() == expected
-    if masking == "token":  # a word above its sequence's budget, or entities beyond the rate, may overflow
+        assert fill or (len(batch.input_ids) - tokens == -tokens % multiple
+                        and len(batch.masked_positions) - masked == -masked % (multiple // 2))
+    if fill and masking == "token":  # a word above its sequence's budget, or entities beyond the rate, may overflow
         assert len({(len(batch.input_ids), len(batch.cu_seqlens), len(batch.masked_positions)) for batch in filled}) <= 1
 
 

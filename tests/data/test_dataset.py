@@ -293,3 +293,12 @@ def test_two_plans_stay_in_memory(dataset, source, monkeypatch):
         assert len(dataset._plans) <= 2
     plan = dataset.plan(0, 0)
     assert dataset.plan(0, 0) is plan
+
+
+def test_a_batch_travels_between_processes_as_it_is(dataset, collator):
+    batch = collator(dataset.__getitems__([START]))
+    sent = pickle.loads(pickle.dumps(batch))
+    assert type(sent) is Batch
+    for entry in fields(Batch):
+        ours, theirs = getattr(sent, entry.name), getattr(batch, entry.name)
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype if isinstance(theirs, torch.Tensor) else ours == theirs
