@@ -480,7 +480,7 @@ def test_address_space_that_is_too_small(arguments, tmp_path):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), used + (100 << 20)))
 
-    more = [*arguments, "--max-length", "512", "--config-override", "hidden_size=128", "--micro-batch-size", "32", "--batch-size", "32",
+    more = [*arguments, "--max-length", "512", "--config-override", "hidden_size=512", "--micro-batch-size", "32", "--batch-size", "32",
             "--max-steps", "1"]
     (code, told), = in_processes(tmp_path, PRETRAIN.main, [*more, "--output", tmp_path / "run"], prepare=prepare)
     out = (tmp_path / "out-0").read_text()

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -132,7 +133,7 @@ def _write_piece(recipe: _Recipe, name: str, piece: list[reading.Span], advance:
     """Write the shard of one piece and return its entry of `corpus.json`; a piece that is written already is kept, if it is whole.
 
     `advance` is told the bytes of text as they are done."""
-    folder, tokenizer, vocabulary, markup = recipe.folder, recipe.tokenizer, recipe.vocabulary, recipe.markup
+    folder, vocabulary = recipe.folder, recipe.vocabulary
     done = folder / f"{name}.piece.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or torn by a power cut
         entry = json.loads(done.read_text(encoding="utf-8"))
@@ -140,6 +141,24 @@ def _write_piece(recipe: _Recipe, name: str, piece: list[reading.Span], advance:
             return entry
     dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
     offsets, all_ids, all_flags = _Offsets(), [np.zeros(0, dtype)], [np.zeros(0, np.uint8)]
+    for batch, found, by_character, encodings in _ahead(_encoded(recipe, piece)):
+        pieces = [encoding.ids for encoding in encodings]
+        lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        ids = np.fromiter(chain.from_iterable(pieces), dtype, int(lengths.sum()))
+        starts = None if vocabulary.starts_word is None else vocabulary.starts_word[ids]
+        all_flags.append(mark(found, encodings, starts, recipe.markup.words) if by_character else starts.astype(np.uint8) * WORD_START)
+        all_ids.append(ids)
+        offsets.append(batch, lengths)
+        advance(len("\n".join(text for text, _ in found).encode()))
+    arrays = {"ids": np.concatenate(all_ids), "flags": np.concatenate(all_flags), **offsets.arrays()}
+    entry = _write_shard(folder, name, Shard(**arrays), int((arrays["ids"] == vocabulary.unknown_id).sum()))
+    write_json(done, entry)
+    return entry
+
+
+def _encoded(recipe: _Recipe, piece: list[reading.Span]) -> Iterator[tuple]:
+    """(sentences and document ends, sentences with their marks, whether characters matter, encodings) of each batch of a piece."""
+    tokenizer, vocabulary, markup = recipe.tokenizer, recipe.vocabulary, recipe.markup
     stream = reading.sentences(piece, recipe.text_format, markup.cut)
     for batch in _batches(_spaced(stream) if vocabulary.needs_space else stream):
         marked = [item and (item[0], markup.find(*item)) for item in batch] if markup.lexicon else batch
@@ -147,19 +166,16 @@ def _write_piece(recipe: _Recipe, name: str, piece: list[reading.Span], advance:
         # Where characters do not matter, the encoder need not keep track of them: a third faster.
         by_character = vocabulary.starts_word is None or markup.words != "tokenizer" or any(spans for _, spans in found)
         encode = tokenizer.encode_batch if by_character else tokenizer.encode_batch_fast
-        encodings = encode([text for text, _ in found], add_special_tokens=False)
-        pieces = [encoding.ids for encoding in encodings]
-        lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
-        ids = np.fromiter(chain.from_iterable(pieces), dtype, int(lengths.sum()))
-        starts = None if vocabulary.starts_word is None else vocabulary.starts_word[ids]
-        all_flags.append(mark(found, encodings, starts, markup.words) if by_character else starts.astype(np.uint8) * WORD_START)
-        all_ids.append(ids)
-        offsets.append(batch, lengths)
-        advance(sum(len(text.encode()) + 1 for text, _ in found))
-    arrays = {"ids": np.concatenate(all_ids), "flags": np.concatenate(all_flags), **offsets.arrays()}
-    entry = _write_shard(folder, name, Shard(**arrays), int((arrays["ids"] == vocabulary.unknown_id).sum()))
-    write_json(done, entry)
-    return entry
+        yield batch, found, by_character, encode([text for text, _ in found], add_special_tokens=False)
+
+
+def _ahead(stream: Iterator[tuple]) -> Iterator[tuple]:
+    """`stream`, each item made in a thread while the one before is used: the tokenizer works without Python's lock."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, stream, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, stream, None)
+            yield item
 
 
 def _spaced(stream: Iterable[reading.Sentence | None]) -> Iterator[reading.Sentence | None]:
@@ -181,18 +197,21 @@ class _Offsets:
 
     def append(self, batch: list[reading.Sentence | None], lengths: np.ndarray) -> None:
         """Add sentences and document ends (None); `lengths` int64 holds the tokens of each sentence."""
+        counts = self.num_sentences + np.concatenate([[0], np.cumsum(lengths > 0)])  # with a token, up to each sentence
         self.sentences.append(self.num_tokens + np.cumsum(lengths)[lengths > 0])
-        self.num_tokens += int(lengths.sum())
-        remaining = iter(lengths.tolist())
-        for item in batch:
-            if item is not None:
-                self.hasher.update("".join(item[0].split()).encode())  # the same however sentences are cut
-                self.num_sentences += next(remaining) > 0
+        self.num_tokens, self.num_sentences = self.num_tokens + int(lengths.sum()), int(counts[-1])
+        texts, number = [], 0
+        for item in [*batch, ()]:
+            if item:
+                texts.append(item[0])
                 continue
-            if self.num_sentences > self.documents[-1]:
-                self.documents.append(self.num_sentences)
-                self.hashes.append(int.from_bytes(self.hasher.digest(), "little"))
-            self.hasher = hashlib.blake2b(digest_size=8)
+            self.hasher.update("".join("".join(texts).split()).encode())  # the same however sentences are cut
+            number, texts = number + len(texts), []
+            if item is None:
+                if counts[number] > self.documents[-1]:
+                    self.documents.append(int(counts[number]))
+                    self.hashes.append(int.from_bytes(self.hasher.digest(), "little"))
+                self.hasher = hashlib.blake2b(digest_size=8)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"sentences": np.concatenate(self.sentences), "documents": np.array(self.documents, np.int64),

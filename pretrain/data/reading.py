@@ -256,11 +256,11 @@ def _lines(span: Span) -> Iterator[tuple[str, bool]]:
         handle.seek(span.start)
         if span.start == 0 and handle.read(3) != codecs.BOM_UTF8:
             handle.seek(0)
-        rest = b""
-        while handle.tell() < span.end:
-            raw = rest + handle.readline(MAX_LINE_BYTES)
-            rest = b""
-            ends = raw.endswith(b"\n") or handle.tell() >= span.end
+        rest, place = b"", handle.tell()  # which takes longer than to read a line
+        while place < span.end:
+            part = handle.readline(MAX_LINE_BYTES)
+            raw, rest, place = rest + part, b"", place + len(part)
+            ends = raw.endswith(b"\n") or place >= span.end
             if not ends:
                 cut = max(raw.rfind(b" "), raw.rfind(b"\t")) + 1
                 if cut == 0:  # no white space: between two characters
