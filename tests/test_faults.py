@@ -473,18 +473,25 @@ def test_memory_that_is_full_later_stops_the_run_and_leaves_its_checkpoints(fini
 
 
 def test_address_space_that_is_too_small(arguments, tmp_path):
-    """ulimit -v, in a process of its own: what PyTorch tells then is no OutOfMemoryError."""
-    import resource
+    """ulimit -v, in a new process, whose heap has nothing to spare: what PyTorch tells then is no OutOfMemoryError."""
+    code = """if True:
+        import resource, sys
+        sys.path.insert(0, sys.argv.pop(1))
+        from conftest import script
+        from pretrain import setup
 
-    def prepare(rank):
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), used + (100 << 20)))
+        def limited(*given):
+            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), used + (100 << 20)))
+            setup.micro_batch_fits = fits
+            return fits(*given)
 
-    more = [*arguments, "--max-length", "512", "--config-override", "hidden_size=512", "--micro-batch-size", "32", "--batch-size", "32",
-            "--max-steps", "1"]
-    (code, told), = in_processes(tmp_path, PRETRAIN.main, [*more, "--output", tmp_path / "run"], prepare=prepare)
-    out = (tmp_path / "out-0").read_text()
-    assert "Traceback" not in told and "32: the memory of cpu is too small for it, so it is 16 in this run" in out, (code, told, out)
+        fits, setup.micro_batch_fits = setup.micro_batch_fits, limited
+        script("pretrain").main(sys.argv[1:])"""
+    more = [*arguments, "--max-length", "512", "--config-override", "hidden_size=128", "--micro-batch-size", "32", "--batch-size", "32",
+            "--max-steps", "1", "--output", tmp_path / "run"]
+    done = subprocess.run([sys.executable, "-c", code, ROOT / "tests", *more], capture_output=True, text=True, cwd=ROOT)
+    assert "32: the memory of cpu is too small for it, so it is 16 in this run" in done.stdout, (done.stdout, done.stderr)
 
 
 # Disk, and two runs on one folder.
