@@ -100,7 +100,8 @@ class TaskOptions:
 @dataclass
 class OptimizationOptions:
     batch_size: int = option(256, "sequences of max-length in an optimizer step, over all processes")
-    micro_batch_size: int = option(32, "sequences of max-length that go through one device at once")
+    micro_batch_size: int | None = option(None, "sequences of max-length that go through one device at once (default: at most 32, on a "
+                                          "GPU at most 32,768 tokens, halved until they fit)")
     epochs: float = option(3.0, "passes over the text; sets the number of steps where --max-steps is 0")
     max_steps: int = option(0, "optimizer steps of the run (0: from --epochs)")
     learning_rate: float = option(1e-4, "peak rate of AdamW")
@@ -119,7 +120,7 @@ class OptimizationOptions:
 class DeviceOptions:
     device: str = option("auto", "auto (a GPU where there is one), cpu, cuda or cuda:N")
     precision: str = option("auto", "autocast of the encoder: auto (bf16 where the device computes it fast), bf16, fp16 with a "
-                            "gradient scaler, or fp32", choices=("auto", "bf16", "fp16", "fp32"))
+                            "gradient scaler, or fp32 (its products in TF32 on a GPU)", choices=("auto", "bf16", "fp16", "fp32"))
 
 
 @dataclass

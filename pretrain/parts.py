@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from pretrain import phases
@@ -27,6 +28,7 @@ from pretrain.runtime.distributed import World
 
 MIN_TRUE_SHARE = 0.1  # of the planned pairs
 MIN_FITTING_SHARE, SAMPLED_MICRO_BATCHES = 0.8, 20  # of the entities
+CPU_SEQUENCES, GPU_TOKENS = 32, 1 << 15  # of a micro-batch, by default
 SHAPE_MULTIPLE = 32  # of tokens, where a micro-batch is not filled to its limits
 COUNTED_SHARDS = 4  # planned at the start to count an epoch; a larger corpus is extrapolated from them
 
@@ -153,6 +155,13 @@ def other_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> list
     if own.get_vocab().items() <= tokenizer.get_vocab().items():
         return []
     return [f"--tokenizer {config.tokenizer}: its vocabulary differs from that of the model {config.model}; leave --tokenizer away"]
+
+
+def default_micro_batch_size(config: Config, device: torch.device, world: World) -> int:
+    """The most sequences, up to what keeps the device busy, that a step divides into evenly; `build` halves them until they fit."""
+    length, least = phases.lengths_and_shares(config)[0][0], phases.least_micro_batch_size(config)
+    enough = max(least, GPU_TOKENS // length if device.type == "cuda" else CPU_SEQUENCES)
+    return max((size for size in range(least, enough + 1) if config.batch_size % (size * world.size) == 0), default=least)
 
 
 def check_processes(config: Config, world: World) -> None:

@@ -133,10 +133,11 @@ def build(config: Config) -> Run:
     if config.output and world.is_main:
         hold(_output(config))
     config.output = config.output or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    asked = config.micro_batch_size
+    is_default = config.micro_batch_size is None
+    asked = config.micro_batch_size = parts.default_micro_batch_size(config, device, world) if is_default else config.micro_batch_size
     while True:
         with explained(config.micro_batch_size):
-            run = _assemble(config, world, device, asked)
+            run = _assemble(config, world, device, asked, is_default)
             fits = run.checkpoint or all(
                 micro_batch_fits(run.model, phase.collator(phase.dataset.__getitems__([phase.dataset.fullest()])).to(device),
                                  autocast(device, run.precision)) for phase in run.phases)
@@ -159,7 +160,7 @@ def _output(config: Config) -> Path:
     return Path(os.path.abspath(config.output)) if config.output in (".", "..") else Path(config.output)
 
 
-def _assemble(config: Config, world: World, device: torch.device, asked: int) -> Run:
+def _assemble(config: Config, world: World, device: torch.device, asked: int, is_default: bool) -> Run:
     config.workers = (2 if device.type == "cuda" else 0) if config.workers is None else config.workers
     config.max_length = None if config.phases else phases.longest(config)
     output = _output(config)
@@ -171,8 +172,8 @@ def _assemble(config: Config, world: World, device: torch.device, asked: int) ->
             print(f"{damage}: the next evaluation makes best/ anew")
             state["progress"]["best_perplexity"] = None
     if checkpoint:
-        if config.micro_batch_size == state["asked_micro_batch_size"]:  # asked for again: less is in force since the first start
-            config.micro_batch_size, asked = state["options"]["micro_batch_size"], config.micro_batch_size
+        if is_default or config.micro_batch_size == state["asked_micro_batch_size"]:  # less may be in force since the first start
+            config.micro_batch_size, asked = state["options"]["micro_batch_size"], state["asked_micro_batch_size"]
         check(changed_options(config, state["options"]))
         if state["processes"] == world.size:
             torch.set_num_threads(state["threads"])  # sums are split by thread: another number, other bits

@@ -25,8 +25,9 @@ from pretrain.config import OBJECTIVES, Config, validate
 from pretrain.data.dataset import make_loader
 from pretrain.data.tokenizer import describe, load
 from pretrain.files import sha256_of
-from pretrain.parts import make_task
+from pretrain.parts import default_micro_batch_size, make_task
 from pretrain.runtime import checkpoint as ckpt
+from pretrain.runtime.distributed import World
 
 PRETRAIN, EVALUATE, PREPARE = script("pretrain"), script("evaluate"), script("prepare")
 
@@ -590,3 +591,24 @@ def test_commands_of_the_readme_are_commands():
     assert len(lines) >= 2
     for line in lines:
         assert validate(parse(shlex.split(line)[2:], Config, "")) == []
+
+
+# Defaults.
+
+@pytest.mark.parametrize("device, batch_size, lengths, processes, expected", [
+    ("cpu", 256, {}, 1, 32), ("cpu", 8, {}, 1, 8), ("cpu", 24, {}, 1, 24), ("cpu", 100, {}, 1, 25),
+    ("cpu", 256, {"max_length": 512}, 4, 32), ("cuda", 256, {}, 1, 256), ("cuda", 256, {"max_length": 512}, 1, 64), ("cuda", 256, {}, 8, 32), ("cuda", 2048, {}, 4, 256),
+    ("cuda", 4, {"max_length": 1 << 16}, 1, 1), ("cpu", 256, {"phases": ["8:0.5", "512:0.5"]}, 1, 64), ("cpu", 7, {}, 4, 1)])
+def test_the_default_micro_batch_divides_the_step_and_keeps_the_device_busy(device, batch_size, lengths, processes, expected):
+    config = Config(batch_size=batch_size, **lengths)
+    assert default_micro_batch_size(config, torch.device(device), World(0, processes)) == expected
+
+
+def test_a_small_batch_needs_no_second_option(arguments, tmp_path):
+    place, more = arguments.index("--batch-size"), ["--batch-size", "6", "--output", str(tmp_path / "run")]
+    assert arguments[place + 2] == "--micro-batch-size"
+    given = arguments[:place] + arguments[place + 4:]
+    PRETRAIN.main([*given, *more, "--max-steps", "1"])
+    assert ckpt.read_values(tmp_path / "run" / "checkpoint-1")["options"]["micro_batch_size"] == 6
+    PRETRAIN.main([*given, *more, "--max-steps", "2", "--resume"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2

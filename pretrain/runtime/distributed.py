@@ -50,6 +50,7 @@ def start(device: str, alone: str = "") -> tuple[World, torch.device]:
     _keep_freed_memory()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if size > 1 and not dist.is_initialized():
         # What processes agree on is on the host, by gloo, so that no agreement waits for a GPU; NCCL moves gradients and weights.
         if sys.platform == "linux":  # where torchrun is killed its processes would go on alone
