@@ -37,7 +37,8 @@ class PackedBatch:
     def __getstate__(self) -> dict:
         """For a pipe between processes: as arrays. torch sends each tensor as a file in shared memory through a socket, which takes
         longer than to make the batch, and fails where the path of TMPDIR is long."""
-        return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return {name: value.numpy() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+                for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update({name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()})

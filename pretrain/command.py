@@ -18,6 +18,7 @@ from dataclasses import field, fields
 from pathlib import Path
 
 SHOWN_PROBLEMS = 20
+UNSET = object()  # of an option that was not typed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -89,7 +90,11 @@ def parse(argv: Sequence[str], options: type, description: str, defaults: dict |
         parser.parse_args(_as_flags(from_file, options))
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from error
-    namespace = vars(parser.parse_args(_as_flags({**(defaults or {}), **from_file}, options) + list(argv)))
+    typed = vars(parser.parse_known_args(list(argv), argparse.Namespace(**dict.fromkeys(known, UNSET)))[0])
+    aside = {name for group in getattr(options, "exclusive", ()) if any(typed[name] is not UNSET for name in group)
+             for name in group if typed[name] is UNSET}  # what is typed takes the place of what it excludes
+    given = {name: value for name, value in {**(defaults or {}), **from_file}.items() if name not in aside}
+    namespace = vars(parser.parse_args(_as_flags(given, options) + list(argv)))
     namespace.pop("config")
     return options(**namespace)
 

@@ -76,6 +76,7 @@ class DataOptions(TextOptions):
 
 @dataclass
 class TaskOptions:
+    exclusive: typing.ClassVar = ({"max_length", "phases"},)
     objective: str = option("mlm+nsp", "next-sentence pairs, sentence-order pairs, or masks alone", choices=OBJECTIVES)
     nsp_weight: float = option(1.0, "factor of the NSP or SOP loss in the sum")
     masking: str = option("token", "what is masked as a whole: tokens, words, spans of words, or entities and then words",

@@ -202,7 +202,8 @@ def _assemble(config: Config, world: World, device: torch.device, asked: int, is
         # The newer name of the two, where this transformers has it.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     datasets = [PretrainingDataset(training, parts.make_task(config, number)) for number in range(max(1, len(config.phases)))]
-    steps_per_epoch = state.get("steps_per_epoch") or [parts.check_plan(dataset, config) for dataset in datasets][0]
+    planned = [] if state else [parts.check_plan(dataset, config) for dataset in datasets]
+    steps_per_epoch = state["steps_per_epoch"] if state else planned[0]  # tokens of a step are the same in all phases
     total_steps = parts.count_steps(config, state, steps_per_epoch)
     phases.phase_ends(config, total_steps)  # which refuses too few
     if config.masking == "entity":

@@ -145,8 +145,8 @@ def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
             break
 
         tick = time.perf_counter()
-        if run.phase_at(step) is not phase:  # at the start, and where sequences get another length; the workers of the old loader end
-            phase = run.phase_at(step)
+        if (wanted := run.phase_at(step)) is not phase:  # at the start, and where the length changes; the workers of the old loader end
+            phase = wanted
             loader = open_phase(run, phase, progress, monitor)
         batches = [next(loader) for _ in range(micro_batches // world.size)]
         window.add_seconds("wait_seconds", time.perf_counter() - tick, world.size)
@@ -202,14 +202,13 @@ def hold_out(run: Run, progress: Progress, context: torch.autocast, monitor: Mon
     progress.last_eval, progress.last_eval_step, progress.last_eval_phase = numbers, progress.step, phase.number
     monitor.text(progress.step, "held-out predictions", sample_predictions(run.model, phase.held_out, run.tokenizer, run.device, context))
     perplexity = numbers["perplexity"]
-    if phase is not run.phases[-1]:
-        pass  # perplexities at different lengths do not compare
-    elif perplexity < (math.inf if progress.best_perplexity is None else progress.best_perplexity):
+    is_last = phase is run.phases[-1]  # perplexities at different lengths do not compare
+    if is_last and perplexity < (math.inf if progress.best_perplexity is None else progress.best_perplexity):
         progress.best_perplexity, progress.best_step, progress.evaluations_without_gain = perplexity, progress.step, 0
         weights = whole_weights(run.model)
         if run.world.is_main:
             ckpt.write_folder(run.output / "best", lambda folder: export(run, progress, folder, weights))
-    else:
+    elif is_last:
         progress.evaluations_without_gain += 1
     return {f"eval/{name}": value for name, value in numbers.items()}
 

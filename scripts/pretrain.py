@@ -27,8 +27,7 @@ def main(argv: list[str]) -> None:
     elif embedded and config.model != Config.model:
         raise UserError(f"--model {config.model}: needed is text to train it on, --train PATHS")
     elif embedded:
-        aside = {"max_length": None} if config.phases else {}
-        config = parse(argv, Config, __doc__, defaults=EMBEDDED_DEFAULTS | aside)
+        config = parse(argv, Config, __doc__, defaults=EMBEDDED_DEFAULTS)
 
     if embedded:  # before torch is imported: its threads then sleep while they wait, for a shared machine (scripts/README.md)
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -353,8 +353,16 @@ def test_phases_that_do_not_fit_the_run_are_refused(arguments, tmp_path, more, m
 def test_other_phases_are_refused_on_resume(finished, capsys):
     started = "the run was started with ['32:0.6', '80:0.4']"
     for more, message in ((["--phases", "32:0.5", "80:0.5"], f"--phases ['32:0.5', '80:0.5']: {started}"),
-                          (["--max-length", "32"], "--phases 32:0.6 80:0.4 --max-length 32: exclude each other")):
-        assert refusal(PRETRAIN.main, ["--resume", "--output", finished.output, *more], capsys).startswith(message)
+                          (["--max-length", "32"], f"--phases []: {started}")):
+        assert message in refusal(PRETRAIN.main, ["--resume", "--output", finished.output, *more], capsys)
+
+
+def test_what_is_typed_takes_the_place_of_what_a_file_says(tmp_path):
+    for in_file, typed in (({"max_length": 64}, ["--phases", "32:1"]), ({"phases": ["32:1"]}, ["--max-length", "64"])):
+        (tmp_path / "options.json").write_text(json.dumps(in_file | {"seed": 3}))
+        config = parse(["--config", str(tmp_path / "options.json"), *typed], Config, "")
+        assert validate(config) == [] and config.seed == 3
+        assert (config.max_length, config.phases) == ((None, ["32:1"]) if typed[0] == "--phases" else (64, []))
 
 
 def test_a_model_from_scratch_has_positions_for_the_longest_phase(arguments, tmp_path):

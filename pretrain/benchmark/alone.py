@@ -31,7 +31,8 @@ PEER_CODE = "import pickle, sys; call, given = pickle.load(sys.stdin.buffer); ca
 
 def start(command: list[str], log: Path, given: Path | None = None, environment: dict[str, str] = MappingProxyType({})) -> subprocess.Popen:
     """A Python process in a group of its own, which reads `given` and writes what it tells to `log`."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
     with log.open("w") as out, open(given or os.devnull, "rb") as source:
         return subprocess.Popen([sys.executable, *command], stdin=source, stdout=out, stderr=out, env=environment, start_new_session=True)
 

@@ -68,7 +68,8 @@ class PeerProcess:
         with self.log.open("w") as log:
             self.process = subprocess.Popen([sys.executable, "-c", PEER_CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                                             cwd=ROOT, start_new_session=True)
-        pickle.dump((peer.run_in_turns, (folder, steps, block)), self.process.stdin)
+        with contextlib.suppress(BrokenPipeError):  # it has failed already: the first block tells
+            pickle.dump((peer.run_in_turns, (folder, steps, block)), self.process.stdin)
 
     def take_block(self) -> dict:
         """Let it make a block of steps; what it tells of it. UserError where it has failed."""

@@ -86,8 +86,8 @@ class PretrainingDataset(Dataset):
         return next(islice(self.positions(position), count, None))
 
     def next_whole_shard(self, position: DataPosition) -> DataPosition:
-        """The beginning of the first shard from `position` on of which nothing has been read. It does not depend on the task, as micro-
-        batches do: from there another task goes on through the epoch."""
+        """The beginning of the first shard from `position` on from which no micro-batch has been taken. It does not depend on the task,
+        as micro-batches do: from there another task goes on through the epoch."""
         return self.advance(DataPosition(position.epoch, position.place + (position.micro_batch > 0), 0), 0)
 
 

@@ -256,7 +256,7 @@ def _lines(span: Span) -> Iterator[tuple[str, bool]]:
         handle.seek(span.start)
         if span.start == 0 and handle.read(3) != codecs.BOM_UTF8:
             handle.seek(0)
-        rest, place = b"", handle.tell()  # which takes longer than to read a line
+        rest, place = b"", handle.tell()  # counted from here on: to ask takes longer than to read a line
         while place < span.end:
             part = handle.readline(MAX_LINE_BYTES)
             raw, rest, place = rest + part, b"", place + len(part)

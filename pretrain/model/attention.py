@@ -13,11 +13,12 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 SDPA, VARLEN = "sdpa loop", "varlen kernel"
 GROUP_SCORES = 1 << 19  # scores that the backward pass on CPU handles at once: they stay in its cache
-LONGEST_PLAIN = 512  # tokens of a sequence, beyond which its scores take too much memory
+LONGEST_PLAIN = 512  # tokens of a sequence, beyond which torch's own backward pass is as fast and takes less memory
 
 
 class PackedSelfAttention(nn.Module):
@@ -31,8 +32,12 @@ class PackedSelfAttention(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: None = None, *, lengths: tuple[int, ...] | None = None,
                 cu_seqlens: Tensor | None = None, max_length: int = 0, **_: object) -> tuple[Tensor, None]:
         """[1, T, width] -> [1, T, width]; either `lengths`, or `cu_seqlens` and a fixed bound, so that one graph serves."""
-        parts = self.query, self.key, self.value
-        qkv = F.linear(hidden_states[0], torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
+        assert lengths is not None or cu_seqlens is not None, "needed is a packed batch: call the model's `encode`"
+        parts, hidden = (self.query, self.key, self.value), hidden_states[0]
+        if all(type(part) is nn.Linear for part in parts):
+            qkv = F.linear(hidden, torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
+        else:  # something is put around them, such as LoRA
+            qkv = torch.cat([part(hidden) for part in parts], -1)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         attended = packed_sdpa(qkv, lengths) if lengths is not None else packed_varlen(qkv, cu_seqlens, max_length)
         return attended.flatten(1)[None], None
@@ -59,7 +64,8 @@ def packed_varlen(qkv: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
 class _GroupedBackward(torch.autograd.Function):
     """`packed_sdpa` whose gradients are those of plain matrix products over a few sequences of about the same length at once.
 
-    torch's own backward pass of short sequences in bf16 runs at an eighth of the matrix rate on CPU; this takes a third of its time."""
+    torch's own backward pass of short sequences in bf16 runs at an eighth of the matrix rate on CPU; this takes half its time, with
+    scores in float32: their error in bf16 would be that of the probabilities of a sharp head."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -68,6 +74,7 @@ class _GroupedBackward(torch.autograd.Function):
         return packed_sdpa(qkv, lengths)  # grad mode is off here
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         lengths, (qkv,) = ctx.lengths, ctx.saved_tensors
         gradients = torch.empty_like(qkv)
@@ -100,14 +107,15 @@ def _gradients(tensors: Tensor, lengths: list[int]) -> Tensor:
     Sequence g has lengths[g] tokens, the longest first."""
     shape, scale = tensors.shape, tensors.shape[-1] ** -0.5
     query, key, value, grad = tensors.flatten(1, 2).unbind(0)  # [G x H, L, D] each
-    scores = torch.bmm(query * scale, key.transpose(1, 2))
+    scores = torch.bmm(query.float() * scale, key.float().transpose(1, 2))
     if lengths[-1] < lengths[0]:
-        beyond = torch.arange(lengths[0]) >= torch.tensor(lengths)[:, None]
-        scores.view(*shape[1:3], *scores.shape[1:]).masked_fill_(beyond[:, None, None], float("-inf"))
-    shares = scores.softmax(-1)
-    grad_scores = torch._softmax_backward_data(torch.bmm(grad, value.transpose(1, 2)), shares, -1, shares.dtype) * scale
+        is_padding = torch.arange(lengths[0]) >= torch.tensor(lengths)[:, None]
+        scores.view(*shape[1:3], *scores.shape[1:]).masked_fill_(is_padding[:, None, None], float("-inf"))
+    probabilities = scores.softmax(-1)
+    weighted = torch.bmm(grad, value.transpose(1, 2)) * probabilities
+    grad_scores = weighted.sub_(probabilities * weighted.sum(-1, keepdim=True)).mul_(scale).to(query.dtype)
     return torch.stack([torch.bmm(grad_scores, key), torch.bmm(grad_scores.transpose(1, 2), query),
-                        torch.bmm(shares.transpose(1, 2), grad)]).view(3, *shape[1:])
+                        torch.bmm(probabilities.to(query.dtype).transpose(1, 2), grad)]).view(3, *shape[1:])
 
 
 def choose_attention(device: torch.device, precision: str) -> str:

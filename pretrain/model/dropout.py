@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BITS = {2: np.uint16, 4: np.uint32}  # of a number of so many bytes
+BITS = {2: np.uint16, 4: np.uint32}  # by bytes of a number
 
 
 class Dropout(nn.Dropout):
@@ -14,7 +14,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` with numbers set to 0 and the others scaled, so that the mean stays."""
-        by_numpy = self.training and 0 < self.p < 1 and input.device.type == "cpu" and not torch.compiler.is_compiling()
+        by_numpy = (self.training and 0 < self.p < 1 and input.device.type == "cpu" and input.element_size() in BITS
+                    and not torch.compiler.is_compiling())
         return input * _factors(input, self.p) if by_numpy else F.dropout(input, self.p, self.training)
 
 

@@ -24,6 +24,7 @@ SILENCE = timedelta(minutes=30)  # after which a process is taken for lost; one 
 PREPARATION = timedelta(days=1)  # the first process prepares the text while the others wait
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+MAX_GRAPHS = 64
 NEW_PORT = "port of this start"  # key in torchrun's store
 
 
@@ -81,8 +82,8 @@ def _fresh_store() -> dist.TCPStore:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next tensors. It would hand every tensor above 128 KB to 32 MB back to the kernel, which
-    clears its pages each time anew: a third of a training step on CPU. No-op elsewhere."""
+    """Let glibc keep what is freed for the next tensors. It would hand every block above its threshold, which moves between 128 KB
+    and 32 MB, back to the kernel, which clears its pages each time anew: a third of a training step on CPU. No-op elsewhere."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
@@ -202,7 +203,10 @@ def _is_sharded(model: nn.Module) -> bool:
 def wrap(model: nn.Module, compiled: bool) -> nn.Module:
     """`model`, compiled if asked for, its gradients summed over the processes by DDP where there are several.
 
-    A graph has fixed shapes, so that each phase gets one of its own: by default the second would make one of any shape, slower for all."""
+    A graph has fixed shapes, so that each phase gets one of its own: by default the second would make one of any shape, slower for all.
+    Many phases, or masks beyond the rate, would pass torch's limit of 8 graphs, and the rest of the run would not be compiled."""
+    if compiled:
+        torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     trained = torch.compile(model, dynamic=False) if compiled else model
     if not dist.is_initialized() or _is_sharded(model):
         return trained

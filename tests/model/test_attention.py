@@ -68,11 +68,11 @@ def test_packed_sdpa_equals_dense_attention_with_a_block_diagonal_mask(lengths, 
 
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), heads=st.integers(1, 3), scores=st.sampled_from([1, 2000, 1 << 19]),
-       seed=st.integers(0, 99))
-def test_gradients_by_groups_are_those_of_float64(lengths, heads, scores, seed):
-    """In bf16 on CPU, for groups of one, a few and all sequences; half of the gradients' noise is that of bf16 itself."""
+       sharpness=st.sampled_from([1.0, 3.0]), seed=st.integers(0, 99))
+def test_gradients_by_groups_are_those_of_float64(lengths, heads, scores, sharpness, seed):
+    """In bf16 on CPU, for groups of one, a few and all sequences, and for heads that look at few places."""
     generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(sum(lengths), 3, heads, 16, generator=generator).bfloat16().requires_grad_()
+    qkv = (sharpness * torch.randn(sum(lengths), 3, heads, 16, generator=generator)).bfloat16().requires_grad_()
     direction = torch.randn(sum(lengths), heads, 16, generator=generator).bfloat16()
     exact = qkv.detach().double().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
@@ -81,13 +81,26 @@ def test_gradients_by_groups_are_those_of_float64(lengths, heads, scores, seed):
         assert type(ours.grad_fn).__name__ == "_GroupedBackwardBackward"
         (found,) = torch.autograd.grad(ours, qkv, direction)
     (wanted,) = torch.autograd.grad(dense(exact, offsets(lengths)), exact, direction.double())
-    assert torch.linalg.norm(found.double() - wanted) <= 0.015 * torch.linalg.norm(wanted) + 1e-9
+    assert torch.linalg.norm(found.double() - wanted) <= 0.01 * torch.linalg.norm(wanted) + 1e-3
 
 
 def test_long_sequences_and_float32_keep_torchs_own_gradients():
     for dtype, lengths in ((torch.bfloat16, (attention.LONGEST_PLAIN + 1, 3)), (torch.float32, (4, 3))):
         qkv = torch.randn(sum(lengths), 3, 1, 8, dtype=dtype, requires_grad=True)
         assert "Grouped" not in type(packed_sdpa(qkv, lengths).grad_fn).__name__
+
+
+def test_what_is_put_around_a_projection_is_called(corpus, vocabulary):
+    """As LoRA does; and the stock way of calling the encoder is refused in words."""
+    model, batch = small_model(vocabulary.size), make_batches(corpus, vocabulary)[0]
+    before = model.encode(batch)
+    stock = model.bert.encoder.layer[0].attention.self.value
+    model.bert.encoder.layer[0].attention.self.value = torch.nn.Sequential(stock)
+    torch.testing.assert_close(model.encode(batch), before)
+    model.bert.encoder.layer[0].attention.self.value = torch.nn.Sequential(stock, torch.nn.Tanh())
+    assert (model.encode(batch) - before).abs().max() > 0.1
+    with pytest.raises(AssertionError, match="needed is a packed batch"):
+        model.bert(input_ids=batch.input_ids[None, :10])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -45,6 +45,17 @@ def test_many_scores_go_by_rows_and_few_or_weighted_ones_do_not():
     assert weighted.item() == pytest.approx(2 * summed_cross_entropy(many, labels)[0].item(), rel=1e-5)
 
 
+def test_a_label_beyond_the_vocabulary_is_refused():
+    for label in (-1, 1000):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            summed_cross_entropy(torch.randn(70, 1000), torch.full((70,), label))
+
+
+def test_double_precision_stays_double():
+    logits, labels = torch.randn(70, 1000, dtype=torch.float64, requires_grad=True), torch.arange(70)
+    assert "ByRows" not in type(summed_cross_entropy(logits, labels)[0].grad_fn).__name__
+
+
 def test_a_second_backward_pass_is_refused():
     """The gradient is scaled in place: what is kept after the first pass is no longer that of the loss."""
     logits = torch.randn(70, 1000, requires_grad=True)

@@ -32,6 +32,11 @@ def test_gradient_is_that_of_what_was_kept():
     torch.testing.assert_close(numbers.grad * numbers, dropped)
 
 
+def test_double_precision_is_torchs():
+    torch.manual_seed(3)
+    assert 0.4 < (Dropout(0.5)(torch.ones(1000, dtype=torch.float64)) == 0).double().mean() < 0.6
+
+
 def test_torchs_generator_decides():
     numbers, drop = torch.ones(64, 64), Dropout(0.5)
     torch.manual_seed(3)
