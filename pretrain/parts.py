@@ -158,10 +158,18 @@ def other_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def default_micro_batch_size(config: Config, device: torch.device, world: World) -> int:
-    """The most sequences, up to what keeps the device busy, that a step divides into evenly; `build` halves them until they fit."""
+    """The most sequences, up to what keeps the device busy, that a step divides into evenly; `build` halves them until they fit.
+    UserError where the processes cannot share a step; a message where it has no good divisor."""
+    if config.batch_size % world.size:
+        raise UserError(f"--batch-size {config.batch_size}: {world.size} processes cannot share it evenly; needed is a multiple of "
+                        f"{world.size}")
     length, least = phases.lengths_and_shares(config)[0][0], phases.least_micro_batch_size(config)
     enough = max(least, GPU_TOKENS // length if device.type == "cuda" else CPU_SEQUENCES)
-    return max((size for size in range(least, enough + 1) if config.batch_size % (size * world.size) == 0), default=least)
+    found = max((size for size in range(least, enough + 1) if config.batch_size % (size * world.size) == 0), default=least)
+    if 2 * found < min(enough, config.batch_size // world.size):
+        print(f"--batch-size {config.batch_size}: only micro-batches of {found} divide it, which is slow; a multiple of "
+              f"{enough * world.size} would be faster")
+    return found
 
 
 def check_processes(config: Config, world: World) -> None:
@@ -213,5 +221,6 @@ def count_steps(config: Config, state: dict, steps_per_epoch: int) -> int:
         config.max_steps, wanted = 0, max(1, round(config.epochs * steps_per_epoch))
     if (config.max_steps, config.epochs) == (saved["max_steps"], saved["epochs"]):
         return state["total_steps"]
-    print(f"the run now ends at step {wanted}, not {state['total_steps']}: the schedules of learning rate and masks change")
+    print(f"the run now ends at step {wanted}, not {state['total_steps']}: the schedules of learning rate and masks"
+          f"{', and where phases end,' * bool(config.phases)} change")
     return wanted

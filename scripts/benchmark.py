@@ -57,20 +57,24 @@ def main(argv: list[str]) -> None:
     if options.quick:
         options = parse(argv, BenchmarkOptions, __doc__, defaults=QUICK)
     check_options(options)
+    from pretrain.benchmark.table import add_ratios, print_report
+
     report = {"options": vars(options)}
 
     def note(measured: dict) -> None:
         report.update(measured)
+        add_ratios(measured)
         if options.json:
             write_json(Path(options.json), report)
 
     note({})
     measure = sweep if options.models else measure_parts
-    measure(options, note)
-    from pretrain.benchmark.table import print_report
-
-    print_report(report)
-    print(json.dumps(report))
+    try:
+        measure(options, note)
+    finally:  # also what an interrupted one has measured
+        if len(report) > 1:
+            print_report(report)
+            print(json.dumps(report), flush=True)
 
 
 def check_options(options: BenchmarkOptions) -> None:

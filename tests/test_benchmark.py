@@ -105,7 +105,7 @@ def test_every_part_tells_its_figures(arguments, tmp_path, capsys):
     assert report == json.loads((tmp_path / "report.json").read_text())
     for part in ("prepare", "train", "blocks"):
         sides = report[part]["tokens_per_second"]
-        assert sides.keys() == {"ours", "peer"} and min(sides.values()) > 0 and f"{sides['ours'] / sides['peer']:.3g}" in shown
+        assert sides.keys() == {"ours", "peer", "ratio"} and min(sides.values()) > 0 and f"{sides['ours'] / sides['peer']:.3g}" in shown
     for part in ("data_token", "data_word", "data_span", "loader_0_workers", "loader_1_workers", "loader_2_workers", "profile"):
         assert report[part]["tokens_per_second"]["ours"] > 0
     assert 0 < report["train"]["share_of_matrix_rate"]["ours"] < 1 and report["train"]["failed"] == report["blocks"]["failed"] == {}
@@ -117,7 +117,7 @@ def test_every_part_tells_its_figures(arguments, tmp_path, capsys):
 
 
 def test_what_a_gpu_adds_is_told(capsys):
-    table.print_report({"train": {"peak_gib": {"ours": 2.0, "peer": 3.0}, "failed": {}, "compiled": {
+    table.print_report({"train": {"peak_gib": {"ours": 2.0, "peer": 3.0, "ratio": 2 / 3}, "failed": {}, "compiled": {
         "ours while it is timed": {"graphs": 0, "graph_breaks": 0}, "peer while it warms up": {"graphs": 4, "graph_breaks": 1}}},
         "profile": {"waits_for_device": 2, "kernels": {"gemm": 0.5}}, "cells": {"a cell": {"command": "python", "failed": "no room"}}})
     told = capsys.readouterr().out

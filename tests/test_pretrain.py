@@ -596,13 +596,22 @@ def test_commands_of_the_readme_are_commands():
 # Defaults.
 
 @pytest.mark.parametrize("device, batch_size, lengths, processes, expected", [
-    ("cpu", 256, {}, 1, 32), ("cpu", 8, {}, 1, 8), ("cpu", 24, {}, 1, 24), ("cpu", 100, {}, 1, 25), ("cpu", 7, {}, 4, 1),
+    ("cpu", 256, {}, 1, 32), ("cpu", 8, {}, 1, 8), ("cpu", 24, {}, 1, 24), ("cpu", 100, {}, 1, 25),
     ("cpu", 256, {"max_length": 512}, 4, 32), ("cpu", 256, {"phases": ["8:0.5", "512:0.5"]}, 1, 64), ("cuda", 256, {}, 1, 256),
     ("cuda", 256, {"max_length": 512}, 1, 64), ("cuda", 256, {}, 8, 32), ("cuda", 2048, {}, 4, 256),
     ("cuda", 4, {"max_length": 1 << 16}, 1, 1)])
 def test_the_default_micro_batch_divides_the_step_and_keeps_the_device_busy(device, batch_size, lengths, processes, expected):
     config = Config(batch_size=batch_size, **lengths)
     assert default_micro_batch_size(config, torch.device(device), World(0, processes)) == expected
+
+
+def test_a_batch_that_no_good_micro_batch_divides_is_told(capsys):
+    assert default_micro_batch_size(Config(batch_size=37), torch.device("cpu"), World()) == 1
+    assert capsys.readouterr().out.startswith("--batch-size 37: only micro-batches of 1 divide it, which is slow; a multiple of 32")
+    default_micro_batch_size(Config(batch_size=36), torch.device("cpu"), World())
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match="^--batch-size 7: 4 processes cannot share it evenly; needed is a multiple of 4$"):
+        default_micro_batch_size(Config(batch_size=7), torch.device("cpu"), World(0, 4))
 
 
 def test_a_small_batch_needs_no_second_option(arguments, tmp_path):

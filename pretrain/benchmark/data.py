@@ -15,6 +15,7 @@ from pretrain.data import preparing, reading
 from pretrain.data.dataset import DataPosition, MicroBatchSampler, PretrainingDataset, make_loader
 
 GOAL = 8e6  # tokens/s of a core, so that few workers feed any GPU
+EATEN = 1e6  # tokens/s that BERT-base takes on an H200
 SAMPLE_BYTES = 4 << 20  # text of `prepare`; less is repeated, so that what a corpus costs once weighs little
 EPOCH_SHARDS = 2  # of a larger corpus so many shards are walked
 LOADER_SECONDS = 0.7  # of each measure; a worker's few batches in advance weigh little then
@@ -92,4 +93,4 @@ def measure_loader(run, repeats: int) -> dict:
                 while (seconds := time.perf_counter() - begin) < LOADER_SECONDS:
                     tokens += next(loader).num_tokens
             kept.append(tokens / seconds)
-    return {f"loader_{workers}_workers": {"tokens_per_second": {"ours": median(kept)}} for workers, kept in rates.items()}
+    return {f"loader_{workers}_workers": {"tokens_per_second": {"ours": median(kept), "goal": EATEN}} for workers, kept in rates.items()}

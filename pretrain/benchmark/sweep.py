@@ -115,5 +115,5 @@ def best(cells: dict[str, dict]) -> dict[str, dict]:
             chosen = found.setdefault(f"{cell['model']} {cell['max_length']}", {}).setdefault(side, {})
             if rate > chosen.get("tokens_per_second", 0.0):
                 share = train.get("share_of_matrix_rate", {}).get(side)
-                chosen |= {"tokens_per_second": rate, "micro_batch_size": train["micro_batch_size"], "mfu": share}
+                chosen |= {"tokens_per_second": rate, "micro_batch_size": train["micro_batch_size"], "share_of_matrix_rate": share}
     return found

@@ -5,13 +5,24 @@ NAMES = {
     "prepare": "prepare (peer: raw encode_batch_fast)", "data_token": "plan, pairs, pack, mask tokens, one core",
     **{f"data_{masking}": f"the same with {masking} masks (peer: tokens)" for masking in ("word", "span", "entity", "similar")},
     "train": "train (peer: Trainer, same pairs)", "blocks": "MLM alone (peer: Trainer on full blocks)", "start": "start (peer: Trainer)",
-    "resume": "resume (peer: Trainer)", "memory": "memory alone (peer: Trainer)", "largest": "largest micro-batch, eager (peer: Trainer)",
+    "resume": "resume (peer: Trainer)", "memory": "memory alone (peer: Trainer)",
+    "largest": "largest micro-batch, eager (on a CPU the search's bound)",
     "profile": "steady steps of ours", "numerics": "against fp32 on the CPU, relative"}
 COLUMNS = ("ours", "peer", "ratio", "goal")
 
 
+def add_ratios(report: dict) -> None:
+    """Put beside each figure its ratio to the peer, or to the goal where there is no peer."""
+    for value in [value for value in report.values() if isinstance(value, dict)]:
+        limit = value.get("peer", value.get("goal"))
+        if isinstance(value.get("ours"), (int, float)) and isinstance(limit, (int, float)) and limit:
+            value["ratio"] = value["ours"] / limit
+        add_ratios(value)
+
+
 def print_report(report: dict) -> None:
-    """A line for each figure, with its peer, their ratio and the goal where there is one; then what failed or was left out."""
+    """A line for each figure, with its peer, its goal and its ratio; then what failed or was left out."""
+    print("ratio: ours to the peer, or to the goal where there is no peer; more is better for tokens, less for seconds, memory and shares")
     machines = [cell["machine"] for cell in [report, *report.get("cells", {}).values()] if "machine" in cell]
     print(", ".join(f"{name} {value}" for machine in machines[:1] for name, value in machine.items()))
     print(f"{'':66}" + "".join(f"{column:>12}" for column in COLUMNS))
@@ -21,9 +32,10 @@ def print_report(report: dict) -> None:
         print_parts(cell)
         print_failure("", cell.get("failed"))
     for name, sides in report.get("best", {}).items():
-        rates = {side: found["tokens_per_second"] for side, found in sides.items()}
-        print_line(f"best of {name}, tokens per second", rates)
-        print_line(f"best of {name}, MFU", {side: found["mfu"] for side, found in sides.items() if found["mfu"]})
+        for what in ("tokens_per_second", "share_of_matrix_rate"):
+            figures = {what: {side: found[what] for side, found in sides.items() if found[what]}}
+            add_ratios(figures)
+            print_line(f"best of {name}, {what.replace('_', ' ')}", figures[what])
     for name in report.get("left_out", []):
         print(f"left out, no time: {name}")
 
@@ -47,12 +59,8 @@ def print_parts(report: dict) -> None:
 
 def print_line(name: str, sides: dict[str, float]) -> None:
     """One figure."""
-    shown = dict(sides)
-    if {"ours", "peer"} <= sides.keys() and sides["peer"]:
-        shown["ratio"] = sides["ours"] / sides["peer"]
-    cells = (f"{shown[column]:,.0f}" if shown[column] >= 100 else f"{shown[column]:.3g}" for column in COLUMNS if column in shown)
-    widths = {column: next(cells) if column in shown else "" for column in COLUMNS}
-    print(f"{name:66}" + "".join(f"{widths[column]:>12}" for column in COLUMNS))
+    cells = {column: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for column, value in sides.items()}
+    print(f"{name:66}" + "".join(f"{cells.get(column, ''):>12}" for column in COLUMNS))
 
 
 def print_failure(name: str, failure: str | None) -> None:

@@ -39,7 +39,8 @@ def in_processes(function: Callable, shared: object, tasks: Sequence[tuple], wor
                 yield numbers[future], future.result()
         except BaseException as error:
             held.close()
-            if isinstance(error, BrokenProcessPool):
+            # Killed while the others are started: the pool has closed its pipes already.
+            if isinstance(error, BrokenProcessPool) or isinstance(error, OSError) and "handle is closed" in str(error):
                 raise UserError(f"a worker process was killed, perhaps as memory ran out; needed is room for {workers} at once, or fewer "
                                 f"(prepare.py --workers); {KEPT}") from error
             raise
