@@ -111,7 +111,7 @@ def test_every_part_tells_its_figures(arguments, tmp_path, capsys):
     assert 0 < report["train"]["share_of_matrix_rate"]["ours"] < 1 and report["train"]["failed"] == report["blocks"]["failed"] == {}
     assert 0 <= report["profile"]["data_wait"]["ours"] < 1 and 0 <= report["profile"]["idle"]["ours"] < 1
     assert len(report["profile"]["kernels"]) == steps.SHOWN_KERNELS and 0 < sum(report["profile"]["kernels"].values()) < 1.01
-    assert report["largest"]["sequences"] == {"ours": 4, "peer": 4}
+    assert report["largest"]["sequences"] == {"ours": 4, "peer": 4, "ratio": 1.0}
     assert max(figure["ours"] for figure in report["numerics"].values()) < 0.02
     assert not list((tmp_path / "temporary").iterdir())
 
