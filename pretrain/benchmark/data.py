@@ -16,7 +16,7 @@ from pretrain.data.dataset import DataPosition, MicroBatchSampler, PretrainingDa
 
 GOAL = 8e6  # tokens/s of a core, so that few workers feed any GPU
 EATEN = 1e6  # tokens/s that BERT-base takes on an H200
-SAMPLE_BYTES = 4 << 20  # text of `prepare`; less is repeated, so that what a corpus costs once weighs little
+SAMPLE_BYTES = 8 << 20  # text of `prepare`; less is repeated, so that what a corpus costs once weighs little
 EPOCH_SHARDS = 2  # of a larger corpus so many shards are walked
 LOADER_SECONDS = 0.7  # of each measure; a worker's few batches in advance weigh little then
 
