@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import json
 import shlex
 import signal
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,7 @@ from pathlib import Path
 SHOWN_PROBLEMS = 20
 UNSET = object()  # of an option that was not typed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 class UserError(ValueError):
@@ -155,8 +158,8 @@ def check(problems: list[str]) -> None:
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], way_on: str = "") -> int:
-    """Exit code of `main(argv)`; a UserError becomes a message on stderr and 2. `way_on` tells what goes on with what was
-    interrupted."""
+    """Exit code of `main(argv)`; a UserError becomes a message on stderr and 2, any other error a
+    traceback and 1. `way_on` tells what goes on with what was interrupted."""
     stops = []
 
     def interrupt(number: int, frame: types.FrameType | None) -> typing.NoReturn:
@@ -177,9 +180,11 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except KeyboardInterrupt as stop:
         print(f"{stop if str(stop) else 'interrupted'}{way_on and f'; {way_on}'}", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
-    except Exception:
+    except Exception as error:
         if not stops:
-            raise
+            traceback.print_exc()
+            traceback.clear_frames(error.__traceback__)  # what they hold ends now: a loader's workers
+            return 1
         print(stops[0], file=sys.stderr)  # raised where it came, in the middle of an import, say, and made something else of there
         return 128 + stops[0].number
     finally:
@@ -187,10 +192,17 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
             signal.signal(number, handler)
 
 
-def ignore_stop_signals(worker: int = 0) -> None:
+def ignore_stop_signals() -> None:
     """For worker processes, which end with their parent: what is sent to the whole group is the parent's to answer."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def signal_at_parents_end(number: int) -> bool:
+    """Ask the kernel to send `number` to this process when the thread that started it ends.
+
+    Returns whether it will: False on systems other than Linux."""
+    return sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number) == 0
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import pytest
 from conftest import make_documents, refusal, rows, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import f1_score
 from transformers import BertConfig, BertForPreTraining, BertModel
 
 from pretrain import adapt, experiment, pictures, significance, train
@@ -21,6 +20,8 @@ from pretrain.command import as_command, parse, run_command
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, validate
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.labelled import budget_rows
+
+f1_score = pytest.importorskip("sklearn.metrics").f1_score
 
 ADAPT, PRETRAIN, FINETUNE, EVALUATE = script("adapt"), script("pretrain"), script("finetune"), script("evaluate")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

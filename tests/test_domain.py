@@ -8,11 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import rjieba
 from conftest import refusal, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.image import imread
 
 from pretrain import domain
 from pretrain.command import UserError
@@ -21,6 +19,9 @@ from pretrain.data import tokenizer as tokenizers
 from pretrain.data.reading import read_lines
 from pretrain.runtime.distributed import World
 from pretrain.text import check_text
+
+rjieba = pytest.importorskip("rjieba")
+imread = pytest.importorskip("matplotlib.image").imread
 
 DOMAIN = script("domain")
 ENGLISH = "The Bank's river, the bank-note; 2024 e\u0301tude étude x_y B2B 3rd ½ naïve.\n\nBANK? bank! ÉTUDE ٣\n"

@@ -13,10 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refusal, script
-from datasets import Dataset
 from packed_reference import small_config
-from sklearn.metrics import classification_report, confusion_matrix, log_loss
-from sklearn.utils.class_weight import compute_class_weight
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, pipeline
 
@@ -26,6 +23,10 @@ from pretrain.command import UserError, parse
 from pretrain.config import FinetuneOptions
 from pretrain.files import model_folder
 from pretrain.model.classifier import load_classifier
+
+Dataset = pytest.importorskip("datasets").Dataset
+sklearn_metrics = pytest.importorskip("sklearn.metrics")
+compute_class_weight = pytest.importorskip("sklearn.utils.class_weight").compute_class_weight
 
 FINETUNE, PREDICT = script("finetune"), script("predict")
 CLASSES = {"finance": ["bank", "money", "banks", "moneys"], "nature": ["river", "water", "rivers", "waters"],
@@ -246,8 +247,8 @@ def test_the_saved_model_is_that_of_the_best_evaluation(noisy):
     labels = np.array([list(CLASSES).index(row["label"]) for row in rows])
     shares = stock_probabilities(output / "final", [(row["text"],) for row in rows])
     assert (shares.argmax(-1) == labels).mean() == summary["valid"]["accuracy"] == best["eval/accuracy"]
-    assert log_loss(labels, shares.astype(float)) == pytest.approx(summary["valid"]["loss"], rel=1e-4)
-    assert summary["valid"]["confusion"] == confusion_matrix(labels, shares.argmax(-1)).tolist()
+    assert sklearn_metrics.log_loss(labels, shares.astype(float)) == pytest.approx(summary["valid"]["loss"], rel=1e-4)
+    assert summary["valid"]["confusion"] == sklearn_metrics.confusion_matrix(labels, shares.argmax(-1)).tolist()
     task = build([*noisy[0], *FAST, "--output", output.parent / "absent"])
     task.model = load_classifier(str(output))
     scores = module.evaluate(task, "valid", torch.autocast("cpu", enabled=False))
@@ -341,7 +342,8 @@ def test_pairs_and_columns_by_name_in_parquet(encoder, tmp_path):
     assert task.classes == ["0", "1"] and task.rows["valid"].texts == [(row["left"], row["right"]) for row in rows]
     summary = run_of([*options, "--max-steps", "3"], tmp_path / "run")
     shares = stock_probabilities(tmp_path / "run" / "final", [(row["left"], row["right"]) for row in rows])
-    assert log_loss([row["kind"] for row in rows], shares.astype(float)) == pytest.approx(summary["valid"]["loss"], rel=1e-4)
+    expected = sklearn_metrics.log_loss([row["kind"] for row in rows], shares.astype(float))
+    assert expected == pytest.approx(summary["valid"]["loss"], rel=1e-4)
 
 
 # A result that is replaced.
@@ -401,16 +403,16 @@ def test_scores_are_those_of_scikit_learn(present):
     for part in (slice(7), slice(7, 7), slice(7, 50)):
         tally.add(labels[part], shares[part])
     scores = tally.scores()
-    report = classification_report(labels, predicted, output_dict=True, zero_division=0)
+    report = sklearn_metrics.classification_report(labels, predicted, output_dict=True, zero_division=0)
     assert scores["accuracy"] == pytest.approx(np.mean(labels == predicted)) and "weighted avg" in report
     for name, theirs in (("precision", "precision"), ("recall", "recall"), ("f1", "f1-score")):
         assert scores[f"macro_{name}"] == pytest.approx(report["macro avg"][theirs])
         for number, label in enumerate(classes):
             assert scores["classes"][label][name] == pytest.approx(report.get(str(number), {theirs: 0.0})[theirs])
     assert [scores["classes"][label]["rows"] for label in classes] == np.bincount(labels, minlength=4).tolist()
-    expected = log_loss(labels[1:], shares[1:].astype(float), labels=range(4)) * 49 - np.log(1e-30)
+    expected = sklearn_metrics.log_loss(labels[1:], shares[1:].astype(float), labels=range(4)) * 49 - np.log(1e-30)
     assert scores["loss"] == pytest.approx(expected / 50, rel=1e-5)
-    assert scores["confusion"] == confusion_matrix(labels, predicted, labels=range(4)).tolist()
+    assert scores["confusion"] == sklearn_metrics.confusion_matrix(labels, predicted, labels=range(4)).tolist()
     table = predict.table_of(scores).splitlines()
     names = ("precision", "recall", "f1")
     assert table[1].split() == ["a", *(f"{scores['classes']['a'][name]:.3f}" for name in names), str(np.sum(labels == 0))]
@@ -530,7 +532,7 @@ def test_rows_come_back_in_order_with_the_numbers_of_the_stock_pipeline(read_as,
         assert row["predicted_label"] == scores[0]["label"]
         for entry in scores:
             assert float(row[f"probability_{entry['label']}"]) == pytest.approx(entry["score"], abs=2e-5)
-    last, report = json.loads(told.splitlines()[-1]), classification_report(
+    last, report = json.loads(told.splitlines()[-1]), sklearn_metrics.classification_report(
         [row["label"] for row in rows], [row["predicted_label"] for row in found], output_dict=True, zero_division=0)
     assert (last["rows"], last["accuracy"]) == (23, pytest.approx(report["accuracy"])) and "left out" not in told
     assert last["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"]) and 0.5 < last["accuracy"] < 1

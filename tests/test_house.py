@@ -1,6 +1,7 @@
 """The house: which module may import which, who reads the command line and the launcher's variables, a docstring on everything public,
 and a help line for every option."""
 import ast
+import configparser
 import dataclasses
 import re
 import subprocess
@@ -40,6 +41,24 @@ def wing_of(module):
 
 
 # Imports.
+
+def test_tests_need_no_optional_package_to_be_collected():
+    """As on a machine with a GPU: what setup.cfg names as an extra is imported by `pytest.importorskip`, or inside a test."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    extras = {name: settings["options.extras_require"][name].split() for name in settings["options.extras_require"]}
+    always = {"pytest", "hypothesis", "tensorboard"}
+    known = {"scikit-learn": "sklearn", "ahocorasick-rs": "ahocorasick_rs"}
+    optional = {known.get(package, package) for packages in extras.values() for package in packages} - always
+    assert {"datasets", "rjieba", "sklearn", "matplotlib"} <= optional
+    found = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            found |= {(path.name, name) for name in names if name.split(".")[0] in {*optional, "pyarrow", "triton"}}
+    assert not found
+
 
 def test_there_is_something_to_walk():
     assert {"pretrain.train", "pretrain.batch", "pretrain.data.corpus", "pretrain.runtime.optim"} <= MODULES.keys()

@@ -6,7 +6,6 @@ import re
 import shlex
 from importlib.util import module_from_spec, spec_from_file_location
 
-import datasets
 import pytest
 from conftest import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -15,6 +14,8 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForPreTraining, R
 from pretrain.command import parse
 from pretrain.config import AdaptOptions, Config, validate
 from pretrain.data import tokenizer as tokenizers
+
+datasets = pytest.importorskip("datasets")
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -9,18 +9,21 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from matplotlib.cbook import is_math_text
-from matplotlib.image import imread
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
 from pretrain import pictures, report, significance
+
+metrics = pytest.importorskip("sklearn.metrics")
+imread = pytest.importorskip("matplotlib.image").imread
+is_math_text = pytest.importorskip("matplotlib.cbook").is_math_text
 
 METRICS = ("macro_f1", "accuracy")
 
 
 def sklearn_score(truth, predicted, metric):
     """Classes that are neither there nor predicted are left out, as sklearn does where it is given no list of them."""
-    return accuracy_score(truth, predicted) if metric == "accuracy" else f1_score(truth, predicted, average="macro", zero_division=0)
+    if metric == "accuracy":
+        return metrics.accuracy_score(truth, predicted)
+    return metrics.f1_score(truth, predicted, average="macro", zero_division=0)
 
 
 # Scores and intervals.
@@ -199,10 +202,10 @@ def test_a_cell_never_opens_a_cell_a_line_or_a_tag(text):
 
 def result_of(truth, predicted, classes):
     labels = range(len(classes))
-    precision, recall, f1, count = precision_recall_fscore_support(truth, predicted, labels=labels, zero_division=0)
-    return {"test": {"accuracy": accuracy_score(truth, predicted), "macro_f1": sklearn_score(truth, predicted, "macro_f1"),
+    precision, recall, f1, count = metrics.precision_recall_fscore_support(truth, predicted, labels=labels, zero_division=0)
+    return {"test": {"accuracy": metrics.accuracy_score(truth, predicted), "macro_f1": sklearn_score(truth, predicted, "macro_f1"),
                      "classes": {label: {"f1": f1[number], "rows": int(count[number])} for number, label in enumerate(classes)},
-                     "confusion": confusion_matrix(truth, predicted, labels=labels).tolist()},
+                     "confusion": metrics.confusion_matrix(truth, predicted, labels=labels).tolist()},
             "seconds": 2.0, "wall_seconds": 3.0, "command": "python scripts/finetune.py --model 'a b' --max-steps=3"}
 
 

@@ -14,11 +14,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pretrain.batch import Batch
-from pretrain.command import UserError, ignore_stop_signals
+from pretrain.command import UserError
 from pretrain.data.collate import Collator, Examples
 from pretrain.data.corpus import Corpus
 from pretrain.data.draws import derive, key
 from pretrain.data.planning import Plan, Task, make_plan
+from pretrain.data.workers import begin_worker, worker_context
 
 SHARD_ORDER, EXAMPLES = 0, 1  # streams of random numbers
 SILENCE_SECONDS = 300  # after which a worker process is taken for stuck
@@ -114,7 +115,8 @@ def make_loader(dataset: PretrainingDataset, collator: Collator, sampler: MicroB
     UserError where a worker process has found damage, in one line."""
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers, pin_memory=pin_memory,
                         generator=torch.Generator(), prefetch_factor=4 if workers else None,
-                        worker_init_fn=ignore_stop_signals if workers else None, timeout=SILENCE_SECONDS if workers else 0)
+                        worker_init_fn=begin_worker if workers else None, timeout=SILENCE_SECONDS if workers else 0,
+                        multiprocessing_context=worker_context() if workers else None)
     try:
         yield from loader
     except UserError as error:  # of a worker: with its traceback, the message last

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import os
 import platform
 import signal
@@ -18,12 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.command import UserError
+from pretrain.command import STOP_SIGNALS, UserError, signal_at_parents_end
 
 SILENCE = timedelta(minutes=30)  # after which a process is taken for lost; one that dies is noticed at once
 PREPARATION = timedelta(days=1)  # the first process prepares the text while the others wait
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 MAX_GRAPHS = 64
 NEW_PORT = "port of this start"  # key in torchrun's store
 
@@ -54,8 +54,7 @@ def start(device: str, alone: str = "") -> tuple[World, torch.device]:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if size > 1 and not dist.is_initialized():
         # What processes agree on is on the host, by gloo, so that no agreement waits for a GPU; NCCL moves gradients and weights.
-        if sys.platform == "linux":  # where torchrun is killed its processes would go on alone
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        signal_at_parents_end(signal.SIGTERM)  # where torchrun is killed its processes would go on alone
         meeting = {"store": _fresh_store(), "rank": int(os.environ["RANK"]), "world_size": size} if os.environ.get(
             "TORCHELASTIC_USE_AGENT_STORE") == "True" else {}
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=SILENCE, **meeting)
@@ -206,6 +205,7 @@ def wrap(model: nn.Module, compiled: bool) -> nn.Module:
     A graph has fixed shapes, so that each phase gets one of its own: by default the second would make one of any shape, slower for all.
     Many phases, or masks beyond the rate, would pass torch's limit of 8 graphs, and the rest of the run would not be compiled."""
     if compiled:
+        _start_compilers()
         torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     trained = torch.compile(model, dynamic=False) if compiled else model
     if not dist.is_initialized() or _is_sharded(model):
@@ -213,6 +213,23 @@ def wrap(model: nn.Module, compiled: bool) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for buffers that never change
         return DistributedDataParallel(trained, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _start_compilers() -> None:
+    """Start the processes that compile kernels, ignoring what stops a run, as they then do for good.
+
+    A signal to the whole group would end them, and the run, which finishes its step, would wait for them for ever. Without Triton, in a
+    CPU build of torch, there are none."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from torch._inductor.async_compile import AsyncCompile  # a second to import
+
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        AsyncCompile.warm_pool()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def gradient_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

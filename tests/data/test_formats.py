@@ -10,9 +10,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +17,10 @@ from hypothesis import strategies as st
 from pretrain.command import UserError
 from pretrain.config import TextOptions
 from pretrain.data import formats, reading
+
+datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 
 datasets.disable_progress_bars()
 

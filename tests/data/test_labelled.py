@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from itertools import islice
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -25,6 +24,8 @@ from pretrain.data.labelled import LabelledCollator, LabelledDataset, StepSample
 from pretrain.model.classifier import load_classifier
 from pretrain.runtime.optim import autocast, make_optimizer
 from pretrain.train import train_step
+
+datasets = pytest.importorskip("datasets")
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import rjieba
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,9 @@ from pretrain.data.corpus import ARRAYS, ENTITY_INSIDE, ENTITY_START, WORD_START
 from pretrain.data.marking import HAN, Markup, describe_script, is_han, mark, read_terms
 from pretrain.data.preparing import prepare
 from pretrain.data.tokenizer import SPECIAL_TOKENS, from_vocabulary
+
+rjieba = pytest.importorskip("rjieba")
+pytest.importorskip("sentencex")
 
 CHINESE = "今天天气很好我们去公园北京大学"
 
