@@ -1,8 +1,8 @@
 """Batch: the one contract between data and model.
 
 T tokens of N sequences are laid end to end, without padding; M of them are predicted (`Batch`), or each sequence has a label
-(`LabelledBatch`). Where a device wants fixed shapes, T, N and M are filled up: dummy sequences of [PAD] at the end, and labels of
-IGNORED, which no loss counts.
+(`LabelledBatch`). Where a device wants fixed shapes, T, N and M are filled up: dummy sequences at the end, first of [PAD] and then of no
+token at all, and labels of IGNORED, which no loss counts.
 """
 from __future__ import annotations
 

@@ -83,3 +83,19 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol: float
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=rtol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def dense_attention(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The slow form of packed attention: softmax(QK' / sqrt(D)) V over the whole pack [T, 3, H, D], -inf where two tokens are of
+    different sequences. Tensor operations only: this compiles."""
+    query, key, value = qkv.permute(1, 2, 0, 3)  # [H, T, D] each
+    place = torch.arange(len(qkv), device=qkv.device)
+    sequence = (place[:, None] >= cu_seqlens[None, 1:]).sum(1)
+    scores = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
+    scores = scores.masked_fill(sequence[:, None] != sequence[None, :], float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(0, 1)
+
+
+def offsets(lengths) -> Tensor:
+    """int32 [N + 1]: where sequences of `lengths` begin and end."""
+    return torch.tensor([0, *lengths]).cumsum(0).int()

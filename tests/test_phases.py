@@ -238,7 +238,7 @@ def test_the_experiment_compares_at_the_last_length(finished, arguments, tmp_pat
 
 def test_each_phase_has_one_graph(corpus, vocabulary, monkeypatch):
     """Three lengths, each seen twice: by default the second would make one graph of any shape, and the third would have none."""
-    def attend(qkv, cu_seqlens, max_length):
+    def attend(qkv, cu_seqlens, max_length, kernel):
         sequence = (torch.arange(len(qkv))[:, None] >= cu_seqlens[None, 1:]).sum(1)
         parts = qkv.permute(1, 2, 0, 3).unbind(0)
         return torch.nn.functional.scaled_dot_product_attention(*parts, sequence[:, None] == sequence[None, :]).transpose(0, 1)

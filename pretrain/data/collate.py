@@ -102,7 +102,8 @@ class Collator:
         ids[masked] = replace(ids, masked, drawn.keys, drawn.leader, self.masking, self.vocabulary)
         arrays = {"input_ids": ids, "token_type_ids": packed.token_type_ids, "position_ids": packed.position_ids, "lengths": lengths,
                   "masked_positions": masked, "masked_lm_labels": labels, "next_sentence_label": plan.label}
-        arrays = self._fill(arrays, *(self._limits if self.fill else self._multiples)(lengths, len(masked)))
+        filled_to = self._limits if self.fill else self._multiples
+        arrays = self._fill(arrays, *filled_to(lengths, len(masked)))
         lengths = arrays.pop("lengths")
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         return Batch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()},
@@ -111,23 +112,30 @@ class Collator:
                      num_sequences=len(plan.label), shortfall=int(np.maximum(0, budget - num_masked).sum()))
 
     def _limits(self, lengths: np.ndarray, num_masked: int) -> tuple[np.ndarray, int]:
-        """(lengths of dummy sequences, slots of masked positions) up to the limits of the task. The attention kernel wants every token
-        inside a sequence (tokens beyond the last offset give NaN gradients, pytorch #176793), so sequences of at least one [PAD] cover
-        the tail: one for each free slot, and one slot more for each full sequence, so that they can always reach the end."""
+        """(lengths of dummy sequences, slots of masked positions) up to the limits of the task.
+
+        The attention kernel wants every token inside a sequence (tokens beyond the last offset give NaN gradients, pytorch #176793):
+        dummies of [PAD] cover the tail. Those after them have no token, and the kernel leaves them at once."""
         task = self.task
-        slots = task.sequence_limit + task.slots
-        tail, dummies = task.token_limit + slots - int(lengths.sum()), slots - len(lengths)
-        dummy_lengths = tail // dummies + (np.arange(dummies) < tail % dummies)
-        assert dummy_lengths.min() >= 1 and dummy_lengths.max() <= task.max_length, (tail, dummies)
+        tail = self._cover(task.token_limit - int(lengths.sum()))
+        # Of few sizes, since each costs a compiled graph: text of full sequences needs a little more than `slots`.
+        sequences = 2 * task.slots
+        while sequences < len(lengths) + len(tail):
+            sequences *= 2
+        empty = np.zeros(sequences - len(lengths) - len(tail), np.int64)
         # Entities may go beyond the rate, and a word above its budget is taken all the same: then the next of few sizes.
         size = max(64, task.masked_limit // 8 // 64 * 64)
-        return dummy_lengths, -(-max(task.masked_limit, num_masked) // size) * size
+        return np.concatenate([tail, empty]), -(-max(task.masked_limit, num_masked) // size) * size
 
     def _multiples(self, lengths: np.ndarray, num_masked: int) -> tuple[np.ndarray, int]:
         """The same up to the next multiples."""
-        full, rest = divmod(-int(lengths.sum()) % self.multiple, self.task.max_length)
         half = max(1, self.multiple // 2)
-        return np.array([self.task.max_length] * full + [rest] * (rest > 0), np.int64), -(-num_masked // half) * half
+        return self._cover(-int(lengths.sum()) % self.multiple), -(-num_masked // half) * half
+
+    def _cover(self, tail: int) -> np.ndarray:
+        """int64: lengths of the fewest sequences that cover `tail` tokens."""
+        full, rest = divmod(tail, self.task.max_length)
+        return np.array([self.task.max_length] * full + [rest] * (rest > 0), np.int64)
 
     def _fill(self, arrays: dict[str, np.ndarray], dummy_lengths: np.ndarray, masked_slots: int) -> dict[str, np.ndarray]:
         """The arrays with dummy sequences of [PAD] and with ignored labels at their ends."""

@@ -1,13 +1,14 @@
 """Self-attention over packed sequences, without padding, in the place of transformers' own; the names of its weights stay.
 
 A pack is one row of T tokens; `lengths` (host) and `cu_seqlens` (device) say where its sequences end. Query, key and value come from
-one matrix product. Attention is one kernel on CUDA (variable-length FlashAttention) and a loop over the sequences elsewhere.
+one matrix product. Attention is one kernel on CUDA, ours or FlashAttention's, and a loop over the sequences elsewhere.
 No probability is dropped: the kernel cannot, and on CPU it would cost two to three times.
 
 Shapes: H heads, D numbers a head.
 """
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 SDPA, VARLEN = "sdpa loop", "varlen kernel"
+KERNELS = TRITON, FLASH, CUDNN = "triton", "flash", "cudnn"  # for VARLEN; CUDNN leaves the choice between the two to torch
 GROUP_SCORES = 1 << 19  # scores that the backward pass on CPU handles at once: they stay in its cache
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with CUDA builds of torch
+LONGEST_TRITON = 512  # tokens of a sequence up to which the Triton kernel was measured, and is the fastest
 LONGEST_PLAIN = 512  # tokens of a sequence, beyond which torch's own backward pass is as fast and takes less memory
 
 
@@ -30,7 +34,7 @@ class PackedSelfAttention(nn.Module):
         self.num_heads = stock.num_attention_heads
 
     def forward(self, hidden_states: Tensor, attention_mask: None = None, *, lengths: tuple[int, ...] | None = None,
-                cu_seqlens: Tensor | None = None, max_length: int = 0, **_: object) -> tuple[Tensor, None]:
+                cu_seqlens: Tensor | None = None, max_length: int = 0, kernel: str = "", **_: object) -> tuple[Tensor, None]:
         """[1, T, width] -> [1, T, width]; either `lengths`, or `cu_seqlens` and a fixed bound, so that one graph serves."""
         assert lengths is not None or cu_seqlens is not None, "needed is a packed batch: call the model's `encode`"
         parts, hidden = (self.query, self.key, self.value), hidden_states[0]
@@ -39,26 +43,34 @@ class PackedSelfAttention(nn.Module):
         else:  # something is put around them, such as LoRA
             qkv = torch.cat([part(hidden) for part in parts], -1)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
-        attended = packed_sdpa(qkv, lengths) if lengths is not None else packed_varlen(qkv, cu_seqlens, max_length)
+        attended = packed_sdpa(qkv, lengths) if lengths is not None else packed_varlen(qkv, cu_seqlens, max_length, kernel)
         return attended.flatten(1)[None], None
 
 
 def packed_sdpa(qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """[T, 3, H, D] -> [T, H, D]; each sequence attends to itself, one call each.
 
-    On CPU this loop beat scattering to a padded batch and nested tensors, down to sequences of 32 tokens."""
+    Sequences without a token have no part in it. On CPU this loop beat scattering to a padded batch and nested tensors, down to sequences
+    of 32 tokens."""
+    lengths = tuple(length for length in lengths if length)
     if (qkv.device.type == "cpu" and qkv.dtype != torch.float32 and torch.is_grad_enabled() and max(lengths) <= LONGEST_PLAIN
             and not torch.compiler.is_compiling()):
         return _GroupedBackward.apply(qkv, lengths)
     return torch.cat([_attend(part.movedim(0, 2)).movedim(1, 0) for part in qkv.split(lengths)])
 
 
-def packed_varlen(qkv: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
-    """The same by one kernel: fp16 or bf16 on Ampere or later."""
+def packed_varlen(qkv: Tensor, cu_seqlens: Tensor, max_length: int, kernel: str) -> Tensor:
+    """The same by one of KERNELS, in fp16 or bf16 on Ampere or later."""
+    if kernel == TRITON:
+        from pretrain.model.attention_kernel import packed_attention
+
+        return packed_attention(qkv, cu_seqlens, max_length)[0]
     from torch.nn.attention.varlen import varlen_attn
 
+    # From torch 2.14 on cuDNN is taken on some GPUs, but not where there is a window. This one leaves nothing out.
+    window = (max_length, max_length) if kernel == FLASH else (-1, -1)
     # Seven arguments by position: the names and order of later ones differ between torch releases.
-    return varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_length, max_length)
+    return varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_length, max_length, window_size=window)
 
 
 class _GroupedBackward(torch.autograd.Function):
@@ -120,5 +132,11 @@ def _gradients(tensors: Tensor, lengths: list[int]) -> Tensor:
 
 def choose_attention(device: torch.device, precision: str) -> str:
     """Name of the attention for a device and a precision ("bf16", "fp16" or "fp32")."""
-    kernel = device.type == "cuda" and precision != "fp32" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return VARLEN if kernel else SDPA
+    has_kernel = device.type == "cuda" and precision != "fp32" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return VARLEN if has_kernel else SDPA
+
+
+def choose_kernel(head_width: int, max_length: int) -> str:
+    """One of KERNELS for heads of so many numbers: the fastest measured (scripts/README.md)."""
+    fits = HAS_TRITON and head_width in (16, 32, 64, 128)
+    return TRITON if fits and max_length <= LONGEST_TRITON else FLASH

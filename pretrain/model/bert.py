@@ -78,8 +78,8 @@ class BertForPreTraining(PackedModel, BertPreTrainedModel):
 
     def next_sentence_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """float32 [N, 2]: scores of "is next" and "is random" at each [CLS]."""
-        first = hidden[batch.cu_seqlens[:-1].long()]
-        return self.cls.seq_relationship(self.bert.pooler(first[:, None])).float()  # the pooler takes token 0 of [N, 1, width]
+        first = self.first_tokens(hidden, batch)[:, None]  # the pooler takes token 0 of [N, 1, width]
+        return self.cls.seq_relationship(self.bert.pooler(first)).float()
 
     def score(self, hidden: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """(logits, labels) of each loss."""

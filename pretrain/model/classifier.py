@@ -20,7 +20,7 @@ class PackedClassifier(PackedModel):
 
     def label_logits(self, hidden: Tensor, batch: LabelledBatch) -> Tensor:
         """float32 [N, classes]."""
-        first = hidden[batch.cu_seqlens[:-1].long()][:, None]  # [N, 1, width]: pooler and head take token 0
+        first = self.first_tokens(hidden, batch)[:, None]  # [N, 1, width]: pooler and head take token 0
         pooler = getattr(self.base_model, "pooler", None)
         return self.classifier(first if pooler is None else self.dropout(pooler(first))).float()
 

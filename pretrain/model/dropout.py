@@ -7,16 +7,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BITS = {2: np.uint16, 4: np.uint32}  # by bytes of a number
+MIXING = ((16, -0x61C88647), (15, 0x7F4A7C15), (16, -0x7A143595))  # shifts and summands of its rounds
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`; on CPU its random bits are numpy's, seeded by torch's generator each time."""
+    """`nn.Dropout`; on CPU its random bits are numpy's, seeded by torch's generator each time, and in a compiled graph a hash's."""
+
+    def __init__(self, stock: nn.Dropout):
+        super().__init__(stock.p)
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` with numbers set to 0 and the others scaled, so that the mean stays."""
-        by_numpy = (self.training and 0 < self.p < 1 and input.device.type == "cpu" and input.element_size() in BITS
-                    and not torch.compiler.is_compiling())
-        return input * _factors(input, self.p) if by_numpy else F.dropout(input, self.p, self.training)
+        if not self.training or not 0 < self.p < 1:
+            return F.dropout(input, self.p, self.training)
+        if torch.compiler.is_compiling():
+            return _Hashed.apply(input, self.p)
+        if input.device.type == "cpu" and input.element_size() in BITS:
+            return input * _factors(input, self.p)
+        return F.dropout(input, self.p, self.training)
+
+
+class _Hashed(torch.autograd.Function):
+    """Dropout of a compiled graph: whether a number stays is a hash of its place and of two seeds.
+
+    The backward pass computes it anew instead of reading a mask. It takes a quarter of the operations of torch's own generator, which
+    needs more time than reading and writing the numbers."""
+
+    @staticmethod
+    def forward(ctx, input: Tensor, p: float) -> Tensor:
+        seeds = torch.randint(-(1 << 31), (1 << 31) - 1, (2,), device=input.device, dtype=torch.int32)
+        ctx.save_for_backward(seeds)
+        ctx.p = p
+        places = torch.arange(input.numel(), device=input.device, dtype=torch.int32)
+        return drop_by_hash(input, places + seeds[0], seeds[1], p)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (seeds,) = ctx.saved_tensors
+        places = torch.arange(grad.numel(), device=grad.device, dtype=torch.int32)
+        # The sum the other way round: the compiler would see that it is the same, and keep the mask after all.
+        return drop_by_hash(grad, seeds[0] + places, seeds[1], ctx.p), None
+
+
+def drop_by_hash(input: Tensor, bits: Tensor, seed: Tensor, p: float) -> Tensor:
+    """`input` with the numbers set to 0 whose `bits` (int32), mixed, are among the lowest; the others are scaled."""
+    for number, (shift, summand) in enumerate(MIXING):  # sums and products wrap around; no bitwise operations: they are not repeated
+        bits = bits * (bits + bits + 1) + (summand + seed if number == 1 else summand)
+        bits = bits + (bits >> shift)
+    bits = bits.view(input.shape)
+    return torch.where(bits >= round(p * (1 << 32)) - (1 << 31), input, 0) * (1 / (1 - p))
 
 
 def _factors(like: Tensor, p: float) -> Tensor:
@@ -29,11 +68,3 @@ def _factors(like: Tensor, p: float) -> Tensor:
     bits = random.integers(1 << 64, size=-(-like.numel() // 4), dtype=np.uint64).view(np.uint16)[:like.numel()]
     factors = (bits < round(65536 / float(scale))).astype(kind) * pattern
     return torch.from_numpy(factors).view(like.dtype).view(like.shape)
-
-
-def replace_dropout(model: nn.Module) -> None:
-    """Put `Dropout` in the place of every `nn.Dropout` of `model`."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Dropout:
-                setattr(module, name, Dropout(child.p))

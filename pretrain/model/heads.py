@@ -6,9 +6,12 @@ and memory for nothing (transformers #3294).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.activations import ACT2FN
+
+ALIGNMENT = 64  # entries of a vocabulary, on a GPU
 
 
 class PredictionTransform(nn.Module):
@@ -25,7 +28,9 @@ class PredictionTransform(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """hidden [M, width] -> logits [M, vocabulary]; the decoder is tied to the word embeddings, its bias to `bias`."""
+    """hidden [M, width] -> logits [M, vocabulary]; the decoder is tied to the word embeddings, its bias to `bias`.
+
+    On a GPU the vocabulary is filled up, see `aligned_linear`."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -34,7 +39,18 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.decoder(self.transform(hidden))
+        """Scores of the vocabulary; on a GPU with columns of -inf after it."""
+        hidden = self.transform(hidden)
+        return self.decoder(hidden) if hidden.device.type == "cpu" else aligned_linear(hidden, self.decoder)
+
+
+def aligned_linear(hidden: Tensor, linear: nn.Linear, multiple: int = ALIGNMENT) -> Tensor:
+    """[M, width] -> [M, classes up to the next `multiple`]: the scores of `linear`, and -inf for the classes that are added.
+
+    Rows of scores that do not begin at multiples of 16 bytes take a GPU three times as long, and few vocabularies have such sizes."""
+    missing = -linear.out_features % multiple
+    weight = F.pad(linear.weight, (0, 0, 0, missing))
+    return F.linear(hidden, weight, F.pad(linear.bias, (0, missing), value=-torch.inf))
 
 
 class PreTrainingHeads(nn.Module):

@@ -2,12 +2,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
 
 from pretrain.batch import Batch, Output, PackedBatch
-from pretrain.model.attention import SDPA, PackedSelfAttention
+from pretrain.model.attention import SDPA, PackedSelfAttention, choose_kernel
 from pretrain.model.cross_entropy import summed_cross_entropy
-from pretrain.model.dropout import replace_dropout
+from pretrain.model.dropout import Dropout
+from pretrain.model.gelu import Gelu
+from pretrain.model.layer_norm import LayerNorm
+
+REPLACED = {nn.Dropout: Dropout, nn.LayerNorm: LayerNorm, GELUActivation: Gelu}  # stock module -> what computes the same faster
 
 
 class PackedModel:
@@ -19,12 +24,16 @@ class PackedModel:
     position_offset = 0  # of the first token's position
     head_may_differ = False  # from the checkpoint's in size; it starts fresh then
     attention = SDPA  # or VARLEN
+    kernel = ""  # of VARLEN, one of attention.KERNELS; "": `choose_kernel` does
 
     def post_init(self) -> None:
         """Called by transformers once the modules are made; the names of the weights stay."""
         for layer in self.base_model.encoder.layer:
             layer.attention.self = PackedSelfAttention(layer.attention.self)
-        replace_dropout(self)
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if type(child) in REPLACED:
+                    setattr(module, name, REPLACED[type(child)](child))
         super().post_init()
 
     @property
@@ -53,9 +62,15 @@ class PackedModel:
         hidden = encoder.embeddings(input_ids=batch.input_ids[None], token_type_ids=batch.token_type_ids[None],
                                     position_ids=batch.position_ids[None] + self.position_offset)
         # The kernel gets tensors and one constant: the lengths, new in every batch, would make a compiled graph recompile.
-        ends = ({"lengths": batch.lengths} if self.attention == SDPA else
-                {"cu_seqlens": batch.cu_seqlens, "max_length": batch.max_length})
+        ends = {"lengths": batch.lengths}
+        if self.attention != SDPA:
+            kernel = self.kernel or choose_kernel(self.config.hidden_size // self.config.num_attention_heads, batch.max_length)
+            ends = {"cu_seqlens": batch.cu_seqlens, "max_length": batch.max_length, "kernel": kernel}
         return encoder.encoder(hidden, **ends).last_hidden_state[0]
+
+    def first_tokens(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """[N, width]: the hidden state of each sequence's first token; of a dummy without tokens, any other."""
+        return hidden[batch.cu_seqlens[:-1].clamp(max=len(hidden) - 1).long()]
 
     def masked_lm_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[M, vocabulary]: scores at the masked positions, in the precision of the products."""

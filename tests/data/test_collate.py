@@ -272,28 +272,44 @@ def test_filling_adds_only_what_is_ignored(shard, task, masking, fill, multiple)
         assert (batch.next_sentence_label[sequences:] == IGNORED).all() and (batch.masked_lm_labels[masked:] == IGNORED).all()
         assert (batch.masked_positions < len(batch.input_ids)).all()
         assert batch.cu_seqlens[-1] == len(batch.input_ids) == sum(batch.lengths)
-        assert min(batch.lengths) >= 1 and max(batch.lengths) <= task.max_length
+        assert max(batch.lengths) <= task.max_length
+        covering = [length for length in batch.lengths[sequences:] if length]
+        assert len(covering) == -(-sum(covering) // task.max_length)  # as few as can be; after them those without a token
+        assert not any(batch.lengths[sequences + len(covering):])
         expected = [position for length in batch.lengths for position in range(length)]
         assert batch.position_ids.tolist() == expected
         assert fill or (len(batch.input_ids) - tokens == -tokens % multiple
                         and len(batch.masked_positions) - masked == -masked % (multiple // 2))
     if fill and masking == "token":  # a word above its sequence's budget, or entities beyond the rate, may overflow
-        assert len({(len(batch.input_ids), len(batch.cu_seqlens), len(batch.masked_positions)) for batch in filled}) <= 1
+        assert {len(batch.input_ids) for batch in filled} <= {task.token_limit}
+        assert len({len(batch.masked_positions) for batch in filled}) <= 1
+        assert {len(batch.lengths) for batch in filled} <= sizes_of(task)
+
+
+def sizes_of(task):
+    """Numbers of sequences that a filled micro-batch may have."""
+    return {factor * task.slots for factor in (2, 4, 8)}
 
 
 @pytest.mark.parametrize("objective", ["mlm+nsp", "mlm+sop", "mlm"])
 @pytest.mark.parametrize("longest", [1, 12])
-def test_shapes_are_the_same_through_epochs(objective, longest):
-    """The last micro-batch of an epoch, with a few sequences, has the shapes of a full one."""
+def test_shapes_are_few_through_epochs(objective, longest):
+    """They differ in the number of sequences alone, by factors of two; the last micro-batch of an epoch, with a few sequences, has those
+    of a full one. The smallest size serves text whose sequences are full."""
     shard, task = make_shard(longest=longest), Task(objective, 64, 4, 0.15, 0)
-    shapes, few = set(), 0
+    shapes, sizes, few = set(), set(), 0
     for epoch in range(3):
         plan = make_plan(shard, np.arange(len(shard.hashes)), task, key(0, epoch))
         batches = micro_batches(shard, plan, Collator(task, VOCABULARY, Masking(), True))
-        shapes |= {tuple(len(getattr(batch, entry.name)) for entry in fields(Batch) if isinstance(getattr(batch, entry.name), torch.Tensor))
-                   for batch in batches}
+        names = ["input_ids", "token_type_ids", "position_ids", "masked_positions", "masked_lm_labels"]
+        shapes |= {tuple(len(getattr(batch, name)) for name in names) for batch in batches}
+        sizes |= {len(batch.lengths) for batch in batches}
         few += batches[-1].num_tokens < 200
-    assert len(shapes) == 1 and few
+        for batch in batches:
+            assert len(batch.lengths) == len(batch.cu_seqlens) - 1 == len(batch.next_sentence_label)
+            used = sum(length > 0 for length in batch.lengths)
+            assert len(batch.lengths) < 2 * used or len(batch.lengths) == min(sizes_of(task))
+    assert len(shapes) == 1 and sizes <= sizes_of(task) and few
 
 
 def test_a_micro_batch_that_overflows_has_the_next_size():

@@ -1,0 +1,239 @@
+"""Self-attention over packed sequences in one Triton kernel each way, for a GPU.
+
+FlashAttention's kernels for variable lengths add up the gradient of the queries in a float32 buffer, convert it in another kernel,
+and give three gradients that have to be copied side by side for the product that made query, key and value. Most sequences here fit
+one block of 128 tokens: then all three gradients come from one pass, into one tensor.
+
+Follows FlashAttention-2 (Dao 2023): the forward pass keeps the base-2 logarithm of each row's sum, from which the backward pass
+computes the probabilities anew. Shapes: T tokens, N sequences, H heads, D numbers a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64  # tokens of a sequence that a program takes at once; with 4 warps the fastest on an H200
+SHORT = 128  # tokens of a sequence up to which the backward pass takes all of it at once
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _rows(base, rows, length, stride, D: tl.constexpr):
+    """[rows, D] of a tensor; 0 beyond the sequence."""
+    places = base + rows[:, None] * stride + tl.arange(0, D)[None, :]
+    return tl.load(places, mask=rows[:, None] < length, other=0.0)
+
+
+@triton.jit
+def _store_rows(base, rows, length, stride, values, D: tl.constexpr):
+    places = base + rows[:, None] * stride + tl.arange(0, D)[None, :]
+    tl.store(places, values.to(base.dtype.element_ty), mask=rows[:, None] < length)
+
+
+@triton.jit
+def _forward(
+    qkv,
+    out,
+    sums,
+    offsets,
+    num_tokens,
+    scale,
+    H,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A block of queries of one sequence and head."""
+    start = tl.load(offsets + tl.program_id(1)).to(tl.int64)
+    length = tl.load(offsets + tl.program_id(1) + 1).to(tl.int64) - start
+    first = tl.program_id(0) * BLOCK
+    if first >= length:
+        return
+    head, stride = tl.program_id(2), 3 * H * D
+    query = qkv + start * stride + head * D
+    key, value = query + H * D, query + 2 * H * D
+    rows = first + tl.arange(0, BLOCK)
+    q = _rows(query, rows, length, stride, D)
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    attended = tl.zeros([BLOCK, D], tl.float32)
+    for begin in range(0, length, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        scores = tl.dot(q, tl.trans(_rows(key, columns, length, stride, D))) * (scale * LOG2_E)
+        scores = tl.where(columns[None, :] < length, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        shrink = tl.exp2(largest - larger)
+        p = tl.exp2(scores - larger[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        v = _rows(value, columns, length, stride, D)
+        attended = tl.dot(p.to(v.dtype), v, attended * shrink[:, None])
+        largest = larger
+    _store_rows(out + (start * H + head) * D, rows, length, H * D, attended / total[:, None], D)
+    tl.store(sums + head * num_tokens + start + rows, largest + tl.log2(total), mask=rows < length)
+
+
+@triton.jit
+def _backward_short(
+    grad, qkv, grad_qkv, sums, offsets, num_tokens, scale, H, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One sequence and head, in one block."""
+    start = tl.load(offsets + tl.program_id(0)).to(tl.int64)
+    length = tl.load(offsets + tl.program_id(0) + 1).to(tl.int64) - start
+    if length == 0:
+        return
+    head, stride = tl.program_id(1), 3 * H * D
+    rows = tl.arange(0, BLOCK)
+    query = qkv + start * stride + head * D
+    q = _rows(query, rows, length, stride, D)
+    k = _rows(query + H * D, rows, length, stride, D)
+    v = _rows(query + 2 * H * D, rows, length, stride, D)
+    g = _rows(grad + (start * H + head) * D, rows, length, H * D, D)
+    of_rows = tl.load(
+        sums + head * num_tokens + start + rows, mask=rows < length, other=float("inf")
+    )
+    p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - of_rows[:, None])
+    p = tl.where(rows[None, :] < length, p, 0.0)
+    to = grad_qkv + start * stride + head * D
+    _store_rows(to + 2 * H * D, rows, length, stride, tl.dot(tl.trans(p.to(g.dtype)), g), D)
+    of_p = tl.dot(g, tl.trans(v))
+    of_scores = (p * (of_p - tl.sum(p * of_p, 1)[:, None])).to(g.dtype)
+    _store_rows(to, rows, length, stride, tl.dot(of_scores, k) * scale, D)
+    _store_rows(to + H * D, rows, length, stride, tl.dot(tl.trans(of_scores), q) * scale, D)
+
+
+@triton.jit
+def _scores_gradient(q, k, v, g, o, of_rows, columns, length, scale):
+    """(probabilities, gradient of the scores) [rows, columns] for rows of queries, with what was attended (o) and its gradient."""
+    p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - of_rows[:, None])
+    p = tl.where(columns[None, :] < length, p, 0.0)
+    delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    return p.to(g.dtype), (p * (tl.dot(g, tl.trans(v)) - delta[:, None])).to(g.dtype)
+
+
+@triton.jit
+def _backward_long(
+    grad,
+    qkv,
+    out,
+    grad_qkv,
+    sums,
+    offsets,
+    num_tokens,
+    scale,
+    H,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A block of keys and values, then of queries, of one sequence and head."""
+    start = tl.load(offsets + tl.program_id(1)).to(tl.int64)
+    length = tl.load(offsets + tl.program_id(1) + 1).to(tl.int64) - start
+    first = tl.program_id(0) * BLOCK
+    if first >= length:
+        return
+    head, stride = tl.program_id(2), 3 * H * D
+    query = qkv + start * stride + head * D
+    key, value = query + H * D, query + 2 * H * D
+    grads, outs = grad + (start * H + head) * D, out + (start * H + head) * D
+    of_rows = sums + head * num_tokens + start
+    to = grad_qkv + start * stride + head * D
+    block = first + tl.arange(0, BLOCK)
+
+    k = _rows(key, block, length, stride, D)
+    v = _rows(value, block, length, stride, D)
+    of_k = tl.zeros([BLOCK, D], tl.float32)
+    of_v = tl.zeros([BLOCK, D], tl.float32)
+    for begin in range(0, length, BLOCK):
+        rows = begin + tl.arange(0, BLOCK)
+        q = _rows(query, rows, length, stride, D)
+        g = _rows(grads, rows, length, H * D, D)
+        o = _rows(outs, rows, length, H * D, D)
+        row_sums = tl.load(of_rows + rows, mask=rows < length, other=float("inf"))
+        p, of_scores = _scores_gradient(q, k, v, g, o, row_sums, block, length, scale)
+        of_v = tl.dot(tl.trans(p), g, of_v)
+        of_k = tl.dot(tl.trans(of_scores), q, of_k)
+    _store_rows(to + 2 * H * D, block, length, stride, of_v, D)
+    _store_rows(to + H * D, block, length, stride, of_k * scale, D)
+
+    queries = _rows(query, block, length, stride, D)
+    of_out = _rows(grads, block, length, H * D, D)
+    attended = _rows(outs, block, length, H * D, D)
+    totals = tl.load(of_rows + block, mask=block < length, other=float("inf"))
+    of_q = tl.zeros([BLOCK, D], tl.float32)
+    for begin in range(0, length, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        keys = _rows(key, columns, length, stride, D)
+        values = _rows(value, columns, length, stride, D)
+        _, of_scores = _scores_gradient(
+            queries, keys, values, of_out, attended, totals, columns, length, scale
+        )
+        of_q = tl.dot(of_scores, keys, of_q)
+    _store_rows(to, block, length, stride, of_q * scale, D)
+
+
+def _power_of_2(length: int) -> int:
+    """The next one, at least 16 as a matrix product wants."""
+    return max(16, triton.next_power_of_2(length))
+
+
+@torch.library.custom_op("pretrain::packed_attention", mutates_args=())
+def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+    """qkv [T, 3, H, D] in fp16 or bf16, cu_seqlens int32 [N + 1] whose sequences cover all T tokens and have at most `max_length` ->
+    (attended [T, H, D], float32 [H, T] for the backward pass). D is a power of two, 16 to 128."""
+    num_tokens, _, heads, width = qkv.shape
+    out = qkv.new_empty(num_tokens, heads, width)
+    sums = qkv.new_empty(heads, num_tokens, dtype=torch.float32)
+    block = min(BLOCK, _power_of_2(max_length))
+    grid = (triton.cdiv(max_length, block), len(cu_seqlens) - 1, heads)
+    sizes = (num_tokens, width**-0.5, heads, width, block)
+    _forward[grid](qkv.contiguous(), out, sums, cu_seqlens, *sizes)
+    return out, sums
+
+
+@packed_attention.register_fake
+def _(qkv: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+    num_tokens, _, heads, width = qkv.shape
+    return qkv.new_empty(num_tokens, heads, width), qkv.new_empty(
+        heads, num_tokens, dtype=torch.float32
+    )
+
+
+@torch.library.custom_op("pretrain::packed_attention_backward", mutates_args=())
+def packed_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, sums: Tensor, cu_seqlens: Tensor, max_length: int
+) -> Tensor:
+    """The gradient of qkv, [T, 3, H, D], from that of what was attended."""
+    num_tokens, _, heads, width = qkv.shape
+    grad, qkv = grad.contiguous(), qkv.contiguous()
+    grad_qkv = torch.empty_like(qkv)
+    block = _power_of_2(max_length) if max_length <= SHORT else BLOCK
+    sizes = (num_tokens, width**-0.5, heads, width, block)
+    num_sequences = len(cu_seqlens) - 1
+    if max_length <= SHORT:
+        warps = 8 if block == SHORT else 4  # with fewer its numbers do not fit the registers
+        _backward_short[num_sequences, heads](
+            grad, qkv, grad_qkv, sums, cu_seqlens, *sizes, num_warps=warps
+        )
+    else:
+        grid = (triton.cdiv(max_length, block), num_sequences, heads)
+        _backward_long[grid](grad, qkv, out, grad_qkv, sums, cu_seqlens, *sizes)
+    return grad_qkv
+
+
+@packed_attention_backward.register_fake
+def _(grad, qkv, out, sums, cu_seqlens, max_length):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx, inputs, output) -> None:
+    qkv, cu_seqlens, ctx.max_length = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens)
+
+
+def _gradient(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    qkv, out, sums, cu_seqlens = ctx.saved_tensors
+    return packed_attention_backward(grad, qkv, out, sums, cu_seqlens, ctx.max_length), None, None
+
+
+packed_attention.register_autograd(_gradient, setup_context=_keep)
