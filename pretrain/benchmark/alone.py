@@ -1,53 +1,27 @@
 """Processes of one side alone, from their start: seconds to the first step, also of a resumed run, and peak memory."""
+
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import pickle
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
 
 from pretrain.benchmark.peer import FIRST_STEP, describe
+from pretrain.benchmark.processes import ROOT, as_command, last_lines, start, stop
 from pretrain.benchmark.rows import same_examples
 from pretrain.command import UserError
 from pretrain.files import write_json
 from pretrain.setup import saved_options
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 3  # then a checkpoint is written; a resumed process makes one more
 POLL_SECONDS = 0.01
-STOP_SECONDS = 5.0  # after which a process that was asked to stop is killed
 RESUME_GOAL = 5.0  # seconds
-PEER_CODE = "import pickle, sys; call, given = pickle.load(sys.stdin.buffer); call(*given)"
-
-
-def start(command: list[str], log: Path, given: Path | None = None, environment: dict[str, str] = MappingProxyType({})) -> subprocess.Popen:
-    """A Python process in a group of its own, which reads `given` and writes what it tells to `log`."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
-    with log.open("w") as out, open(given or os.devnull, "rb") as source:
-        return subprocess.Popen([sys.executable, *command], stdin=source, stdout=out, stderr=out, env=environment, start_new_session=True)
-
-
-def stop(process: subprocess.Popen, *signals: int) -> None:
-    """End a process and what it has started, by one signal after the other."""
-    for number in signals:
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, number)
-            process.wait(STOP_SECONDS)
-
-
-def told_last(log: Path, lines: int = 1) -> str:
-    """The last lines that a process has told."""
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:]) or "nothing told"
 
 
 def private_bytes(process: subprocess.Popen) -> int:
@@ -58,7 +32,9 @@ def private_bytes(process: subprocess.Popen) -> int:
     return 0
 
 
-def watch(process: subprocess.Popen, begin: float, is_done: Callable[[], bool], log: Path) -> tuple[float, int]:
+def watch(
+    process: subprocess.Popen, begin: float, is_done: Callable[[], bool], log: Path
+) -> tuple[float, int]:
     """(seconds from `begin` to the first step, peak of private memory until the end) of a process; UserError where it fails."""
     seconds, peak, goes_on = 0.0, 0, True
     try:
@@ -70,24 +46,45 @@ def watch(process: subprocess.Popen, begin: float, is_done: Callable[[], bool], 
     finally:
         stop(process, signal.SIGKILL)  # it would save first; what it writes is thrown away
     if process.returncode or not seconds:
-        raise UserError(f"the process ended with {process.returncode}: {told_last(log)}")
+        raise UserError(f"the process ended with {process.returncode}: {last_lines(log)}")
     return seconds, peak
 
 
 def run_ours(run, folder: Path, resume: bool) -> tuple[float, int]:
     """(seconds, peak bytes) of `scripts/pretrain.py`, from its start or from --resume."""
     output, options, wanted = folder / "ours", folder / "options.json", STEPS + resume
-    write_json(options, saved_options(run.config) | {
-        "valid": [], "valid_fraction": 0.0, "output": str(output), "resume": resume, "max_steps": wanted, "save_every": str(STEPS),
-        "log_every": 1})
+    write_json(
+        options,
+        saved_options(run.config)
+        | {
+            "valid": [],
+            "valid_fraction": 0.0,
+            "output": str(output),
+            "resume": resume,
+            "max_steps": wanted,
+            "save_every": str(STEPS),
+            "log_every": 1,
+        },
+    )
     first, rows = STEPS + 1 if resume else 1, output / "metrics.jsonl"
 
     def logged() -> list[dict]:
         lines = rows.read_text(encoding="utf-8").splitlines(keepends=True) if rows.is_file() else []
-        return [row for line in lines if line.endswith("\n") and "train/loss" in (row := json.loads(line)) and row["step"] >= first]
+        return [
+            row
+            for line in lines
+            if line.endswith("\n")
+            and "train/loss" in (row := json.loads(line))
+            and row["step"] >= first
+        ]
 
     begin, log = time.perf_counter(), folder / "ours.log"
-    seconds, peak = watch(start([str(ROOT / "scripts" / "pretrain.py"), "--config", str(options)], log), begin, logged, log)
+    seconds, peak = watch(
+        start([str(ROOT / "scripts" / "pretrain.py"), "--config", str(options)], log),
+        begin,
+        logged,
+        log,
+    )
     return seconds, int(logged()[-1]["memory/peak_bytes"]) if run.device.type == "cuda" else peak
 
 
@@ -96,9 +93,9 @@ def run_peer(run, folder: Path, resume: bool) -> tuple[float, int]:
     output, told, given = folder / "peer", folder / "peer" / FIRST_STEP, folder / "peer.pickle"
     told.unlink(missing_ok=True)
     peer = describe(run, same_examples(run, (STEPS + 1) * run.config.batch_size))
-    given.write_bytes(pickle.dumps((peer.run_alone, (str(output), STEPS + resume, resume))))
+    command = as_command(peer.run_alone, (str(output), STEPS + resume, resume), given)
     begin, log = time.perf_counter(), folder / "peer.log"
-    seconds, peak = watch(start(["-c", PEER_CODE], log, given), begin, told.is_file, log)
+    seconds, peak = watch(start(command, log), begin, told.is_file, log)
     return seconds, int(told.read_text(encoding="utf-8")) if run.device.type == "cuda" else peak
 
 
@@ -119,7 +116,13 @@ def measure_start(run, repeats: int) -> dict:
                         continue
                     kept["resume" if resume else "start"][side].append(seconds)
                     kept["memory"][side] += [] if resume else [peak / 2**30]
-    medians = {what: {side: median(values) for side, values in sides.items() if values} for what, sides in kept.items()}
+    medians = {
+        what: {side: median(values) for side, values in sides.items() if values}
+        for what, sides in kept.items()
+    }
     medians["resume"]["goal"] = RESUME_GOAL
-    return {"start": {"seconds_to_first_step": medians["start"], "failed": failed},
-            "resume": {"seconds_to_first_step": medians["resume"]}, "memory": {"peak_gib": medians["memory"]}}
+    return {
+        "start": {"seconds_to_first_step": medians["start"], "failed": failed},
+        "resume": {"seconds_to_first_step": medians["resume"]},
+        "memory": {"peak_gib": medians["memory"]},
+    }

@@ -1,4 +1,5 @@
 """Limits of the device: the largest micro-batch of each side, and how far its numbers are from fp32 on the CPU."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -28,7 +29,10 @@ def measure_largest(run) -> dict:
     micro-batch: that tries the search, not the memory."""
     cap = MAX_MICRO_BATCH if run.device.type == "cuda" else 2 * run.config.micro_batch_size
     attempts = {"ours": our_steps, "peer": peer_steps}
-    found = {side: largest(lambda size, side=side: fits(attempts[side], run, size), cap) for side in attempts}
+    found = {
+        side: largest(lambda size, side=side: fits(attempts[side], run, size), cap)
+        for side in attempts
+    }
     return {"sequences": found, "max_length": run.dataset.task.max_length}
 
 
@@ -60,13 +64,25 @@ def fits(attempt: Callable[[object, int], None], run, size: int) -> bool:
 def our_steps(run, size: int) -> None:
     """Two steps of ours with a micro-batch of `size`, as full as the text fills it."""
     config, task = run.config, dataclasses.replace(run.dataset.task, micro_batch_size=size)
-    dataset, collator = PretrainingDataset(run.dataset.source, task), dataclasses.replace(run.collator, task=task)
+    dataset, collator = (
+        PretrainingDataset(run.dataset.source, task),
+        dataclasses.replace(run.collator, task=task),
+    )
     batch = collator(dataset.__getitems__([dataset.fullest()]))
     optimizer = make_optimizer(run.model.train(), 0.0, 0.0, config.adam_betas, config.adam_epsilon)
     try:
         for _ in range(2):
-            result = train_step(run.model, run.model.loss_weights, [batch], optimizer, torch.amp.GradScaler(enabled=False),
-                                autocast(run.device, run.precision), 0.0, config.max_grad_norm, run.device)
+            result = train_step(
+                run.model,
+                run.model.loss_weights,
+                [batch],
+                optimizer,
+                torch.amp.GradScaler(enabled=False),
+                autocast(run.device, run.precision),
+                0.0,
+                config.max_grad_norm,
+                run.device,
+            )
         result.grad_norm.item()  # waits: a GPU tells late
     finally:
         run.model.zero_grad(set_to_none=True)
@@ -79,7 +95,11 @@ def peer_steps(run, size: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     ids = torch.randint(run.collator.vocabulary.size, (size, width), device=device)
     is_masked = torch.rand(ids.shape, device=device) < run.config.mask_rate[0]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.where(is_masked, ids, IGNORED)}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.where(is_masked, ids, IGNORED),
+    }
     if "nsp" in run.model.loss_weights:
         inputs["next_sentence_label"] = ids[:, 0] % 2
     for _ in range(2):
@@ -96,17 +116,53 @@ def measure_numerics(run) -> dict:
     """Relative difference of loss and gradient norm between the device, as the run uses it, and fp32 on the CPU: a tiny model without
     dropout on the same examples and masks."""
     task = dataclasses.replace(run.dataset.task, micro_batch_size=NUMERICS_SEQUENCES)
-    dataset, vocabulary, numbers = PretrainingDataset(run.dataset.source, task), run.collator.vocabulary, []
-    for device, precision, compiled in ((run.device, run.precision, run.compile), (torch.device("cpu"), "fp32", False)):
+    dataset, vocabulary, numbers = (
+        PretrainingDataset(run.dataset.source, task),
+        run.collator.vocabulary,
+        [],
+    )
+    for device, precision, compiled in (
+        (run.device, run.precision, run.compile),
+        (torch.device("cpu"), "fp32", False),
+    ):
         torch.manual_seed(0)
-        model = from_size("tiny", vocabulary.size, task.max_length, vocabulary.pad_id, ["hidden_dropout_prob=0"]).to(device).train()
+        model = (
+            from_size(
+                "tiny",
+                vocabulary.size,
+                task.max_length,
+                vocabulary.pad_id,
+                ["hidden_dropout_prob=0"],
+            )
+            .to(device)
+            .train()
+        )
         model.attention = choose_attention(device, precision)
         model.set_objective(task.objective)
         collator = dataclasses.replace(run.collator, task=task, fill=model.attention == VARLEN)
         batch = collator(dataset.__getitems__([dataset.fullest()]))
-        result = train_step(torch.compile(model) if compiled else model, model.loss_weights, [batch],
-                            make_optimizer(model, 0.0, 0.0, [0.9, 0.999], 1e-6), torch.amp.GradScaler(enabled=False),
-                            autocast(device, precision), 0.0, 0.0, device)
-        numbers.append({"loss": (result.sums["mlm_loss"] / result.sums["mlm_count"]).item(), "grad_norm": result.grad_norm.item()})
+        result = train_step(
+            torch.compile(model) if compiled else model,
+            model.loss_weights,
+            [batch],
+            make_optimizer(model, 0.0, 0.0, [0.9, 0.999], 1e-6),
+            torch.amp.GradScaler(enabled=False),
+            autocast(device, precision),
+            0.0,
+            0.0,
+            device,
+        )
+        numbers.append(
+            {
+                "loss": (result.sums["mlm_loss"] / result.sums["mlm_count"]).item(),
+                "grad_norm": result.grad_norm.item(),
+            }
+        )
     tested, exact = numbers
-    return {f"{name}_difference": {"ours": abs(tested[name] - exact[name]) / exact[name], "goal": TOLERANCE} for name in exact}
+    return {
+        f"{name}_difference": {
+            "ours": abs(tested[name] - exact[name]) / exact[name],
+            "goal": TOLERANCE,
+        }
+        for name in exact
+    }

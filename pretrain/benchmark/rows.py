@@ -1,4 +1,5 @@
 """What the peer trains on: the very pairs of a run, without masks, or the blocks that run_mlm.py cuts the same text into."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -22,9 +23,20 @@ def same_examples(run, number: int) -> Rows:
         found += len(examples.plan.label)
         if found >= number:
             break
-    ids, types = (np.concatenate([getattr(packed, name) for packed in packs]) for name in ("ids", "token_type_ids"))
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([packed.lengths for packed in packs]))])[:number + 1]
-    return Rows(ids, types, vocabulary.is_special[ids], offsets, np.concatenate(labels)[:number] if has_labels else None)
+    ids, types = (
+        np.concatenate([getattr(packed, name) for packed in packs])
+        for name in ("ids", "token_type_ids")
+    )
+    offsets = np.concatenate(
+        [[0], np.cumsum(np.concatenate([packed.lengths for packed in packs]))]
+    )[: number + 1]
+    return Rows(
+        ids,
+        types,
+        vocabulary.is_special[ids],
+        offsets,
+        np.concatenate(labels)[:number] if has_labels else None,
+    )
 
 
 def blocks(run, number: int) -> Rows:
@@ -35,8 +47,14 @@ def blocks(run, number: int) -> Rows:
         ids = next(documents)
         parts += [[vocabulary.cls_id], ids, [vocabulary.sep_id]]
         found += len(ids) + 2
-    stream = np.concatenate(parts)[:number * width].astype(np.int64)
-    return Rows(stream, np.zeros_like(stream), vocabulary.is_special[stream], np.arange(number + 1) * width, None)
+    stream = np.concatenate(parts)[: number * width].astype(np.int64)
+    return Rows(
+        stream,
+        np.zeros_like(stream),
+        vocabulary.is_special[stream],
+        np.arange(number + 1) * width,
+        None,
+    )
 
 
 def _documents(corpus) -> Iterator[np.ndarray]:
