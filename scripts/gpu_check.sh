@@ -87,7 +87,7 @@ sizes() {
 short=${LENGTHS[0]}
 long=${LENGTHS[1]:-} # without it, what needs it is left out
 if [ "$command" = first ]; then
-    part tests 90 --parts tests --tests $TESTS
+    part tests 120 --parts tests --tests $TESTS
     part attention 40 --parts attention --lengths "${LENGTHS[@]}" $(sizes "$MODEL" "$short")
     part "train-$short" 150 --parts train profile $(sizes "$MODEL" "$short")
     [ -n "$long" ] && part "train-$long" 130 --parts train profile $(sizes "$MODEL" "$long")

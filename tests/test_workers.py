@@ -101,9 +101,14 @@ def run(text_file, cache, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("way", [BY_COMMAND, BY_CALL], ids=["command", "call"])
 @pytest.mark.parametrize(
-    "fault", [STEP_FAILS, DATA_FAILS, START_FAILS], ids=["step", "data", "start"]
+    "fault, way",
+    [
+        pytest.param(STEP_FAILS, BY_COMMAND, id="step"),
+        pytest.param(STEP_FAILS, BY_CALL, id="step-call"),
+        pytest.param(DATA_FAILS, BY_COMMAND, id="data"),
+        pytest.param(START_FAILS, BY_COMMAND, id="start"),
+    ],
 )
 def test_an_error_that_nobody_expects_ends_the_process(run, fault, way):
     """A process that waits for its workers would never exit."""

@@ -52,7 +52,7 @@ class _Hashed(torch.autograd.Function):
 def drop_by_hash(input: Tensor, bits: Tensor, seed: Tensor, p: float) -> Tensor:
     """`input` with the numbers set to 0 whose `bits` (int32), mixed, are among the lowest; the others are scaled."""
     for number, (shift, summand) in enumerate(MIXING):  # sums and products wrap around; no bitwise operations: they are not repeated
-        bits = bits * (bits + bits + 1) + (summand + seed if number == 1 else summand)
+        bits = bits * (bits + bits + 1) + (seed if number == 1 else summand)
         bits = bits + (bits >> shift)
     bits = bits.view(input.shape)
     return torch.where(bits >= round(p * (1 << 32)) - (1 << 31), input, 0) * (1 / (1 - p))

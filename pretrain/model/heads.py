@@ -41,7 +41,9 @@ class MaskedLMHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary; on a GPU with columns of -inf after it."""
         hidden = self.transform(hidden)
-        return self.decoder(hidden) if hidden.device.type == "cpu" else aligned_linear(hidden, self.decoder)
+        if hidden.device.type == "cpu" or type(self.decoder) is not nn.Linear:  # or something is put around it, such as LoRA
+            return self.decoder(hidden)
+        return aligned_linear(hidden, self.decoder)
 
 
 def aligned_linear(hidden: Tensor, linear: nn.Linear, multiple: int = ALIGNMENT) -> Tensor:
