@@ -158,8 +158,8 @@ def check(problems: list[str]) -> None:
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], way_on: str = "") -> int:
-    """Exit code of `main(argv)`; a UserError becomes a message on stderr and 2, any other error a
-    traceback and 1. `way_on` tells what goes on with what was interrupted."""
+    """Exit code of `main(argv)`; a UserError becomes a message on stderr and 2, any other error a traceback and 1. `way_on` tells what
+    goes on with what was interrupted."""
     stops = []
 
     def interrupt(number: int, frame: types.FrameType | None) -> typing.NoReturn:
@@ -183,13 +183,20 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except Exception as error:
         if not stops:
             traceback.print_exc()
-            traceback.clear_frames(error.__traceback__)  # what they hold ends now: a loader's workers
+            _free_frames(error)
             return 1
         print(stops[0], file=sys.stderr)  # raised where it came, in the middle of an import, say, and made something else of there
         return 128 + stops[0].number
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _free_frames(error: BaseException | None) -> None:
+    """Free what the frames of an error and of its causes hold, such as a loader's workers."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def ignore_stop_signals() -> None:

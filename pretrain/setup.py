@@ -144,6 +144,8 @@ def build(config: Config) -> Run:
             # Sharded weights travel in the trial: the others wait there for a process that has no room, and end with it.
             if not config.shard and not any_rank(not fits) or config.shard and fits:
                 torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)  # the logged peak is that of the steps, not of the trial
                 return run
         micro, least = config.micro_batch_size, phases.least_micro_batch_size(config)
         smaller = max((size for size in range(least, micro // 2 + 1) if config.batch_size % (size * world.size) == 0), default=0)

@@ -26,6 +26,7 @@ from torch._dynamo.utils import counters
 
 from pretrain.command import run_command
 from pretrain.model.attention import FLASH, TRITON, VARLEN, packed_varlen
+from pretrain.model.dropout import Dropout
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import wrap
 from pretrain.runtime.optim import autocast, make_optimizer
@@ -104,10 +105,15 @@ def state_of(model, optimizer):
 @pytest.mark.parametrize(
     "lengths", [(3, 1), (1, 7, 64, 33, 128, 1), (512, 1, 300, 129, 82, 0, 0, 0)]
 )
-def test_a_kernel_equals_dense_attention(kernel, dtype, lengths):
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_a_kernel_equals_dense_attention(kernel, dtype, lengths, head_dim):
     """With dummies that have no token, too: gradients of what comes before them are finite and right."""
     generator = torch.Generator().manual_seed(1)
-    qkv = torch.randn(sum(lengths), 3, 2, 64, generator=generator).to(GPU, dtype).requires_grad_()
+    qkv = (
+        torch.randn(sum(lengths), 3, 2, head_dim, generator=generator)
+        .to(GPU, dtype)
+        .requires_grad_()
+    )
     exact, cu_seqlens = qkv.detach().float().requires_grad_(), offsets(lengths).to(GPU)
     ours = packed_varlen(qkv, cu_seqlens, max(lengths), kernel)
     expected = dense_attention(exact, cu_seqlens)
@@ -147,6 +153,19 @@ def test_steps_follow_those_of_float32_on_the_cpu(precision, corpus, vocabulary)
     found = losses_of(kernel, batches, precision, steps=20, scaler=scaler)
     assert expected[-1] < 0.9 * expected[0]
     assert found == pytest.approx(expected, rel=2e-2)
+
+
+def test_dropout_of_a_compiled_graph_has_its_share_and_its_gradient():
+    torch._dynamo.reset()
+    drop = torch.compile(Dropout(torch.nn.Dropout(0.1)), dynamic=False)
+    numbers = torch.ones(4096, 768, device=GPU, dtype=torch.bfloat16, requires_grad=True)
+    first, second = drop(numbers), drop(numbers)
+    for dropped in (first, second):
+        assert (dropped == 0).double().mean().item() == pytest.approx(0.1, abs=1e-3)
+        (gradient,) = torch.autograd.grad(dropped.sum(), numbers)
+        assert torch.equal(gradient, dropped)
+    both = ((first == 0) & (second == 0)).double().mean().item()
+    assert both == pytest.approx(0.01, abs=4e-4)
 
 
 def test_a_compiled_step_equals_the_eager_one_and_waits_for_nothing(corpus, vocabulary):

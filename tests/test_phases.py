@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SIZES, assert_same_run, in_processes, interrupted_copy, refusal, rows, script
-from packed_reference import small_model
+from packed_reference import dense_attention, small_model
 from torch._dynamo.testing import CompileCounter
 
 from pretrain import adapt, parts, phases, setup, train
@@ -238,12 +238,7 @@ def test_the_experiment_compares_at_the_last_length(finished, arguments, tmp_pat
 
 def test_each_phase_has_one_graph(corpus, vocabulary, monkeypatch):
     """Three lengths, each seen twice: by default the second would make one graph of any shape, and the third would have none."""
-    def attend(qkv, cu_seqlens, max_length, kernel):
-        sequence = (torch.arange(len(qkv))[:, None] >= cu_seqlens[None, 1:]).sum(1)
-        parts = qkv.permute(1, 2, 0, 3).unbind(0)
-        return torch.nn.functional.scaled_dot_product_attention(*parts, sequence[:, None] == sequence[None, :]).transpose(0, 1)
-
-    monkeypatch.setattr(attention, "packed_varlen", attend)
+    monkeypatch.setattr(attention, "packed_varlen", lambda qkv, cu_seqlens, *_: dense_attention(qkv, cu_seqlens))
     torch._dynamo.reset()
     counter, compile_with, batches = CompileCounter(), torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda *more, **options: compile_with(*more, backend=counter, **options))

@@ -176,9 +176,7 @@ def fastest(rows: list[dict]) -> list[str]:
         measured = [row for row in rows if row["max_length"] == length and "error" not in row]
         if measured:
             best = min(measured, key=lambda row: row["forward_and_backward_ms"])
-            labels = ", ".join(
-                str(best[name]) for name in ("kernel", "window", "layout", "inputs") if name in best
-            )
+            labels = ", ".join(str(best[name]) for name in ("kernel", "layout") if name in best)
             figures.append(f"{length}: {best['forward_and_backward_ms']:.3f} ms by {labels}")
     errors = sum("error" in row for row in rows)
     return figures + [f"{errors} of {len(rows)} variants failed"] * (errors > 0)

@@ -115,7 +115,7 @@ class Collator:
         """(lengths of dummy sequences, slots of masked positions) up to the limits of the task.
 
         The attention kernel wants every token inside a sequence (tokens beyond the last offset give NaN gradients, pytorch #176793):
-        dummies of [PAD] cover the tail. Those after them have no token, and the kernel leaves them at once."""
+        dummies of [PAD] cover the tail. Empty dummies follow; the kernel returns at once for them."""
         task = self.task
         tail = self._cover(task.token_limit - int(lengths.sum()))
         # Of few sizes, since each costs a compiled graph: text of full sequences needs a little more than `slots`.

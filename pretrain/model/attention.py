@@ -50,8 +50,7 @@ class PackedSelfAttention(nn.Module):
 def packed_sdpa(qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """[T, 3, H, D] -> [T, H, D]; each sequence attends to itself, one call each.
 
-    Sequences without a token have no part in it. On CPU this loop beat scattering to a padded batch and nested tensors, down to sequences
-    of 32 tokens."""
+    Empty sequences are skipped. On CPU this loop beat scattering to a padded batch and nested tensors, down to sequences of 32 tokens."""
     lengths = tuple(length for length in lengths if length)
     if (qkv.device.type == "cpu" and qkv.dtype != torch.float32 and torch.is_grad_enabled() and max(lengths) <= LONGEST_PLAIN
             and not torch.compiler.is_compiling()):
@@ -67,7 +66,7 @@ def packed_varlen(qkv: Tensor, cu_seqlens: Tensor, max_length: int, kernel: str)
         return packed_attention(qkv, cu_seqlens, max_length)[0]
     from torch.nn.attention.varlen import varlen_attn
 
-    # From torch 2.14 on cuDNN is taken on some GPUs, but not where there is a window. This one leaves nothing out.
+    # torch 2.14 uses cuDNN on some GPUs unless a window is set. This window covers every token.
     window = (max_length, max_length) if kernel == FLASH else (-1, -1)
     # Seven arguments by position: the names and order of later ones differ between torch releases.
     return varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_length, max_length, window_size=window)
@@ -137,6 +136,6 @@ def choose_attention(device: torch.device, precision: str) -> str:
 
 
 def choose_kernel(head_width: int, max_length: int) -> str:
-    """One of KERNELS for heads of so many numbers: the fastest measured (scripts/README.md)."""
-    fits = HAS_TRITON and head_width in (16, 32, 64, 128)
+    """One of KERNELS for a head dimension: the fastest measured (scripts/README.md)."""
+    fits = HAS_TRITON and head_width in (16, 32, 64)  # with 128 it needs more shared memory than many GPUs have
     return TRITON if fits and max_length <= LONGEST_TRITON else FLASH

@@ -1,11 +1,10 @@
 """Self-attention over packed sequences in one Triton kernel each way, for a GPU.
 
-FlashAttention's kernels for variable lengths add up the gradient of the queries in a float32 buffer, convert it in another kernel,
-and give three gradients that have to be copied side by side for the product that made query, key and value. Most sequences here fit
-one block of 128 tokens: then all three gradients come from one pass, into one tensor.
+FlashAttention's kernels for variable lengths accumulate dQ in float32, convert it in a second kernel, and return three gradients that
+must then be stacked. Most sequences here fit one block of 128 tokens: one pass computes all three gradients, into one tensor.
 
-Follows FlashAttention-2 (Dao 2023): the forward pass keeps the base-2 logarithm of each row's sum, from which the backward pass
-computes the probabilities anew. Shapes: T tokens, N sequences, H heads, D numbers a head.
+Follows FlashAttention-2 (Dao 2023): the forward pass keeps the base-2 logsumexp of each row of scores, from which the backward pass
+recomputes the probabilities. Shapes: T tokens, N sequences, H heads, D is the head dimension.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor
 
 BLOCK = 64  # tokens of a sequence that a program takes at once; with 4 warps the fastest on an H200
 SHORT = 128  # tokens of a sequence up to which the backward pass takes all of it at once
+MAX_GRID = 65_535  # of CUDA, in the dimension of the sequences
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -37,7 +37,7 @@ def _store_rows(base, rows, length, stride, values, D: tl.constexpr):
 def _forward(
     qkv,
     out,
-    sums,
+    lse,
     offsets,
     num_tokens,
     scale,
@@ -56,27 +56,27 @@ def _forward(
     key, value = query + H * D, query + 2 * H * D
     rows = first + tl.arange(0, BLOCK)
     q = _rows(query, rows, length, stride, D)
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    row_max = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    attended = tl.zeros([BLOCK, D], tl.float32)
+    acc = tl.zeros([BLOCK, D], tl.float32)
     for begin in range(0, length, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         scores = tl.dot(q, tl.trans(_rows(key, columns, length, stride, D))) * (scale * LOG2_E)
         scores = tl.where(columns[None, :] < length, scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        shrink = tl.exp2(largest - larger)
-        p = tl.exp2(scores - larger[:, None])
-        total = total * shrink + tl.sum(p, 1)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        rescale = tl.exp2(row_max - new_max)
+        p = tl.exp2(scores - new_max[:, None])
+        total = total * rescale + tl.sum(p, 1)
         v = _rows(value, columns, length, stride, D)
-        attended = tl.dot(p.to(v.dtype), v, attended * shrink[:, None])
-        largest = larger
-    _store_rows(out + (start * H + head) * D, rows, length, H * D, attended / total[:, None], D)
-    tl.store(sums + head * num_tokens + start + rows, largest + tl.log2(total), mask=rows < length)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
+        row_max = new_max
+    _store_rows(out + (start * H + head) * D, rows, length, H * D, acc / total[:, None], D)
+    tl.store(lse + head * num_tokens + start + rows, row_max + tl.log2(total), mask=rows < length)
 
 
 @triton.jit
 def _backward_short(
-    grad, qkv, grad_qkv, sums, offsets, num_tokens, scale, H, D: tl.constexpr, BLOCK: tl.constexpr
+    grad, qkv, grad_qkv, lse, offsets, num_tokens, scale, H, D: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One sequence and head, in one block."""
     start = tl.load(offsets + tl.program_id(0)).to(tl.int64)
@@ -90,23 +90,23 @@ def _backward_short(
     k = _rows(query + H * D, rows, length, stride, D)
     v = _rows(query + 2 * H * D, rows, length, stride, D)
     g = _rows(grad + (start * H + head) * D, rows, length, H * D, D)
-    of_rows = tl.load(
-        sums + head * num_tokens + start + rows, mask=rows < length, other=float("inf")
+    lse_rows = tl.load(
+        lse + head * num_tokens + start + rows, mask=rows < length, other=float("inf")
     )
-    p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - of_rows[:, None])
+    p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - lse_rows[:, None])
     p = tl.where(rows[None, :] < length, p, 0.0)
     to = grad_qkv + start * stride + head * D
     _store_rows(to + 2 * H * D, rows, length, stride, tl.dot(tl.trans(p.to(g.dtype)), g), D)
-    of_p = tl.dot(g, tl.trans(v))
-    of_scores = (p * (of_p - tl.sum(p * of_p, 1)[:, None])).to(g.dtype)
-    _store_rows(to, rows, length, stride, tl.dot(of_scores, k) * scale, D)
-    _store_rows(to + H * D, rows, length, stride, tl.dot(tl.trans(of_scores), q) * scale, D)
+    dp = tl.dot(g, tl.trans(v))
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(g.dtype)
+    _store_rows(to, rows, length, stride, tl.dot(ds, k) * scale, D)
+    _store_rows(to + H * D, rows, length, stride, tl.dot(tl.trans(ds), q) * scale, D)
 
 
 @triton.jit
-def _scores_gradient(q, k, v, g, o, of_rows, columns, length, scale):
-    """(probabilities, gradient of the scores) [rows, columns] for rows of queries, with what was attended (o) and its gradient."""
-    p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - of_rows[:, None])
+def _scores_gradient(q, k, v, g, o, lse_rows, columns, length, scale):
+    """(probabilities, gradient of the scores) [rows, columns] of some queries, from their outputs o and the gradient g of those."""
+    p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - lse_rows[:, None])
     p = tl.where(columns[None, :] < length, p, 0.0)
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     return p.to(g.dtype), (p * (tl.dot(g, tl.trans(v)) - delta[:, None])).to(g.dtype)
@@ -118,7 +118,7 @@ def _backward_long(
     qkv,
     out,
     grad_qkv,
-    sums,
+    lse,
     offsets,
     num_tokens,
     scale,
@@ -136,40 +136,40 @@ def _backward_long(
     query = qkv + start * stride + head * D
     key, value = query + H * D, query + 2 * H * D
     grads, outs = grad + (start * H + head) * D, out + (start * H + head) * D
-    of_rows = sums + head * num_tokens + start
+    lse_rows = lse + head * num_tokens + start
     to = grad_qkv + start * stride + head * D
     block = first + tl.arange(0, BLOCK)
 
     k = _rows(key, block, length, stride, D)
     v = _rows(value, block, length, stride, D)
-    of_k = tl.zeros([BLOCK, D], tl.float32)
-    of_v = tl.zeros([BLOCK, D], tl.float32)
+    dk = tl.zeros([BLOCK, D], tl.float32)
+    dv = tl.zeros([BLOCK, D], tl.float32)
     for begin in range(0, length, BLOCK):
         rows = begin + tl.arange(0, BLOCK)
         q = _rows(query, rows, length, stride, D)
         g = _rows(grads, rows, length, H * D, D)
         o = _rows(outs, rows, length, H * D, D)
-        row_sums = tl.load(of_rows + rows, mask=rows < length, other=float("inf"))
-        p, of_scores = _scores_gradient(q, k, v, g, o, row_sums, block, length, scale)
-        of_v = tl.dot(tl.trans(p), g, of_v)
-        of_k = tl.dot(tl.trans(of_scores), q, of_k)
-    _store_rows(to + 2 * H * D, block, length, stride, of_v, D)
-    _store_rows(to + H * D, block, length, stride, of_k * scale, D)
+        row_lse = tl.load(lse_rows + rows, mask=rows < length, other=float("inf"))
+        p, ds = _scores_gradient(q, k, v, g, o, row_lse, block, length, scale)
+        dv = tl.dot(tl.trans(p), g, dv)
+        dk = tl.dot(tl.trans(ds), q, dk)
+    _store_rows(to + 2 * H * D, block, length, stride, dv, D)
+    _store_rows(to + H * D, block, length, stride, dk * scale, D)
 
     queries = _rows(query, block, length, stride, D)
-    of_out = _rows(grads, block, length, H * D, D)
-    attended = _rows(outs, block, length, H * D, D)
-    totals = tl.load(of_rows + block, mask=block < length, other=float("inf"))
-    of_q = tl.zeros([BLOCK, D], tl.float32)
+    do = _rows(grads, block, length, H * D, D)
+    outputs = _rows(outs, block, length, H * D, D)
+    lse_block = tl.load(lse_rows + block, mask=block < length, other=float("inf"))
+    dq = tl.zeros([BLOCK, D], tl.float32)
     for begin in range(0, length, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         keys = _rows(key, columns, length, stride, D)
         values = _rows(value, columns, length, stride, D)
-        _, of_scores = _scores_gradient(
-            queries, keys, values, of_out, attended, totals, columns, length, scale
+        _, ds = _scores_gradient(
+            queries, keys, values, do, outputs, lse_block, columns, length, scale
         )
-        of_q = tl.dot(of_scores, keys, of_q)
-    _store_rows(to, block, length, stride, of_q * scale, D)
+        dq = tl.dot(ds, keys, dq)
+    _store_rows(to, block, length, stride, dq * scale, D)
 
 
 def _power_of_2(length: int) -> int:
@@ -180,49 +180,51 @@ def _power_of_2(length: int) -> int:
 @torch.library.custom_op("pretrain::packed_attention", mutates_args=())
 def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
     """qkv [T, 3, H, D] in fp16 or bf16, cu_seqlens int32 [N + 1] whose sequences cover all T tokens and have at most `max_length` ->
-    (attended [T, H, D], float32 [H, T] for the backward pass). D is a power of two, 16 to 128."""
-    num_tokens, _, heads, width = qkv.shape
-    out = qkv.new_empty(num_tokens, heads, width)
-    sums = qkv.new_empty(heads, num_tokens, dtype=torch.float32)
+    (attention's output [T, H, D], base-2 logsumexp float32 [H, T]). D is a power of two, at least 16."""
+    num_tokens, _, heads, head_dim = qkv.shape
+    assert qkv.dtype in (torch.float16, torch.bfloat16), qkv.dtype
+    assert len(cu_seqlens) <= MAX_GRID, f"{len(cu_seqlens) - 1} sequences, at most {MAX_GRID - 1}"
+    out = qkv.new_empty(num_tokens, heads, head_dim)
+    lse = qkv.new_empty(heads, num_tokens, dtype=torch.float32)
     block = min(BLOCK, _power_of_2(max_length))
     grid = (triton.cdiv(max_length, block), len(cu_seqlens) - 1, heads)
-    sizes = (num_tokens, width**-0.5, heads, width, block)
-    _forward[grid](qkv.contiguous(), out, sums, cu_seqlens, *sizes)
-    return out, sums
+    sizes = (num_tokens, head_dim**-0.5, heads, head_dim, block)
+    _forward[grid](qkv.contiguous(), out, lse, cu_seqlens, *sizes)
+    return out, lse
 
 
 @packed_attention.register_fake
 def _(qkv: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-    num_tokens, _, heads, width = qkv.shape
-    return qkv.new_empty(num_tokens, heads, width), qkv.new_empty(
+    num_tokens, _, heads, head_dim = qkv.shape
+    return qkv.new_empty(num_tokens, heads, head_dim), qkv.new_empty(
         heads, num_tokens, dtype=torch.float32
     )
 
 
 @torch.library.custom_op("pretrain::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, sums: Tensor, cu_seqlens: Tensor, max_length: int
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_length: int
 ) -> Tensor:
-    """The gradient of qkv, [T, 3, H, D], from that of what was attended."""
-    num_tokens, _, heads, width = qkv.shape
+    """The gradient of qkv, [T, 3, H, D], from that of what was acc."""
+    num_tokens, _, heads, head_dim = qkv.shape
     grad, qkv = grad.contiguous(), qkv.contiguous()
     grad_qkv = torch.empty_like(qkv)
     block = _power_of_2(max_length) if max_length <= SHORT else BLOCK
-    sizes = (num_tokens, width**-0.5, heads, width, block)
+    sizes = (num_tokens, head_dim**-0.5, heads, head_dim, block)
     num_sequences = len(cu_seqlens) - 1
     if max_length <= SHORT:
         warps = 8 if block == SHORT else 4  # with fewer its numbers do not fit the registers
         _backward_short[num_sequences, heads](
-            grad, qkv, grad_qkv, sums, cu_seqlens, *sizes, num_warps=warps
+            grad, qkv, grad_qkv, lse, cu_seqlens, *sizes, num_warps=warps
         )
     else:
         grid = (triton.cdiv(max_length, block), num_sequences, heads)
-        _backward_long[grid](grad, qkv, out, grad_qkv, sums, cu_seqlens, *sizes)
+        _backward_long[grid](grad, qkv, out, grad_qkv, lse, cu_seqlens, *sizes)
     return grad_qkv
 
 
 @packed_attention_backward.register_fake
-def _(grad, qkv, out, sums, cu_seqlens, max_length):
+def _(grad, qkv, out, lse, cu_seqlens, max_length):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
@@ -232,8 +234,8 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-    qkv, out, sums, cu_seqlens = ctx.saved_tensors
-    return packed_attention_backward(grad, qkv, out, sums, cu_seqlens, ctx.max_length), None, None
+    qkv, out, lse, cu_seqlens = ctx.saved_tensors
+    return packed_attention_backward(grad, qkv, out, lse, cu_seqlens, ctx.max_length), None, None
 
 
 packed_attention.register_autograd(_gradient, setup_context=_keep)

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BITS = {2: np.uint16, 4: np.uint32}  # by bytes of a number
-MIXING = ((16, -0x61C88647), (15, 0x7F4A7C15), (16, -0x7A143595))  # shifts and summands of its rounds
+SUMMANDS = (-0x61C88647, -0x7A143595)  # of the hash
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`; on CPU its random bits are numpy's, seeded by torch's generator each time, and in a compiled graph a hash's."""
+    """`nn.Dropout`. On CPU the random bits come from numpy, seeded by torch's generator; in a compiled graph, from a hash."""
 
     def __init__(self, stock: nn.Dropout):
         super().__init__(stock.p)
@@ -28,9 +28,9 @@ class Dropout(nn.Dropout):
 
 
 class _Hashed(torch.autograd.Function):
-    """Dropout of a compiled graph: whether a number stays is a hash of its place and of two seeds.
+    """Dropout of a compiled graph: a hash of an element's index and two seeds decides whether it is kept.
 
-    The backward pass computes it anew instead of reading a mask. It takes a quarter of the operations of torch's own generator, which
+    The backward pass recomputes the hash instead of reading a mask. It takes a quarter of the operations of torch's own generator, which
     needs more time than reading and writing the numbers."""
 
     @staticmethod
@@ -45,17 +45,18 @@ class _Hashed(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (seeds,) = ctx.saved_tensors
         places = torch.arange(grad.numel(), device=grad.device, dtype=torch.int32)
-        # The sum the other way round: the compiler would see that it is the same, and keep the mask after all.
+        # Operands swapped on purpose: otherwise the compiler sees the same expression and saves the mask.
         return drop_by_hash(grad, seeds[0] + places, seeds[1], ctx.p), None
 
 
 def drop_by_hash(input: Tensor, bits: Tensor, seed: Tensor, p: float) -> Tensor:
-    """`input` with the numbers set to 0 whose `bits` (int32), mixed, are among the lowest; the others are scaled."""
-    for number, (shift, summand) in enumerate(MIXING):  # sums and products wrap around; no bitwise operations: they are not repeated
-        bits = bits * (bits + bits + 1) + (seed if number == 1 else summand)
+    """`input` with the elements set to 0 whose `bits` (int32), mixed, are among the lowest share `p`; the others are scaled."""
+    # Sums and products wrap around. No bitwise operations: the compiler would save their results instead of recomputing them.
+    for shift, summand in ((16, SUMMANDS[0]), (15, seed), (16, SUMMANDS[1])):
+        bits = bits * (bits + bits + 1) + summand
         bits = bits + (bits >> shift)
-    bits = bits.view(input.shape)
-    return torch.where(bits >= round(p * (1 << 32)) - (1 << 31), input, 0) * (1 / (1 - p))
+    threshold = min(round(p * (1 << 32)) - (1 << 31), (1 << 31) - 1)
+    return torch.where(bits.view(input.shape) >= threshold, input, 0) * (1 / (1 - p))
 
 
 def _factors(like: Tensor, p: float) -> Tensor:

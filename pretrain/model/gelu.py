@@ -1,7 +1,7 @@
-"""BERT's activation, x times the normal distribution's share below x, with few operations in a compiled graph.
+"""GELU, x times the standard normal CDF, with few operations in a compiled graph.
 
-CUDA's erf takes more time than reading and writing the numbers. Formula 7.1.26 of Abramowitz and Stegun (1964) is within 1.5e-7 of
-it, which neither bf16 nor fp16 can show, and shares its exponential with the derivative.
+CUDA's erf takes more time than reading and writing the numbers. Formula 7.1.26 of Abramowitz and Stegun (1964), with an absolute
+error of 1.5e-7, shares its exponential with the derivative.
 """
 
 from __future__ import annotations
@@ -13,13 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ERF_SLOPE = 0.3275911
-ERF_FACTORS = (
-    1.061405429,
-    -1.453152027,
-    1.421413741,
-    -0.284496736,
-    0.254829592,
-)  # highest power first
+# Highest power first.
+ERF_COEFFICIENTS = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 
 
 class Gelu(nn.Module):
@@ -38,23 +33,23 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input: Tensor) -> Tensor:
         ctx.save_for_backward(input)
-        share, _ = _normal(input.float(), torch.zeros_like(input, dtype=torch.float32))
-        return (input.float() * share).to(input.dtype)
+        cdf, _ = _cdf_and_pdf(input.float(), torch.zeros_like(input, dtype=torch.float32))
+        return (input.float() * cdf).to(input.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (input,) = ctx.saved_tensors
-        # A zero of the gradient: what depends on it is computed here, and not kept by the forward pass, as the compiler would have it.
-        share, density = _normal(input.float(), 0 * grad.float())
-        return (grad.float() * (share + input.float() * density)).to(input.dtype)
+        # This zero depends on the gradient, so the compiler recomputes the polynomial instead of saving it.
+        cdf, pdf = _cdf_and_pdf(input.float(), 0 * grad.float())
+        return (grad.float() * (cdf + input.float() * pdf)).to(input.dtype)
 
 
-def _normal(x: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """(share below x, density at x) of the normal distribution, float32; `zero` is where the sum begins."""
+def _cdf_and_pdf(x: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """CDF and PDF of the standard normal distribution at x, float32; the polynomial starts from `zero`."""
     bell = torch.exp(-0.5 * x * x)
     t = 1 / (1 + ERF_SLOPE * math.sqrt(0.5) * x.abs())
     polynomial = zero
-    for factor in ERF_FACTORS:
-        polynomial = (polynomial + factor) * t
-    beyond = 0.5 * polynomial * bell  # the share beyond |x|
-    return torch.where(x > 0, 1 - beyond, beyond), bell / math.sqrt(2 * math.pi)
+    for coefficient in ERF_COEFFICIENTS:
+        polynomial = (polynomial + coefficient) * t
+    tail = 0.5 * polynomial * bell  # the probability beyond |x|
+    return torch.where(x > 0, 1 - tail, tail), bell / math.sqrt(2 * math.pi)

@@ -28,9 +28,7 @@ class PredictionTransform(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """hidden [M, width] -> logits [M, vocabulary]; the decoder is tied to the word embeddings, its bias to `bias`.
-
-    On a GPU the vocabulary is filled up, see `aligned_linear`."""
+    """hidden [M, width] -> logits [M, vocabulary]; the decoder is tied to the word embeddings, its bias to `bias`."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -39,7 +37,7 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Scores of the vocabulary; on a GPU with columns of -inf after it."""
+        """Scores of the vocabulary."""
         hidden = self.transform(hidden)
         if hidden.device.type == "cpu" or type(self.decoder) is not nn.Linear:  # or something is put around it, such as LoRA
             return self.decoder(hidden)
@@ -47,12 +45,12 @@ class MaskedLMHead(nn.Module):
 
 
 def aligned_linear(hidden: Tensor, linear: nn.Linear, multiple: int = ALIGNMENT) -> Tensor:
-    """[M, width] -> [M, classes up to the next `multiple`]: the scores of `linear`, and -inf for the classes that are added.
+    """[M, width] -> [M, classes]: the scores of `linear`, as a view whose rows begin at multiples of `multiple` numbers.
 
-    Rows of scores that do not begin at multiples of 16 bytes take a GPU three times as long, and few vocabularies have such sizes."""
+    Rows that do not begin at multiples of 16 bytes take a GPU three times as long, and few vocabularies have such sizes."""
     missing = -linear.out_features % multiple
-    weight = F.pad(linear.weight, (0, 0, 0, missing))
-    return F.linear(hidden, weight, F.pad(linear.bias, (0, missing), value=-torch.inf))
+    scores = F.linear(hidden, F.pad(linear.weight, (0, 0, 0, missing)), F.pad(linear.bias, (0, missing)))
+    return scores[:, :linear.out_features]
 
 
 class PreTrainingHeads(nn.Module):

@@ -1,7 +1,7 @@
 """LayerNorm whose statistics are in float32 and whose result is in the precision of autocast.
 
-Autocast computes LayerNorm in float32 and leaves the result there, so that the residual stream would be read and written in float32:
-twice the bytes of what is, beside the matrix products, most of a training step on a GPU.
+Autocast computes LayerNorm in float32 and leaves the result there. The residual stream would then be read and written in float32,
+doubling the memory traffic that, after the matrix products, dominates a step on a GPU.
 """
 
 from __future__ import annotations

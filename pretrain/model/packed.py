@@ -69,7 +69,7 @@ class PackedModel:
         return encoder.encoder(hidden, **ends).last_hidden_state[0]
 
     def first_tokens(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """[N, width]: the hidden state of each sequence's first token; of a dummy without tokens, any other."""
+        """[N, width]: the hidden state of each sequence's first token; an empty dummy gets that of the last token."""
         return hidden[batch.cu_seqlens[:-1].clamp(max=len(hidden) - 1).long()]
 
     def masked_lm_logits(self, hidden: Tensor, batch: Batch) -> Tensor:

@@ -216,20 +216,19 @@ def wrap(model: nn.Module, compiled: bool) -> nn.Module:
 
 
 def _start_compilers() -> None:
-    """Start the processes that compile kernels, ignoring what stops a run, as they then do for good.
+    """Start torch's compile workers so that what stops a run does not reach them.
 
-    A signal to the whole group would end them, and the run, which finishes its step, would wait for them for ever. Without Triton, in a
+    A signal to the whole group would end them, and the run, which finishes its step, would wait for them forever. Without Triton, in a
     CPU build of torch, there are none."""
     if importlib.util.find_spec("triton") is None:
         return
     from torch._inductor.async_compile import AsyncCompile  # a second to import
 
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # processes that are started inherit this
     try:
         AsyncCompile.warm_pool()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def gradient_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

@@ -41,8 +41,8 @@ def is_full(error: BaseException) -> bool:
 
 
 def micro_batch_fits(model: nn.Module, batch: PackedBatch, context: torch.autocast) -> bool:
-    """Run `batch` forward and backward beside gradients and the optimizer's two averages, and discard it all, the peak of the memory
-    that it took included: what a step needs at once, from its second micro-batch on."""
+    """Run `batch` forward and backward beside gradients and the optimizer's two averages, and discard it all: what a step needs at
+    once, from its second micro-batch on."""
     was_training = model.training
     try:
         model.train()
@@ -65,5 +65,4 @@ def micro_batch_fits(model: nn.Module, batch: PackedBatch, context: torch.autoca
         gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     return fits

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from packed_reference import assert_close, gradients, make_batches, pad, roughen, small_config, small_model
+from packed_reference import MAX_LENGTH, assert_close, gradients, make_batches, pad, roughen, small_config, small_model
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,6 +54,23 @@ def copy(source, target, **settings):
 
 
 # The same numbers as the stock classes.
+
+def test_gradients_of_bf16_are_near_those_of_float32(corpus, vocabulary):
+    """With the residual stream in bf16, too: LayerNorm's statistics and the sums of its weights' gradients are in float32."""
+    torch.manual_seed(0)
+    model = bert.from_size("tiny", vocabulary.size, MAX_LENGTH, vocabulary.pad_id, ["hidden_dropout_prob=0"]).train()
+    batch, found = make_batches(corpus, vocabulary)[0], []
+    for is_bf16 in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            losses = model(batch).loss_sums
+        sum(losses[name] / batch.counts[name] for name in losses).backward()
+        found.append(gradients(model))
+    exact, rounded = found
+    largest = max(gradient.norm() for gradient in exact.values())
+    for name, gradient in exact.items():  # a bias of the keys has a gradient of 0: it moves all scores of a query alike
+        assert (rounded[name] - gradient).norm() < 0.025 * gradient.norm().clamp(min=1e-3 * largest), name
+
 
 @pytest.mark.parametrize("writer", ["ours", "stock"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
