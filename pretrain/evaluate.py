@@ -125,15 +125,15 @@ def sample_predictions(model: PackedModel, held_out: HeldOut, tokenizer: PreTrai
         on_device = batch.to(device)
         logits = model.masked_lm_logits(model.encode(on_device), on_device)
     model.train(was_training)
-    best = logits.softmax(-1).topk(top)
-    probabilities, ids = best.values.cpu(), best.indices.cpu()
-    places = batch.masked_positions.tolist()
+    shown = min(num_sequences, batch.num_sequences)
+    places = [place for place in batch.masked_positions[:batch.counts["mlm"]].tolist() if place < batch.cu_seqlens[shown]]
+    probabilities, ids = logits[:len(places)].float().cpu().softmax(-1).topk(top)
     paragraphs = []
-    for number in range(min(num_sequences, batch.num_sequences)):
+    for number in range(shown):
         start, end = batch.cu_seqlens[number: number + 2].tolist()
         tokens = tokenizer.convert_ids_to_tokens(batch.input_ids[start:end].tolist())
         rows = []
-        for index in (index for index in range(batch.counts["mlm"]) if start <= places[index] < end):
+        for index in (index for index, place in enumerate(places) if start <= place < end):
             right = tokenizer.convert_ids_to_tokens(int(batch.masked_lm_labels[index]))
             guesses = ", ".join(f"{token} {share:.2f}" for token, share in
                                 zip(tokenizer.convert_ids_to_tokens(ids[index].tolist()), probabilities[index].tolist()))

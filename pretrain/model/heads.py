@@ -49,7 +49,8 @@ def aligned_linear(hidden: Tensor, linear: nn.Linear, multiple: int = ALIGNMENT)
 
     Rows that do not begin at multiples of 16 bytes take a GPU three times as long, and few vocabularies have such sizes."""
     missing = -linear.out_features % multiple
-    scores = F.linear(hidden, F.pad(linear.weight, (0, 0, 0, missing)), F.pad(linear.bias, (0, missing)))
+    weight, bias = linear.weight.to(hidden.dtype), linear.bias.to(hidden.dtype)  # as autocast would, but before the copy
+    scores = F.linear(hidden, F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing)))
     return scores[:, :linear.out_features]
 
 

@@ -50,9 +50,13 @@ def micro_batch_fits(model: nn.Module, batch: PackedBatch, context: torch.autoca
         averages = [torch.zeros_like(weight) for weight in weights for _ in range(2)]
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
-        with context:
-            loss = sum(model(batch).loss_sums.values())
-        loss.backward()
+        # Twice: what cuBLAS allocates in the first backward pass is there in every forward pass after it.
+        for _ in range(2):
+            with context:
+                loss = sum(model(batch).loss_sums.values())
+            loss.backward()
+            if next(model.parameters()).device.type == "cpu":
+                break
         del loss, averages
         fits = True
     except (RuntimeError, MemoryError) as error:
