@@ -35,7 +35,6 @@ CHECKS = (
     "tests",
 )  # parts of scripts/gpu_check.sh
 WITHOUT_TEXT = {"attention", "tests"}
-WITH_PEER = {"train", "blocks", "start", "largest"}
 QUICK = {"model": "mini", "max_length": 128, "batch_size": 16, "micro_batch_size": 16, "steps": 4}
 REPEATS = 5  # timed, after one that warms up; of processes 3
 WARM_UP_BLOCKS = 2  # of each side; the first compiles
@@ -144,13 +143,6 @@ def check_options(options: BenchmarkOptions) -> None:
         if model not in cli.MODEL_SIZES and not Path(model).is_dir()
     ]
     check(problems)
-    if (options.models or WITH_PEER & set(options.parts)) and importlib.util.find_spec(
-        "accelerate"
-    ) is None:
-        raise UserError(
-            "transformers.Trainer needs accelerate: pip install accelerate (or --parts "
-            f"{' '.join(part for part in PARTS if part not in WITH_PEER)})"
-        )
 
 
 def config_values(options: BenchmarkOptions) -> dict:

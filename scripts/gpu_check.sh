@@ -48,9 +48,10 @@ fi
 SMALL=${GPU_CHECK_SMALL:-mini} # for what needs no large model
 [ "${GPU_CHECK_SIZE:-full}" = tiny ] && SMALL=${GPU_CHECK_SMALL:-tiny}
 
-mkdir -p "$OUT" "$SCRATCH/tmp"
-OUT=$(cd "$OUT" && pwd)
-SCRATCH=$(cd "$SCRATCH" && pwd)
+if ! { mkdir -p "$OUT" "$SCRATCH/tmp" && OUT=$(cd "$OUT" && pwd) && SCRATCH=$(cd "$SCRATCH" && pwd) && [ -w "$OUT" ]; }; then
+    echo "error: OUT=$OUT GPU_CHECK_SCRATCH=$SCRATCH: expected folders that can be written" >&2
+    exit 2
+fi
 LOG=$OUT/log-$command.txt
 : > "$LOG"
 export TMPDIR=$SCRATCH/tmp HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
@@ -59,6 +60,10 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$SCRATCH/inductor} TRI
 
 SECONDS=0
 summary=""
+failed=0
+running=""
+# `timeout` and what it runs are in the background, so that a signal ends them at once.
+trap 'trap - INT TERM; [ -n "$running" ] && kill -TERM "$running"; wait; exit 130' INT TERM
 
 # part NAME SECONDS BENCHMARK_OPTION...
 part() {
@@ -74,8 +79,12 @@ part() {
     echo "== $name, at second $SECONDS, for $seconds s" | tee -a "$LOG"
     timeout -k 5 "$seconds" "$PYTHON" scripts/benchmark.py --device "$DEVICE" --compile "${GPU_CHECK_COMPILE:-auto}" \
         --cache "$SCRATCH/cache" --vocab-size "$VOCABULARY" \
-        ${GPU_CHECK_TRAIN:+--train "$GPU_CHECK_TRAIN" --format sentences} --json "$OUT/$name.json" "$@" >> "$LOG" 2>&1 < /dev/null
+        ${GPU_CHECK_TRAIN:+--train "$GPU_CHECK_TRAIN" --format sentences} --json "$OUT/$name.json" "$@" >> "$LOG" 2>&1 < /dev/null &
+    running=$!
+    wait "$running"
     code=$?
+    running=""
+    [ "$code" -eq 0 ] || failed=1
     summary+="$name $code $((SECONDS - begin))"$'\n'
 }
 
@@ -98,7 +107,7 @@ else
     part variants 145 --parts variants $(sizes "$MODEL" "$short") --minutes 2.3
     # Where the first command has not come that far.
     [ -d "$SCRATCH/cache/fp16/run/final" ] || part fp16 60 --parts fp16 $(sizes "$SMALL" "$short") --steps "$FP16_STEPS"
-    part use 50 --parts use $(sizes "$SCRATCH/cache/fp16/run/final" "$short")
+    part use 50 --parts use $(sizes "$SMALL" "$short") --model "$SCRATCH/cache/fp16/run/final"
     part "large-$short" 130 --parts train $(sizes "$LARGE" "$short")
     [ -n "$long" ] && part "large-$long" 130 --parts train $(sizes "$LARGE" "$long")
 fi
@@ -109,3 +118,4 @@ from pathlib import Path
 from pretrain.benchmark.table import print_check
 print_check(sys.stdin, Path(sys.argv[1]))' "$OUT" | tee -a "$LOG"
 echo "$SECONDS s of $limit; $OUT" | tee -a "$LOG"
+exit "$failed"

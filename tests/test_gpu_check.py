@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -137,7 +138,7 @@ def test_a_part_that_fails_does_not_stop_the_next(tmp_path):
     python.chmod(0o755)
     process = start("second", tmp_path, PYTHON=python)
     printed = process.communicate()[0]
-    assert process.returncode == 0
+    assert process.returncode == 1
     for name in ("variants", "fp16", "use", "large-16"):
         assert f"no {name}.json" in next(
             line for line in printed.splitlines() if line.startswith(f"{name} ")
@@ -154,3 +155,20 @@ def test_parts_without_time_are_left_out(tmp_path):
 def test_an_unknown_command_is_refused(tmp_path):
     process = start("third", tmp_path)
     assert "expected one command" in process.communicate()[0] and process.returncode == 2
+
+
+def test_a_signal_ends_the_check_and_what_it_runs(tmp_path):
+    process, log = start("first", tmp_path), tmp_path / "out" / "log-first.txt"
+    while not (log.is_file() and "== tests" in log.read_text()):
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
+    assert left.stdout == ""
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    process = start("first", tmp_path, OUT=tmp_path / "file" / "out")
+    assert "error: OUT=" in process.communicate()[0] and process.returncode == 2

@@ -49,6 +49,7 @@ def first_of(sampler):  # a worker has work already
     fail()
 dataset.MicroBatchSampler.__iter__ = first_of
 """
+WORKER_FAILS = "dataset.Collator.__call__ = fail"
 START_FAILS = """
 start = multiprocessing.process.BaseProcess.start
 def second_fails(process):
@@ -107,6 +108,7 @@ def run(text_file, cache, tmp_path):
         pytest.param(STEP_FAILS, BY_COMMAND, id="step"),
         pytest.param(STEP_FAILS, BY_CALL, id="step-call"),
         pytest.param(DATA_FAILS, BY_COMMAND, id="data"),
+        pytest.param(WORKER_FAILS, BY_COMMAND, id="worker"),
         pytest.param(START_FAILS, BY_COMMAND, id="start"),
     ],
 )

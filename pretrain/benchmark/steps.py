@@ -42,7 +42,7 @@ UNTIMED_STEPS = {
     "cpu": 0,
     "cuda": 1,
 }  # before them: between blocks a side gives its free memory back to the GPU
-ANSWER_SECONDS = {"cpu": 1800, "cuda": 180}  # for a block of the peer; the first compiles
+ANSWER_SECONDS = {"cpu": 1800, "cuda": 90}  # for a block of the peer; the first compiles
 PEER_MEMORY = 2  # times ours that the peer may need: 1.3 to 1.7 were measured
 MIN_BLOCKS = 3  # timed of each side
 STEADY_STEPS = {

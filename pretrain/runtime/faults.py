@@ -25,7 +25,8 @@ def explained(micro_batch_size: int) -> Iterator[None]:
         if is_full(error):
             raise UserError(f"--micro-batch-size {micro_batch_size}: memory is full ({first_line(error)}); needed is a smaller one, in a "
                             "new run, or --gradient-checkpointing; checkpoints are whole") from error
-        if "DataLoader" in str(error):  # stuck; or dead, which is told by a signal handler, wherever the process is
+        # A worker that is stuck; or dead, which a signal handler reports, wherever the process is. Not an error raised in one.
+        if "DataLoader" in str(error) and "Caught " not in str(error):
             raise UserError(f"--workers: {first_line(error)}; needed is more memory, more open files (ulimit -n), or fewer "
                             "workers; checkpoints are whole") from error
         if is_lost_peer(error):
