@@ -65,4 +65,5 @@ def begin_worker(number: int = 0) -> None:
     parent, worker = multiprocessing.parent_process(), multiprocessing.current_process()
     is_killed = worker.by_main_thread and signal_at_parents_end(signal.SIGKILL)
     if not is_killed or os.getppid() != parent.pid:  # another's child, or an orphan already
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        # With code 0: to the DataLoader any other is a failure, also while it ends its workers.
+        threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
