@@ -105,7 +105,7 @@ class Peer:
         )
 
     def run_in_turns(
-        self, told: object, folder: str, steps: int, block_steps: int, untimed_steps: int
+        self, channel: object, folder: str, steps: int, block_steps: int, untimed_steps: int
     ) -> None:
         """Train in a process of its own, in blocks of `untimed_steps` and `block_steps`: a line of stdin starts a block, a line of
         stdout answers with what it took."""
@@ -124,7 +124,7 @@ class Peer:
                 if done == 0:
                     block = end_block(arguments.device, self.begin)
                     block["untimed_seconds"] = self.begin - self.block_begin
-                    answer(told, block | (compiled_so_far() - self.compiled))
+                    answer(channel, block | (compiled_so_far() - self.compiled))
                     if state.global_step < steps:
                         self.wait(arguments.device)
                 elif done == untimed_steps:

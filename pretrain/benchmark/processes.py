@@ -98,19 +98,19 @@ class TurnProcess:
         if not line:
             raise UserError(f"the process ended with {self.process.wait()}: {last_lines(self.log)}")
         self.is_working = False
-        told = json.loads(line)
-        if "failed" in told:
-            raise UserError(told["failed"])
-        return told
+        reply = json.loads(line)
+        if "failed" in reply:
+            raise UserError(reply["failed"])
+        return reply
 
     def stop(self) -> None:
         """End it at once."""
         stop(self.process, signal.SIGKILL)
 
 
-def answer(told: object, values: dict) -> None:
-    """In the process of a turn: write one answer to `told`."""
-    print(json.dumps(values), file=told, flush=True)
+def answer(channel: object, values: dict) -> None:
+    """In the process of a turn: write one answer to `channel`."""
+    print(json.dumps(values), file=channel, flush=True)
 
 
 def wait_for_turn() -> None:
@@ -120,10 +120,10 @@ def wait_for_turn() -> None:
 
 
 def _work_in_turns(call: Callable, arguments: tuple) -> None:
-    sys.stdout, told = sys.stderr, sys.stdout  # whatever else is printed goes to the log
+    sys.stdout, channel = sys.stderr, sys.stdout  # whatever else is printed goes to the log
     try:
-        call(told, *arguments)
+        call(channel, *arguments)
     except Exception as error:  # of every kind; the log may end with what others have said since
         traceback.print_exc()
-        answer(told, {"failed": first_line(error)})
+        answer(channel, {"failed": first_line(error)})
         sys.exit(1)

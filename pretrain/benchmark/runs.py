@@ -40,14 +40,14 @@ class Command:
     def wait(self) -> dict:
         """What it leaves: exit code, seconds, the JSON of its last line, the end of its log where it failed."""
         code = self.process.wait()
-        told = {"exit_code": code, "seconds": time.perf_counter() - self.begin}
+        result = {"exit_code": code, "seconds": time.perf_counter() - self.begin}
         if code != 0:
-            return told | {"log": last_lines(self.log, LOG_LINES)}
+            return result | {"log": last_lines(self.log, LOG_LINES)}
         try:
             values = json.loads(last_lines(self.log))
         except ValueError:
             values = None
-        return told | {"result": values}
+        return result | {"result": values}
 
     def stop(self) -> None:
         """End it at once, and show the end of its output."""
@@ -105,7 +105,7 @@ def measure_resume(options, folder: Path, note: Callable[[dict], None]) -> None:
     steps, outputs = options.steps, {name: folder / name for name in ("whole", "killed")}
     every = max(1, steps // 3)
     more = {"max-steps": steps, "save-every": every, "log-every": 1, "keep": 2, "warmup": 0.1}
-    told, before, commands = {"steps": steps, "resumed_from": 0}, {}, {}
+    result, before, commands = {"steps": steps, "resumed_from": 0}, {}, {}
     try:
         for name, output in outputs.items():
             flags = pretraining_options(options, output, **more)
@@ -115,22 +115,22 @@ def measure_resume(options, folder: Path, note: Callable[[dict], None]) -> None:
             time.sleep(POLL_SECONDS)
         commands["killed"].stop()
         before = losses_of(outputs["killed"])
-        told["killed_at"] = max(before, default=0)
-        told["resumed_from"] = max(checkpoints_of(outputs["killed"]), default=0)
+        result["killed_at"] = max(before, default=0)
+        result["resumed_from"] = max(checkpoints_of(outputs["killed"]), default=0)
         flags = ["--resume", f"--output={outputs['killed']}"]
         commands["resumed"] = Command(folder, "resumed", "pretrain", flags)
-        told["whole"] = commands["whole"].wait()
-        told["resumed"] = commands["resumed"].wait()
+        result["whole"] = commands["whole"].wait()
+        result["resumed"] = commands["resumed"].wait()
     finally:
         for command in commands.values():
             command.stop()
         after = losses_of(outputs["killed"])
-        note(told | compare(told, losses_of(outputs["whole"]), before, after))
+        note(result | compare(result, losses_of(outputs["whole"]), before, after))
 
 
-def failures_of(told: dict, names: tuple[str, ...]) -> list[str]:
+def failures_of(result: dict, names: tuple[str, ...]) -> list[str]:
     """A line for each command that did not end well."""
-    codes = {name: told[name]["exit_code"] if name in told else None for name in names}
+    codes = {name: result[name]["exit_code"] if name in result else None for name in names}
     return [
         f"{name}: {'did not end' if code is None else f'ended with {code}'}"
         for name, code in codes.items()
@@ -139,10 +139,10 @@ def failures_of(told: dict, names: tuple[str, ...]) -> list[str]:
 
 
 def compare(
-    told: dict, whole: dict[int, float], before: dict[int, float], after: dict[int, float]
+    result: dict, whole: dict[int, float], before: dict[int, float], after: dict[int, float]
 ) -> dict:
     """Losses of both runs side by side, and their largest relative difference before the kill and after the checkpoint."""
-    resumed_from = told["resumed_from"]
+    resumed_from = result["resumed_from"]
     resumed = {step: loss for step, loss in after.items() if step > resumed_from}
     rows = [
         {"step": step, "loss": loss, "loss_resumed": resumed.get(step, before.get(step))}
@@ -157,7 +157,7 @@ def compare(
         "before": difference([row for row in compared if row["step"] <= resumed_from]),
         "after": difference([row for row in compared if row["step"] > resumed_from]),
     }
-    failed = failures_of(told, ("whole", "resumed"))
+    failed = failures_of(result, ("whole", "resumed"))
     if not resumed_from or not resumed or len(compared) < len(whole):
         failed.append(
             f"resumed from step {resumed_from}, {len(compared)} of {len(whole)} losses to compare"
@@ -170,30 +170,30 @@ def compare(
 def measure_fp16(options, folder: Path, has_gpu: bool, note: Callable[[dict], None]) -> None:
     """Losses, loss scales and skipped steps of a run in fp16; in fp32 on a CPU, which has no fp16. Notes what there is also where it is
     interrupted."""
-    output, told = folder / "run", {"precision": "fp16" if has_gpu else "fp32"}
+    output, result = folder / "run", {"precision": "fp16" if has_gpu else "fp32"}
     more = {
         "max-steps": options.steps,
         "log-every": max(1, options.steps // 30),
         "learning-rate": 5e-4,
     }
-    flags = pretraining_options(options, output, precision=told["precision"], **more)
+    flags = pretraining_options(options, output, precision=result["precision"], **more)
     command = Command(folder, "fp16", "pretrain", flags)
     try:
-        told["run"] = command.wait()
+        result["run"] = command.wait()
     finally:
         command.stop()
         rows = [
             {"step": step, "loss": row["train/loss"], "loss_scale": row.get("optim/loss_scale")}
             for step, row in sorted(rows_of(output).items())
         ]
-        failed, summary = failures_of(told, ("run",)), output / "summary.json"
+        failed, summary = failures_of(result, ("run",)), output / "summary.json"
         # A loss that is not finite is not logged.
         if not failed and not rows[-1]["loss"] < (1 - LEAST_FALL) * rows[0]["loss"]:
             failed.append(
                 f"the loss does not fall: from {rows[0]['loss']:.4f} to {rows[-1]['loss']:.4f}"
             )
         skipped = read_json(summary)["skipped_steps"] if summary.is_file() else None
-        note(told | {"rows": rows, "skipped_steps": skipped, "failed": failed})
+        note(result | {"rows": rows, "skipped_steps": skipped, "failed": failed})
 
 
 def write_rows(text: Path, folder: Path) -> dict[str, Path]:
@@ -224,7 +224,7 @@ def measure_use(options, folder: Path, note: Callable[[dict], None]) -> None:
         folder / "predictions.csv",
     )
     model, device = f"--model={options.model}", f"--device={options.device}"
-    paths, told, commands = write_rows(text, folder), {}, {}
+    paths, result, commands = write_rows(text, folder), {}, {}
     finetuning = [
         *(f"--{name}={path}" for name, path in paths.items()),
         f"--max-steps={FINETUNING_STEPS}",
@@ -248,17 +248,17 @@ def measure_use(options, folder: Path, note: Callable[[dict], None]) -> None:
         commands["finetune"] = Command(folder, "finetune", "finetune", [model, device, *finetuning])
         commands["evaluate"] = Command(folder, "evaluate", "evaluate", [model, device, *evaluation])
         commands["fill_mask"] = Command(folder, "fill_mask", "fill_mask", [model, MASKED_TEXT])
-        told["finetune"] = commands["finetune"].wait()
+        result["finetune"] = commands["finetune"].wait()
         commands["predict"] = Command(folder, "predict", "predict", prediction)
         for name in ("evaluate", "fill_mask", "predict"):
-            told[name] = commands[name].wait()
+            result[name] = commands[name].wait()
     finally:
         for command in commands.values():
             command.stop()
-        failed, scores = failures_of(told, ("finetune", "predict", "evaluate", "fill_mask")), {}
+        failed, scores = failures_of(result, ("finetune", "predict", "evaluate", "fill_mask")), {}
         if not failed:
-            scores["finetune"] = told["finetune"]["result"]["test_macro_f1"]
-            scores["predict"] = told["predict"]["result"]["macro_f1"]
+            scores["finetune"] = result["finetune"]["result"]["test_macro_f1"]
+            scores["predict"] = result["predict"]["result"]["macro_f1"]
             if (
                 min(scores.values()) < LEAST_F1
                 or abs(scores["finetune"] - scores["predict"]) > F1_TOLERANCE
@@ -266,19 +266,19 @@ def measure_use(options, folder: Path, note: Callable[[dict], None]) -> None:
                 failed.append(
                     f"macro F1 of the test rows: {scores['finetune']:.3f} as fine-tuned, {scores['predict']:.3f} as predicted"
                 )
-        note(told | {"macro_f1": scores, "failed": failed})
+        note(result | {"macro_f1": scores, "failed": failed})
 
 
 def measure_tests(paths: list[str], folder: Path, note: Callable[[dict], None]) -> None:
     """Outcome of the tests that need a GPU; they are skipped where there is none. Notes what there is also where it is interrupted."""
-    log, begin, told = folder / "tests.log", time.perf_counter(), {"exit_code": None}
+    log, begin, result = folder / "tests.log", time.perf_counter(), {"exit_code": None}
     process = start(["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *paths], log)
     try:
-        told["exit_code"] = process.wait()
+        result["exit_code"] = process.wait()
     finally:
         stop(process, signal.SIGKILL)
         print(last_lines(log, 4 * LOG_LINES))
-        told |= {"seconds": time.perf_counter() - begin, "summary": last_lines(log)}
-        if told["exit_code"] != 0:
-            told["log"] = last_lines(log, 4 * LOG_LINES)
-        note(told | {"failed": failures_of({"pytest": told}, ("pytest",))})
+        result |= {"seconds": time.perf_counter() - begin, "summary": last_lines(log)}
+        if result["exit_code"] != 0:
+            result["log"] = last_lines(log, 4 * LOG_LINES)
+        note(result | {"failed": failures_of({"pytest": result}, ("pytest",))})

@@ -124,7 +124,7 @@ class Turns:
 
     def take(self, sides: tuple[str, ...], side_by_side: bool = False) -> None:
         """A block of each of `sides` that has not failed; with `side_by_side` the peer runs while ours does, to warm up. An error of
-        one is told in its place, and the other is measured all the same."""
+        one is reported in its place, and the other is still measured."""
         if side_by_side:
             self.peer.send()
         for side in sides:
@@ -190,19 +190,19 @@ def measure_training(
     before = {}
     while True:
         micro = run.config.micro_batch_size
-        told = {"micro_batch_size": micro, "smaller_because": {}}
+        facts = {"micro_batch_size": micro, "smaller_because": {}}
         if micro < run.asked_micro_batch_size:
-            told["smaller_because"]["ours"] = f"no room for {run.asked_micro_batch_size}"
-        told["smaller_because"] |= {
+            facts["smaller_because"]["ours"] = f"no room for {run.asked_micro_batch_size}"
+        facts["smaller_because"] |= {
             side: failure
             for result in before.values()
             for side, failure in result["failed"].items()
         }
         if before:
-            told["larger"] = before
+            facts["larger"] = before
         ours = Ours(run)
         result = take_turns(
-            ours, make_rows, steps, warm_up, lambda part, told=told: note(part | told)
+            ours, make_rows, steps, warm_up, lambda part, facts=facts: note(part | facts)
         )
         is_too_large = any(map(is_short_of_memory, result["failed"].values()))
         if not is_too_large or micro % 2:
@@ -343,12 +343,12 @@ def find_waits(ours: Ours) -> list[str]:
     """Places in one step where the host waits for a GPU."""
     if ours.run.device.type != "cuda":
         return []
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             ours.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in told if "called a synchroniz" in str(warning.message)]
+    waits = [warning for warning in caught if "called a synchroniz" in str(warning.message)]
     return [f"{warning.filename}:{warning.lineno}" for warning in waits]

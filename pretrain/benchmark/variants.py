@@ -104,7 +104,7 @@ def answer_of(process: TurnProcess, seconds: float) -> dict:
         return {"error": str(error)}
 
 
-def run_variant(told: object, variant: Variant, values: dict) -> None:
+def run_variant(channel: object, variant: Variant, values: dict) -> None:
     """In a process of its own: warm up and answer, wait for the turn, measure and answer."""
     wait_for_turn()
     import torch
@@ -136,7 +136,7 @@ def run_variant(told: object, variant: Variant, values: dict) -> None:
     ours.block()
     release_memory()
     warm = {"micro_batch_size": run.config.micro_batch_size, "first_step_seconds": compiled_seconds}
-    answer(told, warm)
+    answer(channel, warm)
     wait_for_turn()
     blocks = [ours.block() for _ in range(TIMED_BLOCKS)]
     rate = median(block["tokens"] / block["seconds"] for block in blocks)
@@ -146,7 +146,7 @@ def run_variant(told: object, variant: Variant, values: dict) -> None:
         "share_of_matrix_rate": rate * flops / peak_flops(run.device, run.precision),
         "peak_gib": max(block["peak_bytes"] for block in blocks) / 2**30,
     }
-    answer(told, measured)
+    answer(channel, measured)
     wait_for_turn()  # until it is stopped: what follows would take the device's time
 
 
