@@ -21,6 +21,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _bounds(offsets, sequence):
+    """(first token in the pack, number of tokens) of a sequence, int64."""
+    start = tl.load(offsets + sequence).to(tl.int64)
+    return start, tl.load(offsets + sequence + 1).to(tl.int64) - start
+
+
+@triton.jit
 def _rows(base, rows, length, stride, D: tl.constexpr):
     """[rows, D] of a tensor; 0 beyond the sequence."""
     places = base + rows[:, None] * stride + tl.arange(0, D)[None, :]
@@ -46,8 +53,7 @@ def _forward(
     BLOCK: tl.constexpr,
 ):
     """A block of queries of one sequence and head."""
-    start = tl.load(offsets + tl.program_id(1)).to(tl.int64)
-    length = tl.load(offsets + tl.program_id(1) + 1).to(tl.int64) - start
+    start, length = _bounds(offsets, tl.program_id(1))
     first = tl.program_id(0) * BLOCK
     if first >= length:
         return
@@ -79,8 +85,7 @@ def _backward_short(
     grad, qkv, grad_qkv, lse, offsets, num_tokens, scale, H, D: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One sequence and head, in one block."""
-    start = tl.load(offsets + tl.program_id(0)).to(tl.int64)
-    length = tl.load(offsets + tl.program_id(0) + 1).to(tl.int64) - start
+    start, length = _bounds(offsets, tl.program_id(0))
     if length == 0:
         return
     head, stride = tl.program_id(1), 3 * H * D
@@ -127,8 +132,7 @@ def _backward_long(
     BLOCK: tl.constexpr,
 ):
     """A block of keys and values, then of queries, of one sequence and head."""
-    start = tl.load(offsets + tl.program_id(1)).to(tl.int64)
-    length = tl.load(offsets + tl.program_id(1) + 1).to(tl.int64) - start
+    start, length = _bounds(offsets, tl.program_id(1))
     first = tl.program_id(0) * BLOCK
     if first >= length:
         return

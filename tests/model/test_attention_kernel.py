@@ -1,0 +1,48 @@
+"""The Triton kernels against dense attention, by Triton's interpreter, which needs no GPU. tests/test_cuda.py has them on one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("triton", minversion="3.7", reason="older interpreters fail with new numpy")
+
+COMPARE = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+from packed_reference import dense_attention, offsets
+from pretrain.model.attention_kernel import packed_attention
+
+torch.manual_seed(0)
+lengths, head_dim = tuple(map(int, sys.argv[4:])), int(sys.argv[3])
+qkv = torch.randn(sum(lengths), 3, 2, head_dim).half().requires_grad_()
+exact = qkv.detach().float().requires_grad_()
+cu_seqlens, direction = offsets(lengths), torch.randn(sum(lengths), 2, head_dim)
+ours = packed_attention(qkv, cu_seqlens, max(lengths))[0]
+expected = dense_attention(exact, cu_seqlens)
+torch.testing.assert_close(ours.float(), expected, atol=2e-3, rtol=2e-3)
+(found,) = torch.autograd.grad(ours, qkv, direction.half())
+(wanted,) = torch.autograd.grad(expected, exact, direction)
+torch.testing.assert_close(found.float(), wanted, atol=5e-3, rtol=5e-3)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize(
+    "head_dim, lengths",
+    [
+        (16, (5, 16, 1)),  # one block of 16 tokens
+        (32, (128, 1, 0, 77, 0)),  # two blocks forward, one backward
+        (16, (129, 40, 0, 300, 0)),  # several blocks each way
+    ],
+)
+def test_the_kernels_equal_dense_attention(head_dim, lengths):
+    command = [sys.executable, "-c", COMPARE, ROOT, ROOT / "tests", head_dim, *lengths]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0 and "equal" in run.stdout, run.stderr
