@@ -18,7 +18,10 @@ from pretrain.model.attention_kernel import packed_attention
 
 torch.manual_seed(0)
 lengths, head_dim = tuple(map(int, sys.argv[4:])), int(sys.argv[3])
-qkv = torch.randn(sum(lengths), 3, 2, head_dim).half().requires_grad_()
+qkv = torch.randn(sum(lengths), 3, 2, head_dim)
+# Scores far below 0, where those of the padding, which are 0, would overflow if they were not masked.
+qkv[:, 0], qkv[:, 1] = 8 + qkv[:, 0], qkv[:, 1] - 8
+qkv = qkv.half().requires_grad_()
 exact = qkv.detach().float().requires_grad_()
 cu_seqlens, direction = offsets(lengths), torch.randn(sum(lengths), 2, head_dim)
 ours = packed_attention(qkv, cu_seqlens, max(lengths))[0]
@@ -26,7 +29,7 @@ expected = dense_attention(exact, cu_seqlens)
 torch.testing.assert_close(ours.float(), expected, atol=2e-3, rtol=2e-3)
 (found,) = torch.autograd.grad(ours, qkv, direction.half())
 (wanted,) = torch.autograd.grad(expected, exact, direction)
-torch.testing.assert_close(found.float(), wanted, atol=5e-3, rtol=5e-3)
+assert (found.float() - wanted).norm() < 5e-3 * wanted.norm()
 print("equal")
 """
 
