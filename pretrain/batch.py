@@ -1,11 +1,13 @@
-"""Batch: the one contract between data and model.
+"""The contract between data and model: `Batch` flows in, `Loss` flows out.
 
-T tokens of N sequences are laid end to end, without padding; M of them are predicted (`Batch`), or each sequence has a label
-(`LabelledBatch`). Where a device wants fixed shapes, T, N and M are filled up: dummy sequences at the end, first of [PAD] and then of no
-token at all, and labels of IGNORED, which no loss counts.
+T tokens of N sequences lie end to end, without padding; M of the tokens are masked. Where a device
+wants fixed shapes, T, N and M are filled up: dummy sequences at the end, first of [PAD] and then of
+no token at all, and labels of IGNORED.
 """
+
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -16,61 +18,69 @@ IGNORED = -100  # label that no loss counts, as in torch's cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedBatch:
-    """Sequences of tokens, whatever is asked of them."""
+class Batch:
+    """One micro-batch of packed sequences and what is to be predicted from them."""
 
     input_ids: Tensor  # int64 [T]
     token_type_ids: Tensor  # int64 [T]; 0 in [CLS] A [SEP], 1 in B [SEP]
     position_ids: Tensor  # int64 [T]; restarts at 0 in each sequence
-    cu_seqlens: Tensor  # int32 [N + 1]; sequence n is tokens cu_seqlens[n]:cu_seqlens[n + 1]; the last is T
+    cu_seqlens: Tensor  # int32 [N + 1]; sequence n is tokens cu_seqlens[n]:cu_seqlens[n + 1]
+    masked_positions: Tensor | None = None  # int64 [M]; places in T. None: nothing is masked
+    # By loss: int64 [M] (a label for each masked position) or [N] (one for each sequence).
+    # "mlm": ids [M]; "nsp": 0 is next (or in order), 1 is random (or swapped); "label": a class.
+    labels: dict[str, Tensor]
+    # By loss, over the real labels: what its sum is divided by. A number, or a sum of weights.
+    counts: dict[str, float]
     lengths: tuple[int, ...]  # of the N sequences, for the host
-    max_length: int  # bound of `lengths`, the same for each batch of a phase
-    counts: dict[str, float]  # what each loss is divided by: "mlm" masked tokens, "nsp" pairs, "label" examples or their weights
+    max_length: int  # upper bound of `lengths`, the same for all batches of a phase
     num_tokens: int  # real ones, without filling
     num_sequences: int  # real ones
-    shortfall: int = 0  # masked tokens that a budget allowed and no unit could fill
+    shortfall: int = 0  # tokens that the mask budget allowed and no unit could use
 
-    def _map(self, change) -> PackedBatch:
-        tensors = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)})
-
-    def __getstate__(self) -> dict:
-        """For a pipe between processes: as arrays. torch sends each tensor as a file in shared memory through a socket, which takes
-        longer than to make the batch, and fails where the path of TMPDIR is long."""
-        return {name: value.numpy() if isinstance(value, Tensor) and value.device.type == "cpu" else value
-                for name, value in vars(self).items()}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update({name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()})
-
-    def to(self, device: torch.device) -> PackedBatch:
+    def to(self, device: torch.device) -> Batch:
         """The batch on `device`; the copy does not block where the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> PackedBatch:
+    def pin_memory(self) -> Batch:
         """The batch in pinned memory; the DataLoader calls this."""
         return self._map(Tensor.pin_memory)
 
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        changed = {name: change(tensor) for name, tensor in tensors.items()}
+        labels = {name: change(tensor) for name, tensor in self.labels.items()}
+        return replace(self, **changed, labels=labels)
 
-@dataclass(frozen=True, kw_only=True)
-class Batch(PackedBatch):
-    """For pretraining."""
+    # Between processes, tensors travel as arrays. torch would send each as a file in shared memory
+    # through a socket: that takes longer than making the batch, and fails where TMPDIR is long.
+    def __getstate__(self) -> dict:
+        state = {name: _to_array(value) for name, value in vars(self).items()}
+        state["labels"] = {name: _to_array(value) for name, value in self.labels.items()}
+        return state
 
-    masked_positions: Tensor  # int64 [M]; places in T
-    masked_lm_labels: Tensor  # int64 [M]; the ids that stood there
-    next_sentence_label: Tensor  # int64 [N]; 0 is next (or in order), 1 is random (or swapped), IGNORED where there is no pair
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelledBatch(PackedBatch):
-    """For classification."""
-
-    label: Tensor  # int64 [N]; IGNORED where there is none
+    def __setstate__(self, state: dict) -> None:
+        labels = {name: _to_tensor(value) for name, value in state["labels"].items()}
+        vars(self).update({name: _to_tensor(value) for name, value in state.items()})
+        vars(self)["labels"] = labels
 
 
 @dataclass(frozen=True)
-class Output:
-    """What a model returns for a batch: sums, never means; names are those of `Batch.counts`."""
+class Loss:
+    """One term of the training loss: a sum over a batch, never a mean.
 
-    loss_sums: dict[str, Tensor]  # float32 scalars
-    num_correct: dict[str, Tensor]  # int64 scalars
+    The update minimizes weight x (sums of all micro-batches and processes) / (their counts)."""
+
+    sum: Tensor  # float32 scalar, with gradient
+    num_correct: Tensor | None = None  # int64 scalar; None: the term has no accuracy
+    weight: float = 1.0
+    count: str = ""  # the name in Batch.counts of its denominator; "": its own name
+
+
+def _to_array(value: object) -> object:
+    on_cpu = isinstance(value, Tensor) and value.device.type == "cpu"
+    return value.numpy() if on_cpu else value
+
+
+def _to_tensor(value: object) -> object:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

@@ -1,279 +1,294 @@
 """THE loop: `train_step` is one optimizer update, `train` is a run. Plain PyTorch, to be edited.
 
-What flows in is a `Run` (pretrain/setup.py): a model that returns summed losses, a dataset of micro-batches, held-out batches,
-and the derived numbers. To change the objective, change the model's `score` and `Batch.counts`; to change what is
-masked, pretrain/data/masking.py; to change the update, this file.
+A `Run` (pretrain/run.py) flows in: a model that returns summed losses, an iterator over the
+micro-batches of each step, a validation. Pretraining and fine-tuning share this file.
+
+To change the loss, edit `losses` of the model; what is masked, pretrain/data/masking.py; the
+optimizers, pretrain/runtime/optim.py; the update itself, this file.
 """
+
 from __future__ import annotations
 
 import math
-import signal
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.batch import Batch
-from pretrain.command import Interrupted, UserError, first_line
-from pretrain.data.dataset import MicroBatchSampler, make_loader
-from pretrain.evaluate import add_up, evaluate, sample_predictions, summarize
+from pretrain.errors import UserError, first_line
 from pretrain.files import write_json
-from pretrain.model.bert import count_flops
-from pretrain.parts import Phase
-from pretrain.progress import Progress, Window, speed
+from pretrain.metrics import LossTotals, Meter
+from pretrain.run import Run
 from pretrain.runtime import checkpoint as ckpt
-from pretrain.runtime.distributed import (
-    any_rank,
-    gather,
-    gradient_sync,
-    load_averages,
-    sum_counts,
-    wait_for_all,
-    whole,
-    whole_averages,
-    whole_weights,
-    wrap,
+from pretrain.runtime.distributed import gather, gradient_sync, sum_counts, wait_for_all, wrap
+from pretrain.runtime.memory import explained
+from pretrain.runtime.monitor import Monitor
+from pretrain.runtime.nan_guard import NanGuard, ScaleWatch
+from pretrain.runtime.optim import (
+    autocast,
+    check_state,
+    groups_of,
+    make_optimizers,
+    make_schedule,
+    peak_flops,
+    step_if,
 )
-from pretrain.runtime.faults import explained
-from pretrain.runtime.monitor import Monitor, peak_memory_bytes
-from pretrain.runtime.optim import FiniteWatch, autocast, make_optimizer, make_schedule, peak_flops
-from pretrain.runtime.signals import StopSignals
-from pretrain.setup import Run, describe_run
+from pretrain.runtime.sharding import OptimizerState, RandomState, whole, whole_weights
+from pretrain.runtime.stop import StopFlag
+from pretrain.schema import integer, misfit
+from pretrain.signals import Interrupted
 
 FINISHED = "finished"  # the state of a run that has no step left
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an update leaves for the log, all on the device: nothing here has been waited for."""
+    """What an update leaves behind, all of it on the device: nothing here has been waited for."""
 
-    sums: dict[str, Tensor]  # of this process: NAME_loss, NAME_correct, NAME_count; zeros if the step was not finite
-    grad_norm: Tensor  # before clipping
-    finite: Tensor  # bool; where it does not hold, the step has changed nothing
+    losses: LossTotals  # of this process; zeros where the step was not finite
+    finite: Tensor  # bool scalar; False: the step changed nothing
+    logged: dict[str, Tensor | float]  # numbers for the log. Add yours here
 
 
-def train_step(model: nn.Module, loss_weights: dict[str, float], batches: Sequence[Batch], optimizer: torch.optim.Optimizer,
-               scaler: torch.amp.GradScaler, context: torch.autocast, learning_rate: float, max_grad_norm: float,
-               device: torch.device, world_size: int = 1) -> StepResult:
+def train_step(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    autocast: torch.autocast,
+    learning_rate: float,
+    max_grad_norm: float,
+    device: torch.device,
+    world_size: int = 1,
+) -> StepResult:
     """One update from the micro-batches of this process.
 
-    Losses are sums divided once by the counts of the whole step, over all micro-batches and processes: a mean of means would
-    weigh a token by how many others its micro-batch happens to mask. Every loss: sum / count x weight."""
-    counts = {name: sum(batch.counts[name] for batch in batches) for name in loss_weights}
-    global_counts = sum_counts(counts)
-    scale = {name: weight * world_size / global_counts[name] for name, weight in loss_weights.items()}  # DDP averages over processes
-    total: dict[str, Tensor] = {}
+    Losses are sums, divided once by the counts of the whole step, over all micro-batches and
+    processes. A mean of means would weight a token by how few others its micro-batch masks."""
+    names = batches[0].counts
+    counts = sum_counts({name: sum(batch.counts[name] for batch in batches) for name in names})
+    totals = LossTotals()
     for number, batch in enumerate(batches):
         with gradient_sync(model, last=number == len(batches) - 1):
-            with context:
-                output = model(batch.to(device))
-                loss = sum(output.loss_sums[name] * scale[name] for name in loss_weights)
+            with autocast:
+                losses = model(batch.to(device))
+                # DDP averages gradients over the processes, hence the factor.
+                loss = sum(
+                    term.sum * (term.weight * world_size / counts[term.count or name])
+                    for name, term in losses.items()
+                )
             scaler.scale(loss).backward()
-        total = add_up(total, output)
+        totals += LossTotals.of(losses, batch.counts)
 
-    scaler.unscale_(optimizer)
-    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
-    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    weights = [weight for group in groups_of(optimizers) for weight in group["params"]]
+    grad_norm = whole(nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf))
     finite = torch.isfinite(grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.found_inf = (~finite).float()  # fused AdamW passes over the whole step where this is 1, without a wait
-    optimizer.step()
+    for group in groups_of(optimizers):
+        group["lr"] = learning_rate * group.get("rate_scale", 1.0)
+    for optimizer in optimizers:
+        step_if(finite, optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    logged = {"optim/learning_rate": learning_rate, "optim/grad_norm": grad_norm}
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    sums = {key: torch.where(finite, value, 0.0) for key, value in total.items()}
-    return StepResult(sums | {f"{name}_count": finite.double() * count for name, count in counts.items()}, grad_norm, finite)
+    return StepResult(totals.where(finite), finite, logged)
 
 
-def train(run: Run) -> dict[str, float | str]:
-    """Train from the start or from `run.checkpoint` to the end; returns the summary, which is also in summary.json.
+@dataclass
+class TrainState:
+    """Where a run stands. What else it needs belongs to its owner, see `parts` in `train`."""
 
-    A signal ends it after the step: the run is saved, and `Interrupted` raised."""
-    with StopSignals() as signals, explained(run.config.micro_batch_size):
-        summary = _train(run, signals)
-    if summary["state"] != FINISHED and signals.number:
-        saved = f"step {summary['steps']:,} of {run.total_steps:,} is saved" if summary["steps"] else "before the first step"
-        raise Interrupted(signals.number, f"{saved}; stopped by")
-    return summary
+    step: int = 0  # optimizer updates done
+    evaluated_at: int = -1  # the last step that was evaluated
+    evaluated_in: int = 0  # its phase at that time: a longer run moves the phases
+    scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    best_scores: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+
+    def record(self, step: int, scores: dict[str, float], run: Run) -> bool:
+        """Note an evaluation; whether its scores are the best so far."""
+        self.evaluated_at, self.evaluated_in, self.scores = step, run.phase_at(step), scores
+        if not scores or not run.is_comparable(step):
+            return False
+        if self.best_scores and run.rank(scores) <= run.rank(self.best_scores):
+            self.evaluations_without_gain += 1
+            return False
+        self.best_scores, self.best_step, self.evaluations_without_gain = scores, step, 0
+        return True
+
+    def is_finished(self, run: Run) -> bool:
+        """Whether no step is left: the last one, or --patience has run out. Evaluated, too."""
+        out_of_patience = 0 < run.config.patience <= self.evaluations_without_gain
+        is_last = self.step >= run.total_steps or out_of_patience
+        return is_last and self.evaluated_at == self.step
+
+    def state_dict(self) -> dict:
+        """All of it, as plain values."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        """The counterpart of `state_dict`."""
+        vars(self).update(state)
+
+    @staticmethod
+    def form(run: Run) -> dict:
+        """What a saved state must be."""
+        counts = ("step", "best_step", "evaluations_without_gain")
+        return {
+            **dict.fromkeys(counts, integer()),
+            "evaluated_at": integer(-1),
+            "evaluated_in": integer(0, len(run.phase_ends) - 1),
+            "scores": run.scores_form,
+            "best_scores": run.scores_form,
+        }
 
 
-def _train(run: Run, signals: StopSignals) -> dict[str, float | str]:
-    config, model, device, world = run.config, run.model, run.device, run.world
-    trained = wrap(model, run.compile)
-    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, config.adam_betas, config.adam_epsilon)
+def train(run: Run) -> dict:
+    """Train from the start, or from `run.checkpoint`, to the end, and return the summary.
+
+    A signal stops the run after the current step: it is saved, and `Interrupted` is raised."""
+    config, device, world = run.config, run.device, run.world
+    model = wrap(run.model, run.compile, run.has_fixed_shapes)
+    optimizers = make_optimizers(run.model, config)
+    learning_rate = make_schedule(
+        config.schedule, config.learning_rate, config.warmup, run.total_steps
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
-    context = autocast(device, run.precision)
-    learning_rate = make_schedule(config.schedule, config.learning_rate, config.warmup, run.total_steps)
-    micro_batches = config.batch_size // config.micro_batch_size
-    progress = Progress.restored(run.state.get("progress"))
-    window = Window.restored(progress.window, device, world.is_main)
-    watch = FiniteWatch(progress.skipped, progress.skipped_in_a_row, run.rebuild)
-    monitor = Monitor(run.output, progress.step + progress.is_logged, run.total_steps, asdict(config), active=world.is_main)
-    progress.finished = run.is_finished  # which may have been given more steps
-    first_step, resumed_at = progress.step, (progress.step, progress.is_logged)
-    phase = loader = None
-    peak = peak_flops(device, run.precision)
-    begin = time.monotonic()
-    model.train()
-    if run.checkpoint:  # random states last: nothing may draw between here and the first step
-        restore(run, optimizer, scaler)
-    while True:
-        step, stop = progress.step, signals.agreed()
-        if not progress.is_logged and not stop:
-            is_last = step >= run.total_steps
-            if is_last or step % run.every(config.eval_every) == 0:
-                held_out = hold_out(run, progress, context, monitor, signals)
-                stop = signals.number if held_out is None else 0
-                is_last |= 0 < config.patience <= progress.evaluations_without_gain
-                progress.row |= held_out or {}
-            if not stop:
-                if config.phases and progress.row:
-                    progress.row["train/max_length"] = run.phase_at(step - 1).max_length
-                monitor.log(step, progress.row)
-                progress.row, progress.is_logged, progress.finished = {}, True, is_last
-        # At least one step first, so that a run restarted again and again goes on.
-        out_of_time = step > first_step and config.max_minutes > 0 and any_rank(time.monotonic() - begin >= config.max_minutes * 60)
-        ends = progress.finished or stop or out_of_time
-        if step and (step, progress.is_logged) != resumed_at and (ends or step % run.every(config.save_every) == 0):
-            monitor.say(watch.observe(None))
-            progress.skipped, progress.skipped_in_a_row = watch.skipped, watch.in_a_row
-            save(run, progress, window, optimizer, scaler, monitor)
-        if ends:
-            break
+    precision = autocast(device, run.precision)
 
-        tick = time.perf_counter()
-        if (wanted := run.phase_at(step)) is not phase:  # at the start, and where the length changes; the workers of the old loader end
-            phase = wanted
-            loader = open_phase(run, phase, progress, monitor)
-        batches = [next(loader) for _ in range(micro_batches // world.size)]
-        window.add_seconds("wait_seconds", time.perf_counter() - tick, world.size)
-        rate = learning_rate(step + 1)
-        result = train_step(trained, model.loss_weights, batches, optimizer, scaler, context, rate, config.max_grad_norm, device,
-                            world.size)
-        position = progress.position._replace(mask_rate=run.mask_rate(step))
-        monitor.say(watch.observe(result.finite, step + 1, tuple(position)))
-        progress.step, progress.position, progress.is_logged = step + 1, phase.dataset.advance(progress.position, micro_batches), False
-        window.add(result.sums, batches, sum(count_flops(model, batch) for batch in batches))
-        logged = progress.step in (1, *run.phase_ends) or progress.step % config.log_every == 0
-        grad_norm = float(result.grad_norm) if logged else None  # waits for the device, so that the clock is right
-        window.add_seconds("seconds", time.perf_counter() - tick, world.size)
-        if logged:
-            sums = window.read(device)
-            means = summarize(sums, model.loss_weights)
-            progress.row = {f"train/{name}": value for name, value in means.items()} | speed(sums, peak * world.size) | {
-                "optim/learning_rate": rate, "optim/grad_norm": grad_norm, "memory/peak_bytes": peak_memory_bytes(device)}
-            if position.mask_rate is not None:
-                progress.row["optim/mask_rate"] = position.mask_rate
-            if scaler.is_enabled():
-                progress.row["optim/loss_scale"] = scaler.get_scale()
-                monitor.say(watch.observe_scale(scaler))
-            progress.add_window(sums, means)
-            window = Window({}, {})
-        monitor.advance()
-    progress.add_window(window.read(device), progress.last_train)
-    return finish(run, progress, monitor, signals.number)
+    state = TrainState(evaluated_at=-1 if run.evaluates_first else 0)
+    meter = Meter(device, world, peak_flops(device, run.precision))
+    guard = NanGuard(rebuild=run.rebuild_command)
+    parts = {
+        "run": run,
+        "train": state,
+        "data": run.data,
+        "optimizer": OptimizerState(run.model, optimizers),
+        "scaler": scaler,
+        "guard": guard,
+        "meter": meter,
+        # Last: nothing may draw between this and the first step.
+        "random": RandomState(device, world),
+    }
+    if run.checkpoint:
+        restore(run, state, parts)
+    saved = (state.step, state.evaluated_at)
+    monitor = run.open_monitor(state.step, evaluated=state.evaluated_at == state.step)
+    guard.report = monitor.say
+    scale = ScaleWatch(scaler, monitor.say)
+    run.model.train()
+    with StopFlag(config.max_minutes, run.time_limit) as stop, explained(**run.blame):
+        while True:
+            step = state.step
+            evaluate_now = step >= run.total_steps or step % run.eval_every == 0
+            if evaluate_now and state.evaluated_at != step:
+                scores = run.validate(step, precision, stop.signaled, monitor)
+                if scores is not None:  # else a signal cut it short
+                    monitor.log(step, run.logged(scores))
+                    if state.record(step, scores, run):
+                        run.keep_best(state)
+            finished = state.is_finished(run)
+            stopping = not finished and stop.agreed()
+            save_now = stopping or (run.save_every and (finished or step % run.save_every == 0))
+            if step and save_now and saved != (step, state.evaluated_at):
+                monitor.flush()
+                save_checkpoint(run, state, parts)
+                saved = (step, state.evaluated_at)
+            if finished or stopping:
+                break
+
+            with meter.waiting():
+                batches = next(run.data)  # the micro-batches of this process
+            rate = learning_rate(step + 1)
+            result = train_step(
+                model,
+                batches,
+                optimizers,
+                scaler,
+                precision,
+                rate,
+                config.max_grad_norm,
+                device,
+                world.size,
+            )
+            state.step += 1
+            guard.observe(result.finite, state.step, run.data.position)
+            meter.add(result.losses, result.logged, batches, run.flops(batches))
+            monitor.advance()
+            if state.step in (1, *run.phase_ends) or state.step % config.log_every == 0:
+                monitor.log(state.step, meter.flush() | run.data.logged() | scale.logged())
+        # Inside: a signal must not cost a finished run its result.
+        return conclude(run, state, meter, guard, monitor, stop)
 
 
-def open_phase(run: Run, phase: Phase, progress: Progress, monitor: Monitor) -> Iterator[Batch]:
-    """Batches of `phase` from the next step on. The shards of an epoch come in one order, whatever the length, but a position within
-    one means nothing at another length: what is left of it is passed over, so that no text comes twice in an epoch."""
-    config, step = run.config, progress.step
-    if phase.number != progress.phase:
-        progress.phase, progress.position = phase.number, phase.dataset.next_whole_shard(progress.position)
-        monitor.say(f"step {step + 1}: from here on sequences of {phase.max_length} tokens, from data position {tuple(progress.position)}")
-    micro_batches = config.batch_size // config.micro_batch_size
-    sampler = MicroBatchSampler(phase.dataset, progress.position, run.world.rank, run.world.size,
-                                mask_rate=lambda number: run.mask_rate(step + number // micro_batches))
-    return make_loader(phase.dataset, phase.collator, sampler, config.workers, pin_memory=run.device.type == "cuda")
+def save_checkpoint(run: Run, state: TrainState, parts: dict) -> None:
+    """Write the checkpoint of the present step; remove older ones beyond --keep.
 
-
-def hold_out(run: Run, progress: Progress, context: torch.autocast, monitor: Monitor, signals: StopSignals) -> dict[str, float] | None:
-    """Evaluate on the held-out batches of the phase, show sample predictions, keep `best/`; the numbers under their names, {} without
-    held-out text, None where a signal has come."""
-    phase = run.phase_at(progress.step - 1)
-    if not phase.held_out:
-        return {}
-    numbers = evaluate(run.model, phase.held_out, run.device, context, run.world, signals.agreed)
-    if numbers is None:
-        return None
-    progress.last_eval, progress.last_eval_step, progress.last_eval_phase = numbers, progress.step, phase.number
-    monitor.text(progress.step, "held-out predictions", sample_predictions(run.model, phase.held_out, run.tokenizer, run.device, context))
-    perplexity = numbers["perplexity"]
-    is_last = phase is run.phases[-1]  # perplexities at different lengths do not compare
-    if is_last and perplexity < (math.inf if progress.best_perplexity is None else progress.best_perplexity):
-        progress.best_perplexity, progress.best_step, progress.evaluations_without_gain = perplexity, progress.step, 0
-        weights = whole_weights(run.model)
-        if run.world.is_main:
-            ckpt.write_folder(run.output / "best", lambda folder: export(run, progress, folder, weights))
-    elif is_last:
-        progress.evaluations_without_gain += 1
-    return {f"eval/{name}": value for name, value in numbers.items()}
-
-
-def export(run: Run, progress: Progress, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Model with `weights`, tokenizer, model card and facts into `folder`; it opens with transformers as it is."""
-    phase = run.phases[: progress.last_eval_phase + 1][-1] if progress.last_eval else run.phase_at(progress.step - 1)
-    facts = {**describe_run(run, phase), "step": progress.step, "held_out_step": progress.last_eval_step, "held_out": progress.last_eval}
-    ckpt.write_model(folder, run.model, run.tokenizer, facts, weights)
-
-
-def save(run: Run, progress: Progress, window: Window, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-         monitor: Monitor) -> None:
-    """Checkpoint of the present step: model folder and training state; older ones beyond --keep are removed."""
-    progress.window = window.read(run.device)
-    states = gather(ckpt.random_states(run.device))
-    weights, averages = whole_weights(run.model), whole_averages(run.model, optimizer)
-    monitor.flush()
+    All processes call this together: some parts are gathered."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    weights = whole_weights(run.model)
 
     def write(folder: Path) -> None:
-        export(run, progress, folder, weights)
-        ckpt.write_state(folder, {"optimizer": averages, "scaler": scaler.state_dict(), "random_states": states},
-                         {**run.saved_values(), "progress": asdict(progress)})
+        run.export(folder, weights, state)
+        values = run.saved_values() | {"step": state.step, "finished": state.is_finished(run)}
+        ckpt.write_state(folder, states, values)
 
     if run.world.is_main:
-        ckpt.write_folder(run.output / f"checkpoint-{progress.step}", write)
+        ckpt.write_folder(run.output / f"checkpoint-{state.step}", write)
         ckpt.prune(run.output, run.config.keep)
         run.remove_replaced()
     wait_for_all()
 
 
-def restore(run: Run, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Optimizer, scaler and random states of `run.checkpoint`."""
-    tensors = ckpt.read_tensors(run.checkpoint)
+def restore(run: Run, state: TrainState, parts: dict) -> None:
+    """Load every part from `run.checkpoint`; UserError if one does not fit."""
+    states = ckpt.read_states(run.checkpoint)
+    forms = {name: getattr(part, "state_form", {}) for name, part in parts.items()}
+    problem = misfit(states, forms | {"train": TrainState.form(run)})
+    if problem:
+        raise UserError(f"{run.checkpoint}: {problem}")
     try:
-        load_averages(run.model, optimizer, tensors["optimizer"])
-        if scaler.is_enabled() and tensors["scaler"]:
-            scaler.load_state_dict(tensors["scaler"])
-        states = tensors["random_states"]
-        if len(states) == run.world.size:
-            ckpt.set_random_states(states[run.world.rank], run.device)
-        else:  # dropout goes on from fresh seeds
-            torch.manual_seed(run.config.seed + run.world.rank + run.state["progress"]["step"] * 1_000_003)
+        for name, part in parts.items():
+            if states[name]:  # the scaler's is empty without fp16
+                part.load_state_dict(states[name])
+        check_state(parts["optimizer"].optimizers)
+        if state.best_scores:
+            run.rank(state.best_scores)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{run.checkpoint / ckpt.STATE_TENSORS}: does not fit the model ({first_line(error)})") from error
+        raise UserError(
+            f"{run.checkpoint}: does not fit the model and the options ({first_line(error)})"
+        ) from error
+    if run.is_extended:
+        state.evaluations_without_gain = 0
+    damage = run.best_problem() if state.best_scores and run.world.is_main else None
+    if gather(damage)[0]:
+        print(f"{damage}: the next evaluation writes best/ again")
+        state.best_scores = {}
 
 
-def finish(run: Run, progress: Progress, monitor: Monitor, signal_number: int) -> dict[str, float | str]:
-    """Write `final/` if the run is at its end, and the summary."""
-    weights = whole_weights(run.model) if progress.finished else {}
-    if progress.finished and run.world.is_main:
-        ckpt.write_folder(run.output / "final", lambda folder: export(run, progress, folder, weights))
-    totals = progress.totals
-    seconds = max(totals.get("seconds", 0.0), 1e-9)
-    reason = signal.Signals(signal_number).name if signal_number else "--max-minutes"
-    summary = {"state": FINISHED if progress.finished else f"stopped by {reason}, --resume goes on", "steps": progress.step,
-               "real_tokens": int(totals.get("tokens", 0)), "seconds": seconds,
-               "sequences_per_second": totals.get("sequences", 0.0) / seconds, "tokens_per_second": totals.get("tokens", 0.0) / seconds,
-               "skipped_steps": progress.skipped, "mask_shortfall": totals.get("shortfall", 0.0) / max(1.0, totals.get("masked", 0.0))}
-    summary |= {f"train_{name}": value for name, value in progress.last_train.items()}
-    summary |= {f"eval_{name}": value for name, value in progress.last_eval.items()}
-    if progress.best_perplexity is not None:
-        summary |= {"best_perplexity": progress.best_perplexity, "best_step": progress.best_step}
-    monitor.close({f"eval/{name}": value for name, value in progress.last_eval.items()} or {"train/loss": math.nan})
+def conclude(
+    run: Run, state: TrainState, meter: Meter, guard: NanGuard, monitor: Monitor, stop: StopFlag
+) -> dict:
+    """Write `final/` if the run is finished, and the summary, which is returned."""
+    finished = state.is_finished(run)
+    how = FINISHED if finished else f"stopped by {stop.reason}; resume to continue"
+    skipped = guard.state_dict()["skipped"]
+    summary = {"state": how, "steps": state.step, **meter.summary(), "skipped_steps": skipped}
+    if finished:
+        run.finish(state, summary)
+    run.complete_summary(state, summary)
+    monitor.close(run.logged(state.scores) or {"train/loss": math.nan})
     if run.world.is_main:
         write_json(run.output / "summary.json", summary)
+        if finished:
+            run.clean_up()
     wait_for_all()
+    if stop.signal and not finished:
+        done = f"step {state.step:,} of {run.total_steps:,} is saved" if state.step else "no step"
+        raise Interrupted(stop.signal, f"{done}; stopped by")
     return summary

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in two commands of 8 and of 5 minutes, the most valuable first:
+# What only a GPU can show, in two commands of at most 8 and 5 minutes, the most valuable parts first:
 #
 #     bash scripts/gpu_check.sh first
 #     bash scripts/gpu_check.sh second
 #
-# Each part has its time limit and leaves $OUT/NAME.json; output goes to $OUT/log-COMMAND.txt. scripts/README.md, "On a GPU", describes
-# the parts. Needs a Python with torch, transformers, accelerate, tensorboard and pytest, and no network.
+# Each part has a time limit and leaves $OUT/NAME.json; all output goes to $OUT/log-COMMAND.txt. scripts/README.md,
+# "On a GPU", describes the parts. Needs torch, transformers, accelerate, tensorboard and pytest, and no network.
 set -u
 cd "$(dirname "$0")/.."
 
@@ -19,103 +19,90 @@ case $command in
         ;;
 esac
 
-PYTHON=${PYTHON:-python3}
-OUT=${OUT:-runs/gpu_check}
-SCRATCH=${GPU_CHECK_SCRATCH:-/tmp/gpu_check}
-if [ "${GPU_CHECK_SIZE:-full}" = tiny ]; then # a trial on a CPU
-    DEVICE=${GPU_CHECK_DEVICE:-cpu}
-    MODEL=${GPU_CHECK_MODEL:-tiny}
-    LARGE=${GPU_CHECK_LARGE:-tiny}
-    LENGTHS=(${GPU_CHECK_LENGTHS:-16 32})
-    TOKENS=${GPU_CHECK_TOKENS:-128}
-    STEPS=${GPU_CHECK_STEPS:-1}
-    RESUME_STEPS=${GPU_CHECK_RESUME_STEPS:-9}
-    FP16_STEPS=${GPU_CHECK_FP16_STEPS:-40}
-    VOCABULARY=${GPU_CHECK_VOCABULARY:-120}
-    TESTS=${GPU_CHECK_TESTS:-tests/test_cuda.py}
-else
-    DEVICE=${GPU_CHECK_DEVICE:-cuda}
-    MODEL=${GPU_CHECK_MODEL:-base}
-    LARGE=${GPU_CHECK_LARGE:-large}
-    LENGTHS=(${GPU_CHECK_LENGTHS:-128 512})
-    TOKENS=${GPU_CHECK_TOKENS:-32768}
-    STEPS=${GPU_CHECK_STEPS:-40}
-    RESUME_STEPS=${GPU_CHECK_RESUME_STEPS:-60}
-    FP16_STEPS=${GPU_CHECK_FP16_STEPS:-300}
-    VOCABULARY=${GPU_CHECK_VOCABULARY:-30522}
-    TESTS=${GPU_CHECK_TESTS:-tests}
+python=${PYTHON:-python3}
+out=${OUT:-runs/gpu_check}
+scratch=${GPU_CHECK_SCRATCH:-/tmp/gpu_check}
+if [ "${GPU_CHECK_SIZE:-full}" = tiny ]; then # to try the check itself, on a CPU too
+    device=${GPU_CHECK_DEVICE:-cpu} base=tiny large=tiny small=tiny lengths=(${GPU_CHECK_LENGTHS:-16 32})
+    tokens=128 steps=1 resume_steps=9 fp16_steps=40 vocabulary=120 tests=tests/test_cuda.py override=()
+else # the embedded text has too few words for a vocabulary of full size: the model gets it all the same
+    device=${GPU_CHECK_DEVICE:-cuda} base=base large=large small=mini lengths=(${GPU_CHECK_LENGTHS:-128 512})
+    tokens=32768 steps=40 resume_steps=60 fp16_steps=300 vocabulary=30522 tests=tests
+    override=(--config-override vocab_size=30522)
 fi
-SMALL=${GPU_CHECK_SMALL:-mini} # for what needs no large model
-[ "${GPU_CHECK_SIZE:-full}" = tiny ] && SMALL=${GPU_CHECK_SMALL:-tiny}
 
-if ! { mkdir -p "$OUT" "$SCRATCH/tmp" && OUT=$(cd "$OUT" && pwd) && SCRATCH=$(cd "$SCRATCH" && pwd) && [ -w "$OUT" ]; }; then
-    echo "error: OUT=$OUT GPU_CHECK_SCRATCH=$SCRATCH: expected folders that can be written" >&2
+if ! { mkdir -p "$out" "$scratch/tmp" && out=$(cd "$out" && pwd) && scratch=$(cd "$scratch" && pwd) && [ -w "$out" ]; }; then
+    echo "error: OUT=$out GPU_CHECK_SCRATCH=$scratch: expected folders with write permission" >&2
     exit 2
 fi
-LOG=$OUT/log-$command.txt
-: > "$LOG"
-export TMPDIR=$SCRATCH/tmp HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+log=$out/log-$command.txt
+: > "$log"
+export TMPDIR=$scratch/tmp HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 # Compiled kernels are kept: several parts compile the same model.
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$SCRATCH/inductor} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$SCRATCH/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
 
 SECONDS=0
 summary=""
 failed=0
 running=""
-# `timeout` and what it runs are in the background, so that a signal ends them at once.
+# `timeout` and what it runs are in the background, so a signal ends them at once.
 trap 'trap - INT TERM; [ -n "$running" ] && kill -TERM "$running"; wait; exit 130' INT TERM
 
-# part NAME SECONDS BENCHMARK_OPTION...
+# part NAME SECONDS PYTHON_ARGUMENT...
 part() {
     local name=$1 seconds=$2 left=$((limit - SECONDS - 15)) begin=$SECONDS code
     shift 2
-    rm -f "$OUT/$name.json"
+    rm -f "$out/$name.json" "$out/$name.txt"
     [ "$seconds" -gt "$left" ] && seconds=$left
     if [ "$seconds" -lt 15 ]; then
-        echo "$name: left out, no time" | tee -a "$LOG"
+        echo "$name: left out, no time" | tee -a "$log"
         summary+="$name skipped 0"$'\n'
-        return
+        return 1
     fi
-    echo "== $name, at second $SECONDS, for $seconds s" | tee -a "$LOG"
-    timeout -k 5 "$seconds" "$PYTHON" scripts/benchmark.py --device "$DEVICE" --compile "${GPU_CHECK_COMPILE:-auto}" \
-        --cache "$SCRATCH/cache" --vocab-size "$VOCABULARY" \
-        ${GPU_CHECK_TRAIN:+--train "$GPU_CHECK_TRAIN" --format sentences} --json "$OUT/$name.json" "$@" >> "$LOG" 2>&1 < /dev/null &
+    echo "== $name, at second $SECONDS, for $seconds s" | tee -a "$log"
+    timeout -k 5 "$seconds" "$python" "$@" >> "$log" 2>&1 < /dev/null &
     running=$!
     wait "$running"
     code=$?
     running=""
     [ "$code" -eq 0 ] || failed=1
     summary+="$name $code $((SECONDS - begin))"$'\n'
+    return 0
 }
 
-# sizes MODEL LENGTH: a step of one micro-batch
-sizes() {
-    echo --model "$1" --max-length "$2" --batch-size $((TOKENS / $2)) --micro-batch-size $((TOKENS / $2)) --steps "$STEPS"
+# measure NAME SECONDS MODEL LENGTH BENCHMARK_OPTION...: a step is one micro-batch
+measure() {
+    local name=$1 seconds=$2 model=$3 length=$4
+    shift 4
+    part "$name" "$seconds" scripts/benchmark.py --device "$device" --cache "$scratch/cache" --json "$out/$name.json" \
+        --vocab-size "$vocabulary" "${override[@]}" ${GPU_CHECK_TRAIN:+--train "$GPU_CHECK_TRAIN" --format sentences} \
+        --model "$model" --max-length "$length" --batch-size $((tokens / length)) --micro-batch-size $((tokens / length)) \
+        --steps "$steps" "$@"
 }
 
-short=${LENGTHS[0]}
-long=${LENGTHS[1]:-} # without it, what needs it is left out
+fp16() {
+    measure fp16 60 "$small" "${lengths[0]}" --parts fp16 --steps "$fp16_steps"
+}
+
+short=${lengths[0]}
+long=${lengths[1]:-} # without it, what needs it is left out
+model=$scratch/cache/benchmark/fp16/run/final
 if [ "$command" = first ]; then
-    part tests 120 --parts tests --tests $TESTS
-    part attention 40 --parts attention --lengths "${LENGTHS[@]}" $(sizes "$MODEL" "$short")
-    part "train-$short" 150 --parts train profile $(sizes "$MODEL" "$short")
-    [ -n "$long" ] && part "train-$long" 130 --parts train profile $(sizes "$MODEL" "$long")
-    part resume 110 --parts resume $(sizes "$MODEL" "$short") --steps "$RESUME_STEPS"
-    part numerics 40 --parts numerics $(sizes tiny "$short")
-    part fp16 60 --parts fp16 $(sizes "$SMALL" "$short") --steps "$FP16_STEPS"
+    part tests 120 -m pytest -m gpu -q -p no:cacheprovider "$tests" && tail -n 1 "$log" > "$out/tests.txt"
+    measure attention 40 "$base" "$short" --parts attention
+    measure "train-$short" 150 "$base" "$short" --parts train profile
+    [ -n "$long" ] && measure "train-$long" 130 "$base" "$long" --parts train profile
+    measure resume 110 "$base" "$short" --parts resume --steps "$resume_steps"
+    measure numerics 40 tiny "$short" --parts numerics
+    fp16
 else
-    part variants 145 --parts variants $(sizes "$MODEL" "$short") --minutes 2.3
-    # Where the first command has not come that far.
-    [ -d "$SCRATCH/cache/fp16/run/final" ] || part fp16 60 --parts fp16 $(sizes "$SMALL" "$short") --steps "$FP16_STEPS"
-    part use 50 --parts use $(sizes "$SMALL" "$short") --model "$SCRATCH/cache/fp16/run/final"
-    part "large-$short" 130 --parts train $(sizes "$LARGE" "$short")
-    [ -n "$long" ] && part "large-$long" 130 --parts train $(sizes "$LARGE" "$long")
+    measure variants 145 "$base" "$short" --parts variants --minutes 2.2
+    [ -d "$model" ] || fp16 # the first command may not have come that far
+    measure use 50 "$model" "$short" --parts use
+    measure "large-$short" 130 "$large" "$short" --parts train
+    [ -n "$long" ] && measure "large-$long" 130 "$large" "$long" --parts train
 fi
 
-printf '%s' "$summary" | "$PYTHON" -c '
-import sys
-from pathlib import Path
-from pretrain.benchmark.table import print_check
-print_check(sys.stdin, Path(sys.argv[1]))' "$OUT" | tee -a "$LOG"
-echo "$SECONDS s of $limit; $OUT" | tee -a "$LOG"
+printf '%s' "$summary" | "$python" -m scripts.benchmark.report "$out" | tee -a "$log"
+echo "$SECONDS s of $limit; $out" | tee -a "$log"
 exit "$failed"

@@ -1,5 +1,7 @@
-"""Shared fixtures: a small text, tokenizers and a corpus made of it, and runs of the scripts' `main` in this process; everything
-offline and on one thread."""
+"""Shared by all tests: a small text, tokenizers and a corpus made of it, and runs of a command's
+`main` in this process; everything offline and on one thread."""
+
+import contextlib
 import importlib.util
 import json
 import os
@@ -21,25 +23,36 @@ from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 from transformers import RobertaTokenizer, XLMRobertaTokenizer  # noqa: E402
 
-from pretrain import train  # noqa: E402
-from pretrain.command import run_command  # noqa: E402
-from pretrain.data import reading, tokenizer  # noqa: E402
-from pretrain.data.preparing import prepare  # noqa: E402
+from pretrain.cli import run_command  # noqa: E402
+from pretrain.data import tokenizer  # noqa: E402
+from pretrain.data.prepare import prepare  # noqa: E402
+from pretrain.data.sources import check_files  # noqa: E402
 from pretrain.runtime import checkpoint as ckpt  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are small, and bit-equality is promised per thread count
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--config-override", "hidden_size=32", "intermediate_size=64", "num_attention_heads=2"]
+STEMS = "bank river money water teach learn train model token mask sentence quick slow"
+ENDINGS = ["", "s", "ed", "ing", "er", "ation", "ization", "ally"]
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
 def make_documents(count: int = 60, seed: int = 7) -> list[list[str]]:
     """Documents of 1 to 30 sentences of 1 to 24 words; long words fall into several pieces."""
     source = random.Random(seed)
-    stems = ["bank", "river", "money", "water", "teach", "learn", "train", "model", "token", "mask", "sentence", "quick", "slow"]
-    endings = ["", "s", "ed", "ing", "er", "ation", "ization", "ally"]
-    words = [stem + ending for stem in stems for ending in endings]
-    return [[" ".join(source.choices(words, k=source.randint(1, 24))) + " ." for _ in range(source.randint(1, 30))]
-            for _ in range(count)]
+    words = [stem + ending for stem in STEMS.split() for ending in ENDINGS]
+
+    def sentence() -> str:
+        return " ".join(source.choices(words, k=source.randint(1, 24))) + " ."
+
+    return [[sentence() for _ in range(source.randint(1, 30))] for _ in range(count)]
+
+
+def write_documents(path: Path, documents: list[list[str]]) -> Path:
+    """Write text in the `sentences` format; returns its path."""
+    text = "\n\n".join("\n".join(document) for document in documents)
+    path.write_text(f"{text}\n", encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -48,15 +61,18 @@ def documents() -> list[list[str]]:
 
 
 @pytest.fixture(scope="session")
-def text_file(documents, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join("\n".join(document) for document in documents) + "\n", encoding="utf-8")
-    return path
+def all_sentences(documents) -> list[str]:
+    return [sentence for document in documents for sentence in document]
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(documents):
-    return tokenizer.train(lambda: (sentence for document in documents for sentence in document), 120)
+def text_file(documents, tmp_path_factory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("text") / "text.txt", documents)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(all_sentences):
+    return tokenizer.train(lambda: iter(all_sentences), 120)
 
 
 @pytest.fixture(scope="session")
@@ -66,12 +82,12 @@ def vocabulary(tiny_tokenizer):
 
 @pytest.fixture(scope="session")
 def corpus(text_file, tiny_tokenizer, tmp_path_factory):
-    sources = reading.check_files([text_file], "--train")
-    return prepare(sources, "sentences", tiny_tokenizer, tmp_path_factory.mktemp("corpus") / "corpus")
+    folder = tmp_path_factory.mktemp("corpus") / "corpus"
+    return prepare(check_files([text_file]), "sentences", tiny_tokenizer, folder)
 
 
 def trained_state(model, trainer, texts) -> dict:
-    """The model part of tokenizer.json, after training with byte-level or with SentencePiece's rules."""
+    """The model part of tokenizer.json, trained by byte-level or by SentencePiece's rules."""
     made = Tokenizer(model)
     if isinstance(model, models.BPE):
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -82,24 +98,25 @@ def trained_state(model, trainer, texts) -> dict:
 
 
 @pytest.fixture(scope="session")
-def roberta_tokenizer(documents) -> RobertaTokenizer:
+def roberta_tokenizer(all_sentences) -> RobertaTokenizer:
     """Byte-level BPE."""
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    state = trained_state(models.BPE(), trainer, (sentence for document in documents for sentence in document))
+    settings = {"special_tokens": SPECIAL, "show_progress": False, "vocab_size": 400}
+    settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    state = trained_state(models.BPE(), trainers.BpeTrainer(**settings), all_sentences)
     return RobertaTokenizer(vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]])
 
 
 @pytest.fixture(scope="session")
-def xlm_roberta_tokenizer(documents) -> XLMRobertaTokenizer:
+def xlm_roberta_tokenizer(all_sentences) -> XLMRobertaTokenizer:
     """SentencePiece unigrams."""
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], unk_token="<unk>",
-                                      show_progress=False)
-    state = trained_state(models.Unigram(), trainer, (sentence for document in documents for sentence in document))
+    settings = {"special_tokens": SPECIAL, "show_progress": False, "vocab_size": 150}
+    trainer = trainers.UnigramTrainer(unk_token="<unk>", **settings)
+    state = trained_state(models.Unigram(), trainer, all_sentences)
     return XLMRobertaTokenizer(vocab=[tuple(entry) for entry in state["vocab"]])
 
 
-# Runs of the scripts.
+# Runs of the commands.
+
 
 def script(name):
     """The module of a script; importing it does not run it."""
@@ -111,43 +128,107 @@ def script(name):
     return module
 
 
+def arguments_of(*parts) -> list[str]:
+    """Arguments of a command, from lines of text and lists of words."""
+    arguments = []
+    for part in parts:
+        arguments += part.split() if isinstance(part, str) else map(str, part)
+    return arguments
+
+
+def pretrain_into(output: Path, *options) -> Path:
+    """Run pretrain.py with lines and lists of options; returns `output`."""
+    from pretrain.commands.pretrain import main
+
+    main(arguments_of(*options, ["--output", output]))
+    return output
+
+
+def resume(output: Path, *options) -> Path:
+    """Resume the run in `output`, which is returned."""
+    return pretrain_into(output, "--resume", *options)
+
+
+SHORT_RUN = """--model tiny --batch-size 16 --learning-rate 1e-3 --precision fp32 --max-steps 10
+--save-every 2 --eval-every 4 --log-every 3 --keep 9 --eval-tokens 600"""
+
+
 def ten_steps(text_file, cache, micro_batch_size) -> list[str]:
     """Options of a run of ten steps with dropout, accumulation, whole words and NSP."""
-    return ["--train", str(text_file), "--model", "tiny", *SIZES, "--vocab-size", "120", "--masking", "word", "--max-length", "32",
-            "--batch-size", "16", "--micro-batch-size", str(micro_batch_size), "--max-steps", "10", "--save-every", "2", "--eval-every",
-            "4", "--log-every", "3", "--keep", "9", "--eval-tokens", "600", "--cache", str(cache), "--learning-rate", "1e-3",
-            "--precision", "fp32"]
+    more = f"--vocab-size 120 --masking word --max-length 32 --micro-batch-size {micro_batch_size}"
+    files = ["--train", text_file, "--cache", cache]
+    return arguments_of(files, SHORT_RUN, SIZES, more)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """Prepared corpora, converted text and trained tokenizers of all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    """The folder of a run."""
+    return tmp_path / "run"
 
 
 def rows(output):
-    """Rows of metrics.jsonl, without what depends on the clock and the machine."""
-    read = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(("speed/", "memory/"))} for row in read]
+    """Rows of metrics.jsonl, one a step, without what depends on the clock and the machine."""
+    by_step = {}
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        numbers = json.loads(line)
+        row = by_step.setdefault(numbers["step"], {"step": numbers.pop("step")})
+        assert not row.keys() & numbers.keys(), "a number is logged twice"
+        for name, value in numbers.items():
+            if not name.startswith(("speed/", "memory/")):
+                row[name] = value
+    return list(by_step.values())
+
+
+def leaves(value, name="") -> dict:
+    """By its place: every tensor and plain value in `value`."""
+    if not isinstance(value, (dict, list, tuple)):
+        return {name: value}
+    found = {}
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        found |= leaves(part, f"{name} {key}")
+    return found
+
+
+def assert_same(left: dict, right: dict) -> None:
+    """Tensors and plain values are equal bit for bit."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        is_equal = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+        assert is_equal(value, right[name]), name
 
 
 def assert_same_run(left, right, step=10):
-    """Weights, optimizer, random states and numbers are equal bit for bit."""
-    a, b = load_file(left / "final" / "model.safetensors"), load_file(right / "final" / "model.safetensors")
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    a, b = ckpt.read_tensors(left / f"checkpoint-{step}"), ckpt.read_tensors(right / f"checkpoint-{step}")
-    for name, state in a["optimizer"].items():
-        assert all(torch.equal(state[key], b["optimizer"][name][key]) for key in state)
-    assert torch.equal(a["random_states"][0]["cpu"], b["random_states"][0]["cpu"])
+    """Weights, training state and numbers are equal bit for bit, except for times."""
+    weights = [load_file(folder / "final" / "model.safetensors") for folder in (left, right)]
+    assert_same(*weights)
+    states = []
+    for folder in (left, right):
+        state = leaves(ckpt.read_states(folder / f"checkpoint-{step}"))
+        states.append({name: value for name, value in state.items() if "seconds" not in name})
+    assert_same(*states)
     assert rows(left) == rows(right)
 
 
 def interrupted_copy(finished, output, step):
-    """The run folder as a crash after `step` leaves it: later checkpoints absent, later numbers already logged."""
+    """The run folder as a crash after `step` leaves it: without later checkpoints, but with later
+    numbers in the log. Returns `output`."""
     shutil.copytree(finished, output)
     for folder in ckpt.checkpoints(output):
-        if int(folder.name.split("-")[1]) > step:
+        if ckpt.step_of(folder) > step:
             shutil.rmtree(folder)
     shutil.rmtree(output / "final")
     (output / "summary.json").unlink()
+    return output
 
 
 def refusal(main, argv, capsys) -> str:
-    """What the command tells as it refuses: exit code 2 and messages alone, a line each."""
+    """The messages of a command that refuses: exit code 2, and nothing but messages."""
     capsys.readouterr()
     assert run_command(main, [str(part) for part in argv]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -155,30 +236,63 @@ def refusal(main, argv, capsys) -> str:
     return "\n".join(line.removeprefix("error: ") for line in lines)
 
 
-def in_processes(folder, main, argv, count=1, prepare=lambda rank: None, seconds=60) -> list[tuple[int, str]]:
-    """(exit code, what was told on stderr) of the command in each of `count` forked processes, which find one another as under
-    torchrun; negative is the signal that has ended one. `prepare` is called in each before: what is to go wrong there."""
+@contextlib.contextmanager
+def observed_steps():
+    """A list that gets the micro-batches of every step that is trained inside."""
+    from pretrain import train
+
+    seen, original = [], train.train_step
+
+    def observed(model, batches, *more):
+        seen.append(batches)
+        return original(model, batches, *more)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train, "train_step", observed)
+        yield seen
+
+
+@pytest.fixture
+def steps_seen():
+    """The micro-batches of every step that the test trains."""
+    with observed_steps() as seen:
+        yield seen
+
+
+def _run_child(folder, main, argv, rank, variables, prepare) -> None:
+    """The command in a forked process, which this ends."""
+    code = 1
+    try:
+        os.environ.update(variables)
+        sys.stdout = (folder / f"out-{rank}").open("w", buffering=1)
+        sys.stderr = (folder / f"err-{rank}").open("w", buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)  # what is written past Python
+        prepare(rank)
+        code = run_command(main, [str(part) for part in argv])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def in_processes(
+    folder, main, argv, count=1, prepare=lambda rank: None, seconds=60
+) -> list[tuple[int, str]]:
+    """(exit code, stderr) of the command in each of `count` forked processes, which find one
+    another as under torchrun; a negative code is the signal that ended one. `prepare(rank)` is
+    called in each before: what is to go wrong there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = {}
     for rank in range(count):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        found = {name: str(value) for name, value in variables.items()} if count > 1 else {}
         children[rank] = os.fork()
         if not children[rank]:
-            code = 1
-            try:
-                for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
-                                    "MASTER_PORT": port}.items() if count > 1 else ():
-                    os.environ[name] = str(value)
-                sys.stdout, sys.stderr = ((folder / f"{name}-{rank}").open("w", buffering=1) for name in ("out", "err"))
-                os.dup2(sys.stderr.fileno(), 2)  # what is written past Python
-                prepare(rank)
-                code = run_command(main, [str(part) for part in argv])
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
+            _run_child(folder, main, argv, rank, found, prepare)
     end, codes = time.monotonic() + seconds, {}
     while len(codes) < count:
         for rank in children.keys() - codes.keys():
@@ -189,22 +303,3 @@ def in_processes(folder, main, argv, count=1, prepare=lambda rank: None, seconds
                 codes[rank] = os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
     return [(codes[rank], (folder / f"err-{rank}").read_text()) for rank in range(count)]
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> Path:
-    """Prepared corpora, converted text and trained tokenizers of all tests."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def steps_seen(monkeypatch) -> list:
-    """The micro-batches of every step that the test trains."""
-    seen, original = [], train.train_step
-
-    def observed(model, loss_weights, batches, *more):
-        seen.append(batches)
-        return original(model, loss_weights, batches, *more)
-
-    monkeypatch.setattr(train, "train_step", observed)
-    return seen

@@ -1,29 +1,63 @@
-"""References for the tests: small BERTs with weights that matter, and packed batches turned into padded ones for stock classes."""
+"""References for the tests: small models with weights that matter, and packed batches turned into
+padded ones for stock classes."""
+
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
+import transformers
 from torch import Tensor
-from transformers import BertConfig
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BertConfig, PreTrainedModel
 
 from pretrain.batch import IGNORED, Batch
+from pretrain.config import OBJECTIVES
 from pretrain.data.collate import Collator, Examples
-from pretrain.data.dataset import DataPosition, PretrainingDataset
+from pretrain.data.loader import DataPosition, PretrainingDataset
 from pretrain.data.masking import Masking
-from pretrain.data.planning import Task
+from pretrain.data.pairs import Task
 from pretrain.model.bert import BertForPreTraining
 
 MAX_LENGTH = 64
+ROBERTAS = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
+FAMILIES = {"bert": "Bert", **ROBERTAS}  # by config.model_type, how the stock classes are named
+SMALL = {  # two narrow layers without dropout
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
 
 def small_config(vocab_size: int, **settings) -> BertConfig:
-    """Two narrow layers without dropout, unless `settings` say otherwise."""
-    return BertConfig(**{"vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                         "intermediate_size": 64, "max_position_embeddings": MAX_LENGTH, "hidden_dropout_prob": 0.0,
-                         "attention_probs_dropout_prob": 0.0, **settings})
+    """A BERT of SMALL, unless `settings` say otherwise."""
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": MAX_LENGTH}
+    return BertConfig(**{**SMALL, **sizes, **settings})
+
+
+def stock_class(family: str, head: str) -> type[PreTrainedModel]:
+    """transformers' class of a family; `head` is the second half of its name."""
+    return getattr(transformers, FAMILIES[family] + head)
+
+
+def small_stock(family: str, head: str, vocab_size: int, **settings) -> PreTrainedModel:
+    """A stock model of SMALL with noise on every weight, for texts of MAX_LENGTH tokens."""
+    kind, own = stock_class(family, head), {"max_position_embeddings": MAX_LENGTH}
+    if family != "bert":  # as fairseq has it: positions start after that of padding
+        own = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "type_vocab_size": 1}
+        pad_id = settings.get("pad_token_id", own["pad_token_id"])
+        own["max_position_embeddings"] = MAX_LENGTH + pad_id + 1
+    torch.manual_seed(5)
+    config = kind.config_class(**{**SMALL, "vocab_size": vocab_size, **own, **settings})
+    return roughen(kind(config))
 
 
 def roughen(model: torch.nn.Module, seed: int = 11) -> torch.nn.Module:
-    """The model with noise on every weight: fresh biases of 0 and LayerNorms of 1 would hide one that is left out."""
+    """The model with noise on every weight: one left out would not show among fresh biases of 0
+    and LayerNorms of 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -36,58 +70,86 @@ def small_model(vocab_size: int, objective: str = "mlm+nsp", **settings) -> Bert
     config = small_config(vocab_size, **settings)
     torch.manual_seed(5)
     model = roughen(BertForPreTraining(config)).train()
-    model.set_objective(objective)
+    model.use_pairs(1.0 if objective != "mlm" else None)
     return model
 
 
-def make_batches(corpus, vocabulary, objective: str = "mlm+nsp", micro_batch_size: int = 8, count: int = 1, *, fill: bool = False,
-                 max_length: int = MAX_LENGTH) -> list[Batch]:
+def make_batches(
+    corpus,
+    vocabulary,
+    objective: str = "mlm+nsp",
+    micro_batch_size: int = 8,
+    count: int = 1,
+    *,
+    fill: bool = False,
+    max_length: int = MAX_LENGTH,
+) -> list[Batch]:
     """The first `count` micro-batches of a run."""
-    task = Task(objective, max_length, micro_batch_size, mask_rate=0.15, seed=3)
-    dataset, collator = PretrainingDataset(corpus, task), Collator(task, vocabulary, Masking(), fill)
-    return [collator(dataset.__getitems__([DataPosition(0, 0, number)])) for number in range(count)]
+    task = Task(OBJECTIVES[objective], max_length, micro_batch_size, mask_rate=0.15, seed=3)
+    dataset = PretrainingDataset(corpus, task)
+    collator = Collator(task, vocabulary, Masking(), fill)
+    return [collator(dataset[DataPosition(0, 0, number)]) for number in range(count)]
 
 
 def cut(corpus, vocabulary, sizes: list[int]) -> list[Batch]:
-    """The first sequences of a plan, as micro-batches of `sizes` sequences; pairs and masks do not depend on the sizes."""
-    task = Task("mlm+nsp", MAX_LENGTH, micro_batch_size=sum(sizes), mask_rate=0.15, seed=3)
-    plan, collator = PretrainingDataset(corpus, task).plan(0, 0), Collator(task, vocabulary, Masking())
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    return [collator(Examples(corpus.shard(0), plan.take(slice(end - size, end)))) for size, end in zip(sizes, ends)]
+    """The first sequences of a plan as micro-batches of `sizes` sequences, on which pairs and masks
+    do not depend."""
+    task = Task("random", MAX_LENGTH, micro_batch_size=sum(sizes), mask_rate=0.15, seed=3)
+    plan = PretrainingDataset(corpus, task).plan(0, 0)
+    collator, shard = Collator(task, vocabulary, Masking()), corpus.shard(0)
+    bounds = [0, *accumulate(sizes)]
+    return [
+        collator(Examples(shard, plan.take(slice(start, end))))
+        for start, end in zip(bounds, bounds[1:])
+    ]
 
 
-def pad(batch: Batch) -> dict[str, Tensor]:
-    """The arguments of a stock BertForPreTraining for the real sequences of a batch: one row each, padded."""
-    shape = (batch.num_sequences, max(batch.lengths))
-    padded = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
-    labels = torch.full(shape, IGNORED)
-    wanted = dict(zip(batch.masked_positions.tolist()[:batch.counts["mlm"]], batch.masked_lm_labels.tolist()))
-    start = 0
-    for row, length in enumerate(batch.lengths[:batch.num_sequences]):
-        padded["input_ids"][row, :length] = batch.input_ids[start:start + length]
-        padded["token_type_ids"][row, :length] = batch.token_type_ids[start:start + length]
-        padded["attention_mask"][row, :length] = 1
-        for place in range(length):
-            labels[row, place] = wanted.get(start + place, IGNORED)
-        start += length
-    return {**padded, "labels": labels, "next_sentence_label": batch.next_sentence_label[:batch.num_sequences]}
+def pad(batch: Batch, pad_id: int = 0) -> dict[str, Tensor]:
+    """The arguments of a stock model for the real sequences of a batch: one row each, padded."""
+    packed = {
+        "input_ids": (batch.input_ids, pad_id),
+        "token_type_ids": (batch.token_type_ids, 0),
+        "attention_mask": (torch.ones_like(batch.input_ids), 0),
+    }
+    others = {}
+    if "label" in batch.labels:
+        others["labels"] = batch.labels["label"][: batch.num_sequences]
+    else:
+        labels, number = torch.full(batch.input_ids.shape, IGNORED), int(batch.counts["mlm"])
+        labels[batch.masked_positions[:number]] = batch.labels["mlm"][:number]
+        packed["labels"] = (labels, IGNORED)
+    if "nsp" in batch.labels:
+        others["next_sentence_label"] = batch.labels["nsp"][: batch.num_sequences]
+    rows = list(zip(batch.cu_seqlens, batch.cu_seqlens[1:]))[: batch.num_sequences]
+    padded = {
+        name: pad_sequence([values[start:end] for start, end in rows], True, filler)
+        for name, (values, filler) in packed.items()
+    }
+    return padded | others
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     """Name -> gradient of the weights that have one."""
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    named = model.named_parameters()
+    return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
 
 
-def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol: float, rtol: float = 1e-5) -> None:
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol, rtol=1e-5) -> None:
     """Both hold the same names and nearly the same numbers."""
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=rtol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name],
+            theirs[name],
+            atol=atol,
+            rtol=rtol,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def dense_attention(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The slow form of packed attention: softmax(QK' / sqrt(D)) V over the whole pack [T, 3, H, D], -inf where two tokens are of
-    different sequences. Tensor operations only: this compiles."""
+    """The slow form of packed attention: softmax(QK' / sqrt(D)) V over the whole pack [T, 3, H, D],
+    -inf between tokens of different sequences. Tensor operations only: this compiles."""
     query, key, value = qkv.permute(1, 2, 0, 3)  # [H, T, D] each
     place = torch.arange(len(qkv), device=qkv.device)
     sequence = (place[:, None] >= cu_seqlens[None, 1:]).sum(1)

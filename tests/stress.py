@@ -1,13 +1,16 @@
-"""Kill a run many times at random moments, resume it each time, and compare what it ends as with the run that nobody has disturbed.
+"""Kill a run at many random moments, resume it each time, and compare it with an undisturbed run.
 
-    python tests/stress.py --kills 50 --signal KILL --processes 1 --work /tmp/stress
+    python tests/stress.py --kills 50 --work /tmp/stress
 
-Weights, optimizer, random states and logged numbers have to be equal bit for bit, and TensorBoard's curves to have one point for each
-logged step. Tests use the parts with few kills; this command is for a change of what keeps runs safe."""
+Weights, optimizer state, random states and logged numbers must be equal bit for bit, and the curves
+of TensorBoard must have one point for each logged number. A run that ends before its next kill is
+compared, removed and started again."""
+
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,31 +20,64 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from conftest import ROOT, SIZES, assert_same_run, make_documents  # noqa: E402
+from conftest import (  # noqa: E402
+    ROOT,
+    SIZES,
+    arguments_of,
+    assert_same,
+    assert_same_run,
+    make_documents,
+    rows,
+    write_documents,
+)
+from safetensors.torch import load_file  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+# Dropout, accumulation, whole words and pairs; saves and evaluates often.
+OFTEN = """--batch-size 16 --micro-batch-size 4 --max-length 32 --precision fp32 --device cpu
+--learning-rate 1e-3 --save-every 7 --eval-every 10 --log-every 3 --keep 2"""
+PRETRAINING = f"--model tiny --vocab-size 120 --masking word --eval-tokens 2000 {OFTEN}"
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node"
 
 
-def command_of(processes: int, *arguments: object) -> list[str]:
-    """The command line of pretrain.py in so many processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *launcher, str(ROOT / "scripts" / "pretrain.py"), *map(str, arguments)]
+def command_of(script: str, processes: int, *options: object) -> list[str]:
+    """The command line of a script in so many processes."""
+    launcher = arguments_of(TORCHRUN, [processes]) if processes > 1 else []
+    return [sys.executable, *launcher, str(ROOT / "scripts" / f"{script}.py"), *map(str, options)]
 
 
-def options_of(work: Path, steps: int, workers: int = 0) -> list[object]:
-    """A small run with dropout, accumulation, whole words and NSP, that saves and evaluates often."""
-    text = work / "text.txt"
-    if not text.exists():
-        text.write_text("\n\n".join("\n".join(document) for document in make_documents(200)) + "\n", encoding="utf-8")
-    return ["--train", text, "--model", "tiny", *SIZES, "--vocab-size", "120", "--masking", "word", "--max-length", "32", "--batch-size",
-            "16", "--micro-batch-size", "4", "--max-steps", steps, "--save-every", "7", "--eval-every", "10", "--log-every", "3",
-            "--keep", "2", "--eval-tokens", "2000", "--cache", work / "cache", "--learning-rate", "1e-3", "--precision", "fp32",
-            "--workers", workers]
+def run(command: list[str]) -> None:
+    """Run a command to its end."""
+    subprocess.run(command, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+
+
+def pretraining(given: argparse.Namespace) -> tuple[str, list[str]]:
+    """The script and its options."""
+    text = write_documents(given.work / "text.txt", make_documents(200))
+    files = ["--train", text, "--cache", given.work / "cache", "--workers", given.workers]
+    options = ["--optimizer", given.optimizer, "--max-steps", given.steps]
+    return "pretrain", arguments_of(PRETRAINING, SIZES, files, options)
+
+
+def finetuning(given: argparse.Namespace) -> tuple[str, list[str]]:
+    """The script and its options; the encoder is pretrained for a few steps first."""
+    encoder = given.work / "encoder"
+    if not encoder.exists():
+        run(command_of(*pretraining(given), "--max-steps", 2, "--output", encoder))
+    source, options = random.Random(0), []
+    for name, count in (("train", 300), ("valid", 60), ("test", 60)):
+        texts = [" ".join(document)[:200] for document in make_documents(count, source.random())]
+        labels = ["odd" if text.count("e") % 2 else "even" for text in texts]
+        lines = [json.dumps({"text": text, "label": of}) for text, of in zip(texts, labels)]
+        (given.work / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        options += [f"--{name}", given.work / f"{name}.jsonl"]
+    options += ["--model", encoder, "--optimizer", given.optimizer, "--max-steps", given.steps]
+    return "finetune", arguments_of(OFTEN, "--patience 0", options)
 
 
 def family_of(pid: int) -> list[int]:
-    """A process and all that came of it, children last."""
+    """A process and all its descendants, children last."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -54,57 +90,77 @@ def family_of(pid: int) -> list[int]:
     return family
 
 
-def disturb(command: list[str], number: int, seconds: float, whole_family: bool) -> int | None:
-    """Start the command and send it a signal after so many seconds; its exit code, None where it was at its end before."""
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def disturb(command: list[str], number: int, seconds: float) -> int | None:
+    """Start the command and send it a signal after some seconds, SIGKILL to all its processes; its
+    exit code, None if it ended before."""
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=ENVIRONMENT, **output)
     try:
         process.wait(seconds)
         assert process.returncode == 0, process.returncode
         return None
     except subprocess.TimeoutExpired:
-        for pid in family_of(process.pid) if whole_family else [process.pid]:
+        for pid in family_of(process.pid) if number == signal.SIGKILL else [process.pid]:
             os.kill(pid, number)
         return process.wait(60)
 
 
 def assert_one_curve(output: Path) -> None:
-    """TensorBoard reads each logged step once, in order."""
+    """TensorBoard reads each logged number once, in order."""
     accumulator = EventAccumulator(str(output), size_guidance={"scalars": 0}).Reload()
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    for name in ("train/perplexity", "eval/perplexity", "optim/learning_rate"):
-        points = [(event.step, event.value) for event in accumulator.Scalars(name)]
-        assert [step for step, _ in points] == [row["step"] for row in logged if name in row], name
+    for name in {name for row in logged for name in row} - {"step"}:
+        points = [event.step for event in accumulator.Scalars(name)]
+        assert points == [row["step"] for row in logged if name in row], name
+
+
+def assert_same_result(whole: Path, parts: Path, steps: int) -> None:
+    """Both runs ended alike. A finished fine-tuning has no checkpoint left."""
+    if (whole / f"checkpoint-{steps}").exists():
+        assert_same_run(whole, parts, steps)
+    else:
+        assert_same(*(load_file(of / "final" / "model.safetensors") for of in (whole, parts)))
+        assert rows(whole) == rows(parts)
+        predictions = [(of / "test_predictions.csv").read_text() for of in (whole, parts)]
+        assert predictions[0] == predictions[1]
+    assert_one_curve(parts)
 
 
 def main() -> None:
+    """Parse, disturb, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT", "USR1"))
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
+    parser.add_argument("--finetune", action="store_true", help="finetune.py, in one process")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--longest", type=float, default=10.0, help="seconds until a signal, at most")
+    parser.add_argument("--longest", type=float, default=10.0, help="seconds until a signal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    options, source = options_of(given.work, given.steps, given.workers), random.Random(given.seed)
+    source, codes = random.Random(given.seed), Counter()
+    script, options = (finetuning if given.finetune else pretraining)(given)
     whole, parts = given.work / "whole", given.work / "parts"
-    subprocess.run(command_of(given.processes, *options, "--output", whole), env=ENVIRONMENT, check=True)
-    codes, number = Counter(), getattr(signal, f"SIG{given.signal}")
-    command = command_of(given.processes, *options, "--output", parts, "--resume")
-    for kill in range(given.kills):
+    command = command_of(script, given.processes, *options, "--resume", "--output")
+    run([*command, str(whole)])
+    number = getattr(signal, f"SIG{given.signal}")
+    while codes.total() < given.kills:
         begin = time.monotonic()
-        code = disturb(command, number, source.uniform(0, given.longest), whole_family=number == signal.SIGKILL)
-        codes[code] += 1
+        code = disturb([*command, str(parts)], number, source.uniform(0, given.longest))
         found = sorted(path.name for path in parts.glob("checkpoint-*"))
-        print(f"{kill + 1}: {time.monotonic() - begin:.1f} s, exit code {code}, {', '.join(found)}", flush=True)
+        seconds = time.monotonic() - begin
+        print(f"{codes.total()}: {seconds:.1f} s, exit code {code}, {found}", flush=True)
         if code is None:
-            break
-    subprocess.run(command, env=ENVIRONMENT, check=True)
-    assert_same_run(whole, parts, step=given.steps)
-    assert_one_curve(parts)
-    print(f"{sum(codes.values())} times {given.signal}, exit codes {dict(codes)}: the same run, bit for bit")
+            assert_same_result(whole, parts, given.steps)
+            shutil.rmtree(parts)
+        else:
+            codes[code] += 1
+    run([*command, str(parts)])
+    assert_same_result(whole, parts, given.steps)
+    print(f"{given.kills} times {given.signal}, exit codes {dict(codes)}: the same run")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The training step on a GPU: the variable-length kernel, autocast and the scaler, torch.compile, resume and peak memory, each against
-float32 on the CPU, eager mode or the uninterrupted run."""
+"""The training step on a GPU: the variable-length kernels, autocast and the scaler, torch.compile,
+resume and peak memory, each against float32 on the CPU, eager mode or the uninterrupted run."""
 
 import contextlib
 import copy
@@ -15,21 +15,15 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import ROOT, interrupted_copy, rows, script, ten_steps
-from packed_reference import (
-    dense_attention,
-    gradients,
-    make_batches,
-    offsets,
-    small_model,
-)
+from packed_reference import dense_attention, gradients, make_batches, offsets, small_model
 from torch._dynamo.utils import counters
 
-from pretrain.command import run_command
+from pretrain.cli import run_command
 from pretrain.model.attention import FLASH, TRITON, VARLEN, packed_varlen
-from pretrain.model.dropout import Dropout
+from pretrain.model.replacements import Dropout
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import wrap
-from pretrain.runtime.optim import autocast, make_optimizer
+from pretrain.runtime.optim import autocast
 from pretrain.train import train_step
 
 HAS_KERNEL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -37,67 +31,54 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not HAS_KERNEL, reason="needs a GPU of compute capability 8.0 or later"),
 ]
-GPU, CPU = torch.device("cuda"), torch.device("cpu")
-LENGTHS = [64, 512]
-SEQUENCES = {64: 8, 512: 2}  # of full length in a micro-batch
+GPU = torch.device("cuda")
+SEQUENCES = {64: 8, 512: 2}  # by length, of a micro-batch
 RATE = 1e-3
+ON_GPU = ["--precision", "bf16", "--device", "cuda"]
 
 
-def twins(vocab_size, length, **settings):
+def twins(vocab_size, length=64):
     """The same model on the CPU and, with the kernel, on the GPU."""
-    loop = small_model(vocab_size, max_position_embeddings=length, **settings)
+    loop = small_model(vocab_size, max_position_embeddings=length)
     kernel = copy.deepcopy(loop).to(GPU)
     kernel.attention = VARLEN
     return loop, kernel
 
 
-def filled_batches(corpus, vocabulary, length, count=1):
-    return make_batches(
-        corpus,
-        vocabulary,
-        micro_batch_size=SEQUENCES[length],
-        count=count,
-        fill=True,
-        max_length=length,
-    )
+def filled_batches(corpus, vocabulary, length=64, count=1):
+    sizes = {"micro_batch_size": SEQUENCES[length], "max_length": length}
+    return make_batches(corpus, vocabulary, count=count, fill=True, **sizes)
 
 
-def optimizer_of(model):
-    return make_optimizer(model, RATE, 0.01, [0.9, 0.999], 1e-6)
+class Trainer:
+    """Updates of `model`; `compiled` is called in its place."""
+
+    def __init__(self, model, precision, scaler=None, compiled=None):
+        self.model, self.trained = model, model if compiled is None else compiled
+        self.device = next(model.parameters()).device
+        self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=False)
+        self.autocast = autocast(self.device, precision)
+        self.optimizer = torch.optim.AdamW(model.parameters(), RATE, fused=True)
+
+    def step(self, *batches):
+        optimizers = [self.optimizer]
+        made = (self.scaler, self.autocast, RATE, 1.0, self.device)
+        return train_step(self.trained, batches, optimizers, *made)
+
+    def losses(self, batches, steps):
+        """Mean masked loss of each of some steps, over the micro-batches in turn."""
+        results = [self.step(batches[number % len(batches)]) for number in range(steps)]
+        return [result.losses.read(self.device).means()["mlm_loss"] for result in results]
+
+    def state(self):
+        """Weights and everything that the optimizer keeps."""
+        states = self.optimizer.state.values()
+        kept = [value.clone() for state in states for value in state.values()]
+        return [weight.detach().clone() for weight in self.model.parameters()] + kept
 
 
-def step(model, batches, optimizer, precision, scaler=None, trained=None, loss_weights=None):
-    """One update on the device of `model`."""
-    device = next(model.parameters()).device
-    return train_step(
-        model if trained is None else trained,
-        loss_weights or model.loss_weights,
-        batches,
-        optimizer,
-        scaler or torch.amp.GradScaler(device.type, enabled=False),
-        autocast(device, precision),
-        RATE,
-        1.0,
-        device,
-    )
-
-
-def losses_of(model, batches, precision, steps, scaler=None, trained=None):
-    """Mean masked loss of each of some steps, over the micro-batches in turn."""
-    optimizer, means = optimizer_of(model), []
-    for number in range(steps):
-        batch = batches[number % len(batches)]
-        result = step(model, [batch], optimizer, precision, scaler, trained)
-        means.append((result.sums["mlm_loss"] / result.sums["mlm_count"]).item())
-    return means
-
-
-def state_of(model, optimizer):
-    """Weights and everything that the optimizer keeps."""
-    weights = [weight.detach().clone() for weight in model.parameters()]
-    return weights + [
-        value.clone() for state in optimizer.state.values() for value in state.values()
-    ]
+def are_equal(left, right):
+    return all(torch.equal(*pair) for pair in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("kernel", [TRITON, FLASH])
@@ -107,13 +88,10 @@ def state_of(model, optimizer):
 )
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_a_kernel_equals_dense_attention(kernel, dtype, lengths, head_dim):
-    """With dummies that have no token, too: gradients of what comes before them are finite and right."""
+    """Also before dummies without tokens: the gradients there are finite and right."""
     generator = torch.Generator().manual_seed(1)
-    qkv = (
-        torch.randn(sum(lengths), 3, 2, head_dim, generator=generator)
-        .to(GPU, dtype)
-        .requires_grad_()
-    )
+    qkv = torch.randn(sum(lengths), 3, 2, head_dim, generator=generator)
+    qkv = qkv.to(GPU, dtype).requires_grad_()
     exact, cu_seqlens = qkv.detach().float().requires_grad_(), offsets(lengths).to(GPU)
     ours = packed_varlen(qkv, cu_seqlens, max(lengths), kernel)
     expected = dense_attention(exact, cu_seqlens)
@@ -124,18 +102,18 @@ def test_a_kernel_equals_dense_attention(kernel, dtype, lengths, head_dim):
     torch.testing.assert_close(found.float(), wanted, atol=5e-2, rtol=5e-2)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", SEQUENCES)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_losses_and_gradients_are_near_float32_on_the_cpu(length, precision, corpus, vocabulary):
     loop, kernel = twins(vocabulary.size, length)
     (batch,) = filled_batches(corpus, vocabulary, length)
     expected = loop(batch)
-    sum(expected.loss_sums.values()).backward()
+    sum(loss.sum for loss in expected.values()).backward()
     with autocast(GPU, precision):
-        output = kernel(batch.to(GPU))
-    sum(output.loss_sums.values()).backward()
-    for name, value in output.loss_sums.items():
-        assert value.item() == pytest.approx(expected.loss_sums[name].item(), rel=1e-2)
+        found = kernel(batch.to(GPU))
+    sum(loss.sum for loss in found.values()).backward()
+    for name, loss in found.items():
+        assert loss.sum.item() == pytest.approx(expected[name].sum.item(), rel=1e-2)
     wanted = gradients(loop)
     largest = max(gradient.norm() for gradient in wanted.values())
     for name, gradient in gradients(kernel).items():
@@ -146,18 +124,18 @@ def test_losses_and_gradients_are_near_float32_on_the_cpu(length, precision, cor
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_steps_follow_those_of_float32_on_the_cpu(precision, corpus, vocabulary):
-    loop, kernel = twins(vocabulary.size, 64)
-    batches = filled_batches(corpus, vocabulary, 64, count=2)
+    loop, kernel = twins(vocabulary.size)
+    batches = filled_batches(corpus, vocabulary, count=2)
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
-    expected = losses_of(loop, batches, "fp32", steps=20)
-    found = losses_of(kernel, batches, precision, steps=20, scaler=scaler)
+    expected = Trainer(loop, "fp32").losses(batches, steps=20)
+    found = Trainer(kernel, precision, scaler).losses(batches, steps=20)
     assert expected[-1] < 0.9 * expected[0]
     assert found == pytest.approx(expected, rel=2e-2)
 
 
 def test_dropout_of_a_compiled_graph_has_its_share_and_its_gradient():
     torch._dynamo.reset()
-    drop = torch.compile(Dropout(torch.nn.Dropout(0.1)), dynamic=False)
+    drop = torch.compile(Dropout(0.1), dynamic=False)
     numbers = torch.ones(4096, 768, device=GPU, dtype=torch.bfloat16, requires_grad=True)
     first, second = drop(numbers), drop(numbers)
     for dropped in (first, second):
@@ -169,92 +147,87 @@ def test_dropout_of_a_compiled_graph_has_its_share_and_its_gradient():
 
 
 def test_a_compiled_step_equals_the_eager_one_and_waits_for_nothing(corpus, vocabulary):
-    """One graph without a break for batches of any lengths, at either length of a run with phases."""
+    """One graph without a break for batches of any lengths, at either length of two phases."""
     torch._dynamo.reset()
     counters.clear()
     _, eager = twins(vocabulary.size, 512)
     model = copy.deepcopy(eager)
-    trained = wrap(model, compiled=True)
     batches = [
         batch.pin_memory()
-        for length in LENGTHS
+        for length in SEQUENCES
         for batch in filled_batches(corpus, vocabulary, length, count=3)
     ]
-    expected = losses_of(eager, batches, "bf16", steps=len(batches))
-    found = losses_of(model, batches, "bf16", steps=len(batches), trained=trained)
-    assert found == pytest.approx(expected, rel=1e-2)
+    expected = Trainer(eager, "bf16").losses(batches, steps=len(batches))
+    trainer = Trainer(model, "bf16", compiled=wrap(model, compiled=True))
+    assert trainer.losses(batches, steps=len(batches)) == pytest.approx(expected, rel=1e-2)
     shapes = {(len(batch.input_ids), len(batch.lengths), batch.max_length) for batch in batches}
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == len(shapes)
-    optimizer = optimizer_of(model)
-    step(model, batches[:1], optimizer, "bf16", trained=trained)  # makes the optimizer's state
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(model, batches[1:3], optimizer, "bf16", trained=trained)
+        trainer.step(*batches[1:3])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_step_that_is_not_finite_changes_nothing(corpus, vocabulary):
-    _, model = twins(vocabulary.size, 64)
-    batches, optimizer = filled_batches(corpus, vocabulary, 64), optimizer_of(model)
-    assert step(model, batches, optimizer, "bf16").finite
-    before = state_of(model, optimizer)
-    poisoned = {**model.loss_weights, "mlm": math.inf}
-    assert not step(model, batches, optimizer, "bf16", loss_weights=poisoned).finite
-    assert all(torch.equal(*pair) for pair in zip(before, state_of(model, optimizer)))
-    assert step(model, batches, optimizer, "bf16").finite
-    assert not all(torch.equal(*pair) for pair in zip(before, state_of(model, optimizer)))
+    _, model = twins(vocabulary.size)
+    trainer, (batch,) = Trainer(model, "bf16"), filled_batches(corpus, vocabulary)
+    assert trainer.step(batch).finite
+    before = trainer.state()
+    model.use_pairs(math.inf)
+    assert not trainer.step(batch).finite
+    assert are_equal(before, trainer.state())
+    model.use_pairs(1.0)
+    assert trainer.step(batch).finite
+    assert not are_equal(before, trainer.state())
 
 
 def test_the_scaler_skips_what_overflows_and_lowers_its_scale(corpus, vocabulary):
-    _, model = twins(vocabulary.size, 64)
-    batches, optimizer = filled_batches(corpus, vocabulary, 64), optimizer_of(model)
+    _, model = twins(vocabulary.size)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    trainer, (batch,) = Trainer(model, "fp16", scaler), filled_batches(corpus, vocabulary)
     before = [weight.detach().clone() for weight in model.parameters()]
-    assert not step(model, batches, optimizer, "fp16", scaler).finite
-    assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
-    assert scaler.get_scale() == 2.0**39
-    finite = [bool(step(model, batches, optimizer, "fp16", scaler).finite) for _ in range(40)]
+    assert not trainer.step(batch).finite
+    assert are_equal(before, model.parameters()) and scaler.get_scale() == 2.0**39
+    finite = [bool(trainer.step(batch).finite) for _ in range(40)]
     assert finite[-1] and finite == sorted(finite), "once the scale fits, every step counts"
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
 def test_a_run_is_resumed_near_the_uninterrupted_one(compiled, text_file, cache, tmp_path):
-    """Its logged peak of memory is that of its own steps: not of what was freed before, such as the trial micro-batch."""
-    main = script("pretrain").main
-    options = [*ten_steps(text_file, cache, 8), "--precision", "bf16", "--device", "cuda"]
-    options += ["--compile", compiled]
+    """Its logged peak of memory is that of its steps, not of what was freed before, such as the
+    trial micro-batch."""
+    main, whole, resumed = script("pretrain").main, tmp_path / "whole", tmp_path / "resumed"
+    options = [*ten_steps(text_file, cache, 8), *ON_GPU, "--compile", compiled]
     held = torch.empty(1 << 30, dtype=torch.uint8, device=GPU)
     del held
-    assert run_command(main, [*options, "--output", str(tmp_path / "whole")]) == 0
-    interrupted_copy(tmp_path / "whole", tmp_path / "resumed", step=4)
-    assert run_command(main, ["--resume", "--output", str(tmp_path / "resumed")]) == 0
-    for ours, theirs in zip(rows(tmp_path / "whole"), rows(tmp_path / "resumed"), strict=True):
+    assert run_command(main, [*options, "--output", str(whole)]) == 0
+    interrupted_copy(whole, resumed, step=4)
+    assert run_command(main, ["--resume", "--output", str(resumed)]) == 0
+    for ours, theirs in zip(rows(whole), rows(resumed), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-2)
-    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
-    peaks = [row["memory/peak_bytes"] for row in map(json.loads, lines) if "train/loss" in row]
+    logged = map(json.loads, (whole / "metrics.jsonl").read_text().splitlines())
+    peaks = [row["memory/peak_bytes"] for row in logged if "train/loss" in row]
     assert peaks and 0 < max(peaks) < 1 << 30
 
 
 def test_a_signal_while_kernels_are_compiled(text_file, cache, tmp_path):
-    """The signal goes to the whole group, and so to the processes that compile; the run saves after the step."""
-    options = [*ten_steps(text_file, cache, 8), "--precision", "bf16", "--device", "cuda"]
-    options += ["--compile", "on", "--workers", "2", "--valid-fraction", "0"]
-    options += ["--output", str(tmp_path / "run")]
-    kernels = tmp_path / "kernels"
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(kernels)}
+    """It goes to the whole group, and so to the processes that compile; the run saves its step."""
+    output, kernels, log = tmp_path / "run", tmp_path / "kernels", tmp_path / "log"
+    options = [*ten_steps(text_file, cache, 8), *ON_GPU, "--compile", "on", "--workers", "2"]
+    options += ["--valid-fraction", "0", "--output", str(output)]
     command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *options]
-    with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(kernels)}
+    with log.open("w") as file:
+        streams = {"stdout": file, "stderr": file, "start_new_session": True}
+        run = subprocess.Popen(command, env=environment, **streams)
     try:
         while not any(kernels.rglob("*.py")) and run.poll() is None:
             time.sleep(0.01)
         os.killpg(run.pid, signal.SIGTERM)
-        assert run.wait(300) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+        assert run.wait(300) == 128 + signal.SIGTERM, log.read_text()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
-    assert [folder.name for folder in ckpt.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    assert [folder.name for folder in ckpt.checkpoints(output)] == ["checkpoint-1"]

@@ -1,25 +1,65 @@
-"""The house: which module may import which, who reads the command line and the launcher's variables, a docstring on everything public,
-and a help line for every option."""
+"""The house: which module may import which, who names an option or reads the environment, how large
+the loop is, a docstring on everything public, and a help line for every option."""
+
 import ast
 import configparser
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, script
 
-from pretrain import command, config
+from pretrain import cli, config
 
-WINGS = ("data", "model", "runtime")
-GROUND = {"pretrain.batch", "pretrain.command", "pretrain.config", "pretrain.files", "pretrain.phases"}  # what a wing may import
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-           for path in sorted((ROOT / "pretrain").rglob("*.py"))}
-SCRIPTS = {path.name: path for path in sorted((ROOT / "scripts").glob("*.py"))}
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in (MODULES | SCRIPTS).items()}
-OPTION_GROUPS = [value for value in vars(config).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
+LEVELS = (  # from top to bottom: a module imports from its own level or from below
+    ("commands",),
+    ("adapt",),
+    ("finetune", "demo"),
+    ("train", "build"),
+    ("run",),
+    ("inputs", "plan"),
+    ("evaluate",),
+    ("metrics",),
+    ("cli", "plots"),
+    ("data", "model", "runtime"),
+    ("batch", "config", "schema", "signals", "files", "errors"),
+)
+WINGS = LEVELS[-2]
+NAME_FLAGS = re.compile(
+    r"pretrain\.(config|cli|run|build|plan|inputs|demo|commands\..*|finetune\.build"
+    r"|adapt\.(checks|pipeline))"
+)
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "pretrain").rglob("*.py"))
+}
+SCRIPTS = {path.stem: path for path in sorted((ROOT / "scripts").glob("*.py"))}
+COMMANDS = [name for name in SCRIPTS if name != "benchmark"]
+BENCHMARK = {"scripts.benchmark.command": ROOT / "scripts" / "benchmark" / "command.py"}
+TREES = {
+    name: ast.parse(path.read_text("utf-8"))
+    for name, path in (MODULES | SCRIPTS | BENCHMARK).items()
+}
+
+
+def option_classes():
+    """Every dataclass of options, of the package and of the benchmark."""
+    found = [*vars(config).values(), *vars(importlib.import_module(*BENCHMARK)).values()]
+    for name in MODULES:
+        if name.startswith("pretrain.commands."):
+            found += vars(importlib.import_module(name)).values()
+    classes = [value for value in found if isinstance(value, type)]
+    classes = [kind for kind in classes if dataclasses.is_dataclass(kind)]
+    return {
+        kind.__name__: kind for kind in classes if "help" in dataclasses.fields(kind)[0].metadata
+    }
+
+
+# Imports.
 
 
 def imports_of(tree):
@@ -30,58 +70,27 @@ def imports_of(tree):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: imports are absolute here"
-            # `from pretrain.data import reading` imports a module, `from pretrain.command import check` a name.
-            found |= {name if (name := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "pretrain"}
+            for alias in node.names:  # a module of a package, or a name of a module
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in MODULES else node.module)
+    return {name for name in found if name.startswith("pretrain.")}
 
 
-def wing_of(module):
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in WINGS else None
+def level_of(module):
+    part = module.split(".")[1]
+    (level,) = (number for number, parts in enumerate(LEVELS) if part in parts)
+    return level
 
 
-# Imports.
-
-def test_tests_need_no_optional_package_to_be_collected():
-    """As on a machine with a GPU: what setup.cfg names as an extra is imported by `pytest.importorskip`, or inside a test."""
-    settings = configparser.ConfigParser()
-    settings.read(ROOT / "setup.cfg")
-    extras = {name: settings["options.extras_require"][name].split() for name in settings["options.extras_require"]}
-    always = {"pytest", "hypothesis", "tensorboard"}
-    known = {"scikit-learn": "sklearn", "ahocorasick-rs": "ahocorasick_rs"}
-    optional = {known.get(package, package) for packages in extras.values() for package in packages} - always
-    assert {"datasets", "rjieba", "sklearn", "matplotlib"} <= optional
-    found = set()
-    for path in (ROOT / "tests").rglob("*.py"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            found |= {(path.name, name) for name in names if name.split(".")[0] in {*optional, "pyarrow", "triton"}}
-    assert not found
+@pytest.mark.parametrize("module", [name for name in MODULES if "." in name])
+def test_imports_point_down(module):
+    for name in imports_of(TREES[module]):
+        assert level_of(name) >= level_of(module), f"{module} imports {name}"
+        wings = {module.split(".")[1], name.split(".")[1]} & set(WINGS)
+        assert len(wings) < 2, f"{module} imports from another wing: {name}"
 
 
-def test_there_is_something_to_walk():
-    assert {"pretrain.train", "pretrain.batch", "pretrain.data.corpus", "pretrain.runtime.optim"} <= MODULES.keys()
-    assert {"pretrain.command", "pretrain.files", "pretrain.parts", "pretrain.text", "pretrain.model.roberta"} <= MODULES.keys()
-    assert {wing_of(name) for name in MODULES} == {*WINGS, None} and "pretrain.py" in SCRIPTS
-    assert "pretrain.data.tokenizer" in imports_of(TREES["pretrain.setup"])  # imported as a module, under another name
-    assert "pretrain.train" in imports_of(TREES["pretrain.py"])  # imported in a function
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if wing_of(name)])
-def test_a_wing_imports_no_other_wing_and_nothing_above(module):
-    wing = f"pretrain.{wing_of(module)}"
-    outside = {name for name in imports_of(TREES[module]) if name != wing and not name.startswith(f"{wing}.")}
-    assert outside <= GROUND, f"{module} reaches out of its wing"
-
-
-@pytest.mark.parametrize("module", sorted(GROUND))
-def test_the_ground_stands_on_itself(module):
-    assert imports_of(TREES[module]) <= GROUND
-
-
-def test_arrows_only_go_down():
-    """No two modules need each other, not even through a third; nothing imports a script."""
+def test_no_two_modules_need_each_other():
     graph = {name: imports_of(TREES[name]) for name in MODULES}
     try:
         TopologicalSorter(graph).prepare()
@@ -90,106 +99,186 @@ def test_arrows_only_go_down():
     assert set().union(*graph.values()) <= MODULES.keys()
 
 
-# What comes from outside.
-
-def reads_argv(tree):
-    return any(isinstance(node, ast.Attribute) and node.attr == "argv" or isinstance(node, ast.alias) and node.name == "argv"
-               for node in ast.walk(tree))
+def test_there_is_something_to_walk():
+    assert {f"pretrain.{part}" for part in LEVELS[-1]} <= MODULES.keys()
+    assert "pretrain.train" in imports_of(TREES["pretrain.commands.pretrain"])  # in a function
 
 
-def test_only_scripts_read_the_command_line():
-    assert [name for name in MODULES if reads_argv(TREES[name])] == []
+def test_tests_need_no_optional_package_to_be_collected():
+    """As on a machine with a GPU: what setup.cfg names as an extra is imported in a test, or by
+    `pytest.importorskip`."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    extras = " ".join(settings["options.extras_require"].values()).split()
+    known = {"scikit-learn": "sklearn", "ahocorasick-rs": "ahocorasick_rs"}
+    optional = {known.get(name, name) for name in extras} - {"pytest", "hypothesis"}
+    assert {"datasets", "rjieba", "sklearn", "matplotlib"} <= optional
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported = {name.split(".")[0] for name in names}
+            assert not imported & {*optional, "pyarrow", "triton"}, path.name
+
+
+# Who may do what.
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_commands_and_builders_name_options(module):
+    """In a message: a wing says what is wrong with a value, its caller adds the option."""
+    docstrings = {node.value for node in ast.walk(TREES[module]) if isinstance(node, ast.Expr)}
+    named = [
+        f"line {node.lineno}: {node.value}"
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Constant) and node not in docstrings
+        if isinstance(node.value, str) and re.search(r"(?<![\w-])--[a-z]", node.value)
+    ]
+    assert NAME_FLAGS.fullmatch(module) or not named
+
+
+def test_only_scripts_and_commands_read_the_command_line():
+    def reads_argv(tree):
+        nodes = list(ast.walk(tree))
+        return any(
+            getattr(node, "attr", "") == "argv" or getattr(node, "name", "") == "argv"
+            for node in nodes
+            if isinstance(node, (ast.Attribute, ast.alias))
+        )
+
+    # "pretrain" is the script of that name here: the package itself is empty.
+    reading = {name for name in MODULES if name != "pretrain" and reads_argv(TREES[name])}
+    assert all(name.startswith("pretrain.commands.") for name in reading)
     assert all(reads_argv(TREES[name]) for name in SCRIPTS)
 
 
 def test_only_distributed_reads_the_launchers_variables():
-    found = {name for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.Constant)
-             and node.value in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    found = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     assert found == {"pretrain.runtime.distributed"}
 
 
-# Docstrings.
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_script_is_a_wrapper_of_its_command(name):
+    assert f"pretrain.commands.{name}" in imports_of(TREES[name])
+    assert len(SCRIPTS[name].read_text("utf-8").splitlines()) <= 16
+    assert script(name).main.__module__ == f"pretrain.commands.{name}"
+
+
+# How a file looks.
+
+
+@pytest.mark.parametrize(("name", "limit"), [("train", 80), ("train_step", 60)])
+def test_the_loop_fits_on_a_screen(name, limit):
+    (function,) = (n for n in TREES["pretrain.train"].body if getattr(n, "name", "") == name)
+    assert function.end_lineno - function.lineno + 1 <= limit
+
+
+def test_no_line_is_longer_than_100_columns():
+    files = [
+        path
+        for folder in ("pretrain", "scripts", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    lines = [(path, line) for path in files for line in path.read_text("utf-8").splitlines()]
+    assert [f"{path.name}: {line}" for path, line in lines if len(line) > 100] == []
+
 
 def public_definitions(tree):
-    """Public functions, and public methods that are more than one statement: a name says what a single one does."""
+    """Public classes, functions, and methods of more than one statement: a name says what one
+    does."""
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            yield node
-        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            yield from (method for method in node.body if isinstance(method, ast.FunctionDef)
-                        and not method.name.startswith("_") and len(method.body) > 1)
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        yield node
+        for method in node.body if isinstance(node, ast.ClassDef) else []:
+            is_long = isinstance(method, ast.FunctionDef) and len(method.body) > 1
+            if is_long and not method.name.startswith("_"):
+                yield method
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if TREES[name].body] + list(SCRIPTS))  # empty __init__.py need none
-def test_every_module_and_public_function_has_a_docstring(name):
-    tree = TREES[name]
-    assert ast.get_docstring(tree), f"{name}: says nothing of itself"
-    assert [f"{name}:{node.lineno} {node.name}" for node in public_definitions(tree) if not ast.get_docstring(node)] == []
+@pytest.mark.parametrize("name", [name for name in TREES if TREES[name].body])
+def test_everything_public_has_a_docstring(name):
+    for node in [TREES[name], *public_definitions(TREES[name])]:
+        assert ast.get_docstring(node), f"{name}: {getattr(node, 'name', 'module')}"
+
+
+def test_the_table_of_faults_names_tests_that_there_are():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "README.md").read_text("utf-8")))
+    sources = [path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    written = {name for text in sources for name in re.findall(r"^def (test_\w+)", text, re.M)}
+    assert len(named) > 30 and not named - written
 
 
 # Options.
 
-@pytest.mark.parametrize("options", OPTION_GROUPS, ids=lambda options: options.__name__)
-def test_every_option_has_a_help_line_and_shows(options):
-    shown = command.build_parser(options, "").format_help()
-    flat = " ".join(shown.split())
-    for entry in dataclasses.fields(options):
-        text = entry.metadata["help"]
-        assert len(text.split()) >= 3, f"{entry.name}: its help line says too little"
-        assert re.search(rf"^  --{entry.name.replace('_', '-')}\b", shown, re.MULTILINE), entry.name
-        assert re.sub(r"\s|-", "", text) in re.sub(r"\s|-", "", flat), entry.name  # argparse breaks lines at hyphens, too
-    assert "--config FILE" in shown
 
-
-def shown_as(name, call=None):
-    """How --help shows an option: by its flag, or by its metavar if it is positional."""
-    arguments = {entry.arg: entry.value.value for entry in getattr(call, "keywords", []) if isinstance(entry.value, ast.Constant)}
-    return arguments["metavar"] if arguments.get("positional") else f"--{name.replace('_', '-')}"
-
-
-def options_of(tree):
-    """The options that a script declares itself, as --help shows them, and the classes of pretrain.config that it takes over."""
-    declared, taken = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            taken |= {base.id for base in node.bases if isinstance(base, ast.Name)}
-            declared |= {shown_as(entry.target.id, entry.value) for entry in node.body if isinstance(entry, ast.AnnAssign)
-                         and isinstance(entry.value, ast.Call) and getattr(entry.value.func, "id", "") == "option"}
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse":
-            taken |= {node.args[1].id}
-    return declared, taken
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_shows_every_option(name):
-    result = subprocess.run([sys.executable, SCRIPTS[name], "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    declared, taken = options_of(TREES[name])
-    groups = [getattr(config, group) for group in taken if dataclasses.is_dataclass(getattr(config, group, None))]
-    declared |= {shown_as(entry.name) for group in groups for entry in dataclasses.fields(group)}
-    assert declared, "a script without options"
-    for option in declared:
-        assert re.search(rf"^  {option}(?!\w)", result.stdout, re.MULTILINE), option
-    assert ast.get_docstring(TREES[name]).split("\n")[0][:60] in " ".join(result.stdout.split())
-
-
-def test_help_and_checks_of_values_do_not_wait_for_torch():
-    code = "import sys, pretrain.config; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_options_are_frozen_and_say_what_they_are():
+    for name, options in option_classes().items():
+        assert options.__dataclass_params__.frozen, name
+        for entry in dataclasses.fields(options):
+            assert len(entry.metadata["help"].split()) >= 3, f"{name}.{entry.name}"
+            assert not isinstance(entry.default, list), f"{name}.{entry.name}"
 
 
 def test_no_option_means_two_things():
-    """An option that several commands have is spelled alike and is of one type; its default and help may differ."""
-    kinds = {}
-    for name in [*SCRIPTS, "pretrain.config"]:
-        for node in ast.walk(TREES[name]):
-            if isinstance(node, ast.AnnAssign) and getattr(getattr(node.value, "func", None), "id", "") == "option":
-                kinds.setdefault(node.target.id, {})[name] = ast.unparse(node.annotation).removesuffix(" | None")
-    for option, found in kinds.items():
-        assert len(set(found.values())) == 1, f"{option}: {found}"
+    """An option of several commands has one type everywhere; default and help may differ. In a
+    command that takes a group and redeclares an option, the bounds stay, too."""
+    types = {}
+    for options in option_classes().values():
+        for entry in dataclasses.fields(options):
+            types.setdefault(entry.name, set()).add(entry.type.removesuffix(" | None"))
+            for group in options.__mro__[1:-1]:
+                original = group.__dataclass_fields__.get(entry.name, entry)
+                for key in ("form", "may_change"):
+                    assert entry.metadata[key] is original.metadata[key], entry.name
+    assert {name: found for name, found in types.items() if len(found) > 1} == {}
 
 
-def test_the_table_of_faults_names_tests_that_there_are():
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "README.md").read_text()))
-    written = {name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
-    assert len(named) > 30 and not named - written
+def test_a_default_fits_its_bounds():
+    for options in option_classes().values():
+        for entry in dataclasses.fields(options):
+            form, default = entry.metadata["form"], entry.default
+            assert form is None or default in (None, ()) or form.holds(default), entry.name
+
+
+HELP = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+assert not {"torch", "transformers"} & sys.modules.keys()
+"""
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_every_option_and_does_not_wait_for_torch(name):
+    command = [sys.executable, "-c", HELP, str(SCRIPTS[name])]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    main = f"pretrain.commands.{name}" if name in COMMANDS else next(iter(BENCHMARK))
+    (kind,) = re.findall(
+        r"(?:parse|read_command_line)\(.*?\b(\w*Options|Config)\b", ast.unparse(TREES[main])
+    )
+    squeezed = re.sub(r"[\s-]", "", shown)  # argparse breaks lines at hyphens, too
+    assert re.sub(r"[\s-]", "", ast.get_docstring(TREES[main]).split("\n")[0])[:50] in squeezed
+    for entry in dataclasses.fields(option_classes()[kind]):
+        arguments = entry.metadata["argparse"]
+        flag = f"--{entry.name.replace('_', '-')}"
+        spelled = arguments["metavar"] if arguments.get("positional") else flag
+        assert re.search(rf"^  {spelled}(?!\w)", shown, re.MULTILINE), entry.name
+        assert re.sub(r"[\s-]", "", entry.metadata["help"]) in squeezed, entry.name
+
+
+def test_help_shows_groups():
+    shown = cli.build_parser(config.Config, "").format_help()
+    titles = re.findall(r"^(\w[\w ]*):$", shown, re.MULTILINE)
+    expected = (
+        "options, model, tokenizer, text, data, objective and masking, optimization, device, run"
+    )
+    assert titles == expected.split(", ")

@@ -1,4 +1,5 @@
-"""Collate: the examples of one micro-batch -> a packed, masked Batch. All vectorised numpy; a pure function."""
+"""Collate: the examples of one micro-batch -> a packed, masked Batch; a pure function."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,74 +9,55 @@ import torch
 
 from pretrain.batch import IGNORED, Batch
 from pretrain.data.corpus import ENTITY_INSIDE, WORD_START, Shard
-from pretrain.data.draws import derive
-from pretrain.data.masking import Masking, draw_masks, replace
-from pretrain.data.planning import Plan, Task
+from pretrain.data.hash_rng import derive
+from pretrain.data.masking import Masking, Packed, draw_masks, fill_in
+from pretrain.data.pairs import Plan, Task, count_up
 from pretrain.data.tokenizer import Vocabulary
 
-MASKS = np.uint64(7)  # stream of random numbers of an example; the plan draws from those below
+MASKS = 7  # stream of random numbers of an example; the plan draws from those below
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What `PretrainingDataset.__getitems__` gives: the planned examples of a micro-batch and the text that they point to."""
+    """The planned examples of a micro-batch and the shard that they point to."""
 
     shard: Shard
     plan: Plan
     mask_rate: float | None = None  # None: the task's
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Examples laid end to end: T tokens of N sequences."""
-
-    ids: np.ndarray  # int64 [T]
-    flags: np.ndarray  # uint8 [T], as a corpus's; [CLS] and [SEP] are words of their own
-    sequence: np.ndarray  # int64 [T]
-    position_ids: np.ndarray  # int64 [T]
-    token_type_ids: np.ndarray  # int64 [T]
-    lengths: np.ndarray  # int64 [N]
-
-
 def pack(examples: Examples, vocabulary: Vocabulary) -> Packed:
     """[CLS] A [SEP], or [CLS] A [SEP] B [SEP], of each example."""
     plan, shard = examples.plan, examples.shard
-    has_b = plan.b_length > 0
-    lengths = 2 + has_b + plan.a_length + plan.b_length
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    sequence = np.repeat(np.arange(len(lengths)), lengths)
-    position_ids = np.arange(offsets[-1]) - offsets[sequence]
+    lengths = plan.lengths
+    sequence, position_ids = count_up(lengths)
     token_type_ids = (position_ids > plan.a_length[sequence] + 1).astype(np.int64)
-    # Where each token lies in the shard; the places of [CLS] and [SEP] read something and are overwritten.
-    source = np.where(token_type_ids, (plan.b_start - plan.a_length - 2)[sequence], (plan.a_start - 1)[sequence]) + position_ids
+    # Where each token lies in the shard. [CLS] and [SEP] read something and are overwritten.
+    a_offset, b_offset = plan.a_start - 1, plan.b_start - plan.a_length - 2
+    source = np.where(token_type_ids, b_offset[sequence], a_offset[sequence]) + position_ids
     source = np.minimum(np.maximum(source, 0), len(shard.ids) - 1)
     ids, flags = shard.ids[source].astype(np.int64), shard.flags[source]
-    first_separators = (offsets[:-1] + plan.a_length + 1)[has_b]
-    separators = np.concatenate([offsets[1:] - 1, first_separators])
-    ids[offsets[:-1]], ids[separators] = vocabulary.cls_id, vocabulary.sep_id
-    flags[offsets[:-1]] = flags[separators] = WORD_START
-    # What is cut at the beginning of a segment begins there: ENTITY_INSIDE becomes ENTITY_START, the bit below it.
-    begins = np.concatenate([offsets[:-1], first_separators]) + 1
-    flags[begins] = WORD_START | (flags[begins] & ~np.uint8(ENTITY_INSIDE)) | ((flags[begins] & ENTITY_INSIDE) >> 1)
-    return Packed(ids, flags, sequence, position_ids, token_type_ids, lengths)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A packed micro-batch and its draw: M of T tokens are masked."""
-
-    packed: Packed
-    masked: np.ndarray  # int64 [M]
-    keys: np.ndarray  # uint64 [T]
-    leader: np.ndarray  # int64 [T], see `draw_masks`
-    budget: np.ndarray  # int64 [N]
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    first_separators = (starts + plan.a_length + 1)[plan.b_length > 0]
+    ids[starts] = vocabulary.cls_id
+    ids[ends - 1] = ids[first_separators] = vocabulary.sep_id
+    flags[starts] = flags[ends - 1] = flags[first_separators] = WORD_START
+    # A word or an entity that is cut off at the beginning of a segment begins there: ENTITY_INSIDE
+    # becomes ENTITY_START, the bit below it.
+    begins = np.concatenate([starts, first_separators]) + 1
+    inside = flags[begins] & ENTITY_INSIDE
+    flags[begins] = WORD_START | (flags[begins] - inside) | (inside >> 1)
+    maskable = ~vocabulary.is_special[ids]
+    keys = derive(derive(plan.keys, MASKS)[sequence], position_ids)
+    return Packed(ids, flags, maskable, sequence, position_ids, token_type_ids, keys, lengths)
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Packs, masks and, with `fill`, fills a micro-batch to the fixed shapes that one compiled graph serves; else its tokens to a
-    multiple of `multiple`, its masked positions to one of half of that. Few shapes suit a CPU, too: matrix products keep code for each,
-    and memory that is freed fits again."""
+    """Packs and masks a micro-batch and fills it up: with `fill` to the fixed shapes that one
+    compiled graph serves; else its tokens to a multiple of `multiple`, its masked positions to one
+    of half of that. A CPU likes few shapes, too: matrix products cache code and memory for each."""
 
     task: Task
     vocabulary: Vocabulary
@@ -83,66 +65,71 @@ class Collator:
     fill: bool = False
     multiple: int = 1  # 1: as they are
 
-    def draw(self, examples: Examples) -> Drawn:
-        """The examples packed, and what the draw decides for them."""
-        packed = pack(examples, self.vocabulary)
-        maskable = ~self.vocabulary.is_special[packed.ids]
-        keys = derive(derive(examples.plan.keys, MASKS)[packed.sequence], packed.position_ids)
-        budget = self.task.budget(np.bincount(packed.sequence[maskable], minlength=len(packed.lengths)), examples.mask_rate)
-        chosen, leader = draw_masks(self.masking, packed.flags, maskable, packed.sequence, keys, budget)
-        return Drawn(packed, np.flatnonzero(chosen), keys, leader, budget)
-
     def __call__(self, examples: Examples) -> Batch:
         """The Batch of `examples`."""
-        plan, drawn = examples.plan, self.draw(examples)
-        packed, masked, budget = drawn.packed, drawn.masked, drawn.budget
-        ids, lengths = packed.ids, packed.lengths
-        labels = ids[masked]
-        num_masked = np.bincount(packed.sequence[masked], minlength=len(lengths))
-        ids[masked] = replace(ids, masked, drawn.keys, drawn.leader, self.masking, self.vocabulary)
-        arrays = {"input_ids": ids, "token_type_ids": packed.token_type_ids, "position_ids": packed.position_ids, "lengths": lengths,
-                  "masked_positions": masked, "masked_lm_labels": labels, "next_sentence_label": plan.label}
-        filled_to = self._limits if self.fill else self._multiples
-        arrays = self._fill(arrays, *filled_to(lengths, len(masked)))
-        lengths = arrays.pop("lengths")
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        return Batch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()},
-                     cu_seqlens=torch.from_numpy(cu_seqlens), lengths=tuple(lengths.tolist()), max_length=self.task.max_length,
-                     counts={"mlm": len(masked), "nsp": int((plan.label != IGNORED).sum())}, num_tokens=len(ids),
-                     num_sequences=len(plan.label), shortfall=int(np.maximum(0, budget - num_masked).sum()))
+        packed = pack(examples, self.vocabulary)
+        budget = self.task.budget(packed.count(packed.maskable), examples.mask_rate)
+        masked, leader = draw_masks(packed, budget, self.masking)
+        by_mask, by_sequence = self.labels(examples, packed, masked)
+        dummies, num_masks = self._filling(packed.lengths, len(masked))
+        lengths = np.concatenate([packed.lengths, dummies])
+        num_tokens, num_sequences = lengths.sum(), len(lengths)
+        ids = packed.ids.copy()
+        ids[masked] = fill_in(packed, masked, leader, self.masking, self.vocabulary)
+        arrays = {
+            "input_ids": _extend(ids, num_tokens, self.vocabulary.pad_id),
+            "token_type_ids": _extend(packed.token_type_ids, num_tokens, 0),
+            "position_ids": np.concatenate([packed.position_ids, count_up(dummies)[1]]),
+            "masked_positions": _extend(masked, num_masks, 0),
+            "cu_seqlens": np.cumsum(np.concatenate([[0], lengths])).astype(np.int32),
+        }
+        labels = {name: _extend(array, num_masks, IGNORED) for name, array in by_mask.items()}
+        labels |= {
+            name: _extend(array, num_sequences, IGNORED) for name, array in by_sequence.items()
+        }
+        return Batch(
+            **{name: torch.from_numpy(array) for name, array in arrays.items()},
+            labels={name: torch.from_numpy(array) for name, array in labels.items()},
+            counts={name: int((array != IGNORED).sum()) for name, array in labels.items()},
+            lengths=tuple(lengths.tolist()),
+            max_length=self.task.max_length,
+            num_tokens=len(ids),
+            num_sequences=len(packed.lengths),
+            shortfall=int(np.maximum(0, budget - packed.count(masked)).sum()),
+        )
 
-    def _limits(self, lengths: np.ndarray, num_masked: int) -> tuple[np.ndarray, int]:
-        """(lengths of dummy sequences, slots of masked positions) up to the limits of the task.
+    def labels(self, examples: Examples, packed: Packed, masked: np.ndarray) -> tuple[dict, dict]:
+        """Labels of each loss, {name: int64}: one for each masked position, or for each sequence;
+        IGNORED does not count. Add yours here: filling and counting follow."""
+        by_mask = {"mlm": packed.ids[masked]}  # [M]
+        by_sequence = {"nsp": examples.plan.label}  # [N]
+        return by_mask, by_sequence
 
-        The attention kernel wants every token inside a sequence (tokens beyond the last offset give NaN gradients, pytorch #176793):
-        dummies of [PAD] cover the tail. Empty dummies follow; the kernel returns at once for them."""
+    def _filling(self, lengths: np.ndarray, num_masked: int) -> tuple[np.ndarray, int]:
+        """(lengths of dummy sequences, masked positions after filling)."""
         task = self.task
+        if not self.fill:
+            half = max(1, self.multiple // 2)
+            return self._cover(-int(lengths.sum()) % self.multiple), -(-num_masked // half) * half
+        # The kernel wants every token inside a sequence (tokens beyond the last offset give NaN
+        # gradients, pytorch #176793), so dummies of [PAD] cover the tail. Empty ones follow, up to
+        # one of few numbers, since each costs a compiled graph. Text of full sequences needs a
+        # little more than `slots`.
         tail = self._cover(task.token_limit - int(lengths.sum()))
-        # Of few sizes, since each costs a compiled graph: text of full sequences needs a little more than `slots`.
-        sequences = 2 * task.slots
-        while sequences < len(lengths) + len(tail):
-            sequences *= 2
-        empty = np.zeros(sequences - len(lengths) - len(tail), np.int64)
-        # Entities may go beyond the rate, and a word above its budget is taken all the same: then the next of few sizes.
+        num_sequences = 2 * task.slots
+        while num_sequences < len(lengths) + len(tail):
+            num_sequences *= 2
+        empty = np.zeros(num_sequences - len(lengths) - len(tail), np.int64)
+        # Entities may exceed the rate, and a word its budget: then the next of few sizes.
         size = max(64, task.masked_limit // 8 // 64 * 64)
-        return np.concatenate([tail, empty]), -(-max(task.masked_limit, num_masked) // size) * size
-
-    def _multiples(self, lengths: np.ndarray, num_masked: int) -> tuple[np.ndarray, int]:
-        """The same up to the next multiples."""
-        half = max(1, self.multiple // 2)
-        return self._cover(-int(lengths.sum()) % self.multiple), -(-num_masked // half) * half
+        return np.append(tail, empty), -(-max(task.masked_limit, num_masked) // size) * size
 
     def _cover(self, tail: int) -> np.ndarray:
         """int64: lengths of the fewest sequences that cover `tail` tokens."""
         full, rest = divmod(tail, self.task.max_length)
         return np.array([self.task.max_length] * full + [rest] * (rest > 0), np.int64)
 
-    def _fill(self, arrays: dict[str, np.ndarray], dummy_lengths: np.ndarray, masked_slots: int) -> dict[str, np.ndarray]:
-        """The arrays with dummy sequences of [PAD] and with ignored labels at their ends."""
-        tail, dummies, free = dummy_lengths.sum(), len(dummy_lengths), masked_slots - len(arrays["masked_positions"])
-        offsets = np.cumsum(dummy_lengths) - dummy_lengths
-        filling = {"input_ids": np.full(tail, self.vocabulary.pad_id), "token_type_ids": np.zeros(tail, np.int64),
-                   "position_ids": np.arange(tail) - np.repeat(offsets, dummy_lengths), "lengths": dummy_lengths,
-                   "masked_positions": np.zeros(free, np.int64), "masked_lm_labels": np.full(free, IGNORED),
-                   "next_sentence_label": np.full(dummies, IGNORED)}
-        return {name: np.concatenate([array, filling[name]]) for name, array in arrays.items()}
+
+def _extend(array: np.ndarray, size: int, value: int) -> np.ndarray:
+    """`array` followed by `value`, up to `size` in all."""
+    return np.concatenate([array, np.full(size - len(array), value, array.dtype)])

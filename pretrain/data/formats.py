@@ -1,10 +1,11 @@
-"""Every format but plain UTF-8 text -> JSON lines in the cache, a document a line; the rest of the data wing reads only that.
+"""Every format but plain UTF-8 text -> JSON lines in the cache; the data wing reads nothing else.
 
-    {"text": "its lines are its sentences", "entities": [[start, end], ...]}     offsets in characters of `text`
+    {"text": "its lines are its sentences", "entities": [[start, end], ...]}   in characters of text
 
-JSONL, CSV and TSV, tagged tokens (CoNLL), and by `datasets` Parquet, Arrow, folders of save_to_disk and hub data sets, each of
-them and plain text compressed, too. All checks of fields, spans and tags are made here, and name file and line.
+Tables, saved data sets and the hub (pretrain/data/tables.py), tagged tokens, and all of these or
+plain text compressed. Columns, spans and tags are checked here; messages name file and line.
 """
+
 from __future__ import annotations
 
 import glob
@@ -12,61 +13,86 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from pretrain.command import UserError, first_line, require
 from pretrain.config import PLAIN_FORMATS, TextOptions
-from pretrain.data import reading
-from pretrain.data.tables import UTF8_FORMATS, choose_field, format_of, read_rows
-from pretrain.data.tagged import read_tagged
+from pretrain.data.conll import read_tagged
+from pretrain.data.sentences import Span, detect_format, sentences
+from pretrain.data.sources import Source, check_files, expand, files_of
+from pretrain.data.tables import UTF8_FORMATS, choose_field, format_of, no_column, read_rows
+from pretrain.errors import UserError, refusing, require
 from pretrain.files import key_of, write_aside
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
-CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages of those that Python does not have
-SPAN_KEYS = (("start", "end"), ("start_offset", "end_offset"), ("start_pos", "end_pos"), ("begin", "end"))
+CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages for those that Python lacks
+SPAN_KEYS = ("start end", "start_offset end_offset", "start_pos end_pos", "begin end")
+SPAN_FORMS = '[start, end, ...] or {"start": 0, "end": 4}, in characters'
 VERSION = 1  # of what this module writes
 
+Document = tuple[str, list[tuple[int, int]]]  # text, (start, end) of its entities
 
-def open_files(paths: list[str], name: str, options: TextOptions, read_entities: bool) -> tuple[list[Path], str]:
-    """(plain files, their format) that `paths` mean, "jsonl" being that of converted text; `name` is the option for messages.
 
-    Plain text stays where it is, unless some of it is compressed, a table, or cut by --max-documents. UserError for what cannot
-    be read; nothing is left half-written."""
-    cache, origin = Path(options.cache), {}
-    for entry in reading.expand(paths, name):
-        origin |= {member: entry for member in (_unpack(entry, cache) if Path(entry).suffix.lower() in COMPRESSED else [entry])}
+@dataclass(frozen=True)
+class _Columns:
+    text: str | None  # None: found by `choose_field`
+    entities: str | None  # None: not read
+    needs_entities: bool  # the user named the column, so every record must have it
+
+
+def open_files(
+    paths: tuple[str, ...], options: TextOptions, read_entities: bool
+) -> tuple[list[Source], str]:
+    """(text files that `paths` name, their format); "jsonl" is the format of converted text.
+
+    Plain text stays where it is unless it is compressed, mixed with tables, or cut by
+    max_documents. UserError for what cannot be read; nothing is left half-written."""
+    given_as = {}  # file -> entry that holds it
+    for entry in expand(paths):
+        is_packed = Path(entry).suffix.lower() in COMPRESSED
+        files = _unpack(entry, Path(options.cache)) if is_packed else [entry]
+        given_as |= dict.fromkeys(files, entry)
     try:
-        return _open_files(list(origin), name, options, read_entities)
-    except UserError as error:  # tells of files as the user has them
+        return _open_unpacked(list(given_as), options, read_entities)
+    except UserError as error:  # name the files as the user knows them
         message = str(error)
-        for member, entry in origin.items():
-            message = message.replace(member, entry if member == entry else f"{entry} ({Path(member).name})")
+        for file, entry in given_as.items():
+            if file != entry:
+                message = message.replace(file, f"{entry} ({Path(file).name})")
         raise UserError(message) from error
 
 
-def _open_files(entries: list[str], name: str, options: TextOptions, read_entities: bool) -> tuple[list[Path], str]:
-    """`open_files` for what is unpacked."""
-    inputs, cache = [(entry, format_of(entry, options.format)) for entry in entries], Path(options.cache)
-    plain = [Path(entry) for entry, kind in inputs if kind == "plain"]
+def _open_unpacked(
+    entries: list[str], options: TextOptions, read_entities: bool
+) -> tuple[list[Source], str]:
+    cache, index = Path(options.cache), Path(options.cache) / "sources.json"
+    kinds = {entry: format_of(entry, options.format) for entry in entries}
+    utf8 = [entry for entry, kind in kinds.items() if kind in UTF8_FORMATS]
+    sources = check_files(map(Path, utf8), index)
+    plain = [Path(entry) for entry, kind in kinds.items() if kind == "plain"]
     text_format = options.format if options.format in PLAIN_FORMATS else ""
-    reading.check_files([Path(entry) for entry, kind in inputs if kind in UTF8_FORMATS], name, cache / "sources.json")
     if plain and not text_format:
-        text_format, why = reading.detect_format(plain)
-        print(f"{name}: read as --format {text_format} ({why})")
-    if len(plain) == len(inputs) and not options.max_documents:
-        return plain, text_format
-    inputs = [(entry, text_format if kind == "plain" else kind) for entry, kind in inputs]
-    entity_field = (options.entity_field or "entities") if read_entities else None
-    required = read_entities and options.entity_field is not None
-    key = key_of([VERSION, [(entry, kind, _states(entry)) for entry, kind in inputs], options.text_field, entity_field, required,
-                  options.max_documents])
+        text_format, why = detect_format(plain)
+        print(f"{_shown(plain)}: read as {text_format} ({why})")
+    if len(plain) == len(entries) and not options.max_documents:
+        return sources, text_format
+    inputs = [(entry, text_format if kind == "plain" else kind) for entry, kind in kinds.items()]
+    name = options.entity_field if read_entities else None
+    default = "entities" if read_entities else None
+    columns = _Columns(options.text_field, name or default, name is not None)
+    states = [(entry, kind, _states(entry)) for entry, kind in inputs]
+    key = key_of([VERSION, states, *astuple(columns), options.max_documents])
     target = cache / f"converted-{key}.jsonl"
     if not target.is_file():
-        kinds = ", ".join(sorted({kind for _, kind in inputs}))
-        print(f"{name}: converting {kinds} into {target}{' (remove it to ask the hub again)' if 'hub' in kinds else ''}")
-        write_aside(target, lambda partial: _convert(inputs, options, entity_field, required, name, partial))
-    return [target], "jsonl"
+        note = " (remove it to ask the hub again)" if "hub" in kinds.values() else ""
+        print(f"{_shown(entries)}: converting into {target}{note}")
+        write_aside(target, lambda path: _convert(inputs, columns, options.max_documents, path))
+    return check_files([target], index), "jsonl"
+
+
+def _shown(entries: list) -> str:
+    return ", ".join(map(str, entries[:3])) + (", ..." if len(entries) > 3 else "")
 
 
 def _states(entry: str) -> list[tuple]:
@@ -79,115 +105,127 @@ def _states(entry: str) -> list[tuple]:
 def _unpack(entry: str, cache: Path) -> list[str]:
     """The files in a compressed file, unpacked into the cache."""
     path, suffix = Path(entry), Path(entry).suffix.lower()
-    folder = cache / "unpacked" / key_of(_states(entry))
+    if Path(path.stem).suffix == ".tar":
+        raise UserError(f"{entry}: a tar archive; expected its files (tar -xf), or a .zip")
     if suffix in CODECS:
         require(CODECS[suffix], entry)
-    import fsspec  # comes with torch; knows a codec whose package is there
+    import fsspec  # comes with torch, and finds the codec
 
-    def unpack(partial: Path) -> None:
-        partial.mkdir()
+    def unpack(folder: Path) -> None:
+        folder.mkdir()
         if suffix == ".zip":
-            zipfile.ZipFile(path).extractall(partial)
+            zipfile.ZipFile(path).extractall(folder)
             return
-        with fsspec.open(glob.escape(entry), "rb", compression="infer") as packed, (partial / path.stem).open("wb") as plain:
+        with (
+            fsspec.open(glob.escape(entry), "rb", compression="infer") as packed,
+            (folder / path.stem).open("wb") as plain,
+        ):
             shutil.copyfileobj(packed, plain, 1 << 20)
 
-    if Path(path.stem).suffix == ".tar":
-        raise UserError(f"{entry}: is an archive; needed are its files (tar -xf), or a .zip")
+    folder = cache / "unpacked" / key_of(_states(entry))
     if not folder.is_dir():
-        try:
-            write_aside(folder, unpack)
-        except Exception as error:  # each codec has its own
-            if not folder.is_dir():  # another process may have been faster
-                raise UserError(f"{entry}: cannot be unpacked ({first_line(error)}); needed is a whole {suffix} file") from error
-    files = sorted(map(str, reading.files_of(folder)))
+        with refusing(f"{entry}: cannot be unpacked", f"expected a whole {suffix} file"):
+            try:
+                write_aside(folder, unpack)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
+    files = sorted(map(str, files_of(folder)))
     if not files:
-        raise UserError(f"{entry}: holds no file; needed is one with text")
+        raise UserError(f"{entry}: no files in it; expected text")
     return files
 
 
-def _convert(inputs: list[tuple[str, str]], options: TextOptions, entity_field: str | None, required: bool, name: str,
-             target: Path) -> None:
-    """Write the documents of `inputs` to `target`."""
-    num_documents = num_empty = num_entities = 0
-
-    def documents() -> Iterator[tuple[str, list]]:
-        for entry, kind in inputs:
-            if kind in PLAIN_FORMATS:
-                yield from _plain(Path(entry), kind)
-            elif kind == "conll":
-                yield from read_tagged(Path(entry))
-            else:
-                yield from _records(entry, kind, options.text_field, entity_field, required)
-
+def _convert(
+    inputs: list[tuple[str, str]], columns: _Columns, max_documents: int, target: Path
+) -> None:
+    """Write the documents of `inputs` to `target`, a JSON object on each line."""
+    num_documents = num_blank = num_entities = 0
     with target.open("w", encoding="utf-8") as out:
-        for text, spans in documents():
+        for text, spans in _documents(inputs, columns):
             if not text.strip():
-                num_empty += 1
+                num_blank += 1
                 continue
-            if num_documents == options.max_documents > 0:
+            if num_documents == max_documents > 0:
                 break
-            num_documents, num_entities = num_documents + 1, num_entities + len(spans)
-            out.write(json.dumps({"text": text, "entities": spans} if spans else {"text": text}, ensure_ascii=False) + "\n")
-    shown = ", ".join(entry for entry, _ in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
+            num_documents += 1
+            num_entities += len(spans)
+            record = {"text": text, "entities": spans} if spans else {"text": text}
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+    shown = _shown([entry for entry, _ in inputs])
     if not num_documents:
-        raise UserError(f"{name} {shown}: holds no text; needed is a document at least")
-    if required and not num_entities:
-        raise UserError(f"--entity-field {entity_field}: {shown} holds no span in it; needed is a column with some")
-    print(f"{name}: {num_documents:,} documents" + (f" with {num_entities:,} entities" if num_entities else "")
-          + (f"; {num_empty:,} without text are left out" if num_empty else ""))
+        raise UserError(f"{shown}: holds no text; expected at least one document")
+    if columns.needs_entities and not num_entities:
+        raise UserError(f"{shown}: no entities in {columns.entities!r}; expected some spans")
+    marked = f" with {num_entities:,} entities" if num_entities else ""
+    left_out = f", {num_blank:,} without text left out" if num_blank else ""
+    print(f"{shown}: {num_documents:,} documents{marked}{left_out}")
 
 
-def _plain(path: Path, text_format: str) -> Iterator[tuple[str, list]]:
-    stream = reading.sentences([reading.Span(str(path), 0, path.stat().st_size)], text_format)
+def _documents(inputs: list[tuple[str, str]], columns: _Columns) -> Iterator[Document]:
+    for entry, kind in inputs:
+        if kind in PLAIN_FORMATS:
+            yield from _plain_documents(Path(entry), kind)
+        elif kind == "conll":
+            yield from read_tagged(Path(entry))
+        else:
+            yield from _records(entry, kind, columns)
+
+
+def _plain_documents(path: Path, text_format: str) -> Iterator[Document]:
+    stream = sentences([Span(str(path), 0, path.stat().st_size)], text_format)
     for is_end, items in groupby(stream, key=lambda item: item is None):
         if not is_end:
             yield "\n".join(text for text, _ in items), []
 
 
-def _records(entry: str, kind: str, text_field: str | None, entity_field: str | None, required: bool) -> Iterator[tuple[str, list]]:
-    """(text, spans) of each record of a file, a saved data set or one of the hub."""
+def _records(entry: str, kind: str, columns: _Columns) -> Iterator[Document]:
+    """Text and spans of each record of a table, a saved data set or one of the hub."""
+    field = columns.text
     for where, record in read_rows(entry, kind):
-        if text_field is None:
-            text_field = choose_field(record, where)
-        missing = [field for field in (text_field, entity_field if required else None) if field is not None and field not in record]
-        if missing:
-            raise UserError(f"{where}: has no column {missing[0]!r}, it has {', '.join(map(str, record))}; needed is one of these as "
-                            f"--{'text' if missing[0] == text_field else 'entity'}-field")
-        text = record[text_field]
+        field = field or choose_field(record, where)
+        if field not in record:
+            raise no_column(record, where, field, "text")
+        if columns.needs_entities and columns.entities not in record:
+            raise no_column(record, where, columns.entities, "entity")
+        text = record[field]
         if isinstance(text, list) and all(isinstance(line, str) for line in text):
             text = "\n".join(text)
-        elif text is not None and not isinstance(text, str):
-            raise UserError(f"{where}: the column {text_field} holds {str(text)[:40]!r}, needed is text")
-        text = (text or "").encode("utf-8", "replace").decode("utf-8")  # JSON may hold half of a surrogate pair
-        yield text, _spans(record.get(entity_field), text, where) if entity_field else []
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{where}: {field} is {str(text)[:40]!r}; expected text")
+        # JSON may hold half of a surrogate pair.
+        text = (text or "").encode("utf-8", "replace").decode("utf-8")
+        yield text, _spans(record.get(columns.entities), text, where) if columns.entities else []
 
 
 def _spans(value: object, text: str, where: str) -> list[tuple[int, int]]:
-    """The entities of a record, sorted: lists of [start, end, ...], or mappings; offsets in characters of `text`."""
+    """The entities of a record, sorted: a list of spans, or one span."""
     if isinstance(value, str):  # a cell of a table
-        try:
+        with refusing(f"{where}: {value[:40]!r} is not JSON", "expected [[start, end], ...]"):
             value = json.loads(value or "[]")
-        except ValueError:
-            raise UserError(f"{where}: the spans {value[:40]!r} are no JSON; needed is [[start, end], ...]") from None
-    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):  # a list by its columns
-        value = [dict(zip(value, row)) for row in zip(*value.values())]
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        value = [dict(zip(value, row)) for row in zip(*value.values())]  # a list by its columns
     if value is None:
         return []
-    spans = sorted({_span(span, where) for span in value} if isinstance(value, list) else {_span(value, where)})
+    items = value if isinstance(value, list) else [value]
+    spans = sorted({_span(item, where) for item in items})
+    end_before = 0
     for start, end in spans:
         if not 0 <= start < end <= len(text):
-            raise UserError(f"{where}: the span [{start}, {end}] is out of range; needed is 0 <= start < end <= {len(text)}, the "
-                            "characters of the text")
-    for (start, end), (next_start, next_end) in zip(spans, spans[1:]):
-        if next_start < end:
-            raise UserError(f"{where}: the spans [{start}, {end}] and [{next_start}, {next_end}] overlap; needed are spans that do not")
+            expected = f"0 <= start < end <= {len(text)}, the characters of the text"
+            raise UserError(f"{where}: the span [{start}, {end}]; expected {expected}")
+        if start < end_before:
+            expected = "spans that do not overlap"
+            raise UserError(f"{where}: a span overlaps [{start}, {end}]; expected {expected}")
+        end_before = end
     return spans
 
 
 def _span(span: object, where: str) -> tuple[int, int]:
-    ends = next(([span[key] for key in keys] for keys in SPAN_KEYS if set(keys) <= set(span)), []) if isinstance(span, dict) else span
-    if not isinstance(ends, (list, tuple)) or len(ends) < 2 or not all(type(end) is int for end in ends[:2]):
-        raise UserError(f"{where}: {str(span)[:60]!r} is no span; needed is [start, end, ...] or {{\"start\": 0, \"end\": 4}}, in "
-                        "characters")
-    return ends[0], ends[1]
+    ends = span
+    if isinstance(span, dict):
+        known = [keys.split() for keys in SPAN_KEYS if set(keys.split()) <= set(span)]
+        ends = [span[key] for key in known[0]] if known else None
+    if isinstance(ends, (list, tuple)) and [type(end) for end in ends[:2]] == [int, int]:
+        return ends[0], ends[1]
+    raise UserError(f"{where}: {str(span)[:60]!r} is not a span; expected {SPAN_FORMS}")

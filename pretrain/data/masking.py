@@ -1,32 +1,34 @@
-"""Masks: one draw over units for every strategy.
+"""Masks: one draw for all strategies.
 
-A strategy says where units begin (tokens, words, spans, entities); units get random keys and are taken in key order within
-the budget of their sequence; units that do not fit are passed over, and smaller ones fill what is left. Of what is taken,
-shares become [MASK] (or a similar word), a random ordinary token, or stay: drawn for each token as in BERT (Devlin et al.
-2019), for each unit where units are spans (Joshi et al. 2020), entities or similar words (MacBERT, Cui et al. 2020).
-
-T tokens of N sequences, M of them masked. `flags` are those of a corpus, but that [CLS] and [SEP] start words of their own.
+A strategy cuts the text into units; units get random keys and are taken in key order within the
+budget of their sequence. A unit that does not fit is passed over, and smaller ones fill the rest.
+Shares of what is taken become [MASK] (or a similar word), a random ordinary token, or stay: drawn
+for each token as in BERT (Devlin et al. 2019), but once for a span (Joshi et al. 2020), an entity
+or a similar word (MacBERT, Cui et al. 2020).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START
-from pretrain.data.draws import derive, integers, uniform
+from pretrain.data.hash_rng import derive, integers, uniform
 from pretrain.data.tokenizer import Vocabulary
 
-SPAN_SHARE, MAX_SPAN = 0.2, 10  # of the geometric distribution of a span's words; its mean is then 3.8
-SPAN_LENGTHS = np.cumsum(SPAN_SHARE * (1 - SPAN_SHARE) ** np.arange(MAX_SPAN)) / (1 - (1 - SPAN_SHARE) ** MAX_SPAN)
-# Streams of random numbers, of a token or of the first token of a unit.
-SPLIT, RANDOM_ID, SPAN_LENGTH, ENTITY_CHOICE, SIMILAR_WORD = (np.uint64(number) for number in range(1, 6))
+SPAN_SHARE, MAX_SPAN = 0.2, 10  # of the geometric distribution of a span's words: the mean is 3.8
+SPAN_LENGTHS = np.cumsum(SPAN_SHARE * (1 - SPAN_SHARE) ** np.arange(MAX_SPAN))
+SPAN_LENGTHS /= 1 - (1 - SPAN_SHARE) ** MAX_SPAN
+
+# Streams of random numbers of a token's key; of a unit, its first token's.
+SPLIT, RANDOM_ID, SPAN_LENGTH, ENTITY_CHOICE, SIMILAR_WORD = range(1, 6)
 
 
 @dataclass(frozen=True)
 class SimilarWords:
-    """Words to put for others of as many tokens. A word is looked up by a hash of its ids."""
+    """Words that may replace others of as many tokens. A word is looked up by a hash of its ids."""
 
     hashes: np.ndarray  # uint64 [words], ascending
     sizes: np.ndarray  # int64 [words]: tokens of each
@@ -37,7 +39,7 @@ class SimilarWords:
 
 @dataclass(frozen=True)
 class Masking:
-    """Options of the draw; the names are those of the command line."""
+    """Options of the draw, named as on the command line."""
 
     masking: str = "token"
     mask_split: tuple[float, ...] = (0.8, 0.1, 0.1)
@@ -47,146 +49,233 @@ class Masking:
     similar: SimilarWords | None = None
 
 
-def draw_masks(options: Masking, flags: np.ndarray, maskable: np.ndarray, sequence: np.ndarray, keys: np.ndarray,
-               budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(masked bool [T], leader int64 [T]: the token whose key decides what becomes of each).
+@dataclass(frozen=True)
+class Packed:
+    """Examples laid end to end: T tokens of N sequences."""
 
-    flags: uint8 [T]; maskable: bool [T]; sequence: int64 [T], ascending; keys: uint64 [T]; budget: int64 [N].
-    A first pass takes spans, or entities that are chosen, within their own budget; a second one words or tokens, those
-    outside entities first. A sequence of which nothing fits takes its smallest unit."""
-    words = (flags & WORD_START).astype(bool)
-    masked, leader = np.zeros(len(flags), bool), np.arange(len(flags))
-    # A corpus may bring entities that the strategy does not ask for.
-    in_entity = (flags & (ENTITY_START | ENTITY_INSIDE)).astype(bool) & (options.masking == "entity")
-    if options.masking == "span":
-        starts = span_starts(words, maskable, keys)
-        leader = _first_of_unit(starts)
-        masked = take(starts, maskable, sequence, keys, budget)
-    elif options.masking == "entity":
-        starts = ~(flags & ENTITY_INSIDE).astype(bool)
-        leader = _first_of_unit(starts)
-        chosen = in_entity & (uniform(derive(keys, ENTITY_CHOICE)) < options.entity_probability)[leader]
-        cap = np.floor(options.entity_budget * np.bincount(sequence[maskable], minlength=len(budget)) + 1e-9).astype(np.int64)
-        masked = take(starts, maskable & chosen, sequence, keys, cap)
-    num_masked = np.bincount(sequence[masked], minlength=len(budget))
-    by_token = options.masking == "token" or options.masking == "entity" and options.entity_fill == "token"
-    starts = np.ones(len(flags), bool) if by_token else words
-    filled = take(starts, maskable & ~masked, sequence, keys, budget - num_masked,
-                  late=in_entity if options.masking == "entity" else None, at_least_one=num_masked == 0)
-    by_unit = masked if options.similar is None else masked & in_entity  # a similar word stands for a word, or for an entity
-    other = np.arange(len(flags)) if by_token or options.similar is None else _first_of_unit(words)
-    return masked | filled, np.where(by_unit, leader, other)
+    ids: np.ndarray  # int64 [T]
+    flags: np.ndarray  # uint8 [T], as in a corpus; [CLS] and [SEP] are words of their own
+    maskable: np.ndarray  # bool [T]; False for special tokens
+    sequence: np.ndarray  # int64 [T], ascending
+    position_ids: np.ndarray  # int64 [T]
+    token_type_ids: np.ndarray  # int64 [T]
+    keys: np.ndarray  # uint64 [T]: of each token's random numbers
+    lengths: np.ndarray  # int64 [N]
+
+    @property
+    def words(self) -> np.ndarray:
+        """bool [T]: where words begin."""
+        return (self.flags & WORD_START).astype(bool)
+
+    @property
+    def entities(self) -> np.ndarray:
+        """bool [T]: where entities begin, and each token outside them."""
+        return ~(self.flags & ENTITY_INSIDE).astype(bool)
+
+    @property
+    def in_entity(self) -> np.ndarray:
+        """bool [T]"""
+        return (self.flags & (ENTITY_START | ENTITY_INSIDE)).astype(bool)
+
+    def count(self, chosen: np.ndarray) -> np.ndarray:
+        """int64 [N]: the `chosen` tokens in each sequence; bool [T], or (faster) their places."""
+        return np.bincount(self.sequence[chosen], minlength=len(self.lengths))
 
 
-def _first_of_unit(starts: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class Units:
+    """One way to cut a text, and how units are taken."""
+
+    starts: np.ndarray  # bool [T]: where units begin, the first token among them
+    # bool [T]: where units begin of which all tokens are replaced alike; None: each by itself.
+    alike: np.ndarray | None = None
+    among: np.ndarray | bool = True  # bool [T]: the only tokens that may be taken
+    budget: np.ndarray | None = None  # int64 [N]; None: what is left of the sequence's
+    late: np.ndarray | None = None  # bool [T]: units that start there come after the others
+
+
+# A strategy returns the units of one pass after the other; the last pass fills the budget. A unit
+# must not reach into the next sequence. To add yours, write it here, and name it in STRATEGIES and
+# among the choices of --masking (pretrain/config.py).
+
+
+def by_token(packed: Packed, options: Masking) -> list[Units]:
+    """Single tokens."""
+    return [Units(np.ones(len(packed.ids), bool))]
+
+
+def by_word(packed: Packed, options: Masking) -> list[Units]:
+    """Whole words. A similar word replaces a word as one."""
+    words = packed.words
+    return [Units(words, alike=words if options.similar else None)]
+
+
+def by_span(packed: Packed, options: Masking) -> list[Units]:
+    """Runs of words of random length, then words."""
+    (words,) = by_word(packed, options)
+    spans = span_starts(words.starts, packed.maskable, packed.keys)
+    return [Units(spans, alike=words.starts if options.similar else spans), words]
+
+
+def by_entity(packed: Packed, options: Masking) -> list[Units]:
+    """Random entities within a budget of their own, then words or tokens, those outside first."""
+    entities, in_entity = packed.entities, packed.in_entity
+    is_chosen = uniform(derive(packed.keys, ENTITY_CHOICE)) < options.entity_probability
+    among = in_entity & is_chosen[first_of_unit(entities)]
+    budget = np.floor(options.entity_budget * packed.count(packed.maskable) + 1e-9)
+    (rest,) = (by_token if options.entity_fill == "token" else by_word)(packed, options)
+    return [
+        Units(entities, alike=entities, among=among, budget=budget.astype(np.int64)),
+        replace(rest, late=in_entity),
+    ]
+
+
+STRATEGIES = {"token": by_token, "word": by_word, "span": by_span, "entity": by_entity}
+
+
+def draw_masks(packed: Packed, budget: np.ndarray, options: Masking) -> tuple[np.ndarray, ...]:
+    """(masked places int64 [M], leader int64 [T]: the token whose key decides how to replace each).
+
+    budget: int64 [N]. A sequence where no unit fits takes its smallest one."""
+    free, leader = packed.maskable.copy(), np.arange(len(packed.ids))
+    masked = np.zeros(0, np.int64)
+    passes = STRATEGIES[options.masking](packed, options)
+    for units in passes:
+        num_masked = packed.count(masked)
+        left = budget - num_masked if units.budget is None else units.budget
+        needs_one = (num_masked == 0) & (units is passes[-1])
+        taken = take(packed, units, free & units.among, left, needs_one)
+        if units.alike is not None:
+            leader[taken] = first_of_unit(units.alike)[taken]
+        free[taken] = False
+        masked = np.concatenate([masked, taken])
+    return np.flatnonzero(packed.maskable & ~free), leader
+
+
+def first_of_unit(starts: np.ndarray) -> np.ndarray:
+    """int64 [T]: the first token of the unit of each."""
     return np.flatnonzero(starts)[np.cumsum(starts) - 1]
 
 
-def take(starts: np.ndarray, free: np.ndarray, sequence: np.ndarray, keys: np.ndarray, budget: np.ndarray,
-         late: np.ndarray | None = None, at_least_one: np.ndarray | None = None) -> np.ndarray:
-    """bool [T]: the tokens that one pass takes.
+def take(
+    packed: Packed, units: Units, free: np.ndarray, budget: np.ndarray, needs_one: np.ndarray | bool
+) -> np.ndarray:
+    """int64: the `free` tokens (bool [T]) of the units that one pass takes. For each sequence:
+    for unit in sorted(units, key=first token's key): if unit.size <= budget: take, budget -= size.
 
-    starts: bool [T], where units begin, the first token among them; free: bool [T], what may be taken of them; keys: uint64
-    [T], read where a unit starts; budget: int64 [N]; late: bool [T], units that start there come after the others. For each
-    sequence, in words: for unit in sorted(units, key): if unit.size <= budget: take it, budget -= unit.size.
-    Sequences in `at_least_one`, bool [N], take their smallest unit where all exceed the budget."""
-    first = np.flatnonzero(starts)
-    unit = np.cumsum(starts) - 1  # [T]
+    Sequences that `needs_one`, bool [N], take their smallest unit if all exceed the budget."""
+    first = np.flatnonzero(units.starts)
+    unit = np.cumsum(units.starts) - 1  # [T]
     sizes = np.bincount(unit[free], minlength=len(first))
-    owner = sequence[first]
-    # Sorting sequence number + random fraction is several times faster than a lexsort; 39 bits of key are kept.
-    ranks = (owner.astype(np.uint64) << np.uint64(40)) | (keys[first] >> np.uint64(25))
-    if late is not None:
-        ranks |= late[first].astype(np.uint64) << np.uint64(39)
+    owner = packed.sequence[first]
+    # Sorting sequence number + random fraction is much faster than a lexsort; 39 bits of key stay.
+    ranks = (owner.astype(np.uint64) << np.uint64(40)) | (packed.keys[first] >> np.uint64(25))
+    if units.late is not None:
+        ranks |= units.late[first].astype(np.uint64) << np.uint64(39)
     gap, taken = np.maximum(budget, 0), np.zeros(len(first), bool)
     candidates = np.flatnonzero((sizes > 0) & (sizes <= gap[owner]))
     candidates = candidates[np.argsort(ranks[candidates], kind="stable")]
     while len(candidates):
         who, size = owner[candidates], sizes[candidates]
         filled = np.cumsum(size)
-        starts_sequence = np.flatnonzero(np.concatenate([[True], who[1:] != who[:-1]]))
+        begins = np.flatnonzero(np.concatenate([[True], who[1:] != who[:-1]]))
         base = np.zeros(len(budget), np.int64)
-        base[who[starts_sequence]] = filled[starts_sequence] - size[starts_sequence]
+        base[who[begins]] = filled[begins] - size[begins]
         fits = filled - base[who] <= gap[who]  # a prefix of each sequence's candidates
         taken[candidates[fits]] = True
         gap -= np.bincount(who[fits], weights=size[fits], minlength=len(budget)).astype(np.int64)
         candidates = candidates[~fits]
-        candidates = candidates[sizes[candidates] <= gap[owner[candidates]]]  # a gap only shrinks: the rest never fits
-    if at_least_one is not None:
-        for lonely in np.flatnonzero(at_least_one & (gap == budget) & (budget > 0)):
-            units = np.flatnonzero((owner == lonely) & (sizes > 0))
-            units = units[np.argsort(ranks[units], kind="stable")]
-            taken[units[np.argsort(sizes[units], kind="stable")[:1]]] = True
-    return taken[unit] & free
+        # What exceeds the gap now never fits: the gap only shrinks.
+        candidates = candidates[sizes[candidates] <= gap[owner[candidates]]]
+    for lonely in np.flatnonzero(needs_one & (gap == budget) & (budget > 0)):
+        members = np.flatnonzero((owner == lonely) & (sizes > 0))
+        taken[members[np.lexsort((ranks[members], sizes[members]))[:1]]] = True
+    return np.flatnonzero(taken[unit] & free)
 
 
 def span_starts(words: np.ndarray, maskable: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """bool [T]: where spans begin that cover the text, one after the other, each of a random number of words.
+    """bool [T]: where the spans begin that cover the text, each of a random number of words.
 
-    In words, for each segment: place = 0; while place < number of words: a span begins; place += its length. All at once: the
-    places that one, two, four ... steps reach, which takes as many rounds as the logarithm of the longest segment."""
+    For each segment: place = 0; while place < number of words: begin a span; place += its length.
+    All segments at once: the places that 1, 2, 4 ... steps reach."""
     first = np.flatnonzero(words)
-    is_text = np.bincount(np.cumsum(words) - 1, weights=maskable, minlength=len(first)) > 0  # [CLS], [SEP] and unknown words are not
-    lengths = 1 + np.searchsorted(SPAN_LENGTHS[:-1], uniform(derive(keys[first], SPAN_LENGTH)), side="right")
-    places = np.arange(len(first) + 1)
-    begins = ~is_text | np.concatenate([[True], ~is_text[:-1]])
+    unit = np.cumsum(words) - 1
+    # [CLS], [SEP] and unknown words end segments.
+    is_text = np.bincount(unit, weights=maskable, minlength=len(first)) > 0
+    draw = uniform(derive(keys[first], SPAN_LENGTH))
+    lengths = 1 + np.searchsorted(SPAN_LENGTHS[:-1], draw, side="right")
+    begins = ~is_text | np.append(True, ~is_text[:-1])
     ends = np.append(np.flatnonzero(begins), len(first))
-    segment_end = ends[np.cumsum(begins)]
-    reached, step = np.append(begins, True), np.append(np.minimum(places[:-1] + lengths, segment_end), len(first))
-    while True:
-        before = np.count_nonzero(reached)
+    next_place = np.minimum(np.arange(len(first)) + lengths, ends[np.cumsum(begins)])
+    reached, step = np.append(begins, True), np.append(next_place, len(first))
+    count = 0
+    while np.count_nonzero(reached) > count:
+        count = np.count_nonzero(reached)
         reached[step[reached]] = True
-        if np.count_nonzero(reached) == before:
-            break
         step = step[step]
     starts = np.zeros(len(words), bool)
     starts[first[reached[:-1]]] = True
     return starts
 
 
-def replace(ids: np.ndarray, masked: np.ndarray, keys: np.ndarray, leader: np.ndarray, options: Masking,
-            vocabulary: Vocabulary) -> np.ndarray:
-    """int64 [M]: what stands in place of `ids` [T] at the places `masked` [M]; keys uint64 [T]; leader int64 [T] as drawn."""
-    kept = ids[masked]
-    draw, split = uniform(derive(keys[leader[masked]], SPLIT)), options.mask_split
-    choice = integers(derive(keys[masked], RANDOM_ID), len(vocabulary.ordinary_ids))
-    random_ids = vocabulary.ordinary_ids[choice].astype(np.int64)
-    shown = vocabulary.mask_id if options.similar is None else similar_ids(kept, masked, keys, leader, options.similar, random_ids)
-    return np.where(draw < split[0], shown, np.where(draw < split[0] + split[1], random_ids, kept)).astype(np.int64)
+def fill_in(
+    packed: Packed, masked: np.ndarray, leader: np.ndarray, options: Masking, vocabulary: Vocabulary
+) -> np.ndarray:
+    """int64 [M]: what the model reads at the places `masked`, int64 [M]; `leader` as drawn."""
+    kept, keys, split = packed.ids[masked], packed.keys[masked], options.mask_split
+    choice = integers(derive(keys, RANDOM_ID), len(vocabulary.ordinary_ids))
+    shown = random_ids = vocabulary.ordinary_ids[choice].astype(np.int64)
+    if options.similar is None:
+        shown = vocabulary.mask_id
+    else:
+        similar = similar_ids(packed, masked, leader, options.similar)
+        shown = np.where(similar >= 0, similar, random_ids)
+    draw = uniform(derive(packed.keys[leader[masked]], SPLIT))
+    changed = np.where(draw < split[0], shown, random_ids)
+    return np.where(draw < split[0] + split[1], changed, kept).astype(np.int64)
 
 
-def similar_ids(ids: np.ndarray, masked: np.ndarray, keys: np.ndarray, leader: np.ndarray, table: SimilarWords,
-                otherwise: np.ndarray) -> np.ndarray:
-    """int64 [M]: for each masked word (tokens of one leader) a similar one, `otherwise` where the table has none."""
+def similar_ids(
+    packed: Packed, masked: np.ndarray, leader: np.ndarray, table: SimilarWords
+) -> np.ndarray:
+    """int64 [M]: a similar word for each masked one (tokens of one leader), -1 if there is none."""
     if not len(masked):
-        return otherwise
+        return masked
     leaders = leader[masked]
-    begins = np.flatnonzero(np.concatenate([[True], leaders[1:] != leaders[:-1]]))
+    begins = np.flatnonzero(np.append(True, leaders[1:] != leaders[:-1]))
     sizes = np.diff(np.append(begins, len(masked)))
     place = np.arange(len(masked)) - np.repeat(begins, sizes)  # in the word
-    hashes = np.add.reduceat(derive(ids.astype(np.uint64), place), begins)
+    hashes = np.add.reduceat(derive(packed.ids[masked].astype(np.uint64), place), begins)
     row = np.minimum(np.searchsorted(table.hashes, hashes), len(table.hashes) - 1)
     known = (table.hashes[row] == hashes) & (table.sizes[row] == sizes)
-    choice = integers(derive(keys[leaders[begins]], SIMILAR_WORD), table.counts[row])
+    choice = integers(derive(packed.keys[leaders[begins]], SIMILAR_WORD), table.counts[row])
     source = np.repeat(table.starts[row] + choice * table.sizes[row], sizes) + place
     known = np.repeat(known, sizes)
-    return np.where(known, table.ids[np.where(known, source, 0)], otherwise)
+    return np.where(known, table.ids[np.where(known, source, 0)], -1)
 
 
 def read_similar(lines: Iterable[str], encode: Callable[[str], list[int]]) -> SimilarWords | None:
-    """The table of lines "word<TAB>similar<TAB>similar..."; of the similar words, those of as many tokens count. None where
-    there is none."""
-    rows = {}
+    """Table of lines "word<TAB>similar<TAB>similar..."; similar words of another number of tokens
+    do not count. None if no word has any."""
+    table: dict[tuple[int, ...], list[list[int]]] = {}
     for line in lines:
         word, *others = (encode(part.strip()) for part in line.split("\t"))
         choices = [other for other in others if len(other) == len(word) and other != word]
+        known = table.setdefault(tuple(word), [])  # a word may have several lines
+        known += [choice for choice in choices if choice not in known]
+    rows = []
+    for word, choices in table.items():
         if word and choices:
-            name = int(np.add.reduce(derive(np.array(word, np.uint64), np.arange(len(word)))))
-            kept = rows.setdefault(name, (len(word), []))[1]  # a word may have several lines
-            kept += [choice for choice in choices if choice not in kept]
+            hashed = np.add.reduce(derive(np.array(word, np.uint64), np.arange(len(word))))
+            rows.append((int(hashed), len(word), len(choices), sum(choices, [])))
     if not rows:
         return None
-    hashes = sorted(rows)
-    sizes, counts = (np.array(column) for column in zip(*((rows[row][0], len(rows[row][1])) for row in hashes)))
-    return SimilarWords(np.array(hashes, np.uint64), sizes, counts, np.cumsum(sizes * counts) - sizes * counts,
-                        np.array([number for row in hashes for choice in rows[row][1] for number in choice]))
+    hashes, sizes, counts, ids = zip(*sorted(rows))
+    lengths = np.multiply(sizes, counts)
+    return SimilarWords(
+        np.array(hashes, np.uint64),
+        np.array(sizes),
+        np.array(counts),
+        np.cumsum(lengths) - lengths,
+        np.concatenate(ids),
+    )

@@ -1,129 +1,160 @@
-"""Rows of tables: JSONL, CSV and TSV, and by `datasets` Parquet, Arrow, folders of save_to_disk and hub data sets."""
+"""Rows of JSONL, CSV and TSV, and by `datasets` of Parquet, Arrow, saved data sets and the hub."""
+
 from __future__ import annotations
 
-import codecs
 import csv
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
-from pretrain.command import UserError, check, first_line, require
 from pretrain.config import RECORD_FORMATS
-from pretrain.data import reading
+from pretrain.data.sources import check_files, expand
+from pretrain.errors import UserError, check, refusing, require
 
-FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
-                    ".arrow": "arrow", ".conll": "conll", ".bio": "conll", ".bmes": "conll", ".bioes": "conll"}
-UTF8_FORMATS = {"plain", "jsonl", "csv", "tsv", "conll"}
+SUFFIXES = {
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "csv": (".csv",),
+    "tsv": (".tsv",),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "conll": (".conll", ".bio", ".bmes", ".bioes"),
+}
 TABLES = ("csv", "tsv", "jsonl", "parquet", "arrow")
+UTF8_FORMATS = {"plain", "jsonl", "csv", "tsv", "conll"}
+HUB_FORMS = "hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"
 
 
-def format_of(entry: str, wanted: str) -> str:
-    """The format of an input: of RECORD_FORMATS, "plain", "hub" or "saved"."""
-    path = Path(entry)
+def format_of(entry: str, wanted: str = "auto") -> str:
+    """The format of an input: one of RECORD_FORMATS, "plain", "hub" or "saved"."""
     if entry.startswith("hub:"):
         return "hub"
-    if path.is_dir():
+    if Path(entry).is_dir():
         return "saved"
-    told = FORMAT_OF_SUFFIX.get(path.suffix.lower(), "plain")
-    return told if wanted == "auto" else wanted if wanted in RECORD_FORMATS else "plain"
+    if wanted != "auto":
+        return wanted if wanted in RECORD_FORMATS else "plain"
+    suffix = Path(entry).suffix.lower()
+    return next((name for name, known in SUFFIXES.items() if suffix in known), "plain")
 
 
-def open_tables(paths: list[str], name: str) -> Iterator[tuple[str, dict]]:
-    """(file and line, record) of each row of the CSV, TSV, JSONL, Parquet or Arrow files that `paths` mean, in order; UserError
-    before the first row where one is of another format or no UTF-8."""
-    inputs = [(entry, format_of(entry, "auto")) for path in paths for entry in reading.expand([path], name)]
-    check([f"{name} {entry}: needed is a table of rows: {', '.join(TABLES)}" for entry, kind in inputs if kind not in TABLES])
-    reading.check_files([Path(entry) for entry, kind in inputs if kind in UTF8_FORMATS], name)
-    return (row for entry, kind in inputs for row in read_rows(entry, kind))
+def open_tables(paths: Iterable[str]) -> Iterator[tuple[str, dict]]:
+    """(file and line, record) of each row of the tables that `paths` name, in order.
+
+    UserError before the first row if a file is of another format, or is not UTF-8."""
+    entries = [entry for path in paths for entry in expand([path])]
+    others = [entry for entry in entries if format_of(entry) not in TABLES]
+    check([f"{entry}: not a table; expected {', '.join(TABLES)}" for entry in others])
+    check_files(Path(entry) for entry in entries if format_of(entry) in UTF8_FORMATS)
+    return chain.from_iterable(read_rows(entry, format_of(entry)) for entry in entries)
 
 
 def read_rows(entry: str, kind: str) -> Iterator[tuple[str, dict]]:
     """(file and line, record) of each row of an input of a format."""
-    rows = _json_lines(Path(entry)) if kind == "jsonl" else (_delimited if kind in ("csv", "tsv") else _table)(entry, kind)
-    row_name = "line" if kind in ("jsonl", "csv", "tsv") else "row"
-    yield from ((f"{entry}, {row_name} {number}", record) for number, record in rows)
+    if kind == "jsonl":
+        rows = _json_rows(entry)
+    elif kind in ("csv", "tsv"):
+        rows = _delimited_rows(entry, kind)
+    else:
+        rows = enumerate(_dataset_rows(entry, kind), start=1)
+    unit = "line" if kind in UTF8_FORMATS else "row"
+    for number, record in rows:
+        yield f"{entry}, {unit} {number}", record
 
 
 def choose_field(record: dict, where: str) -> str:
     """The column that holds the text: "text", or the only one that holds words."""
-    texts = [field for field, value in record.items() if isinstance(value, str) and not re.fullmatch(r"[\d.,+-]*", value)]
-    if "text" in record or len(texts) == 1:
-        return "text" if "text" in record else texts[0]
-    raise UserError(f"{where}: has no column 'text', it has {', '.join(map(str, record))}; needed is --text-field with one of these")
+    if "text" in record:
+        return "text"
+    texts = [field for field, value in record.items() if isinstance(value, str)]
+    texts = [field for field in texts if not re.fullmatch(r"[\d.,+-]*", record[field])]
+    if len(texts) != 1:
+        raise no_column(record, where, "text", "text")
+    return texts[0]
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """Objects of a file, one a line; or of one array, which is read as a whole and numbered by item."""
-    with path.open("rb") as handle:
-        is_array = handle.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+def no_column(record: dict, where: str, name: str, field: str) -> UserError:
+    """What to raise for a record without the column `name` of the text, the label or so."""
+    columns = ", ".join(map(str, record))
+    return UserError(
+        f"{where}: no column {name!r}; expected the {field} field to be one of {columns}"
+    )
+
+
+def _json_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """Objects of a file: one a line, or those of one array, which are numbered by item."""
+    expected = "expected an object on each line, or one array"
+    with open(path, encoding="utf-8-sig", newline="\n") as handle:
+        is_array = handle.read(1 << 10).lstrip().startswith("[")
         handle.seek(0)
         for number, line in enumerate([handle.read()] if is_array else handle, start=1):
             try:
-                content = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")) if line.strip() else []
+                content = json.loads(line) if line.strip() else []
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: is no JSON ({error}); needed is an object a line, or one array") from error
-            for item, record in enumerate(content if isinstance(content, list) else [content], start=1):
+                problem = f"{path}, line {number}: not JSON ({error})"
+                raise UserError(f"{problem}; {expected}") from error
+            items = content if isinstance(content, list) else [content]
+            for item, record in enumerate(items, start=1):
                 if not isinstance(record, dict):
-                    raise UserError(f"{path}, line {number}: holds {str(record)[:40]!r}, needed is an object a line, or one array")
+                    raise UserError(f"{path}, line {number}: {str(record)[:40]!r}; {expected}")
                 yield item if is_array else number, record
 
 
-def _delimiter(path: str) -> str:
-    """";" where the header of a CSV has no comma, as spreadsheets write it in half of Europe."""
-    with open(path, encoding="utf-8-sig") as handle:
-        header = handle.readline()
-    return ";" if ";" in header and "," not in header else ","
-
-
-def _delimited(path: str, kind: str) -> Iterator[tuple[int, dict]]:
-    """Rows of a CSV or TSV file by its header. A TSV in which quotes are no quoting ones is read as it stands: where they do not
-    match, or would join lines that are rows of their own."""
+def _delimited_rows(path: str, kind: str) -> Iterator[tuple[int, dict]]:
+    """Rows of a CSV or TSV file, by its header."""
     csv.field_size_limit(1 << 30)
-    settings = {"delimiter": _delimiter(path) if kind == "csv" else "\t", "strict": True}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as handle:
-            if kind == "tsv":
-                try:
-                    joins = any(set("\t\n") & set(field) for row in csv.reader(handle, **settings) for field in row)
-                    handle.seek(0)
-                    tabs = {line.count("\t") for line in handle if line.strip()}
-                    stray = joins and len(tabs) == 1 and tabs != {0}
-                except csv.Error:
-                    stray = True
-                if stray:
-                    settings["quoting"] = csv.QUOTE_NONE
-                handle.seek(0)
-            reader = csv.reader(handle, **settings)
+    settings = _tsv_dialect(path) if kind == "tsv" else _csv_dialect(path)
+    with open(path, encoding="utf-8-sig", newline="") as handle:
+        reader = csv.reader(handle, strict=True, **settings)
+        try:
             header = next(reader, [])
             twice = [field for place, field in enumerate(header) if field in header[:place]]
             if twice:
-                raise UserError(f"{path}, line 1: has the column {twice[0]!r} twice; needed are names that differ")
+                raise UserError(f"{path}, line 1: two columns {twice[0]!r}; expected unique names")
             for row in reader:
                 if len(row) not in (0, len(header)):
-                    raise UserError(f"{path}, line {reader.line_num}: has {len(row)} fields, the header has {len(header)}; needed is "
-                                    f"{'a comma' if kind == 'csv' else 'a tab'} between fields")
+                    problem = f"{path}, line {reader.line_num}: {len(row)} fields"
+                    raise UserError(f"{problem}; expected {len(header)}, as in the header")
                 if row:
                     yield reader.line_num, dict(zip(header, row))
-    except csv.Error as error:
-        raise UserError(f"{path}: is no {kind.upper()} ({error}); needed are quotes that close, and are doubled inside") from error
+        except csv.Error as error:
+            problem = f"{path}, line {reader.line_num}: not {kind.upper()} ({error})"
+            raise UserError(f"{problem}; expected quotes that close, doubled inside") from error
 
 
-def _table(entry: str, kind: str) -> Iterator[tuple[int, dict]]:
-    """Rows of what `datasets` reads; streamed, so that nothing is copied."""
-    datasets = require("datasets", entry)
+def _csv_dialect(path: str) -> dict:
+    with open(path, encoding="utf-8-sig") as handle:
+        header = handle.readline()
+    # Spreadsheets write semicolons in half of Europe.
+    return {"delimiter": ";" if ";" in header and "," not in header else ","}
+
+
+def _tsv_dialect(path: str) -> dict:
+    """Many TSV files are not quoted: a quote that spans a tab or never closes is a character."""
     try:
+        with open(path, encoding="utf-8-sig", newline="") as handle:
+            rows = csv.reader(handle, delimiter="\t", strict=True)
+            is_quoted = not any("\t" in field for row in rows for field in row)
+    except csv.Error:
+        is_quoted = False
+    return {"delimiter": "\t", "quoting": csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE}
+
+
+def _dataset_rows(entry: str, kind: str) -> Iterator[dict]:
+    """Rows of what `datasets` reads, streamed, so that nothing is copied."""
+    datasets = require("datasets", entry)
+    with refusing(f"{entry}: cannot be read as {kind}", "expected whole files, or a known name"):
         if kind == "saved":
             table = datasets.load_from_disk(entry)
             table = table["train"] if isinstance(table, dict) else table
         elif kind == "hub":
-            dataset, config, split, *more = entry.removeprefix("hub:").split(":") + ["", "", ""]
-            if not dataset or any(more):
-                raise ValueError("needed is hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
-            table = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
+            name, config, split, *more = entry.removeprefix("hub:").split(":") + ["", "", ""]
+            if not name or any(more):
+                raise UserError(f"{entry}: not a data set's name; expected {HUB_FORMS}")
+            split = split or "train"
+            table = datasets.load_dataset(name, config or None, split=split, streaming=True)
         else:
-            table = datasets.load_dataset(kind, data_files=[glob.escape(entry)], split="train", streaming=True)
-        yield from enumerate(table, start=1)
-    except Exception as error:  # of many kinds, from the hub's to Arrow's
-        raise UserError(f"{entry}: cannot be read as {kind} ({first_line(error)})") from error
+            files = [glob.escape(entry)]
+            table = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+        yield from table

@@ -1,8 +1,9 @@
-"""Tokenizers: from a folder, a bare vocab.txt or a hub name, or trained on the text; and what the masks need to know of one.
+"""Tokenizers: loaded, or trained on the text; new tokens in them; what masks must know of them.
 
-`Vocabulary` holds the facts of a tokenizer as numpy arrays, so that the rest of the data wing is vectorised and a worker
-process receives a few kilobytes instead of a tokenizer.
+`Vocabulary` holds the facts of a tokenizer as numpy arrays, so the rest of the data wing is
+vectorized, and a worker process receives a few kilobytes instead of a tokenizer.
 """
+
 from __future__ import annotations
 
 import json
@@ -15,17 +16,20 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from pretrain.command import UserError, check, refusing
+from pretrain.errors import UserError, refusing
 from pretrain.files import key_of, model_folder, read_json
 
-# Workers fork after the tokenizer has used its threads; the setting must be explicit or it warns at every fork.
+# Workers fork after the tokenizer has used its threads; unless this is set, each fork warns.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))  # Chinese characters of Unicode 16
+# Chinese characters of Unicode 16.
+HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 ENCODED_TOGETHER = 10_000  # texts
-MOST_IDS = 1 << 24
-PASSING_STATE = ("truncation", "padding")  # state that changes as a tokenizer is used, not part of what it is
+MAX_IDS = 1 << 24  # the state of the engine grows with the ids
+PASSING_STATE = ("truncation", "padding")  # changes as a tokenizer is used; not part of what it is
+EXPECTED_FILES = "tokenizer.json, tokenizer_config.json or vocab.txt"
+FREE_NAMES = ("bos_token", "eos_token")  # special tokens that BERT does not use
 
 
 @dataclass(frozen=True)
@@ -37,98 +41,100 @@ class Vocabulary:
     cls_id: int
     sep_id: int
     mask_id: int
-    unknown_id: int  # -1 where there is none
+    unknown_id: int  # -1 if it has none
     is_special: np.ndarray  # bool [size]
-    starts_word: np.ndarray | None  # bool [size]; False for "##" pieces; None where only the text tells (BPE, SentencePiece)
-    ordinary_ids: np.ndarray  # uint32 [size - specials], what a random replacement is drawn from
+    # bool [size]: False for "##" pieces. None: only the text tells (BPE, SentencePiece).
+    starts_word: np.ndarray | None
+    ordinary_ids: np.ndarray  # uint32 [size - specials]: random replacements are drawn from these
     fingerprint: str
-    needs_space: bool = False  # a word in running text has its space in its token
+    needs_space: bool = False  # the token of a word in running text includes its space
 
 
-def load(name: str, lowercase: bool = True, option: str = "--tokenizer") -> PreTrainedTokenizerBase:
-    """Tokenizer of a folder, a vocab.txt file (or a folder that holds no more than that) or a hub name; `option` is for messages.
+def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a vocab.txt (or a folder with nothing but one) or a hub name.
 
-    Raises UserError where it cannot be had. `lowercase` is used for a bare vocab.txt only."""
+    `lowercase` counts for a bare vocab.txt only. UserError if it cannot be loaded or used."""
     path = Path(model_folder(str(Path(name).expanduser())))
-    if path.is_dir() and not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
+    saved = ("tokenizer.json", "tokenizer_config.json")
+    if path.is_dir() and not any((path / file).is_file() for file in saved):
         path = path / "vocab.txt"
         if not path.is_file():
-            raise UserError(f"{option} {name}: the folder holds no tokenizer, none of tokenizer.json, tokenizer_config.json, vocab.txt")
+            raise UserError(f"{name}: no tokenizer in this folder; expected {EXPECTED_FILES}")
     if path.is_file():
         return from_vocabulary(read_vocabulary(path), lowercase)
-    if (path / "config.json").is_file():  # the tokenizer's class depends on it
-        read_json(path / "config.json", needed="a model's config")
-    source, problem = (str(path), "its tokenizer cannot be read") if path.is_dir() else (
-        name, "no such folder or vocab.txt, and not to be had from the hub or its cache")
-    with refusing(f"{option} {name}: {problem}", "offline, give a folder with tokenizer.json or vocab.txt"):
+    if (path / "config.json").is_file():  # determines the class of the tokenizer
+        read_json(path / "config.json", expected="the config of a model")
+    source = str(path) if path.is_dir() else name
+    problem = f"{name}: no tokenizer in a folder, on the hub or in its cache"
+    with refusing(problem, f"offline, expected a folder with {EXPECTED_FILES}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{option} {name}: is {type(tokenizer).__name__} in Python; needed is one of the tokenizers library")
-    with refusing(f"{option} {name}: its tokenizer is garbled", "needed are its files as they were saved"):
+        kind = type(tokenizer).__name__
+        raise UserError(f"{name}: {kind} is written in Python; expected one of `tokenizers`")
+    with refusing(f"{name}: its tokenizer is damaged", "expected its files as they were saved"):
         _try_out(tokenizer)
     return tokenizer
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise something, of any kind, where the tokenizer fails at a text, has no vocabulary, or ids that are too high or not its own."""
+    """Raise anything if the tokenizer fails on a text, or has no vocabulary or impossible ids."""
     entries, limit = tokenizer.get_vocab(), tokenizer.model_max_length
-    if entries.keys() <= set(tokenizer.all_special_tokens):  # what transformers makes where the vocabulary's file is missing
+    if entries.keys() <= set(tokenizer.all_special_tokens):  # the file of the vocabulary is gone
         raise ValueError("it has no vocabulary")
     size = max(entries.values()) + 1
-    if size > MOST_IDS or not limit >= 1:  # the engine's own state would grow with the ids
-        raise ValueError(f"its ids reach to {size - 1:,}, its texts to {limit} tokens")
+    if size > MAX_IDS or not limit >= 1:
+        raise ValueError(f"its ids go up to {size - 1:,}, its texts to {limit} tokens")
     json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()  # as it is saved
     backend, text = without_limits(tokenizer), "A b, 1\u00e9\u4eac\U0010fffd"
     used = [*tokenizer.all_special_ids, *backend.encode(text).ids, *backend.encode(text, text).ids]
     if not all(0 <= number < size for number in used):
-        raise ValueError(f"it uses ids that it has not: {used}")
+        raise ValueError(f"it uses ids that it does not have: {used}")
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """Entry -> id of a vocab.txt. Split on newlines only: entries may hold other Unicode line breaks."""
-    try:
+    """Entry -> id of a vocab.txt. Split on \\n only: entries may hold other line breaks."""
+    with refusing(f"{path}: cannot be read", "expected a vocabulary in UTF-8"):
         entries = path.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--tokenizer {path}: cannot be read as a UTF-8 vocabulary ({error})") from error
-    entries = [entry.removesuffix("\r") for entry in entries]
     if entries[-1] == "":
         entries.pop()
-    vocabulary = {entry: number for number, entry in enumerate(entries)}
-    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+    vocabulary = {entry.removesuffix("\r"): number for number, entry in enumerate(entries)}
+    missing = ", ".join(token for token in SPECIAL_TOKENS if token not in vocabulary)
     if missing:
-        raise UserError(f"--tokenizer {path}: lacks {', '.join(missing)}; needed is a WordPiece vocabulary of BERT, an entry a line")
+        raise UserError(f"{path}: no {missing}; expected a vocabulary of BERT, an entry a line")
     return vocabulary
 
 
 def from_vocabulary(vocabulary: dict[str, int], lowercase: bool) -> PreTrainedTokenizerBase:
-    """BERT's WordPiece tokenizer over `vocabulary`; Chinese characters are split as BERT does."""
+    """BERT's WordPiece tokenizer over `vocabulary`; splits Chinese characters as BERT does."""
     return BertTokenizer(vocab=vocabulary, do_lower_case=lowercase, model_max_length=512)
 
 
-def train(read: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool = True) -> PreTrainedTokenizerBase:
-    """A WordPiece tokenizer of at most `vocab_size` entries trained on the texts of `read()`, in memory that grows with the
-    distinct words only.
+def train(
+    read: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool = True
+) -> PreTrainedTokenizerBase:
+    """A WordPiece tokenizer of at most `vocab_size` entries, trained on the texts of `read()`.
 
-    The text is read twice. The trainer numbers single characters in the order of a hash table, which differs from process
-    to process, and breaks ties by number; entries given as special tokens it numbers as told."""
-    characters = sorted(entry for entry in _train_once(read(), 0, vocab_size, lowercase, []) if entry not in SPECIAL_TOKENS)
-    return from_vocabulary(_train_once(read(), vocab_size, vocab_size, lowercase, characters), lowercase)
+    Memory grows with the distinct words only. The text is read twice: the trainer numbers single
+    characters in the order of a hash table, which differs between processes, and breaks ties by
+    number; entries that it gets as special tokens keep their order."""
+    # A limit on single characters keeps rare ones from crowding out words, and Chinese whole.
+    limits = {"show_progress": False, "limit_alphabet": max(256, vocab_size * 6 // 10)}
 
+    def train_once(size: int, special_tokens: list[str]) -> dict[str, int]:
+        """Entry -> id; a size below the number of characters gives these alone."""
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        settings = {"vocab_size": size, "special_tokens": special_tokens, **limits}
+        tokenizer.train_from_iterator(read(), trainers.WordPieceTrainer(**settings))
+        return tokenizer.get_vocab()
 
-def _train_once(texts: Iterable[str], vocab_size: int, final_size: int, lowercase: bool, first: list[str]) -> dict[str, int]:
-    """Entry -> id after one training; below the number of characters, `vocab_size` gives these alone."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    # A share of the entries for single characters keeps rare ones from crowding words out, and Chinese whole.
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + first, show_progress=False,
-                                        limit_alphabet=max(256, final_size * 6 // 10))
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer.get_vocab()
+    characters = sorted(train_once(0, SPECIAL_TOKENS).keys() - set(SPECIAL_TOKENS))
+    return from_vocabulary(train_once(vocab_size, SPECIAL_TOKENS + characters), lowercase)
 
 
 def without_limits(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer's engine that neither truncates nor pads, whatever its last user has set."""
+    """A copy of the tokenizer's engine that neither truncates nor pads."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -136,13 +142,13 @@ def without_limits(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def encode_together(backend: Tokenizer, texts: Sequence, **more: bool) -> Iterator[Encoding]:
-    """The encodings of `texts`, in order; some are in memory at a time, and the engine's threads share them."""
+    """The encodings of `texts`, in order, by all threads of the engine; a part in memory."""
     for start in range(0, len(texts), ENCODED_TOGETHER):
-        yield from backend.encode_batch_fast(texts[start: start + ENCODED_TOGETHER], **more)
+        yield from backend.encode_batch_fast(texts[start : start + ENCODED_TOGETHER], **more)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hexadecimal digits that name what the tokenizer does, whatever truncation and padding are set in it."""
+    """16 hexadecimal digits that identify what the tokenizer does, whatever limits are set."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for key in PASSING_STATE:
         state.pop(key, None)
@@ -150,77 +156,119 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """The `Vocabulary` of a tokenizer; UserError where it lacks a special token that pretraining needs."""
+    """The `Vocabulary` of a tokenizer; UserError if it lacks a token that pretraining needs."""
     names = ("pad", "cls", "sep", "mask")
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
-    missing = [f"[{name.upper()}]" for name in names if ids[name] is None or name == "mask" and [*ids.values()].count(ids[name]) > 1]
+    missing = [name for name in names if ids[name] is None]
+    if not missing and list(ids.values()).count(ids["mask"]) > 1:
+        missing = ["mask"]
     if missing:
-        raise UserError(f"--tokenizer {tokenizer.name_or_path or 'given'}: has no {', '.join(missing)} token; "
-                        "needed is a tokenizer made for masked language modelling")
-    entries = tokenizer.get_vocab()
+        shown = ", ".join(f"[{name.upper()}]" for name in missing)
+        problem = f"{tokenizer.name_or_path or 'the tokenizer'}: has no {shown} token"
+        raise UserError(f"{problem}; expected a tokenizer for masked language modeling")
+    entries, unknown_id = tokenizer.get_vocab(), tokenizer.unk_token_id
     size = max(entries.values()) + 1
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    starts_word, is_special = np.ones(size, bool), np.ones(size, bool)  # an id without an entry is never drawn
-    for entry, number in entries.items():
+    starts_word, is_special = np.ones(size, bool), np.ones(size, bool)
+    for entry, number in entries.items():  # an id without an entry stays special: never drawn
         is_special[number] = False
         starts_word[number] = not entry.startswith("##")
     is_special[tokenizer.all_special_ids] = True
-    unknown = tokenizer.unk_token_id
-    return Vocabulary(size, ids["pad"], ids["cls"], ids["sep"], ids["mask"], -1 if unknown is None else unknown, is_special,
-                      starts_word if state["model"]["type"] == "WordPiece" else None, np.flatnonzero(~is_special).astype(np.uint32),
-                      fingerprint(tokenizer), needs_space='"ByteLevel"' in json.dumps(state["pre_tokenizer"]))
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return Vocabulary(
+        size=size,
+        **{f"{name}_id": number for name, number in ids.items()},
+        unknown_id=-1 if unknown_id is None else unknown_id,
+        is_special=is_special,
+        starts_word=starts_word if state["model"]["type"] == "WordPiece" else None,
+        ordinary_ids=np.flatnonzero(~is_special).astype(np.uint32),
+        fingerprint=fingerprint(tokenizer),
+        needs_space='"ByteLevel"' in json.dumps(state["pre_tokenizer"]),
+    )
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerBase, words: list[str], specials: list[str],
-               source: str = "--add-tokens") -> dict[int, list[int]]:
-    """Make `words` and `specials` (TOKEN, or NAME=TOKEN) one token each, in place; the ids that each new one was before.
+def _space_before(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What precedes a word in running text and is part of its tokens."""
+    return "" if '"WordPiece"' in tokenizer.backend_tokenizer.to_str() else " "
 
-    Words are matched before the tokenizer's own rules, so that they stay whole; as words only, where the script writes
-    words apart. UserError names a word, by `source` and line, that holds nothing or is a token already."""
-    backend, before, seen, problems = without_limits(tokenizer), {}, {}, []
-    vocabulary, wordpiece = tokenizer.get_vocab(), '"WordPiece"' in backend.to_str()
+
+def _split_name(entry: str) -> tuple[str, str]:
+    """(name, token) of NAME=TOKEN, or ("", token)."""
+    name, equals, token = entry.partition("=")
+    return (name, token) if equals and name.endswith("_token") else ("", entry)
+
+
+def word_problems(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[str]:
+    """What is wrong with `words` as new tokens; each problem begins with the line of the word."""
+    backend, vocabulary = without_limits(tokenizer), tokenizer.get_vocab()
     normalize = backend.normalizer.normalize_str if backend.normalizer else str
+    space, lines, problems = _space_before(tokenizer), {}, []
     for line, word in enumerate(words, start=1):
-        name, same = f"{source}, line {line}", seen.setdefault(normalize(word).strip(), line)
-        pieces = backend.encode(word if wordpiece else f" {word}", add_special_tokens=False).ids
+        first = lines.setdefault(normalize(word).strip(), line)
+        pieces = backend.encode(space + word, add_special_tokens=False).ids
+        is_token = len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id
         if not word:
-            problems.append(f"{name}: is blank; needed is a token")
-        elif same != line:
-            problems.append(f"{name}: {word!r} is the same to the tokenizer as line {same}; needed is each token once")
-        elif word in vocabulary or len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id:
-            problems.append(f"{name}: {word!r} is a token already; needed are tokens that the vocabulary lacks")
-        before[word] = pieces
-    named = {}
+            problems.append(f"line {line}: blank; expected a token")
+        elif first != line:
+            problems.append(f"line {line}: {word!r} repeats line {first} for the tokenizer")
+        elif is_token or word in vocabulary:
+            problems.append(f"line {line}: {word!r} is already a token; expected new ones")
+    return problems
+
+
+def special_problems(
+    tokenizer: PreTrainedTokenizerBase, specials: Sequence[str], words: list[str]
+) -> list[str]:
+    """What is wrong with `specials` (TOKEN or NAME=TOKEN) as new tokens beside `words`; each
+    problem begins with the entry."""
+    taken, vocabulary, problems = set(words), tokenizer.get_vocab(), []
     for entry in specials:
-        name, equals, token = entry.partition("=")
-        is_named = bool(equals) and name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES
-        if equals and name.endswith("_token") and not is_named:
-            problems.append(f"--add-special-tokens {entry}: {name} is none of {', '.join(tokenizer.SPECIAL_TOKENS_ATTRIBUTES)}")
-        token = token if is_named else entry
+        name, token = _split_name(entry)
         if not token.strip():
-            problems.append(f"--add-special-tokens {entry!r}: is blank; needed is TOKEN or NAME=TOKEN")
-        elif token in before or not is_named and token in vocabulary:
-            problems.append(f"--add-special-tokens {entry}: {token} is a token already; needed is one that is new")
-        elif is_named and name in named:
-            problems.append(f"--add-special-tokens {entry}: {name} is given twice")
-        elif is_named and name not in ("bos_token", "eos_token"):
-            problems.append(f"--add-special-tokens {entry}: the model was trained with {getattr(tokenizer, name)} as its {name}; needed is "
-                            "bos_token, eos_token, or TOKEN alone")
-        named.setdefault(name if is_named else "extra_special_tokens", []).append(
-            AddedToken(token, lstrip=not wordpiece, normalized=False, special=True))
-        before[token] = backend.encode(token, add_special_tokens=False).ids
-    check(problems)
-    size = len(tokenizer)
-    # Unnormalized where characters are set apart: the tokenizer would keep such a token as " X  Y ".
-    tokenizer.add_tokens([AddedToken(word, single_word=not (is_unspaced(word[0]) or is_unspaced(word[-1])), lstrip=not wordpiece,
-                                     normalized=not any(map(is_unspaced, word))) for word in words])
-    extra = named.pop("extra_special_tokens", [])
-    tokenizer.add_special_tokens({name: tokens[-1] for name, tokens in named.items()} | (
-        {"extra_special_tokens": extra} if extra else {}), replace_extra_special_tokens=False)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in before}
-    return {ids[token]: pieces for token, pieces in before.items() if ids[token] >= size}
+            problems.append(f"{entry!r}: blank; expected TOKEN or NAME=TOKEN")
+        elif name and name not in FREE_NAMES:
+            expected = f"{' or '.join(FREE_NAMES)} as the name, or none"
+            problems.append(f"{entry}: the model has its own {name}; expected {expected}")
+        elif token in taken or (not name and token in vocabulary):
+            problems.append(f"{entry}: {token} is already a token; expected a new one")
+        elif name and name in taken:
+            problems.append(f"{entry}: {name} is given twice; expected it once")
+        taken |= {name, token} - {""}
+    return problems
+
+
+def add_tokens(
+    tokenizer: PreTrainedTokenizerBase, words: list[str], specials: Sequence[str]
+) -> dict[int, list[int]]:
+    """Make `words` and `specials` one token each, in place; returns the ids each new one replaces.
+
+    Both must be without problems (see above). Words are matched before the tokenizer's own rules,
+    so they stay whole, and only as words in scripts that write spaces."""
+    backend, size, space = without_limits(tokenizer), len(tokenizer), _space_before(tokenizer)
+    entries = [_split_name(entry) for entry in specials]
+    texts = {word: space + word for word in words} | {token: token for _, token in entries}
+    pieces = {
+        token: backend.encode(text, add_special_tokens=False).ids for token, text in texts.items()
+    }
+    added, strips = [], bool(space)
+    for word in words:
+        is_single = not (is_unspaced(word[0]) or is_unspaced(word[-1]))
+        # Where characters are set apart, the tokenizer would keep a normalized token as " X  Y ".
+        is_normalized = not any(map(is_unspaced, word))
+        added.append(
+            AddedToken(word, single_word=is_single, normalized=is_normalized, lstrip=strips)
+        )
+    tokenizer.add_tokens(added)
+    settings = {"special": True, "normalized": False, "lstrip": strips}
+    named = {name: AddedToken(token, **settings) for name, token in entries if name}
+    extra = [AddedToken(token, **settings) for name, token in entries if not name]
+    named |= {"extra_special_tokens": extra} if extra else {}
+    tokenizer.add_special_tokens(named, replace_extra_special_tokens=False)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in pieces}
+    return {ids[token]: found for token, found in pieces.items() if ids[token] >= size}
 
 
 def is_unspaced(character: str) -> bool:
-    """Whether it is of a script that writes words without spaces between them: Chinese characters and kana."""
-    return "\u3040" <= character <= "\u30ff" or any(low <= ord(character) <= high for low, high in HAN)
+    """Whether its script writes words without spaces: Chinese characters and kana."""
+    if "\u3040" <= character <= "\u30ff":
+        return True
+    return any(low <= ord(character) <= high for low, high in HAN)

@@ -1,65 +1,85 @@
-"""Self-attention over packed sequences, without padding, in the place of transformers' own; the names of its weights stay.
+"""Self-attention over packed sequences, without padding.
 
-A pack is one row of T tokens; `lengths` (host) and `cu_seqlens` (device) say where its sequences end. Query, key and value come from
-one matrix product. Attention is one kernel on CUDA, ours or FlashAttention's, and a loop over the sequences elsewhere.
-No probability is dropped: the kernel cannot, and on CPU it would cost two to three times.
-
-Shapes: H heads, D numbers a head.
+A pack is one row of T tokens; `lengths` (host) and `cu_seqlens` (device) say where its sequences
+end. On CUDA, attention is one kernel, ours or FlashAttention's; elsewhere, a loop over sequences.
+Probabilities are never dropped: the kernels cannot, and on CPU it would take two to three times as
+long. Shapes: H heads, head dimension D.
 """
+
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.utils.rnn import pad_sequence
+
+from pretrain.batch import Batch
+from pretrain.model import cpu_kernels
 
 SDPA, VARLEN = "sdpa loop", "varlen kernel"
-KERNELS = TRITON, FLASH, CUDNN = "triton", "flash", "cudnn"  # for VARLEN; CUDNN leaves the choice between the two to torch
-GROUP_SCORES = 1 << 19  # scores that the backward pass on CPU handles at once: they stay in its cache
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with CUDA builds of torch
-LONGEST_TRITON = 512  # tokens of a sequence up to which the Triton kernel was measured, and is the fastest
-LONGEST_PLAIN = 512  # tokens of a sequence, beyond which torch's own backward pass is as fast and takes less memory
+# For VARLEN. CUDNN lets torch choose between FlashAttention and cuDNN.
+KERNELS = TRITON, FLASH, CUDNN = "triton", "flash", "cudnn"
+Attend = Callable[[Tensor], Tensor]  # qkv [T, 3, H, D] -> [T, H, D]
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # part of CUDA builds of torch
+TRITON_HEAD_DIMS = (16, 32, 64)  # 128 needs more shared memory than many GPUs have
+LONGEST_TRITON = 512  # tokens of a sequence; the longest measured, and the fastest up to there
 
 
 class PackedSelfAttention(nn.Module):
-    """Takes over query, key and value of a self-attention module of transformers, which calls it with one row."""
+    """Takes over query, key and value of a stock self-attention, under their names."""
 
     def __init__(self, stock: nn.Module):
         super().__init__()
         self.query, self.key, self.value = stock.query, stock.key, stock.value
         self.num_heads = stock.num_attention_heads
 
-    def forward(self, hidden_states: Tensor, attention_mask: None = None, *, lengths: tuple[int, ...] | None = None,
-                cu_seqlens: Tensor | None = None, max_length: int = 0, kernel: str = "", **_: object) -> tuple[Tensor, None]:
-        """[1, T, width] -> [1, T, width]; either `lengths`, or `cu_seqlens` and a fixed bound, so that one graph serves."""
-        assert lengths is not None or cu_seqlens is not None, "needed is a packed batch: call the model's `encode`"
+    def forward(self, hidden_states: Tensor, *_, attend: Attend | None = None, **__):
+        """[1, T, width] -> ([1, T, width], None); `attend` is `attention_over` the batch."""
+        assert attend is not None, "expected a packed batch: call the model's `encode`"
         parts, hidden = (self.query, self.key, self.value), hidden_states[0]
-        if all(type(part) is nn.Linear for part in parts):
-            qkv = F.linear(hidden, torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
-        else:  # something is put around them, such as LoRA
+        if all(type(part) is nn.Linear for part in parts):  # one matrix product for the three
+            weight = torch.cat([part.weight for part in parts])
+            bias = torch.cat([part.bias for part in parts])
+            qkv = F.linear(hidden, weight, bias)
+        else:  # something wraps them, such as LoRA
             qkv = torch.cat([part(hidden) for part in parts], -1)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
-        attended = packed_sdpa(qkv, lengths) if lengths is not None else packed_varlen(qkv, cu_seqlens, max_length, kernel)
-        return attended.flatten(1)[None], None
+        return attend(qkv).flatten(1)[None], None
+
+
+def attention_over(batch: Batch, name: str, kernel: str = "") -> Attend:
+    """Attention within the sequences of `batch`, by SDPA or VARLEN."""
+    if name == SDPA:
+        return partial(packed_sdpa, lengths=batch.lengths)
+    # No lengths here: they differ in every batch, and a compiled graph would compile again.
+    ends = {"cu_seqlens": batch.cu_seqlens, "max_length": batch.max_length}
+    return partial(packed_varlen, **ends, kernel=kernel)
 
 
 def packed_sdpa(qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """[T, 3, H, D] -> [T, H, D]; each sequence attends to itself, one call each.
+    """[T, 3, H, D] -> [T, H, D]: one call of torch's attention for each sequence that has tokens.
 
-    Empty sequences are skipped. On CPU this loop beat scattering to a padded batch and nested tensors, down to sequences of 32 tokens."""
+    On CPU this loop beat a padded batch and nested tensors, down to sequences of 32 tokens."""
     lengths = tuple(length for length in lengths if length)
-    if (qkv.device.type == "cpu" and qkv.dtype != torch.float32 and torch.is_grad_enabled() and max(lengths) <= LONGEST_PLAIN
-            and not torch.compiler.is_compiling()):
-        return _GroupedBackward.apply(qkv, lengths)
-    return torch.cat([_attend(part.movedim(0, 2)).movedim(1, 0) for part in qkv.split(lengths)])
+    if cpu_kernels.is_backward_slow(qkv, lengths):
+        return cpu_kernels.GroupedBackward.apply(qkv, lengths, _attend_one_by_one)
+    return _attend_one_by_one(qkv, lengths)
 
 
-def packed_varlen(qkv: Tensor, cu_seqlens: Tensor, max_length: int, kernel: str) -> Tensor:
-    """The same by one of KERNELS, in fp16 or bf16 on Ampere or later."""
+def _attend_one_by_one(qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    outputs = []
+    for part in qkv.split(lengths):
+        query, key, value = part.permute(1, 2, 0, 3)[:, None]  # [1, H, L, D] each
+        outputs.append(F.scaled_dot_product_attention(query, key, value)[0].movedim(1, 0))
+    return torch.cat(outputs)
+
+
+def packed_varlen(qkv: Tensor, cu_seqlens: Tensor, max_length: int, kernel: str = "") -> Tensor:
+    """The same by one of KERNELS, in fp16 or bf16 on Ampere or later; "": by the fastest."""
+    kernel = kernel or choose_kernel(qkv.shape[-1], max_length)
     if kernel == TRITON:
         from pretrain.model.attention_kernel import packed_attention
 
@@ -68,74 +88,19 @@ def packed_varlen(qkv: Tensor, cu_seqlens: Tensor, max_length: int, kernel: str)
 
     # torch 2.14 uses cuDNN on some GPUs unless a window is set. This window covers every token.
     window = (max_length, max_length) if kernel == FLASH else (-1, -1)
-    # Seven arguments by position: the names and order of later ones differ between torch releases.
-    return varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_length, max_length, window_size=window)
-
-
-class _GroupedBackward(torch.autograd.Function):
-    """`packed_sdpa` whose gradients are those of plain matrix products over a few sequences of about the same length at once.
-
-    torch's own backward pass of short sequences in bf16 runs at an eighth of the matrix rate on CPU; this takes half its time, with
-    scores in float32: their error in bf16 would be that of the probabilities of a sharp head."""
-
-    @staticmethod
-    def forward(ctx, qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(qkv)
-        ctx.lengths = lengths
-        return packed_sdpa(qkv, lengths)  # grad mode is off here
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        lengths, (qkv,) = ctx.lengths, ctx.saved_tensors
-        gradients = torch.empty_like(qkv)
-        inputs, outputs = torch.cat([qkv, grad[:, None]], 1).split(lengths), gradients.split(lengths)
-        for group in _groups(lengths, qkv.shape[2]):
-            padded = pad_sequence([inputs[number] for number in group], batch_first=True)  # [G, L, 4, H, D], 0 where there is no token
-            found = _gradients(padded.permute(2, 0, 3, 1, 4), [lengths[number] for number in group])
-            for number, part in zip(group, found.permute(1, 3, 0, 2, 4)):
-                outputs[number].copy_(part[:lengths[number]])
-        return gradients, None
-
-
-def _groups(lengths: tuple[int, ...], num_heads: int) -> Iterator[list[int]]:
-    """Places of `lengths`, the longest first, in groups of at most GROUP_SCORES scores, one sequence at least."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    while order:
-        size = max(1, GROUP_SCORES // (num_heads * lengths[order[0]] ** 2))
-        yield order[:size]
-        order = order[size:]
-
-
-def _attend(qkv: Tensor) -> Tensor:
-    """[3, H, L, D] -> [H, L, D]."""
-    return F.scaled_dot_product_attention(*qkv[:, None].unbind(0))[0]
-
-
-def _gradients(tensors: Tensor, lengths: list[int]) -> Tensor:
-    """Query, key, value and the gradient of what was attended [4, G, H, L, D] -> the gradients of the three [3, G, H, L, D].
-
-    Sequence g has lengths[g] tokens, the longest first."""
-    shape, scale = tensors.shape, tensors.shape[-1] ** -0.5
-    query, key, value, grad = tensors.flatten(1, 2).unbind(0)  # [G x H, L, D] each
-    scores = torch.bmm(query.float() * scale, key.float().transpose(1, 2))
-    if lengths[-1] < lengths[0]:
-        is_padding = torch.arange(lengths[0]) >= torch.tensor(lengths)[:, None]
-        scores.view(*shape[1:3], *scores.shape[1:]).masked_fill_(is_padding[:, None, None], float("-inf"))
-    probabilities = scores.softmax(-1)
-    weighted = torch.bmm(grad, value.transpose(1, 2)) * probabilities
-    grad_scores = weighted.sub_(probabilities * weighted.sum(-1, keepdim=True)).mul_(scale).to(query.dtype)
-    return torch.stack([torch.bmm(grad_scores, key), torch.bmm(grad_scores.transpose(1, 2), query),
-                        torch.bmm(probabilities.to(query.dtype).transpose(1, 2), grad)]).view(3, *shape[1:])
+    # Seven arguments by position: the names and order of later ones differ between releases.
+    ends = (cu_seqlens, cu_seqlens, max_length, max_length)
+    return varlen_attn(*qkv.unbind(1), *ends, window_size=window)
 
 
 def choose_attention(device: torch.device, precision: str) -> str:
-    """Name of the attention for a device and a precision ("bf16", "fp16" or "fp32")."""
-    has_kernel = device.type == "cuda" and precision != "fp32" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return VARLEN if has_kernel else SDPA
+    """SDPA or VARLEN, for a device and a precision ("bf16", "fp16" or "fp32")."""
+    if device.type != "cuda" or precision == "fp32":
+        return SDPA
+    return VARLEN if torch.cuda.get_device_capability(device) >= (8, 0) else SDPA
 
 
-def choose_kernel(head_width: int, max_length: int) -> str:
-    """One of KERNELS for a head dimension: the fastest measured (scripts/README.md)."""
-    fits = HAS_TRITON and head_width in (16, 32, 64)  # with 128 it needs more shared memory than many GPUs have
-    return TRITON if fits and max_length <= LONGEST_TRITON else FLASH
+def choose_kernel(head_dim: int, max_length: int) -> str:
+    """One of KERNELS: the fastest measured (scripts/README.md)."""
+    fits = HAS_TRITON and head_dim in TRITON_HEAD_DIMS and max_length <= LONGEST_TRITON
+    return TRITON if fits else FLASH

@@ -1,10 +1,11 @@
 """Self-attention over packed sequences in one Triton kernel each way, for a GPU.
 
-FlashAttention's kernels for variable lengths accumulate dQ in float32, convert it in a second kernel, and return three gradients that
-must then be stacked. Most sequences here fit one block of 128 tokens: one pass computes all three gradients, into one tensor.
+FlashAttention's variable-length kernels accumulate dQ in float32, convert it in a second kernel,
+and return three gradients that must then be stacked. Most sequences here fit one block of 128
+tokens: one pass computes all three gradients, into one tensor.
 
-Follows FlashAttention-2 (Dao 2023): the forward pass keeps the base-2 logsumexp of each row of scores, from which the backward pass
-recomputes the probabilities. Shapes: T tokens, N sequences, H heads, D is the head dimension.
+Follows FlashAttention-2 (Dao 2023): the backward pass recomputes the probabilities from the base-2
+logsumexp of each row of scores. Shapes: T tokens, N sequences, H heads, head dimension D.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # tokens of a sequence that a program takes at once; with 4 warps the fastest on an H200
-SHORT = 128  # tokens of a sequence up to which the backward pass takes all of it at once
-MAX_GRID = 65_535  # of CUDA, in the dimension of the sequences
+BLOCK = 64  # tokens of a sequence per program; with 4 warps the fastest on an H200
+SHORT = 128  # tokens; the backward pass takes a sequence up to this length at once
+MAX_GRID = 65_535  # CUDA's limit, in the dimension of the sequences
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -41,17 +42,7 @@ def _store_rows(base, rows, length, stride, values, D: tl.constexpr):
 
 
 @triton.jit
-def _forward(
-    qkv,
-    out,
-    lse,
-    offsets,
-    num_tokens,
-    scale,
-    H,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _forward(qkv, out, lse, offsets, T, scale, H, D: tl.constexpr, BLOCK: tl.constexpr):
     """A block of queries of one sequence and head."""
     start, length = _bounds(offsets, tl.program_id(1))
     first = tl.program_id(0) * BLOCK
@@ -77,12 +68,12 @@ def _forward(
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
         row_max = new_max
     _store_rows(out + (start * H + head) * D, rows, length, H * D, acc / total[:, None], D)
-    tl.store(lse + head * num_tokens + start + rows, row_max + tl.log2(total), mask=rows < length)
+    tl.store(lse + head * T + start + rows, row_max + tl.log2(total), mask=rows < length)
 
 
 @triton.jit
 def _backward_short(
-    grad, qkv, grad_qkv, lse, offsets, num_tokens, scale, H, D: tl.constexpr, BLOCK: tl.constexpr
+    grad, qkv, grad_qkv, lse, offsets, T, scale, H, D: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One sequence and head, in one block."""
     start, length = _bounds(offsets, tl.program_id(0))
@@ -95,9 +86,7 @@ def _backward_short(
     k = _rows(query + H * D, rows, length, stride, D)
     v = _rows(query + 2 * H * D, rows, length, stride, D)
     g = _rows(grad + (start * H + head) * D, rows, length, H * D, D)
-    lse_rows = tl.load(
-        lse + head * num_tokens + start + rows, mask=rows < length, other=float("inf")
-    )
+    lse_rows = tl.load(lse + head * T + start + rows, mask=rows < length, other=float("inf"))
     p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - lse_rows[:, None])
     p = tl.where(rows[None, :] < length, p, 0.0)
     to = grad_qkv + start * stride + head * D
@@ -110,7 +99,7 @@ def _backward_short(
 
 @triton.jit
 def _scores_gradient(q, k, v, g, o, lse_rows, columns, length, scale):
-    """(probabilities, gradient of the scores) [rows, columns] of some queries, from their outputs o and the gradient g of those."""
+    """(probabilities, gradient of the scores) [rows, columns]; g is the gradient of outputs o."""
     p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - lse_rows[:, None])
     p = tl.where(columns[None, :] < length, p, 0.0)
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
@@ -119,17 +108,7 @@ def _scores_gradient(q, k, v, g, o, lse_rows, columns, length, scale):
 
 @triton.jit
 def _backward_long(
-    grad,
-    qkv,
-    out,
-    grad_qkv,
-    lse,
-    offsets,
-    num_tokens,
-    scale,
-    H,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad, qkv, out, grad_qkv, lse, offsets, T, scale, H, D: tl.constexpr, BLOCK: tl.constexpr
 ):
     """A block of keys and values, then of queries, of one sequence and head."""
     start, length = _bounds(offsets, tl.program_id(1))
@@ -140,7 +119,7 @@ def _backward_long(
     query = qkv + start * stride + head * D
     key, value = query + H * D, query + 2 * H * D
     grads, outs = grad + (start * H + head) * D, out + (start * H + head) * D
-    lse_rows = lse + head * num_tokens + start
+    lse_rows = lse + head * T + start
     to = grad_qkv + start * stride + head * D
     block = first + tl.arange(0, BLOCK)
 
@@ -160,69 +139,62 @@ def _backward_long(
     _store_rows(to + 2 * H * D, block, length, stride, dv, D)
     _store_rows(to + H * D, block, length, stride, dk * scale, D)
 
-    queries = _rows(query, block, length, stride, D)
-    do = _rows(grads, block, length, H * D, D)
-    outputs = _rows(outs, block, length, H * D, D)
-    lse_block = tl.load(lse_rows + block, mask=block < length, other=float("inf"))
+    q = _rows(query, block, length, stride, D)
+    g = _rows(grads, block, length, H * D, D)
+    o = _rows(outs, block, length, H * D, D)
+    row_lse = tl.load(lse_rows + block, mask=block < length, other=float("inf"))
     dq = tl.zeros([BLOCK, D], tl.float32)
     for begin in range(0, length, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         keys = _rows(key, columns, length, stride, D)
         values = _rows(value, columns, length, stride, D)
-        _, ds = _scores_gradient(
-            queries, keys, values, do, outputs, lse_block, columns, length, scale
-        )
+        _, ds = _scores_gradient(q, keys, values, g, o, row_lse, columns, length, scale)
         dq = tl.dot(ds, keys, dq)
     _store_rows(to, block, length, stride, dq * scale, D)
 
 
 def _power_of_2(length: int) -> int:
-    """The next one, at least 16 as a matrix product wants."""
+    """The next one, at least 16: what a matrix product needs."""
     return max(16, triton.next_power_of_2(length))
 
 
 @torch.library.custom_op("pretrain::packed_attention", mutates_args=())
 def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-    """qkv [T, 3, H, D] in fp16 or bf16, cu_seqlens int32 [N + 1] whose sequences cover all T tokens and have at most `max_length` ->
-    (attention's output [T, H, D], base-2 logsumexp float32 [H, T]). D is a power of two, at least 16."""
-    num_tokens, _, heads, head_dim = qkv.shape
+    """qkv [T, 3, H, D] in fp16 or bf16, cu_seqlens int32 [N + 1] -> (output [T, H, D], base-2
+    logsumexp float32 [H, T]). The sequences cover all T tokens and have at most `max_length` each;
+    D is a power of two, at least 16."""
+    (T, _, H, D), N = qkv.shape, len(cu_seqlens) - 1
     assert qkv.dtype in (torch.float16, torch.bfloat16), qkv.dtype
-    assert len(cu_seqlens) <= MAX_GRID, f"{len(cu_seqlens) - 1} sequences, at most {MAX_GRID - 1}"
-    out = qkv.new_empty(num_tokens, heads, head_dim)
-    lse = qkv.new_empty(heads, num_tokens, dtype=torch.float32)
+    assert N < MAX_GRID, f"{N} sequences, at most {MAX_GRID - 1}"
+    out, lse = _empty_outputs(qkv)
     block = min(BLOCK, _power_of_2(max_length))
-    grid = (triton.cdiv(max_length, block), len(cu_seqlens) - 1, heads)
-    sizes = (num_tokens, head_dim**-0.5, heads, head_dim, block)
+    grid = (triton.cdiv(max_length, block), N, H)
+    sizes = (T, D**-0.5, H, D, block)
     _forward[grid](qkv.contiguous(), out, lse, cu_seqlens, *sizes)
     return out, lse
 
 
 @packed_attention.register_fake
-def _(qkv: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-    num_tokens, _, heads, head_dim = qkv.shape
-    return qkv.new_empty(num_tokens, heads, head_dim), qkv.new_empty(
-        heads, num_tokens, dtype=torch.float32
-    )
+def _empty_outputs(qkv, *_) -> tuple[Tensor, Tensor]:
+    T, _, H, D = qkv.shape
+    return qkv.new_empty(T, H, D), qkv.new_empty(H, T, dtype=torch.float32)
 
 
 @torch.library.custom_op("pretrain::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_length: int
 ) -> Tensor:
-    """The gradient of qkv, [T, 3, H, D], from that of what was acc."""
-    num_tokens, _, heads, head_dim = qkv.shape
+    """The gradient of qkv, [T, 3, H, D], from that of the output."""
+    (T, _, H, D), N = qkv.shape, len(cu_seqlens) - 1
     grad, qkv = grad.contiguous(), qkv.contiguous()
     grad_qkv = torch.empty_like(qkv)
     block = _power_of_2(max_length) if max_length <= SHORT else BLOCK
-    sizes = (num_tokens, head_dim**-0.5, heads, head_dim, block)
-    num_sequences = len(cu_seqlens) - 1
+    sizes = (T, D**-0.5, H, D, block)
     if max_length <= SHORT:
         warps = 8 if block == SHORT else 4  # with fewer its numbers do not fit the registers
-        _backward_short[num_sequences, heads](
-            grad, qkv, grad_qkv, lse, cu_seqlens, *sizes, num_warps=warps
-        )
+        _backward_short[N, H](grad, qkv, grad_qkv, lse, cu_seqlens, *sizes, num_warps=warps)
     else:
-        grid = (triton.cdiv(max_length, block), num_sequences, heads)
+        grid = (triton.cdiv(max_length, block), N, H)
         _backward_long[grid](grad, qkv, out, grad_qkv, lse, cu_seqlens, *sizes)
     return grad_qkv
 

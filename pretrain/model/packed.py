@@ -1,99 +1,146 @@
-"""What every family does with a packed batch: encode it without padding, score masked positions, sum the losses."""
+"""What every family does with a packed batch: encode without padding, score, sum the losses."""
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 
-from pretrain.batch import Batch, Output, PackedBatch
-from pretrain.model.attention import SDPA, PackedSelfAttention, choose_kernel
-from pretrain.model.cross_entropy import summed_cross_entropy
-from pretrain.model.dropout import Dropout
-from pretrain.model.gelu import Gelu
-from pretrain.model.layer_norm import LayerNorm
-
-REPLACED = {nn.Dropout: Dropout, nn.LayerNorm: LayerNorm, GELUActivation: Gelu}  # stock module -> what computes the same faster
+from pretrain.batch import Batch, Loss
+from pretrain.model.attention import SDPA, PackedSelfAttention, attention_over
+from pretrain.model.losses import cross_entropy
+from pretrain.model.replacements import REPLACEMENTS, aligned_linear
 
 
 class PackedModel:
-    """Batch -> Output, mixed into a pretrained model of transformers; `loss_weights` says which losses there are."""
+    """Batch -> losses by name: a mixin for a pretrained model of transformers.
 
-    masked_lm_head = ""  # name of the module that scores hidden states [M, width]
-    loss_weights = {"mlm": 1.0}
-    class_weights: dict[str, Tensor] = {}  # by loss: float [classes], where its classes weigh differently
+    A family is one file (see roberta.py) and one line in `loading.FAMILIES`. It provides
+    `transform`, and overrides the attributes below that differ. An encoder that is not built like
+    BERT's also overrides `layers`, `replace_attention` and `encode`; a family with an NSP head has
+    `next_sentence_logits`. Class and weight names stay the stock ones: files go both ways."""
+
+    parts: dict[str, str] = {}  # prefix of weights -> what starts fresh if they are missing
+    pair_parts: tuple[str, ...] = ()  # modules that only the NSP loss trains; (): no NSP head
     position_offset = 0  # of the first token's position
-    head_may_differ = False  # from the checkpoint's in size; it starts fresh then
+    head_may_differ = False  # in size from the checkpoint's; it then starts fresh
+    nsp_weight: float | None = None  # of the NSP loss; None: MLM alone
     attention = SDPA  # or VARLEN
-    kernel = ""  # of VARLEN, one of attention.KERNELS; "": `choose_kernel` does
+    kernel = ""  # of VARLEN, one of attention.KERNELS; "": the fastest
 
     def post_init(self) -> None:
-        """Called by transformers once the modules are made; the names of the weights stay."""
-        for layer in self.base_model.encoder.layer:
-            layer.attention.self = PackedSelfAttention(layer.attention.self)
-        for module in list(self.modules()):
-            for name, child in module.named_children():
-                if type(child) in REPLACED:
-                    setattr(module, name, REPLACED[type(child)](child))
+        """Called by transformers once the modules exist."""
+        self.replace_attention()
+        for module in self.modules():
+            if type(module) in REPLACEMENTS:
+                module.__class__ = REPLACEMENTS[type(module)]
         super().post_init()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers of the encoder."""
+        return self.base_model.encoder.layer
+
+    def replace_attention(self) -> None:
+        """Put packed attention into every layer."""
+        for layer in self.layers:
+            layer.attention.self = PackedSelfAttention(layer.attention.self)
 
     @property
     def max_length(self) -> int:
         """Tokens that a sequence may have."""
         return self.config.max_position_embeddings - self.position_offset
 
-    def problems_of(self, objective: str, max_length: int, option: str = "--max-length") -> list[str]:
-        """What of a task the model cannot do, a message each; `option` is what the length came by."""
-        problems, config = [], self.config
-        if max_length > self.max_length:
-            problems.append(f"{option} {max_length}: the model has {self.max_length} positions; needed is at most that")
-        if objective != "mlm" and config.model_type != "bert":
-            problems.append(f"--objective {objective}: the family {config.model_type} has no NSP head; needed is --objective mlm")
-        elif objective != "mlm" and config.type_vocab_size < 2:
-            problems.append(f"--objective {objective}: the model has {config.type_vocab_size} token types; needed are 2, or "
-                            "--objective mlm")
-        return problems
+    def length_problems(self, max_length: int) -> list[str]:
+        """What is wrong with sequences of `max_length` tokens."""
+        if max_length <= self.max_length:
+            return []
+        return [f"{max_length}: the model has {self.max_length} positions; expected at most that"]
 
-    def set_objective(self, objective: str, nsp_weight: float = 1.0) -> None:
-        """Choose the losses; a family with one MLM head has nothing to choose."""
+    def pair_problems(self, objective: str) -> list[str]:
+        """What is wrong with `objective`, one that needs pairs of texts."""
+        config = self.config
+        if not self.pair_parts:
+            return [f"{objective}: the family {config.model_type} has no NSP head; expected mlm"]
+        if config.type_vocab_size < 2:
+            return [f"{objective}: the model has one token type; expected a model with 2, or mlm"]
+        return []
 
-    def encode(self, batch: PackedBatch) -> Tensor:
-        """float [T, width]: the last hidden states. Not the encoder's own forward, whose pooler sees the pack's first token only."""
+    def use_pairs(self, weight: float | None) -> None:
+        """Compute the NSP loss with this weight. None: MLM alone, with what only NSP trains frozen,
+        because DDP expects a gradient for every trainable parameter."""
+        assert weight is None or self.pair_parts, f"{type(self).__name__} has no NSP head"
+        self.nsp_weight = weight
+        for name in self.pair_parts:
+            self.get_submodule(name).requires_grad_(weight is not None)
+
+    def forward(self, batch: Batch) -> dict[str, Loss]:
+        """Sums over the batch; the update divides them by the counts of the whole step."""
+        return self.losses(self.encode(batch), batch)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """[T, width]: the last hidden states. Not by the encoder's own forward, whose pooler reads
+        the first token of the pack only."""
         encoder = self.base_model
-        hidden = encoder.embeddings(input_ids=batch.input_ids[None], token_type_ids=batch.token_type_ids[None],
-                                    position_ids=batch.position_ids[None] + self.position_offset)
-        # The kernel gets tensors and one constant: the lengths, new in every batch, would make a compiled graph recompile.
-        ends = {"lengths": batch.lengths}
-        if self.attention != SDPA:
-            kernel = self.kernel or choose_kernel(self.config.hidden_size // self.config.num_attention_heads, batch.max_length)
-            ends = {"cu_seqlens": batch.cu_seqlens, "max_length": batch.max_length, "kernel": kernel}
-        return encoder.encoder(hidden, **ends).last_hidden_state[0]
+        hidden = encoder.embeddings(
+            input_ids=batch.input_ids[None],
+            token_type_ids=batch.token_type_ids[None],
+            position_ids=batch.position_ids[None] + self.position_offset,
+        )
+        attend = attention_over(batch, self.attention, self.kernel)
+        return encoder.encoder(hidden, attend=attend).last_hidden_state[0]
 
-    def first_tokens(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """[N, width]: the hidden state of each sequence's first token; an empty dummy gets that of the last token."""
-        return hidden[batch.cu_seqlens[:-1].clamp(max=len(hidden) - 1).long()]
+    def losses(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
+        """The terms of the training loss by name: add yours here. Multiply by a mask instead of
+        indexing with one, which makes a GPU wait and breaks a compiled graph."""
+        logits = self.masked_lm_logits(hidden, batch)
+        losses = {"mlm": cross_entropy(logits, batch.labels["mlm"])}
+        if self.nsp_weight is not None:
+            is_random = self.next_sentence_logits(hidden, batch)
+            losses["nsp"] = cross_entropy(is_random, batch.labels["nsp"], weight=self.nsp_weight)
+        return losses
 
     def masked_lm_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[M, vocabulary]: scores at the masked positions, in the precision of the products."""
-        return self.get_submodule(self.masked_lm_head)(hidden[batch.masked_positions])
+        """[M, vocabulary], in the precision of the products: transform -> tied decoder + bias, at
+        masked positions only. The others carry no loss (transformers #3294)."""
+        masked = self.transform(hidden[batch.masked_positions])
+        decoder = self.get_output_embeddings()  # its weight is that of the word embeddings
+        if masked.device.type == "cpu" or type(decoder) is not nn.Linear:  # wrapped, as by LoRA
+            return decoder(masked)
+        return aligned_linear(masked, decoder)
 
-    def score(self, hidden: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """(logits, labels) of each loss."""
-        return {"mlm": (self.masked_lm_logits(hidden, batch), batch.masked_lm_labels)}
+    def transform(self, hidden: Tensor) -> Tensor:
+        """[M, width] -> [M, width]: what the MLM head does before the decoder."""
+        raise NotImplementedError
 
-    def forward(self, batch: PackedBatch) -> Output:
-        """Sums over the batch; the caller divides them by counts of the whole step."""
-        scored = self.score(self.encode(batch), batch)
-        losses = {name: summed_cross_entropy(logits, labels, self.class_weights.get(name)) for name, (logits, labels) in scored.items()}
-        return Output({name: loss for name, (loss, _) in losses.items()}, {name: correct for name, (_, correct) in losses.items()})
+    def first_tokens(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """[N, width]: the hidden state of each sequence's first token; of the last token of the
+        pack for a dummy without tokens."""
+        return hidden[batch.cu_seqlens[:-1].clamp(max=len(hidden) - 1).long()]
 
     @torch.no_grad()
     def add_vectors(self, size: int, pieces: dict[int, list[int]], from_pieces: bool) -> None:
-        """Make room for `size` tokens in embeddings, decoder and bias; with `from_pieces`, a new token starts from the mean of the
-        tokens that stood for it, else it stays random."""
+        """Make room for `size` tokens in embeddings, decoder and bias. With `from_pieces` a new
+        token starts at the mean of the tokens that stood for it; otherwise it stays random."""
         if size > self.config.vocab_size:
             self.resize_token_embeddings(size, mean_resizing=False)
+        if not from_pieces:
+            return
         decoder = self.get_output_embeddings()
-        for weights in {id(w): w for w in (self.get_input_embeddings().weight, decoder.weight, decoder.bias)}.values():
-            for number, old in pieces.items() if from_pieces else ():
+        for weights in (self.get_input_embeddings().weight, decoder.weight, decoder.bias):
+            for number, old in pieces.items():
                 if old:
                     weights[number] = weights[old].mean(0)
+
+
+def count_flops(model: PackedModel, batch: Batch) -> float:
+    """Floating-point operations of a forward and backward pass over the real tokens: 6 for each
+    encoder weight and token, 12 x layers x width for each pair of tokens that attend, 6 for each
+    weight of the MLM head and masked position."""
+    config = model.config
+    matrices = [weight for weight in model.layers.parameters() if weight.ndim == 2]
+    encoder = sum(weight.numel() for weight in matrices)
+    head = config.hidden_size * (config.hidden_size + config.vocab_size)
+    pairs = sum(length * length for length in batch.lengths[: batch.num_sequences])
+    attention = config.num_hidden_layers * config.hidden_size * pairs
+    masked = batch.counts.get("mlm", 0)  # none in classification
+    return 6.0 * encoder * batch.num_tokens + 12.0 * attention + 6.0 * head * masked

@@ -1,40 +1,40 @@
-"""RoBERTa, XLM-RoBERTa and CamemBERT with their MLM head on packed batches.
+"""RoBERTa, XLM-RoBERTa and CamemBERT with their MLM head on packed batches."""
 
-The models are transformers' own, under their own class names, which `save_pretrained` writes into config.json; only `forward`
-is ours, and that decoder and head keep one bias when the vocabulary grows.
-"""
 from __future__ import annotations
 
+import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.model.packed import PackedModel
 
 
-class RobertaPositions(PackedModel):
-    """How the family counts positions."""
+class PackedRoberta(PackedModel):
+    """What the family does differently."""
+
+    parts = {"lm_head": "MLM head"}
 
     @property
     def position_offset(self) -> int:
-        """Positions are counted from the one after that of padding, as in fairseq."""
+        """Positions start after that of padding, as in fairseq."""
         return self.config.pad_token_id + 1
 
-
-class _PackedRoberta(RobertaPositions):
-    masked_lm_head = "lm_head"  # dense, gelu, LayerNorm, decoder
+    def transform(self, hidden: Tensor) -> Tensor:
+        """Dense, GELU, LayerNorm."""
+        return self.lm_head.layer_norm(F.gelu(self.lm_head.dense(hidden)))
 
     def set_output_embeddings(self, decoder: nn.Linear) -> None:
-        """Called when the vocabulary is resized."""
+        """Called when the vocabulary grows: decoder and head keep one bias."""
         self.lm_head.decoder, self.lm_head.bias = decoder, decoder.bias
 
 
-class RobertaForMaskedLM(_PackedRoberta, transformers.RobertaForMaskedLM):
-    """Batch -> Output."""
+class RobertaForMaskedLM(PackedRoberta, transformers.RobertaForMaskedLM):
+    """Batch -> losses by name."""
 
 
-class XLMRobertaForMaskedLM(_PackedRoberta, transformers.XLMRobertaForMaskedLM):
-    """Batch -> Output."""
+class XLMRobertaForMaskedLM(PackedRoberta, transformers.XLMRobertaForMaskedLM):
+    """Batch -> losses by name."""
 
 
-class CamembertForMaskedLM(_PackedRoberta, transformers.CamembertForMaskedLM):
-    """Batch -> Output."""
+class CamembertForMaskedLM(PackedRoberta, transformers.CamembertForMaskedLM):
+    """Batch -> losses by name."""

@@ -1,132 +1,188 @@
-"""What a run shows: a progress bar (lines where stderr is no terminal), TensorBoard, and the same numbers in metrics.jsonl."""
+"""What a run shows: progress (a bar, or lines if stderr is not a terminal), TensorBoard, and the
+same numbers in metrics.jsonl."""
+
 from __future__ import annotations
 
 import json
 import math
 import os
-import resource
+import re
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from pretrain.command import UserError
+from pretrain.errors import UserError
 from pretrain.files import write_text
 
-LINE_SECONDS = 5.0  # between lines where there is no progress bar
-PRETRAINING_CHARTS = {
-    "perplexity": {"training and held-out": ["Multiline", ["train/perplexity", "eval/perplexity", "eval/unigram_perplexity"]]},
-    "loss": {"MLM, training and held-out": ["Multiline", ["train/mlm_loss", "eval/mlm_loss"]],
-             "NSP, training and held-out": ["Multiline", ["train/nsp_loss", "eval/nsp_loss"]]}}
+LINE_SECONDS = 5.0  # between lines of progress
+BAR = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05}
+SHOWN = {
+    "train/loss": "loss {:.4g}",
+    "train/perplexity": "ppl {:.4g}",
+    "speed/tokens_per_second": "tokens/s {:,.0f}",
+}
+PERPLEXITIES = ["train/perplexity", "eval/perplexity", "eval/unigram_perplexity"]
+# TensorBoard's custom scalars. Each loss gets a chart of its own besides.
+PRETRAINING_CHARTS = {"perplexity": {"training and held-out": ["Multiline", PERPLEXITIES]}}
 
 
 class Monitor:
-    """Writes the numbers of a run. Rows from `first_row` on are cut, from metrics.jsonl and from TensorBoard: a run that goes
-    on after a crash writes them again. With `active` off (other processes than the first) it does nothing; with `quiet` it shows
-    no bar and no lines of numbers."""
+    """Writes the numbers of a run that starts at step 0 or resumes at `start_step`.
 
-    def __init__(self, output: Path, first_row: int, total_steps: int, options: dict, active: bool = True,
-                 charts: dict = PRETRAINING_CHARTS, score: str = "eval/perplexity", quiet: bool = False):
-        self.active, self.total_steps, self.quiet = active, total_steps, quiet
+    Rows and events after that step are cut; so is its evaluation, unless it is `evaluated`. With
+    `active` off (processes other than the main one) nothing is done; with `quiet` there is no bar
+    and no line of numbers."""
+
+    def __init__(
+        self,
+        output: Path,
+        start_step: int,
+        total_steps: int,
+        options: dict,
+        evaluated: bool = True,
+        active: bool = True,
+        charts: dict = PRETRAINING_CHARTS,
+        score: str = "eval/perplexity",
+        quiet: bool = False,
+    ):
+        self.active = active
         if not active:
             return
+        self.start_step, self.total_steps, self.quiet = start_step, total_steps, quiet
         self.path = output / "metrics.jsonl"
-        _cut(self.path, first_row)
+        first_cut = start_step + 1 if evaluated and start_step else start_step
+        kept = _cut(self.path, start_step, first_cut)
         self.file = self.path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(output), purge_step=first_row)
-        self.options = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in options.items()}
-        if first_row == 0:
-            self.writer.add_custom_scalars(charts)
+        self.writer = SummaryWriter(str(output), purge_step=first_cut)
+        self.charts = None if kept else charts  # those to add with the first numbers
+        for row in kept:
+            if row["step"] >= first_cut:  # purged with the evaluation of the same step
+                self._add_scalars(row)
+        self.options = {
+            key: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for key, value in options.items()
+        }
+        if start_step == 0:
             self._hyperparameters({score: math.nan})
-        self.begin, self.first_step, self.last_line = time.monotonic(), max(0, first_row - 1), 0.0
-        self.bar = tqdm(total=total_steps, initial=self.first_step, unit="step", disable=quiet or None, dynamic_ncols=True, smoothing=0.05)
+        self.begin, self.last_line = time.monotonic(), 0.0
+        self.bar = tqdm(total=total_steps, initial=start_step, disable=quiet or None, **BAR)
 
-    def _hyperparameters(self, metrics: dict[str, float]) -> None:
-        # The parts of SummaryWriter.add_hparams, which would open a second event file and show the run twice.
-        for summary in hparams(self.options, metrics):
-            self.writer.file_writer.add_summary(summary)
-
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Write the numbers of `step`, if there are any, once: one row of metrics.jsonl, one point of each curve."""
-        if not self.active or not numbers:
+    def log(self, step: int, values: dict[str, float | str]) -> None:
+        """Write the values of `step`: finite numbers as one row of metrics.jsonl and a point of
+        their curves, strings as panels of TensorBoard's text tab."""
+        if not self.active or not values:
             return
-        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}  # a skipped step's are not, nor JSON
-        self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, str):
+                self.writer.add_text(name, value, step)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        if not numbers:
+            return
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        row = {"step": step, **finite}
+        self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
-        self._show(step, numbers)
-
-    def _show(self, step: int, numbers: dict[str, float]) -> None:
-        shown = {"loss": numbers.get("train/loss"), "ppl": numbers.get("train/perplexity"),
-                 "tokens/s": numbers.get("speed/tokens_per_second")}
-        shown = {name: f"{value:,.0f}" if name == "tokens/s" else f"{value:.4g}" for name, value in shown.items() if value is not None}
-        if shown:
-            self.bar.set_postfix(shown, refresh=False)
-        if self.quiet:
-            return
-        if any(name.startswith("eval/") for name in numbers):
-            parts = [f"{name.removeprefix('eval/').replace('_', ' ')} {value:.4g}" for name, value in numbers.items()
-                     if name.startswith("eval/") and not name.endswith("loss")]
-            self.say(f"step {step}: held-out {', '.join(parts)}")
-        elif self.bar.disable and shown and time.monotonic() - self.last_line >= LINE_SECONDS:
-            left = (time.monotonic() - self.begin) / max(1, step - self.first_step) * (self.total_steps - step)
-            self.last_line = time.monotonic()
-            self.say(f"step {step}/{self.total_steps}: " + ", ".join(f"{name} {value}" for name, value in shown.items())
-                     + f", {left / 60:.1f} min left")
+        self._add_scalars(row)
+        if not self.quiet:
+            self._show(row)
 
     def advance(self) -> None:
         """One optimizer step is done."""
         if self.active:
             self.bar.update()
 
-    def text(self, step: int, name: str, markdown: str) -> None:
-        """A panel of TensorBoard's text tab."""
+    def say(self, message: str) -> None:
+        """A line for the user on stderr, above the progress bar."""
         if self.active:
-            self.writer.add_text(name, markdown, step)
-
-    def say(self, message: str | None) -> None:
-        """A line for the user, if there is one, on stderr, above the progress bar."""
-        if self.active and message:
             tqdm.write(message, file=sys.stderr)
 
     def flush(self) -> None:
-        """Everything so far to disk; called before a checkpoint. UserError where the run's folder is no longer where it was."""
-        if self.active:
-            if not self.path.is_file() or not os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
-                raise UserError(f"{self.path.parent}: has been moved or removed while its run was at work; --resume goes on there")
-            self.writer.flush()
-            os.fsync(self.file.fileno())
+        """Write everything so far to the disk, before a checkpoint.
+
+        UserError if the run's folder was moved or removed."""
+        if not self.active:
+            return
+        is_there = self.path.is_file()
+        if not is_there or not os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
+            raise UserError(
+                f"{self.path.parent}: was moved or removed during the run; resume it at its new "
+                "place"
+            )
+        self.writer.flush()
+        os.fsync(self.file.fileno())
 
     def close(self, metrics: dict[str, float]) -> None:
-        """Write the hyper-parameters with the run's last `metrics` and close the files."""
+        """Write the options with the run's last `metrics`, and close the files."""
         if self.active:
             self._hyperparameters(metrics)
             self.bar.close()
             self.writer.close()
             self.file.close()
 
+    def _add_scalars(self, row: dict[str, float]) -> None:
+        if self.charts is not None:  # once in a run: TensorBoard reads the first layout only
+            self.writer.add_custom_scalars(_layout(self.charts, row))
+            self.charts = None
+        for name, value in row.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, row["step"])
 
-def _cut(path: Path, first_row: int) -> None:
-    """Drop the rows from step `first_row` on, and a row that a crash has cut short."""
+    def _hyperparameters(self, metrics: dict[str, float]) -> None:
+        # As SummaryWriter.add_hparams, which would add a second event file and show the run twice.
+        for summary in hparams(self.options, metrics):
+            self.writer.file_writer.add_summary(summary)
+
+    def _show(self, row: dict[str, float]) -> None:
+        """Scores of an evaluation in a line, numbers of training in the bar or a line at times."""
+        step, scores = row["step"], []
+        for name, value in row.items():
+            if name.startswith("eval/") and not name.endswith("loss"):
+                scores.append(f"{name.removeprefix('eval/').replace('_', ' ')} {value:.4g}")
+        if scores:
+            self.say(f"step {step}: validation {', '.join(scores)}")
+        shown = ", ".join(text.format(row[name]) for name, text in SHOWN.items() if name in row)
+        if shown:
+            self.bar.set_postfix_str(shown, refresh=False)
+        now = time.monotonic()
+        if self.bar.disable and shown and now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
+            seconds_a_step = (now - self.begin) / max(1, step - self.start_step)
+            minutes = seconds_a_step * (self.total_steps - step) / 60
+            self.say(f"step {step}/{self.total_steps}: {shown}, {minutes:.1f} min left")
+
+
+def _layout(charts: dict, names: Iterable[str]) -> dict:
+    """`charts`, and one for each loss among `names`."""
+    found = (re.fullmatch(r"(train|eval)/(\w+)_loss", name) for name in names)
+    loss_charts = {}
+    for loss in sorted({match[2] for match in found if match}):
+        tags = [f"train/{loss}_loss", f"eval/{loss}_loss"]
+        loss_charts[f"{loss.upper()}, training and held-out"] = ["Multiline", tags]
+    return {**charts, "loss": loss_charts} if loss_charts else charts
+
+
+def _cut(path: Path, start_step: int, first_cut: int) -> list[dict]:
+    """Cut the rows from step `first_cut` on, except what was logged in training at `start_step`,
+    and rows that a crash cut short. Returns the rest."""
     if not path.is_file():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] < first_row:
-                kept.append(line)
+            row = json.loads(line)
+            if row["step"] == start_step == first_cut > 0:
+                row = {name: value for name, value in row.items() if not name.startswith("eval/")}
+                is_kept = len(row) > 1
+            else:
+                is_kept = row["step"] < first_cut
         except (ValueError, KeyError, TypeError):
             continue
-    write_text(path, "".join(kept))
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that was in use: of the GPU by torch, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if is_kept and line.endswith("\n"):
+            kept.append(row)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept

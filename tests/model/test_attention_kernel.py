@@ -1,4 +1,5 @@
-"""The Triton kernels against dense attention, by Triton's interpreter, which needs no GPU. tests/test_cuda.py has them on one."""
+"""The Triton kernels against dense attention, by Triton's interpreter, which needs no GPU;
+tests/test_cuda.py has them on one."""
 
 import os
 import subprocess
@@ -19,7 +20,7 @@ from pretrain.model.attention_kernel import packed_attention
 torch.manual_seed(0)
 lengths, head_dim = tuple(map(int, sys.argv[4:])), int(sys.argv[3])
 qkv = torch.randn(sum(lengths), 3, 2, head_dim)
-# Scores far below 0, where those of the padding, which are 0, would overflow if they were not masked.
+# Scores far below 0: those of the padding, which are 0, would overflow unless they are masked.
 qkv[:, 0], qkv[:, 1] = 8 + qkv[:, 0], qkv[:, 1] - 8
 qkv = qkv.half().requires_grad_()
 exact = qkv.detach().float().requires_grad_()

@@ -1,5 +1,5 @@
-"""What takes the place of stock modules computes the same: LayerNorm, GELU and the decoder of an aligned vocabulary; and nothing of
-the stock kind is left in a model."""
+"""What replaces stock modules computes the same: dropout (shares, mean, independence, gradient and
+random state), LayerNorm, GELU and the decoder of an aligned vocabulary."""
 
 import pytest
 import torch
@@ -7,13 +7,16 @@ import torch._dynamo
 import torch.nn.functional as F
 from packed_reference import small_model
 from torch import nn
-from transformers.activations import GELUActivation
 
-from pretrain.model.cross_entropy import summed_cross_entropy
-from pretrain.model.gelu import Gelu
-from pretrain.model.heads import aligned_linear
-from pretrain.model.layer_norm import LayerNorm
-from pretrain.model.packed import REPLACED
+from pretrain.model.losses import cross_entropy
+from pretrain.model.replacements import (
+    REPLACEMENTS,
+    Dropout,
+    Gelu,
+    LayerNorm,
+    aligned_linear,
+    drop_by_hash,
+)
 
 
 def relative_error(found, wanted):
@@ -22,7 +25,95 @@ def relative_error(found, wanted):
 
 def test_every_stock_module_of_a_model_is_replaced(vocabulary):
     kinds = {type(module) for module in small_model(vocabulary.size).modules()}
-    assert not kinds & set(REPLACED) and set(REPLACED.values()) <= kinds
+    assert not kinds & set(REPLACEMENTS) and set(REPLACEMENTS.values()) <= kinds
+
+
+# Dropout.
+
+BOTH_WAYS = pytest.mark.parametrize("way", ["eager", "compiled"])
+
+
+def make(p, way="eager"):
+    """A dropout module; the graph of a compiled one runs as it was traced."""
+    torch._dynamo.reset()
+    torch.manual_seed(3)
+    module = Dropout(p)
+    return module if way == "eager" else torch.compile(module, backend="eager")
+
+
+def z_score(zeros, p):
+    """Deviations by which the number of zeros differs from that of independent ones."""
+    return (zeros.double().mean() - p) / (p * (1 - p) / zeros.numel()) ** 0.5
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_share_of_zeros_and_mean(p, dtype, way):
+    dropped = make(p, way)(torch.ones(1000, 1001, dtype=dtype))
+    assert (dropped == 0).double().mean() == pytest.approx(p, abs=4e-3)
+    kept = torch.tensor(1 / (1 - p), dtype=dtype).item()
+    assert set(dropped.unique().tolist()) == {0.0, kept}
+    if way == "eager":
+        deviation = 4 * (p / (1 - p) / 1_001_000) ** 0.5 + 2**-16 / (1 - p)
+        assert dropped.double().mean() == pytest.approx(1, abs=deviation), "no bias in bf16"
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_zeros_are_independent_of_one_another(p, way):
+    """At any distance, in any column, and from one call to the next."""
+    drop, width = make(p, way), 768
+    zeros = drop(torch.ones(1000 * width)) == 0
+    for shift in (1, 2, 3, 4, 64, width, 4 * width, 1 << 16):
+        assert abs(z_score(zeros[shift:] & zeros[:-shift], p * p)) < 5
+    by_column = zeros.view(-1, width).double().sum(0)
+    spread = ((by_column - 1000 * p) ** 2 / (1000 * p * (1 - p))).sum()
+    assert abs(spread - width) < 5 * (2 * width) ** 0.5
+    for _ in range(5):
+        again = drop(torch.ones(1000 * width)) == 0
+        assert abs(z_score(zeros & again, p * p)) < 5
+
+
+def test_the_hash_mixes_both_seeds_well():
+    """Zeros of seeds that differ in one place or one bit have nothing to do with one another."""
+    places, numbers, p = torch.arange(1 << 20, dtype=torch.int32), torch.ones(1 << 20), 0.1
+
+    def zeros(first, second):
+        bits = places + torch.tensor(first, dtype=torch.int32)
+        return drop_by_hash(numbers, bits, torch.tensor(second, dtype=torch.int32), p) == 0
+
+    for first, second in ((0, 0), (-5, 12345), (1 << 30, -(1 << 31))):
+        same = zeros(first, second)
+        assert abs(z_score(same, p)) < 5
+        for other in (1, 2, 1 << 8, 1 << 16, 1 << 29):
+            assert abs(z_score(same & zeros(first + other, second), p * p)) < 5
+            assert abs(z_score(same & zeros(first, second + other), p * p)) < 5
+
+
+@BOTH_WAYS
+def test_torchs_generator_decides_and_the_gradient_is_that_of_what_was_kept(way):
+    drop, numbers = make(0.3, way), torch.randn(64, 64, requires_grad=True)
+    first, state, second = drop(numbers), torch.get_rng_state(), drop(numbers)
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)
+    assert torch.equal(drop(numbers), second)
+    second.sum().backward()
+    torch.testing.assert_close(numbers.grad * numbers, second)
+
+
+def test_where_nothing_everything_or_float64_is_dropped_it_is_torchs():
+    for p in (0.0, 1.0):
+        assert torch.equal(make(p)(torch.ones(5)), torch.full((5,), 1.0 - p))
+    assert 0.4 < (make(0.5)(torch.ones(1000, dtype=torch.float64)) == 0).double().mean() < 0.6
+    numbers, drop, state = torch.randn(9), make(0.5).eval(), torch.get_rng_state()
+    assert torch.equal(drop(numbers), numbers), "evaluation drops nothing"
+    torch.set_rng_state(state)
+    drop(numbers)
+    assert torch.equal(torch.get_rng_state(), state), "and draws nothing"
+
+
+# LayerNorm, GELU, decoder.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -31,7 +122,8 @@ def test_layer_norm_has_float32_statistics_and_the_precision_of_autocast(dtype):
     stock = nn.LayerNorm(96)
     nn.init.normal_(stock.weight)
     nn.init.normal_(stock.bias)
-    ours = LayerNorm(stock)
+    ours = LayerNorm(96)
+    ours.load_state_dict(stock.state_dict())
     hidden = (100 + torch.randn(50, 96)).to(dtype).requires_grad_()
     direction = torch.randn(50, 96)
     with torch.autocast("cpu", torch.bfloat16):
@@ -60,7 +152,7 @@ def test_gelu_of_a_compiled_graph_is_as_near_as_the_stock_one(dtype):
         activated = activation(values)
         return activated, *torch.autograd.grad(activated, values, direction.to(of_type))
 
-    compiled = torch.compile(Gelu(GELUActivation()), backend="eager")
+    compiled = torch.compile(Gelu(), backend="eager")
     ours, stock, exact = run(compiled, dtype), run(F.gelu, dtype), run(F.gelu, torch.float64)
     for found, other, wanted in zip(ours, stock, exact):
         assert found.dtype == dtype
@@ -74,10 +166,9 @@ def test_an_aligned_vocabulary_changes_no_loss_and_no_gradient(classes, multiple
     labels = torch.randint(classes, (9,))
     results = []
     for scores in (aligned_linear(hidden, linear, multiple), linear(hidden)):
-        loss, num_correct = summed_cross_entropy(scores, labels)
-        gradients = torch.autograd.grad(loss, (hidden, linear.weight, linear.bias))
-        results.append((loss, num_correct, *gradients))
+        term = cross_entropy(scores, labels)
+        gradients = torch.autograd.grad(term.sum, (hidden, linear.weight, linear.bias))
+        results.append((scores, term.sum, term.num_correct, *gradients))
     for found, wanted in zip(*results):
         torch.testing.assert_close(found, wanted)
-    scores = aligned_linear(hidden, linear, multiple)
-    assert scores.shape == (9, classes) and scores.stride(0) % multiple == 0
+    assert results[0][0].stride(0) % multiple == 0

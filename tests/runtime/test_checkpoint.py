@@ -1,9 +1,9 @@
-"""Folders that are whole or absent: a write that fails leaves what was there, damage of any kind is found and the file named, and the
-newest checkpoint that verifies is the one a run goes on from."""
+"""Folders that are whole or absent: a write that fails leaves what was there, damage of any kind is
+found and the file named, and a run resumes from the newest checkpoint that verifies."""
+
 import errno
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -15,12 +15,17 @@ from packed_reference import small_model
 from safetensors import SafetensorError
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
-from pretrain.command import UserError
+from pretrain.errors import UserError
+from pretrain.files import write_json
 from pretrain.runtime import checkpoint as ckpt
+from pretrain.schema import integer
 
-FACTS = {"objective": "mlm+nsp", "max_length": 64, "step": 7, "started_from": "base", "held_out": {"perplexity": 12.5, "mlm_loss": 2.5}}
-FILES = ["README.md", "config.json", "model.safetensors", "pretraining.json", "tokenizer.json", "tokenizer_config.json",
-         "training_state.json", "training_state.pt"]
+FACTS = {"objective": "mlm+nsp", "max_length": 64, "step": 7, "held_out": {"perplexity": 12.5}}
+FORM = {"step": integer()}
+FILES = [
+    *("README.md", "config.json", "model.safetensors", "pretraining.json"),
+    *("tokenizer.json", "tokenizer_config.json", "training_state.json", "training_state.pt"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def checkpoint(vocabulary, tiny_tokenizer, tmp_path_factory):
 
     def write(target):
         ckpt.write_model(target, model, tiny_tokenizer, FACTS, model.state_dict())
-        ckpt.write_state(target, {"optimizer": {"weight": {"exp_avg": torch.arange(4.0)}}}, {"progress": {"step": 7}})
+        ckpt.write_state(target, {"optimizer": {"weights": torch.arange(4.0)}}, {"step": 7})
 
     ckpt.write_folder(folder, write)
     return folder
@@ -38,43 +43,55 @@ def checkpoint(vocabulary, tiny_tokenizer, tmp_path_factory):
 
 def content(folder):
     """Every file under `folder`, hidden ones too, with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def write_text(text):
     """A writer of one file, with what makes a folder count as a checkpoint."""
+
     def write(folder):
         (folder / "text").write_text(text)
-        ckpt.write_state(folder, {"optimizer": {}}, {})
+        ckpt.write_state(folder, {}, {})
+
     return write
 
 
 # Writing.
 
-def test_a_folder_comes_with_size_and_hash_of_every_file(tmp_path):
+
+def test_a_folder_has_size_and_hash_of_every_file(tmp_path):
     def write(folder):
         (folder / "inner").mkdir()
         (folder / "inner" / "file").write_bytes(b"abc")
 
     ckpt.write_folder(tmp_path / "deep" / "folder", write)
-    assert json.loads((tmp_path / "deep" / "folder" / ckpt.CHECKSUMS).read_text()) == {
-        "inner/file": {"bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}}
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    sums = json.loads((tmp_path / "deep" / "folder" / ckpt.CHECKSUMS).read_text())
+    assert sums == {"inner/file": {"bytes": 3, "sha256": digest}}
     assert os.listdir(tmp_path / "deep") == ["folder"]
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    """Whatever a killed write left behind."""
+    for leftover in (".best.partial", ".best.previous"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "text").write_text("half")
     for text in ("old", "new"):
         ckpt.write_folder(tmp_path / "best", write_text(text))
     assert (tmp_path / "best" / "text").read_text() == "new"
     assert os.listdir(tmp_path) == ["best"] and ckpt.problem_of(tmp_path / "best") is None
 
 
-@pytest.mark.parametrize("error, reason", [
-    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
-    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
-    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nframe 1"), "unexpected pos 64 vs 0"),
-    (SafetensorError("Error while serializing: I/O error"), "I/O error"),
-], ids=["disk full", "no right", "torch.save", "safetensors"])
+DISK_ERRORS = {
+    "disk full": (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    "no right": (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    "torch.save": (RuntimeError("[inline_container.cc:672] . pos 64 vs 0\nframe"), "pos 64 vs 0"),
+    "safetensors": (SafetensorError("Error while serializing: I/O error"), "I/O error"),
+}
+
+
+@pytest.mark.parametrize("error, reason", DISK_ERRORS.values(), ids=DISK_ERRORS)
 @pytest.mark.parametrize("exists", [True, False], ids=["replaces", "is new"])
 def test_a_write_that_fails_changes_nothing(exists, error, reason, tmp_path):
     if exists:
@@ -87,15 +104,13 @@ def test_a_write_that_fails_changes_nothing(exists, error, reason, tmp_path):
 
     with pytest.raises(UserError) as raised:
         ckpt.write_folder(tmp_path / "best", write)
-    assert re.fullmatch(rf"{tmp_path}/best: cannot be written \(.*{re.escape(reason)}\); needed is room and the right to write\. "
-                        r"What was there before is whole", str(raised.value))
-    assert content(tmp_path) == before
-    assert os.listdir(tmp_path) == ["best"] * exists
+    assert str(raised.value).startswith(f"{tmp_path}/best: ") and reason in str(raised.value)
+    assert content(tmp_path) == before and os.listdir(tmp_path) == ["best"] * exists
 
 
 def test_a_folder_under_a_file_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/checkpoint-1: cannot be written"):
+    with pytest.raises(UserError, match="file/checkpoint-1: "):
         ckpt.write_folder(tmp_path / "file" / "checkpoint-1", write_text("new"))
     assert content(tmp_path) == {"file": b""}
 
@@ -110,68 +125,69 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(UserError, match=r"cannot be written \(Input/output error\)"):
+    with pytest.raises(UserError, match="Input/output error"):
         ckpt.write_folder(tmp_path / "best", write_text("new"))
     assert content(tmp_path) == before
 
 
-def test_restore_puts_back_what_a_kill_between_two_renames_has_moved_aside(tmp_path):
-    ckpt.write_folder(tmp_path / "best", write_text("old"))
-    (tmp_path / "best").rename(tmp_path / ".best.previous")
-    ckpt.put_back(tmp_path / "best")
-    assert os.listdir(tmp_path) == ["best"] and ckpt.problem_of(tmp_path / "best") is None
-    shutil.copytree(tmp_path / "best", tmp_path / ".best.previous")  # a kill after both: the new one stays
-    (tmp_path / "best" / "text").write_text("new")
-    ckpt.put_back(tmp_path / "best")
-    assert (tmp_path / "best" / "text").read_text() == "new"
+def test_what_a_kill_between_two_renames_moved_aside_is_put_back(tmp_path):
+    best, previous = tmp_path / "best", tmp_path / ".best.previous"
+    ckpt.write_folder(best, write_text("old"))
+    best.rename(previous)
+    ckpt.put_back(best)
+    assert os.listdir(tmp_path) == ["best"] and ckpt.problem_of(best) is None
+    shutil.copytree(best, previous)  # a kill after both: the new one stays
+    (best / "text").write_text("new")
+    ckpt.put_back(best)
+    assert (best / "text").read_text() == "new"
     ckpt.put_back(tmp_path / "never")  # nothing to put back
     assert not (tmp_path / "never").exists()
 
 
-def test_what_a_killed_write_has_left_is_no_obstacle(tmp_path):
-    for leftover in (".best.partial", ".best.previous"):
-        (tmp_path / leftover).mkdir()
-        (tmp_path / leftover / "text").write_text("half")
-    ckpt.write_folder(tmp_path / "best", write_text("new"))
-    assert os.listdir(tmp_path) == ["best"] and (tmp_path / "best" / "text").read_text() == "new"
-
-
 def test_write_json_replaces_at_once_or_not_at_all(tmp_path):
     path = tmp_path / "summary.json"
-    ckpt.write_json(path, {"name": "Übung 北京"})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Übung 北京"} and "北京" in path.read_text(encoding="utf-8")
+    write_json(path, {"name": "Übung 北京"})
     with pytest.raises(TypeError):
-        ckpt.write_json(path, {"name": object()})
+        write_json(path, {"name": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Übung 北京"}
-    assert os.listdir(tmp_path) == ["summary.json"]
+    assert "北京" in path.read_text(encoding="utf-8") and os.listdir(tmp_path) == ["summary.json"]
 
 
 # Verifying.
 
+
 def test_a_good_checkpoint_has_no_problem_and_holds_every_file(checkpoint):
     assert ckpt.problem_of(checkpoint) is None
-    assert sorted(content(checkpoint)) == sorted([*FILES, ckpt.CHECKSUMS])
+    assert content(checkpoint).keys() == {*FILES, ckpt.CHECKSUMS}
 
 
 @settings(max_examples=60, deadline=None)
-@given(name=st.sampled_from(FILES), damage=st.sampled_from(["cut short", "flipped", "longer", "missing"]), where=st.floats(0, 1))
-def test_damage_of_any_file_is_found_and_the_file_named(checkpoint, tmp_path_factory, name, damage, where):
+@given(
+    name=st.sampled_from(FILES),
+    damage=st.sampled_from(["cut short", "flipped", "longer", "missing"]),
+    where=st.floats(0, 1),
+)
+def test_damage_of_any_file_is_found_and_the_file_named(
+    checkpoint, tmp_path_factory, name, damage, where
+):
     folder = tmp_path_factory.mktemp("damaged") / "checkpoint-7"
     shutil.copytree(checkpoint, folder)
     path = folder / name
     good = path.read_bytes()
     place = min(int(where * len(good)), len(good) - 1)
-    flipped = good[:place] + bytes([good[place] ^ 1]) + good[place + 1:]
-    path.write_bytes({"cut short": good[:place], "flipped": flipped, "longer": good + b"\0"}.get(damage, b""))
+    flipped = good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
+    bad = {"cut short": good[:place], "flipped": flipped, "longer": good + b"\0"}
     if damage == "missing":
         path.unlink()
-    expected = {"missing": "is missing", "flipped": r"is damaged \(its hash differs\)"}.get(
-        damage, rf"has \d+ bytes, needed are {len(good)}")
-    assert re.fullmatch(f"{re.escape(str(path))} {expected}", ckpt.problem_of(folder))
+    else:
+        path.write_bytes(bad[damage])
+    assert ckpt.problem_of(folder).startswith(f"{path} ")
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("sums", [None, b"", b"{", b"\xff\xfe", b"[]", b"{\"a\": null}", b"{\"text\": {\"bytes\": 3}}", b"3"])
+@pytest.mark.parametrize(
+    "sums", [None, b"", b"{", b"\xff\xfe", b"[]", b'{"a": null}', b'{"text": {"bytes": 3}}', b"3"]
+)
 def test_checksums_that_cannot_be_read(sums, tmp_path):
     ckpt.write_folder(tmp_path / "checkpoint-1", write_text("new"))
     path = tmp_path / "checkpoint-1" / ckpt.CHECKSUMS
@@ -187,59 +203,58 @@ def test_checksums_that_lead_out_of_the_folder_are_refused(name, tmp_path):
     folder = tmp_path / "checkpoint-1"
     ckpt.write_folder(folder, write_text("new"))
     (tmp_path / "outside").write_bytes(b"")
-    sums = json.loads((folder / ckpt.CHECKSUMS).read_text())
-    empty = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
-    (folder / ckpt.CHECKSUMS).write_text(json.dumps({name: empty, **sums}))
-    assert ckpt.problem_of(folder) == f"{folder / ckpt.CHECKSUMS} names {name}, outside the folder"
+    path = folder / ckpt.CHECKSUMS
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    sums = {name: {"bytes": 0, "sha256": empty}, **json.loads(path.read_text())}
+    path.write_text(json.dumps(sums))
+    assert name in ckpt.problem_of(folder) and "outside" in ckpt.problem_of(folder)
 
 
-def test_a_plain_model_folder_is_no_checkpoint(tmp_path):
-    ckpt.write_folder(tmp_path / "checkpoint-1", lambda folder: (folder / "config.json").write_text("{}"))
-    assert ckpt.problem_of(tmp_path / "checkpoint-1") == f"{tmp_path / 'checkpoint-1'} holds no training state"
+def test_a_plain_model_folder_is_not_a_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    ckpt.write_folder(folder, lambda target: (target / "config.json").write_text("{}"))
+    assert ckpt.problem_of(folder).startswith(f"{folder} ")
+    assert ckpt.problem_of(folder, needed=()) is None
 
 
 # Choosing and removing.
+
 
 @pytest.fixture
 def run(tmp_path):
     """A run folder with checkpoints 5, 9, 10 and 100, and what else lies there."""
     for step in (9, 100, 10, 5):
         ckpt.write_folder(tmp_path / f"checkpoint-{step}", write_text(str(step)))
-    for other in ("best", "final", "checkpoint-", "checkpoint-x", "checkpoint-7b", ".checkpoint-200.partial", ".checkpoint-300.previous"):
+    others = ("best", "final", "checkpoint-", "checkpoint-x", "checkpoint-7b")
+    for other in (*others, ".checkpoint-200.partial", ".checkpoint-300.previous"):
         (tmp_path / other).mkdir()
     return tmp_path
 
 
-def names(folders):
-    return [folder.name for folder in folders]
-
-
-def test_checkpoints_are_found_by_number_newest_first(run, tmp_path):
-    assert names(ckpt.checkpoints(run)) == ["checkpoint-100", "checkpoint-10", "checkpoint-9", "checkpoint-5"]
-    assert ckpt.checkpoints(tmp_path / "nowhere") == []
-
-
 def test_the_newest_good_checkpoint_is_taken_and_damaged_ones_are_named(run, capsys):
+    assert [ckpt.step_of(folder) for folder in ckpt.checkpoints(run)] == [100, 10, 9, 5]
     assert ckpt.newest_good(run).name == "checkpoint-100"
     assert capsys.readouterr().out == ""
     (run / "checkpoint-100" / "text").unlink()
     (run / "checkpoint-10" / ckpt.STATE_TENSORS).write_bytes(b"")
     assert ckpt.newest_good(run).name == "checkpoint-9"
     first, second = capsys.readouterr().out.splitlines()
-    assert first == f"passed over: {run}/checkpoint-100/text is missing"
-    assert second.startswith(f"passed over: {run}/checkpoint-10/{ckpt.STATE_TENSORS} has 0 bytes")
+    assert f"{run}/checkpoint-100/text is" in first
+    assert f"{run}/checkpoint-10/{ckpt.STATE_TENSORS} has 0 bytes" in second
+    ckpt.set_aside_after(run, 9)
+    assert [ckpt.step_of(folder) for folder in ckpt.checkpoints(run)] == [9, 5]
+    assert (run / ".checkpoint-100.damaged").is_dir()
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(run):
     for folder in ckpt.checkpoints(run):
         (folder / "text").unlink()
-    with pytest.raises(UserError, match=rf"--resume --output {run}: none of its 4 checkpoints verifies \({run}/checkpoint-100/text is "
-                                        r"missing\); restore one, or start anew with --overwrite"):
+    with pytest.raises(UserError, match=f"{run}: .*checkpoint-100/text"):
         ckpt.newest_good(run)
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path):
-    assert ckpt.newest_good(tmp_path) is None
+    assert ckpt.newest_good(tmp_path) is None and ckpt.checkpoints(tmp_path / "nowhere") == []
 
 
 @settings(max_examples=20, deadline=None)
@@ -250,61 +265,79 @@ def test_prune_keeps_the_newest(steps, keep, tmp_path_factory):
         (run / f"checkpoint-{step}").mkdir()
     (run / "best").mkdir()
     ckpt.prune(run, keep)
-    assert set(os.listdir(run)) == {"best", *(f"checkpoint-{step}" for step in sorted(steps)[-keep:])}
+    kept = {f"checkpoint-{step}" for step in sorted(steps)[-keep:]}
+    assert set(os.listdir(run)) == {"best", *kept}
 
 
 # What is in them.
 
+
 def test_a_model_folder_opens_with_transformers(checkpoint, vocabulary, tiny_tokenizer):
-    model, expected = AutoModelForPreTraining.from_pretrained(checkpoint), small_model(vocabulary.size)
-    for name, weight in expected.named_parameters():
+    model = AutoModelForPreTraining.from_pretrained(checkpoint)
+    for name, weight in small_model(vocabulary.size).named_parameters():
         assert torch.equal(model.get_parameter(name), weight), name
     text = "banking rivers teach quickly ."
-    assert AutoTokenizer.from_pretrained(checkpoint)(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert tokenizer(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
 
 
 def test_facts_and_model_card(checkpoint, vocabulary, tiny_tokenizer, tmp_path):
     assert ckpt.read_facts(checkpoint) == FACTS
     card = (checkpoint / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
-    assert "| held-out perplexity | 12.5000 |" in card and "| max length | 64 |" in card and "were not trained" not in card
-    model = small_model(vocabulary.size, "mlm")
-    ckpt.write_model(tmp_path, model, tiny_tokenizer, {**FACTS, "objective": "mlm"}, model.state_dict())
-    assert "The pooler and the NSP head (`bert.pooler`, `cls.seq_relationship`) were not trained" in (tmp_path / "README.md").read_text()
+    assert "perplexity | 12.5000 |" in card and "| max length | 64 |" in card
+    model, facts = small_model(vocabulary.size, "mlm"), {**FACTS, "objective": "mlm"}
+    ckpt.write_model(tmp_path, model, tiny_tokenizer, facts, model.state_dict())
+    untrained = "`bert.pooler.dense`, `cls.seq_relationship`"
+    assert untrained not in card and untrained in (tmp_path / "README.md").read_text()
 
 
-def test_another_programs_folder_has_no_facts(tmp_path):
+def test_facts_that_are_garbled_or_absent_are_left_out(tmp_path):
     assert ckpt.read_facts(tmp_path) == {}
+    garbled = {"objective": "all", "max_length": -1, "eval_tokens": "9"}
+    (tmp_path / ckpt.FACTS).write_text(json.dumps({**garbled, "eval_batch_size": 3, "other": 1}))
+    assert ckpt.read_facts(tmp_path) == {"eval_batch_size": 3, "other": 1}
     (tmp_path / ckpt.FACTS).write_text("{")
     assert ckpt.read_facts(tmp_path) == {}
 
 
 def test_training_state_goes_there_and_back(tmp_path):
-    layer = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
-    layer(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    state = {"weight": optimizer.state[layer.weight], "bias": optimizer.state[layer.bias]}
-    tensors = {"optimizer": state, "random_states": [ckpt.random_states(torch.device("cpu"))]}
-    ckpt.write_state(tmp_path, tensors, {"progress": {"position": [0, 2, 5]}})
-    assert ckpt.read_values(tmp_path) == {"progress": {"position": [0, 2, 5]}}
-    read = ckpt.read_tensors(tmp_path)
-    for name, entry in state.items():
-        assert all(torch.equal(read["optimizer"][name][part], value) for part, value in entry.items())
-    expected = torch.rand(3)  # the state was taken before this draw
-    ckpt.set_random_states(read["random_states"][0], torch.device("cpu"))
-    assert torch.equal(torch.rand(3), expected)
+    states = {"a": {"b": [torch.arange(3), 1.5, None]}, "c": {"d": (1, "text")}}
+    ckpt.write_state(tmp_path, states, {"step": 3, "position": [0, 2, 5]})
+    assert ckpt.read_values(tmp_path, FORM) == {"step": 3, "position": [0, 2, 5]}
+    read = ckpt.read_states(tmp_path)
+    assert torch.equal(read["a"]["b"].pop(0), states["a"]["b"].pop(0)) and read == states
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_not_saved(bad, tmp_path):
+    state = {"weights": {"decoder": {"exp_avg": torch.tensor([1.0, bad])}}}
+    with pytest.raises(UserError, match="optimizer weights decoder exp_avg"):
+        ckpt.write_state(tmp_path, {"optimizer": state}, {})
+    with pytest.raises(UserError, match="decoder.weight"):
+        ckpt.write_model(tmp_path, None, None, {}, {"decoder.weight": torch.tensor(bad)})
+    assert os.listdir(tmp_path) == []
 
 
 def test_nothing_is_unpickled(tmp_path):
-    torch.save({"path": Path("x")}, tmp_path / ckpt.STATE_TENSORS)
-    with pytest.raises(UserError, match="training_state.pt: cannot be read .UnpicklingError: Weights only load failed"):
-        ckpt.read_tensors(tmp_path)
+    with pytest.raises(UserError, match=ckpt.STATE_TENSORS):
+        ckpt.write_state(tmp_path, {"a": {"path": Path("x")}}, {})
+    with pytest.raises(UserError, match=ckpt.STATE_TENSORS):
+        ckpt.read_states(tmp_path)
 
 
-@pytest.mark.parametrize("text", [None, "{"])
-def test_values_that_cannot_be_read(text, tmp_path):
+@pytest.mark.parametrize(
+    "text, where",
+    [
+        (None, ckpt.STATE_JSON),
+        ("{", ckpt.STATE_JSON),
+        ('{"step": 3}', "another version"),
+        ('{"format": 1, "step": 3}', "another version"),
+        (f'{{"format": {ckpt.STATE_FORMAT}, "step": -3}}', "step is -3"),
+    ],
+)
+def test_values_that_are_not_as_expected_are_refused(text, where, tmp_path):
     if text:
         (tmp_path / ckpt.STATE_JSON).write_text(text)
-    with pytest.raises(UserError, match=rf"{tmp_path}/{ckpt.STATE_JSON}: cannot be read \("):
-        ckpt.read_values(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}.*{where}"):
+        ckpt.read_values(tmp_path, FORM)

@@ -1,0 +1,83 @@
+"""Text to pretrain on, without the texts that the task is tested on."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from pretrain.data.sentences import Sentence
+from pretrain.files import write_aside
+from pretrain.inputs import TextFiles
+
+
+def write_cleaned(
+    text: TextFiles, test_texts: list[tuple[str, ...]], more: list[tuple[str, ...]], target: Path
+) -> dict[str, int]:
+    """Write the documents of `text`, then one for each of `more`, without copies of `test_texts`.
+
+    `target` gets JSON lines as pretrain/data/formats.py reads them, one document in memory at a
+    time. Returns the counts of documents written, copies removed, and `more`."""
+    copies = sorted({squeeze(part) for parts in test_texts for part in parts})
+    counts = {"documents": 0, "removed": 0, "task_texts": len(more)}
+
+    def documents() -> Iterator[list[Sentence]]:
+        for is_end, items in groupby(text.sentences(), key=lambda item: item is None):
+            if not is_end:
+                yield list(items)
+        for parts in more:
+            yield [(part, ()) for part in parts]
+
+    def write(partial: Path) -> None:
+        with partial.open("w", encoding="utf-8") as out:
+            for document in documents():
+                kept, removed = without_copies(document, copies)
+                counts["removed"] += removed
+                if kept:
+                    counts["documents"] += 1
+                    out.write(json.dumps(as_record(kept), ensure_ascii=False) + "\n")
+
+    write_aside(target, write)
+    return counts
+
+
+def squeeze(text: str) -> str:
+    """A text without white space: two texts are copies if they agree so."""
+    return "".join(text.split())
+
+
+def without_copies(sentences: list[Sentence], copies: list[str]) -> tuple[list[Sentence], int]:
+    """(what is left of a document, number of copies removed).
+
+    A copy is the longest run of whole sentences that equals one of `copies`, which are squeezed and
+    sorted: a run that none of them starts with need not be extended."""
+    squeezed = [squeeze(text) for text, _ in sentences]
+    kept, num_removed, start = [], 0, 0
+    while start < len(sentences):
+        run, end = "", start
+        for position in range(start, len(sentences)):
+            run += squeezed[position]
+            nearest = bisect_left(copies, run)
+            if nearest == len(copies) or not copies[nearest].startswith(run):
+                break
+            if copies[nearest] == run:
+                end = position + 1
+        if end > start:
+            num_removed += 1
+            start = end
+        else:
+            kept.append(sentences[start])
+            start += 1
+    return kept, num_removed
+
+
+def as_record(sentences: list[Sentence]) -> dict:
+    """A document as pretrain/data/formats.py reads it: sentences are lines, entities offsets."""
+    entities, offset = [], 0
+    for text, spans in sentences:
+        entities += [[offset + start, offset + end] for start, end in spans]
+        offset += len(text) + 1
+    record = {"text": "\n".join(text for text, _ in sentences)}
+    return record | {"entities": entities} if entities else record

@@ -1,0 +1,141 @@
+"""How far texts are from one another, and from a tokenizer: shared words, pieces per word.
+
+Overlap as in "Don't Stop Pretraining" (Gururangan et al. 2020): the share of their most frequent
+words, without stop words, that two texts have in common. A text is read once, into word counts;
+memory grows with the distinct words only, up to a bound.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import regex  # comes with transformers
+from transformers import PreTrainedTokenizerBase
+
+from pretrain.data import tokenizer as tokenizers
+from pretrain.data.annotate import HAN_CLASS
+from pretrain.data.sources import read_lines
+from pretrain.errors import UserError, require
+from pretrain.inputs import TextFiles
+
+# A Chinese character, or a run of letters and digits with their marks.
+WORD = regex.compile(
+    rf"{HAN_CLASS}|[\p{{L}}\p{{N}}--{HAN_CLASS}][\p{{L}}\p{{N}}\p{{M}}--{HAN_CLASS}]*", regex.V1
+)
+SEGMENTED_WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*")
+MAX_DISTINCT = 2_000_000  # counted words; beyond that the rarer half is dropped
+MIN_COUNT = 5  # of a candidate token
+CHINESE_STOP_WORDS = """的 了 在 是 我 有 和 就 不 人 都 一 一个 上 也 很 到 说 要 去 你 会 着
+    没有 看 自己 这 那 他 她 它 我们 你们 他们 这个 那个 与 及 而 或 被 把 对 对于 从 以 为 因为
+    所以 但 但是 如果 还 还是 又 并 等 中 个 之 其 于 由 比 让 使 能 可以 得 地 吧 吗 呢 啊 什么
+    怎么 年 月 日 时 后 前 里 下 大 小 多 更 最 已 已经 将 可 来 么 们"""
+
+
+def count_words(text: TextFiles) -> Counter[str]:
+    """How often each word occurs, as it is written, without numbers.
+
+    The text's markup says where Chinese words end: rjieba, spaces, or after each character."""
+    words_of = SEGMENTED_WORD.findall if text.markup.words == "spaces" else WORD.findall
+    if text.markup.words == "jieba":
+        jieba = require("rjieba", "Chinese words")
+
+        def words_of(sentence: str) -> list[str]:
+            return list(filter(SEGMENTED_WORD.fullmatch, jieba.cut(sentence)))
+
+    counts: Counter[str] = Counter()
+    for item in text.sentences():
+        if item:
+            counts.update(words_of(unicodedata.normalize("NFC", item[0])))
+            if len(counts) > MAX_DISTINCT:
+                counts = Counter(dict(counts.most_common(MAX_DISTINCT // 2)))
+    return Counter({word: count for word, count in counts.items() if not word.isnumeric()})
+
+
+def stop_words(name: str) -> set[str]:
+    """Words to ignore: English and Chinese ones ("auto"), none ("none"), or the lines of a file."""
+    if name == "none":
+        return set()
+    if name != "auto":
+        return {word.lower() for word in read_lines(name)}
+    english = require("sklearn.feature_extraction.text", "stop words").ENGLISH_STOP_WORDS
+    return {*english, *CHINESE_STOP_WORDS.split()}
+
+
+def frequent_words(counts: Counter[str], ignored: set[str]) -> list[str]:
+    """Lower-case words of two or more letters (one if not ASCII), by falling count, then A to Z."""
+    lower: Counter[str] = Counter()
+    for word, count in counts.items():
+        lower[word.lower()] += count
+    ranked = sorted(lower, key=lambda word: (-lower[word], word))
+    is_long = {word: len(word) > 1 or not word.isascii() for word in ranked}
+    return [word for word in ranked if is_long[word] and word not in ignored]
+
+
+def overlap(ranked: dict[str, list[str]], top: int) -> tuple[np.ndarray, int]:
+    """(float64 [texts, texts] shares within 0..1, number of words compared).
+
+    Each share is of the first `top` words of both texts; if one text has fewer, of as many words of
+    every text, so that the shares compare."""
+    num_words = min([top, *map(len, ranked.values())])
+    if not num_words:
+        empty = next(name for name, words in ranked.items() if not words)
+        raise UserError(f"{empty}: has no words but stop words; expected text")
+    chosen = [set(words[:num_words]) for words in ranked.values()]
+    shares = [[len(one & other) / num_words for other in chosen] for one in chosen]
+    return np.array(shares), num_words
+
+
+def fragmentation(
+    counts: Counter[str], tokenizer: PreTrainedTokenizerBase, ignored: set[str]
+) -> tuple[dict[str, float], list[tuple[str, int, int]]]:
+    """(pieces per word and unknown share of all words, words that break or are unknown).
+
+    Of these there are (word as the tokenizer reads it, count, pieces), by falling count x pieces,
+    if they occur MIN_COUNT times and are not `ignored`."""
+    backend, vocabulary = tokenizers.without_limits(tokenizer), tokenizers.describe(tokenizer)
+    normalizer = backend.normalizer if vocabulary.starts_word is not None else None
+    read: Counter[str] = Counter()
+    for word, count in counts.items():
+        if normalizer is not None:  # which may put spaces around Chinese characters
+            word = normalizer.normalize_str(word).replace(" ", "")
+        read[word] += count
+    read.pop("", None)
+    spaced = [f" {word}" if vocabulary.needs_space else word for word in read]
+    encodings = tokenizers.encode_together(backend, spaced, add_special_tokens=False)
+    entries, broken = tokenizer.get_vocab(), []
+    num_pieces = num_unknown = 0
+    for (word, count), encoding in zip(read.items(), encodings):
+        pieces, is_unknown = len(encoding.ids), vocabulary.unknown_id in encoding.ids
+        num_pieces += count * pieces
+        num_unknown += count if is_unknown else 0
+        is_candidate = count >= MIN_COUNT and word not in entries and word.lower() not in ignored
+        if is_candidate and (pieces > 1 or is_unknown):
+            broken.append((word, count, pieces))
+    broken.sort(key=lambda entry: (-entry[1] * entry[2], entry[0]))
+    num_words = max(1, read.total())
+    shares = {"pieces_per_word": num_pieces / num_words, "unknown_share": num_unknown / num_words}
+    return shares, broken
+
+
+def compare(
+    texts: dict[str, TextFiles],
+    tokenizer: PreTrainedTokenizerBase | None,
+    top: int,
+    ignored: set[str],
+) -> tuple[dict, dict[str, list[tuple[str, int, int]]]]:
+    """(facts as domain.json keeps them, by text the words that the tokenizer breaks).
+
+    Compares the `top` most frequent words that are not `ignored`."""
+    counts = {name: count_words(text) for name, text in texts.items()}
+    ranked = {name: frequent_words(of, ignored) for name, of in counts.items()}
+    shares, num_words = overlap(ranked, top)
+    facts, broken = {}, {}
+    for name, of in counts.items():
+        facts[name] = {"words": of.total(), "distinct_words": len(of)}
+        if tokenizer:
+            pieces, broken[name] = fragmentation(of, tokenizer, ignored)
+            facts[name] |= pieces
+    rows = {name: dict(zip(texts, row)) for name, row in zip(texts, shares.tolist())}
+    return {"words_compared": num_words, "overlap": rows, "texts": facts}, broken

@@ -1,0 +1,403 @@
+"""From options to a `PretrainingRun`: every check that can be made before step 1 is made here.
+
+Order: values, device, run folder, text files, tokenizer and model (their configs first), corpus,
+plan. What costs little and fails often comes first; text is tokenized once everything else fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pretrain import plan
+from pretrain.config import (
+    MODEL_SIZES,
+    OBJECTIVES,
+    Config,
+    length_option,
+    longest,
+    phase_ends,
+    validate,
+)
+from pretrain.data import masking
+from pretrain.data import tokenizer as tokenizers
+from pretrain.data.collate import Collator, pack
+from pretrain.data.corpus import Corpus
+from pretrain.data.loader import DataPosition, PretrainingDataset, TrainData
+from pretrain.data.sources import read_lines
+from pretrain.data.tokenizer import Vocabulary
+from pretrain.errors import UserError, check, option_named
+from pretrain.evaluate import make_validation_set
+from pretrain.files import hold, sha256_of
+from pretrain.inputs import open_text, prepare_tokenizer
+from pretrain.model.attention import VARLEN, choose_attention
+from pretrain.model.loading import from_checkpoint, from_size, load_config, override
+from pretrain.model.packed import PackedModel
+from pretrain.run import (
+    PRETRAINING_FORM,
+    Phase,
+    PretrainingRun,
+    find_checkpoint,
+    resumed_values,
+    run_folder,
+)
+from pretrain.runtime.distributed import any_rank, gather, start
+from pretrain.runtime.memory import explained, micro_batch_fits
+from pretrain.runtime.optim import autocast, choose_precision
+from pretrain.runtime.sharding import place
+
+MIN_FITTING_SHARE = 0.8  # of the entities; a line reports less
+SAMPLED_MICRO_BATCHES = 20  # that are searched for entities
+SHAPE_MULTIPLE = 32  # of tokens, where a micro-batch is not filled to its limits
+
+
+@explained("--micro-batch-size", "--workers")
+def build(config: Config) -> PretrainingRun:
+    """Check everything, prepare tokenizer and corpus, make the model, try a full micro-batch.
+
+    UserError names what does not fit."""
+    check(validate(config))
+    with option_named("--device"):
+        world, device = start(config.device)
+    output = run_folder(config.output)
+    if config.output and world.is_main:
+        hold(output)
+    checkpoint = gather(find_checkpoint(output, config) if world.is_main else None)[0]
+    saved = resumed_values(checkpoint, PRETRAINING_FORM, config, world)
+    config = plan.drop_old_end(config, saved)
+    precision = decide_precision(config, saved, device)
+    if config.shard and precision == "fp16":
+        raise UserError("--shard: does not work with --precision fp16; expected bf16 or fp32")
+    size = saved.get("micro_batch_size") or config.micro_batch_size
+    size = size or plan.default_micro_batch_size(config, device, world)
+    plan.check_processes(config, size, world)
+
+    torch.manual_seed(config.seed)
+    tokenizer, text, added = prepare_tokenizer(config, checkpoint, world)
+    vocabulary = tokenizers.describe(tokenizer)
+    masks = make_masking(config, tokenizer, vocabulary)
+    model = make_model(config, checkpoint, tokenizer, vocabulary, added)
+    similar_words = check_similar_words(config, saved)
+    corpora = open_text(
+        config,
+        tokenizer,
+        vocabulary,
+        text,
+        world,
+        saved.get("corpus_folders", {}),
+        saved.get("corpus"),
+    )
+    occurrences = report_added(corpora[0], added, tokenizer)
+    set_up_model(model, config, device, precision)
+    model = place(model, device, config.shard)
+
+    while True:
+        tasks = plan.make_tasks(config, size)
+        datasets = [PretrainingDataset(corpora[0], task) for task in tasks]
+        epoch = saved.get("steps_per_epoch") or plan.count_epoch(datasets, config)
+        total_steps = plan.count_steps(config, saved, epoch)
+        ends = phase_ends(config, total_steps)  # a UserError if a phase has no step
+        phases = make_phases(config, model, datasets, corpora[1], vocabulary, masks)
+        if saved or all_fit(model, phases, autocast(device, precision), config.shard):
+            break
+        size = plan.smaller_micro_batch_size(config, size, device, world)
+    torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the log shows the peak of the steps alone
+
+    data = TrainData(
+        [(phase.dataset, phase.collator) for phase in phases],
+        ends,
+        config.batch_size // size,
+        world.rank,
+        world.size,
+        mask_rate=plan.mask_schedule(config, total_steps),
+        workers=plan.count_workers(config, device),
+        pin_memory=device.type == "cuda",
+    )
+    tenth = max(10, min(1000, total_steps // 10))
+    return PretrainingRun(
+        config=config,
+        world=world,
+        device=device,
+        precision=precision,
+        output=output,
+        tokenizer=tokenizer,
+        model=model,
+        data=data,
+        total_steps=total_steps,
+        eval_every=plan.steps_between(config.eval_every, epoch, auto=tenth),
+        save_every=plan.steps_between(config.save_every, epoch, auto=tenth),
+        compile=decides_to_compile(config, model),
+        checkpoint=checkpoint,
+        is_extended=bool(saved) and total_steps != saved["total_steps"],
+        is_finished=bool(saved) and saved["finished"] and total_steps == saved["total_steps"],
+        phases=phases,
+        micro_batch_size=size,
+        steps_per_epoch=epoch,
+        corpus_folders=folders_of(corpora, config),
+        similar_words=similar_words,
+        added_tokens=occurrences,
+    )
+
+
+def decide_precision(config, saved: dict, device: torch.device) -> str:
+    """The precision of the run; a resumed run keeps its own unless another is asked for."""
+    with option_named("--precision"):
+        is_same = saved and config.precision == saved["options"]["precision"]
+        wanted = saved["precision"] if is_same else config.precision
+        precision = choose_precision(wanted, device)
+    if saved and precision != saved["precision"]:
+        print(
+            f"the run continues in {precision}; it was in {saved['precision']}, so its numbers "
+            "differ from those of an uninterrupted run"
+        )
+    return precision
+
+
+def decides_to_compile(config, model: PackedModel) -> bool:
+    """Whether to use torch.compile. With "auto", what it cannot compile runs as it is written."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    is_compiled = model.attention == VARLEN and not config.shard
+    if is_compiled:
+        torch._dynamo.config.suppress_errors = True
+    return is_compiled
+
+
+def set_up_model(model: PackedModel, config: Config, device: torch.device, precision: str) -> None:
+    """Choose attention and losses, and what is recomputed in the backward pass."""
+    model.attention = choose_attention(device, precision)
+    model.use_pairs(config.nsp_weight if OBJECTIVES[config.objective] else None)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+
+
+def enable_gradient_checkpointing(model: PackedModel) -> None:
+    """By the newer of two names, if this version of transformers has it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()
+
+
+def make_phases(
+    config: Config,
+    model: PackedModel,
+    datasets: list[PretrainingDataset],
+    validation_text: Corpus | None,
+    vocabulary: Vocabulary,
+    masks: masking.Masking,
+) -> list[Phase]:
+    """The phases with their validation sets."""
+    if config.masking == "entity":
+        shortest = min(datasets, key=lambda dataset: dataset.task.max_length)
+        report_long_entities(shortest, vocabulary, config.entity_budget)
+    fill, phases = model.attention == VARLEN, []
+    for dataset in datasets:
+        task = dataset.task
+        # As many tokens as in the first phase, but at least one sequence.
+        size = config.eval_batch_size or task.micro_batch_size
+        size = max(1, size * task.counted_length // task.max_length)
+        validation = validation_text and make_validation_set(
+            validation_text,
+            task.pairs,
+            task.max_length,
+            size,
+            vocabulary,
+            config.eval_tokens,
+            fill,
+            dataset.source,
+        )
+        collator = Collator(task, vocabulary, masks, fill, SHAPE_MULTIPLE)
+        phases.append(Phase(dataset, collator, validation, size))
+    return phases
+
+
+def all_fit(
+    model: PackedModel, phases: list[Phase], precision: torch.autocast, shard: bool
+) -> bool:
+    """Whether a full micro-batch of each phase fits into the memory of every process."""
+    device = next(model.parameters()).device
+    fits = all(
+        micro_batch_fits(model, phase.fullest_batch().to(device), precision) for phase in phases
+    )
+    # Sharded weights travel in the trial: the others wait for a process that has no room, and end
+    # when it does.
+    return fits if shard else not any_rank(not fits)
+
+
+def folders_of(corpora: Sequence[Corpus | None], config: Config) -> dict[str, str]:
+    """Where the corpora are; validation text that is a part of the training text is left out."""
+    opened = {"train": corpora[0], "valid": corpora[1] if config.valid else None}
+    return {name: str(corpus.folder.absolute()) for name, corpus in opened.items() if corpus}
+
+
+def check_similar_words(config: Config, saved: dict) -> str | None:
+    """Hash of the table of similar words; UserError if it changed since the run started."""
+    digest = sha256_of(Path(config.similar)) if config.similar else None
+    if saved and digest != saved.get("similar_words"):
+        raise UserError(
+            f"--similar {config.similar}: has changed since the run started; "
+            "restore the file, or start a new run"
+        )
+    return digest
+
+
+def make_masking(
+    config: Config, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
+) -> masking.Masking:
+    """The masks of the options; UserError if the table of similar words has no usable word."""
+    similar = None
+    if config.replace == "similar":
+        backend = tokenizers.without_limits(tokenizer)
+        space = " " if vocabulary.needs_space else ""
+
+        def encode(word: str) -> list[int]:
+            """Ids of a word in running text; none if the tokenizer does not know it."""
+            ids = backend.encode(space + word, add_special_tokens=False).ids
+            return [] if vocabulary.is_special[ids].any() else ids
+
+        with option_named("--similar"):
+            similar = masking.read_similar(read_lines(config.similar), encode)
+        if similar is None:
+            raise UserError(
+                f"--similar {config.similar}: has no word with a similar one of as many tokens; "
+                "expected lines of a word and, after tabs, similar ones"
+            )
+        print(
+            f"--similar {config.similar}: {len(similar.counts):,} words with "
+            f"{similar.counts.sum():,} similar ones of as many tokens"
+        )
+    return masking.Masking(
+        config.masking,
+        tuple(config.mask_split),
+        config.entity_probability,
+        config.entity_budget,
+        config.entity_fill,
+        similar,
+    )
+
+
+def report_long_entities(
+    dataset: PretrainingDataset, vocabulary: Vocabulary, entity_budget: float
+) -> None:
+    """Print how many entities exceed the budget of their sequence; short documents have many."""
+    num_entities = num_fitting = 0
+    start = DataPosition(0, 0, 0)
+    for position in islice(dataset.positions(start, end_epoch=1), SAMPLED_MICRO_BATCHES):
+        packed = pack(dataset[position], vocabulary)
+        entities = packed.maskable & packed.in_entity
+        unit = np.cumsum(packed.entities) - 1
+        sizes = np.bincount(unit[entities], minlength=int(packed.entities.sum()))
+        allowed = entity_budget * packed.count(packed.maskable)
+        fits = sizes <= allowed[packed.sequence[packed.entities]]
+        num_entities += int((sizes > 0).sum())
+        num_fitting += int(((sizes > 0) & fits).sum())
+    if num_fitting < MIN_FITTING_SHARE * num_entities or not num_entities:
+        print(
+            f"--entity-budget {entity_budget}: {num_fitting:,} of {num_entities:,} entities fit "
+            "into that share of their sequence; the others are never masked as a whole. "
+            "Use a higher budget or longer documents"
+        )
+
+
+def report_added(
+    corpus: Corpus, added: dict[int, list[int]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, int]:
+    """Occurrences of each added token in the training text, most frequent first; prints some."""
+    if not added:
+        return {}
+    ids = sorted(added)
+    size = ids[-1] + 2  # one more for all ids above
+    counts = np.zeros(size, np.int64)
+    for index in range(corpus.num_shards):
+        counts += np.bincount(np.minimum(corpus.tokens(index), size - 1), minlength=size)
+    found = dict(zip(tokenizer.convert_ids_to_tokens(ids), counts[ids].tolist()))
+    ranked = dict(sorted(found.items(), key=lambda item: -item[1]))
+    most = ", ".join(f"{token} {count:,}" for token, count in list(ranked.items())[:8])
+    never = [token for token, count in ranked.items() if not count]
+    if never:
+        most += f"; {len(never):,} never occur, such as {', '.join(never[:3])}"
+    total = sum(ranked.values())
+    print(
+        f"{len(ranked):,} added tokens occur {total:,} times: {most}; all are in added_tokens.tsv"
+    )
+    return ranked
+
+
+def make_model(
+    config: Config,
+    checkpoint: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    added: dict[int, list[int]],
+) -> PackedModel:
+    """The model: from scratch, from a checkpoint, or of the run to resume; UserError if it does
+    not fit the tokenizer or the lengths."""
+    if checkpoint:
+        return from_checkpoint(str(checkpoint))[0]
+    from_scratch, fresh = config.model in MODEL_SIZES, []
+    overrides = config.config_override
+    if from_scratch:
+        length, pad_id = longest(config), vocabulary.pad_id
+        with option_named("--config-override"):
+            model = from_size(config.model, vocabulary.size, length, pad_id, overrides)
+    else:
+        with option_named("--model"):
+            settings = load_config(config.model)
+        with option_named("--config-override"):
+            override(settings, overrides)
+        with option_named("--model"):
+            model, fresh = from_checkpoint(config.model, settings)
+    problems = task_problems(model, config)
+    size, rows = vocabulary.size - len(added), model.config.vocab_size
+    # A table that was rounded up is common.
+    if size > rows or (size + 128 <= rows and not from_scratch):
+        problems.append(
+            f"--tokenizer {config.tokenizer or config.model}: has {size:,} entries, the model "
+            f"{config.model} {rows:,}; expected the model's own tokenizer"
+        )
+    elif config.tokenizer and not from_scratch:
+        problems += other_vocabulary(config, tokenizer)
+    check(problems)
+    if added and not from_scratch:
+        model.add_vectors(vocabulary.size, added, config.new_vectors == "mean")
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) in added:
+            setattr(model.config, name, getattr(tokenizer, name))
+    if fresh:
+        print(
+            f"{config.model} has no {', no '.join(fresh)}: starting fresh, so the first "
+            "validation numbers mean nothing"
+        )
+    return model
+
+
+def task_problems(model: PackedModel, config: Config) -> list[str]:
+    """What of the task the model cannot do."""
+    option = length_option(config)
+    problems = [f"{option} {problem}" for problem in model.length_problems(longest(config))]
+    if OBJECTIVES[config.objective]:
+        found = model.pair_problems(config.objective)
+        problems += [f"--objective {problem}" for problem in found]
+    if model.config.is_decoder:
+        problems.append(f"--model {config.model}: is a decoder; expected an encoder")
+    return problems
+
+
+def other_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A problem if --tokenizer differs from the model's own tokenizer, if it has one."""
+    try:
+        own = tokenizers.load(config.model, config.lowercase == "on")
+    except UserError:
+        return []
+    if own.get_vocab().items() <= tokenizer.get_vocab().items():
+        return []
+    return [
+        f"--tokenizer {config.tokenizer}: its vocabulary differs from that of the model "
+        f"{config.model}; omit --tokenizer"
+    ]

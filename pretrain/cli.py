@@ -1,0 +1,232 @@
+"""From a command line to options: argparse from a dataclass, `--config FILE`, and exit codes.
+
+Knows nothing of what the options mean (pretrain/config.py does), and imports nothing slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+
+from pretrain.errors import UserError, refusing
+from pretrain.schema import flag
+from pretrain.signals import STOP_SIGNALS, Interrupted
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        """One line instead of the usage of sixty options."""
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists the options")
+
+
+def build_parser(options: type, description: str) -> argparse.ArgumentParser:
+    """A parser with an option for each field of the dataclass `options`, in groups.
+
+    What it parses holds only what was typed, no defaults."""
+    parser = _Parser(
+        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML or JSON file of options; typed ones override it"
+    )
+    groups, hints = {}, typing.get_type_hints(options)
+    for entry in fields(options):
+        title = _group_of(options, entry.name)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_option(groups[title], entry, hints[entry.name])
+    return parser
+
+
+def _group_of(options: type, name: str) -> str:
+    """The title of an option: how the docstring of the most general class with it begins."""
+    kinds = [kind for kind in options.__mro__ if name in getattr(kind, "__dataclass_fields__", ())]
+    return kinds[-1].__doc__.partition(":")[0].rstrip(".").lower()
+
+
+def _add_option(group: argparse._ArgumentGroup, entry: Field, hint: object) -> None:
+    arguments = dict(entry.metadata["argparse"])
+    if isinstance(entry.default, bool):
+        arguments["action"] = argparse.BooleanOptionalAction
+    else:
+        kinds = [part for part in typing.get_args(hint) if part is not types.NoneType] or [hint]
+        arguments["type"] = kinds[0]
+        if "choices" not in arguments:
+            arguments.setdefault("metavar", kinds[0].__name__.upper())
+    text, default = entry.metadata["help"].replace("%", "%%"), entry.default
+    if "default:" not in text and default != ():
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = f"{text} (default: {shown})"
+    if arguments.pop("positional", False):
+        group.add_argument(entry.name, help=text, **arguments)
+        return
+    group.add_argument(flag(entry.name), help=text, **arguments)
+    for alias in entry.metadata["aliases"]:
+        group.add_argument(flag(alias), dest=entry.name, help=argparse.SUPPRESS, **arguments)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user gave, {name: value} each: in --config FILE, and on the command line."""
+
+    options: type
+    parser: argparse.ArgumentParser
+    from_file: dict
+    typed: dict
+
+    def with_defaults(self, defaults: dict | None = None):
+        """An instance of `options`. The file overrides `defaults`, what was typed overrides both.
+
+        An option also overrides the one that it cannot be combined with."""
+        flags = _as_flags(defaults or {}, self.options)
+        values = {}
+        for layer in (_parse(self.parser, flags), self.from_file, self.typed):
+            for entry in fields(self.options):
+                pair = {entry.name, entry.metadata["excludes"]}
+                if "" not in pair and pair & layer.keys():
+                    values = {name: value for name, value in values.items() if name not in pair}
+            values |= layer
+        return self.options(**values)
+
+
+def read_command_line(
+    argv: Sequence[str], options: type, description: str, passed_over: type | None = None
+) -> Given:
+    """Parse `argv` and the file that its --config names, through the same types and choices.
+
+    The file may also hold options of `passed_over`, which are ignored."""
+    parser = build_parser(options, description)
+    typed = _parse(parser, argv)
+    path = typed.pop("config", None)
+    from_file = {}
+    if path is not None:
+        try:
+            values = _known(read_options(path), options, passed_over or options)
+            from_file = _parse(parser, _as_flags(values, options))
+        except UserError as error:
+            raise UserError(f"--config {path}: {error}") from error
+    return Given(options, parser, from_file, typed)
+
+
+def parse(
+    argv: Sequence[str],
+    options: type,
+    description: str,
+    defaults: dict | None = None,
+    passed_over: type | None = None,
+):
+    """An instance of the dataclass `options`: `defaults`, then --config FILE, then `argv`."""
+    return read_command_line(argv, options, description, passed_over).with_defaults(defaults)
+
+
+def read_options(path: str | Path) -> dict:
+    """The {option: value} in a YAML or JSON file."""
+    with refusing("cannot be read", "expected YAML or JSON"):
+        text = Path(path).read_text(encoding="utf-8")
+        if str(path).endswith(".json"):
+            values = json.loads(text)
+        else:
+            import yaml  # installed with transformers
+
+            values = yaml.safe_load(text)
+    if values is None:  # an empty file
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"holds {type(values).__name__}; expected a mapping of options to values")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _known(values: dict, options: type, passed_over: type) -> dict:
+    """`values` without those of `passed_over` that `options` lacks; UserError for any others."""
+    known = {name for entry in fields(options) for name in (entry.name, *entry.metadata["aliases"])}
+    unknown = values.keys() - known - {entry.name for entry in fields(passed_over)}
+    if unknown:
+        names = [", ".join(sorted(names)) for names in (unknown, known)]
+        raise UserError(f"unknown option {names[0]}; expected some of {names[1]}")
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict:
+    values = vars(parser.parse_args(list(argv)))
+    return {name: tuple(of) if isinstance(of, list) else of for name, of in values.items()}
+
+
+def _as_flags(values: dict, options: type) -> list[str]:
+    switches = {entry.name for entry in fields(options) if isinstance(entry.default, bool)}
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, bool) and name in switches:
+            flags.append(flag(name) if value else flag(f"no_{name}"))
+        elif isinstance(value, bool):  # YAML reads on and off as booleans
+            flags.append(f"{flag(name)}={'on' if value else 'off'}")
+        elif isinstance(value, (list, tuple)):
+            flags += [flag(name), *map(str, value)] if value else []
+        elif value is not None:
+            flags.append(f"{flag(name)}={value}")
+    return flags
+
+
+def as_command(script: str, options: object) -> str:
+    """The command that means `options`: every value that is not its default."""
+    changed = {
+        entry.name: getattr(options, entry.name)
+        for entry in fields(options)
+        if getattr(options, entry.name) != entry.default
+    }
+    return shlex.join(["python", f"scripts/{script}.py", *_as_flags(changed, type(options))])
+
+
+def run_command(
+    main: Callable[[Sequence[str]], int | None], argv: Sequence[str], hint: str = ""
+) -> int:
+    """The exit code of `main(argv)`: 2 and messages for a UserError, 1 and a traceback for another
+    error, 128 + its number for a signal. `hint` says how to continue an interrupted command."""
+    hint = f"; {hint}" if hint else ""
+    stops = []
+
+    def interrupt(number: int, frame: types.FrameType | None) -> typing.NoReturn:
+        stops.append(Interrupted(number))
+        raise stops[0]
+
+    handlers = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    sys.stdout.reconfigure(line_buffering=True)  # stays in order with stderr in a log file
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        messages, code = [f"error: {line}" for line in str(error).splitlines()], 2
+    except OSError as error:
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        expected = "expected a path that exists, room on the disk and permission to read and write"
+        messages, code = [f"error: {what}; {expected}{hint}"], 2
+    except KeyboardInterrupt as stop:
+        messages = [f"{str(stop) or 'interrupted'}{hint}"]
+        code = 128 + getattr(stop, "number", signal.SIGINT)
+    except Exception as error:
+        if stops:  # raised inside an import, say, which made another error of it
+            messages, code = [str(stops[0])], 128 + stops[0].number
+        else:
+            traceback.print_exc()
+            messages, code = [], 1
+        _free_frames(error)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for message in messages:
+        print(message, file=sys.stderr)
+    return code
+
+
+def _free_frames(error: BaseException | None) -> None:
+    """Free what the frames of an error and its causes hold, such as a loader's workers."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

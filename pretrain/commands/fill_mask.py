@@ -1,0 +1,87 @@
+"""Fill the [MASK] of a sentence: the most probable tokens, and the sentence with each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pretrain.cli import parse
+from pretrain.config import COUNT, missing, validate
+from pretrain.errors import UserError, check, option_named, refusing
+from pretrain.files import model_folder
+from pretrain.schema import option
+
+
+@dataclass(frozen=True)
+class FillMaskOptions:
+    """Filling: options of fill_mask.py."""
+
+    texts: tuple[str, ...] = option(
+        (),
+        "sentences with one [MASK] or more, each in quotes",
+        required=True,
+        positional=True,
+        nargs="*",
+        metavar="TEXT",
+    )
+    model: str | None = option(
+        None, "model: folder of a run, of one of its models, or hub name", required=True
+    )
+    top: int = option(5, "number of tokens to show for each [MASK]", COUNT)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, predict, print a table for each mask."""
+    options = parse(argv, FillMaskOptions, __doc__)
+    check(missing(options) + validate(options))
+
+    from pretrain.model.loading import from_checkpoint
+
+    with option_named("--model"):
+        model, fresh = from_checkpoint(options.model)
+        if "MLM head" in fresh:
+            raise UserError(f"{options.model}: has no MLM head; expected a pretrained model")
+        fill = open_pipeline(options.model)
+    for text in options.texts:
+        for rows in fill_masks(fill, text, options.top, model.max_length):
+            print(f"{'token':16}{'score':>8}  sentence")
+            for token, score, sentence in rows:
+                print(f"{token:16}{score:8.4f}  {sentence}")
+            print()
+
+
+def open_pipeline(folder: str):
+    """transformers' own fill-mask pipeline, which also shows that the folder opens there."""
+    import transformers
+
+    from pretrain.data.tokenizer import describe, load
+
+    transformers.utils.logging.set_verbosity_error()  # the pipeline leaves the NSP head out
+    tokenizer = load(folder)
+    describe(tokenizer)  # refuses one without [MASK]
+    with refusing(f"{folder}: does not open in transformers", "expected a whole checkpoint"):
+        return transformers.pipeline(
+            "fill-mask",
+            model=model_folder(folder),
+            tokenizer=tokenizer,
+            device="cpu",
+            trust_remote_code=False,
+        )
+
+
+def fill_masks(fill, text: str, top: int, max_length: int) -> list[list[tuple[str, float, str]]]:
+    """For each [MASK] of the text the `top` (token, probability, text with the token in it)."""
+    mask = fill.tokenizer.mask_token
+    parts = text.replace(mask, "[MASK]").split("[MASK]")
+    masked = mask.join(parts)
+    length = len(fill.tokenizer(masked).input_ids)
+    if len(parts) < 2 or length > max_length:
+        found = f"has {len(parts) - 1} masks and {length} tokens"
+        raise UserError(f"{text!r}: {found}; expected a [MASK], and at most {max_length} tokens")
+    guesses = fill(masked, top_k=min(top, fill.model.config.vocab_size))
+    filled = []
+    for place, rows in enumerate(guesses if len(parts) > 2 else [guesses], start=1):
+        before, after = "[MASK]".join(parts[:place]), "[MASK]".join(parts[place:])
+        tokens = [(row["token_str"], row["score"]) for row in rows]
+        filled.append([(token, score, before + token + after) for token, score in tokens])
+    return filled

@@ -1,0 +1,109 @@
+"""Pretrain BERT with MLM and NSP on your own text, from scratch or from a checkpoint.
+
+Without arguments: trains a tiny BERT on embedded English text in about three minutes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pretrain.cli import read_command_line, read_options
+from pretrain.commands.fill_mask import fill_masks, open_pipeline
+from pretrain.config import EMBEDDED_DEFAULTS, Config, validate
+from pretrain.errors import UserError, check
+
+EXAMPLES = (
+    "Return True [MASK] the object is a string.",
+    "Return [MASK] if the path exists, False otherwise.",
+    "This is the end of [MASK] file.",
+)
+HINT = "--resume continues from the newest checkpoint, if there is one: checkpoints stay whole"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, prepare, train, report."""
+    given = read_command_line(argv, Config, __doc__)
+    asked = given.with_defaults()
+    saved = read_saved(Path(asked.output)) if asked.resume and asked.output else None
+    is_demo = not asked.train and not saved
+    config = given.with_defaults(EMBEDDED_DEFAULTS if is_demo and not asked.resume else saved)
+    check(validate(config))
+    output = Path(config.output or "")
+    if is_demo and config.resume:
+        raise UserError(f"--resume --output {output}: no run to resume; expected --train PATHS")
+    if is_demo and asked.model != Config.model:
+        raise UserError(f"--model {asked.model}: no text to train on; expected --train PATHS")
+    if saved and (output / "final").is_dir() and not list(output.glob("checkpoint-*")):
+        print(f"{output} is finished, its checkpoints are gone; the model is {output / 'final'}")
+        return
+
+    if is_demo:  # before torch is imported: waiting threads sleep then (scripts/README.md)
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from pretrain import demo
+    from pretrain.build import build
+    from pretrain.run import print_plan
+    from pretrain.runtime.checkpoint import read_facts
+    from pretrain.runtime.distributed import stop
+    from pretrain.train import train
+
+    if is_demo:
+        config = replace(config, train=(str(demo.write_text(Path(config.cache))),))
+        config = demo.fit_to_machine(config)
+    run = build(config)
+    final = run.output / "final"
+    if run.has_result():
+        step = read_facts(final)["step"]
+        print(f"{run.output} is finished, at step {step}; the model is {final}")
+        stop()
+        return
+    run.open_output()
+    print_plan(run)
+    summary = train(run)
+    report(run.output, summary)
+    if is_demo and summary["state"] == "finished" and run.world.is_main:
+        print_examples(final)
+    stop()
+
+
+def read_saved(output: Path) -> dict | None:
+    """Options of the run in a folder: from config.json, or if that is lost from the newest
+    checkpoint; None without a run."""
+    states = output.glob("checkpoint-*/training_state.json")
+    newest_first = sorted(states, key=lambda path: path.stat().st_mtime, reverse=True)
+    problems = []
+    for path in [output / "config.json", *newest_first]:
+        try:
+            values = read_options(path) if path.is_file() else {}
+            if values:
+                return values if path.name == "config.json" else dict(values["options"])
+        except (UserError, KeyError, TypeError) as error:
+            problems.append(f"{path}: {error}")
+    check(problems)
+    return None
+
+
+def report(output: Path, summary: dict) -> None:
+    """Print the summary, and where everything is."""
+    formats = {float: ",.4f", int: ","}
+    rows = {
+        name.replace("_", " "): format(value, formats.get(type(value), ""))
+        for name, value in summary.items()
+    }
+    if summary["state"] == "finished":
+        rows["model"] = str(output / "final")
+    else:
+        rows["resume"] = f"python scripts/pretrain.py --resume --output {output}"
+    rows["TensorBoard"] = f"tensorboard --logdir {output}"
+    print("\n".join(f"{name:24}{value}" for name, value in rows.items()))
+
+
+def print_examples(folder: Path) -> None:
+    """Print a few masks, filled by the model in `folder`."""
+    fill = open_pipeline(str(folder))
+    print("a few masks, filled by the model:")
+    for text in EXAMPLES:
+        (rows,) = fill_masks(fill, text, top=3, max_length=512)
+        guesses = ", ".join(f"{token} {share:.2f}" for token, share, _ in rows)
+        print(f"  {text}\n    {guesses}")

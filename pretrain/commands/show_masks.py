@@ -1,0 +1,211 @@
+"""Show what the model will read: a dozen examples with their masks in color, and what the masking
+strategy does in numbers.
+
+Takes the data and task options of pretrain.py; nothing is trained."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from pretrain import config
+from pretrain.cli import parse
+from pretrain.errors import check
+from pretrain.schema import Rule, option
+
+KINDS = {  # what the model reads for a masked token -> the color in a terminal (bold), the name
+    "mask": ("1;31", "[MASK]"),
+    "random": ("1;35", "a random token"),
+    "similar": ("1;34", "a similar word"),
+    "same": ("1;33", "itself"),
+}
+
+
+def _is_position(numbers: tuple[float, ...]) -> bool:
+    return len(numbers) in (3, 4) and all(number % 1 == 0 <= number for number in numbers[:3])
+
+
+POSITION = "epoch, place, micro-batch and, under a schedule, the mask rate"
+
+
+@dataclass(frozen=True)
+class ShowMasksOptions(
+    config.TaskOptions, config.DataOptions, config.TokenizerOptions, config.ModelOptions
+):
+    """Display: options of show_masks.py."""
+
+    model: str = option("base", "model whose tokenizer is used, or a size, as pretrain.py's")
+    examples: int = option(12, "sequences to show", config.COUNT_OR_0)
+    sampled: int = option(100, "micro-batches to take the numbers from", config.COUNT)
+    micro_batch_size: int = option(32, "sequences of max-length in a micro-batch", config.COUNT)
+    seed: int = option(0, "seed of pairs and masks, as pretrain.py's", config.SEED)
+    position: tuple[float, ...] = option(
+        (),
+        "data position of the first micro-batch to show, as a run prints it (default: 0 0 0)",
+        Rule(_is_position, POSITION, metavar="NUMBER"),
+    )
+    phase: int = option(1, "phase of --phases to show, from 1 on", config.COUNT)
+    save: str | None = option(
+        None,
+        "file for the tensors of the micro-batches, for torch.load (default: none)",
+        config.FILE,
+    )
+    colour: str = option(
+        "auto", "color: auto (if the output is a terminal), on or off", config.AUTO_ON_OFF
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, draw, print."""
+    options = parse(argv, ShowMasksOptions, __doc__, passed_over=config.Config)
+    problems, num_phases = config.validate(options), max(1, len(options.phases))
+    if options.phase > num_phases:
+        problems.append(f"--phase {options.phase}: expected a phase of --phases, 1 to {num_phases}")
+    check(problems)
+
+    import torch
+
+    from pretrain.data.collate import pack
+    from pretrain.data.loader import DataPosition
+
+    dataset, collator, tokenizer = open_data(options)
+    in_color = options.colour == "on"
+    if options.colour == "auto":
+        in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    start, end_epoch = DataPosition(0, 0, 0, options.mask_rate[0]), 1
+    if options.position:
+        place, mask_rate = map(int, options.position[:3]), options.position[3:]
+        start, end_epoch = DataPosition(*place, *(mask_rate or options.mask_rate[:1])), None
+    counts, saved, left = Counter(), [], options.examples
+    for position in islice(dataset.positions(start, end_epoch), options.sampled):
+        examples = dataset[position._replace(mask_rate=start.mask_rate)]
+        packed, batch = pack(examples, collator.vocabulary), collator(examples)
+        kinds = kinds_of(packed, batch, collator, start.mask_rate)
+        counts.update(count(packed, kinds))
+        counts["shortfall"] += batch.shortfall
+        for number in range(min(left, batch.num_sequences)):
+            print_example(tokenizer, packed, batch, kinds, number, in_color)
+        left = max(0, left - batch.num_sequences)
+        if options.save:
+            saved.append(asdict(batch))
+    print_numbers(counts, options)
+    if options.save:
+        torch.save(saved, options.save)
+        print(f"{options.save}: {len(saved)} micro-batches for torch.load")
+
+
+def open_data(options: ShowMasksOptions) -> tuple:
+    """(dataset, collator, tokenizer) of the run with these options, which stand for a Config."""
+    from pretrain import build, demo, plan
+    from pretrain.data import tokenizer as tokenizers
+    from pretrain.data.collate import Collator
+    from pretrain.data.loader import PretrainingDataset
+    from pretrain.inputs import open_text, prepare_tokenizer
+    from pretrain.runtime.distributed import World
+
+    if not options.train:
+        train = (str(demo.write_text(Path(options.cache))),)
+        options = replace(options, train=train, format="sentences")
+    tokenizer, text, _ = prepare_tokenizer(options, None, World())
+    vocabulary = tokenizers.describe(tokenizer)
+    masking = build.make_masking(options, tokenizer, vocabulary)
+    corpus, _ = open_text(options, tokenizer, vocabulary, text, World(), {}, None)
+    task = plan.make_tasks(options, options.micro_batch_size)[options.phase - 1]
+    dataset = PretrainingDataset(corpus, task)
+    if task.pairs:
+        plan.check_pairs(dataset.plan(0, 0).label, options)
+    collator = Collator(task, vocabulary, masking, multiple=build.SHAPE_MULTIPLE)
+    return dataset, collator, tokenizer
+
+
+def kinds_of(packed, batch, collator, mask_rate: float) -> np.ndarray:
+    """str [T]: what became of each token, see KINDS; "" if it is not masked."""
+    from pretrain.data.masking import draw_masks, similar_ids
+
+    budget = collator.task.budget(packed.count(packed.maskable), mask_rate)
+    masked, leader = draw_masks(packed, budget, collator.masking)
+    table = collator.masking.similar
+    old, new = packed.ids[masked], batch.input_ids.numpy()[masked]
+    similar = similar_ids(packed, masked, leader, table) if table else -1
+    cases = [new == collator.vocabulary.mask_id, new == old, new == similar]
+    kinds = np.full(len(packed.ids), "", "U7")
+    kinds[masked] = np.select(cases, ["mask", "same", "similar"], "random")
+    return kinds
+
+
+def count(packed, kinds: np.ndarray) -> Counter:
+    """Numbers of a micro-batch: tokens by kind; words and entities, touched and as a whole."""
+    masked = kinds != ""
+    counts = Counter(kinds[masked].tolist())
+    counts["tokens"], counts["masked"] = len(kinds), int(masked.sum())
+    counts["maskable"] = int(packed.maskable.sum())
+    counts["runs"] = int((masked[1:] & ~masked[:-1]).sum())
+    for name, starts, inside in (
+        ("words", packed.words, packed.maskable),
+        ("entities", packed.entities, packed.maskable & packed.in_entity),
+    ):
+        unit = np.cumsum(starts)
+        sizes = np.bincount(unit[inside])
+        hits = np.bincount(unit[inside & masked], minlength=len(sizes))
+        counts[name] = int((sizes > 0).sum())
+        counts[f"touched {name}"] = int((hits > 0).sum())
+        counts[f"whole {name}"] = int(((hits == sizes) & (hits > 0)).sum())
+    return counts
+
+
+def print_example(tokenizer, packed, batch, kinds, number: int, in_color: bool) -> None:
+    """A sequence: each token and, if it was replaced, in brackets what the model reads. Entities
+    are underlined, or between < and >."""
+    tokens = np.flatnonzero(packed.sequence == number)
+    old = tokenizer.convert_ids_to_tokens(packed.ids[tokens].tolist())
+    new = tokenizer.convert_ids_to_tokens(batch.input_ids[tokens].tolist())
+    words = []
+    for word, shown, kind, in_entity in zip(old, new, kinds[tokens], packed.in_entity[tokens]):
+        if kind in ("random", "similar"):
+            word += f"[{shown}]"
+        elif kind == "same":
+            word += "[=]"
+        elif kind == "mask" and not in_color:
+            word += shown
+        codes = [KINDS[kind][0]] if kind else []
+        codes += ["4"] if in_entity else []
+        if in_color and codes:
+            word = f"\x1b[{';'.join(codes)}m{word}\x1b[0m"
+        elif in_entity:
+            word = f"<{word}>"
+        words.append(word)
+    print(" ".join(words), end="\n\n")
+
+
+def print_numbers(counts: Counter, options: ShowMasksOptions) -> None:
+    """The statistics of the strategy."""
+
+    def share(part: str, whole: str) -> str:
+        return f"{counts[part] / max(1, counts[whole]):.1%}"
+
+    rate = " to ".join(f"{value:g}" for value in options.mask_rate)
+    kinds = [f"{text} {share(kind, 'masked')}" for kind, (_, text) in KINDS.items() if counts[kind]]
+    run_length = counts["masked"] / max(1, counts["runs"])
+    word_length = counts["maskable"] / max(1, counts["words"])
+    print(
+        f"masking {options.masking} at {rate} (shown: the first), {options.objective}, "
+        f"{counts['tokens']:,} tokens\n"
+        f"masked           {share('masked', 'maskable')} of the ordinary tokens; "
+        f"shortfall {share('shortfall', 'masked')} of the masked\n"
+        f"replaced by      {', '.join(kinds)}\n"
+        f"in a row         {run_length:.2f} tokens on average\n"
+        f"words            {word_length:.2f} tokens each; {share('touched words', 'words')} masked "
+        f"in part or whole, {share('whole words', 'touched words')} of these as a whole"
+    )
+    if counts["entities"]:
+        print(
+            f"entities         {counts['entities']:,}; {share('whole entities', 'entities')} "
+            f"masked as a whole, {share('touched entities', 'entities')} in part or whole"
+        )

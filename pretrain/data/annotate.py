@@ -1,0 +1,203 @@
+"""What is marked in text beside its tokens: where words start, and entities; the flags of a corpus.
+
+Words are the tokenizer's, except that Chinese characters are joined as `rjieba` or the spaces of
+segmented text say. Entities are the spans of the records, and lexicon terms where they occur.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+
+from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START
+from pretrain.data.sentences import Cut, Sentence
+from pretrain.data.sources import read_lines
+from pretrain.data.tokenizer import HAN, is_unspaced
+from pretrain.errors import UserError, require
+from pretrain.files import key_of
+
+HAN_CLASS = "[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in HAN) + "]"
+CHINESE_SHARE = 0.05  # of the letters; from here on the Chinese words of a text matter
+SEGMENTED_SHARE = 0.2  # spaces for each Chinese character in text whose words are set apart
+BLANK, ALONE, LETTER, DIGIT, MARK = range(5)  # kinds of characters
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How text is cut and marked when it is prepared; part of the key of a corpus."""
+
+    language: str = ""  # of sentence splitting; "" is off
+    words: str = "tokenizer"  # or "jieba", "spaces"
+    lexicon: tuple[str, ...] = ()  # terms
+    ignore_case: bool = False  # of the terms
+
+    @property
+    def key(self) -> list:
+        """What identifies the markup, in JSON."""
+        return [self.language, self.words, key_of(self.lexicon), self.ignore_case]
+
+    @property
+    def cut(self) -> Cut | None:
+        """Divides a line into sentences; None if lines are sentences."""
+        if not self.language:
+            return None
+        segment = require("sentencex", "splitting sentences").segment
+
+        def cut(line: str) -> list[str]:
+            parts = segment(self.language, line)
+            return parts if sum(map(len, parts)) == len(line) else [line]
+
+        return cut
+
+    @cached_property
+    def _matcher(self):
+        engine = require("ahocorasick_rs", "a lexicon")
+        return engine.AhoCorasick([self._folded(term) for term in self.lexicon])
+
+    def _folded(self, text: str) -> str:
+        """The text without case, of the same length: a character that would become two stays."""
+        if not self.ignore_case:
+            return text
+        lower = text.lower()
+        if len(lower) == len(text):
+            return lower
+        return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+
+    def find(self, text: str, known: tuple[tuple[int, int], ...] = ()) -> list[tuple[int, int]]:
+        """`known` spans and whole lexicon terms beside them; the longest first, none overlap."""
+        spans = list(known)
+        if not self.lexicon:
+            return spans
+        matches = self._matcher.find_matches_as_indexes(self._folded(text), overlapping=True)
+        found = [(start - end, start, end) for _, start, end in matches]
+        free = bytearray(b"\1") * len(text)
+        for start, end in spans:
+            free[start:end] = bytes(end - start)
+        for _, start, end in sorted(found):
+            is_cut = _inside_word(text, start) or _inside_word(text, end)
+            if not is_cut and all(free[start:end]):
+                free[start:end] = bytes(end - start)
+                spans.append((start, end))
+        return sorted(spans)
+
+
+def _inside_word(text: str, place: int) -> bool:
+    """Whether `place` lies inside a word of a script that writes spaces between words."""
+    if not 0 < place < len(text):
+        return False
+    around = text[place - 1 : place + 1]
+    joined = all(c.isalnum() or unicodedata.category(c)[0] == "M" for c in around)
+    return joined and not any(map(is_unspaced, around))
+
+
+def read_terms(path: str) -> tuple[str, ...]:
+    """The terms of a lexicon, one a line; blank lines do not count."""
+    terms = tuple(dict.fromkeys(line for line in read_lines(path) if line))
+    if not terms:
+        raise UserError(f"{path}: no terms; expected one on each line")
+    return terms
+
+
+def _codes(text: str) -> np.ndarray:
+    """uint32 [characters]: code points."""
+    return np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
+
+
+def is_han(text: str) -> np.ndarray:
+    """bool [characters]: whether it is a Chinese character."""
+    codes = _codes(text)
+    return np.logical_or.reduce([(codes >= low) & (codes <= high) for low, high in HAN])
+
+
+def describe_script(sample: str) -> tuple[float, bool]:
+    """(share of Chinese characters among letters, whether spaces set their words apart)."""
+    num_han, num_letters = int(is_han(sample).sum()), sum(map(str.isalpha, sample))
+    gaps = len(re.findall(f"(?<={HAN_CLASS}) +(?={HAN_CLASS})", sample))
+    return num_han / max(1, num_letters), gaps > SEGMENTED_SHARE * max(1, num_han)
+
+
+def mark(
+    sentences: list[Sentence], encodings: list, starts_word: np.ndarray | None, words: str
+) -> np.ndarray:
+    """uint8 [T]: flags of the tokens of `sentences`; `encodings` have offsets.
+
+    `starts_word` bool [T] says which tokens start a word; None: the characters tell."""
+    text = "".join(sentence for sentence, _ in sentences)
+    bases = np.cumsum([0] + [len(sentence) for sentence, _ in sentences])
+    offsets = [encoding.offsets for encoding in encodings]
+    counts = np.fromiter(map(len, offsets), np.int64, len(offsets))
+    offsets = np.array(list(chain.from_iterable(offsets)), np.int64).reshape(-1, 2)
+    offsets += np.repeat(bases[:-1], counts)[:, None]
+    begin = offsets[:, 0]  # first character of each token
+    end = np.maximum(offsets[:, 1] - 1, begin)  # its last one
+    if starts_word is None:
+        starts_word = _starts_by_characters(text, begin, end)
+        starts_word[(np.cumsum(counts) - counts)[counts > 0]] = True
+    flags = starts_word.astype(np.uint8) * WORD_START
+    if words != "tokenizer":
+        is_joined = _continues_word(text, bases, words, sentences)[begin]
+        flags[is_joined] &= ~np.uint8(WORD_START)
+    owner = np.zeros(len(text) + 1, np.int64)  # number of the entity that a character belongs to
+    spans = [
+        (base + start, base + stop)
+        for base, (_, entities) in zip(bases.tolist(), sentences)
+        for start, stop in entities
+    ]
+    for number, (start, stop) in enumerate(spans, start=1):
+        owner[start:stop] = number
+    place = _next_place(owner > 0)[begin]
+    entity = np.where(place <= end, owner[place], 0)  # [T]
+    continues = np.append(False, entity[1:] == entity[:-1])
+    flags[(entity > 0) & ~continues] |= ENTITY_START
+    flags[(entity > 0) & continues] |= ENTITY_INSIDE
+    return flags
+
+
+def _next_place(holds: np.ndarray) -> np.ndarray:
+    """int64 [characters]: the first place from each one on that `holds`, else the last place."""
+    places = np.where(holds, np.arange(len(holds)), len(holds) - 1)
+    return np.minimum.accumulate(places[::-1])[::-1]
+
+
+def _starts_by_characters(text: str, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """bool [T]: which tokens, from character `begin` to `end`, start a word.
+
+    A word starts where letters, digits and marks change over, and at each character of a script
+    without spaces; a space before a word that is a token of its own starts it."""
+    codes, inverse = np.unique(_codes(text), return_inverse=True)
+    kinds = np.array([_kind(chr(code)) for code in codes.tolist()] + [BLANK])
+    kinds = kinds[np.append(inverse, len(codes))]
+    starts = np.append(True, kinds[1:] != kinds[:-1]) | (kinds == ALONE)
+    place = _next_place(kinds != BLANK)[begin]
+    is_blank = place > end
+    # The token before holds some bytes of the same character, or its space.
+    continues = (place[1:] <= end[:-1]) | is_blank[:-1]
+    return is_blank | (starts[place] & ~np.append(False, continues))
+
+
+def _kind(character: str) -> int:
+    if is_unspaced(character):
+        return ALONE
+    if character.isspace():
+        return BLANK
+    category = unicodedata.category(character)[0]
+    return {"L": LETTER, "M": LETTER, "N": DIGIT}.get(category, MARK)
+
+
+def _continues_word(
+    text: str, bases: np.ndarray, words: str, sentences: list[Sentence]
+) -> np.ndarray:
+    """bool [characters + 1]: Chinese characters in one word with the character before."""
+    starts = np.zeros(len(text) + 1, bool)
+    starts[bases] = True
+    if words == "jieba":
+        jieba = require("rjieba", "Chinese words")
+        lengths = [len(word) for sentence, _ in sentences for word in jieba.cut(sentence)]
+        starts[np.cumsum(lengths, dtype=np.int64)] = True
+    han = is_han(text)
+    return np.append(han, False) & np.insert(han, 0, False) & ~starts

@@ -1,0 +1,122 @@
+"""Tagged tokens (CoNLL: a token and its tag on each line) -> text and the spans of its entities.
+
+Tags are BIO, BIOES or BMES. Tokens are words, characters, or characters with a digit, which is
+their place in their word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from pretrain.errors import UserError
+
+NUMBERED = re.compile(r"(.)(\d+)")  # a character and its place in its word
+MAX_STRAY_SHARE = 0.02  # of the entities of a file
+SAMPLED_TOKENS = 2000  # that tell how the tokens of a file are joined
+BEGIN, GO_ON, OPEN = ("B", "S"), ("I", "M", "E"), ("B", "I", "M")  # an entity, by the tag's prefix
+
+Row = tuple[int, str, str]  # line, token, tag
+Marked = tuple[str, list[tuple[int, int]]]  # text, (start, end) of its entities
+
+
+def read_tagged(path: Path) -> Iterator[Marked]:
+    """Documents of a file. Blank lines end a document, or a sentence if the file has -DOCSTART-.
+
+    A few I- tags that follow nothing are read as B-; UserError if there are more."""
+    separator = _separator(path)
+    strays: list[tuple[int, str]] = []  # (line, tag) of those
+    num_entities = 0
+    document: list[Marked] = []
+    has_documents = None
+    for rows, starts_document in _blocks(path):
+        has_documents = starts_document if has_documents is None else has_documents
+        if document and (starts_document or not has_documents):
+            yield _join(document)
+            document = []
+        if rows:
+            document.append(_sentence(rows, separator, path, strays))
+            num_entities += len(document[-1][1])
+    if document:
+        yield _join(document)
+    if strays:
+        line, tag = strays[0]
+        problem = f"{path}, line {line}: the tag {tag} continues an entity that did not begin"
+        share = f"{len(strays)} of {num_entities} in the file"
+        if len(strays) > MAX_STRAY_SHARE * num_entities:
+            raise UserError(f"{problem} ({share}); expected B- at the first token of each entity")
+        print(f"{problem} ({share}): read as a first token")
+
+
+def _blocks(path: Path) -> Iterator[tuple[list[Row], bool]]:
+    """(rows up to a blank line, whether a document starts with them)."""
+    rows: list[Row] = []
+    starts_document = False
+    with path.open(encoding="utf-8-sig", newline="\n") as handle:
+        for number, line in enumerate(chain(handle, [""]), start=1):
+            line = line.rstrip("\r\n")
+            is_start = line.startswith("-DOCSTART-")
+            if line.strip() and not is_start:
+                fields = line.split("\t" if "\t" in line else " ")
+                if len(fields) < 2 or not fields[0].strip():
+                    problem = f"{path}, line {number}: {line[:40]!r}"
+                    raise UserError(f"{problem}; expected a token, a tab or space, and its tag")
+                rows.append((number, fields[0].strip(), fields[-1].strip()))
+                continue
+            if rows:
+                yield rows, starts_document
+                rows, starts_document = [], False
+            starts_document = starts_document or is_start
+
+
+def _separator(path: Path) -> str | None:
+    """What joins the tokens of a file: a space, nothing, or None if digits tell where words end."""
+    rows = chain.from_iterable(rows for rows, _ in _blocks(path))
+    tokens = [token for _, token, _ in islice(rows, SAMPLED_TOKENS)]
+    if sum(bool(NUMBERED.fullmatch(token)) for token in tokens) > 0.98 * len(tokens):
+        shown = f"tokens such as {tokens[0]!r} are a character and its place in its word"
+        print(f"{path}: {shown}; words are joined by spaces")
+        return None
+    return "" if sum(len(token) == 1 for token in tokens) > 0.9 * len(tokens) else " "
+
+
+def _sentence(
+    rows: list[Row], separator: str | None, path: Path, strays: list[tuple[int, str]]
+) -> Marked:
+    """Text and spans of the tokens of a sentence; adds tags that follow nothing to `strays`."""
+    text, spans, open_type = "", [], None
+    for line, token, tag in rows:
+        gap = separator
+        if separator is None:
+            numbered = NUMBERED.fullmatch(token)
+            token, place = numbered.groups() if numbered else (token, "0")
+            gap = " " if place == "0" else ""
+        if text:
+            text += gap
+        prefix, _, kind = tag.replace("_", "-", 1).partition("-")
+        end = len(text) + len(token)
+        if prefix in GO_ON and open_type == kind:
+            spans[-1] = (spans[-1][0], end)
+        elif prefix in BEGIN + GO_ON:
+            spans.append((len(text), end))
+            if prefix in GO_ON:
+                strays.append((line, tag))
+        elif tag != "O":
+            problem = f"{path}, line {line}: unknown tag {tag!r}"
+            raise UserError(f"{problem}; expected O, or B, I, M, E or S with -TYPE")
+        open_type = kind if prefix in OPEN else None
+        text += token
+    return text, spans
+
+
+def _join(sentences: list[Marked]) -> Marked:
+    """One text of several, each on its own line."""
+    text, spans = "", []
+    for sentence, entities in sentences:
+        if text:
+            text += "\n"
+        spans += [(len(text) + start, len(text) + end) for start, end in entities]
+        text += sentence
+    return text, spans

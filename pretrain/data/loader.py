@@ -1,0 +1,210 @@
+"""The custom Dataset (a data position -> the examples of one micro-batch) and the iterator over the
+micro-batches of each optimizer step, which alone knows step, position, phase and mask rate.
+
+A micro-batch is a pure function of its position, so a checkpoint saves three numbers, and 1, 2 or 8
+processes, with or without workers, train on the same batches.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from pretrain.batch import Batch
+from pretrain.data.collate import Collator, Examples
+from pretrain.data.corpus import Corpus
+from pretrain.data.hash_rng import derive, key
+from pretrain.data.pairs import Plan, Task, make_plan
+from pretrain.data.workers import begin_worker, worker_context
+from pretrain.errors import UserError
+from pretrain.schema import integer
+
+SHARD_ORDER, EXAMPLES = 0, 1  # streams of random numbers
+SILENCE_SECONDS = 300  # after which a worker process counts as stuck
+
+
+class DataPosition(NamedTuple):
+    """A micro-batch: by number, in the shard at a place in the epoch's order of shards."""
+
+    epoch: int
+    place: int
+    micro_batch: int
+    mask_rate: float | None = None  # under a schedule; it does not decide which text this is
+
+    def __str__(self) -> str:  # as show_masks.py takes it
+        return " ".join(str(number) for number in self if number is not None)
+
+
+class PretrainingDataset(Dataset):
+    """Micro-batches of `source` under `task`, by data position."""
+
+    def __init__(self, source: Corpus, task: Task):
+        self.source, self.task = source, task
+        self._plans: dict[tuple[int, int], Plan] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_plans": {}}
+
+    def shard_at(self, epoch: int, place: int) -> int:
+        """The shard at a place in the epoch's order."""
+        keys = derive(key(self.task.seed, epoch, SHARD_ORDER), np.arange(self.source.num_shards))
+        return int(np.argsort(keys, kind="stable")[place])
+
+    def plan(self, epoch: int, place: int) -> Plan:
+        """Plan of the shard at a place; the last two stay in memory."""
+        if (epoch, place) not in self._plans:
+            if len(self._plans) >= 2:
+                del self._plans[next(iter(self._plans))]
+            index = self.shard_at(epoch, place)
+            shard, documents = self.source.shard(index), self.source.documents(index)
+            plan_key = key(self.task.seed, epoch, EXAMPLES, index)
+            self._plans[epoch, place] = make_plan(shard, documents, self.task, plan_key)
+        return self._plans[epoch, place]
+
+    def __getitem__(self, position: DataPosition) -> Examples:
+        """Examples of the micro-batch at `position`."""
+        plan = self.plan(position.epoch, position.place)
+        shard = self.source.shard(self.shard_at(position.epoch, position.place))
+        first, last = plan.bounds[position.micro_batch : position.micro_batch + 2]
+        return Examples(shard, plan.take(slice(first, last)), position.mask_rate)
+
+    def fullest(self) -> DataPosition:
+        """The micro-batch with the most tokens in the first epoch's first shard."""
+        plan = self.plan(0, 0)
+        return DataPosition(0, 0, int(np.argmax(np.add.reduceat(plan.lengths, plan.bounds[:-1]))))
+
+    def positions(
+        self, start: DataPosition, end_epoch: int | None = None
+    ) -> Iterator[DataPosition]:
+        """Positions from `start` on, without end or up to the beginning of `end_epoch`."""
+        epoch, place, first, _ = start
+        while epoch != end_epoch:
+            while place < self.source.num_shards:
+                for micro_batch in range(first, self.plan(epoch, place).num_micro_batches):
+                    yield DataPosition(epoch, place, micro_batch)
+                place, first = place + 1, 0
+            epoch, place = epoch + 1, 0
+
+    def advance(self, position: DataPosition, count: int) -> DataPosition:
+        """The position `count` micro-batches after `position`."""
+        return next(islice(self.positions(position), count, None))
+
+    def next_whole_shard(self, position: DataPosition) -> DataPosition:
+        """The beginning of the first shard from `position` on that has not been begun. It does not
+        depend on the task, as micro-batches do: another task can continue the epoch there."""
+        place = position.place + (position.micro_batch > 0)
+        return self.advance(DataPosition(position.epoch, place, 0), 0)
+
+
+class TrainData(Iterator[list[Batch]]):
+    """Iterator over optimizer steps: each item is a list of this process's micro-batches.
+
+    phases: what is read while sequences have one length. Phase p ends after step phase_ends[p]; the
+    last one does not end. micro_batches: of a step, over all processes. mask_rate: of a step from 0
+    on; None: the task's. UserError if a shard is damaged, also if one of `workers` finds it."""
+
+    state_form = {"step": integer(), "phase": integer(), "position": [integer()]}
+
+    def __init__(
+        self,
+        phases: Sequence[tuple[PretrainingDataset, Collator]],
+        phase_ends: Sequence[int],
+        micro_batches: int,
+        rank: int = 0,
+        world_size: int = 1,
+        mask_rate: Callable[[int], float | None] = lambda step: None,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        assert micro_batches % world_size == 0, (micro_batches, world_size)
+        self.phases, self.phase_ends, self.micro_batches = phases, phase_ends, micro_batches
+        self.rank, self.world_size, self.mask_rate = rank, world_size, mask_rate
+        self.workers, self.pin_memory = workers, pin_memory
+        self.load_state_dict({"step": 0, "phase": 0, "position": (0, 0, 0)})
+
+    def state_dict(self) -> dict:
+        """Plain values: steps handed out, phase of the last one, position of the next one."""
+        return {"step": self.step, "phase": self.phase, "position": list(self._next[:3])}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue after the step of `state`."""
+        self.step = state["step"]  # steps handed out
+        self.phase = state["phase"]  # of the last of them
+        self._next = DataPosition(*state["position"])  # of the next step's first micro-batch
+        self.position = self._next  # of the last step's, with its mask rate
+        self._loader: Iterator[Batch] | None = None
+
+    def __next__(self) -> list[Batch]:
+        phase = min(bisect_right(self.phase_ends, self.step), len(self.phases) - 1)
+        if phase != self.phase:
+            self._begin_phase(phase)
+        if self._loader is None:
+            self._loader = self._open()
+        batches = list(islice(self._loader, self.micro_batches // self.world_size))
+        self.position = self._next._replace(mask_rate=self.mask_rate(self.step))
+        self._next = self.phases[phase][0].advance(self._next, self.micro_batches)
+        self.step += 1
+        return batches
+
+    def logged(self) -> dict[str, float]:
+        """What the log shows of the last step."""
+        numbers = {}
+        if self.position.mask_rate is not None:
+            numbers["optim/mask_rate"] = self.position.mask_rate
+        if len(self.phases) > 1:
+            numbers["train/max_length"] = self.phases[self.phase][0].task.max_length
+        return numbers
+
+    def _begin_phase(self, phase: int) -> None:
+        """Pass over the rest of the begun shard. All phases read the shards in the same order, but
+        a position inside one means nothing at another length, and no text may come twice."""
+        dataset, _ = self.phases[phase]
+        self.phase, self._loader = phase, None  # the workers of the old loader end
+        self._next = dataset.next_whole_shard(self._next)
+        if self.rank == 0:
+            change = f"from here on sequences of {dataset.task.max_length} tokens"
+            message = f"step {self.step + 1:,}: {change}, data position {self._next}"
+            tqdm.write(message, file=sys.stderr)
+
+    def _open(self) -> Iterator[Batch]:
+        """Batches of this process from the next step on. They do not refer to this object, with
+        whose last reference the workers end."""
+        dataset, collator = self.phases[self.phase]
+        step, micro_batches, mask_rate = self.step, self.micro_batches, self.mask_rate
+        numbered = enumerate(dataset.positions(self._next))
+        positions = (
+            position._replace(mask_rate=mask_rate(step + number // micro_batches))
+            for number, position in islice(numbered, self.rank, None, self.world_size)
+        )
+        options = {}
+        if self.workers:
+            options["num_workers"], options["prefetch_factor"] = self.workers, 4
+            options["timeout"] = SILENCE_SECONDS
+            options["worker_init_fn"] = begin_worker
+            options["multiprocessing_context"] = worker_context()
+        loader = DataLoader(
+            dataset,
+            batch_size=None,  # an item is a micro-batch
+            sampler=positions,
+            collate_fn=collator,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # the global stream is for dropout
+            **options,
+        )
+        return _without_traceback(loader)
+
+
+def _without_traceback(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """`batches`; a worker's UserError, whose message follows its traceback, becomes the message."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error

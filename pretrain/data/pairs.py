@@ -1,0 +1,269 @@
+"""Pairs: all examples of one shard in one epoch, planned at once as arrays.
+
+A plan is a pure function of (seed, epoch, shard) and the task: a resumed run plans one shard again
+and replays nothing. Segment pairs follow BERT's create_pretraining_data (Devlin et al. 2019) and
+ALBERT's sentence order (Lan et al. 2020), but all documents are walked in lockstep.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from pretrain.batch import IGNORED
+from pretrain.data.corpus import Shard
+from pretrain.data.hash_rng import derive, integers, uniform
+
+SHORT_TARGET_SHARE = 0.1  # of the pairs aim at a random shorter length, as in BERT
+LANE_SEQUENCES = 128  # a longer document is walked in several places at once, so a book is fast
+SEQUENCES_PER_SLOT = 4  # a micro-batch has at most this many sequences for each full one
+
+# Streams of random numbers of an example's key. 7 draws the masks.
+IS_SHORT, SHORT_TARGET, SPLIT, TRUNCATION, OTHER_DOCUMENT, OTHER_SENTENCE, ORDER = range(7)
+SWAP = OTHER_DOCUMENT  # no task draws both
+WINDOW_KEYS = 1 << 32  # a stream of the plan's key, beyond those of its documents
+
+
+@dataclass(frozen=True)
+class Task:
+    """What decides the examples and the micro-batches: any change to it changes the data."""
+
+    pairs: (
+        str | None
+    )  # B is "random" or A and B are "swapped" for half of the pairs; None: no pairs
+    max_length: int
+    micro_batch_size: int  # full sequences in a micro-batch, of max_length or of `counted_length`
+    mask_rate: float  # the highest of the run
+    seed: int
+    counted_length: int | None = None  # of the run's first phase: all phases have its token limit
+
+    def __post_init__(self):
+        assert self.pairs in ("random", "swapped", None), self.pairs
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of text in a sequence: [CLS] A [SEP] B [SEP], or [CLS] A [SEP] without pairs."""
+        return self.max_length - (3 if self.pairs else 2)
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens in a micro-batch, specials included."""
+        return self.micro_batch_size * (self.counted_length or self.max_length)
+
+    @property
+    def slots(self) -> int:
+        """Full sequences that begin in a micro-batch; the last may end beyond it."""
+        return -(-self.token_limit // self.max_length)
+
+    @property
+    def masked_limit(self) -> int:
+        """Masked positions in a micro-batch, with room for rounding up in each full sequence."""
+        return int(self.mask_rate * self.token_limit) + self.slots
+
+    def budget(self, num_maskable: np.ndarray, mask_rate: float | None = None) -> np.ndarray:
+        """int64: how many of so many maskable tokens to mask, at the task's rate or a lower one."""
+        rate = self.mask_rate if mask_rate is None else mask_rate
+        rounded = np.maximum(1, np.floor(rate * num_maskable + 0.5))
+        return np.minimum(rounded, num_maskable).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Examples in their order of use. A of example i is ids[a_start:a_start + a_length]."""
+
+    a_start: np.ndarray  # int64
+    a_length: np.ndarray
+    b_start: np.ndarray
+    b_length: np.ndarray  # 0: no B
+    label: np.ndarray  # int64: 0 next or in order, 1 random or swapped, IGNORED without a pair
+    keys: np.ndarray  # uint64: of the example's random numbers
+    bounds: tuple[int, ...] = ()  # micro-batch m is examples bounds[m]:bounds[m + 1]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64: tokens of each example, specials included."""
+        return self.a_length + self.b_length + 2 + (self.b_length > 0)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of the shard."""
+        return max(0, len(self.bounds) - 1)
+
+    def take(self, chosen: np.ndarray | slice) -> Plan:
+        """The plan of some examples, without bounds."""
+        columns = [entry.name for entry in fields(self) if entry.name != "bounds"]
+        return Plan(*(getattr(self, name)[chosen] for name in columns))
+
+
+def make_plan(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
+    """Plan of `documents` (int64, indices in `shard`), shuffled and cut into micro-batches; `key`
+    stands for (seed, epoch, shard)."""
+    plan = (plan_pairs if task.pairs else plan_windows)(shard, documents, task, key)
+    # Not in the order of the keys themselves: their bits have decided the labels.
+    plan = plan.take(np.argsort(derive(plan.keys, ORDER), kind="stable"))
+    return replace(plan, bounds=micro_batch_bounds(plan, task))
+
+
+def count_up(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(group, place) of each item: counts [2, 3] give [0, 0, 1, 1, 1] and [0, 1, 0, 1, 2]."""
+    group = np.repeat(np.arange(len(counts)), counts)
+    return group, np.arange(len(group)) - (np.cumsum(counts) - counts)[group]
+
+
+def plan_windows(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
+    """MLM alone: each document as consecutive windows of max_tokens, the first one cut at a random
+    place; nothing is dropped."""
+    width = task.max_tokens
+    starts = shard.sentences[shard.documents[documents]]
+    lengths = shard.sentences[shard.documents[documents + 1]] - starts
+    first = 1 + integers(derive(key, documents), width)  # tokens of the first window
+    owner, number = count_up(1 + np.maximum(0, -(-(lengths - first) // width)))
+    begin = np.maximum(0, first[owner] + (number - 1) * width)
+    end = np.minimum(first[owner] + number * width, lengths[owner])
+    no_b = np.zeros(len(owner), np.int64)
+    labels = np.full(len(owner), IGNORED)
+    keys = derive(derive(key, WINDOW_KEYS), np.arange(len(owner)))
+    return Plan(starts[owner] + begin, end - begin, no_b, no_b, labels, keys)
+
+
+def plan_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
+    """Segment pairs of at most max_tokens, in the order of `documents`."""
+    plan = truncate(whole_pairs(shard, documents, task, key), task.max_tokens)
+    return swap_half(plan) if task.pairs == "swapped" else plan
+
+
+def whole_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
+    """Pairs before truncation. Sentences fill a target length and are split into A and B.
+
+    With random pairs, B comes from another document for half of them, and always where a target
+    leaves one sentence alone, as in BERT; the sentences that it displaces go back. Otherwise such a
+    sentence is an example without a pair."""
+    edges, first, last = _sentences(shard, documents, task.max_tokens)
+    chunks = _walk(edges, first, last, task, key)
+    a_start, a_length = edges[chunks.start], edges[chunks.split] - edges[chunks.start]
+    b_start, b_length = edges[chunks.split], edges[chunks.end] - edges[chunks.split]
+    label = np.where(chunks.end > chunks.split, 0, IGNORED)
+    chosen = np.flatnonzero(chunks.is_random)
+    if len(chosen):
+        keys = chunks.key[chosen]
+        other = integers(derive(keys, OTHER_DOCUMENT), len(documents) - 1)
+        other += other >= chunks.document[chosen]
+        size = last[other] - first[other]
+        b_first = first[other] + integers(derive(keys, OTHER_SENTENCE), size)
+        missing = np.maximum(1, chunks.target[chosen] - a_length[chosen])
+        b_last = np.minimum(np.searchsorted(edges, edges[b_first] + missing), last[other])
+        b_start[chosen], b_length[chosen] = edges[b_first], edges[b_last] - edges[b_first]
+        label[chosen] = 1
+    return Plan(a_start, a_length, b_start, b_length, label, chunks.key)
+
+
+def truncate(plan: Plan, max_tokens: int) -> Plan:
+    """`plan` with pairs of at most `max_tokens`: the longer side is cut until both are alike, then
+    both are; each side at a random end."""
+    b_length = np.minimum(plan.b_length, np.maximum(max_tokens // 2, max_tokens - plan.a_length))
+    a_length = np.minimum(plan.a_length, max_tokens - b_length)
+    coins = derive(plan.keys, TRUNCATION)
+    a_start = plan.a_start + np.where(coins & np.uint64(1), plan.a_length - a_length, 0)
+    b_start = plan.b_start + np.where(coins & np.uint64(2), plan.b_length - b_length, 0)
+    return Plan(a_start, a_length, b_start, b_length, plan.label, plan.keys)
+
+
+def swap_half(plan: Plan) -> Plan:
+    """`plan` with A and B swapped, and label 1, for half of the pairs."""
+    swapped = (plan.label == 0) & (uniform(derive(plan.keys, SWAP)) < 0.5)
+    a, b = (plan.a_start, plan.a_length), (plan.b_start, plan.b_length)
+    pairs = zip((*a, *b, plan.label), (*b, *a, 1))
+    return Plan(*(np.where(swapped, new, old) for old, new in pairs), plan.keys)
+
+
+class Chunks(NamedTuple):
+    """Runs of sentences, one for each example: A is start:split; B is split:end unless random."""
+
+    start: np.ndarray
+    split: np.ndarray
+    end: np.ndarray
+    target: np.ndarray  # tokens
+    is_random: np.ndarray
+    document: np.ndarray
+    key: np.ndarray
+
+
+def _sentences(shard: Shard, documents: np.ndarray, max_tokens: int) -> tuple[np.ndarray, ...]:
+    """(edges, first, last): sentence s is tokens edges[s]:edges[s + 1], document d is sentences
+    first[d]:last[d]. A sentence longer than `max_tokens` is cut into pieces of half of that, so
+    that two of them fill a sequence and none is truncated."""
+    edges = np.asarray(shard.sentences)
+    first, last = shard.documents[documents], shard.documents[documents + 1]
+    lengths = np.diff(edges)
+    if lengths.max(initial=0) <= max_tokens:
+        return edges, first, last
+    pieces = np.where(lengths > max_tokens, -(-2 * lengths // max_tokens), 1)
+    owner, number = count_up(pieces)
+    before = np.append(0, np.cumsum(pieces))
+    cut = np.append(edges[owner] + number * max_tokens // 2, edges[-1])
+    return cut, before[first], before[last]
+
+
+def _lanes(
+    edges: np.ndarray, first: np.ndarray, last: np.ndarray, lane_tokens: int
+) -> tuple[np.ndarray, ...]:
+    """(start, end, document) of the lanes, as sentences: a document is one, or several if it is
+    longer than `lane_tokens`."""
+    counts = np.maximum(1, -(-(edges[last] - edges[first]) // lane_tokens))
+    owner, number = count_up(counts)
+    start = np.searchsorted(edges, edges[first][owner] + number * lane_tokens)
+    start = np.maximum(start, first[owner])
+    is_last = number == counts[owner] - 1
+    end = np.where(is_last, last[owner], np.append(start[1:], 0))
+    filled = start < end
+    return start[filled], end[filled], owner[filled]
+
+
+def _walk(
+    edges: np.ndarray, first: np.ndarray, last: np.ndarray, task: Task, key: np.uint64
+) -> Chunks:
+    """Chunks of all lanes in lockstep.
+
+    For one document: take sentences until they reach the target and split them; continue after the
+    split if B is random, otherwise after the chunk."""
+    may_be_random = task.pairs == "random" and len(first) > 1
+    lane_tokens = LANE_SEQUENCES * task.max_length
+    position, end, document = _lanes(edges, first, last, lane_tokens)
+    lane_keys = derive(key, position)
+    rows: list[Chunks] = []
+    while not rows or len(position):
+        draw = derive(lane_keys, len(rows))
+        is_short = uniform(derive(draw, IS_SHORT)) < SHORT_TARGET_SHARE
+        short_target = 2 + integers(derive(draw, SHORT_TARGET), task.max_tokens - 1)
+        target = np.where(is_short, short_target, task.max_tokens)
+        stop = np.minimum(np.searchsorted(edges, edges[position] + target), end)
+        size = stop - position
+        split = position + 1 + integers(derive(draw, SPLIT), np.maximum(size - 1, 1))
+        is_random = ((size == 1) | (draw >> np.uint64(63)).astype(bool)) & may_be_random
+        rows.append(Chunks(position, split, stop, target, is_random, document, draw))
+        position = np.where(is_random, split, stop)
+        active = position < end
+        position, end, document, lane_keys = (
+            column[active] for column in (position, end, document, lane_keys)
+        )
+    return Chunks(*map(np.concatenate, zip(*rows)))
+
+
+def micro_batch_bounds(plan: Plan, task: Task) -> tuple[int, ...]:
+    """Bounds of micro-batches: each takes examples in order up to the first of three limits."""
+    tokens = np.append(0, np.cumsum(plan.lengths)).tolist()
+    masks = np.append(0, np.cumsum(task.budget(plan.a_length + plan.b_length))).tolist()
+    bounds, total = [0], len(plan.keys)
+    while bounds[-1] < total:
+        start = bounds[-1]
+        stop = min(
+            start + task.slots * SEQUENCES_PER_SLOT,
+            bisect_right(tokens, tokens[start] + task.token_limit) - 1,
+            bisect_right(masks, masks[start] + task.masked_limit) - 1,
+        )
+        assert stop > start, (start, stop, total)
+        bounds.append(stop)
+    return tuple(bounds)

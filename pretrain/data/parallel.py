@@ -1,0 +1,105 @@
+"""A function over many tasks: in worker processes of this machine, or on a Ray cluster.
+
+`function(shared, *task)` must be pure, of a module, and return little: so it does not matter who
+runs a task, where, and in which order. Both ways yield (number of the task, result) as results
+come, and end all workers at an error.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError, first_line, require
+
+ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}  # of a worker: each one has a core
+ADVICE = "finished pieces are kept, and the same command resumes"
+
+
+def choose_workers(workers: int | None, sizes: Sequence[int], worthwhile: int) -> int:
+    """How many processes share pieces of these sizes; by default one per core and `worthwhile`."""
+    if workers is None:
+        has_affinity = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        workers = min(cores, sum(sizes) // worthwhile)
+    return max(1, min(workers, len(sizes)))
+
+
+def in_processes(
+    function: Callable, shared: object, tasks: Sequence[tuple], workers: int
+) -> Iterator[tuple[int, Any]]:
+    """In `workers` processes; close the iterator (contextlib.closing) to end them at once."""
+    # A forked process would lack the threads that the tokenizer has started.
+    context = multiprocessing.get_context("spawn")
+    lifeline, held = context.Pipe(duplex=False)
+    with ProcessPoolExecutor(workers, context, _start_worker, (lifeline,)) as pool:
+        # Ctrl-C reaches the whole process group; workers inherit the mask and leave it to us.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            try:
+                submitted = [pool.submit(function, shared, *task) for task in tasks]
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            numbers = {future: number for number, future in enumerate(submitted)}
+            for future in as_completed(numbers):
+                yield numbers[future], future.result()
+        except BaseException as error:
+            held.close()
+            # A worker killed during start-up makes submit fail on closed pipes.
+            is_closed = isinstance(error, OSError) and "handle is closed" in str(error)
+            if isinstance(error, BrokenProcessPool) or is_closed:
+                problem = "a worker process was killed, perhaps because memory ran out"
+                advice = f"expected memory for {workers} at once; use fewer workers ({ADVICE})"
+                raise UserError(f"{problem}; {advice}") from error
+            raise
+
+
+def _start_worker(lifeline: Connection) -> None:
+    """End this process when nobody holds the other end: closed, or killed in any way."""
+    os.environ.update(ENVIRONMENT)
+    threading.Thread(target=lambda: (lifeline.poll(None), os._exit(1)), daemon=True).start()
+
+
+def connect(address: str) -> None:
+    """Connect to the Ray cluster at `address`, and send it this package.
+
+    "local" starts one on this machine. UserError if none answers."""
+    ray = require("ray", address)
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    package = str(Path(__file__).parents[1])
+    environment = {"py_modules": [package], "env_vars": ENVIRONMENT}
+    try:
+        if host and port.isdecimal():  # Ray alone would try for minutes
+            socket.create_connection((host, int(port)), 10).close()
+        ray.init(address, runtime_env=environment, logging_level="ERROR")
+    except (OSError, ValueError, RuntimeError) as error:
+        problem = f"{address}: no cluster answers ({first_line(error)})"
+        raise UserError(f"{problem}; expected the address of a cluster, or local") from error
+
+
+def on_cluster(
+    function: Callable, shared: object, tasks: Sequence[tuple]
+) -> Iterator[tuple[int, Any]]:
+    """On the cluster that `connect` has connected to; disconnects at the end."""
+    ray = require("ray", "a cluster")
+    try:
+        run, sent = ray.remote(function), ray.put(shared)
+        numbers = {run.remote(sent, *task): number for number, task in enumerate(tasks)}
+        while numbers:
+            for done in ray.wait(list(numbers))[0]:
+                yield numbers.pop(done), ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise UserError(f"the Ray cluster failed ({first_line(error)}); {ADVICE}") from error
+    finally:
+        ray.shutdown()

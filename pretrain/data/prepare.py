@@ -1,0 +1,338 @@
+"""Pieces of text -> shards of a corpus, in constant memory; an interrupted preparation resumes.
+
+A piece of text makes one shard, whoever prepares it. The manifest is written last; then the folder
+gets its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from pretrain.data import parallel
+from pretrain.data.annotate import Markup, mark
+from pretrain.data.corpus import (
+    ARRAYS,
+    COUNTS,
+    ENTITY_START,
+    FORMAT_VERSION,
+    WORD_START,
+    Corpus,
+    Shard,
+    concatenate,
+    is_corpus,
+    seal,
+)
+from pretrain.data.sentences import PIECE_BYTES, Sentence, Span, cut_into_pieces, sentences
+from pretrain.data.sources import Source, content_key
+from pretrain.data.tokenizer import Vocabulary, describe, without_limits
+from pretrain.errors import UserError
+from pretrain.files import exclusive, sha256_of, sync, write_json
+
+BATCH_CHARACTERS = 1 << 20  # of text that the tokenizer gets at once
+
+Batch = list[Sentence | None]  # None ends a document
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What determines the shard of a piece, and where it is written."""
+
+    folder: Path
+    text_format: str
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    markup: Markup
+
+
+def prepare(
+    sources: list[Source],
+    text_format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    piece_bytes: int = PIECE_BYTES,
+    markup: Markup = Markup(),
+    workers: int | None = None,
+    on_cluster: bool = False,
+) -> Corpus:
+    """Write the corpus of `sources` into `folder`, or open it if it is there. Restarts by piece.
+
+    `workers` processes share the pieces (0 or 1: this one; None: by the cores and the text), or
+    the connected Ray cluster does. UserError if the tokenizer finds no token in the text."""
+    if is_corpus(folder):
+        return Corpus(folder)
+    vocabulary = describe(tokenizer)
+    # Absolute: the processes of a cluster have other working folders.
+    partial = folder.absolute().with_name(f"{folder.name}.partial")
+    with exclusive(partial):
+        if is_corpus(folder):  # another process has written it while this one waited
+            return Corpus(folder)
+        settings = [vocabulary.fingerprint, piece_bytes, FORMAT_VERSION, markup.key]
+        _start_folder(partial, content_key(sources, text_format, *settings))
+        files = [Path(source.path) for source in sources]
+        pieces = cut_into_pieces(files, text_format, piece_bytes)
+        # A new markup: the engine that has found terms cannot be sent to workers.
+        engine = without_limits(tokenizer)
+        recipe = _Recipe(partial, text_format, engine, vocabulary, replace(markup))
+        entries = _write_pieces(recipe, pieces, workers, on_cluster)
+        filled = [entry for entry in entries if entry["documents"]]
+        entries = _join_small(partial, filled, vocabulary.unknown_id)
+        if not entries:
+            problem = f"{sources[0].path}: the tokenizer finds no token in the text"
+            raise UserError(f"{problem}; expected text in its script")
+        tokenizer.save_pretrained(partial / "tokenizer")
+        manifest = _describe_corpus(partial, entries, vocabulary) | {
+            "text_format": text_format,
+            "words_by": markup.words,
+            "sources": [vars(source) for source in sources],
+        }
+        write_json(partial / "corpus.json", seal(manifest))
+        _finish_folder(partial, folder, entries)
+    return Corpus(folder)
+
+
+def _start_folder(folder: Path, key: str) -> None:
+    """Make the folder; remove what an interrupted preparation of anything else left in it."""
+    folder.mkdir(exist_ok=True)
+    label = folder / "content.key"
+    if label.is_file() and label.read_text(encoding="utf-8") == key:
+        return
+    for leftover in sorted(folder.iterdir()):  # content.key before the pieces
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    label.write_text(key, encoding="utf-8")
+
+
+def _finish_folder(partial: Path, folder: Path, entries: list[dict]) -> None:
+    """Give the corpus its name. Synced first: after a power failure it is whole or absent."""
+    for path in partial.rglob("*"):
+        sync(path)
+    kept = {f"{entry['name']}.{array}.npy" for entry in entries for array in ARRAYS}
+    for path in partial.iterdir():  # joined shards, notes, and leftovers of interruptions
+        if path.is_file() and path.name not in kept | {"corpus.json"}:
+            path.unlink()
+    sync(partial)
+    if folder.exists():  # without manifest and shards: somebody has begun to remove it
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    sync(folder.absolute().parent)
+
+
+def _describe_corpus(folder: Path, entries: list[dict], vocabulary: Vocabulary) -> dict:
+    smallest = {value for entry in entries for value in entry.pop("smallest_hashes")}
+    hashes = [[array["sha256"] for array in entry["arrays"].values()] for entry in entries]
+    files = sorted((folder / "tokenizer").iterdir())
+    return {
+        "format_version": FORMAT_VERSION,
+        **{name: sum(entry[name] for entry in entries) for name in COUNTS},
+        "fingerprint": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16],
+        "tokenizer": vocabulary.fingerprint,
+        "vocab_size": vocabulary.size,
+        "smallest_hashes": sorted(smallest)[:2],
+        "shards": entries,
+        "tokenizer_files": [{"name": path.name, **_describe_file(path)} for path in files],
+    }
+
+
+def _write_pieces(
+    recipe: _Recipe, pieces: list[list[Span]], workers: int | None, on_cluster: bool
+) -> list[dict]:
+    """The entries of all pieces, in order."""
+    sizes = [sum(span.end - span.start for span in piece) for piece in pieces]
+    tasks = [(f"shard-{number:05d}", piece) for number, piece in enumerate(pieces)]
+    # One process tokenizes on all cores: it is as good for less than two whole pieces.
+    workers = parallel.choose_workers(workers, sizes, PIECE_BYTES)
+    entries: list[dict] = [{}] * len(pieces)
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="preparing", disable=None) as bar:
+        if on_cluster:
+            results = parallel.on_cluster(_write_piece, recipe, tasks)
+        elif workers > 1:
+            results = parallel.in_processes(_write_piece, recipe, tasks, workers)
+        else:
+            results = ((n, _write_piece(recipe, *task, bar.update)) for n, task in enumerate(tasks))
+        finished = 0
+        with closing(results):  # else an interruption would leave the workers at work
+            for number, entry in results:
+                entries[number] = entry
+                finished += sizes[number]
+                bar.update(finished - bar.n)
+    return entries
+
+
+def _write_piece(
+    recipe: _Recipe, name: str, piece: list[Span], advance: Callable[[int], object] = int
+) -> dict:
+    """Write the shard of a piece, unless it is there and whole; its entry of `corpus.json`.
+
+    `advance` receives the bytes of text as they are done."""
+    note = recipe.folder / f"{name}.piece.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or torn by a power failure
+        entry = json.loads(note.read_text(encoding="utf-8"))
+        if entry["arrays"] == _describe_arrays(recipe.folder, name):
+            return entry
+    vocabulary, builder = recipe.vocabulary, _ShardBuilder(recipe.vocabulary)
+    for batch, found, by_character, encodings in _ahead(_encode(recipe, piece)):
+        pieces = [encoding.ids for encoding in encodings]
+        lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        ids = np.fromiter(chain.from_iterable(pieces), builder.id_type, int(lengths.sum()))
+        starts_word = None if vocabulary.starts_word is None else vocabulary.starts_word[ids]
+        if by_character:
+            flags = mark(found, encodings, starts_word, recipe.markup.words)
+        else:
+            flags = starts_word.astype(np.uint8) * WORD_START
+        builder.add(batch, ids, flags, lengths)
+        advance(len("\n".join(text for text, _ in found).encode()))
+    entry = _write_shard(recipe.folder, name, builder.shard(), vocabulary.unknown_id)
+    write_json(note, entry)
+    return entry
+
+
+def _encode(recipe: _Recipe, piece: list[Span]) -> Iterator[tuple]:
+    """(batch, its sentences with their entities, whether characters matter, encodings)."""
+    tokenizer, vocabulary, markup = recipe.tokenizer, recipe.vocabulary, recipe.markup
+    stream = sentences(piece, recipe.text_format, markup.cut)
+    for batch in _batches(_spaced(stream) if vocabulary.needs_space else stream):
+        found = [item for item in batch if item is not None]
+        if markup.lexicon:
+            found = [(text, markup.find(text, spans)) for text, spans in found]
+        # If characters do not matter, the encoder need not track them, which is a third faster.
+        has_words = vocabulary.starts_word is not None and markup.words == "tokenizer"
+        by_character = not has_words or any(spans for _, spans in found)
+        encode = tokenizer.encode_batch if by_character else tokenizer.encode_batch_fast
+        encodings = encode([text for text, _ in found], add_special_tokens=False)
+        yield batch, found, by_character, encodings
+
+
+def _ahead(stream: Iterator[tuple]) -> Iterator[tuple]:
+    """`stream`, the next item made in a thread: the tokenizer works without Python's lock."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, stream, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, stream, None)
+            yield item
+
+
+def _spaced(stream: Iterable[Sentence | None]) -> Iterator[Sentence | None]:
+    """Each sentence of a document but the first after a space, as byte-level tokenizers expect."""
+    is_first = True
+    for item in stream:
+        if item is not None and not is_first:
+            text, spans = item
+            item = f" {text}", tuple((start + 1, end + 1) for start, end in spans)
+        yield item
+        is_first = item is None
+
+
+def _batches(stream: Iterable[Sentence | None]) -> Iterator[Batch]:
+    batch, characters = [], 0
+    for item in stream:
+        batch.append(item)
+        characters += len(item[0]) if item else 0
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _ShardBuilder:
+    """Collects the arrays of a shard; drops sentences and documents without a token."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self.id_type = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
+        self.ids, self.flags = [np.zeros(0, self.id_type)], [np.zeros(0, np.uint8)]
+        self.sentences, self.num_tokens, self.num_sentences = [np.zeros(1, np.int64)], 0, 0
+        self.documents, self.hashes, self.hasher = [0], [], hashlib.blake2b(digest_size=8)
+
+    def add(self, batch: Batch, ids: np.ndarray, flags: np.ndarray, lengths: np.ndarray) -> None:
+        """Add a batch; `lengths` int64 holds the tokens of each sentence."""
+        self.ids.append(ids)
+        self.flags.append(flags)
+        self.sentences.append(self.num_tokens + np.cumsum(lengths)[lengths > 0])
+        # Sentences with a token, up to each sentence.
+        counts = self.num_sentences + np.cumsum(np.append(0, lengths > 0))
+        self.num_tokens, self.num_sentences = self.num_tokens + len(ids), int(counts[-1])
+        texts, number = [], 0
+        for item in batch:
+            if item is not None:
+                texts.append(item[0])
+                continue
+            self._hash(texts)
+            number, texts = number + len(texts), []
+            if counts[number] > self.documents[-1]:
+                self.documents.append(int(counts[number]))
+                self.hashes.append(int.from_bytes(self.hasher.digest(), "little"))
+            self.hasher = hashlib.blake2b(digest_size=8)
+        self._hash(texts)
+
+    def _hash(self, texts: list[str]) -> None:
+        text = "".join("".join(texts).split())  # the same however sentences are cut
+        self.hasher.update(text.encode())
+
+    def shard(self) -> Shard:
+        """What has been added."""
+        ids, flags, ends = map(np.concatenate, (self.ids, self.flags, self.sentences))
+        documents, hashes = np.array(self.documents, np.int64), np.array(self.hashes, np.uint64)
+        return Shard(ids, flags, ends, documents, hashes)
+
+
+def _write_shard(folder: Path, name: str, shard: Shard, unknown_id: int) -> dict:
+    """Write the arrays of a shard and return its entry of `corpus.json`."""
+    for array in ARRAYS:
+        np.save(folder / f"{name}.{array}.npy", getattr(shard, array), allow_pickle=False)
+    return {
+        "name": name,
+        "documents": len(shard.hashes),
+        "sentences": len(shard.sentences) - 1,
+        "tokens": len(shard.ids),
+        "unknown_tokens": int((shard.ids == unknown_id).sum()),
+        "words": int((shard.flags & WORD_START > 0).sum()),
+        "entities": int((shard.flags & ENTITY_START > 0).sum()),
+        "smallest_hashes": np.unique(shard.hashes)[:2].tolist(),
+        "arrays": _describe_arrays(folder, name),
+    }
+
+
+def _describe_arrays(folder: Path, name: str) -> dict[str, dict]:
+    return {array: _describe_file(folder / f"{name}.{array}.npy") for array in ARRAYS}
+
+
+def _describe_file(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _join_small(folder: Path, entries: list[dict], unknown_id: int) -> list[dict]:
+    """Join each shard of one document to a neighbor: a random next sentence needs another one."""
+
+    def is_small(group: list[dict]) -> bool:
+        return sum(entry["documents"] for entry in group) < 2
+
+    groups: list[list[dict]] = []
+    for entry in entries:
+        if groups and is_small(groups[-1]):
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    if len(groups) > 1 and is_small(groups[-1]):
+        last = groups.pop()
+        groups[-1] += last
+    return [group[0] if len(group) == 1 else _join(folder, group, unknown_id) for group in groups]
+
+
+def _join(folder: Path, group: list[dict], unknown_id: int) -> dict:
+    shards = []
+    for entry in group:
+        paths = [folder / f"{entry['name']}.{array}.npy" for array in ARRAYS]
+        shards.append(Shard(*map(np.load, paths)))
+    return _write_shard(folder, f"{group[0]['name']}-joined", concatenate(shards), unknown_id)

@@ -1,0 +1,175 @@
+"""Text files -> pieces -> a stream of sentences and document ends, in constant memory.
+
+Files are cut into pieces of about PIECE_BYTES. `sentences` reads a piece: it yields each sentence
+with its entities, and None where a document ends, so a document of any size streams through.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+PIECE_BYTES = 64 << 20  # one piece becomes one shard of the corpus
+MAX_LINE_BYTES = 1 << 20  # a longer line is read in parts, cut at white space if it has any
+SAMPLED_FILES, SAMPLED_BYTES = 16, 1 << 18  # from which the format is detected
+SMALL_FILE_BYTES = 1 << 17
+
+Sentence = tuple[str, tuple[tuple[int, int], ...]]  # text, (start, end) of entities in characters
+Cut = Callable[[str], list[str]]  # divides a line into sentences that make the line when joined
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes [start, end) of a file; starts and ends at document boundaries."""
+
+    path: str
+    start: int
+    end: int
+
+
+def detect_format(files: list[Path]) -> tuple[str, str]:
+    """(format, why) of plain text files, from the beginnings of some of them."""
+    sample = files[:: max(1, len(files) // SAMPLED_FILES)][:SAMPLED_FILES]
+    num_groups = num_lines = 0
+    for file in sample:
+        with file.open("rb") as handle:
+            text = handle.read(SAMPLED_BYTES).decode("utf-8", errors="replace")
+        lines = [line.strip() for line in text.lstrip("\ufeff").strip().split("\n")]
+        num_lines += sum(map(bool, lines))
+        num_groups += sum(is_filled for is_filled, _ in groupby(lines, key=bool))
+    if num_groups > len(sample) and num_lines > num_groups:
+        average = num_lines / num_groups
+        return "sentences", f"blank lines separate groups of {average:.1f} lines on average"
+    num_bytes = sum(file.stat().st_size for file in files)
+    if len(files) > 1 and num_bytes / len(files) < SMALL_FILE_BYTES:
+        return "text", f"{len(files):,} small files without groups of lines: each is a document"
+    return "lines", "no groups of lines separated by blank lines: each line is a document"
+
+
+def cut_into_pieces(
+    files: list[Path], text_format: str, piece_bytes: int = PIECE_BYTES
+) -> list[list[Span]]:
+    """The files in order, in pieces: small files are grouped, large ones cut at document ends."""
+    pieces: list[list[Span]] = [[]]
+    filled = 0
+    for file in files:
+        for span in _cut_file(file, text_format, piece_bytes):
+            size = span.end - span.start
+            if filled and filled + size > piece_bytes:
+                pieces.append([])
+                filled = 0
+            pieces[-1].append(span)
+            filled += size
+    return pieces
+
+
+def _cut_file(file: Path, text_format: str, piece_bytes: int) -> list[Span]:
+    size, cuts = file.stat().st_size, [0]
+    with file.open("rb") as handle:
+        while text_format != "text" and cuts[-1] + piece_bytes < size:
+            handle.seek(cuts[-1] + piece_bytes)
+            from_line_start = False
+            for part in iter(lambda: handle.readline(MAX_LINE_BYTES), b""):
+                line_ends = part.endswith(b"\n")
+                ends_line = line_ends and text_format in ("lines", "jsonl")
+                is_blank_line = line_ends and from_line_start and not part.strip()
+                if ends_line or is_blank_line:
+                    break
+                from_line_start = line_ends
+            cuts.append(handle.tell())
+    if cuts[-1] < size:
+        cuts.append(size)
+    return [Span(os.path.abspath(file), start, end) for start, end in zip(cuts, cuts[1:])]
+
+
+def sentences(
+    piece: list[Span], text_format: str, cut: Cut | None = None
+) -> Iterator[Sentence | None]:
+    """The sentences of a piece, stripped and never empty; None after the last of a document."""
+    for span in piece:
+        if text_format == "jsonl":
+            yield from _sentences_of_records(span, cut)
+        else:
+            yield from _sentences_of_lines(span, text_format, cut)
+
+
+def _sentences_of_lines(span: Span, text_format: str, cut: Cut | None) -> Iterator[Sentence | None]:
+    is_open, is_blank = False, True  # the document so far, the line so far
+    for text, line_ends in _lines(span):
+        for part in cut(text) if cut else (text,):
+            part = part.strip()
+            if part:
+                yield part, ()
+                is_open, is_blank = True, False
+        ends = text_format == "lines" or (text_format == "sentences" and is_blank)
+        if line_ends and ends and is_open:
+            yield None
+            is_open = False
+        is_blank = is_blank or line_ends
+    if is_open:
+        yield None
+
+
+def _lines(span: Span) -> Iterator[tuple[str, bool]]:
+    """(text, whether the line ends here); a line beyond MAX_LINE_BYTES comes in several parts."""
+    with open(span.path, "rb") as handle:
+        handle.seek(span.start)
+        if span.start == 0 and handle.read(3) != codecs.BOM_UTF8:
+            handle.seek(0)
+        rest = b""
+        place = handle.tell()  # counted from here on: asking takes longer than reading a line
+        while place < span.end:
+            part = handle.readline(MAX_LINE_BYTES)
+            raw, rest, place = rest + part, b"", place + len(part)
+            ends = raw.endswith(b"\n") or place >= span.end
+            if not ends:
+                cut = max(raw.rfind(b" "), raw.rfind(b"\t")) + 1
+                if cut == 0:  # no white space: between two characters
+                    cut = len(raw) - next(back for back in range(1, 5) if raw[-back] & 0xC0 != 0x80)
+                raw, rest = raw[:cut], raw[cut:]
+            yield raw.decode("utf-8"), ends
+
+
+def _sentences_of_records(span: Span, cut: Cut | None) -> Iterator[Sentence | None]:
+    """Documents as pretrain/data/formats.py writes them."""
+    with open(span.path, "rb") as handle:
+        handle.seek(span.start)
+        while handle.tell() < span.end:
+            record = json.loads(handle.readline())
+            yield from _cut_record(record["text"], record.get("entities", ()), cut)
+            yield None
+
+
+def _cut_record(text: str, entities: list[list[int]], cut: Cut | None) -> Iterator[Sentence]:
+    """Sentences of a text: its lines, and their parts under `cut`, but none ends in an entity."""
+    ends, place = [], 0
+    for line in text.split("\n"):
+        for part in (cut(line) if cut else ()) or (line,):
+            place += len(part)
+            ends.append(place)
+        place += 1  # the line feed
+    assert ends[-1] == len(text), (ends[-1], len(text))
+    first = begin = 0
+    for end in ends:
+        # The first entity that is not over before `end`.
+        last = bisect_left(entities, end, lo=first, key=lambda span: span[1])
+        if last < len(entities) and entities[last][0] < end < entities[last][1]:
+            continue
+        if last < len(entities) and entities[last][1] == end:
+            last += 1
+        part = text[begin:end]
+        sentence, offset = part.strip(), begin + len(part) - len(part.lstrip())
+        spans = []
+        for start, stop in entities[first:last]:
+            span = max(start - offset, 0), min(stop - offset, len(sentence))
+            if span[0] < span[1]:  # an entity of white space alone is dropped
+                spans.append(span)
+        if sentence:
+            yield sentence, tuple(spans)
+        first, begin = last, end

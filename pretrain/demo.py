@@ -1,0 +1,122 @@
+"""The embedded demo: English that every Python installation has, and a run that fits the machine.
+
+The text is the language reference (`pydoc_data.topics`) and the docstrings of the standard library,
+cut into sentences at full stops: a document for each topic and for each module.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import platform
+import re
+import sysconfig
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from pretrain import files
+from pretrain.build import build
+from pretrain.config import Config
+from pretrain.data.loader import DataPosition
+from pretrain.run import PretrainingRun
+from pretrain.runtime.distributed import gather
+from pretrain.runtime.optim import autocast, make_optimizers
+from pretrain.train import train_step
+
+TRAINING_SECONDS = 110.0  # of three minutes; the rest is start, preparation, evaluation, saving
+MIN_STEPS, MAX_STEPS = 100, 4000
+TIMED_STEPS = 4
+MAX_MODULE_BYTES = 1 << 20
+SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test"}
+
+
+def write_text(cache: Path) -> Path:
+    """The text as a file in the `sentences` format; written once for each version of Python."""
+    path = cache / f"python-docs-{platform.python_version()}.txt"
+    if not path.is_file():
+        print("collecting the embedded text: Python's language reference and docstrings")
+        files.write_text(path, "\n\n".join("\n".join(document) for document in _documents()) + "\n")
+    return path
+
+
+def _documents() -> list[list[str]]:
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)]
+    library = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(library.rglob("*.py")):
+        is_skipped = SKIPPED_FOLDERS & set(file.relative_to(library).parts)
+        if not is_skipped and file.stat().st_size < MAX_MODULE_BYTES:
+            texts.append("\n\n".join(_docstrings(file)))
+    documents = [_sentences(text) for text in texts]
+    return [document for document in documents if len(document) > 2]
+
+
+def _docstrings(file: Path) -> list[str]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):  # some files are broken on purpose
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [text for text in found if text]
+
+
+def _sentences(text: str) -> list[str]:
+    """Sentences of prose: paragraphs joined, cut after full stops; lines without letters go."""
+    sentences = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        sentences += re.split(r"(?<=[.!?:]) +(?=[A-Z\"'(])", " ".join(paragraph.split()))
+    return [sentence for sentence in sentences if re.search(r"[A-Za-z]{2}", sentence)]
+
+
+def fit_to_machine(config: Config, seconds: float = TRAINING_SECONDS) -> Config:
+    """Choose precision, threads and number of steps from a few timed steps, so that training takes
+    about `seconds`. Sets the number of threads.
+
+    On a busy machine one thread is often faster than several, which wait for each other."""
+    run = build(config)
+    ways = [(run.precision, torch.get_num_threads())]
+    if run.device.type == "cpu":  # on a GPU the precision decides the attention
+        precisions = {run.precision, "fp32"} if config.precision == "auto" else {run.precision}
+        threads = {1, torch.get_num_threads()}
+        ways = list(product(sorted(precisions), sorted(threads)))
+    times = {way: seconds_per_step(run, *way) for way in ways}
+    times = gather(times)[0]  # every process decides the same
+    precision, threads = min(times, key=times.get)
+    torch.set_num_threads(threads)
+    max_steps = config.max_steps
+    if not max_steps and config.epochs == Config.epochs:
+        max_steps = int(seconds / times[precision, threads])
+        max_steps = max(MIN_STEPS, min(MAX_STEPS, max_steps))
+    shown = ", ".join(
+        f"{1000 * value:.0f} ms ({precision}, {threads} threads)"
+        for (precision, threads), value in times.items()
+    )
+    print(f"a step takes {shown}; training in {precision} on {threads} threads")
+    return replace(config, precision=precision, max_steps=max_steps)
+
+
+def seconds_per_step(run: PretrainingRun, precision: str, threads: int) -> float:
+    """Median of a few steps after one to warm up; they train a copy of the model."""
+    torch.set_num_threads(threads)
+    config, model = run.config, copy.deepcopy(run.model).train()
+    optimizers = make_optimizers(model, config)
+    scaler = torch.amp.GradScaler(enabled=False)
+    phase, count = run.phases[0], config.batch_size // run.micro_batch_size
+    positions = [DataPosition(0, 0, number) for number in range(count)]
+    batches = [phase.collator(phase.dataset[place]) for place in positions]
+    context = autocast(run.device, precision)
+    times = []
+    for _ in range(TIMED_STEPS + 1):
+        begin = time.perf_counter()
+        result = train_step(
+            model, batches, optimizers, scaler, context, 0.0, config.max_grad_norm, run.device
+        )
+        bool(result.finite)  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return sorted(times[1:])[TIMED_STEPS // 2]

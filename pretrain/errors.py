@@ -1,0 +1,68 @@
+"""Errors that a user can fix, and what turns other errors into them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import types
+from collections.abc import Iterator
+
+SHOWN_PROBLEMS = 20
+PACKAGES = {"sklearn": "scikit-learn"}  # module -> package, where more than "_" and "-" differ
+
+
+class UserError(ValueError):
+    """A problem that the user can fix: printed as messages without a traceback, exit code 2."""
+
+
+def check(problems: list[str]) -> None:
+    """Raise one UserError with all `problems`, a line each; of very many, the first."""
+    if not problems:
+        return
+    lines = problems[:SHOWN_PROBLEMS]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"and {len(problems) - SHOWN_PROBLEMS:,} more problems")
+    raise UserError("\n".join(lines))
+
+
+@contextlib.contextmanager
+def option_named(option: str) -> Iterator[None]:
+    """Put `option` before each line of a UserError raised inside that does not name one yet."""
+    try:
+        yield
+    except UserError as error:
+        lines = str(error).splitlines()
+        named = [line if line.startswith("--") else f"{option} {line}" for line in lines]
+        raise UserError("\n".join(named)) from error
+
+
+@contextlib.contextmanager
+def refusing(message: str, expected: str) -> Iterator[None]:
+    """Turn whatever a library raises inside into a UserError "`message` (...); `expected`".
+
+    Of every kind: transformers raises dozens, from OSError to KeyError, and a panic of Rust code
+    is not an Exception."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{message} ({first_line(error)}); {expected}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """A library's error in short: its class and first sentence, without the advice that follows."""
+    sentence = str(error).strip().split("\n")[0].split(". ")[0]
+    return f"{type(error).__name__}: {sentence[:200]}"
+
+
+def require(module: str, what: str) -> types.ModuleType:
+    """Import an optional module; UserError with the pip command if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        package = PACKAGES.get(name, name.replace("_", "-"))
+        raise UserError(
+            f"{what}: needs the package {package}; install it with: pip install {package}"
+        ) from error

@@ -1,0 +1,92 @@
+"""Text classification on packed batches: transformers' own classes, under their own names."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import Tensor
+
+from pretrain.batch import Batch, Loss
+from pretrain.errors import UserError
+from pretrain.model.loading import load_config, load_weights
+from pretrain.model.losses import cross_entropy
+from pretrain.model.packed import PackedModel
+from pretrain.model.roberta import PackedRoberta
+
+ONE_CLASS = "single_label_classification"
+
+
+class PackedClassifier(PackedModel):
+    """Batch -> losses by name; the head reads the first token of each sequence."""
+
+    class_weights: Tensor | None = None  # float32 [classes]; None: all weigh alike
+    head_may_differ = True
+
+    def label_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """float32 [N, classes]."""
+        # [N, 1, width]: the pooler, or a head without one, takes token 0.
+        first = self.first_tokens(hidden, batch)[:, None]
+        pooler = getattr(self.base_model, "pooler", None)
+        if pooler is not None:
+            first = self.dropout(pooler(first))
+        return self.classifier(first).float()
+
+    def losses(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
+        """The terms of the training loss by name: add yours here."""
+        logits, labels = self.label_logits(hidden, batch), batch.labels["label"]
+        return {"label": cross_entropy(logits, labels, class_weights=self.class_weights)}
+
+
+def _packed(stock: type, family: type[PackedModel] = PackedModel) -> type[PackedClassifier]:
+    """`stock` on packed batches, under its own name, which `save_pretrained` writes."""
+    return type(stock.__name__, (PackedClassifier, family, stock), {})
+
+
+CLASSIFIERS = {
+    "bert": _packed(transformers.BertForSequenceClassification),
+    "roberta": _packed(transformers.RobertaForSequenceClassification, PackedRoberta),
+    "xlm-roberta": _packed(transformers.XLMRobertaForSequenceClassification, PackedRoberta),
+    "camembert": _packed(transformers.CamembertForSequenceClassification, PackedRoberta),
+}  # by config.model_type
+
+
+def load_classifier(
+    name: str, classes: list[str] | None = None, keep_head: bool = True
+) -> PackedClassifier:
+    """The classifier in a checkpoint; with `classes`, one of those labels over its encoder. A head
+    of the same labels is kept; a fresh one is drawn last from the global random numbers."""
+    config = load_config(name)
+    if config.model_type not in CLASSIFIERS:
+        expected = f"one of {', '.join(CLASSIFIERS)}"
+        raise UserError(f"{name}: {config.model_type} has no classifier; expected {expected}")
+    chooses_one = config.num_labels > 1 and config.problem_type in (None, ONE_CLASS)
+    keep_head &= chooses_one and classes in (None, list(config.id2label.values()))
+    if classes is not None:
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {label: number for number, label in enumerate(classes)}
+        config.problem_type = ONE_CLASS
+    model, missing = load_weights(CLASSIFIERS[config.model_type], name, config)
+    has_head = not any(key.startswith("classifier") for key in missing)
+    if classes is None and not (has_head and chooses_one):
+        expected = "a classifier, such as finetune.py makes"
+        raise UserError(f"{name}: has no head that chooses one of several; expected {expected}")
+    if not (keep_head and has_head):  # also if the sizes happen to agree
+        torch.manual_seed(torch.initial_seed())  # whatever else was missing has drawn numbers
+        for weight in model.classifier.parameters():
+            weight._is_hf_initialized = False  # transformers skips what the checkpoint had
+        model.classifier.apply(model._init_weights)
+    return model
+
+
+def check_tokenizer(model: PackedClassifier, name: str, num_ids: int) -> None:
+    """UserError about the model `name` if a tokenizer of `num_ids` ids is not its own."""
+    if num_ids > model.config.vocab_size:
+        problem = f"the model has vectors for {model.config.vocab_size:,} of {num_ids:,} tokens"
+        raise UserError(f"{name}: {problem}; expected the model's own tokenizer")
+
+
+def check_token_types(model: PackedClassifier, field: str, num_types: int) -> None:
+    """UserError about the `field` of the second text if the model cannot tell two texts apart."""
+    if num_types > model.config.type_vocab_size:
+        problem = f"the model has no {num_types} token types to tell two texts apart"
+        raise UserError(f"{field}: {problem}; expected another model, or one text")

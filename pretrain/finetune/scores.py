@@ -1,0 +1,70 @@
+"""How good predictions are: loss, accuracy, precision, recall and F1, and the confusion matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pretrain.batch import IGNORED
+
+NAMES = ("precision", "recall", "f1")
+SMALLEST = 1e-30  # of a probability, whose logarithm is finite
+
+
+class Tally:
+    """Counts of predictions that `add` sums up, and the scores that follow from them."""
+
+    def __init__(self, classes: list[str]):
+        self.classes = classes
+        self.confusion = np.zeros((len(classes), len(classes)), np.int64)  # a row per true class
+        self.loss_sum = 0.0
+        self.unlabeled = 0  # rows that are not scored
+
+    def add(self, labels: np.ndarray, probabilities: np.ndarray) -> None:
+        """Count `labels` int64 [rows], IGNORED if unknown, and `probabilities` [rows, classes]."""
+        known = labels != IGNORED
+        self.unlabeled += int((~known).sum())
+        labels, probabilities = labels[known], probabilities[known]
+        np.add.at(self.confusion, (labels, probabilities.argmax(-1)), 1)
+        of_label = probabilities[np.arange(len(labels)), labels]
+        self.loss_sum -= float(np.log(np.maximum(of_label, SMALLEST)).sum())
+
+    def scores(self) -> dict:
+        """Loss, accuracy, macro averages over the classes that occur or are predicted, the numbers
+        of each class (0 for a ratio without rows), and the confusion matrix."""
+        right, rows, predicted = (
+            np.diag(self.confusion),
+            self.confusion.sum(1),
+            self.confusion.sum(0),
+        )
+        counts = {"precision": predicted, "recall": rows, "f1": (rows + predicted) / 2}
+        of_class = {name: right / np.maximum(count, 1) for name, count in counts.items()}
+        present = rows + predicted > 0
+        classes = {}
+        for number, label in enumerate(self.classes):
+            classes[label] = {name: float(of[number]) for name, of in of_class.items()}
+            classes[label]["rows"] = int(rows[number])
+        return {
+            "loss": float(self.loss_sum / rows.sum()),
+            "accuracy": float(right.sum() / rows.sum()),
+            **{f"macro_{name}": float(of[present].mean()) for name, of in of_class.items()},
+            "classes": classes,
+            "confusion": self.confusion.tolist(),
+        }
+
+
+def numbers_of(scores: dict) -> dict[str, float]:
+    """The scores that are one number."""
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+
+def score_table(scores: dict) -> str:
+    """The scores as text, a line per class."""
+    total = sum(of["rows"] for of in scores["classes"].values())
+    mean = {name: scores[f"macro_{name}"] for name in NAMES} | {"rows": total}
+    rows = scores["classes"] | {"mean of the classes": mean}
+    width = max(map(len, rows)) + 2
+    lines = [f"{'':{width}}{'precision':>10}{'recall':>10}{'F1':>10}{'rows':>8}"]
+    for label, of in rows.items():
+        numbers = "".join(f"{of[name]:10.3f}" for name in NAMES)
+        lines.append(f"{label:{width}}{numbers}{of['rows']:8,}")
+    return "\n".join([*lines, f"accuracy {scores['accuracy']:.3f}"])

@@ -1,0 +1,299 @@
+"""From paths to text to train on: files checked, tokenizer loaded or trained, corpora prepared.
+
+The first process checks and prepares; the others wait and open what it has written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from pretrain.config import MODEL_SIZES, OBJECTIVES, Config, TextOptions, TokenizerOptions, typed
+from pretrain.data import tokenizer as tokenizers
+from pretrain.data.annotate import CHINESE_SHARE, Markup, describe_script, read_terms
+from pretrain.data.corpus import FORMAT_VERSION, Corpus, is_corpus, load_tokenizer, open_corpus
+from pretrain.data.formats import open_files
+from pretrain.data.prepare import prepare
+from pretrain.data.sentences import Sentence, Span, sentences
+from pretrain.data.sources import Source, content_key, read_lines
+from pretrain.data.tokenizer import Vocabulary
+from pretrain.errors import UserError, check, option_named, require
+from pretrain.files import exclusive
+from pretrain.model.loading import load_config
+from pretrain.runtime.checkpoint import problem_of, write_folder
+from pretrain.runtime.distributed import World, main_first
+
+SAMPLED_FILES, SAMPLED_SENTENCES = 16, 1000  # that tell the script of a text
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """The text that an option names: checked files and their markup, or one prepared corpus."""
+
+    sources: list[Source]  # none of a corpus
+    text_format: str
+    markup: Markup = Markup()
+    option: str = "--input"
+    paths: tuple[str, ...] = ()  # as given
+
+    @property
+    def is_corpus(self) -> bool:
+        return not self.sources
+
+    @property
+    def name(self) -> str:
+        """The option and its first path, for messages."""
+        return f"{self.option} {self.paths[0]}"
+
+    def sentences(self) -> Iterator[Sentence | None]:
+        """All of the text, as `prepare` will read it."""
+        spans = [Span(source.path, 0, source.size) for source in self.sources]
+        return sentences(spans, self.text_format, self.markup.cut)
+
+
+def check_text(
+    paths: tuple[str, ...], option: str, options: TextOptions, world: World, masking: str = "token"
+) -> TextFiles:
+    """The text that `paths` name, checked.
+
+    `masking` says what to mark in it: a value of --masking, or "any" for all that it has."""
+    with option_named(option):
+        if any(map(is_corpus, paths)):
+            if len(paths) > 1:
+                raise UserError(f"{' '.join(paths)}: expected one prepared corpus, or text")
+            _check_options_of_corpus(paths[0], option, options)
+            return TextFiles([], "", option=option, paths=tuple(paths))
+        with main_first(world):
+            sources, text_format = open_files(paths, options, masking in ("entity", "any"))
+    text = TextFiles(sources, text_format, option=option, paths=tuple(paths))
+    return replace(text, markup=_choose_markup(text, options, masking))
+
+
+def _check_options_of_corpus(path: str, option: str, options: TextOptions) -> None:
+    """UserError for options of the text that a corpus ignores, unless they count for --valid."""
+    names = [entry.name for entry in fields(TextOptions) if entry.name != "cache"]
+    defaults = TextOptions()
+    given = [name for name in names if getattr(options, name) != getattr(defaults, name)]
+    if given and not getattr(options, "valid", None):
+        shown = " ".join(typed(options, name) for name in given)
+        problem = f"{option} {path} is prepared already"
+        raise UserError(f"{shown}: {problem}; expected these options at prepare.py, or text")
+
+
+def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Markup:
+    """How the text is cut and marked; UserError if a package or a term is missing."""
+    sources = text.sources[:: max(1, len(text.sources) // SAMPLED_FILES)]
+    streams = [replace(text, sources=[source]).sentences() for source in sources]
+    samples = [item for stream in streams for item in islice(stream, SAMPLED_SENTENCES) if item]
+    chinese_share, is_segmented = describe_script("".join(sample for sample, _ in samples))
+    words, language = options.words, options.split_sentences or ""
+    if words == "auto":
+        words = "tokenizer"
+        if masking != "token" and chinese_share >= CHINESE_SHARE:
+            words = "spaces" if is_segmented else "jieba"
+            print(f"{text.option}: {chinese_share:.0%} Chinese text, words by {words} (--words)")
+    if language == "auto":
+        language = "zh" if chinese_share > 0.5 else "en"
+    if words == "jieba":
+        require("rjieba", "--words jieba")
+    if language:
+        require("sentencex", f"--split-sentences {language}")
+    if masking == "entity" and not options.lexicon and text.text_format != "jsonl":
+        raise _no_entities(text.option)
+    terms = ()
+    if options.lexicon:
+        require("ahocorasick_rs", typed(options, "lexicon"))
+        with option_named("--lexicon"):
+            terms = read_terms(options.lexicon) if masking != "token" else ()
+    return Markup(language, words, terms)
+
+
+def prepare_tokenizer(
+    config: Config, checkpoint: Path | None, world: World
+) -> tuple[PreTrainedTokenizerBase, dict[str, TextFiles], dict[int, list[int]]]:
+    """(tokenizer, text checked so far by "train" and "valid", ids that each new token replaces).
+
+    The tokenizer is that of the checkpoint, or the one that the options ask for."""
+    if checkpoint:
+        return tokenizers.load(str(checkpoint)), {}, {}
+    text = {"train": check_text(config.train, "--train", config, world, config.masking)}
+    if config.valid:  # always masked by tokens
+        text["valid"] = check_text(config.valid, "--valid", config, world)
+    tokenizer = make_tokenizer(config, text["train"], world, config.model)
+    return tokenizer, text, add_tokens(tokenizer, config)
+
+
+def make_tokenizer(
+    options: TokenizerOptions, text: TextFiles, world: World, model: str = "base"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the options, of the model, of a corpus, or one trained on the text."""
+    lowercase = options.lowercase == "on"
+    if options.tokenizer:
+        with option_named("--tokenizer"):
+            return tokenizers.load(options.tokenizer, lowercase)
+    if model not in MODEL_SIZES:
+        with option_named("--model"):
+            load_config(model)  # a wrong name is a wrong model, not a wrong tokenizer
+            return tokenizers.load(model, lowercase)
+    if text.is_corpus:
+        with option_named(text.option):
+            return load_tokenizer(text.paths[0])
+    return _train_tokenizer(text, options.vocab_size, lowercase, Path(options.cache), world)
+
+
+def add_tokens(
+    tokenizer: PreTrainedTokenizerBase, options: TokenizerOptions
+) -> dict[int, list[int]]:
+    """Add the tokens of the options to the tokenizer; the ids that each new one replaces."""
+    path, specials, words = options.add_tokens, options.add_special_tokens, []
+    if path:
+        with option_named("--add-tokens"):
+            words = read_lines(path)
+    problems = [
+        f"--add-tokens {path}, {problem}" for problem in tokenizers.word_problems(tokenizer, words)
+    ]
+    for problem in tokenizers.special_problems(tokenizer, specials, words):
+        problems.append(f"--add-special-tokens {problem}")
+    check(problems)
+    return tokenizers.add_tokens(tokenizer, words, specials) if words or specials else {}
+
+
+def _train_tokenizer(
+    text: TextFiles, vocab_size: int, lowercase: bool, cache: Path, world: World
+) -> PreTrainedTokenizerBase:
+    """A WordPiece tokenizer trained on the text, or the one in the cache for the same text."""
+    key = content_key(text.sources, text.text_format, vocab_size, lowercase)
+    folder = cache / f"tokenizer-{key}"
+    lines = replace(text, markup=Markup())
+    with main_first(world), contextlib.nullcontext() if _is_whole(folder) else exclusive(folder):
+        if not _is_whole(folder):  # else another process was faster
+            print(f"{text.option}: training a WordPiece vocabulary of {vocab_size:,} entries")
+            trained = tokenizers.train(
+                lambda: (item[0] for item in lines.sentences() if item), vocab_size, lowercase
+            )
+            write_folder(folder, trained.save_pretrained)
+    return tokenizers.load(str(folder))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a tokenizer is in the folder, as it was written."""
+    damage = problem_of(folder, needed=()) if folder.is_dir() else "it is missing"
+    if damage and folder.is_dir():
+        print(f"{damage}: training the tokenizer again")
+    return not damage
+
+
+def open_text(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    text: dict[str, TextFiles],
+    world: World,
+    saved_folders: dict[str, str | None],
+    saved_fingerprint: str | None,
+) -> tuple[Corpus, Corpus | None]:
+    """(training text, validation text), prepared if necessary.
+
+    A resumed run opens `saved_folders`, the corpora that it was started with, by "train" and
+    "valid"; UserError if its training text is no longer that of `saved_fingerprint`."""
+    opened = {}
+    for name in ("train", "valid"):
+        option, paths, folder = f"--{name}", getattr(config, name), saved_folders.get(name)
+        if folder and paths and is_corpus(folder):
+            with option_named(option):
+                opened[name] = open_corpus(folder, vocabulary)
+        elif paths:
+            masking = config.masking if name == "train" else "token"
+            files = text.get(name) or check_text(paths, option, config, world, masking)
+            cache = Path(config.cache)
+            opened[name] = open_or_prepare(files, tokenizer, vocabulary, cache, world, masking)
+    training, validation = opened["train"], opened.get("valid")
+    if saved_fingerprint not in (None, training.fingerprint):
+        problem = f"{typed(config, 'train')}: the text has changed since the run was started"
+        raise UserError(f"{problem}; expected the old text, or another --output for a new run")
+    if validation is None and config.valid_fraction:
+        training, validation = training.split(config.valid_fraction)
+    _check_documents(training, validation, config)
+    return training, validation
+
+
+def open_or_prepare(
+    text: TextFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    cache: Path,
+    world: World,
+    masking: str = "token",
+    output: Path | None = None,
+    workers: int | None = None,
+    on_cluster: bool = False,
+) -> Corpus:
+    """The corpus of the text: found in the cache, or prepared into it or into `output`."""
+    verb = "found"
+    if text.is_corpus:
+        with option_named(text.option):
+            corpus = open_corpus(text.paths[0], vocabulary)
+    else:
+        normalizer = tokenizer.backend_tokenizer.normalizer
+        ignore_case = normalizer is not None and normalizer.normalize_str("A") == "a"
+        text = replace(text, markup=replace(text.markup, ignore_case=ignore_case))
+        settings = [text.text_format, vocabulary.fingerprint, FORMAT_VERSION, text.markup.key]
+        folder = output or cache / content_key(text.sources, *settings)
+        with main_first(world):
+            if not is_corpus(folder):
+                verb = "prepared"
+                if masking == "entity" or text.markup.lexicon:
+                    _check_entities(text)
+            sources = [text.sources, text.text_format, tokenizer, folder]
+            more = {"markup": text.markup, "workers": workers, "on_cluster": on_cluster}
+            corpus = prepare(*sources, **more)
+    if vocabulary.is_special[corpus.shard(0).ids[: 1 << 20]].all():
+        problem = "only special and unknown tokens, so nothing can be masked"
+        raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
+    if masking == "entity" and not corpus.info["entities"]:
+        raise _no_entities(text.name)
+    print(f"{text.option}: {_summary(corpus.info)} ({verb} in {corpus.folder})")
+    return corpus
+
+
+def _summary(info: dict) -> str:
+    by = f" by {info['words_by']}" if info["words_by"] != "tokenizer" else ""
+    parts = [f"{info[name]:,} {name}" for name in ("documents", "sentences", "tokens")]
+    parts.append(f"{info['tokens'] / info['words']:.2f} a word{by}")
+    parts.append(f"{info['unknown_tokens'] / info['tokens']:.2%} unknown to the tokenizer")
+    if info["entities"]:
+        parts.append(f"{info['entities']:,} entities")
+    return ", ".join(parts)
+
+
+def _check_entities(text: TextFiles) -> None:
+    """UserError if neither the text nor the lexicon marks an entity; stops at the first."""
+    if any(text.markup.find(*item) for item in text.sentences() if item):
+        return
+    if not text.markup.lexicon:
+        raise _no_entities(text.name)
+    raise UserError(f"--lexicon: no term occurs in {text.name}; expected some, as spelled there")
+
+
+def _no_entities(name: str) -> UserError:
+    ways = "--lexicon FILE, JSONL with spans (--entity-field), or tagged tokens (--format conll)"
+    return UserError(f"--masking entity: no entities in {name}; expected {ways}")
+
+
+def _check_documents(training: Corpus, validation: Corpus | None, config: Config) -> None:
+    """UserError if a side has no text, or one document if random sentences come from others."""
+    least = 2 if OBJECTIVES[config.objective] == "random" else 1
+    sides = [("train", training, "to train on")]
+    if validation is not None:
+        sides.append(("valid" if config.valid else "train", validation, "to validate on"))
+    for name, corpus, purpose in sides:
+        found = corpus.count(at_most=least)
+        if found < least:
+            problem = f"{typed(config, name)}: {found} documents {purpose}"
+            ways = "more text, another --format, --objective mlm, --valid, or --valid-fraction 0"
+            raise UserError(f"{problem}; expected at least {least}, ways out: {ways}")

@@ -1,0 +1,149 @@
+"""What exists only to be fast on CPU: attention's gradients, cross-entropy, the bits of dropout.
+
+The slow form of each stands where it is called, and tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
+
+from pretrain.batch import IGNORED
+
+GROUP_SCORES = 1 << 19  # of attention, computed at once: they stay in the cache
+LONGEST_GROUPED = 512  # tokens; beyond, torch's backward pass is as fast and takes less memory
+ROW_SCORES = 1 << 20  # of a vocabulary, computed at once: 4 MB in float32
+MANY_SCORES = 1 << 16  # from which on computing them by rows pays
+DROPOUT_BITS = {2: np.uint16, 4: np.uint32}  # by the size of a number in bytes
+
+
+def is_backward_slow(qkv: Tensor, lengths: tuple[int, ...]) -> bool:
+    """Whether `GroupedBackward` beats torch: short sequences in bf16 in training."""
+    if qkv.device.type != "cpu" or qkv.element_size() > 2 or torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() and max(lengths) <= LONGEST_GROUPED
+
+
+class GroupedBackward(torch.autograd.Function):
+    """Attention with the gradients of plain matrix products over groups of similar sequences.
+
+    torch's backward pass of short sequences in bf16 runs at an eighth of the matrix rate; this
+    takes half its time. Scores are in float32: in bf16 the error of a sharp head would be that of
+    its probabilities."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, lengths: tuple[int, ...], attend: Callable) -> Tensor:
+        """qkv [T, 3, H, D] -> attend(qkv, lengths) [T, H, D]."""
+        ctx.save_for_backward(qkv)
+        ctx.lengths = lengths
+        return attend(qkv, lengths)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of `qkv`."""
+        lengths, (qkv,) = ctx.lengths, ctx.saved_tensors
+        gradients = torch.empty_like(qkv)
+        inputs = torch.cat([qkv, grad[:, None]], 1).split(lengths)
+        outputs = gradients.split(lengths)
+        for group in _groups(lengths, num_heads=qkv.shape[2]):
+            padded = pad_sequence([inputs[number] for number in group], batch_first=True)
+            tensors = padded.permute(2, 0, 3, 1, 4)  # [4, G, H, L, D], 0 beyond a sequence
+            found = _attention_gradients(tensors, [lengths[number] for number in group])
+            for number, part in zip(group, found.permute(1, 3, 0, 2, 4)):
+                outputs[number].copy_(part[: lengths[number]])
+        return gradients, None, None
+
+
+def _groups(lengths: tuple[int, ...], num_heads: int) -> Iterator[list[int]]:
+    """Indices of `lengths`, the longest first, in groups of at most GROUP_SCORES scores."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    while order:
+        size = max(1, GROUP_SCORES // (num_heads * lengths[order[0]] ** 2))
+        yield order[:size]
+        order = order[size:]
+
+
+def _attention_gradients(tensors: Tensor, lengths: list[int]) -> Tensor:
+    """Query, key, value and the gradient of the output [4, G, H, L, D] -> gradients of the first
+    three [3, G, H, L, D]. Sequence g has lengths[g] tokens, the longest first."""
+    shape, scale = tensors.shape, tensors.shape[-1] ** -0.5
+    query, key, value, grad = tensors.flatten(1, 2).unbind(0)  # [G x H, L, D] each
+    scores = torch.bmm(query.float() * scale, key.float().transpose(1, 2))
+    if lengths[-1] < lengths[0]:
+        is_padding = torch.arange(lengths[0]) >= torch.tensor(lengths)[:, None]
+        by_sequence = scores.view(*shape[1:3], *scores.shape[1:])
+        by_sequence.masked_fill_(is_padding[:, None, None], float("-inf"))
+    probabilities = scores.softmax(-1)
+    weighted = torch.bmm(grad, value.transpose(1, 2)) * probabilities
+    weighted.sub_(probabilities * weighted.sum(-1, keepdim=True))
+    grad_scores = weighted.mul_(scale).to(query.dtype)
+    grad_query = torch.bmm(grad_scores, key)
+    grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
+    grad_value = torch.bmm(probabilities.to(query.dtype).transpose(1, 2), grad)
+    return torch.stack([grad_query, grad_key, grad_value]).view(3, *shape[1:])
+
+
+def are_rows_faster(logits: Tensor) -> bool:
+    """Whether `RowwiseCrossEntropy` beats torch for these scores."""
+    if logits.device.type != "cpu" or logits.dtype == torch.float64:
+        return False
+    return logits.numel() >= MANY_SCORES and not torch.compiler.is_compiling()
+
+
+class RowwiseCrossEntropy(torch.autograd.Function):
+    """(summed loss, right answers), a few rows at a time: without a float32 copy of all scores.
+
+    Each score is read once; the gradient is computed on the way, in the type of the scores."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [M, classes], labels int64 [M], some IGNORED."""
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        loss, num_correct = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+        size = max(1, ROW_SCORES // logits.shape[1])
+        for start in range(0, len(logits), size):
+            rows = slice(start, start + size)
+            scores, label = logits[rows].float(), labels[rows]
+            counted = label != IGNORED
+            target = torch.where(counted, label, 0)[:, None]
+            of_target, top = scores.gather(1, target)[:, 0], scores.amax(-1)
+            probabilities = scores.softmax(-1)
+            loss += ((top - probabilities.amax(-1).log() - of_target) * counted).sum()
+            # The argmax of all rows takes longer than the softmax.
+            candidates = ((of_target == top) & counted).nonzero()[:, 0]
+            num_correct += (scores[candidates].argmax(-1) == label[candidates]).sum()
+            if gradient is not None:
+                probabilities.scatter_add_(1, target, torch.full(target.shape, -1.0))
+                if not counted.all():
+                    probabilities *= counted[:, None]
+                gradient[rows] = probabilities
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(num_correct)
+        return loss.float(), num_correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the logits."""
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad_loss), None  # in place: this is as large as the scores
+
+
+def dropout_factors(like: Tensor, p: float) -> Tensor:
+    """0 or 1 / (1 - p) for each number of `like`, in its type; numpy draws, torch gives the seed.
+
+    The share of zeros makes up for rounding the factor: 0.0986 instead of 0.1 in bf16."""
+    scale = torch.tensor(1 / (1 - p), dtype=like.dtype)
+    kind = DROPOUT_BITS[like.element_size()]
+    pattern = scale.view(getattr(torch, kind.__name__)).numpy()
+    random = np.random.Generator(np.random.SFC64(int(torch.randint(1 << 62, ()))))
+    words = random.integers(1 << 64, size=-(-like.numel() // 4), dtype=np.uint64)
+    bits = words.view(np.uint16)[: like.numel()]
+    factors = (bits < round(65536 / float(scale))).astype(kind) * pattern
+    return torch.from_numpy(factors).view(like.dtype).view(like.shape)

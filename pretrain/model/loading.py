@@ -1,0 +1,180 @@
+"""Models from scratch and from checkpoints, checked before anything large is made.
+
+A UserError says "VALUE: what is wrong; expected what"; callers add the option.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, BertConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from pretrain.config import MODEL_SIZES
+from pretrain.errors import UserError, refusing
+from pretrain.files import model_folder, read_json
+from pretrain.model.bert import BertForPreTraining
+from pretrain.model.packed import PackedModel
+from pretrain.model.roberta import CamembertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
+from pretrain.schema import FILE_NAME, Rule, integer, misfit, number, one_of, optional, values_of
+
+FAMILIES: dict[str, type[PackedModel]] = {
+    "bert": BertForPreTraining,
+    "roberta": RobertaForMaskedLM,
+    "xlm-roberta": XLMRobertaForMaskedLM,
+    "camembert": CamembertForMaskedLM,
+}  # by config.model_type. A name says nothing: chinese-roberta-wwm-ext is a BERT
+
+SHARE = optional(number(0, 1))
+NO_HUB_CODE = Rule(lambda value: "/" not in str(value), "a name without /: no code of the hub")
+MODEL_FORM = {  # of config.json: what decides sizes, or would fail deep in the library
+    "num_hidden_layers": optional(integer(1, 1024)),
+    "hidden_size": optional(integer(1, 1 << 16)),
+    "num_attention_heads": optional(integer(1, 1 << 12)),
+    "intermediate_size": optional(integer(1, 1 << 20)),
+    "vocab_size": optional(integer(1, 1 << 24)),
+    "type_vocab_size": optional(integer(1, 1 << 10)),
+    "max_position_embeddings": optional(integer(1, 1 << 20)),
+    "num_labels": optional(integer(0, 1 << 16)),
+    "pad_token_id": optional(integer(0, 1 << 24)),
+    "chunk_size_feed_forward": optional(integer(0, 0)),
+    "return_dict": optional(one_of(True)),
+    "hidden_dropout_prob": SHARE,
+    "attention_probs_dropout_prob": SHARE,
+    "classifier_dropout": SHARE,
+    "layer_norm_eps": SHARE,
+    "initializer_range": optional(number(0, 1e3)),
+    "per_layer_config": Rule(lambda value: value is None, "nothing"),
+    "attn_implementation": NO_HUB_CODE,
+    "_attn_implementation": NO_HUB_CODE,
+}
+INDEX_FORM = {"weight_map": values_of(FILE_NAME, "an object that names files of this folder")}
+FEW_WEIGHTS = 1 << 28  # that may be made before it shows that the files lack them
+BOOLS = {"true": True, "1": True, "false": False, "0": False}
+NOT_OVERRIDDEN = {"model_type", "transformers_version", "_name_or_path"}
+PARSERS = {int: int, float: float, str: str, bool: lambda text: BOOLS[text.lower()]}
+
+transformers.utils.logging.disable_progress_bar()  # its bar for every file breaks the run's own
+
+
+def from_size(
+    size: str, vocab_size: int, max_length: int, pad_id: int, overrides: Sequence[str] = ()
+) -> BertForPreTraining:
+    """A BERT from scratch of a size in MODEL_SIZES; UserError about `overrides`."""
+    layers, width = MODEL_SIZES[size]
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+        max_position_embeddings=max(512, max_length),
+        pad_token_id=pad_id,
+    )
+    override(config, overrides)
+    value = " ".join(overrides) or size
+    with refusing(f"{value}: makes no model", "expected fields that fit together"):
+        return BertForPreTraining(config)
+
+
+def from_checkpoint(
+    name: str, config: PreTrainedConfig | None = None
+) -> tuple[PackedModel, list[str]]:
+    """(model in float32, parts that start fresh) of a checkpoint, with or without heads. `config`
+    is that of `load_config`, where fields were overridden."""
+    config = config or load_config(name)
+    model, missing = load_weights(FAMILIES[config.model_type], name, config)
+    is_fresh = {prefix: any(key.startswith(prefix) for key in missing) for prefix in model.parts}
+    return model, [part for prefix, part in model.parts.items() if is_fresh[prefix]]
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The config of a checkpoint: the folder of a model or a run, or a hub name."""
+    path = Path(model_folder(name), "config.json")
+    problem, expected = "its config.json cannot be used", "the config of a model"
+    if path.is_file():  # checked before a number in it makes something large
+        read_json(path, MODEL_FORM, expected)
+    else:
+        problem = "cannot be found"
+        expected = f"a size ({', '.join(MODEL_SIZES)}), a folder or a hub name (offline: a folder)"
+    with refusing(f"{name}: {problem}", f"expected {expected}"):
+        config = AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False)
+    if config.model_type not in FAMILIES:
+        family = f"is of the family {config.model_type!r} (config.model_type)"
+        raise UserError(f"{name}: {family}; expected one of {', '.join(FAMILIES)}")
+    labels = sorted(config.id2label.items())  # a file may have them in any order
+    config.id2label = {number: str(label) for number, label in labels}
+    check_config(config, name)
+    return config
+
+
+def check_config(config: PreTrainedConfig, value: str) -> None:
+    """UserError about `value` if the fields of `config` make no model."""
+    problem = misfit(config.to_dict(), MODEL_FORM)
+    width, heads = config.hidden_size, config.num_attention_heads
+    activation = getattr(config, "hidden_act", "gelu")
+    if not problem and width % heads:
+        problem = f"hidden_size is {width}; expected a multiple of num_attention_heads, {heads}"
+    if not problem and activation not in ACT2FN:
+        problem = f"hidden_act is {activation}; expected one of {', '.join(ACT2FN)}"
+    if problem:
+        raise UserError(f"{value}: {problem}")
+
+
+def override(config: PreTrainedConfig, entries: Sequence[str]) -> None:
+    """Set fields of `config` from KEY=VALUE entries, in the types of BERT's defaults."""
+    kinds = {name: type(value) for name, value in BertConfig().to_dict().items()}
+    known = {name for name, kind in kinds.items() if kind in PARSERS} - NOT_OVERRIDDEN
+    for entry in entries:
+        name, _, text = entry.partition("=")
+        if name not in known:
+            raise UserError(f"{entry}: unknown field; expected one of {', '.join(sorted(known))}")
+        kind = kinds[name]
+        try:
+            setattr(config, name, PARSERS[kind](text))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{entry}: expected a value of type {kind.__name__}") from error
+    if entries:
+        check_config(config, " ".join(entries))
+
+
+def load_weights(
+    family: type[PackedModel], name: str, config: PreTrainedConfig
+) -> tuple[PackedModel, list[str]]:
+    """(model of a class in float32, weights that the checkpoint lacks, none of the encoder)."""
+    transformers.utils.logging.set_verbosity_error()  # no table of missing weights
+    check_files(name, config)
+    expected = "expected a whole checkpoint, in safetensors or without code in it"
+    with refusing(f"{name}: its weights cannot be read", expected):
+        model, info = family.from_pretrained(
+            model_folder(name),
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=family.head_may_differ,
+        )
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    of_encoder = re.compile(rf"{family.base_model_prefix}\.(?!pooler\.)")
+    encoder = [key for key in missing if of_encoder.match(key)]
+    if encoder:
+        lacks = f"lacks {len(encoder)} weights of the encoder, {encoder[0]} first"
+        raise UserError(f"{name}: {lacks}; expected a {config.model_type} checkpoint")
+    return model, missing
+
+
+def check_files(name: str, config: PreTrainedConfig) -> None:
+    """UserError if the weights of a folder are in other folders, or fewer than `config` says."""
+    folder, width = Path(model_folder(name)), config.hidden_size
+    for index in folder.glob("*.index.json"):
+        read_json(index, INDEX_FORM, "an index of weights")
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    num_bytes = sum(path.stat().st_size for path in files)
+    layer = 4 * width + 2 * config.intermediate_size
+    rows = config.vocab_size + config.max_position_embeddings + config.num_hidden_layers * layer
+    if num_bytes and width * rows > max(num_bytes, FEW_WEIGHTS):
+        problem = f"has {num_bytes:,} bytes for the {width * rows:,} weights of its config"
+        raise UserError(f"{name}: {problem}; expected a whole checkpoint and its own config")

@@ -1,0 +1,24 @@
+"""Summed cross-entropy and the number of right answers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.batch import IGNORED, Loss
+from pretrain.model.cpu_kernels import RowwiseCrossEntropy, are_rows_faster
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, weight: float = 1.0, class_weights: Tensor | None = None
+) -> Loss:
+    """logits [M, classes], labels int64 [M], some IGNORED -> the sum in float32, or in float64 if
+    the logits are. `weight` is that of the term in the training loss."""
+    if class_weights is None and are_rows_faster(logits):
+        loss, num_correct = RowwiseCrossEntropy.apply(logits, labels)
+    else:
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(scores, labels, class_weights, ignore_index=IGNORED, reduction="sum")
+        num_correct = (logits.detach().argmax(-1) == labels).sum()
+    return Loss(loss, num_correct, weight)

@@ -1,0 +1,194 @@
+"""The numbers of a run that follow from its options, its text and the machine.
+
+Micro-batches, steps, phases, intervals: decided once, printed before training, saved with the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from pretrain.batch import IGNORED
+from pretrain.config import (
+    OBJECTIVES,
+    Config,
+    least_micro_batch_size,
+    length_option,
+    phase_lengths,
+)
+from pretrain.data.loader import PretrainingDataset
+from pretrain.data.pairs import Task
+from pretrain.errors import UserError
+from pretrain.runtime.distributed import World
+
+MIN_TRUE_SHARE = 0.1  # of the planned pairs
+CPU_SEQUENCES, GPU_TOKENS = 32, 1 << 15  # of a micro-batch, by default
+COUNTED_SHARDS = 4  # planned at the start to count an epoch; extrapolated to the others
+
+
+def make_tasks(config: Config, micro_batch_size: int) -> list[Task]:
+    """The task of each phase, planned for the highest mask rate."""
+    lengths = [length for length, _ in phase_lengths(config)]
+    pairs = OBJECTIVES[config.objective]
+    rate = max(config.mask_rate)
+    return [
+        Task(pairs, length, micro_batch_size, rate, config.seed, lengths[0]) for length in lengths
+    ]
+
+
+def default_micro_batch_size(config: Config, device: torch.device, world: World) -> int:
+    """The largest size that divides a step evenly, up to what keeps the device busy.
+
+    UserError if the processes cannot share a step; a message if there is no good divisor."""
+    batch = config.batch_size
+    if batch % world.size:
+        raise UserError(
+            f"--batch-size {batch}: {world.size} processes cannot share it evenly; "
+            f"expected a multiple of {world.size}"
+        )
+    length, least = phase_lengths(config)[0][0], least_micro_batch_size(config)
+    enough = max(least, GPU_TOKENS // length if device.type == "cuda" else CPU_SEQUENCES)
+    found = _largest_divisor(batch // world.size, least, enough) or least
+    if 2 * found < min(enough, batch // world.size):
+        print(
+            f"--batch-size {batch}: is divisible by micro-batches of {found} only, which is slow; "
+            f"a multiple of {enough * world.size} would be faster"
+        )
+    return found
+
+
+def smaller_micro_batch_size(config: Config, size: int, device: torch.device, world: World) -> int:
+    """The next size to try when `size` is too large for the device; UserError if there is none."""
+    found = _largest_divisor(
+        config.batch_size // world.size, least_micro_batch_size(config), size // 2
+    )
+    too_large = f"--micro-batch-size {size}: is too large for the memory of {device}"
+    if not found or config.shard:
+        way = "a smaller one" if found else f"shorter sequences ({length_option(config)})"
+        raise UserError(
+            f"{too_large}; use a larger device, --gradient-checkpointing, or in a new run {way}"
+        )
+    print(f"{too_large}; this run uses {found}")
+    return found
+
+
+def _largest_divisor(number: int, low: int, high: int) -> int:
+    return max((size for size in range(low, high + 1) if number % size == 0), default=0)
+
+
+def check_processes(config: Config, micro_batch_size: int, world: World) -> None:
+    """UserError if the micro-batches of a step cannot be shared evenly."""
+    micro_batches = config.batch_size // micro_batch_size
+    if micro_batches % world.size:
+        fits = [count for count in range(1, micro_batches + 1) if micro_batches % count == 0]
+        raise UserError(
+            f"{world.size} processes: a step of --batch-size {config.batch_size} has "
+            f"{micro_batches} micro-batches of --micro-batch-size {micro_batch_size}; "
+            f"expected a number of processes that divides them: {', '.join(map(str, fits))}"
+        )
+
+
+def count_epoch(datasets: list[PretrainingDataset], config: Config) -> int:
+    """Optimizer steps of an epoch at the first length, from the plans of the first shards.
+
+    UserError if the text cannot serve the task of a phase."""
+    return [_count_epoch(dataset, config) for dataset in datasets][0]
+
+
+def _count_epoch(dataset: PretrainingDataset, config: Config) -> int:
+    task, corpus = dataset.task, dataset.source
+    num_counted = min(COUNTED_SHARDS, corpus.num_shards)
+    plans = [dataset.plan(0, place) for place in range(num_counted)]
+    share = num_counted / corpus.num_shards
+    at_length = f" at {task.max_length} tokens" if config.phases else ""
+    if task.pairs:
+        check_pairs(np.concatenate([plan.label for plan in plans]), config, at_length)
+        shards = [corpus.shard(dataset.shard_at(0, place)) for place in range(num_counted)]
+        sizes = np.concatenate([np.diff(shard.sentences) for shard in shards])
+        num_long = int((sizes > task.max_tokens).sum())
+        if num_long:
+            print(
+                f"{round(num_long / share):,} sentences are longer than {task.max_tokens} tokens: "
+                "they are cut into pieces of half of that"
+            )
+    num_tokens = sum(int(plan.lengths.sum()) for plan in plans)
+    step_tokens = config.batch_size * task.counted_length
+    if num_tokens < step_tokens and share == 1:
+        largest = num_tokens // task.counted_length
+        way = f"more text, or {length_option(config)} below {num_tokens} tokens"
+        if largest:
+            way = f"at most --batch-size {largest} --micro-batch-size {largest}, or more text"
+        raise UserError(
+            f"--batch-size {config.batch_size}: a step is {step_tokens:,} tokens, the text has "
+            f"{num_tokens:,}{at_length}; expected {way}"
+        )
+    micro_batches = sum(plan.num_micro_batches for plan in plans) / share
+    return max(1, round(micro_batches * task.micro_batch_size / config.batch_size))
+
+
+def check_pairs(labels: np.ndarray, config: Config, at_length: str = "") -> None:
+    """Print the shares of the planned pairs; UserError if too few are true.
+
+    `labels` int64 [pairs]: 0 is next, 1 is random or swapped, IGNORED: no pair."""
+    true, false, none = (float((labels == label).mean()) for label in (0, 1, IGNORED))
+    print(
+        f"{config.objective}{at_length}: {true:.1%} of the pairs are true, {false:.1%} are "
+        f"{OBJECTIVES[config.objective]}, {none:.1%} are sequences without a pair"
+    )
+    if true < MIN_TRUE_SHARE:
+        raise UserError(
+            f"--objective {config.objective}: only {true:.1%} of the planned pairs{at_length} "
+            f"would be true; expected at least {MIN_TRUE_SHARE:.0%}: the documents have too few "
+            "sentences. Use --objective mlm, or another --format (sentences: a sentence a line, "
+            "a blank line between documents)"
+        )
+
+
+def drop_old_end(config: Config, saved: dict) -> Config:
+    """The options of a resumed run: --epochs, if that alone is new, replaces its --max-steps."""
+    if not saved or config.epochs == saved["options"]["epochs"]:
+        return config
+    is_old = config.max_steps == saved["options"]["max_steps"]
+    return replace(config, max_steps=0) if is_old else config
+
+
+def count_steps(config: Config, saved: dict, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run. A resumed run keeps those saved unless its options changed."""
+    names = ("max_steps", "epochs")
+    if saved and all(getattr(config, name) == saved["options"][name] for name in names):
+        return saved["total_steps"]
+    total = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
+    if saved:
+        print(
+            f"the run now ends at step {total}, not {saved['total_steps']}: the schedules of "
+            f"learning rate and masks{', and the phases,' if config.phases else ''} change"
+        )
+    return total
+
+
+def steps_between(every: str, steps_per_epoch: int, auto: int) -> int:
+    """Steps between evaluations or checkpoints: N, "epoch", or "auto"."""
+    named = {"epoch": steps_per_epoch, "auto": auto}
+    return named[every] if every in named else int(every)
+
+
+def mask_schedule(config: Config, total_steps: int) -> Callable[[int], float | None]:
+    """The mask rate of a step, counted from 0; None if there is one rate for all."""
+    first, last = config.mask_rate[0], config.mask_rate[-1]
+
+    def rate(step: int) -> float | None:
+        if first == last:
+            return None
+        return first + (last - first) * min(1.0, step / max(1, total_steps - 1))
+
+    return rate
+
+
+def count_workers(config: Config, device: torch.device) -> int:
+    """Processes that prepare batches: 0 on a CPU and 2 on a GPU by default."""
+    if config.workers is not None:
+        return config.workers
+    return 2 if device.type == "cuda" else 0

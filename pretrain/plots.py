@@ -1,0 +1,126 @@
+"""Plots made for reading: the title says what is shown, and curves differ in a gray print, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.data.tokenizer import is_unspaced
+from pretrain.errors import require
+
+# Okabe and Ito's palette, which is safe for the color-blind, from dark to light.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+MARKERS, LINES = ("o", "s", "^", "D", "v"), ("-", "--", "-.", ":", "-")
+CHINESE_FONTS = (
+    "Noto Sans CJK SC, Noto Sans CJK JP, Source Han Sans SC, WenQuanYi Zen Hei, "
+    "WenQuanYi Micro Hei, SimHei, Microsoft YaHei, PingFang SC, Arial Unicode MS"
+)
+MAX_NUMBERED, MAX_NAMED = 30, 60  # classes: a matrix of more has no numbers, not all names
+MAX_MARKED = 30  # points: a curve of more has no markers
+
+
+def chinese_fonts() -> list[str]:
+    """The installed fonts with Chinese characters."""
+    from matplotlib import font_manager
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return [name for name in CHINESE_FONTS.split(", ") if name in installed]
+
+
+def _figure(width: float, height: float, columns: int = 1):
+    """(figure, its axes), without a window; sizes in inches."""
+    require("matplotlib", "plots")
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["font.family"] = ["DejaVu Sans", *chinese_fonts()]
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _heat_maps(title: str, panels: dict[str, tuple], names: list[str], label: str):
+    """Figure with matrices side by side: by name, (shares within 0..1, text of each cell)."""
+    shown = names
+    if any(map(is_unspaced, "".join(names))) and not chinese_fonts():
+        print("no font with Chinese characters, such as Noto Sans CJK: plots number Chinese names")
+        shown = [str(n) if any(map(is_unspaced, name)) else name for n, name in enumerate(names, 1)]
+    is_wide = max(map(len, shown)) * len(shown) > 30
+    tilt = {"rotation": 45, "ha": "right"} if is_wide else {}
+    step = -(-len(shown) // MAX_NAMED)
+    ticks = range(0, len(shown), step)
+    side = 3.0 + 0.55 * min(len(shown), MAX_NUMBERED)
+    figure, axes = _figure(side * len(panels) + 1.2, side, len(panels))
+    figure.suptitle(title, fontsize=11)
+    for axis, (name, (shares, cells)) in zip(axes, panels.items()):
+        image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axis.set_title(name, fontsize=10)
+        axis.set_xticks(ticks, shown[::step], parse_math=False, **tilt)
+        axis.set_yticks(ticks, shown[::step], parse_math=False)
+        for (row, column), text in np.ndenumerate(cells if len(shown) <= MAX_NUMBERED else []):
+            color = "white" if shares[row, column] > 0.55 else "black"
+            size = 10 if len(shown) < 8 else 6
+            axis.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
+    figure.colorbar(image, ax=list(axes), label=label, shrink=0.8, format="{x:.0%}")
+    return figure
+
+
+def confusion(path: Path, title: str, matrices: dict[str, list[list[int]]], classes: list[str]):
+    """Confusion matrices side by side: share of each true class, and rows; returns the figure."""
+    panels = {}
+    for name, matrix in matrices.items():
+        counts = np.array(matrix)
+        shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+        panels[name] = shares, np.vectorize("{:.0%}\n{:,}".format)(shares, counts)
+    figure = _heat_maps(title, panels, classes, "share of the true class's rows")
+    figure.supxlabel("predicted class", fontsize=10)
+    figure.supylabel("true class", fontsize=10)
+    figure.savefig(path)
+    return figure
+
+
+def overlap(path: Path, names: list[str], shares: np.ndarray, num_words: int):
+    """Heat map of the words that texts share, float [texts, texts] in 0..1; returns the figure."""
+    title = f"Share of the {num_words:,} most frequent words\nthat two texts have in common"
+    panels = {"without stop words": (shares, np.vectorize("{:.0%}".format)(shares))}
+    figure = _heat_maps(title, panels, names, "shared words")
+    figure.savefig(path)
+    return figure
+
+
+def curves(
+    path: Path,
+    title: str,
+    labels: tuple[str, str],
+    series: dict[str, tuple],
+    levels: dict[str, float],
+    logarithmic: str = "",
+):
+    """Curves, each (x, y, deviation of y or None), and horizontal lines; returns the figure.
+
+    `labels` are those of the axes; `logarithmic` is "x" or "y"."""
+    figure, (axis,) = _figure(7, 4.4)
+    axis.set_prop_cycle(color=COLORS, marker=MARKERS, linestyle=LINES)
+    for number, (name, (x, y, deviation)) in enumerate(series.items()):
+        plain = {"marker": ""} if len(x) > MAX_MARKED else {}
+        if deviation is not None:  # error bars at the same x would hide one another
+            x = np.array(x) * (1 + 0.015 * number)
+        axis.errorbar(x, y, deviation, label=name, capsize=3, **plain)
+    for name, level in levels.items():
+        axis.axhline(level, color="0.4", marker="", linestyle=(0, (1, 1)), label=name)
+    if logarithmic:
+        from matplotlib.ticker import FuncFormatter, LogLocator
+
+        getattr(axis, f"set_{logarithmic}scale")("log")
+        plain = FuncFormatter(lambda value, _: f"{value:,.10g}")  # no powers of ten
+        ruler, minor = getattr(axis, f"{logarithmic}axis"), LogLocator(subs=(2, 5))
+        ruler.set(major_formatter=plain, minor_formatter=plain, minor_locator=minor)
+    if logarithmic == "x":
+        axis.set_xticks(sorted({place for x, _, _ in series.values() for place in x}))
+        axis.set_xticks([], minor=True)
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    axis.set_title(title, fontsize=11)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path)
+    return figure

@@ -1,0 +1,213 @@
+"""State that fits any number of processes: weights, optimizer state, random states.
+
+A sharded model (FSDP2) has a part of every weight on each process. What is saved is whole, by
+parameter name, and is cut again on load. All processes call these functions together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Set
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.errors import UserError, refusing
+from pretrain.runtime.distributed import World, gather
+from pretrain.schema import Rule, misfit, values_of
+
+OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
+FORM = {"weights": values_of(OBJECT, "an object for each weight"), "groups": [[{}]]}
+
+
+def place(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
+    """`model` on `device`; with `shard`, cut over the processes layer by layer (FSDP2)."""
+    if not shard or not dist.is_initialized():
+        return model.to(device)
+    from torch.distributed.device_mesh import init_device_mesh  # takes a second
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.base_model.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "encode")  # sample predictions call it beside forward
+    return model
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether `tensor` is sharded (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process has only a part of the weights."""
+    return any(is_part(weight) for weight in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor`, put together from the parts of all processes if it is sharded."""
+    return tensor.full_tensor() if is_part(tensor) else tensor
+
+
+def part_like(weight: Tensor, tensor: Tensor) -> Tensor:
+    """The whole `tensor`, cut as `weight` is if that is sharded."""
+    if not is_part(weight):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = weight.device_mesh, weight.placements
+    return distribute_tensor(tensor.to(weight.device), mesh, placements, src_data_rank=None)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of `model`. That of a sharded one is whole on the main process, else empty."""
+    weights = model.state_dict()
+    if not is_sharded(model):
+        return weights
+    weights = {name: _on_main(weight) for name, weight in weights.items()}
+    if dist.get_rank() != 0:
+        return {}
+    tied = model.all_tied_weights_keys.items()  # one tensor again, not two
+    return weights | {name: weights[same] for name, same in tied}
+
+
+def _on_main(tensor: Tensor) -> Tensor | None:
+    together = whole(tensor)
+    return together.cpu() if dist.get_rank() == 0 else None
+
+
+def map_tensors(change: Callable[[Tensor, str], object], value: object, name: str) -> object:
+    """`value` with `change(tensor, its name)` in place of each tensor in it, at any depth."""
+    if isinstance(value, Tensor):
+        return change(value, name)
+    if isinstance(value, dict):
+        return {key: map_tensors(change, part, f"{name} {key}") for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [map_tensors(change, part, f"{name} {i}") for i, part in enumerate(value)]
+        return type(value)(parts)
+    return value
+
+
+class OptimizerState:
+    """State of a model's optimizers, of any kind and number, by parameter name.
+
+    Each weight belongs to at most one optimizer. One without state, being frozen so far, has an
+    empty entry. Make this before the first forward pass, while sharded weights are in place."""
+
+    def __init__(self, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]):
+        self.optimizers = list(optimizers)
+        self._names = {weight: name for name, weight in model.named_parameters()}
+
+    def _owned(self) -> dict[str, tuple[Tensor, torch.optim.Optimizer, dict]]:
+        """By name: a weight, its optimizer, and the group it is in."""
+        owned = {}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    name = self._names[weight]
+                    assert name not in owned, f"{name} belongs to two optimizers"
+                    owned[name] = (weight, optimizer, group)
+        return owned
+
+    def state_dict(self) -> dict:
+        """{"weights": {parameter name: its state}, "groups": [[values of a group] by optimizer]}.
+
+        UserError for state that belongs to no weight, or cannot be sharded as its weight is."""
+        weights, groups = {}, []
+        for optimizer in self.optimizers:
+            groups.append([_without_params(group) for group in optimizer.param_groups])
+            for key in optimizer.state.keys() - self._names.keys():
+                raise UserError(f"optimizer state {key}: belongs to no weight; it cannot be saved")
+        for name, (weight, optimizer, _) in self._owned().items():
+            state = dict(optimizer.state.get(weight, {}))
+            weights[name] = map_tensors(functools.partial(_saved, weight), state, name)
+        return {"weights": weights, "groups": groups}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The counterpart of `state_dict`; UserError if `state` does not fit the model."""
+        owned = self._owned()
+        problem = misfit(state, FORM) or self._misfit(state, owned.keys())
+        if problem:
+            raise UserError(f"the optimizer state does not fit the model: {problem}")
+        for optimizer, saved_groups in zip(self.optimizers, state["groups"]):
+            for group, saved in zip(optimizer.param_groups, saved_groups):
+                group.update(_without_params(saved))
+        for name, (weight, optimizer, group) in owned.items():
+            is_on_device = group.get("fused") or group.get("capturable")
+            for key, value in state["weights"][name].items():
+                # As in torch: the step count is on the CPU unless the optimizer is fused.
+                device = "cpu" if key == "step" and not is_on_device else weight.device
+                load = functools.partial(_loaded, weight, optimizer, device)
+                optimizer.state[weight][key] = map_tensors(load, value, f"{name} {key}")
+
+    def _misfit(self, state: dict, names: Set[str]) -> str | None:
+        strange = state["weights"].keys() ^ names
+        if strange:
+            return f"only one of the two has {min(map(str, strange))}"
+        counts = [len(optimizer.param_groups) for optimizer in self.optimizers]
+        saved = [len(groups) for groups in state["groups"]]
+        return None if counts == saved else f"it has groups {saved}; expected {counts}"
+
+
+def _without_params(group: dict) -> dict:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _saved(weight: Tensor, tensor: Tensor, name: str) -> Tensor | None:
+    if not is_part(weight):
+        return tensor
+    if tensor.ndim and not (is_part(tensor) and tensor.shape == weight.shape):
+        raise _not_shardable(name)
+    return _on_main(tensor)
+
+
+def _loaded(
+    weight: Tensor,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    tensor: Tensor,
+    name: str,
+) -> Tensor:
+    # Fused kernels do not check shapes: another one would corrupt memory.
+    is_trusted = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if is_trusted and tensor.ndim and tensor.shape != weight.shape:
+        raise UserError(f"optimizer state {name}: does not have the shape of its weight")
+    if not is_part(weight) or not tensor.ndim:
+        return tensor.to(device, copy=True)  # not a view of the mapped file
+    if tensor.shape != weight.shape:
+        raise _not_shardable(name)
+    return part_like(weight, tensor)
+
+
+def _not_shardable(name: str) -> UserError:
+    expected = "expected a scalar or the shape of its weight; use another optimizer"
+    return UserError(f"optimizer state {name}: cannot be sharded; {expected}")
+
+
+class RandomState:
+    """The random streams that dropout draws from, of all processes."""
+
+    def __init__(self, device: torch.device, world: World):
+        self._device, self._world = device, world
+
+    def state_dict(self) -> dict[str, list[dict[str, Tensor]]]:
+        """The states by rank."""
+        states = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self._device)
+        return {"processes": gather(states)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore this process's state. With another number of processes, draw a new seed from that
+        of the first process."""
+        with refusing("the random states do not fit", "expected those of a checkpoint"):
+            processes, rank = state["processes"], self._world.rank
+            is_same = len(processes) == self._world.size
+            states = processes[rank if is_same else 0]
+            torch.set_rng_state(states["cpu"])
+            if not is_same:
+                torch.manual_seed(int(torch.randint(1 << 62, ())) + rank)
+            elif self._device.type == "cuda" and "cuda" in states:
+                torch.cuda.set_rng_state(states["cuda"], self._device)

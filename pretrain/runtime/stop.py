@@ -1,0 +1,64 @@
+"""What ends a run early, a signal or the time limit: the step is finished and saved first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+import types
+
+from pretrain.runtime.distributed import any_rank, max_over_ranks
+from pretrain.signals import STOP_SIGNALS
+
+
+class StopFlag:
+    """Notes SIGTERM, SIGINT and SIGUSR1 inside a `with`; a second SIGINT kills the process.
+
+    `max_minutes` (0: no limit) counts from here; `limit` is its name in `reason`."""
+
+    signal = 0  # the first that any process received; 0: none
+
+    def __init__(self, max_minutes: float = 0.0, limit: str = "the time limit"):
+        self._seconds, self._limit, self._begin = max_minutes * 60, limit, time.monotonic()
+        self._num_calls, self._is_out_of_time = 0, False
+
+    def __enter__(self) -> StopFlag:
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = STOP_SIGNALS if is_main_thread else ()  # other threads cannot take signals
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: types.FrameType | None) -> None:
+        self.signal = self.signal or number
+        message = f"\n{signal.Signals(number).name}: stopping after this step, which is saved"
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            message += "; press Ctrl-C again to stop at once"
+        with contextlib.suppress(OSError):  # the reader may be gone. Not print, which may be busy
+            os.write(2, f"{message}\n".encode())
+
+    def signaled(self) -> int:
+        """The signal that any process received, or 0. All processes call this together."""
+        self.signal = max_over_ranks(self.signal)
+        return self.signal
+
+    def agreed(self) -> bool:
+        """Whether all processes stop now. The loop calls this before each step; the first call
+        ignores the time limit, so that a run restarted again and again makes progress."""
+        self._num_calls += 1
+        if not self.signaled() and self._seconds and self._num_calls > 1:
+            self._is_out_of_time = any_rank(time.monotonic() - self._begin >= self._seconds)
+        return bool(self.reason)
+
+    @property
+    def reason(self) -> str:
+        """The name of the signal or of the time limit; empty if the run continues."""
+        if self.signal:
+            return signal.Signals(self.signal).name
+        return self._limit if self._is_out_of_time else ""

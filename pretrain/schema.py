@@ -1,0 +1,149 @@
+"""The one check of what comes from outside: options, training states, manifests, configs.
+
+A form says what a value must be: a `Rule`, {key: form} for an object (a missing key counts as
+None), or [form] for an array whose items all have that form.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field
+from itertools import starmap
+
+Form = "Rule | dict[str, Form] | list[Form]"
+SHOWN_CHARACTERS = 60  # of a value in a message
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one value must be; `expected` completes the sentence "expected ..."."""
+
+    holds: Callable[[object], bool]
+    expected: str
+    choices: tuple = ()  # all values that fit, if they are few
+    metavar: str = ""  # what --help calls the value
+
+
+def optional(rule: Rule) -> Rule:
+    """`rule`, or None."""
+    return Rule(lambda value: value is None or rule.holds(value), rule.expected)
+
+
+def each(rule: Rule) -> Rule:
+    """A sequence of any length, all of whose items fit `rule`."""
+    return Rule(lambda values: all(map(rule.holds, values)), rule.expected, metavar=rule.metavar)
+
+
+def integer(low: int = 0, high: int = 2**53) -> Rule:
+    """A whole number within low..high."""
+    expected = f"a whole number of at least {low}" if high == 2**53 else f"{low} to {high}"
+    return Rule(lambda value: type(value) is int and low <= value <= high, expected)
+
+
+def number(low: float = 0.0, high: float = math.inf, above: bool = False) -> Rule:
+    """A finite number within low..high; with `above`, `low` itself is excluded."""
+
+    def holds(value: object) -> bool:
+        # Not math.isfinite, which raises an error for an integer beyond the floats.
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            return False
+        return (value > low if above else value >= low) and value <= high
+
+    least = f"above {low:g}" if above else f"of at least {low:g}"
+    most = "" if high == math.inf else f" and at most {high:g}"
+    return Rule(holds, f"a number {least}{most}")
+
+
+def one_of(*values: object) -> Rule:
+    """One of `values`."""
+    return Rule(lambda value: value in values, f"one of {', '.join(map(str, values))}", values)
+
+
+def pattern(regex: str, expected: str, metavar: str = "") -> Rule:
+    """Text that `regex` matches as a whole."""
+
+    def holds(value: object) -> bool:
+        return type(value) is str and re.fullmatch(regex, value, re.DOTALL) is not None
+
+    return Rule(holds, expected, metavar=metavar)
+
+
+TEXT = Rule(lambda value: type(value) is str, "text")
+FLAG = Rule(lambda value: type(value) is bool, "true or false")
+FLOAT = Rule(lambda value: type(value) is float, "a floating-point number")
+FILE_NAME = pattern(r"(?a:\w[\w.-]{0,99})", "a plain file name")
+
+
+def values_of(rule: Rule, expected: str) -> Rule:
+    """An object with any keys, all of whose values fit `rule`."""
+    return Rule(
+        lambda value: type(value) is dict and all(map(rule.holds, value.values())), expected
+    )
+
+
+def misfit(value: object, form: Form, place: str = "") -> str | None:
+    """Where `value` departs from `form`, and what was expected there; None if it fits."""
+    if isinstance(form, Rule):
+        if form.holds(value):
+            return None
+        shown = "missing" if value is None else str(value)[:SHOWN_CHARACTERS]
+        shown = shown if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+        return f"{place} is {shown}; expected {form.expected}"
+    kind = type(form)
+    if not isinstance(value, kind):
+        expected = "an array" if kind is list else "an object"
+        return f"{place or 'the content'} is {type(value).__name__}; expected {expected}"
+    if kind is list:
+        parts = [(item, form[0], f"{place}[{index}]") for index, item in enumerate(value)]
+    else:
+        parts = [
+            (value.get(key), inner, f"{place}.{key}".lstrip(".")) for key, inner in form.items()
+        ]
+    return next(filter(None, starmap(misfit, parts)), None)
+
+
+def option(
+    default: object,
+    text: str,
+    form: Rule | None = None,
+    *,
+    may_change: bool = False,
+    required: bool = False,
+    excludes: str = "",
+    aliases: tuple[str, ...] = (),
+    **argparse_arguments: object,
+) -> Field:
+    """A dataclass field that is also a command-line option; `text` is its help.
+
+    `form`: what a value other than the default must be. `may_change`: also when a run is resumed.
+    `required`: the command cannot do without it. `excludes`: an option that cannot be combined with
+    it. `aliases`: former names, hidden. The rest goes to argparse; `positional` means no flag."""
+    if form and form.choices:
+        argparse_arguments["choices"] = form.choices
+    if form and form.metavar:
+        argparse_arguments["metavar"] = form.metavar
+    if isinstance(default, tuple):
+        argparse_arguments.setdefault("nargs", "+")
+    metadata = {
+        "help": text,
+        "form": form,
+        "may_change": may_change,
+        "required": required,
+        "excludes": excludes,
+        "aliases": aliases,
+        "argparse": argparse_arguments,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def changeable(default: object, text: str, form: Rule | None = None, **more: object) -> Field:
+    """An `option` that may change when a run is resumed."""
+    return option(default, text, form, may_change=True, **more)
+
+
+def flag(name: str) -> str:
+    """How a field is spelled on the command line."""
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,105 @@
+"""One layer's attention on a GPU over a packed micro-batch: which kernel is the fastest?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from pretrain.errors import first_line
+from pretrain.model.attention import KERNELS, packed_varlen
+
+HEADS, WIDTH = 12, 64  # of BERT-base
+TOKENS, MAX_LENGTHS = 1 << 15, (128, 512)
+SLOTS = 2  # sequences, with dummies, that a filled micro-batch has for each one of full length
+SHORT_SHARE = 0.1  # of the sequences aim at a shorter length, as in a run
+TIMED_SECONDS = 0.2
+
+
+def measure_attention(bench, found: dict) -> None:
+    """Milliseconds, forward and with backward, and peak memory of each kernel at each length; the
+    error of one that fails."""
+    found.update(failed={}, tokens=TOKENS, rows=[])
+    if bench.device_type == "cpu":
+        found["needs"] = "a GPU: there is no variable-length kernel elsewhere"
+        return
+    found.update(torch=torch.__version__, cudnn=torch.backends.cudnn.version())
+    for max_length in MAX_LENGTHS:
+        for kernel, layout, attend, inputs in variants(max_length):
+            row = {"max_length": max_length, "kernel": kernel, "layout": layout}
+            try:
+                row |= measure(attend, inputs)
+            except Exception as error:  # a backend may refuse; compilers raise their own kinds
+                row["error"] = first_line(error)
+            found["rows"].append(row)
+            bench.save()
+
+
+def variants(max_length: int) -> Iterator[tuple[str, str, Callable[..., Tensor], list[Tensor]]]:
+    """(kernel, layout, function, its inputs): packed, as our layers call it, then padded."""
+    real = draw_lengths(max_length)
+    # As a micro-batch is filled: dummies cover the tail, empty ones follow.
+    full, rest = divmod(TOKENS - sum(real), max_length)
+    filled = [*real, *[max_length] * full, rest]
+    filled += [0] * (SLOTS * TOKENS // max_length - len(filled))
+    layouts = {"real sequences alone": real, "filled, as in a run": filled}
+    for kernel in KERNELS:
+        for layout, lengths in layouts.items():
+            ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+            settings = {"cu_seqlens": ends, "max_length": max_length, "kernel": kernel}
+            yield (
+                kernel,
+                layout,
+                partial(packed_varlen, **settings),
+                [draw(sum(lengths), 3, HEADS, WIDTH)],
+            )
+    is_real = torch.arange(max_length) < torch.tensor(real)[:, None]
+    masks = {"padded, without mask": None, "padded, with mask": is_real[:, None, None].cuda()}
+    for layout, mask in masks.items():
+        attend = partial(F.scaled_dot_product_attention, attn_mask=mask)
+        yield "sdpa", layout, attend, [draw(len(real), HEADS, max_length, WIDTH) for _ in range(3)]
+
+
+def draw_lengths(max_length: int) -> list[int]:
+    """Lengths of real sequences that fill a micro-batch, 0.85 of `max_length` in the mean."""
+    generator, lengths = np.random.default_rng(0), []
+    while True:
+        lowest = 5 if generator.random() < SHORT_SHARE else int(0.8 * max_length)
+        length = int(generator.integers(lowest, max_length + 1))
+        if sum(lengths) + length > TOKENS:
+            return lengths
+        lengths.append(length)
+
+
+def draw(*shape: int) -> Tensor:
+    """A bf16 leaf on the GPU."""
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+
+def measure(attend: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, float]:
+    """Median milliseconds, and peak memory of forward and backward beyond the inputs."""
+    with torch.no_grad():
+        grad = torch.randn_like(attend(*inputs))
+
+    def both() -> None:
+        torch.autograd.grad(attend(*inputs), inputs, grad)
+
+    both_ms = milliseconds(both)
+    with torch.no_grad():
+        forward_ms = milliseconds(lambda: attend(*inputs))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    peak = torch.cuda.max_memory_allocated() - before
+    return {"forward_ms": forward_ms, "forward_and_backward_ms": both_ms, "peak_mib": peak / 2**20}
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median of a few calls, after some that warm up."""
+    timer = Timer("call()", globals={"call": call})
+    return 1000 * timer.blocked_autorange(min_run_time=TIMED_SECONDS).median

@@ -1,0 +1,171 @@
+"""Measure the speeds of this machine beside their peers, both sides in one run.
+
+Only real tokens count, never padding. prepare: text to token ids, beside the tokenizer alone. data:
+plan, pairs, packing and masks. train: whole steps, beside transformers.Trainer on the same pairs.
+profile: what a step consists of. blocks: MLM alone, beside Trainer on blocks without padding.
+start: seconds to the first step, from nothing and from a checkpoint. largest: the largest
+micro-batch. numerics: the device beside fp32 on the CPU. Parts of the GPU check
+(scripts/gpu_check.sh): attention, variants, resume, fp16, use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from pretrain import config
+from pretrain.cli import read_command_line
+from pretrain.errors import UserError, check
+from pretrain.files import write_json
+from pretrain.schema import integer, number, option
+from scripts.benchmark.processes import Process, ProcessError
+from scripts.benchmark.report import add_ratios, print_report
+
+CHECKS = ("attention", "variants", "resume", "fp16", "use")
+SPEEDS = ("prepare", "data", "train", "profile", "blocks", "start", "largest", "numerics")
+MODULES = {  # of parts that are not in a module of their own
+    **dict.fromkeys(("resume", "fp16", "use"), "checks"),
+    **dict.fromkeys(("train", "profile", "blocks", "variants"), "steps"),
+    **dict.fromkeys(("largest", "numerics"), "limits"),
+    "prepare": "data",
+}
+QUICK = {"model": "mini", "max_length": 128, "batch_size": 16, "micro_batch_size": 16, "steps": 4}
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkOptions(
+    config.MachineOptions,
+    config.TaskOptions,
+    config.TextOptions,
+    config.TokenizerOptions,
+    config.ModelOptions,
+):
+    """Benchmark"""
+
+    model: str = option("mini", "size to train from scratch, or BERT checkpoint")
+    train: tuple[str, ...] = option(
+        (), "text or a prepared corpus, as in pretrain.py (default: embedded)", metavar="PATH"
+    )
+    workers: int | None = option(None, "processes that prepare batches, as in pretrain.py")
+    batch_size: int = option(64, "sequences of max-length in an optimizer step", integer(1))
+    micro_batch_size: int = option(32, "sequences that go through the device at once", integer(1))
+    steps: int = option(10, "timed steps of each side; on a GPU, in blocks of 8", integer(1))
+    parts: tuple[str, ...] = option(SPEEDS, "what to measure", choices=SPEEDS + CHECKS)
+    quick: bool = option(False, "all parts in two minutes on two cores: small sizes, few steps")
+    minutes: float = option(7.5, "time limit of the part variants", number(0, above=True))
+    json: str | None = option(None, "file for the report, after each part", metavar="FILE")
+
+
+class Bench:
+    """What a part gets: the options, the run that they describe, and a folder for its files."""
+
+    def __init__(self, options: BenchmarkOptions, processes: contextlib.ExitStack):
+        import torch
+
+        self.options, self.processes = options, processes
+        self.report = {"options": dataclasses.asdict(options), "machine": describe_machine()}
+        self.repeats = 3 if options.quick else 5
+        self.device_type = options.device.partition(":")[0]
+        if options.device == "auto":
+            self.device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        self.ours: Process | None = None  # our side, which the part train leaves to profile
+        if self.device_type == "cuda" and torch.cuda.device_count() > 1:
+            raise UserError(f"--device {options.device}: expected CUDA_VISIBLE_DEVICES=0, one GPU")
+
+    def measure(self, part: str) -> None:
+        """Let a part fill its place in the report. The files of a check stay until its next run."""
+        found = self.report[part] = {"failed": {part: "did not finish"} if part in CHECKS else {}}
+        self.save()
+        self.folder = Path(self.options.cache).absolute() / "benchmark" / part
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        module = importlib.import_module(f"scripts.benchmark.{MODULES.get(part, part)}")
+        try:
+            getattr(module, f"measure_{part}")(self, found)
+        except ProcessError as error:
+            found["failed"] = {"ours": str(error)}
+        if part not in CHECKS:
+            shutil.rmtree(self.folder)
+        self.save()
+
+    def save(self) -> None:
+        """Write the report to --json, with ratios."""
+        add_ratios(self.report)
+        if self.options.json:
+            write_json(Path(self.options.json), self.report)
+
+    def start(self, name: str, call, *values: object) -> Process:
+        """A process that ends with this command at the latest."""
+        return self.processes.enter_context(Process(self.folder / f"{name}.log", call, *values))
+
+    def run_options(self, **changed: object) -> dict:
+        """Options of pretrain.py, with some changed, for a run without validation."""
+        known = {entry.name for entry in dataclasses.fields(config.Config)}
+        values = dataclasses.asdict(self.options) | {"valid_fraction": 0.0} | changed
+        return {name: value for name, value in values.items() if name in known}
+
+    @functools.cached_property
+    def run(self):
+        """The run that the options describe."""
+        from pretrain.build import build
+
+        return build(config.Config(**self.run_options()))
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print a table, and JSON on the last line; 1 if a part of the GPU check failed.
+
+    Of the other parts, a side that fails is reported, and the other one is still measured."""
+    given = read_command_line(argv, BenchmarkOptions, __doc__)
+    options = given.with_defaults()
+    if options.quick:
+        options = given.with_defaults(QUICK)
+    problems = config.validate(options)
+    if options.phases:
+        problems.append("--phases: the benchmark measures one length; use --max-length")
+    check(problems)
+    if not options.train and set(options.parts) != {"attention"}:
+        from pretrain.demo import write_text
+
+        text = str(write_text(Path(options.cache)))
+        options = dataclasses.replace(options, train=(text,), format="sentences")
+    with contextlib.ExitStack() as processes:
+        bench = Bench(options, processes)
+        try:
+            for part in CHECKS + SPEEDS:
+                if part in options.parts:
+                    bench.measure(part)
+        finally:  # also what a part measured before it was interrupted
+            bench.save()
+            print_report(bench.report)
+            print(json.dumps(bench.report), flush=True)
+    return int(any(bench.report.get(part, {}).get("failed") for part in CHECKS))
+
+
+def describe_machine() -> dict:
+    """What the numbers are measured on. A load far above 0 means that others use the machine."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    units = [name for name in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(name)]
+    return {
+        "cpu": " ".join([*(names[:1] or [platform.machine()]), *units]),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES if importlib.util.find_spec(name)},
+    }

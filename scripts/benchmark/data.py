@@ -1,0 +1,119 @@
+"""Speeds of the data side, in real tokens: preparing text, and what comes from a corpus."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from statistics import median
+
+import torch
+
+from pretrain.data.collate import Collator
+from pretrain.data.loader import DataPosition, PretrainingDataset, TrainData
+from pretrain.data.prepare import prepare
+from pretrain.data.sources import check_files
+from pretrain.errors import UserError
+from pretrain.inputs import check_text
+
+GOAL = 8e6  # tokens/s of a core, so that few workers feed any GPU
+EATEN = 1e6  # tokens/s that BERT-base takes on an H200
+SAMPLE_CHARACTERS = 8 << 20  # of `prepare`: what a corpus costs once weighs little then
+EPOCH_SHARDS = 2  # of a larger corpus, so many shards are walked
+LOADER_SECONDS = 0.7  # of each measure; a worker's few batches in advance weigh little then
+
+
+def measure_prepare(bench, found: dict) -> None:
+    """Tokens/s of `prepare`, and of `encode_batch_fast` alone over the same sentences, in turns."""
+    text = check_text(bench.options.train, "--train", bench.options, bench.run.world)
+    if text.is_corpus:
+        raise UserError(f"{text.name}: a prepared corpus; omit prepare from --parts")
+    lines = sample_of(text.sentences())
+    sentences = [line for line in lines if line]
+    tokenizer, seconds = bench.run.tokenizer, {"ours": [], "peer": []}
+    sample = bench.folder / "sample.txt"
+    sample.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    sources = check_files([sample])
+    for number in range(bench.repeats + 1):
+        begin = time.perf_counter()
+        corpus = prepare(sources, "sentences", tokenizer, bench.folder / str(number))
+        middle = time.perf_counter()
+        encode = tokenizer.backend_tokenizer.encode_batch_fast
+        encodings = encode(sentences, add_special_tokens=False)
+        seconds["ours"].append(middle - begin)
+        seconds["peer"].append(time.perf_counter() - middle)
+    tokens = corpus.info["tokens"]
+    assert tokens == sum(len(encoding.ids) for encoding in encodings), "the sides differ"
+    found["tokens_per_second"] = {side: tokens / median(s[1:]) for side, s in seconds.items()}
+
+
+def sample_of(sentences: Iterator) -> list[str]:
+    """The first sentences, "" between documents; text that is too short is repeated."""
+    lines, num_characters = [], 0
+    for sentence in sentences:
+        lines.append(sentence[0] if sentence else "")
+        num_characters += len(lines[-1])
+        if num_characters >= SAMPLE_CHARACTERS:
+            return lines
+    return [*lines, ""] * max(1, SAMPLE_CHARACTERS // num_characters)
+
+
+def measure_data(bench, found: dict) -> None:
+    """Tokens/s of planning, packing and masking an epoch on one thread, by masking strategy, in
+    turns; and through the DataLoader, by number of workers.
+
+    Entities need text that has some, similar words a table (--similar)."""
+    phase, threads = bench.run.phases[0], torch.get_num_threads()
+    masking = phase.collator.masking
+    strategies = {
+        f"{name}_masks": replace(masking, masking=name, similar=None)
+        for name in ("token", "word", "span", "entity")
+    }
+    if not phase.dataset.source.info["entities"]:
+        del strategies["entity_masks"]
+    if masking.similar:
+        strategies["similar_masks"] = replace(masking, masking="word")
+    rates = {name: [] for name in strategies}
+    workers = {f"{n}_workers": n for n in sorted({0, 1, 2, bench.run.data.workers})}
+    loaded = {name: [] for name in workers}
+    torch.set_num_threads(1)  # numpy's work here is on one anyway
+    for epoch in range(bench.repeats + 1):  # each has other pairs: nothing is planned already
+        for name, strategy in strategies.items():
+            collator = replace(phase.collator, masking=strategy)
+            rates[name].append(collate_epoch(fresh(phase.dataset), collator, epoch))
+        for name, number in workers.items():
+            phases = [(fresh(phase.dataset), phase.collator)]
+            loaded[name].append(read_data(TrainData(phases, [0], 1, workers=number)))
+    torch.set_num_threads(threads)
+    for name, kept in rates.items():
+        found[name] = {"ours": median(kept[1:]), "goal": GOAL}
+        if name != "token_masks":
+            found[name]["peer"] = found["token_masks"]["ours"]
+    for name, kept in loaded.items():
+        found[name] = {"ours": median(kept[1:]), "goal": EATEN}
+
+
+def fresh(dataset: PretrainingDataset) -> PretrainingDataset:
+    """The same without plans."""
+    return PretrainingDataset(dataset.source, dataset.task)
+
+
+def collate_epoch(dataset: PretrainingDataset, collator: Collator, epoch: int) -> float:
+    """Tokens/s over the first shards of an epoch, from planning to batches."""
+    tokens, begin = 0, time.perf_counter()
+    for position in dataset.positions(DataPosition(epoch, 0, 0), end_epoch=epoch + 1):
+        if position.place == EPOCH_SHARDS:
+            break
+        tokens += collator(dataset[position]).num_tokens
+    return tokens / (time.perf_counter() - begin)
+
+
+def read_data(data: TrainData) -> float:
+    """Tokens/s that reach the loop; the clock starts at the first batch."""
+    next(data)
+    tokens, seconds, begin = 0, 0.0, time.perf_counter()
+    while seconds < LOADER_SECONDS:
+        tokens += sum(batch.num_tokens for batch in next(data))
+        seconds = time.perf_counter() - begin
+    data.load_state_dict(data.state_dict())  # ends its workers
+    return tokens / seconds

@@ -1,0 +1,69 @@
+"""The report of a benchmark as a table, and the summary of the GPU check."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+COLUMNS = ("ours", "peer", "ratio", "goal")
+
+
+def add_ratios(report: dict) -> None:
+    """Put beside each figure its ratio to the peer, or to the goal if there is no peer."""
+    for part in report.values():
+        for name, sides in part.items():
+            if name != "failed" and isinstance(sides, dict) and "ours" in sides:
+                limit = sides.get("peer", sides.get("goal"))
+                if limit:
+                    sides["ratio"] = sides["ours"] / limit
+
+
+def short(value: object) -> str:
+    """A number with few digits; anything else as it is."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def print_report(report: dict, brief: bool = False) -> None:
+    """Every part; if `brief`, without the machine, and without lists other than rows."""
+    for part, found in report.items():
+        if part != "options" and not (brief and part == "machine"):
+            print_part(part, found, brief)
+
+
+def print_part(part: str, found: dict, brief: bool) -> None:
+    """Figures of both sides, a line each; rows of lists; single values; what failed."""
+    values = []
+    for name, value in found.items():
+        label = name.replace("_", " ")
+        if isinstance(value, list):
+            for row in [] if brief and name != "rows" else value:
+                print("    " + ", ".join(f"{key} {short(cell)}" for key, cell in row.items()))
+        elif not isinstance(value, dict):
+            values.append(f"{label} {short(value)}")
+        elif name != "failed" and {"ours", "peer"} & value.keys():
+            cells = [f"{name} {short(value[name])}" for name in COLUMNS if name in value]
+            print(f"{f'{part}, {label}':32}" + "".join(f"{cell:20}" for cell in cells))
+    if values:
+        print(f"{part}: {', '.join(values)}")
+    for name, reason in found.get("failed", {}).items():
+        print(f"{part} FAILED, {name}: {reason}")
+
+
+def print_summary(folder: Path) -> None:
+    """What the parts of the GPU check left in `folder`; stdin has name, exit code and seconds."""
+    for line in sys.stdin:
+        name, code, seconds = line.split()
+        print(f"== {name}: exit code {code}, {seconds} s")
+        report, log = folder / f"{name}.json", folder / f"{name}.txt"
+        if report.is_file():
+            print_report(json.loads(report.read_text(encoding="utf-8")), brief=True)
+        else:
+            text = log.read_text(encoding="utf-8") if log.is_file() else "left no result"
+            print(text.rstrip().rpartition("\n")[2])
+
+
+if __name__ == "__main__":
+    print_summary(Path(sys.argv[1]))

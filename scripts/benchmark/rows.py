@@ -1,0 +1,63 @@
+"""What the peer trains on: the very pairs of a run, without masks, or blocks as run_mlm.py cuts.
+
+A row is lists of numbers, as a tokenized data set gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+
+from pretrain.data.collate import pack
+from pretrain.data.corpus import Corpus
+from pretrain.data.loader import DataPosition
+from pretrain.data.tokenizer import Vocabulary
+
+
+def make_row(ids: np.ndarray, token_types: np.ndarray, vocabulary: Vocabulary) -> dict:
+    """A sequence, as DataCollatorForLanguageModeling wants it."""
+    return {
+        "input_ids": ids.tolist(),
+        "token_type_ids": token_types.tolist(),
+        "special_tokens_mask": vocabulary.is_special[ids].tolist(),
+    }
+
+
+def same_examples(run, number: int) -> list[dict]:
+    """The first `number` examples of the run, in order."""
+    dataset, vocabulary, rows = run.phases[0].dataset, run.phases[0].collator.vocabulary, []
+    positions = dataset.positions(DataPosition(0, 0, 0))
+    while len(rows) < number:
+        examples = dataset[next(positions)]
+        packed = pack(examples, vocabulary)
+        ends = np.cumsum(packed.lengths)[:-1]
+        sequences = zip(np.split(packed.ids, ends), np.split(packed.token_type_ids, ends))
+        for (ids, token_types), label in zip(sequences, examples.plan.label.tolist()):
+            row = make_row(ids, token_types, vocabulary)
+            rows.append(row | ({"next_sentence_label": label} if dataset.task.pairs else {}))
+    return rows[:number]
+
+
+def blocks(run, number: int) -> list[dict]:
+    """Documents, each between [CLS] and [SEP], laid end to end and cut into `number` blocks of
+    max_length: nothing is padding."""
+    phase = run.phases[0]
+    width, vocabulary = phase.max_length, phase.collator.vocabulary
+    documents, parts, num_tokens = documents_of(phase.dataset.source), [], 0
+    while num_tokens < number * width:
+        parts += [[vocabulary.cls_id], next(documents), [vocabulary.sep_id]]
+        num_tokens += len(parts[-2]) + 2
+    ids = np.concatenate(parts)[: number * width].astype(np.int64)
+    token_types = np.zeros(width, np.int64)
+    return [make_row(block, token_types, vocabulary) for block in ids.reshape(number, width)]
+
+
+def documents_of(corpus: Corpus) -> Iterator[np.ndarray]:
+    """Token ids of each document of the corpus, again and again."""
+    for number in count():
+        index = number % corpus.num_shards
+        shard = corpus.shard(index)
+        for document in corpus.documents(index):
+            first, last = shard.sentences[shard.documents[[document, document + 1]]]
+            yield shard.ids[first:last]

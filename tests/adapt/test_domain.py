@@ -1,0 +1,376 @@
+"""Texts compared by their words.
+
+Counts equal a slow form, overlap equals set arithmetic, pieces equal those of transformers for each
+word by itself, and --add-tokens takes the candidates as they are.
+"""
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import refusal, script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.adapt import domain
+from pretrain.config import TextOptions
+from pretrain.data import tokenizer as tokenizers
+from pretrain.data.sources import read_lines
+from pretrain.errors import UserError
+from pretrain.inputs import check_text
+from pretrain.runtime.distributed import World
+
+rjieba = pytest.importorskip("rjieba")
+imread = pytest.importorskip("matplotlib.image").imread
+
+DOMAIN = script("domain").main
+ENGLISH = "The Bank's river, the bank-note; 2024 e\u0301tude étude x_y B2B 3rd ½ naïve.\n\n"
+ENGLISH += "BANK? bank! ÉTUDE ٣\n"
+CHINESE = "今天心情很好，我们去公园散步。\n他在北京大学学习人工智能，第5年GPT模型。\n\n"
+CHINESE += "今天天气不错，北京大学很大。\n"
+SEGMENTED = "今天 心情 很 好 ， 我们 去 公园 散步 。\n他 在 北京 大学 学习 ， 第 5 年 GPT 模型 。\n"
+
+
+@pytest.fixture
+def text_of(tmp_path, cache):
+    """The checked text of some content, as the command checks it."""
+
+    def make(content, **options):
+        path = tmp_path / "text.txt"
+        path.write_text(content, encoding="utf-8")
+        options = TextOptions(cache=str(cache), format="sentences", **options)
+        return check_text([str(path)], "--input text", options, World(), "word")
+
+    return make
+
+
+def is_word(text):
+    return all(unicodedata.category(character)[0] in "LNM" for character in text)
+
+
+def slow_count(content, words):
+    """One character after the other; `words` as --words says it."""
+    counts = Counter()
+    for line in unicodedata.normalize("NFC", content).split("\n"):
+        spaced = ""
+        for character in line:
+            is_alone = words == "tokenizer" and tokenizers.is_unspaced(character)
+            spaced += f" {character} " if is_alone else character if is_word(character) else " "
+        found = filter(is_word, rjieba.cut(line)) if words == "jieba" else spaced.split()
+        counts.update(word for word in found if not word.isnumeric())
+    return counts
+
+
+@pytest.mark.parametrize(
+    "content, words, chosen, some",
+    [
+        (ENGLISH, "auto", "tokenizer", {"étude": 2, "B2B": 1, "3rd": 1, "x": 1, "s": 1, "BANK": 1}),
+        (CHINESE, "auto", "jieba", {"北京大学": 2}),
+        (SEGMENTED, "auto", "spaces", {"北京": 1}),
+        (CHINESE, "tokenizer", "tokenizer", {"北": 2, "GPT": 1, "5": 0}),
+        (CHINESE, "spaces", "spaces", {"北京大学很大": 1}),
+        (SEGMENTED, "jieba", "jieba", {"北京": 1}),
+    ],
+)
+def test_word_counts_equal_a_slow_form(content, words, chosen, some, text_of):
+    text = text_of(content, words=words)
+    counts = domain.count_words(text)
+    assert text.markup.words == chosen and counts == slow_count(content, chosen)
+    assert {word: counts[word] for word in some} == some and not counts.keys() & {"2024", "½", "٣"}
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("สวัสดี", ["สวัสดี"]),
+        ("مُحَمَّد", ["مُحَمَّد"]),
+        (
+            "\u2764\ufe0f good",
+            ["good"],
+        ),  # an emoji is mostly a sign and a selector, which is a mark
+        ("\u0301 good", ["good"]),
+    ],
+)
+def test_marks_belong_to_their_word_and_alone_are_none(line, words, text_of):
+    assert domain.count_words(text_of(line + "\n")) == Counter(words)
+
+
+CHARACTERS = [*"aB1é_'- 北京語x²٣", "e\u0301", "x\u0301", "हि"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(CHARACTERS), max_size=30), st.sampled_from(["tokenizer", "spaces"]))
+def test_words_of_any_line_are_those_of_the_slow_form(characters, words):
+    line, markup = "".join(characters), SimpleNamespace(words=words)
+    text = SimpleNamespace(markup=markup, sentences=lambda: [(line, ()), None])
+    assert domain.count_words(text) == slow_count(line, words)
+
+
+def test_the_bound_on_distinct_words_keeps_the_frequent_ones(text_of, monkeypatch):
+    """Rare words come and go; those that are frequent throughout keep their counts to the end."""
+    rare = [f"{chr(97 + number % 26)}{chr(97 + number // 26)}rare" for number in range(300)]
+    text = text_of("".join(f"often always {word}\n" for word in rare))
+    everything, sizes = domain.count_words(text), []
+
+    class Watched(Counter):
+        def update(self, *words):
+            super().update(*words)
+            sizes.append(len(self))
+
+    monkeypatch.setattr(domain, "MAX_DISTINCT", 40)
+    monkeypatch.setattr(domain, "Counter", Watched)
+    bounded = domain.count_words(text)
+    assert len(everything) == 302 and len(bounded) <= 40 and max(sizes) <= 43
+    assert bounded["often"] == bounded["always"] == everything["often"] == 300
+    assert all(count <= everything[word] for word, count in bounded.items())
+
+
+# Stop words and the order of words.
+
+
+def test_stop_words_are_none_both_lists_or_those_of_a_file(tmp_path):
+    both = domain.stop_words("auto")
+    assert {"the", "and", "的", "我们", "没有"} <= both and not both & {"bank", "银行", ""}
+    (tmp_path / "stop.txt").write_text("Bank\n  river \n", encoding="utf-8")
+    assert domain.stop_words(str(tmp_path / "stop.txt")) == {"bank", "river"}
+    assert domain.stop_words("none") == set()
+
+
+def test_words_are_ranked_by_count_then_by_the_alphabet():
+    counts = {"Bank": 2, "bank": 3, "river": 5, "é": 5, "Apple": 5, "北": 5, "a": 9, "的": 7}
+    ranked = ["apple", "bank", "river", "é", "北"]
+    assert domain.frequent_words(Counter(counts), {"的"}) == ranked
+    assert domain.frequent_words(Counter(counts), set()) == ["的", *ranked]
+
+
+TEXT = st.lists(st.sampled_from("abcdefgh"), unique=True, min_size=1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(TEXT, min_size=1, max_size=4), st.integers(1, 9))
+def test_overlap_equals_set_arithmetic(texts, top):
+    shares, num_words = domain.overlap({str(n): words for n, words in enumerate(texts)}, top)
+    assert num_words == min(top, *map(len, texts))
+    expected = [
+        [len([word for word in one[:num_words] if word in other[:num_words]]) for other in texts]
+        for one in texts
+    ]
+    np.testing.assert_array_equal(shares, np.array(expected) / num_words)
+
+
+def test_a_text_without_words_has_no_overlap():
+    with pytest.raises(UserError, match="^empty: "):
+        domain.overlap({"full": ["bank"], "empty": []}, 10)
+
+
+# How a tokenizer breaks words.
+
+COUNTS = Counter({"bank": 50, "Banking": 9, "banking": 3, "riverization": 6, "RÉSUMÉ": 7, "Ω": 8})
+COUNTS |= {
+    "zebra": 4,
+    "the": 30,
+    "modelization": 20,
+    "quickly": 5,
+    "moneyermoney": 11,
+    "Ünlöwed": 5,
+}
+
+
+@pytest.mark.parametrize("kind", ["lower-casing", "cased", "byte-level"])
+def test_pieces_equal_those_of_each_word_by_itself(
+    kind, documents, tiny_tokenizer, roberta_tokenizer
+):
+    tokenizer = {"lower-casing": tiny_tokenizer, "byte-level": roberta_tokenizer}.get(kind)
+    if kind == "cased":
+        lines = [sentence.title() for document in documents for sentence in document]
+        tokenizer = tokenizers.train(lambda: iter(lines), 120, lowercase=False)
+    space = " " if kind == "byte-level" else ""
+
+    def pieces(word):
+        return tokenizer(space + word, add_special_tokens=False).input_ids
+
+    def is_unknown(word):
+        return tokenizer.unk_token_id in pieces(word)
+
+    shares, broken = domain.fragmentation(COUNTS, tokenizer, {"the"})
+    num_pieces = sum(count * len(pieces(word)) for word, count in COUNTS.items())
+    num_unknown = sum(count for word, count in COUNTS.items() if is_unknown(word))
+    assert shares["pieces_per_word"] == pytest.approx(num_pieces / COUNTS.total())
+    assert shares["unknown_share"] == pytest.approx(num_unknown / COUNTS.total())
+    assert (num_unknown > 0) == (kind != "byte-level") and num_pieces > COUNTS.total()
+
+    read = Counter()
+    for word, count in COUNTS.items():
+        letters = [
+            c for c in unicodedata.normalize("NFD", word.lower()) if not "\u0300" <= c < "\u0370"
+        ]
+        read["".join(letters) if kind == "lower-casing" else word] += count
+    expected = [
+        (word, count, len(pieces(word)))
+        for word, count in read.items()
+        if count >= 5 and word != "the" and (len(pieces(word)) > 1 or is_unknown(word))
+    ]
+    assert broken == sorted(expected, key=lambda entry: (-entry[1] * entry[2], entry[0]))
+    assert len(broken) >= 4
+
+
+@pytest.mark.parametrize(
+    "kind, counts",
+    [
+        ("roberta", {"ing": 9, "riverized": 9}),
+        ("roberta", {"Bank": 5, "ed": 7}),
+        ("xlm_roberta", {"Ｂanks": 9, "Banks": 9, "zebra": 9}),
+        ("whole words", {"北京": 9, "北海": 9}),
+    ],
+)
+def test_candidates_of_other_tokenizers_are_taken_too(kind, counts, request, tmp_path):
+    """Except a word whose letters are a piece inside of words, which breaks at the start of one.
+
+    Of two forms that a normalizer of SentencePiece makes one, there is one."""
+    if kind == "whole words":
+        entries = [*tokenizers.SPECIAL_TOKENS, "北", "京", "北京"]
+        vocabulary = {word: number for number, word in enumerate(entries)}
+        tokenizer = tokenizers.from_vocabulary(vocabulary, True)
+    else:
+        request.getfixturevalue(f"{kind}_tokenizer").save_pretrained(tmp_path)
+        tokenizer = tokenizers.load(str(tmp_path))
+    _, broken = domain.fragmentation(Counter(counts), tokenizer, set())
+    words = [word for word, _, _ in broken]
+    assert words and len(tokenizers.add_tokens(tokenizer, words, [])) == len(words)
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def home(documents, tiny_tokenizer, tmp_path_factory):
+    """English text of two kinds, Chinese text, and a tokenizer for each script."""
+    folder = tmp_path_factory.mktemp("domain")
+    half = len(documents) // 2
+    other = [
+        f"Bank-Zebras crossed riverization! the hippopotamus Ω\nRésumé {chr(97 + n)}x."
+        for n in range(9)
+    ]
+    texts = {
+        "one.txt": "\n\n".join("\n".join(document) for document in documents[:half]) + "\n",
+        "two.txt": "\n\n".join("\n".join(document) for document in documents[half:]) + "\n",
+        "other.txt": "\n\n".join(other) + "\n",
+        "zh.txt": CHINESE * 8,
+        "more.txt": "river rivers more\n\nthe bank\n",
+        "stops.txt": "bank\n",
+        "only.txt": "the of and\nof the, 2024!\n",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    tiny_tokenizer.save_pretrained(folder / "tokenizer")
+    characters = [character for character in CHINESE if character not in "散步"]
+    tokenizers.train(lambda: iter(characters), 120).save_pretrained(folder / "chinese")
+    return folder
+
+
+@pytest.fixture
+def compare(home, cache, tmp_path, capsys):
+    """Runs the command; (JSON on its last line, what it printed, its folder)."""
+
+    def run(line):
+        output = tmp_path / "out"
+        more = ["--format", "sentences", "--cache", str(cache), "--output", str(output)]
+        DOMAIN([*line.replace("HOME", str(home)).split(), *more])
+        printed = capsys.readouterr().out
+        return json.loads(printed.splitlines()[-1]), printed, output
+
+    return run
+
+
+def test_the_command_prints_writes_and_draws_what_it_compares(compare, home):
+    result, printed, output = compare(
+        "--input one=HOME/one.txt two=HOME/two.txt two=HOME/more.txt other=HOME/other.txt "
+        "--top 50 --tokenizer HOME/tokenizer --candidates 3 --stop-words HOME/stops.txt"
+    )
+    assert json.loads((output / "domain.json").read_text(encoding="utf-8")) == result
+    files, frequent = {"one": ["one"], "two": ["two", "more"], "other": ["other"]}, {}
+    size = result["words_compared"]
+    for name, of in files.items():
+        content = "\n".join((home / f"{file}.txt").read_text(encoding="utf-8") for file in of)
+        counts, lower = slow_count(content, "tokenizer"), Counter()
+        for word, count in counts.items():
+            lower[word.lower()] += count
+        kept = [word for word in lower if word != "bank" and (len(word) > 1 or word == "ω")]
+        assert size <= min(50, len(kept))
+        frequent[name] = set(sorted(kept, key=lambda word: (-lower[word], word))[:size])
+        facts = result["texts"][name]
+        assert facts["words"] == counts.total() and facts["distinct_words"] == len(counts)
+        assert f"{name}: {facts['words']:,} words" in printed
+        assert f"{facts['pieces_per_word']:.2f} pieces" in printed
+        candidates = (output / f"candidates-{name}.txt").read_text(encoding="utf-8")
+        assert candidates.count("\n") == 3
+    assert list(result["overlap"]) == list(files) and size < 50
+    for one, row in result["overlap"].items():
+        assert row == {other: len(frequent[one] & frequent[other]) / size for other in files}
+        assert f"| {one} | " + " | ".join(f"{share:.0%}" for share in row.values()) in printed
+    assert result["overlap"]["one"]["two"] > result["overlap"]["one"]["other"]
+    assert imread(output / "overlap.png").shape[0] > 400 and f" {size} most frequent" in printed
+
+
+@pytest.mark.parametrize(
+    "text, name, some",
+    [
+        ("other", "tokenizer", {"zebras", "hippopotamus", "ω"}),
+        ("zh", "chinese", {"北京大学", "散步"}),
+        ("zh", "tokenizer", {"北京大学"}),
+    ],
+)
+def test_candidates_are_taken_by_add_tokens_as_they_are(text, name, some, compare, home):
+    _, _, output = compare(f"--input text=HOME/{text}.txt --tokenizer HOME/{name}")
+    words = read_lines(str(output / "candidates-text.txt"))
+    assert some <= set(words) and len(set(words)) == len(words)
+    tokenizer = tokenizers.load(str(home / name))
+    size = len(tokenizer)
+    added = tokenizers.add_tokens(tokenizer, words, [])
+    assert len(added) == len(words) == len(tokenizer) - size
+    for word in words:
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        assert ids == [tokenizer.convert_tokens_to_ids(word)]
+
+
+ONE = "--input one=HOME/one.txt"
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("", "--input: "),
+        ("--input HOME/one.txt", "--input HOME/one.txt: "),
+        ("--input one=HOME/absent.txt", "--input one HOME/absent.txt: "),
+        ("--input one=HOME/latin.txt", "--input one HOME/latin.txt: "),
+        ("--input one=CORPUS", "--input one: "),
+        (f"{ONE} only=HOME/only.txt", "--input only: "),
+        (f"{ONE} --candidates -1", "--candidates -1: "),
+        (f"{ONE} --stop-words HOME/no.txt", "--stop-words HOME/no.txt: "),
+        (f"{ONE} --stop-words HOME/latin.txt", "--stop-words HOME/latin.txt: "),
+        (f"{ONE} --tokenizer HOME/absent", "--tokenizer HOME/absent: "),
+        (f"{ONE} --vocab-size 300", "unrecognized arguments: --vocab-size 300"),
+        (f"{ONE} --lexicon=", "--lexicon : "),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(
+    line, named, home, corpus, cache, tmp_path, capsys
+):
+    line, named = (of.replace("HOME", str(home)) for of in (line, named))
+    words = line.replace("CORPUS", str(corpus.folder)).split()
+    message = refusal(DOMAIN, [*words, "--cache", cache, "--output", tmp_path / "out"], capsys)
+    assert message.startswith(named) and "\n" not in message and not (tmp_path / "out").exists()
+
+
+def test_all_that_is_bad_is_told_at_once(capsys):
+    named = ["--input text.txt", "--input a=", "--input =x.txt", "--input a/b=x.txt"]
+    named += ["--top 0", "--candidates 0"]
+    words = "--input text.txt a= =x.txt a/b=x.txt --top 0 --candidates 0"
+    lines = refusal(DOMAIN, words.split(), capsys).splitlines()
+    assert [re.match(r"--[a-z]+ \S+?(?=: )", line)[0] for line in lines] == named

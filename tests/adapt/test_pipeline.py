@@ -1,0 +1,603 @@
+"""The experiment from end to end on a tiny encoder.
+
+Its report shows what its parts have left, the parts are what the single commands give, an
+interrupted, extended or restarted experiment ends as one that was not, and bad input is refused.
+"""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+from dataclasses import fields, replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_documents, refusal, rows, script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertForPreTraining, BertModel
+
+from pretrain import plots, train
+from pretrain.adapt import bootstrap, pipeline
+from pretrain.cli import as_command, parse, run_command
+from pretrain.config import AdaptOptions, Config, FinetuneOptions, validate
+from pretrain.data import tokenizer as tokenizers
+
+f1_score = pytest.importorskip("sklearn.metrics").f1_score
+
+ADAPT = script("adapt").main
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.3}
+SMALL |= {"hidden_size": 16, "intermediate_size": 16}
+STEPS = "--max-steps 3 --eval-every 1 --max-length 32 --learning-rate 3e-2 --precision fp32"
+PRETRAIN = f"{STEPS} --batch-size 4 --save-every 1 --log-every 1 --objective mlm --eval-tokens 500"
+FINE = f"{STEPS} --batch-size 8"
+ENCODERS, BUDGETS, RUNS = ("base", "adapted", "control"), {"12": 12, "all": 30}, []
+
+
+def read_rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path, texts):
+    rows = [(text, "even|<b>" if len(text.split()) % 2 else "odd") for text in texts]
+    with path.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([("text", "label"), *rows])
+
+
+@pytest.fixture(scope="module")
+def place(documents, tmp_path_factory):
+    """An encoder, texts and labeled rows.
+
+    The first test row and the last, which has two sentences, are copied in both texts."""
+    folder = tmp_path_factory.mktemp("adapt")
+    drawn = [sentence for document in make_documents(60, 5) for sentence in document]
+    sentences = [sentence for sentence in drawn if 3 < len(sentence.split()) < 15]
+    test = [*sentences[42:60], "\n".join(sentences[60:62])]
+    texts = {"valid-1": sentences[30:40], "valid-2": sentences[40:42]}
+    for name, of in (texts | {"train": sentences[:30], "test": test}).items():
+        write_rows(folder / f"{name}.csv", of)
+    last = sentences[60:62]
+    copies = [[test[0].replace(" ", "  "), *documents[0]], [*documents[1], *last, "river ."], last]
+    for name, of in (("text", documents[2:]), ("control", make_documents(40, 11))):
+        content = "\n\n".join("\n".join(document) for document in [*of, *copies])
+        (folder / f"{name}.txt").write_text(content + "\n", encoding="utf-8")
+    tokenizer = tokenizers.train(lambda: (line for of in documents for line in of), 120)
+    torch.manual_seed(0)  # encoders with scores that differ
+    config = BertConfig(vocab_size=len(tokenizer), **SMALL)
+    for name, kind in (("model", BertForPreTraining), ("headless", BertModel)):
+        kind(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(place, cache):
+    """Options without a control, with one budget and one seed."""
+    files = {"text": "text.txt", "train": "train.csv", "valid": "valid-*.csv", "test": "test.csv"}
+    return {
+        "model": place / "model",
+        **{name: place / file for name, file in files.items()},
+        "pretrain": f"{PRETRAIN} --cache {cache}",
+        "finetune": FINE,
+        "seeds": 1,
+        "label_budgets": [12],
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(small, place):
+    return small | {"control": place / "control.txt", "seeds": 2, "label_budgets": [*BUDGETS]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Plots and intervals have their own tests (test_report.py): here their names are enough."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(bootstrap, "DRAWS", 400)
+        for name in ("overlap", "curves", "confusion"):
+            context.setattr(plots, name, lambda path, *_: path.write_bytes(path.name.encode()))
+        yield
+
+
+def argv(options, output, **more):
+    """The command line of these options; True is a switch."""
+    words = []
+    for name, value in (options | more | {"output": output}).items():
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return words
+
+
+def adapt(options, output, **more):
+    """Run an experiment; its folder."""
+    ADAPT(argv(options, output, **more))
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished(whole, place):
+    """The uninterrupted experiment that others are compared with; RUNS are its fine-tunings."""
+    with pytest.MonkeyPatch.context() as context:
+        calls = counted(context, pipeline, "finetune_one")
+        adapt(whole, place / "finished")
+    RUNS.extend(options for (options,) in calls)
+    return place / "finished"
+
+
+@pytest.fixture(scope="module")
+def finished_small(small, place):
+    return adapt(small, place / "small")
+
+
+def part(folder, name):
+    return json.loads((folder / "parts" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def report_of(folder):
+    """The report without the times, the machine and the commands, which name the folder."""
+    return (folder / "report.md").read_text(encoding="utf-8").split("## Time")[0]
+
+
+def tables(text):
+    """[[cells as text]] of every table, without the rule below its head."""
+    found = []
+    for lines in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
+        cells = [re.split(r"(?<!\\)\|", row)[1:-1] for row in lines.strip().split("\n")]
+        found.append([[cell.strip() for cell in row] for row in cells if row[0] != "---"])
+    return found
+
+
+def counted(monkeypatch, module, name):
+    """What `module.name` is called with; it still works."""
+    calls, original = [], getattr(module, name)
+
+    def observed(*arguments, **more):
+        calls.append(arguments)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(module, name, observed)
+    return calls
+
+
+def interrupted(arguments, module, name, number):
+    """Run the experiment with Ctrl-C at the `number`-th call of `module.name`; the calls."""
+    calls, original = [], getattr(module, name)
+
+    def observed(*more, **named):
+        calls.append(more)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return original(*more, **named)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(module, name, observed)
+        assert run_command(ADAPT, arguments) == 130
+    return calls
+
+
+def forbid(monkeypatch, *names):
+    """Fail as soon as one of these functions of the pipeline is called."""
+    for name in names:
+        monkeypatch.setattr(pipeline, name, lambda *_, name=name: pytest.fail(f"{name} is called"))
+
+
+WORK = ("clean", "compare", "pretrain_on", "finetune_one")
+
+
+# What it leaves.
+
+
+def test_numbers_of_the_report_are_those_of_the_parts(finished):
+    scores, classes, *_ = tables(report_of(finished))
+    runs = {}
+    for name, budget in product(ENCODERS, BUDGETS):
+        found = [part(finished, f"finetune-{name}-{budget}-{seed}") for seed in range(2)]
+        runs[name, budget] = [run["test"] for run in found]
+    f1 = {key: [run["macro_f1"] for run in of] for key, of in runs.items()}
+    assert len(set(map(tuple, f1.values()))) >= 4, "equal scores would show nothing"
+    for row, (budget, count) in zip(scores[1:], BUDGETS.items(), strict=True):
+        base, adapted, control = (f1[name, budget] for name in ENCODERS)
+        means = [f"{np.mean(of):.3f} ± {np.std(of, ddof=1):.3f}" for of in (base, adapted, control)]
+        assert row[:4] == [str(count), *means]
+        for cell, other in zip(row[4:], (base, control), strict=True):
+            shown, low, high = re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", cell).groups()
+            assert shown == f"{np.mean(adapted) - np.mean(other):+.3f}"
+            assert float(low) <= float(shown) <= float(high)
+    for row, label in zip(classes[1:], ("even|<b>", "odd"), strict=True):
+        of_class = {key: [run["classes"][label]["f1"] for run in of] for key, of in runs.items()}
+        base, adapted = (np.mean(of_class[name, "all"]) for name in ENCODERS[:2])
+        count = runs["base", "all"][0]["classes"][label]["rows"]
+        numbers = [str(count), f"{base:.3f}", f"{adapted:.3f}", f"{adapted - base:+.3f}"]
+        assert row == [label.replace("|<b>", "\\|&lt;b&gt;"), *numbers]
+
+
+def test_scores_of_the_parts_are_those_of_the_predictions(finished):
+    for run in (finished / "finetune").iterdir():
+        result = part(finished, f"finetune-{run.name}")
+        rows = read_rows(run / "test_predictions.csv")
+        labels, predicted = ([row[name] for row in rows] for name in ("label", "predicted_label"))
+        assert [["even|<b>", "odd"][number] for number in result["predicted"]] == predicted
+        expected = f1_score(labels, predicted, average="macro")
+        assert len(labels) == 19 and result["test"]["macro_f1"] == pytest.approx(expected)
+    assert len(list((finished / "parts").glob("finetune-*"))) == 12
+
+
+def test_the_encoders_share_rows_and_seeds(finished, whole):
+    """Options decide the rows of a budget: those of the encoders differ in the model alone."""
+    runs = {run.output.rpartition("/")[2]: run for run in RUNS}
+    models = {name: str(finished / name / "final") for name in ENCODERS} | {"base": whole["model"]}
+    assert list(runs) == [f"{n}-{b}-{s}" for b in BUDGETS for s in (0, 1) for n in ENCODERS]
+    for name, run in runs.items():
+        encoder, budget, seed = name.split("-")
+        assert run.model == str(models[encoder]) and not run.save_model
+        assert run.seed == int(seed) and run.label_budget == (0 if budget == "all" else int(budget))
+        same = replace(run, model="", output="", seed=0, label_budget=0)
+        assert same == replace(RUNS[0], model="", output="", label_budget=0)
+
+
+@pytest.mark.parametrize("phases, steps", [("", [0, 1, 2, 3]), ("16:0.4 32:0.6", [0, 2, 3])])
+def test_perplexities_are_those_of_evaluate_at_the_last_length(
+    phases, steps, finished, whole, place, cache, tmp_path, capsys
+):
+    """With phases the encoder before training is evaluated again, at the last length."""
+    output = finished
+    if phases:
+        options = whole["pretrain"].replace("--max-length 32", f"--phases {phases}")
+        output = adapt(whole, tmp_path / "out", seeds=1, label_budgets=[12], pretrain=options)
+    saved, found = part(output, "perplexity"), {}
+    for name, model in (("before", place / "model"), ("after", "adapted"), ("control", "control")):
+        line = f"--model {output / model} --input {output / 'text.jsonl'} --valid-fraction 0.05"
+        line += " --max-length 32 --objective mlm --eval-tokens 500 --eval-batch-size 4"
+        script("evaluate").main(f"{line} --precision fp32 --cache {cache}".split())
+        found[name] = json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"]
+    assert {name: saved[name] for name in found} == pytest.approx(found, rel=1e-6)
+    assert len(set(found.values())) == 3 and not (output / "untrained").exists()
+    assert [step for step, _ in saved["curve"]] == steps
+    assert [step for step, _ in saved["training"]] == [1, 2, 3]
+    assert saved["curve"][0][1] == saved["before"] and saved["curve"][-1][1] == saved["after"]
+    shown = [row[1] for row in tables(report_of(output))[2][1:]]
+    assert shown == [f"{saved[name]:,.1f}" for name in (*found, "unigram")]
+
+
+def test_the_control_has_the_steps_and_the_options_of_the_adapted_run(
+    finished, small, place, tmp_path
+):
+    runs = [json.loads((finished / name / "config.json").read_text()) for name in ENCODERS[1:]]
+    assert {name for name in runs[0] if runs[0][name] != runs[1][name]} == {"train"}
+    names = ("text", "control")
+    assert [run["train"] for run in runs] == [[str(finished / f"{name}.jsonl")] for name in names]
+    # Also if its text is longer, and without a validation set.
+    epochs = small["pretrain"].replace("--max-steps 3", "--epochs 0.02 --valid-fraction 0")
+    texts = {"text": place / "control.txt", "control": place / "text.txt"}
+    output = adapt(small | texts, tmp_path / "out", pretrain=epochs)
+    steps = [part(output, f"pretrain-{name}")["steps"] for name in ENCODERS[1:]]
+    assert steps == 2 * [rows(output / "control")[-1]["step"]] and 0 < steps[0] < 5
+    assert part(output, "perplexity").keys() == {"wall_seconds"}
+    assert not (output / "perplexity.png").exists() and "perplexity.png" not in report_of(output)
+
+
+def test_copies_of_test_texts_are_removed_and_counted(finished, place):
+    first, *_, last = (row["text"] for row in read_rows(place / "test.csv"))
+    for name, documents in (("text", 58 + 2), ("control", 40 + 2)):
+        counts = {"documents": documents, "removed": 3, "task_texts": 0}
+        assert part(finished, "text")[name] == counts
+        lines = (finished / f"{name}.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        assert len(texts) == documents and any(text.endswith("\nriver .") for text in texts)
+        sentences = {" ".join(line.split()) for text in texts for line in text.split("\n")}
+        assert " ".join(first.split()) not in sentences
+        assert not any(last in text for text in texts)
+    report = report_of(finished)
+    assert report.count("3 exact copies of test texts") == 2 and "60 documents; 3" in report
+
+
+# Commands.
+
+
+def commands(folder):
+    lines = (folder / "report.md").read_text().split("```")[1].strip().split("\n")
+    return [shlex.split(line) for line in lines]
+
+
+def test_every_printed_command_parses(finished, whole, place):
+    first, adapted, control, overlap, *fine = commands(finished)
+    assert first == ["python", "scripts/adapt.py", *argv(whole, finished)]
+    assert overlap[:2] == ["python", "scripts/domain.py"] and len(fine) == 3 * 2
+    kinds = {"scripts/pretrain.py": Config, "scripts/finetune.py": FinetuneOptions}
+    for _, path, *words in (adapted, control, *fine):
+        options = parse(words, kinds[path], "")
+        assert validate(options) == [] and options.output is None and not options.overwrite
+    models = [place / "model", *(finished / name / "final" for name in ENCODERS[1:])]
+    found = [parse(words, FinetuneOptions, "").model for _, _, *words in fine]
+    assert found == 2 * list(map(str, models))
+
+
+def test_the_printed_commands_repeat_the_parts(finished, tmp_path, capsys):
+    _, adapted, control, overlap, *fine = commands(finished)
+    more = ["--cache", str(tmp_path), "--output", str(tmp_path / "domain")]
+    script("domain").main([*overlap[2:], *more])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (
+        printed.items()
+        == {
+            key: value
+            for key, value in part(finished, "overlap").items()
+            if key not in ("command", "wall_seconds")
+        }.items()
+    )
+    for name, command in (("adapted", adapted), ("control", control)):
+        script("pretrain").main([*command[2:], "--output", str(tmp_path / name)])
+        assert rows(tmp_path / name) == rows(finished / name)
+    for command, name in ((fine[4], "adapted-all"), (fine[1], "adapted-12")):
+        output = tmp_path / name
+        script("finetune").main([*command[2:], "--seed", "1", "--output", str(output)])
+        again = json.loads((output / "summary.json").read_text())
+        assert again["test"] == part(finished, f"finetune-{name}-1")["test"]
+        assert (output / "final" / "model.safetensors").is_file()
+
+
+TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=8)
+VALUES = {
+    "bool": st.booleans(),
+    "int": st.integers(-5, 10**6),
+    "float": st.floats(0, 1e9),
+    "str": TEXTS.filter(lambda text: text[0] != "-"),
+}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data(), st.sampled_from([Config, FinetuneOptions, AdaptOptions]))
+def test_a_command_means_the_options_that_it_was_made_of(data, kind):
+    options = kind()
+    for entry in data.draw(st.lists(st.sampled_from(fields(kind)), max_size=6)):
+        hint, arguments = str(entry.type), entry.metadata["argparse"]
+        value = VALUES[next(name for name in VALUES if name in hint)]
+        if "choices" in arguments:
+            value = st.sampled_from(list(arguments["choices"]))
+        default = getattr(options, entry.name)
+        if isinstance(default, (list, tuple)):
+            count = arguments.get("nargs")
+            low, high = (count, count) if isinstance(count, int) else (1, 3)
+            value = st.lists(value, min_size=low, max_size=high).map(type(default))
+        options = replace(options, **{entry.name: data.draw(value)})
+    python, path, *words = shlex.split(as_command("some", options))
+    assert (python, path) == ("python", "scripts/some.py") and parse(words, kind, "") == options
+
+
+# Resuming.
+
+
+def test_a_finished_experiment_trains_nothing_and_rewrites_the_report(
+    finished, whole, tmp_path, monkeypatch, capsys
+):
+    output = shutil.copytree(finished, tmp_path / "out")
+    for name in ("report.md", "report.html", "learning_curve.png"):
+        (output / name).unlink()
+    forbid(monkeypatch, *WORK)
+    adapt(whole, output)
+    assert report_of(output) == report_of(finished)
+    assert (output / "learning_curve.png").is_file() and (output / "report.html").is_file()
+    printed = capsys.readouterr().out
+    answer = report_of(output).split("\n")[2].removeprefix("> ").replace("**", "")
+    assert answer in printed and str(output / "report.html") in printed and "12 times" in printed
+
+
+@pytest.mark.parametrize(
+    "number, left", [(2, (2, 2)), (5, (0, 2)), (8, (0, 1))], ids=["adapted", "base", "second"]
+)
+def test_an_interrupted_experiment_ends_as_the_uninterrupted_one(
+    number, left, finished_small, small, tmp_path, monkeypatch
+):
+    """Three steps each: pretraining, fine-tuning the base, fine-tuning the adapted encoder."""
+    arguments = argv(small, tmp_path / "out")
+    interrupted(arguments, train, "train_step", number)
+    assert not (tmp_path / "out" / "report.md").exists()
+    steps = counted(monkeypatch, train, "train_step")
+    runs = counted(monkeypatch, pipeline, "finetune_one")
+    ADAPT(arguments)
+    of_pretraining, of_fine_tuning = left
+    assert len(runs) == of_fine_tuning
+    assert of_pretraining + 1 <= len(steps) <= of_pretraining + 3 * of_fine_tuning
+    assert report_of(tmp_path / "out") == report_of(finished_small)
+    assert rows(tmp_path / "out" / "adapted") == rows(finished_small / "adapted")
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_more_seeds_and_budgets_run_only_what_is_new(finished_small, small, tmp_path, monkeypatch):
+    """An option that means the same in other words is not another."""
+    output = shutil.copytree(finished_small, tmp_path / "out")
+    forbid(monkeypatch, "pretrain_on")
+    calls = counted(monkeypatch, pipeline, "finetune_one")
+    again = f"--seed=0 --patience 3 {FINE}"
+    adapt(small, output, seeds=2, label_budgets=[20, 12], finetune=again)
+    names = [run.output.rpartition("/")[2] for (run,) in calls]
+    runs = ("12-1", "20-0", "20-1")
+    assert names == [f"{name}-{run}" for run in runs for name in ENCODERS[:2]]
+    assert [row[0] for row in tables(report_of(output))[0][1:]] == ["12", "20"]
+    assert part(output, "finetune-base-12-0") == part(finished_small, "finetune-base-12-0")
+
+
+def test_overwrite_starts_over_and_the_old_stays_until_there_is_a_report(
+    finished_small, small, tmp_path, monkeypatch
+):
+    output, aside = shutil.copytree(finished_small, tmp_path / "out"), tmp_path / ".out.replaced"
+    other = small | {"finetune": FINE.replace("--max-steps 3", "--max-steps 2")}
+    interrupted(argv(other, output, overwrite=True), pipeline, "finetune_one", 1)
+    assert (aside / "report.md").is_file() and not (output / "report.md").exists()
+    calls = counted(monkeypatch, pipeline, "finetune_one")
+    adapt(other, output)
+    assert len(calls) == 2 and (output / "report.md").is_file() and not aside.exists()
+    assert part(output, "finetune-base-12-0")["steps"] == 2
+
+
+def test_before_any_training_the_options_may_change(small, place, tmp_path):
+    """To: a model without heads, the task's texts except a copy of a test text, fewer steps."""
+    train_texts, (copy, *_) = (
+        [row["text"] for row in read_rows(place / f"{name}.csv")] for name in ("train", "test")
+    )
+    write_rows(tmp_path / "train.csv", [*train_texts, copy])
+    output = tmp_path / "out"
+    interrupted(argv(small, output), train, "train_step", 1)
+    assert {path.name for path in (output / "parts").iterdir()} == {"text.json", "overlap.json"}
+    other = {"model": place / "headless", "train": tmp_path / "train.csv", "task_text": True}
+    pretrain = small["pretrain"].replace("--max-steps 3", "--max-steps 2")
+    adapt(small | other, output, pretrain=pretrain)
+    lines = (output / "text.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines][60:] == train_texts
+    counts = {"documents": 90, "removed": 4, "task_texts": 31}
+    assert part(output, "text")["text"] == counts
+    assert part(output, "pretrain-adapted")["steps"] == 2
+    report = report_of(output)
+    assert "31 texts of the training rows" in report and "- 1 of the test texts" in report
+    assert "no MLM head" in report and "--task-text" in (output / "report.md").read_text()
+    value = part(output, "perplexity")["curve"][1][1]
+    row = tables(report)[2][1]
+    assert row[0].startswith("at step 1") and row[1] == f"{value:,.1f}"
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("flag", ["task_text", "model"])
+def test_checkpoints_of_other_options_are_not_resumed(
+    flag, small, place, tmp_path, monkeypatch, capsys
+):
+    """Two of three steps are done: to end on another text would mix the two."""
+    output = tmp_path / "out"
+    interrupted(argv(small, output), train, "train_step", 3)
+    assert (output / "adapted" / "checkpoint-2").is_dir()
+    names = ("experiment.json", "parts/text.json", "text.jsonl")
+    kept = {name: (output / name).read_bytes() for name in names}
+    forbid(monkeypatch, *WORK)
+    other = {"task_text": True} if flag == "task_text" else {"model": place / "headless"}
+    message = refusal(ADAPT, argv(small, output, **other), capsys)
+    assert message.startswith(f"--output {output}: ") and f"--{flag.replace('_', '-')} " in message
+    assert all((output / name).read_bytes() == content for name, content in kept.items())
+
+
+@pytest.mark.parametrize(
+    "more, value",
+    [
+        ({"task_text": True}, "--task-text False, not True"),
+        ({"finetune": FINE + " --metric accuracy"}, '--finetune "--metric" macro_f1, not accuracy'),
+        ({"model": "headless"}, "--model {place}/model, not {place}/headless"),
+        ({"control": "control.txt"}, "--control [], not ['{place}/control.txt']"),
+    ],
+)
+def test_other_options_are_refused(more, value, finished_small, small, place, capsys, monkeypatch):
+    forbid(monkeypatch, *WORK)
+    more = {name: place / of if name in ("model", "control") else of for name, of in more.items()}
+    message = refusal(ADAPT, argv(small, finished_small, **more), capsys)
+    assert message.startswith(f"--output {finished_small}: ")
+    assert value.format(place=place) in message
+
+
+@pytest.mark.parametrize(
+    "name, added",
+    [
+        ("train.csv", b"bank river .,odd\n"),
+        ("valid-2.csv", b"bank river .,odd\n"),
+        ("valid-2.csv", None),
+        ("test.csv", b"bank river .,odd\n"),
+        ("text.txt", b"\nbank river .\n"),
+        ("model/model.safetensors", b""),
+    ],
+)
+def test_a_changed_file_is_refused(
+    name, added, finished_small, small, place, tmp_path, monkeypatch, capsys
+):
+    """`added` None removes the file, b"" flips its last byte."""
+    output, path = shutil.copytree(finished_small, tmp_path / "out"), place / name
+    before, parts = path.read_bytes(), len(list((output / "parts").iterdir()))
+    changed = before + added if added else before[:-1] + bytes([before[-1] ^ 1])
+    forbid(monkeypatch, *WORK)
+    try:
+        path.unlink() if added is None else path.write_bytes(changed)
+        message = refusal(ADAPT, argv(small, output), capsys)
+    finally:
+        path.write_bytes(before)
+    what = "another text" if name == "text.txt" else f"another {path}"
+    assert message.startswith(f"--output {output}: ") and what in message
+    assert len(list((output / "parts").iterdir())) == parts
+
+
+def test_a_folder_with_something_else_is_refused(small, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    for output, more in ((mine, {}), (mine, {"overwrite": True}), (mine / "thesis.txt", {})):
+        message = refusal(ADAPT, argv(small, output, **more), capsys)
+        assert message.startswith(f"--output {output}")
+    assert (mine / "thesis.txt").read_text() == "precious"
+
+
+OTHERS = {
+    "text-field": "--train {place}/train.csv, line 2: ",
+    "max-steps": "unrecognized arguments: --max-steps 3",
+}
+
+
+@pytest.mark.parametrize(
+    "flag, value, inner",
+    [
+        ("model", "base", ""),
+        ("model", "/absent", ""),
+        ("seeds", "0", ""),
+        ("label-budgets", "31", ""),
+        ("label-budgets", "1", ""),
+        ("label-budgets", "1²", ""),
+        ("pretrain", "--valid x.txt", ""),
+        ("pretrain", "--patience 3", ""),
+        ("pretrain", "--max-minutes 3", ""),
+        ("pretrain", "--seed 3 --overwrite", ""),
+        ("pretrain", "--masks 3", ""),
+        ("pretrain", '--cache "my', ""),
+        ("pretrain", "--mask-rate 0.9", "--mask-rate 0.9: "),
+        ("pretrain", "--max-length 9999", "--max-length 9999: "),
+        ("pretrain", "--phases 32:0.5 600:0.5", "--phases 600: "),
+        ("finetune", "--label-field x", ""),
+        ("finetune", "--epochs 3 --no-save-model", ""),
+        ("finetune", "--epochs 0", "--epochs 0"),
+        ("finetune", "--max-length 9999", "--max-length 9999: "),
+        ("text", "absent.txt", ""),
+        ("test", "absent.csv", ""),
+        ("text", "{corpus}", ""),
+        ("control", "{corpus}", ""),
+        ("control", "{place}/text.txt", ""),
+        ("text-field", "body", ""),
+        ("max-steps", "3", ""),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    flag, value, inner, small, place, corpus, cache, tmp_path, capsys
+):
+    value = value.format(place=place, corpus=corpus.folder)
+    named = f'--{flag} "{value}": {inner}' if inner or "--" in value else f"--{flag} {value}: "
+    arguments = argv(small | {"pretrain": f"--cache {cache}"}, tmp_path / "out", **{flag: value})
+    message = refusal(ADAPT, arguments, capsys)
+    assert message.startswith(OTHERS.get(flag, named).format(place=place))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_told_at_once(capsys):
+    lines = refusal(ADAPT, [], capsys).splitlines()
+    names = {line.partition(":")[0] for line in lines}
+    assert names == {"--model", "--text", "--train", "--valid", "--test"}
+
+
+def test_text_with_only_copies_of_test_texts_is_refused(small, place, tmp_path, capsys):
+    copies = "\n\n".join(row["text"] for row in read_rows(place / "test.csv"))
+    (tmp_path / "copies.txt").write_text(copies + "\n")
+    arguments = argv(small, tmp_path / "out", text=tmp_path / "copies.txt")
+    assert refusal(ADAPT, arguments, capsys).startswith("--text: ")
+
+
+def test_a_switch_alone_can_be_passed_on(small, tmp_path):
+    arguments = argv(small, tmp_path / "out", finetune="--gradient-checkpointing")
+    ((options,),) = interrupted(arguments, pipeline, "finetune_one", 1)
+    assert options.gradient_checkpointing

@@ -1,0 +1,137 @@
+"""A vocabulary, shards and plans made by hand for the tests of pairs, masks and batches."""
+
+import numpy as np
+import torch
+
+from pretrain.batch import IGNORED, Batch
+from pretrain.data.collate import Collator, Examples
+from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START, Shard
+from pretrain.data.hash_rng import key
+from pretrain.data.pairs import Plan, Task, make_plan
+from pretrain.data.tokenizer import Vocabulary
+
+PAIRS = ["random", "swapped", None]
+PAD, UNKNOWN, CLS, SEP, MASK = range(5)
+SIZE = 60  # of the vocabulary; ids from 40 on are "##" pieces, and 50 is a special token amid them
+SPECIAL = np.isin(np.arange(SIZE), [PAD, UNKNOWN, CLS, SEP, MASK, 50])
+ORDINARY = np.flatnonzero(~SPECIAL).astype(np.uint32)
+STARTS_WORD = np.arange(SIZE) < 40
+VOCABULARY = Vocabulary(
+    SIZE, PAD, CLS, SEP, MASK, UNKNOWN, SPECIAL, STARTS_WORD, ORDINARY, fingerprint="0" * 16
+)
+
+
+def shard_of(documents: list[list[int]], ids=None, flags=None) -> Shard:
+    """A shard whose documents have sentences of these lengths; without `ids`, token t has id t."""
+    lengths = [length for document in documents for length in document]
+    sentences = np.cumsum([0, *lengths])
+    ids = np.arange(sentences[-1], dtype=np.uint32) if ids is None else np.array(ids, np.uint16)
+    if flags is None:
+        flags = STARTS_WORD[ids % SIZE] * np.uint8(WORD_START)
+    counts = [len(document) for document in documents]
+    hashes = np.arange(len(documents), dtype=np.uint64)
+    return Shard(ids, flags, sentences, np.cumsum([0, *counts]), hashes)
+
+
+def random_lengths(documents: int, sentences: int, longest: int, seed: int = 3) -> list[list[int]]:
+    source = np.random.default_rng(seed)
+    counts = source.integers(1, sentences + 1, documents)
+    return [source.integers(1, longest + 1, count).tolist() for count in counts]
+
+
+def make_shard(
+    documents: int = 80,
+    sentences: int = 40,
+    longest: int = 12,
+    seed: int = 1,
+    specials: bool = True,
+    entities: bool = True,
+) -> Shard:
+    """Random tokens, half of them of few kinds; about a third in entities."""
+    source = np.random.default_rng(seed)
+    lengths = random_lengths(documents, sentences, longest, seed)
+    count = sum(map(sum, lengths))
+    kinds = [UNKNOWN, 50, *ORDINARY] if specials else range(5, 50)
+    ids = np.where(
+        source.random(count) < 0.5,
+        source.choice(kinds, count),
+        source.choice([5, 6, 40, 41], count),
+    )
+    flags = STARTS_WORD[ids] * np.uint8(WORD_START)
+    if entities:
+        flags |= mark_entities(sum(lengths, []), source)
+    return shard_of(lengths, ids, flags)
+
+
+def mark_entities(lengths: list[int], source: np.random.Generator) -> np.ndarray:
+    """uint8 flags of entities of 1 to 4 tokens in sentences of `lengths`."""
+    flags = np.zeros(sum(lengths), np.uint8)
+    for start, end in zip(np.cumsum([0, *lengths]), np.cumsum(lengths)):
+        while start < end:
+            size = min(int(source.integers(1, 5)), end - start)
+            if source.random() < 0.35:
+                flags[start : start + size] = ENTITY_INSIDE
+                flags[start] = ENTITY_START
+            start += size
+    return flags
+
+
+def everything(shard: Shard) -> np.ndarray:
+    """All documents of the shard."""
+    return np.arange(len(shard.hashes))
+
+
+def plan_of(shard: Shard, task: Task, epoch: int = 0) -> Plan:
+    return make_plan(shard, everything(shard), task, key(task.seed, epoch))
+
+
+def micro_batches(
+    shard: Shard, plan: Plan, collator: Collator, bounds=None, mask_rate=None
+) -> list[Batch]:
+    bounds = bounds or plan.bounds
+    return [
+        collator(Examples(shard, plan.take(slice(start, end)), mask_rate))
+        for start, end in zip(bounds, bounds[1:])
+    ]
+
+
+def contents(batch: Batch) -> dict:
+    """All that a batch holds, as lists: two batches are equal if their contents are."""
+    parts = {**vars(batch), **{f"labels of {name}": part for name, part in batch.labels.items()}}
+    del parts["labels"]
+    return {
+        name: (part.dtype, part.tolist()) if isinstance(part, torch.Tensor) else part
+        for name, part in parts.items()
+    }
+
+
+def example_of(batch: Batch, number: int) -> dict:
+    """What a batch holds of sequence `number`, as lists; masked places from its [CLS] on."""
+    start, end = batch.cu_seqlens[number : number + 2].tolist()
+    places, labels = batch.masked_positions, batch.labels["mlm"]
+    inside = (places >= start) & (places < end) & (labels != IGNORED)
+    return {
+        "ids": batch.input_ids[start:end].tolist(),
+        "types": batch.token_type_ids[start:end].tolist(),
+        "positions": batch.position_ids[start:end].tolist(),
+        "masked": (places[inside] - start).tolist(),
+        "labels": labels[inside].tolist(),
+        "pair": batch.labels["nsp"][number].item(),
+    }
+
+
+def examples_of(batches: list[Batch]) -> list[dict]:
+    return [example_of(batch, number) for batch in batches for number in range(batch.num_sequences)]
+
+
+def restored(batch: Batch) -> list[int]:
+    """The text of a batch, without its masks."""
+    real = batch.labels["mlm"] != IGNORED
+    places, labels = batch.masked_positions[real], batch.labels["mlm"][real]
+    return batch.input_ids.index_copy(0, places, labels).tolist()
+
+
+def replaced(batch: Batch) -> dict[int, int]:
+    """Masked places -> what the model reads there."""
+    places = batch.masked_positions[batch.labels["mlm"] != IGNORED]
+    return dict(zip(places.tolist(), batch.input_ids[places].tolist()))

@@ -1,0 +1,372 @@
+"""Data positions: micro-batches are a pure function of (epoch, place, micro-batch). The steps of
+`TrainData` against a loop over positions: 1, 2 or 4 processes, with or without workers, through
+phases and under a schedule of mask rates, see the same batches; a run resumed at any step sees the
+rest of them; a worker is sent neither plans nor text."""
+
+import gc
+import json
+import multiprocessing
+import pickle
+import shutil
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from data_reference import contents, replaced, restored
+
+from pretrain.batch import Batch
+from pretrain.data import sources as reading
+from pretrain.data.collate import Collator
+from pretrain.data.corpus import Corpus
+from pretrain.data.loader import DataPosition, PretrainingDataset, TrainData
+from pretrain.data.masking import Masking
+from pretrain.data.pairs import Task
+from pretrain.data.prepare import prepare
+from pretrain.errors import UserError
+from pretrain.schema import misfit
+
+START = DataPosition(0, 0, 0)
+TASK = Task("random", 64, 4, 0.15, 11)
+LONG = Task("random", 128, 4, 0.15, 11, counted_length=64)  # of the second phase
+STEPS, ENDS, MICRO_BATCHES = 20, (4, 14, 20), 8  # the third phase is the first one again
+
+
+@pytest.fixture(scope="module")
+def source(text_file, tiny_tokenizer, tmp_path_factory) -> Corpus:
+    """More shards than a process keeps open."""
+    folder = tmp_path_factory.mktemp("dataset") / "corpus"
+    sources = reading.check_files([text_file])
+    made = prepare(sources, "sentences", tiny_tokenizer, folder, piece_bytes=12_000)
+    assert made.num_shards > 5
+    return made
+
+
+@pytest.fixture
+def dataset(source) -> PretrainingDataset:
+    return PretrainingDataset(Corpus(source.folder), TASK)
+
+
+@pytest.fixture(scope="module")
+def collator(vocabulary) -> Collator:
+    return Collator(TASK, vocabulary, Masking("word"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(source) -> list[DataPosition]:
+    """Two epochs of positions, the slow way: each plan's micro-batches in turn."""
+    dataset = PretrainingDataset(Corpus(source.folder), TASK)
+    return [
+        DataPosition(epoch, place, micro_batch)
+        for epoch in range(2)
+        for place in range(source.num_shards)
+        for micro_batch in range(dataset.plan(epoch, place).num_micro_batches)
+    ]
+
+
+# ---------------------------------------------------------------- positions
+
+
+def test_positions_walk_every_micro_batch(dataset, uninterrupted):
+    assert list(dataset.positions(START, 2)) == uninterrupted
+    assert list(dataset.positions(START, 0)) == []
+    assert len(set(uninterrupted)) == len(uninterrupted)
+    found = list(islice(dataset.positions(START), len(uninterrupted) + 5))  # without end
+    assert found[:-5] == uninterrupted and {position.epoch for position in found[-5:]} == {2}
+    for number in range(0, len(uninterrupted), 7):
+        assert list(dataset.positions(uninterrupted[number], 2)) == uninterrupted[number:]
+
+
+def test_advance_counts_positions(dataset, uninterrupted):
+    for first in (0, 3, len(uninterrupted) // 2):
+        for count in (0, 1, 2, 5, 40, len(uninterrupted) - first - 1):
+            assert dataset.advance(uninterrupted[first], count) == uninterrupted[first + count]
+    # The end of an epoch is the start of the next.
+    assert dataset.advance(START, len(uninterrupted)) == DataPosition(2, 0, 0)
+
+
+def test_a_rate_does_not_decide_the_place(dataset, uninterrupted, collator):
+    """Positions have none of their own; None means the task's."""
+    position = uninterrupted[9]
+    assert position.mask_rate is None
+    rated = position._replace(mask_rate=0.05)
+    assert list(dataset.positions(rated, 2)) == uninterrupted[9:]
+    assert dataset.advance(rated, 4) == uninterrupted[13]
+    whole, low, same = (
+        collator(dataset[position._replace(mask_rate=rate)]) for rate in (None, 0.05, 0.15)
+    )
+    assert contents(whole) == contents(same) and low.counts["mlm"] < whole.counts["mlm"]
+
+
+def test_every_epoch_reads_every_shard_in_an_order_of_its_own(dataset, source):
+    other = PretrainingDataset(source, Task("random", 64, 4, 0.15, 12))
+    places = range(source.num_shards)
+    orders, others = (
+        [[each.shard_at(epoch, place) for place in places] for epoch in range(5)]
+        for each in (dataset, other)
+    )
+    assert all(sorted(order) == list(places) for order in orders)
+    assert len(set(map(tuple, orders))) > 1 and orders != others
+
+
+def hashes_read(dataset: PretrainingDataset, epoch: int) -> set[int]:
+    """Hashes of the documents that A and B come from in an epoch."""
+    found = set()
+    for position in dataset.positions(DataPosition(epoch, 0, 0), epoch + 1):
+        examples = dataset[position]
+        edges, plan = examples.shard.sentences[examples.shard.documents], examples.plan
+        starts = np.append(plan.a_start, plan.b_start[plan.b_length > 0])
+        documents = np.searchsorted(edges, starts, side="right") - 1
+        found |= set(examples.shard.hashes[documents].tolist())
+    return found
+
+
+def hashes_of(source: Corpus) -> set[int]:
+    shards = range(source.num_shards)
+    parts = [source.shard(index).hashes[source.documents(index)] for index in shards]
+    return set(np.concatenate(parts).tolist())
+
+
+def test_an_epoch_reads_every_document(source, documents):
+    dataset = PretrainingDataset(source, TASK)
+    assert hashes_read(dataset, 0) == hashes_read(dataset, 1) == hashes_of(source)
+    assert len(hashes_of(source)) == len(documents)
+
+
+def test_a_part_of_the_corpus_gives_only_its_documents(source):
+    training, validation = source.split(0.3)
+    assert hashes_read(PretrainingDataset(validation, TASK), 0) == hashes_of(validation)
+    assert not hashes_of(validation) & hashes_of(training)
+
+
+# ---------------------------------------------------------------- micro-batches
+
+
+def test_batches_are_a_function_of_the_position(source, collator, dataset, uninterrupted):
+    """Asked for in any order, by a dataset that has planned nothing or everything else."""
+    chosen = np.random.default_rng(0).permutation(len(uninterrupted))[:25].tolist()
+    in_order = {number: collator(dataset[uninterrupted[number]]) for number in sorted(chosen)}
+    fresh = PretrainingDataset(Corpus(source.folder), TASK)
+    for number in chosen:
+        assert contents(collator(fresh[uninterrupted[number]])) == contents(in_order[number])
+
+
+def test_no_two_examples_share_a_key(dataset, source):
+    """In no two shards, epochs or seeds: equal keys would be equal pairs and masks."""
+    datasets = [dataset, PretrainingDataset(source, Task("random", 64, 4, 0.15, 12))]
+    plans = [
+        made.plan(epoch, place)
+        for made in datasets
+        for epoch in range(2)
+        for place in range(source.num_shards)
+    ]
+    keys = np.concatenate([plan.keys for plan in plans])
+    assert len(np.unique(keys)) == len(keys) > 1000
+
+
+def test_epochs_differ(dataset, collator):
+    texts = [
+        {tuple(restored(collator(dataset[position]))) for position in dataset.positions(start, end)}
+        for start, end in ((START, 1), (DataPosition(1, 0, 0), 2))
+    ]
+    assert len(texts[0]) > 30 and not texts[0] & texts[1]
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.1])
+def test_a_micro_batch_is_masked_at_its_rate(dataset, vocabulary, rate):
+    """Single tokens: exactly the rounded share of each sequence, and some of those at the task's
+    rate, replaced alike."""
+    collator = Collator(TASK, vocabulary, Masking())
+    for position in islice(dataset.positions(START), 20):
+        low, full = (collator(dataset[position._replace(mask_rate=each)]) for each in (rate, None))
+        maskable = ~vocabulary.is_special[restored(low)]
+        sequence = np.repeat(np.arange(len(low.lengths)), low.lengths)
+        counts = np.bincount(sequence[maskable], minlength=len(low.lengths)).tolist()
+        budget = [min(count, max(1, int(rate * count + 0.5))) for count in counts]
+        masked = np.bincount(sequence[low.masked_positions], minlength=len(low.lengths))
+        assert masked.tolist() == budget and replaced(low).items() <= replaced(full).items()
+
+
+# ---------------------------------------------------------------- optimizer steps
+
+
+def rate_of(step: int) -> float:
+    return TASK.mask_rate - 0.005 * step
+
+
+def train_data(source, collator, **more) -> TrainData:
+    """What a process that starts anew reads: the task, then LONG, then the task again."""
+    phases = []
+    for task in (TASK, LONG, TASK):
+        made = Collator(task, collator.vocabulary, collator.masking)
+        phases.append((PretrainingDataset(Corpus(source.folder), task), made))
+    return TrainData(phases, ENDS, MICRO_BATCHES, **({"mask_rate": rate_of} | more))
+
+
+@pytest.fixture(scope="module")
+def steps(source, collator) -> list[tuple[int, DataPosition, list[dict]]]:
+    """(phase, first position, contents of the micro-batches) of each step, the slow way: one
+    micro-batch after the other, from the list of all positions of each phase."""
+    phases, found = train_data(source, collator).phases, []
+    walks = [list(dataset.positions(START, 3)) for dataset, _ in phases]
+    phase = index = 0
+    for step in range(STEPS):
+        dataset, collate = phases[phase]
+        if step in ENDS:  # from the first shard on of which nothing has been read
+            epoch, place, micro_batch, _ = walks[phase][index]
+            phase += 1
+            dataset, collate = phases[phase]
+            beginning = (epoch, place + (micro_batch > 0), 0)
+            index = next(i for i, position in enumerate(walks[phase]) if position >= beginning)
+        positions = walks[phase][index : index + MICRO_BATCHES]
+        positions = [position._replace(mask_rate=rate_of(step)) for position in positions]
+        batches = [contents(collate(dataset[position])) for position in positions]
+        found.append((phase, positions[0], batches))
+        index += MICRO_BATCHES
+    assert [phase for phase, *_ in found] == [0] * 4 + [1] * 10 + [2] * 6
+    assert {position.epoch for _, position, _ in found} == {0, 1}
+    assert any(position.micro_batch for _, position, _ in found)
+    return found
+
+
+def take_steps(data: TrainData, count: int) -> list[list[dict]]:
+    return [[contents(batch) for batch in batches] for batches in islice(data, count)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_steps_are_those_of_the_slow_loop(source, collator, steps, world_size, workers):
+    """Rank r of n reads micro-batches r, r + n ... of each step."""
+    ranks = range(world_size) if workers == 0 else [world_size - 1]
+    for rank in ranks:
+        more = {"rank": rank, "world_size": world_size, "workers": workers}
+        found = take_steps(train_data(source, collator, **more), STEPS)
+        assert found == [batches[rank::world_size] for *_, batches in steps]
+
+
+def resumed(source, collator, state: dict, **more) -> TrainData:
+    data = train_data(source, collator, **more)
+    data.load_state_dict(json.loads(json.dumps(state)))  # as a checkpoint keeps it
+    return data
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4, 5, 11, 14, 19])
+def test_a_resumed_run_sees_the_rest(source, collator, steps, step):
+    """With the same number of processes, or another one."""
+    data = train_data(source, collator, rank=1, world_size=2)
+    take_steps(data, step)
+    state = data.state_dict()
+    assert misfit(state, data.state_form) is None and state["step"] == step
+    rest = [batches for *_, batches in steps[step:]]
+    assert take_steps(resumed(source, collator, state), STEPS)[: len(rest)] == rest
+    half = resumed(source, collator, state, rank=1, world_size=2, workers=step % 2)
+    assert take_steps(half, len(rest)) == [batches[1::2] for batches in rest]
+    take_steps(data, len(rest))
+    assert half.state_dict() == data.state_dict()
+
+
+def test_what_is_known_of_the_last_step(source, collator, steps, capsys):
+    """Step, phase, the position that rebuilds its data, and what the log shows. One line on stderr
+    says where the length changes."""
+    data = train_data(source, collator, rank=0)
+    assert (data.step, data.phase, data.logged()) == (0, 0, {"train/max_length": 64})
+    for number, (phase, position, batches) in enumerate(steps):
+        next(data)
+        assert (data.step, data.phase, data.position) == (number + 1, phase, position)
+        length = (64, 128, 64)[phase]
+        assert data.logged() == {"optim/mask_rate": rate_of(number), "train/max_length": length}
+        dataset, collate = data.phases[phase]
+        assert contents(collate(dataset[data.position])) == batches[0]
+    told = capsys.readouterr().err
+    assert [line.split(":")[0] for line in told.splitlines()] == ["step 5", "step 15"]
+    state = data.state_dict()
+    after = resumed(source, collator, state)
+    assert (after.step, after.phase) == (STEPS, 2) and after.logged() == {"train/max_length": 64}
+    take_steps(train_data(source, collator, rank=1, world_size=2), STEPS)
+    assert capsys.readouterr().err == ""
+
+
+def test_one_phase_without_a_schedule(dataset, collator, uninterrupted):
+    """As the benchmark reads: no end, nothing to log."""
+    data = TrainData([(dataset, collator)], (), 3)
+    for step in range(2):
+        for batch, position in zip(next(data), uninterrupted[3 * step :], strict=False):
+            assert contents(batch) == contents(collator(dataset[position]))
+    assert data.logged() == {} and data.position == uninterrupted[3]
+
+
+def test_more_steps_move_the_phases(source, collator, steps):
+    """A run stopped in its second phase continues in its first one if that is longer now: again
+    from the first shard on of which nothing has been read."""
+    data = train_data(source, collator)
+    take_steps(data, 8)
+    state = data.state_dict()
+    longer = resumed(source, collator, state, mask_rate=lambda step: None)
+    longer.phase_ends = (10, 14, STEPS)
+    next(longer)
+    epoch, place, micro_batch = state["position"]
+    assert micro_batch > 0 and longer.phase == 0
+    assert longer.position == longer.phases[0][0].next_whole_shard(DataPosition(*state["position"]))
+    assert longer.position[:3] in [(epoch, place + 1, 0), (epoch + 1, 0, 0)]
+
+
+# ---------------------------------------------------------------- processes and memory
+
+
+def test_the_workers_of_a_phase_end_with_it(source, collator):
+    data, running = train_data(source, collator, workers=2), []
+    for _ in range(STEPS):
+        next(data)
+        running.append(len(multiprocessing.active_children()))
+    assert running == [2] * STEPS
+    del data
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_random_streams_are_left_alone(source, collator, workers):
+    """Dropout draws from them: a loader that did would make a resumed run differ."""
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    take_steps(train_data(source, collator, workers=workers), STEPS)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_is_one_message(source, collator, tmp_path, workers):
+    """Also if a worker finds it, whose errors come with a traceback."""
+    copy = Corpus(shutil.copytree(source.folder, tmp_path / "corpus"))
+    paths = sorted(copy.folder.glob("*.ids.npy"))
+    for path in paths:
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+    data = train_data(copy, collator, workers=workers)
+    with pytest.raises(UserError) as caught:
+        next(data)
+    message = str(caught.value)
+    assert "\n" not in message and message.split(": ")[0] in map(str, paths)
+    del data, caught
+    gc.collect()  # here, not in a worker process of another test
+
+
+def test_a_pickled_dataset_holds_neither_plans_nor_text(source, collator, dataset, uninterrupted):
+    fresh = len(pickle.dumps(dataset))
+    before = contents(collator(dataset[uninterrupted[5]]))
+    dataset[uninterrupted[-1]]
+    raw = pickle.dumps(dataset)
+    assert len(raw) <= fresh + 100 and b"memmap" not in raw and b"ndarray" not in raw
+    assert contents(collator(pickle.loads(raw)[uninterrupted[5]])) == before
+
+
+def test_two_plans_stay_in_memory(dataset, source):
+    plans = [dataset.plan(0, place) for place in range(source.num_shards)]
+    last = source.num_shards - 1
+    assert dataset.plan(0, last) is plans[last] and dataset.plan(0, last - 1) is plans[last - 1]
+    assert dataset.plan(0, 0) is not plans[0]
+
+
+def test_a_batch_travels_between_processes_as_it_is(dataset, collator):
+    batch = collator(dataset[START])
+    sent = pickle.loads(pickle.dumps(batch))
+    assert type(sent) is Batch and contents(sent) == contents(batch)

@@ -1,0 +1,373 @@
+"""Who prepares a text, and what interrupts it, changes no byte of the corpus: this process, worker
+processes, Ray's; killed before any of its file operations, with torn pieces or a killed worker, the
+next call finishes the same corpus. No process outlives its parent."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import refusal, script
+from text_helpers import content, write_documents
+
+from pretrain.cli import run_command
+from pretrain.data import parallel
+from pretrain.data.annotate import Markup
+from pretrain.data.prepare import prepare
+from pretrain.data.sources import Source
+from pretrain.errors import UserError
+
+PREPARE = script("prepare")
+PIECE_BYTES = 4000
+# For `eval`, which workers can call without importing a module of tests.
+SLEEP = "(open(sign, 'a').close(), __import__('time').sleep(seconds), 1 / 0)"
+
+
+def write_files(folder: Path, documents: list[list[str]], per_file: int) -> list[Source]:
+    sources = []
+    for start in range(0, len(documents), per_file):
+        group = documents[start : start + per_file]
+        sources += write_documents(folder / f"{start:03d}.txt", group)
+    return sources
+
+
+def await_(holds, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def sources(documents, tmp_path_factory):
+    """Many small files, one that makes several pieces, and documents larger than a piece."""
+    pytest.importorskip("ahocorasick_rs")
+    folder = tmp_path_factory.mktemp("text")
+    long = [sum(documents[:15], []), sum(documents[15:30], [])]
+    return (
+        write_files(folder / "small", documents[:30], 1)
+        + write_files(folder / "large", documents, len(documents))
+        + write_files(folder / "long", long, 1)
+    )
+
+
+@pytest.fixture(scope="module")
+def make(sources, tiny_tokenizer):
+    """Prepares the sources into a folder; the lexicon has an engine that cannot be sent."""
+    markup = Markup(lexicon=("bank", "water"))
+    assert markup.find("a bank")
+    return partial(
+        prepare, sources, "sentences", tiny_tokenizer, piece_bytes=PIECE_BYTES, markup=markup
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(make, tmp_path_factory) -> dict[str, bytes]:
+    """What one process writes, undisturbed."""
+    corpus = make(tmp_path_factory.mktemp("corpus") / "whole", workers=1)
+    names = [entry["name"] for entry in corpus.info["shards"]]
+    assert len(names) > 10 and any(name.endswith("-joined") for name in names)
+    return content(corpus.folder)
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_workers_change_no_byte(make, whole, tmp_path, workers):
+    corpus = make(tmp_path / "corpus", workers=workers)
+    assert content(corpus.folder) == whole
+    assert multiprocessing.active_children() == []
+
+
+def test_ray_changes_no_byte(make, whole, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="--ray needs the package ray")
+    monkeypatch.chdir(tmp_path)  # a worker's working folder is another
+    parallel.connect("local")
+    assert content(make(Path("corpus"), on_cluster=True).folder) == whole
+
+
+@pytest.mark.parametrize("size, expected", [(1, 1), (127, 1), (128, 2), (1000, 3)])
+def test_workers_by_the_cores_and_the_text(tmp_path, monkeypatch, size, expected):
+    """Less than two whole pieces are not worth the start of a process."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    pieces = [min(64, size - start) << 20 for start in range(0, size, 64)]
+    assert parallel.choose_workers(None, pieces, 64 << 20) == expected
+    assert parallel.choose_workers(5, pieces, 64 << 20) == min(5, len(pieces))
+
+
+def test_a_killed_worker_is_reported():
+    """The tasks exceed what a pipe holds: one that waits to be sent must not delay the end."""
+
+    def kill():
+        await_(multiprocessing.active_children)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    threading.Thread(target=kill).start()
+    tasks = [({"sign": os.devnull, "seconds": 3600, "more": bytes(1 << 20)},)] * 6
+    with pytest.raises(UserError, match="worker"):
+        dict(parallel.in_processes(eval, SLEEP, tasks, 2))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_task_that_fails_ends_the_others():
+    """Its own error is raised, though the other worker would run on: the test would not end."""
+    tasks = [({"sign": os.devnull, "seconds": seconds},) for seconds in (3600, 0, 3600)]
+    with pytest.raises(ZeroDivisionError):
+        dict(parallel.in_processes(eval, SLEEP, tasks, 2))
+    assert multiprocessing.active_children() == []
+
+
+def in_child(function) -> int:
+    """The process id of a fork, a group of its own, that runs `function` and ends."""
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads are in the parent
+        code = 70
+        try:
+            code = function()
+        finally:
+            os._exit(code or 0)
+    return child
+
+
+def lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_parent(tmp_path, number):
+    """Ctrl-C reaches all of the group, SIGKILL the parent alone."""
+
+    def run():
+        with (tmp_path / "told").open("w") as told:
+            os.dup2(told.fileno(), 1)
+            os.dup2(told.fileno(), 2)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signs = [str(tmp_path / f"{task}.started") for task in range(4)]
+        tasks = [({"sign": sign, "seconds": 3600},) for sign in signs]
+        return run_command(lambda _: dict(parallel.in_processes(eval, SLEEP, tasks, 2)), [])
+
+    child = in_child(run)
+    try:
+        await_(lambda: len(list(tmp_path.glob("*.started"))) == 2)
+        (os.killpg if number == signal.SIGINT else os.kill)(child, number)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == (130 if number == signal.SIGINT else -number)
+        await_(lambda: not lives(child))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+    told = (tmp_path / "told").read_text()
+    assert ("SIGINT" in told) == (number == signal.SIGINT) and "Traceback" not in told
+
+
+def kill_before(operation: int, folder: Path) -> None:
+    """Have this process killed before its file operation of that number in `folder`."""
+    left = [operation]
+
+    def count(event, arguments):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(
+            arguments[0]
+        ).startswith(str(folder)):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def test_killed_anywhere_and_started_again(documents, tiny_tokenizer, tmp_path):
+    """Of two single documents, which are joined, and two together."""
+    sources = write_files(tmp_path / "text", documents[:2], 1)
+    sources += write_files(tmp_path / "more", documents[2:4], 2)
+
+    def run(folder):
+        return content(prepare(sources, "sentences", tiny_tokenizer, folder, 100).folder)
+
+    def run_and_kill(operation, folder):
+        kill_before(operation, folder)
+        run(folder)
+
+    expected = run(tmp_path / "whole")
+    assert any("joined" in name for name in expected)
+    for operation in range(0, 1000, 2):
+        folder = tmp_path / f"corpus-{operation}"
+        child = in_child(partial(run_and_kill, operation, folder))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL), operation
+        assert run(folder) == expected, operation
+        shutil.rmtree(folder)
+        if code == 0:
+            break
+    assert 50 < operation < 999
+
+
+class Interruption(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Runs a preparation that is interrupted once a file of that ending has been written."""
+
+    def run(prepare, folder: Path, ending: str) -> Path:
+        save = np.save
+
+        def save_and_stop(path, array, **named):
+            save(path, array, **named)
+            if str(path).endswith(ending):
+                raise Interruption
+
+        with monkeypatch.context() as patch, pytest.raises(Interruption):
+            patch.setattr(np, "save", save_and_stop)
+            prepare(folder)
+        partial = folder.with_name(f"{folder.name}.partial")
+        assert not folder.exists() and not (partial / "corpus.json").exists()
+        return partial
+
+    return run
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[str]:
+    """Names of the arrays that are written from now on."""
+    names, save = [], np.save
+
+    def save_and_note(path, array, **named):
+        names.append(Path(path).name)
+        save(path, array, **named)
+
+    monkeypatch.setattr(np, "save", save_and_note)
+    return names
+
+
+@pytest.mark.parametrize("torn", ["", "ids.npy", "hashes.npy", "piece.json"])
+@pytest.mark.parametrize("how", ["cut", "zeros", "bit", "gone"])
+def test_an_interrupted_preparation_resumes_by_piece(
+    make, whole, tmp_path, interrupted, written, torn, how
+):
+    """Interrupted at the third piece; a power failure may have torn the second one, too."""
+    folder = interrupted(make, tmp_path / "corpus", "shard-00002.ids.npy")
+    if torn:
+        path = folder / f"shard-00001.{torn}"
+        raw = path.read_bytes()
+        changed = {"cut": raw[:-9], "zeros": bytes(len(raw))}
+        changed["bit"] = raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
+        path.unlink() if how == "gone" else path.write_bytes(changed[how])
+    written.clear()
+    assert content(make(tmp_path / "corpus").folder) == whole
+    again = {name for name in written if "joined" not in name and name < "shard-00002"}
+    assert {name.split(".")[0] for name in again} == ({"shard-00001"} if torn else set())
+    assert "shard-00002.ids.npy" in written
+
+
+def test_an_interruption_while_leftovers_are_removed(
+    documents, tiny_tokenizer, tmp_path, monkeypatch
+):
+    """Whichever file was the last to be removed, the next call finishes."""
+    sources = write_documents(tmp_path / "text.txt", documents[:5])
+    run = partial(prepare, sources, "sentences", tiny_tokenizer, piece_bytes=1)
+    whole, unlink = content(run(tmp_path / "whole").folder), Path.unlink
+    for stop in range(100):
+        folder, left = tmp_path / f"corpus-{stop}", [stop]
+
+        def remove_or_stop(path, *arguments, left=left, **named):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Interruption
+            unlink(path, *arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", remove_or_stop)
+            try:
+                run(folder)
+                break  # there are no more files to remove
+            except Interruption:
+                pass
+        assert content(run(folder).folder) == whole, stop
+    assert 10 < stop < 99
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "text", "format", "markup"])
+def test_pieces_of_another_preparation_are_not_used(
+    documents, tiny_tokenizer, roberta_tokenizer, tmp_path, interrupted, what
+):
+    """The same folder after an interruption, with another tokenizer, text, format or markup."""
+    first, second = (
+        write_documents(tmp_path / f"{number}.txt", documents[20 * number : 20 * (number + 1)])
+        for number in range(2)
+    )
+    other = {
+        "sources": second if what == "text" else first,
+        "text_format": "lines" if what == "format" else "sentences",
+        "tokenizer": roberta_tokenizer if what == "tokenizer" else tiny_tokenizer,
+        "markup": Markup(lexicon=("bank",) if what == "markup" else ()),
+        "piece_bytes": 3000,
+    }
+    begin = partial(prepare, first, "sentences", tiny_tokenizer, piece_bytes=3000)
+    interrupted(begin, tmp_path / "corpus", "shard-00002.hashes.npy")
+    found, fresh = (prepare(folder=tmp_path / name, **other) for name in ("corpus", "fresh"))
+    assert content(found.folder) == content(fresh.folder)
+
+
+def test_a_folder_that_was_a_corpus_is_replaced(make, whole, tmp_path):
+    folder = make(tmp_path / "corpus").folder
+    for path in [folder / "corpus.json", *folder.glob("*.npy")]:
+        path.unlink()
+    assert content(make(folder).folder) == whole
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == [folder]
+
+
+@pytest.fixture
+def arguments(text_file, tiny_tokenizer, tmp_path) -> list:
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    folders = ["--tokenizer", tmp_path / "tokenizer", "--cache", tmp_path / "cache"]
+    return ["--input", text_file, *folders]
+
+
+def test_the_command_prepares_once(arguments, tmp_path, capsys):
+    """Into the cache, where it is found again, or into --output; workers change nothing."""
+    made = []
+    for more in ([], [], ["--workers", "2", "--output", tmp_path / "corpus"]):
+        PREPARE.main([str(part) for part in [*arguments, *more]])
+        made.append(capsys.readouterr().out)
+    assert ["prepared in" in told for told in made] == [True, False, True]
+    (cached,) = (tmp_path / "cache").glob("*/corpus.json")
+    assert content(cached.parent) == content(tmp_path / "corpus")
+    assert f"--train {tmp_path / 'corpus'}" in made[2]
+    info = json.loads(cached.read_text())
+    assert f"{info['tokens']:,} tokens" in made[0]
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (["--workers", "-1"], "--workers -1: "),
+        (["--ray", "auto", "--workers", "2"], "--ray auto --workers 2: "),
+        (["--ray"], "--ray local: "),  # the package is missing
+        (["--output", "."], "--output .: "),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(arguments, monkeypatch, capsys, more, named):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert refusal(PREPARE.main, [*arguments, *more], capsys).startswith(named)
+
+
+def test_a_cluster_that_does_not_answer(arguments, monkeypatch, capsys):
+    """Named before the text is prepared, and within seconds."""
+    monkeypatch.setitem(sys.modules, "ray", sys)
+    told = refusal(PREPARE.main, [*arguments, "--ray", "127.0.0.1:9"], capsys)
+    assert told.startswith("--ray 127.0.0.1:9: ")

@@ -1,0 +1,440 @@
+"""Text files: what a document is in each format, against a slow reading of the whole text at once;
+lines beyond the limit; pieces, which never change a document; the detected format; every bad file
+with its name; and the index, which spares reading a file again."""
+
+import codecs
+import json
+import os
+import re
+from itertools import chain
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from text_helpers import grouped, refused, texts
+
+from pretrain.data import sentences as reading
+from pretrain.data.sentences import Span, cut_into_pieces, detect_format, sentences
+from pretrain.data.sources import check_files, content_key, expand, read_lines
+
+FORMATS = ("sentences", "lines", "text")
+BOM = codecs.BOM_UTF8
+MIB = 1 << 20
+
+
+def reference_documents(raw: bytes, text_format: str) -> list[list[str]]:
+    """The documents of a file, the slow way: decode it whole, split it whole."""
+    lines = [line.strip() for line in raw.decode("utf-8").removeprefix("\ufeff").split("\n")]
+    if text_format == "lines":
+        return [[line] for line in lines if line]
+    groups = [[]]
+    for line in lines:
+        if line:
+            groups[-1].append(line)
+        elif text_format == "sentences":
+            groups.append([])
+    return [group for group in groups if group]
+
+
+def read_documents(pieces: list[list[Span]], text_format: str) -> list[list[str]]:
+    return texts(grouped(chain.from_iterable(sentences(piece, text_format) for piece in pieces)))
+
+
+def whole(*paths) -> list[Span]:
+    return [Span(str(path), 0, path.stat().st_size) for path in paths]
+
+
+def bare(documents: list[list[str]]) -> list[str]:
+    """The characters of each document, wherever its sentences end."""
+    return ["".join("".join(document).split()) for document in documents]
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("reading")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "text.txt"
+
+
+CASES = {
+    "plain": b"one\ntwo\n\nthree\n",
+    "no newline at the end": b"one\ntwo\n\nthree",
+    "trailing blank line": b"one\n\ntwo\n\n",
+    "blank runs": b"\n\n\none\n\n\n\ntwo\nthree\n\n\n",
+    "crlf": b"one\r\ntwo\r\n\r\nthree\r\n",
+    "bom": BOM + b"one\n\ntwo\n",
+    "bom and crlf": BOM + b"\r\none\r\n\r\ntwo",
+    "white-space lines": "one\n \t \ntwo\n\u3000\nthree\n\xa0\nfour\n".encode(),
+    "spaces around": b"  one  \n\ttwo\t\n",
+    "chinese": "今天天气很好。\n我们去公园。\n\n第二篇。\n".encode(),
+    "other line breaks": "one\u2028still one\x0bstill\x85one\nA\rB\n".encode(),
+    "two bytes": b"a\n",
+}
+
+
+@pytest.mark.parametrize("text_format", FORMATS)
+@pytest.mark.parametrize("raw", CASES.values(), ids=CASES.keys())
+def test_documents_are_those_of_the_slow_reading(path, raw, text_format):
+    path.write_bytes(raw)
+    assert read_documents([whole(path)], text_format) == reference_documents(raw, text_format)
+
+
+def test_formats_spelled_out(path):
+    """Checks the reference itself: the three formats of one text, written by hand."""
+    raw = BOM + b"a\r\n b \r\n \t\r\n\r\nc\r\n\r\n"
+    expected = [[["a", "b"], ["c"]], [["a"], ["b"], ["c"]], [["a", "b", "c"]]]
+    path.write_bytes(raw)
+    assert [read_documents([whole(path)], name) for name in FORMATS] == expected
+    assert [reference_documents(raw, name) for name in FORMATS] == expected
+    path.write_bytes("one\u2028two\x0bthree\x85four\n".encode())  # only \n ends a line
+    assert read_documents([whole(path)], "lines") == [["one\u2028two\x0bthree\x85four"]]
+
+
+def cut_at_stops(line: str) -> list[str]:
+    """A sentence ends after each "." and the spaces behind it; the parts make the line."""
+    return re.findall(r"[^.]*\.\s*|[^.]+", line)
+
+
+def test_a_cut_divides_lines_and_keeps_documents(path):
+    path.write_text("a. b.  c\n\n...\nd.\n")
+    found = {
+        name: texts(grouped(sentences(whole(path), name, cut_at_stops)))
+        for name in ("sentences", "lines")
+    }
+    assert found["sentences"] == [["a.", "b.", "c"], [".", ".", ".", "d."]]
+    assert found["lines"] == [["a.", "b.", "c"], [".", ".", "."], ["d."]]
+    assert list(sentences(whole(path), "lines", lambda line: [])) == []
+
+
+def slow_sentences(text: str, entities: list, cut) -> list[tuple[str, tuple]]:
+    """Character by character: a sentence ends where a line or part does, unless one entity owns
+    the characters on both sides."""
+    owner = [None] * len(text)
+    for number, (start, end) in enumerate(entities):
+        owner[start:end] = [number] * (end - start)
+    begins, place = set(), 0
+    for line in text.split("\n"):
+        for part in (cut(line) if cut else None) or [line]:
+            place += len(part)
+            begins.add(place)
+        place += 1
+    groups = []
+    for place in range(len(text)):
+        splits = owner[place] is None or place == 0 or owner[place] != owner[place - 1]
+        if not groups or (place in begins and splits):
+            groups.append([])
+        groups[-1].append(place)
+    found = []
+    for group in groups:
+        while group and not text[group[0]].strip():
+            group.pop(0)
+        while group and not text[group[-1]].strip():
+            group.pop()
+        spans = []
+        for number in dict.fromkeys(owner[place] for place in group if owner[place] is not None):
+            mine = [place - group[0] for place in group if owner[place] == number]
+            spans.append((mine[0], mine[-1] + 1))
+        if group:
+            found.append(("".join(text[place] for place in group), tuple(spans)))
+    return found
+
+
+@st.composite
+def texts_with_entities(draw):
+    text = draw(st.text(st.sampled_from("ab. \n中é😀"), min_size=1, max_size=40))
+    places = draw(st.lists(st.integers(0, len(text)), max_size=8, unique=True).map(sorted))
+    return text, [[start, end] for start, end in zip(places[::2], places[1::2])]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    records=st.lists(texts_with_entities(), min_size=1, max_size=3),
+    cut=st.sampled_from([None, cut_at_stops]),
+    piece_bytes=st.sampled_from([1, 60, MIB]),
+)
+def test_records_against_the_slow_reading(scratch, records, cut, piece_bytes):
+    path = scratch / "records.jsonl"
+    rows = [{"text": text} | ({"entities": spans} if spans else {}) for text, spans in records]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pieces = cut_into_pieces([path], "jsonl", piece_bytes)
+    found = grouped(chain.from_iterable(sentences(piece, "jsonl", cut) for piece in pieces))
+    assert found == [slow_sentences(text, entities, cut) for text, entities in records]
+
+
+def test_records_spelled_out(path):
+    """Checks the reference itself: a sentence does not end inside an entity, but at its bounds."""
+    text, spans = " In St. Ives.\nA  b\nc. d", [[4, 12], [14, 15], [17, 20]]
+    path.write_text(json.dumps({"text": text, "entities": spans}) + '\n{"text": "e"}\n')
+    expected = [("In St. Ives.", ((3, 11),)), ("A  b\nc.", ((0, 1), (3, 6))), ("d", ())]
+    assert grouped(sentences(whole(path), "jsonl", cut_at_stops)) == [expected, [("e", ())]]
+    assert slow_sentences(text, spans, cut_at_stops) == expected
+
+
+def test_documents_never_reach_over_a_file(tmp_path):
+    first, second = tmp_path / "1.txt", tmp_path / "2.txt"
+    first.write_text("a\nb")
+    second.write_text("c\n")
+    by_file = [["a", "b"], ["c"]]
+    for name, expected in zip(FORMATS, (by_file, [["a"], ["b"], ["c"]], by_file)):
+        assert read_documents([whole(first, second)], name) == expected
+
+
+def test_a_long_line_is_cut_at_white_space(path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 16)
+    line = "the quick brown fox jumps over\tthe lazy dog and runs away from it all"
+    path.write_text(f"{line}\nnext\n\nother\n")
+    first, second = read_documents([whole(path)], "sentences")
+    assert second == ["other"] and first[-1] == "next"
+    assert len(first) > 4 and " ".join(first[:-1]).split() == line.split()  # no word is cut
+
+
+@pytest.mark.parametrize("limit", [3, 4, 5, 16, 17, 18])  # 3: less than some characters
+def test_a_long_line_without_spaces_is_cut_between_characters(path, monkeypatch, limit):
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", limit)
+    line = "今天的天气很好我们一起去公园散步吧😀然后a回b家éé"
+    path.write_text(f"{line}\n\nzz\n", encoding="utf-8")
+    first, second = read_documents([whole(path)], "sentences")
+    assert "".join(first) == line and len(first) > 2 and "".join(second) == "zz"
+    assert max(len(part.encode()) for part in first) <= limit + 3  # a character across the limit
+
+
+@pytest.mark.parametrize("text_format", FORMATS)
+@pytest.mark.parametrize(
+    "raw",
+    ["abcdefg \nx", "abc def  \nx", "abcdefg\r\nx\r\n", f"abc{' ' * 13}\nx\n", "abcdefg\t"]
+    + ["ab\n\nabcdefg  \r\nx", f"a\n{' ' * 30}\nb\n"],
+)
+def test_white_space_at_a_cut_changes_no_document(path, monkeypatch, raw, text_format):
+    """The last part may hold nothing but the line's end; the line is not blank all the same."""
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 8)
+    path.write_bytes(raw.encode())
+    found = read_documents([whole(path)], text_format)
+    assert bare(found) == bare(reference_documents(raw.encode(), text_format))
+
+
+LONG_WORDS = st.sampled_from(["a", "bcd", "efghijklmnop", "中文", "今天天气很好", "😀", "é"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=st.lists(
+        st.lists(st.tuples(LONG_WORDS, st.sampled_from(["", " ", "  ", "\t"])), max_size=8),
+        max_size=6,
+    ),
+    limit=st.integers(4, 24),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    text_format=st.sampled_from(FORMATS),
+)
+def test_long_lines_keep_characters_and_documents(scratch, lines, limit, newline, text_format):
+    """A limit of a few bytes changes nothing but where sentences end."""
+    raw = newline.join("".join(word + space for word, space in line) for line in lines).encode()
+    path = scratch / "long.txt"
+    path.write_bytes(raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "MAX_LINE_BYTES", limit)
+        found = read_documents([whole(path)], text_format)
+    assert bare(found) == bare(reference_documents(raw, text_format))
+
+
+LINES = st.sampled_from(
+    ["a", "bb cc", "", "", " ", "\t", "\u3000", "中文 字", "x" * 30, "y" * 8 + " ", "y" * 9 + " "]
+)
+
+
+@st.composite
+def raw_texts(draw):
+    lines = draw(st.lists(st.tuples(LINES, st.sampled_from(["\n", "\n", "\r\n"])), max_size=25))
+    begin, end = draw(st.sampled_from([b"", BOM])), draw(st.sampled_from([b"", b"end"]))
+    return begin + "".join(line + newline for line, newline in lines).encode() + end
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    raws=st.lists(raw_texts(), min_size=1, max_size=3),
+    piece_bytes=st.integers(1, 90),
+    text_format=st.sampled_from(FORMATS),
+    limit=st.sampled_from([8, MIB]),
+)
+def test_pieces_hold_the_same_documents(scratch, raws, piece_bytes, text_format, limit):
+    files = [scratch / f"{number}.txt" for number in range(len(raws))]
+    for file, raw in zip(files, raws):
+        file.write_bytes(raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "MAX_LINE_BYTES", limit)
+        pieces = cut_into_pieces(files, text_format, piece_bytes)
+        expected = read_documents([whole(*files)], text_format)
+        assert read_documents(pieces, text_format) == expected
+    spans = [span for piece in pieces for span in piece]
+    assert all(span.end > span.start for span in spans)
+    for file, raw in zip(files, raws):  # the spans of a file tile it, in order
+        mine = [raw[span.start : span.end] for span in spans if span.path == str(file)]
+        assert b"".join(mine) == raw
+    assert [span.path for span in spans] == sorted(span.path for span in spans)
+    for piece in pieces:  # beyond piece_bytes only if one document is
+        assert len(piece) <= 1 or sum(span.end - span.start for span in piece) <= piece_bytes
+
+
+def test_large_files_are_split_and_small_ones_grouped(tmp_path):
+    large, small = tmp_path / "1-large.txt", [tmp_path / f"2-{number}.txt" for number in range(10)]
+    large.write_text("".join(f"sentence {number}\n\n" for number in range(100)))
+    for file in small:
+        file.write_text("short\n")
+    pieces = cut_into_pieces([large, *small], "sentences", 200)
+    sizes = [sum(span.end - span.start for span in piece) for piece in pieces]
+    assert len(sizes) >= 7 and all(100 < size <= 220 for size in sizes[:-2])
+    assert len(cut_into_pieces([large, *small], "text", 200)) == 2  # a file is never cut
+    assert len(cut_into_pieces([large, *small], "sentences", MIB)) == 1
+
+
+LONG_FILE = ("word " * 20 + "\n") * 1400
+
+
+@pytest.mark.parametrize(
+    "expected, contents",
+    [
+        ("sentences", ["one\ntwo\nthree\n\nfour\n\n\n"]),
+        ("sentences", ["\ufeffone\r\ntwo\r\n\r\nthree\r\n"]),
+        ("sentences", ["one\ntwo\n\nthree\n", "four\n"]),  # some files without groups
+        ("lines", ["one\ntwo\nthree\n"]),
+        ("lines", ["one\ntwo\nthree\n\n\n"]),  # blank lines at the ends make no groups
+        ("lines", ["\n\none\ntwo\n"]),
+        ("lines", ["one\n\ntwo\n\nthree\n"]),  # nor do those after every line
+        ("lines", ["one"]),
+        ("text", ["one\ntwo\n"] * 40),
+        ("lines", [LONG_FILE] * 2),
+    ],
+)
+def test_the_detected_format(tmp_path, expected, contents):
+    files = [tmp_path / f"{number}.txt" for number in range(len(contents))]
+    for file, text in zip(files, contents):
+        file.write_text(text, encoding="utf-8")
+    assert detect_format(files)[0] == expected
+
+
+BAD_TEXT = {
+    "in the middle": b"ab\xff cd",
+    "latin-1": "café au lait".encode("latin-1"),
+    "beyond a MiB": b"a" * MIB + b"ok \xff more",
+    "a character that the first MiB cuts": b"a" * (MIB - 1) + b"\xc3(",
+    "cut at the end": "abc中".encode()[:-1],
+    "cut at the end, beyond a MiB": b"a" * (MIB - 2) + "中文".encode()[:-2],
+    "surrogate": b"a\xed\xa0\x80",
+    "binary": b"ab\0cd",
+    "UTF-16": "hi".encode("utf-16-le"),
+    "binary beyond a MiB": b"a" * MIB + b"bc\0",
+    "empty": b"",
+    "white space": "\ufeff \t\n\u3000\r\n".encode(),
+    "a byte-order mark": BOM,
+    "white space beyond a MiB": b"\n" * (MIB + 1),
+}
+
+
+@pytest.mark.parametrize("raw", BAD_TEXT.values(), ids=BAD_TEXT.keys())
+def test_bad_text_is_named_with_its_offset(path, raw):
+    path.write_bytes(raw)
+    offset = raw.find(b"\0")
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = error.start
+    told = refused(check_files, [path])
+    assert told.startswith(f"{path}: ") and (offset < 0 or re.search(rf"offset {offset}\b", told))
+
+
+@pytest.mark.parametrize("raw", [b"a" * (MIB - 1) + "中文".encode(), b"\n" * MIB + b"a"])
+def test_good_text_across_a_mib(path, raw):
+    path.write_bytes(raw)
+    assert check_files([path])[0].size == len(raw)
+
+
+def test_every_bad_file_is_named_at_once(tmp_path):
+    for name, raw in {"a": b"", "b": b"good", "c": b"\0", "d": b" ", "e": b"\xff"}.items():
+        (tmp_path / name).write_bytes(raw)
+    lines = refused(check_files, [*sorted(tmp_path.iterdir()), tmp_path / "gone"]).splitlines()
+    bad = [str(tmp_path / name) for name in ("a", "c", "d", "e", "gone")]
+    assert [line.split(":")[0] for line in lines] == bad
+
+
+def test_expand(tmp_path, monkeypatch):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "sub/deep/d[1].md", ".hidden/e.txt", "sub/.f.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    names = [str(tmp_path / name) for name in ("a.txt", "b.txt", "sub/c.txt", "sub/deep/d[1].md")]
+    monkeypatch.chdir(tmp_path)
+    for paths, expected in (
+        ([tmp_path], names),
+        ([tmp_path / "*.txt"], names[:2]),
+        ([tmp_path / "**" / "*.txt"], names[:3]),
+        ([tmp_path / "s*"], names[2:]),  # a folder that matches stands for its files
+        ([tmp_path / "b.txt", tmp_path, tmp_path / "a.txt"], names),
+        ([names[3]], names[3:]),  # brackets: a file first
+        (["a.txt", "./a.txt", "sub/../a.txt", names[0]], names[:1]),
+    ):
+        assert expand(map(str, paths)) == expected
+
+
+def test_data_sets_stay_one_entry(tmp_path, monkeypatch):
+    """hub:NAME, and folders that `datasets` has saved."""
+    monkeypatch.chdir(tmp_path)
+    for name, mark in (("one", "dataset_info.json"), ("two", "dataset_dict.json")):
+        (tmp_path / name).mkdir()
+        for file in (mark, "data.arrow"):
+            (tmp_path / name / file).write_text("x")
+    hub = "hub:some/name:config:train"
+    assert expand([hub, "two", "one", hub]) == [str(tmp_path / "one"), str(tmp_path / "two"), hub]
+    assert expand(["o*"]) == [str(tmp_path / "one")]
+
+
+def test_every_missing_path_is_named_at_once(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "good.txt").write_text("text")
+    entries = [str(tmp_path / name) for name in ("gone.txt", "empty", "*.md", "good.txt")]
+    lines = refused(expand, entries).splitlines()
+    assert [line.split(":")[0] for line in lines] == entries[:3]
+
+
+def test_small_files_are_read_by_line(path, tmp_path):
+    path.write_bytes(BOM + "one \r\n\n\ttwo\u2028three\n".encode())
+    assert read_lines(str(path)) == ["one", "", "two\u2028three"]
+    path.write_bytes(b"caf\xe9\n")
+    for file in (path, tmp_path / "gone"):
+        assert refused(read_lines, str(file)).startswith(f"{file}: ")
+
+
+def test_the_index_spares_reading_until_a_file_changes(path, tmp_path, capsys):
+    index = tmp_path / "deep" / "index.json"
+
+    def check(text: str, later_ns: int):
+        path.write_text(text)
+        os.utime(path, ns=(0, later_ns))
+        return check_files([path], index)[0]
+
+    first = check("text", 1)
+    assert check("TEXT", 1) == first != check_files([path])[0]  # taken from the index
+    assert capsys.readouterr().out == ""
+    second = check("TEXT", 2)  # the same size
+    assert second.sha256 != first.sha256 and str(path) in capsys.readouterr().out
+    third = check("TEXT", 3)  # touched, not changed
+    assert (third.sha256, third.mtime_ns) == (second.sha256, 3) and capsys.readouterr().out == ""
+    assert check("longer", 3).sha256 not in (first.sha256, second.sha256)  # the same time
+
+
+@pytest.mark.parametrize("raw", ["", "{", "[]", '{"x": 1}', '{"x": {"path": "x"}}', "\xff"])
+def test_a_damaged_index_only_costs_time(path, tmp_path, raw):
+    index = tmp_path / "index.json"
+    path.write_text("text")
+    index.write_bytes(raw.encode("latin-1"))
+    assert check_files([path], index) == check_files([path])
+    assert str(path) in json.loads(index.read_text())  # and it is whole again
+
+
+def test_content_key_names_the_content_in_order(tmp_path):
+    for name, text in (("1.txt", "a"), ("2.txt", "b"), ("3.txt", "a")):
+        (tmp_path / name).write_text(text)
+    one, two, three = check_files(sorted(tmp_path.iterdir()))
+    assert content_key([one, two], "lines") == content_key([three, two], "lines")  # by content
+    sources = [([one, two], "lines"), ([two, one], "lines"), ([one, two], "text"), ([one], "lines")]
+    assert len({content_key(*given) for given in sources}) == 4

@@ -1,0 +1,419 @@
+"""Labeled texts: columns and labels as they stand in tables; ids and token types equal those of
+transformers' tokenizers; a label budget by a slow definition; every epoch has every example once;
+how a step is cut into micro-batches does not matter, also with class weights."""
+
+import copy
+import csv
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_reference import assert_close, gradients, roughen, small_config
+from transformers import BertForSequenceClassification as Stock
+
+from pretrain.batch import IGNORED
+from pretrain.config import LabelOptions
+from pretrain.data import tokenizer as tokenizers
+from pretrain.errors import UserError
+from pretrain.finetune import dataset as labeled
+from pretrain.finetune.dataset import (
+    LabeledDataset,
+    LabeledSteps,
+    budget_rows,
+    classes_of,
+    label_of,
+    label_problems,
+    pack,
+    read_labeled,
+    text_of,
+    text_problems,
+)
+from pretrain.finetune.heads import load_classifier
+from pretrain.runtime.optim import autocast
+from pretrain.train import train_step
+
+datasets = pytest.importorskip("datasets")
+
+CPU = torch.device("cpu")
+
+
+def write(path, rows):
+    """Rows as CSV, TSV, JSONL or Parquet, by the name; the path."""
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+        return str(path)
+    with path.open("w", encoding="utf-8", newline="") as out:
+        if path.suffix == ".jsonl":
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(out, list(rows[0]), delimiter="\t,"[path.suffix == ".csv"])
+            writer.writeheader()
+            writer.writerows(rows)
+    return str(path)
+
+
+def read(*paths, classes=None, **options):
+    return read_labeled([str(path) for path in paths], LabelOptions(**options), classes)
+
+
+def problems(call, *arguments, **options):
+    """The lines of the UserError."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    return str(caught.value).splitlines()
+
+
+# Columns and labels.
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    "labels, read_as, classes",
+    [
+        (["sad", "glad", "sad", "calm"], ["sad", "glad", "sad", "calm"], ["calm", "glad", "sad"]),
+        ([10, 9, -1, 10], ["10", "9", "-1", "10"], ["-1", "9", "10"]),
+        (["1", "2", "01", "1"], ["1", "2", "01", "1"], ["01", "1", "2"]),
+        ([True, False, True, True], ["true", "false", "true", "true"], ["false", "true"]),
+        (["b", "B", "é", "b"], ["b", "B", "é", "b"], ["B", "b", "é"]),
+    ],
+    ids=["names", "numbers", "spellings", "booleans", "case"],
+)
+def test_labels_are_read_alike_in_every_format(labels, read_as, classes, suffix, tmp_path):
+    rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
+    if labels[0] is True and suffix in (".csv", ".tsv"):  # written as Python does
+        read_as, classes = [of.title() for of in read_as], [of.title() for of in classes]
+    found = read(write(tmp_path / f"rows{suffix}", rows))
+    assert found.texts == [(f"text {number}",) for number in range(4)] and found.labels == read_as
+    assert classes_of(found.labels) == classes
+
+
+def test_a_label_is_a_name_or_a_whole_number():
+    for value in ("yes", 7, "-7", 0, "v1.5", "情绪", "1,5"):
+        assert label_of(value) == str(value) and not label_problems(value, "here", None)
+    for value, label in ((" yes ", "yes"), (True, "true"), (False, "false")):
+        assert label_of(value) == label and not label_problems(value, "here", None)
+    assert label_of("") == label_of("  ") == label_of(None) == ""
+    wrong = ["", None, 1.0, float("nan"), "1.5", "-.5", "+2.0", "1e3", ["a"], [], {"a": 1}, {}]
+    for value in wrong:
+        assert label_problems(value, "here", None), value
+    assert label_problems("x", "here", ["y"]) and not label_problems("y", "here", ["y"])
+
+
+def test_columns_are_those_asked_for_or_the_one_of_words():
+    record = {"id": "7", "title": "a title", "body": "a body", "label": "x", "kind": "y"}
+
+    def chosen(record, **options):
+        return labeled.choose_columns(record, "here", LabelOptions(**options))
+
+    assert chosen(record | {"text": "words"}) == ("text",)
+    assert chosen({"id": "7", "body": "words", "label": "x"}) == ("body",)
+    assert chosen({"body": "a", "kind": "y", "n": "3"}, label_field="kind") == ("body",)
+    assert chosen(record, text_field="body") == ("body",)
+    assert chosen(record, text_field="title", text_pair_field="body") == ("title", "body")
+    pair = {"first": "a", "second": "b", "label": "x"}
+    assert chosen(pair, text_pair_field="second") == ("first", "second")
+    for name, options in (
+        ("text", {}),
+        ("words", {"text_field": "words"}),
+        ("other", {"text_field": "body", "text_pair_field": "other"}),
+    ):
+        (line,) = problems(chosen, record, **options)
+        assert line.startswith("here: ") and repr(name) in line
+
+
+def test_texts_are_not_blank_and_halves_of_surrogate_pairs_are_replaced():
+    assert text_of({"a": " x\n", "b": "y"}, ("b", "a")) == ("y", " x\n")
+    assert text_of({"a": "x\ud83dy"}, ("a",)) == ("x?y",)
+    assert text_problems({"a": "x", "b": "y"}, ("a", "b"), "here") == []
+    for value in (7, ["x"], None, "", " \t"):
+        (line,) = text_problems({"a": "x", "b": value}, ("a", "b"), "here")
+        assert line.startswith("here: column b ")
+    assert len(text_problems({"a": " "}, ("a", "b"), "here")) == 2
+
+
+def test_files_are_read_in_the_order_given_and_each_wrong_row_is_listed(tmp_path):
+    rows = [("one", "x"), (" ", "y"), ("two", ""), ("three", "y"), ("four", 1.5), (4, "y")]
+    rows = [{"text": text, "label": label} for text, label in rows]
+    later, first = write(tmp_path / "a.csv", rows[:3]), write(tmp_path / "b.jsonl", rows[3:])
+    wheres = [f"{first}, line 2", f"{first}, line 3", *(f"{later}, line {n}" for n in (2, 3, 4))]
+    found = problems(read, first, later, classes=["y"])
+    assert [line.partition(":")[0] for line in found] == wheres
+    good = [
+        write(tmp_path / name, [{"text": text, "label": "y"}])
+        for name, text in (("z.csv", "last"), ("c.jsonl", "mid"))
+    ]
+    assert read(*good).texts == [("last",), ("mid",)]
+
+
+def test_a_missing_label_column_is_reported_once(tmp_path):
+    good = write(tmp_path / "a.csv", [{"text": "one", "label": "x"}])
+    other = write(tmp_path / "b.csv", [{"text": "one", "kind": "x"}] * 3)
+    (line,) = problems(read, good, other)
+    assert line.startswith(f"{other}, line 2: ") and "'label'" in line and "text, kind" in line
+    assert problems(read, other) == [line]
+
+
+@pytest.mark.parametrize(
+    "labels, wheres",
+    [
+        (["x", "3", "4", "y"], [1, 2]),
+        ([True, 1, False, 0], [1, 2]),
+        (["true", True, 7], [1, 2, 3]),
+    ],
+    ids=["names", "booleans", "all"],
+)
+def test_kinds_of_labels_mix_nowhere_in_train(labels, wheres, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "one", "label": label} for label in labels])
+    (line,) = problems(read, path)
+    assert [f"({path}, line {where})" in line for where in (1, 2, 3)] == [
+        where in wheres for where in (1, 2, 3)
+    ]
+    names = [label_of(label) for label in labels]
+    assert read(path, classes=names).labels == names, "what --train has is right elsewhere"
+
+
+@pytest.mark.parametrize(
+    "labels, shown",
+    [
+        (["x"] * 3, "'x'"),
+        (["a", "b", "c"], "'a'"),
+        ([str(number // 2) for number in range(2002)], "1,001"),
+        (["a", "b"], None),
+        (["a", "b", "c", "c"], None),
+        ([str(number // 2) for number in range(2000)], None),
+    ],
+    ids=["one", "rows", "too many", "two", "three", "many"],
+)
+def test_classes_are_several_and_fewer_than_rows(labels, shown):
+    if shown is None:
+        assert len(classes_of(labels)) == len(set(labels))
+    else:
+        (line,) = problems(classes_of, labels)
+        assert shown in line
+
+
+# Label budget.
+
+LABELS = st.lists(st.sampled_from("aaaaabbc"), min_size=2, max_size=60).filter(
+    lambda labels: len(set(labels)) > 1
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(labels=LABELS, seed=st.integers(0, 2**40), data=st.data())
+def test_a_budget_is_in_proportion_nested_and_of_its_seed(labels, seed, data):
+    """Row for row it takes the class of which the smallest share is taken, so no class is ahead of
+    another by more than a row."""
+    sizes = Counter(labels)
+    budget = data.draw(st.integers(len(sizes), len(labels)))
+    rows = budget_rows(labels, budget, seed).tolist()
+    assert len(set(rows)) == budget == len(rows) and set(rows) <= set(range(len(labels)))
+    assert budget_rows(labels, len(labels), seed)[:budget].tolist() == rows
+    names = [f"name of {label}" for label in labels]
+    assert budget_rows(names, budget, seed).tolist() == rows, "whatever the classes are called"
+    taken = Counter(labels[row] for row in rows)
+    assert taken.keys() == sizes.keys()
+    for one, size in sizes.items():
+        for other in sizes:
+            is_behind = (taken[one] - 1) / size <= taken[other] / sizes[other]
+            assert is_behind or taken[other] == sizes[other]
+        share = budget * size / len(labels)
+        assert share - len(sizes) * size / len(labels) <= taken[one] <= share + 1
+
+
+def test_budgets_of_other_seeds_are_other_rows_and_every_row_has_its_chance():
+    labels, drawn = ["a"] * 30 + ["b"] * 10, Counter()
+    for seed in range(200):
+        rows = budget_rows(labels, 8, seed)
+        assert Counter(labels[row] for row in rows) == {"a": 6, "b": 2}
+        drawn.update(rows.tolist())
+    assert len(drawn) == 40 and max(drawn.values()) < 75  # of 40 expected: 6 deviations more
+    assert len({tuple(budget_rows(labels, 8, seed)) for seed in range(200)}) == 200
+
+
+# Ids.
+
+
+@pytest.fixture(scope="module")
+def texts(documents):
+    """Texts of 1 to some 300 tokens."""
+    sentences = [sentence for document in documents for sentence in document]
+    joined = [" ".join(sentences[start : start + 1 + start % 3])[:500] for start in range(24)]
+    return [*joined, "bank", "河流 bank 银行", "Bank's  RIVER\n\tmoney?", "zzz 🙂"]
+
+
+@pytest.mark.parametrize("max_length", [14, 64, 1000])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["tiny_tokenizer", "roberta_tokenizer", "xlm_roberta_tokenizer"])
+def test_ids_and_types_equal_those_of_transformers(
+    name, parts, max_length, texts, request, monkeypatch
+):
+    monkeypatch.setattr(tokenizers, "ENCODED_TOGETHER", 7)
+    tokenizer = copy.deepcopy(request.getfixturevalue(name))
+    given_texts = [pair[:parts] for pair in zip(texts, reversed(texts))]
+    tokenizer("limits", truncation=True, max_length=3, padding="max_length")  # which stay set
+    tokenizer.model_max_length = max_length
+    dataset = LabeledDataset(given_texts, tokenizer, np.arange(len(texts)))
+    tokenizer.model_max_length = 10**9
+    cut, arguments = 0, {"return_token_type_ids": True, "padding": False}
+    for number, text in enumerate(given_texts):
+        stock = tokenizer(*text, truncation=True, max_length=max_length, **arguments)
+        ids, types, label = dataset.examples[number]
+        assert ids.tolist() == stock["input_ids"] and label == number
+        assert types.tolist() == stock["token_type_ids"]
+        cut += len(tokenizer(*text, truncation=False, **arguments)["input_ids"]) > max_length
+    assert dataset.num_cut == cut and (cut > 0) is (max_length < 1000)
+    assert len(dataset) == len(texts)
+    assert set(LabeledDataset(given_texts, tokenizer).labels) == {IGNORED}
+
+
+def test_a_tokenizer_that_cuts_on_the_left_cuts_there(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.truncation_side, tokenizer.model_max_length = "left", 8
+    for text in (
+        ("bank river money water teach learn model token mask",),
+        ("bank river money water", "teach learn model token mask"),
+    ):
+        ids = LabeledDataset([text], tokenizer).examples[0][0].tolist()
+        assert ids == tokenizer(*text, truncation=True, max_length=8)["input_ids"]
+        assert ids != tokenizer(*text)["input_ids"]
+
+
+# Steps.
+
+
+class Rows(list):
+    """Numbers of rows in place of a dataset, and of their micro-batches."""
+
+    def micro_batches(self, rows, size):
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_rows=st.integers(1, 50),
+    batch_size=st.integers(1, 60),
+    seed=st.integers(0, 2**40),
+    data=st.data(),
+)
+def test_each_epoch_has_every_row_once_and_its_last_step_the_rest(num_rows, batch_size, seed, data):
+    rows, per_epoch = Rows(range(num_rows)), -(-num_rows // batch_size)
+    whole = LabeledSteps(rows, batch_size, 3, seed)
+    steps = [sum(next(whole), []) for _ in range(3 * per_epoch)]
+    sizes = [batch_size] * (per_epoch - 1) + [num_rows - batch_size * (per_epoch - 1)]
+    orders = []
+    for epoch in range(3):
+        part = steps[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert [len(step) for step in part] == sizes
+        orders.append(sum(part, []))
+        assert sorted(orders[-1]) == list(range(num_rows))
+    if num_rows > 20:
+        other = next(LabeledSteps(rows, num_rows, num_rows, seed + 1))[0]
+        assert all(left != right for left, right in zip([*orders, other], [*orders[1:], orders[0]]))
+    single = LabeledSteps(rows, 1, 1, seed)
+    assert [next(single)[0][0] for _ in range(3 * num_rows)] == sum(orders, []), "for any batch"
+    resumed, step = LabeledSteps(rows, batch_size, 3, seed), data.draw(st.integers(0, len(steps)))
+    resumed.load_state_dict({"step": step})
+    assert [sum(next(resumed), []) for _ in steps[step:]] == steps[step:]
+    assert resumed.state_dict() == whole.state_dict() == {"step": len(steps)}
+
+
+def make_examples(count=32, size=100, seed=4):
+    source, examples = np.random.default_rng(seed), []
+    for length in source.integers(3, 40, count):
+        ids = source.integers(5, size, length).astype(np.uint32)
+        types = (np.arange(length) > length // 2).astype(np.uint8)
+        examples.append((ids, types, source.choice([0, 0, 0, 1, 2])))
+    return examples
+
+
+@pytest.mark.parametrize("weights", [None, np.array([0.5, 2.0, 5.0])], ids=["plain", "weighted"])
+@pytest.mark.parametrize("size", [1, 5, 32])
+def test_examples_are_packed_end_to_end(size, weights):
+    examples = make_examples(size)
+    examples[size // 3] = (*examples[size // 3][:2], IGNORED)
+    batch = pack(examples, 40, weights)
+    assert (batch.max_length, batch.num_sequences, len(batch.lengths)) == (40, size, size)
+    assert batch.num_tokens == len(batch.input_ids) == sum(batch.lengths) == batch.cu_seqlens[-1]
+    tensors = (batch.input_ids, batch.token_type_ids, batch.position_ids, batch.labels["label"])
+    assert {tensor.dtype for tensor in tensors} == {torch.int64}
+    assert batch.cu_seqlens.dtype == torch.int32
+    for place, (ids, types, label) in enumerate(examples):
+        part = slice(*batch.cu_seqlens[place : place + 2].tolist())
+        assert batch.input_ids[part].tolist() == ids.tolist()
+        assert batch.token_type_ids[part].tolist() == types.tolist()
+        assert batch.position_ids[part].tolist() == list(range(len(ids)))
+        assert batch.labels["label"][place] == label and batch.lengths[place] == len(ids)
+    known = [label for *_, label in examples if label != IGNORED]
+    count = len(known) if weights is None else sum(weights[label] for label in known)
+    assert batch.counts == {"label": pytest.approx(count)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A BERT with a head for three classes, without dropout."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(5)
+    roughen(Stock(small_config(100, num_labels=3))).save_pretrained(folder)
+    return folder
+
+
+def step(checkpoint, examples, size, weights=None):
+    """(model after one update by micro-batches of `size`, its result, its micro-batches)."""
+    model = load_classifier(str(checkpoint)).train()
+    if weights is not None:
+        weights = np.array(weights)
+        model.class_weights = torch.from_numpy(weights).float()
+    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
+    batches = [pack(part, 40, weights) for part in parts]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    result = train_step(model, batches, [optimizer], scaler, autocast(CPU, "fp32"), 1e-3, 1.0, CPU)
+    return model, result, batches
+
+
+def norm_of(result):
+    return result.logged["optim/grad_norm"]
+
+
+@pytest.mark.parametrize("weights", [None, [0.3, 1.0, 4.0]], ids=["plain", "weighted"])
+def test_the_update_is_that_of_torchs_mean_however_the_step_is_cut(weights, checkpoint):
+    """A mean of the micro-batches' means differs: their classes, and so their weights, do."""
+    examples = make_examples()
+    whole, whole_result, _ = step(checkpoint, examples, 32, weights)
+    for size in (8, 5):
+        model, result, batches = step(checkpoint, examples, size, weights)
+        assert weights is None or len({batch.counts["label"] for batch in batches}) > 1
+        assert_close(
+            dict(model.named_parameters()), dict(whole.named_parameters()), atol=1e-6, rtol=0.0
+        )
+        torch.testing.assert_close(norm_of(result), norm_of(whole_result), rtol=1e-5, atol=0.0)
+
+    stock, logits = Stock.from_pretrained(checkpoint).train(), []
+    for ids, types, _ in examples:
+        ids, types = (torch.from_numpy(of.astype(np.int64))[None] for of in (ids, types))
+        logits.append(stock(input_ids=ids, token_type_ids=types).logits)
+    logits, labels = torch.cat(logits), torch.tensor([int(label) for *_, label in examples])
+    weight = None if weights is None else torch.tensor(weights)
+    loss = F.cross_entropy(logits, labels, weight=weight)
+    loss.backward()
+    norm = torch.stack([gradient.norm() for gradient in gradients(stock).values()]).norm()
+    torch.testing.assert_close(norm_of(whole_result), norm, rtol=1e-4, atol=0.0)
+    totals = whole_result.losses
+    mean = (totals.sums["label"] / totals.counts["label"]).item()
+    assert mean == pytest.approx(loss.item(), rel=1e-5)
+    assert totals.num_correct["label"] == (logits.argmax(-1) == labels).sum()
+
+
+@pytest.mark.parametrize("weight", [3.0, 0.25])
+def test_a_step_of_one_example_has_its_loss_whatever_its_class_weighs(weight, checkpoint):
+    """The last step of an epoch may hold one example; torch's weighted mean of one is its loss."""
+    examples = [(*make_examples()[0][:2], 0)]
+    plain = step(checkpoint, examples, 1)[1]
+    weighted = step(checkpoint, examples, 1, [weight, 1.0, 1.0])[1]
+    torch.testing.assert_close(norm_of(weighted), norm_of(plain), rtol=1e-5, atol=0.0)

@@ -1,0 +1,951 @@
+"""Fine-tuning and prediction, from files to files: a toy task is learned, the best model is kept
+and is the same in stock transformers, scores are scikit-learn's, an interrupted run resumes bit for
+bit, and what does not fit is reported before anything is written."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import arguments_of, assert_same, in_processes, refusal
+from conftest import rows as exact_rows
+from packed_reference import small_config
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_dataset import write
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, pipeline
+
+from pretrain import train
+from pretrain.cli import parse, run_command
+from pretrain.commands import finetune as FINETUNE
+from pretrain.commands import predict as PREDICT
+from pretrain.config import FinetuneOptions
+from pretrain.errors import UserError
+from pretrain.files import model_folder
+from pretrain.finetune import build as module
+from pretrain.finetune import predict
+from pretrain.finetune.heads import load_classifier
+from pretrain.finetune.scores import Tally, score_table
+from pretrain.run import portable_options
+from pretrain.runtime import checkpoint as ckpt
+
+sklearn_metrics = pytest.importorskip("sklearn.metrics")
+compute_class_weight = pytest.importorskip("sklearn.utils.class_weight").compute_class_weight
+
+CLASSES = {
+    "finance": ["bank", "money", "banks", "moneys"],
+    "nature": ["river", "water", "rivers", "waters"],
+    "school": ["teach", "learn", "teacher", "learner"],
+}
+PROBABILITIES = [f"probability_{label}" for label in CLASSES]
+ADDED = ["predicted_label", *PROBABILITIES]
+OTHERS = ["quick", "slow", "token", "mask", "model", "train"]  # words of no class
+FP32 = arguments_of("--precision fp32 --device cpu")
+FAST = arguments_of("--batch-size 16 --learning-rate 1e-2", FP32)
+RUN_FILES = {"config.json", "summary.json", "metrics.jsonl", "events.out", "confusion.png"}
+
+
+def make_rows(count, seed, weights=(3, 2, 1), noise=0.0):
+    """Rows of 4 to 20 words, two of the class; a share of `noise` has a random label."""
+    source, rows = random.Random(seed), []
+    for number in range(count):
+        name = source.choices(list(CLASSES), weights)[0] if number > 2 else list(CLASSES)[number]
+        words = source.choices(CLASSES[name], k=2) + source.choices(OTHERS, k=2)
+        source.shuffle(words)
+        words += source.choices(OTHERS, k=source.randint(0, 16))
+        name = source.choice(list(CLASSES)) if source.random() < noise else name
+        rows.append({"id": str(number), "text": " ".join(words), "label": name})
+    return rows
+
+
+def read(path):
+    with open(path, encoding="utf-8", newline="") as handle:
+        if str(path).endswith(".csv"):
+            return list(csv.DictReader(handle))
+        return [json.loads(line) for line in handle]
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny_tokenizer, vocabulary, tmp_path_factory):
+    """A pretrained encoder: one narrow layer, at most 64 tokens."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(3)
+    config = small_config(vocabulary.size, num_hidden_layers=1, hidden_dropout_prob=0.1)
+    BertModel(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    sizes = {"train": (90, 1), "valid": (40, 2), "test": (30, 3)}
+    return {name: write(folder / f"{name}.csv", make_rows(*of)) for name, of in sizes.items()}
+
+
+@pytest.fixture(scope="session")
+def data(encoder, files):
+    """Options that say what is trained on what."""
+    return ["--model", encoder, "--train", files["train"], "--valid", files["valid"]]
+
+
+def build(*argv, **options):
+    return module.build(parse(arguments_of(*argv), FinetuneOptions, ""), quiet=True, **options)
+
+
+def run_of(output, *argv):
+    """The summary of a run in this process."""
+    run = build(FAST, *argv, ["--output", output])
+    run.open_output()
+    return train.train(run)
+
+
+def printed(main, *argv):
+    """What a command prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main(arguments_of(*argv))
+    return out.getvalue()
+
+
+def summary_of(output):
+    return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+
+
+def metrics(output, part):
+    """Rows of metrics.jsonl with a number `part`."""
+    return [row for row in read(output / "metrics.jsonl") if any(part in name for name in row)]
+
+
+def stock_probabilities(folder, texts, **more):
+    """float [texts, classes] by transformers' own model, a text at a time."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        inputs = (tokenizer(*of, truncation=True, return_tensors="pt", **more) for of in texts)
+        return torch.cat([model(**of).logits for of in inputs]).softmax(-1).numpy()
+
+
+def sklearn_report(labels, predicted):
+    options = {"output_dict": True, "zero_division": 0}
+    return sklearn_metrics.classification_report(labels, predicted, **options)
+
+
+def assert_stock_pipeline(found, folder, rows):
+    """Predicted labels and probabilities are those of transformers' pipeline."""
+    settings = {"top_k": None, "truncation": True, "device": "cpu"}
+    classify = pipeline("text-classification", model=str(folder), **settings)
+    for mine, scores in zip(found, classify([row["text"] for row in rows]), strict=True):
+        assert mine["predicted_label"] == scores[0]["label"]
+        for entry in scores:
+            share = float(mine[f"probability_{entry['label']}"])
+            assert share == pytest.approx(entry["score"], abs=2e-5)
+
+
+@pytest.fixture(scope="session")
+def finished(data, files, tmp_path_factory):
+    """(run folder, what the command printed)."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    more = "--epochs 10 --log-every 20 --patience 0 --max-length 24"
+    paths = ["--test", files["test"], "--output", output]
+    return output, printed(FINETUNE.main, data, FAST, more, paths)
+
+
+# A run.
+
+
+def test_a_separable_task_is_learned_and_reported(finished, files):
+    output, text = finished
+    summary, last = summary_of(output), json.loads(text.splitlines()[-1])
+    assert summary["valid"]["accuracy"] > 0.95 and summary["test"]["macro_f1"] > 0.95
+    assert (summary["steps"], summary["train_rows"], summary["skipped_steps"]) == (60, 90, 0)
+    assert last["test_macro_f1"] == summary["test"]["macro_f1"]
+    assert last["valid_loss"] == summary["valid"]["loss"] and last["state"] == "finished"
+    counts = Counter(row["label"] for row in read(files["test"]))
+    shown = ", ".join(f"{label} {counts[label]}" for label in CLASSES)
+    assert f"--test: 30 rows, {shown}" in text
+    assert "run: 60 steps of 16 examples, evaluation every 6;" in text  # epochs end with 10
+    assert score_table(summary["test"]) in text and f"step {summary['best_step']}:" in text
+    names = {path.name.partition(".tfevents")[0] for path in output.iterdir()}
+    assert names == RUN_FILES | {"final", "test_predictions.csv"}
+
+
+def test_the_options_of_a_run_repeat_it_from_any_folder(
+    finished, encoder, files, tmp_path, monkeypatch
+):
+    path = finished[0] / "config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert saved["max_length"] == 24 and saved["model"] == encoder
+    again = portable_options(parse(["--config", str(path)], FinetuneOptions, ""))
+    start = {"output": None, "resume": False, "overwrite": False}
+    assert again == saved | start and not start.keys() & saved.keys()
+    home = Path(encoder).parent
+    monkeypatch.chdir(home)
+    argv = ["--model", Path(encoder).name, "--train", "a.csv", files["train"], "--valid", "~/b.csv"]
+    here = portable_options(parse(argv, FinetuneOptions, ""))
+    assert here["model"] == encoder and here["train"] == [str(home / "a.csv"), files["train"]]
+    assert here["valid"] == [str(Path("~/b.csv").expanduser())] and here["test"] == []
+    hub = FinetuneOptions(model="bert-base-uncased")
+    assert portable_options(hub)["model"] == "bert-base-uncased"
+
+
+def test_numbers_go_to_the_log_and_to_tensorboard(finished, data, tmp_path):
+    output, _ = finished
+    training, evaluated = metrics(output, "train/loss"), metrics(output, "eval/accuracy")
+    assert [row["step"] for row in training] == [1, 20, 40, 60]
+    assert [row["step"] for row in evaluated] == [*range(6, 61, 6)]
+    names = {"train/loss", "train/accuracy", "speed/tokens_per_second", "memory/peak_bytes"}
+    names |= {"optim/learning_rate", "optim/grad_norm"}
+    assert names <= training[0].keys() and not any("label" in name for name in training[0])
+    macro = [f"eval/macro_{name}" for name in ("precision", "recall", "f1")]
+    of_class = [f"eval_f1/{label}" for label in CLASSES]
+    assert evaluated[0].keys() == {"step", "eval/loss", "eval/accuracy", *macro, *of_class}
+    assert training[0]["train/loss"] == pytest.approx(np.log(3), abs=0.3)
+    assert training[-1]["train/loss"] < 0.2 and training[-1]["train/accuracy"] > 0.9
+    accumulator = EventAccumulator(str(output), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    assert names | {*macro, *of_class} <= set(accumulator.Tags()["scalars"])
+    curve = accumulator.Scalars("eval/macro_f1")
+    assert [event.step for event in curve] == [row["step"] for row in evaluated]
+    summary = summary_of(output)
+    (best,) = [row for row in evaluated if row["step"] == summary["best_step"]]
+    assert best["eval/loss"] == summary["valid"]["loss"]
+    assert best["eval_f1/school"] == summary["valid"]["classes"]["school"]["f1"]
+    classes = {f"c{number}": {"f1": number / 50} for number in range(40)}
+    run = build(data, FAST, ["--output", tmp_path / "run"])
+    numbers = run.logged({"loss": 1.0, "confusion": [[1]], "classes": classes})
+    curves = {f"eval_f1/c{number}": number / 50 for number in range(30)}  # of the first classes
+    assert numbers == {"eval/loss": 1.0} | curves
+
+
+def test_predictions_and_picture_are_those_of_the_stock_pipeline(finished, files):
+    output, rows = finished[0], read(files["test"])
+    found = read(output / "test_predictions.csv")
+    assert list(found[0]) == ["label", *ADDED]
+    assert [row["label"] for row in found] == [row["label"] for row in rows]
+    assert_stock_pipeline(found, output / "final", rows)
+    picture = (output / "confusion.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000
+
+
+def test_the_folder_opens_with_stock_transformers_and_says_what_it_is(finished):
+    folder, summary = finished[0] / "final", summary_of(finished[0])
+    stock = AutoModelForSequenceClassification
+    model, info = stock.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
+    assert type(model).__module__.startswith("transformers.")
+    assert list(model.config.id2label.values()) == list(CLASSES)
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 24, "a pipeline cuts there"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-classification" in card and "| tokens of an example | 24 |" in card
+    assert "| classes | finance, nature, school |" in card
+    assert f"| test macro f1 | {summary['test']['macro_f1']:.4f} |" in card
+    assert model_folder(str(finished[0])) == str(folder)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(data, files, tmp_path):
+    options = data, ["--test", files["test"]], "--max-steps 5 --eval-every 2 --no-save-model"
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        run_of(tmp_path / name, *options, f"--seed {seed}")
+    assert_same_result(tmp_path / "a", tmp_path / "b")
+    losses = [summary_of(tmp_path / name)["valid"]["loss"] for name in "ac"]
+    assert losses[0] != losses[1] and not (tmp_path / "a" / "final").exists()
+
+
+def test_how_a_step_goes_through_the_device_does_not_matter(data, tmp_path):
+    """Except for dropout, which is drawn for each micro-batch; so it is off."""
+    quiet = tmp_path / "encoder"
+    shutil.copytree(data[1], quiet)
+    config = json.loads((quiet / "config.json").read_text()) | {"hidden_dropout_prob": 0.0}
+    (quiet / "config.json").write_text(json.dumps(config))
+    options = ["--model", quiet, *data[2:]], "--max-steps 4 --class-weights balanced"
+    ways = ("", "--micro-batch-size 4", "--micro-batch-size 8 --gradient-checkpointing")
+    losses = [
+        run_of(tmp_path / str(number), *options, "--no-save-model", way)["valid"]["loss"]
+        for number, way in enumerate(ways)
+    ]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+
+
+# The best model.
+
+
+@pytest.fixture(scope="session")
+def noisy(encoder, tmp_path_factory):
+    """(options, validation rows, run folder): a few rows with wrong labels are learned by heart, so
+    the best model is not the last."""
+    folder, rows = tmp_path_factory.mktemp("noisy"), make_rows(60, 5, noise=0.4)
+    train = write(folder / "train.csv", make_rows(48, 36, noise=0.5))
+    options = ["--model", encoder, "--train", train, "--valid", write(folder / "v.csv", rows)]
+    options += arguments_of("--patience 0 --schedule constant")
+    run_of(folder / "run", options, "--epochs 16")
+    return options, rows, folder / "run"
+
+
+def test_the_saved_model_is_that_of_the_best_evaluation(noisy):
+    options, rows, output = noisy
+    summary, evaluated = summary_of(output), metrics(output, "eval/")
+    best = max(evaluated, key=lambda row: (row["eval/macro_f1"], -row["eval/loss"]))
+    assert len(evaluated) == 16 and summary["steps"] == 48
+    assert best["step"] == summary["best_step"] < 48
+    assert evaluated[-1]["eval/loss"] > 1.03 * best["eval/loss"]
+    labels = np.array([list(CLASSES).index(row["label"]) for row in rows])
+    found = stock_probabilities(output / "final", [(row["text"],) for row in rows])
+    accuracy = (found.argmax(-1) == labels).mean()
+    assert accuracy == summary["valid"]["accuracy"] == best["eval/accuracy"]
+    loss = sklearn_metrics.log_loss(labels, found.astype(float))
+    assert loss == pytest.approx(summary["valid"]["loss"], rel=1e-4)
+    matrix = sklearn_metrics.confusion_matrix(labels, found.argmax(-1)).tolist()
+    assert summary["valid"]["confusion"] == matrix
+    run = build(options, FAST, ["--output", output.parent / "absent"])
+    run.model = load_classifier(str(output))
+    scores = run.validate(0, torch.autocast("cpu", enabled=False), lambda: 0, None)
+    assert scores["loss"] == pytest.approx(summary["valid"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "accuracy"])
+def test_better_is_the_metric_and_then_the_loss(metric, data, tmp_path):
+    run = build(data, FAST, ["--metric", metric, "--output", tmp_path / "run"])
+    other = {"macro_f1": "accuracy", "accuracy": "macro_f1"}[metric]
+    state, taken = train.TrainState(), []
+    series = [(0.5, 2.0), (0.5, 2.0), (0.5, 1.5), (0.4, 0.1), (0.6, 9.0), (0.6, 9.5), (0.1, 0.0)]
+    for step, (score, loss) in enumerate(series):
+        state.record(step, {metric: score, other: step, "loss": loss}, run)
+        taken.append((state.best_step, state.evaluations_without_gain))
+    assert taken == [(0, 0), (0, 1), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2)]
+
+
+@pytest.mark.parametrize("patience, steps", [(0, 5), (1, 2), (3, 4)])
+def test_it_stops_after_so_many_evaluations_without_gain(
+    patience, steps, data, tmp_path, monkeypatch
+):
+    levels = iter(range(100, 0, -1))  # worse each time
+    scores = {"loss": 1.0, "accuracy": 0.5, "classes": {}, "confusion": [[1] * 3] * 3}
+    worse = lambda *_: {"macro_f1": next(levels) / 100, **scores}  # noqa: E731
+    monkeypatch.setattr(module.FinetuningRun, "scores_of", worse)
+    options = f"--max-steps 5 --eval-every 1 --patience {patience} --no-save-model"
+    summary = run_of(tmp_path / "run", data, options)
+    assert (summary["steps"], summary["best_step"], summary["valid"]["macro_f1"]) == (steps, 1, 1.0)
+    evaluated = [row["step"] for row in metrics(tmp_path / "run", "eval/")]
+    assert evaluated == list(range(1, steps + 1))
+
+
+def test_a_run_that_only_skips_stops(data, tmp_path):
+    with pytest.raises(UserError, match="20 steps in a row") as caught:
+        run_of(tmp_path / "run", data, "--learning-rate 1e20 --max-steps 40")
+    assert "its data" not in str(caught.value), "the guard has no command that shows it"
+
+
+# Interrupted and resumed.
+
+
+def assert_same_result(left, right):
+    """Weights, scores, predictions and logged numbers are equal bit for bit."""
+    summaries = [summary_of(output) for output in (left, right)]
+    for summary in summaries:
+        assert summary["state"] == "finished" and summary.pop("seconds") > 0
+        del summary["sequences_per_second"], summary["tokens_per_second"]
+    assert summaries[0] == summaries[1] and exact_rows(left) == exact_rows(right)
+    name = "test_predictions.csv"
+    assert (left / name).read_bytes() == (right / name).read_bytes()
+    if (left / "final").exists():
+        assert_same(*(load_file(of / "final" / "model.safetensors") for of in (left, right)))
+    for output in (left, right):
+        assert not [*output.glob("checkpoint-*"), *output.glob(".*"), *output.glob("best")]
+
+
+@pytest.fixture(scope="session")
+def whole(encoder, files, tmp_path_factory):
+    """optimizer -> (options, folder) of a run that nothing interrupts; its best model is not the
+    last."""
+    runs, folder = {}, tmp_path_factory.mktemp("whole")
+    rows = [make_rows(48, 35, noise=0.5), make_rows(60, 5, noise=0.4)]
+    paths = [write(folder / f"{name}.csv", of) for name, of in zip(("train", "valid"), rows)]
+    options = ["--model", encoder, "--train", paths[0], "--valid", paths[1]]
+    options += ["--test", files["test"], *FP32]
+    options += arguments_of("--batch-size 8 --learning-rate 3e-2 --max-steps 10 --eval-every 3")
+    for optimizer in ("adamw", "muon"):
+        runs[optimizer] = [*options, "--optimizer", optimizer], folder / optimizer
+        printed(FINETUNE.main, runs[optimizer][0], ["--output", folder / optimizer])
+        assert 3 < summary_of(folder / optimizer)["best_step"] < 10
+    return runs
+
+
+def interrupting(monkeypatch, target, name, call, number):
+    """What sends the signal `number` to this process at a call of a function."""
+    original, calls = getattr(target, name), []
+
+    def watched(*arguments, **options):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    return lambda rank: monkeypatch.setattr(target, name, watched)
+
+
+@pytest.mark.parametrize(
+    "optimizer, target, name, call",
+    [
+        ("adamw", train, "train_step", 1),
+        ("adamw", train, "train_step", 6),
+        ("muon", train, "train_step", 6),
+        ("muon", module, "predict", 2),
+        ("adamw", ckpt, "sync", 3),
+        ("adamw", ckpt, "sync", 25),
+        ("adamw", ckpt, "prune", 2),
+        ("muon", module, "predict", 5),  # of the test rows
+        ("adamw", module.plots, "confusion", 1),
+        ("adamw", module.FinetuningRun, "export", 6),  # final/
+        ("adamw", train, "write_json", 1),  # the summary
+    ],
+)
+def test_killed_anywhere_then_resumed(optimizer, target, name, call, whole, tmp_path, monkeypatch):
+    options, undisturbed = whole[optimizer]
+    command = [*options, "--save-every", "2", "--resume", "--output", tmp_path / "run"]
+    kill = interrupting(monkeypatch, target, name, call, signal.SIGKILL)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    ((code, text),) = in_processes(tmp_path, FINETUNE.main, command, prepare=kill)
+    assert code == -signal.SIGKILL, text
+    printed(FINETUNE.main, command)
+    assert_same_result(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("optimizer, more", [("adamw", ""), ("muon", "--no-save-model")])
+def test_a_run_resumed_at_every_step_is_the_same(optimizer, more, whole, tmp_path):
+    options, undisturbed = whole[optimizer]
+    command = options, more, ["--output", tmp_path / "run"]
+    for step in range(1, 10):
+        printed(FINETUNE.main, *command, "--max-minutes 1e-9")
+        assert "--max-minutes" in summary_of(tmp_path / "run")["state"]
+        assert [path.name for path in ckpt.checkpoints(tmp_path / "run")] == [f"checkpoint-{step}"]
+        command = "--resume", ["--output", tmp_path / "run"]  # options come from the run
+    last = printed(FINETUNE.main, *command, "--max-minutes 0").splitlines()[-1]
+    assert json.loads(last)["steps"] == 10
+    assert_same_result(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize(
+    "target, name, call, step",
+    [(train, "train_step", 5, 5), (module, "predict", 2, 6), (train, "train_step", 10, 10)],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(
+    target, name, call, step, number, whole, tmp_path, monkeypatch, capsys
+):
+    options, undisturbed = whole["adamw"]
+    with monkeypatch.context() as patch:
+        interrupting(patch, target, name, call, number)(0)
+        argv = arguments_of(options, ["--output", tmp_path / "run"])
+        assert run_command(FINETUNE.main, argv, FINETUNE.HINT) == 128 + number
+    error = capsys.readouterr().err
+    assert f"step {step} of 10" in error and "--resume" in error and "Traceback" not in error
+    assert number.name in summary_of(tmp_path / "run")["state"]
+    assert [ckpt.step_of(path) for path in ckpt.checkpoints(tmp_path / "run")] == [step]
+    printed(FINETUNE.main, "--resume", ["--output", tmp_path / "run"])
+    assert_same_result(tmp_path / "run", undisturbed)
+
+
+def test_a_signal_costs_no_result_and_a_finished_run_says_so(whole, tmp_path, monkeypatch):
+    options, undisturbed = whole["adamw"]
+    with monkeypatch.context() as patch:
+        interrupting(patch, module, "predict", 5, signal.SIGTERM)(0)  # of the test rows
+        argv = arguments_of(options, ["--output", tmp_path / "run"])
+        assert run_command(FINETUNE.main, argv) == 0
+    assert_same_result(tmp_path / "run", undisturbed)
+    before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+    (tmp_path / "run" / "checkpoint-4").mkdir()  # as a kill may leave it
+    assert "is finished" in printed(FINETUNE.main, "--resume", ["--output", tmp_path / "run"])
+    after = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+    assert after == before | {tmp_path / "run": after[tmp_path / "run"]}
+
+
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """The folder of a run that stopped after a step."""
+    printed(FINETUNE.main, whole["adamw"][0], "--max-minutes 1e-9", ["--output", tmp_path / "r"])
+    return tmp_path / "r"
+
+
+def test_a_resumed_run_refuses_other_options_and_other_rows(stopped, files, tmp_path, capsys):
+    for name, value in (
+        ("--learning-rate", "0.5"),
+        ("--optimizer", "muon"),
+        ("--metric", "accuracy"),
+        ("--batch-size", "16"),
+        ("--label-budget", "30"),
+        ("--seed", "9"),
+        ("--train", files["valid"]),
+    ):
+        command = ["--resume", "--output", stopped, name, value]
+        assert refusal(FINETUNE.main, command, capsys).startswith(f"{name} {value}: ")
+    path = Path(json.loads((stopped / "config.json").read_text())["valid"][0])
+    rows = path.read_text()
+    write(path, make_rows(60, 9))
+    assert "rows have changed" in refusal(FINETUNE.main, ["--resume", "--output", stopped], capsys)
+    path.write_text(rows)
+    text = refusal(FINETUNE.main, ["--resume", "--output", tmp_path / "no run"], capsys)
+    assert "--model: " in text and not (tmp_path / "no run").exists()
+    more = "--max-minutes 0 --max-steps 3 --patience 9 --keep 9 --micro-batch-size 8"
+    printed(FINETUNE.main, "--resume", ["--output", stopped], more)
+    assert summary_of(stopped)["steps"] == 3, "these may change"
+
+
+def test_a_new_run_does_not_start_in_the_folder_of_an_unfinished_one(stopped, whole, capsys):
+    command = [*whole["adamw"][0], "--output", stopped]
+    text = refusal(FINETUNE.main, command, capsys)
+    assert text.startswith(f"--output {stopped}: ") and "--resume" in text
+    printed(FINETUNE.main, command, "--overwrite")
+    assert_same_result(stopped, whole["adamw"][1])
+
+
+# Options.
+
+
+def test_balanced_weights_are_scikit_learns(data, files, tmp_path):
+    labels, names = [row["label"] for row in read(files["train"])], np.array(list(CLASSES))
+    expected = compute_class_weight("balanced", classes=names, y=labels)
+    options = data, FAST, ["--output", tmp_path / "run"]
+    run = build(*options, "--class-weights balanced")
+    np.testing.assert_allclose(run.datasets["train"].class_weights, expected)
+    torch.testing.assert_close(run.model.class_weights, torch.from_numpy(expected).float())
+    few = build(*options, "--class-weights balanced --label-budget 4")
+    np.testing.assert_allclose(few.datasets["train"].class_weights, [4 / 6, 4 / 3, 4 / 3])
+    plain = build(*options)
+    assert plain.datasets["train"].class_weights is plain.model.class_weights is None
+
+
+def test_a_label_budget_takes_rows_of_each_class_by_the_seed(data, files, tmp_path):
+    def run(budget, seed=0):
+        more = f"--label-budget {budget} --seed {seed}"
+        return build(data, FAST, more, ["--output", tmp_path / "run"])
+
+    def rows(*arguments):
+        return run(*arguments).rows["train"]
+
+    few, every = rows(6), {((row["text"],), row["label"]) for row in read(files["train"])}
+    assert set(few.labels) == CLASSES.keys() and set(zip(few.texts, few.labels)) <= every
+    assert rows(30).texts[:6] == few.texts != rows(6, 1).texts and len(rows(0).texts) == 90
+    sizes = [len(run(6).datasets[name]) for name in ("train", "valid")]
+    assert sizes == [6, 40] and (run(6).eval_every, run(6).total_steps) == (1, 10)
+
+
+def test_steps_and_lengths_follow_from_the_options(data, tmp_path):
+    def numbers(more):
+        run = build(data, FAST, more, ["--output", tmp_path / "run"])
+        length = run.datasets["train"].max_length
+        return run.total_steps, run.eval_every, run.save_every, length, run.micro_batch_size
+
+    assert numbers("") == (60, 6, 0, 64, 16)
+    more = "--eval-every 4 --save-every epoch --max-length 32 --micro-batch-size 8"
+    assert numbers(f"--epochs 0.5 {more}") == (3, 4, 6, 32, 8)
+    assert numbers("--epochs 0.01 --eval-every auto")[:2] == (1, 6)
+    assert numbers("--max-steps 77 --save-every 5")[:3] == (77, 6, 5)
+    assert not (tmp_path / "run").exists(), "what only reads writes nothing"
+
+
+def test_rows_that_are_cut_or_trained_on_are_reported(data, files, tmp_path, capsys):
+    rows = {name: read(files[name]) for name in ("train", "valid")}
+    rows["test"] = rows["valid"][:9] + rows["train"][:5]
+    paths = ["--test", write(tmp_path / "mixed.csv", rows["test"]), "--output", tmp_path / "run"]
+    argv = arguments_of(data, FAST, paths, "--max-length 12")
+    module.build(parse(argv, FinetuneOptions, ""))
+    lines, tokenizer = capsys.readouterr().out.splitlines(), AutoTokenizer.from_pretrained(data[1])
+    for line, (name, of) in zip(lines, rows.items(), strict=True):
+        cut = sum(len(tokenizer(row["text"])["input_ids"]) > 12 for row in of)
+        assert line.startswith(f"--{name}: {len(of)} rows, ") and f" {cut} exceed 12 tokens" in line
+        assert ("5 texts are also in --train" in line) is (name == "test") and cut
+
+
+def test_pairs_and_columns_by_name_in_parquet(encoder, tmp_path):
+    """The question is whether two texts are of one topic: both are read, in order."""
+    source, rows = random.Random(3), []
+    for number in range(60):
+        left, right = (source.choice(CLASSES[source.choice(list(CLASSES))]) for _ in range(2))
+        rows.append({"left": left, "kind": int(number % 3 == 0), "right": f"{right} slow"})
+    path, output = write(tmp_path / "rows.parquet", rows), tmp_path / "run"
+    options = ["--model", encoder, "--train", path, "--valid", path], "--max-steps 3"
+    options += ("--label-field kind --text-field left --text-pair-field right",)
+    pairs = [(row["left"], row["right"]) for row in rows]
+    run = build(*options, FAST, ["--output", output])
+    assert run.classes == ["0", "1"] and run.rows["valid"].texts == pairs
+    summary = run_of(output, *options)
+    found = stock_probabilities(output / "final", pairs).astype(float)
+    expected = sklearn_metrics.log_loss([row["kind"] for row in rows], found)
+    assert expected == pytest.approx(summary["valid"]["loss"], rel=1e-4)
+
+
+# A result that is replaced.
+
+
+def failing(error):
+    def fail(*arguments, **options):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("more", ["", "--no-save-model"], ids=["model", "scores"])
+def test_a_result_is_replaced_once_another_is_whole(more, data, tmp_path, monkeypatch):
+    output, aside = tmp_path / "run", tmp_path / ".run.replaced"
+    options = output, data, "--max-steps 2", more
+    run_of(*options)
+    first = (output / "summary.json").read_text()
+    with pytest.raises(UserError, match=f"^--output {output}"):
+        run_of(*options)
+    for _ in range(2):  # what a failed run leaves replaces nothing
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of luck"):
+            patch.setattr(module, "predict", failing(RuntimeError("out of luck")))
+            run_of(*options, "--overwrite")
+        assert not (output / "summary.json").exists() and not (output / "final").exists()
+        assert (aside / "summary.json").read_text() == first
+        assert (aside / "final").is_dir() is (not more)
+    run_of(*options, "--overwrite --seed 5")
+    assert not aside.exists() and (output / "summary.json").read_text() != first
+    assert {row["step"] for row in metrics(output, "")} == {1, 2}, "nothing of the old run"
+    names = {path.name.partition(".tfevents")[0] for path in output.iterdir()}
+    assert names == RUN_FILES | ({"final"} if not more else set())
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=f"^--output {output}.*notes.txt"):
+        run_of(*options, "--overwrite")
+
+
+# Scores.
+
+
+@pytest.mark.parametrize("present", [[0, 1, 2, 3], [0, 2], [1]], ids=["all", "two", "one"])
+def test_scores_are_those_of_scikit_learn(present):
+    """Macro averages are over the classes that occur or are predicted, as in its report."""
+    source, tally = np.random.default_rng(1), Tally(["a", "b", "c", "d"])
+    labels = source.choice(present, 50)
+    found = source.dirichlet(np.ones(4), 50).astype(np.float32)
+    found[:, [number for number in range(4) if number not in present]] *= 1e-3
+    found /= found.sum(1, keepdims=True)
+    found[0] = np.eye(4)[(labels[0] + 1) % 4]  # certain, and wrong: its loss is large and finite
+    for part in (slice(7), slice(7, 7), slice(7, 50)):
+        tally.add(labels[part], found[part])
+    scores, predicted = tally.scores(), found.argmax(-1)
+    report = sklearn_report(labels, predicted)
+    assert scores["accuracy"] == pytest.approx(np.mean(labels == predicted))
+    for name, theirs in (("precision", "precision"), ("recall", "recall"), ("f1", "f1-score")):
+        assert scores[f"macro_{name}"] == pytest.approx(report["macro avg"][theirs])
+        for number, label in enumerate(tally.classes):
+            expected = report.get(str(number), {theirs: 0.0})[theirs]
+            assert scores["classes"][label][name] == pytest.approx(expected)
+    counts = [scores["classes"][label]["rows"] for label in tally.classes]
+    assert counts == np.bincount(labels, minlength=4).tolist()
+    rest = sklearn_metrics.log_loss(labels[1:], found[1:].astype(float), labels=range(4)) * 49
+    assert scores["loss"] == pytest.approx((rest - np.log(1e-30)) / 50, rel=1e-5)
+    matrix = sklearn_metrics.confusion_matrix(labels, predicted, labels=range(4)).tolist()
+    assert scores["confusion"] == matrix
+    table, names = score_table(scores).splitlines(), ("precision", "recall", "f1")
+    shown = [f"{scores['classes']['a'][name]:.3f}" for name in names]
+    assert table[1].split() == ["a", *shown, str(np.sum(labels == 0))] and len(table) == 7
+    macro = [f"{scores[f'macro_{name}']:.3f}" for name in names]
+    assert table[-2].split()[-4:] == [*macro, "50"]
+    assert table[-1] == f"accuracy {scores['accuracy']:.3f}"
+
+
+# Bad input of finetune.py.
+
+GOOD = "".join(f"words {number},{'ab'[number % 2]}\n" for number in range(8))
+
+
+def refused(main, argv, option, capsys):
+    """The command refuses in one line about the option; the rest of the line."""
+    text = refusal(main, argv, capsys)
+    assert text.startswith(option) and "\n" not in text, text
+    return text.removeprefix(option)
+
+
+@pytest.mark.parametrize(
+    "name, content, where, value",
+    [
+        ("train.csv", f"{GOOD} ,b\n", ", line 10:", "text"),
+        ("train.csv", f"{GOOD}x,3\n", ":", "'3' ({path}, line 10)"),
+        ("valid.csv", f"{GOOD}x,c\n", ", line 10:", "'c'"),
+        ("test.csv", "x,1\n", ", line 2:", "'1'"),
+        ("test.csv", "x,2.0\n", ", line 2:", "'2.0'"),
+        ("train.csv", "x,a\nx,a\n", ":", "'a'"),
+        ("train.csv", "", ":", "no rows"),
+        ("train.csv", "Grüße,a\n", "", "UTF-8"),
+        ("valid.txt", GOOD, ":", "csv, tsv, jsonl, parquet"),
+        ("test.csv.gz", GOOD, ":", "csv, tsv, jsonl, parquet"),
+    ],
+)
+def test_bad_rows_are_reported_in_one_line(name, content, where, value, encoder, tmp_path, capsys):
+    argv, option = ["--model", encoder, "--output", tmp_path / "run"], name.partition(".")[0]
+    for each in ("train", "valid", "test"):
+        path = tmp_path / (name if each == option else f"{each}.csv")
+        path.write_text(f"text,label\n{content if each == option else GOOD}", encoding="latin-1")
+        argv += [f"--{each}", path]
+    path = tmp_path / name
+    assert value.format(path=path) in refused(
+        FINETUNE.main, argv, f"--{option} {path}{where}", capsys
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "more, value",
+    [
+        (["--label-budget", "91"], "91"),
+        (["--label-budget", "2"], "2"),
+        (["--max-length", "65"], "65"),
+        (["--train", "absent.csv"], "absent.csv"),
+        (["--text-field", " "], " "),
+        (["--precision", "fp16"], "fp16"),
+        (["--model", "absent"], "absent"),
+        (["--output", "{train}"], "{train}"),
+        (["--text-pair-field", "id", "--text-field", "other"], None),
+        (["--micro-batch-size", "5"], None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_of_finetune_are_reported_in_one_line(
+    more, value, data, files, tmp_path, capsys
+):
+    option = {"--text-pair-field": "--train {train}, line 2:", "--micro-batch-size": "--batch-size"}
+    option = option.get(more[0], f"{more[0]} {value}:").format(**files)
+    argv = [*data, *FAST, "--output", tmp_path / "run", *(part.format(**files) for part in more)]
+    refused(FINETUNE.main, argv, option, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_missing_and_what_is_wrong_is_reported_at_once(capsys):
+    lines = refusal(FINETUNE.main, ["--epochs", "0"], capsys).splitlines()
+    options = [line.partition(":")[0] for line in lines]
+    assert sorted(options) == ["--epochs 0.0", "--model", "--train", "--valid"]
+    assert "--resume: " in refusal(FINETUNE.main, ["--resume"], capsys)
+
+
+@pytest.fixture
+def misfits(encoder, finished, vocabulary, tmp_path):
+    """name -> folder of a model that does not fit its tokenizer, or has none."""
+    stock = AutoModelForSequenceClassification.from_config
+    for name, size, settings in (
+        ("bare", vocabulary.size, {}),
+        ("small", vocabulary.size - 30, {}),
+        ("one type", vocabulary.size, {"type_vocab_size": 1}),
+        ("several", vocabulary.size, {"problem_type": "multi_label_classification"}),
+    ):
+        no_tokenizer = shutil.ignore_patterns("tokenizer*") if name == "bare" else None
+        shutil.copytree(finished[0] / "final", tmp_path / name, ignore=no_tokenizer)
+        stock(small_config(size, **settings)).save_pretrained(tmp_path / name)
+    return {path.name: path for path in tmp_path.iterdir()}
+
+
+def test_models_that_do_not_fit_are_reported(data, finished, misfits, tmp_path, capsys):
+    for name, more, option in (
+        ("bare", [], f"--model {misfits['bare']}:"),
+        ("small", [], f"--model {misfits['small']}:"),
+        ("one type", ["--text-pair-field", "id"], "--text-pair-field id:"),
+    ):
+        argv = ["--model", misfits[name], *data[2:], *more, "--output", tmp_path / "run"]
+        refused(FINETUNE.main, argv, option, capsys)
+    refused(FINETUNE.main, [*data, "--output", finished[0]], f"--output {finished[0]}:", capsys)
+
+
+def test_several_processes_are_refused(data, finished, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    predicting = ["--model", finished[0], "--input", files["test"], "--output", tmp_path / "o.csv"]
+    for main, argv in (
+        (FINETUNE.main, [*data, "--output", tmp_path / "run"]),
+        (PREDICT.main, predicting),
+    ):
+        assert "torchrun" in refused(main, argv, "--device auto", capsys)
+    assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+
+
+def test_a_run_starts_from_a_fine_tuned_run_with_its_head(data, finished, tmp_path):
+    """A run folder stands for its model; the same labels, the same head, if it is wanted."""
+    argv = ["--model", finished[0], *data[2:], *FAST, "--output", tmp_path / "run"]
+    run, fresh = build(argv), build(argv, keep_head=False)
+    weights = load_file(finished[0] / "final" / "model.safetensors")
+    assert all(torch.equal(weights[name], of) for name, of in run.model.state_dict().items())
+    scores = run.validate(0, torch.autocast("cpu", enabled=False), lambda: 0, None)
+    assert scores["accuracy"] > 0.95
+    assert not torch.equal(fresh.model.classifier.weight, weights["classifier.weight"])
+
+
+# Prediction.
+
+
+@pytest.fixture
+def predict_argv(finished, tmp_path):
+    """Options of predict.py, given files."""
+
+    def argv(paths, output="out.jsonl", *more):
+        paths = paths if isinstance(paths, list) else [paths]
+        options = ["--model", finished[0], "--input", *paths, "--output", tmp_path / output]
+        return arguments_of(options, FP32, *more)
+
+    return argv
+
+
+@pytest.mark.parametrize(
+    "read_as, written_as, chunk", [("csv", "jsonl", 4), ("jsonl", "csv", 1024), ("csv", "csv", 5)]
+)
+def test_rows_come_back_in_order_with_the_numbers_of_the_stock_pipeline(
+    read_as, written_as, chunk, finished, predict_argv, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(predict, "CHUNK", chunk)
+    rows = [row | {"note": 'a, "b"\nc'} for row in make_rows(23, 9, noise=0.3)]
+    path, output = write(tmp_path / f"in.{read_as}", rows), tmp_path / f"out.{written_as}"
+    text = printed(PREDICT.main, predict_argv(path, output.name, "--batch-size 3"))
+    found, last = read(output), json.loads(text.splitlines()[-1])
+    assert list(found[0]) == [*rows[0], *ADDED]
+    assert [{name: row[name] for name in rows[0]} for row in found] == rows
+    assert_stock_pipeline(found, finished[0] / "final", rows)
+    report = sklearn_report(*([row[name] for row in found] for name in ("label", ADDED[0])))
+    assert last["rows"] == 23 and last["accuracy"] == pytest.approx(report["accuracy"])
+    assert last["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"])
+    assert 0.5 < last["accuracy"] < 1 and f"accuracy {last['accuracy']:.3f}\n" in text
+    assert text.startswith(f"23 rows in {output}\n") and "not scored" not in text
+
+
+def test_rows_stream_a_chunk_at_a_time(monkeypatch):
+    monkeypatch.setattr(predict, "CHUNK", 4)
+    read, seen, tally = [], [], Tally(["a", "b"])
+
+    def rows():
+        for number in range(10):
+            read.append(number)
+            yield f"row {number}", {"text": f"text {number}", "kind": "bax"[number % 3]}
+
+    def predict_chunk(texts):
+        assert texts == [(f"text {number}",) for number in read[-len(texts) :]]
+        return np.array([[0.25, 0.75]] * len(texts))
+
+    added = {"predicted_label": "b", "probability_a": 0.25, "probability_b": 0.75}
+    found = predict.predict_rows(rows(), ("text",), "kind", predict_chunk, tally)
+    for number, row in enumerate(found):
+        seen.append(len(read))
+        assert row == {"text": f"text {number}", "kind": "bax"[number % 3]} | added
+    assert seen == [4] * 4 + [8] * 4 + [10] * 2
+    assert tally.confusion.tolist() == [[0, 3], [0, 4]] and tally.unlabeled == 3
+
+
+def test_rows_without_a_known_label_are_predicted_but_not_scored(predict_argv, tmp_path):
+    rows = make_rows(12, 8)
+    for number, label in ((1, "sports"), (4, None), (5, "sports"), (6, "  "), (7, 1.5)):
+        rows[number]["label"] = label
+    del rows[9]["label"]
+    rows[2]["label"] += " "  # a label, as in training
+    text = printed(PREDICT.main, predict_argv(write(tmp_path / "in.jsonl", rows)))
+    found, lines = read(tmp_path / "out.jsonl"), text.splitlines()
+    assert [row.get("label") for row in found] == [row.get("label") for row in rows]
+    assert "label" not in found[9] and {row["predicted_label"] for row in found} <= CLASSES.keys()
+    known = [number for number, row in enumerate(rows) if str(row.get("label")).strip() in CLASSES]
+    right = [found[n]["predicted_label"] == rows[n]["label"].strip() for n in known]
+    assert json.loads(lines[-1])["accuracy"] == pytest.approx(sum(right) / 6) and len(known) == 6
+    assert lines[-2].startswith("not scored: 6 rows") and lines[-4].split()[-1] == "6"
+
+
+@pytest.mark.parametrize("more", [{"label": ""}, {"label": "sports"}, {}])
+def test_without_a_single_known_label_there_is_no_score(more, predict_argv, tmp_path):
+    rows = [{"text": row["text"]} | more for row in make_rows(3, 8)]
+    text = printed(PREDICT.main, predict_argv(write(tmp_path / "in.csv", rows)))
+    first, second, last = text.splitlines()
+    assert first == f"3 rows in {tmp_path / 'out.jsonl'}" and json.loads(last) == {"rows": 3}
+    assert second.startswith("not scored: 3 rows")
+
+
+def test_several_files_other_columns_pairs_and_a_cut(finished, predict_argv, tmp_path):
+    files = [
+        [
+            {"body": row["text"], "kind": row["label"], "second": "slow bank water"}
+            for row in make_rows(count, count)
+        ]
+        for count in (3, 4)
+    ]
+    files[0][0]["body"] += " bank" * 40
+    files[1] = [row | {"more": [1]} for row in files[1]]
+    paths = [write(tmp_path / name, rows) for name, rows in zip(("z.csv", "a.jsonl"), files)]
+    options = "--text-field body --label-field kind --max-length 10 --overwrite"
+    for pair in ("", "--text-pair-field second"):
+        argv = predict_argv(paths, "out.jsonl", options, pair)
+        assert "accuracy" in json.loads(printed(PREDICT.main, argv).splitlines()[-1])
+        found = read(tmp_path / "out.jsonl")
+        assert [row["kind"] for row in found] == [row["kind"] for row in files[0] + files[1]]
+        parts = [(row["body"], row["second"])[: 1 + bool(pair)] for row in found]
+        expected = stock_probabilities(finished[0] / "final", parts, max_length=10)
+        mine = [[row[name] for name in PROBABILITIES] for row in found]
+        np.testing.assert_allclose(mine, expected, atol=2e-5)
+        assert found[3]["more"] == [1]
+
+
+def test_a_file_replaces_another_or_its_own_input_once_it_is_whole(
+    predict_argv, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(predict, "CHUNK", 4)
+    rows, path = make_rows(11, 7), tmp_path / "rows.csv"
+    write(path, rows)
+    refused(PREDICT.main, predict_argv(path, "rows.csv"), f"--output {path}:", capsys)
+    printed(PREDICT.main, predict_argv(path, "rows.csv", "--overwrite"))
+    assert [row["text"] for row in read(path)] == [row["text"] for row in rows]
+    assert "predicted_label" in read(path)[0]
+    (tmp_path / "folder.csv").mkdir()
+    argv = predict_argv(path, "folder.csv", "--overwrite")
+    refused(PREDICT.main, argv, f"--output {tmp_path / 'folder.csv'}:", capsys)
+
+
+@pytest.mark.parametrize(
+    "written_as, spoil, wheres",
+    [
+        ("csv", {2: {"text": " "}, 9: {"text": None}}, ["line 3", "line 10"]),
+        ("jsonl", {9: {"text": 5}}, ["line 10"]),
+        ("csv", {0: {"predicted_label": "x", "probability_nature": 1}}, ["line 1", "line 1"]),
+        ("jsonl", {9: {"predicted_label": "x"}}, ["line 10"]),
+        ("csv", {9: {"new": 1}}, ["row 10"]),
+    ],
+    ids=["blank", "no text", "taken", "taken later", "other columns"],
+)
+def test_wrong_rows_are_reported_before_any_work_and_nothing_is_left(
+    written_as, spoil, wheres, predict_argv, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(predict, "CHUNK", 4)
+    path, output = tmp_path / "in.jsonl", tmp_path / f"out.{written_as}"
+    option = f"--output {output}: "
+    if "new" not in spoil.get(9, {}):
+        early = AssertionError("predicts before all rows are checked")
+        monkeypatch.setattr(predict, "predict", failing(early))
+        option = f"--input {path}, "
+    write(path, [row | spoil.get(number, {}) for number, row in enumerate(make_rows(12, 6))])
+    output.write_text("old")
+    lines = refusal(PREDICT.main, predict_argv(path, output.name, "--overwrite"), capsys)
+    for line, where in zip(lines.splitlines(), wheres, strict=True):
+        assert line.startswith(f"{option}{where}")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"in.jsonl", output.name}
+    assert output.read_text() == "old"
+
+
+def test_bad_input_of_predict_is_reported_in_one_line(
+    encoder, files, misfits, predict_argv, tmp_path, capsys
+):
+    lines = refusal(PREDICT.main, [], capsys).splitlines()
+    options = [line.partition(":")[0] for line in lines]
+    assert sorted(options) == ["--input", "--model", "--output"]
+    (tmp_path / "rows.txt").write_text("text\nwords\n")
+    (tmp_path / "header.csv").write_text("text,label\n")
+    models = [encoder, tmp_path / "absent", *(misfits[of] for of in ("bare", "small", "several"))]
+    inputs = [tmp_path / name for name in ("header.csv", "rows.txt", "absent.csv")]
+    for paths, more, option in (
+        *((files["test"], ["--model", model], f"--model {model}:") for model in models),
+        *((path, [], f"--input {path}:") for path in inputs),
+        (files["test"], ["--text-field", "body"], f"--input {files['test']}, line 2:"),
+        (files["test"], ["--output", tmp_path / "o.txt"], f"--output {tmp_path / 'o.txt'}:"),
+        (files["test"], ["--max-length", "65"], "--max-length 65:"),
+        (files["test"], ["--max-length", "0"], "--max-length 0:"),
+    ):
+        refused(PREDICT.main, predict_argv(paths, "out.jsonl", more), option, capsys)
+        assert not (tmp_path / "out.jsonl").exists()

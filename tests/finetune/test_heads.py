@@ -1,0 +1,255 @@
+"""Classifiers: packed logits, losses and gradients equal those of transformers' own classes on the
+same texts padded; folders open with AutoModelForSequenceClassification under their labels' names; a
+head is kept where the labels are its own and starts fresh elsewhere."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from packed_reference import (
+    FAMILIES,
+    MAX_LENGTH,
+    assert_close,
+    gradients,
+    pad,
+    small_stock,
+    stock_class,
+)
+from transformers import AutoModelForSequenceClassification
+
+from pretrain.batch import IGNORED
+from pretrain.errors import UserError
+from pretrain.finetune.dataset import pack
+from pretrain.finetune.heads import (
+    CLASSIFIERS,
+    check_token_types,
+    check_tokenizer,
+    load_classifier,
+)
+
+HEAD, VOCAB, CLASSES = "ForSequenceClassification", 90, ["calm", "glad", "sad"]
+
+
+def stock_classifier(family, head=HEAD, classes=CLASSES, **settings):
+    label2id = {label: number for number, label in enumerate(classes)}
+    names = {"id2label": dict(enumerate(classes)), "label2id": label2id}
+    return small_stock(family, head, VOCAB, **names, **settings)
+
+
+def make_batch(pairs=False, count=13):
+    """Texts of 3 to MAX_LENGTH tokens."""
+    source, examples = np.random.default_rng(2), []
+    for length in [MAX_LENGTH, 3, *source.integers(3, MAX_LENGTH + 1, count - 2)]:
+        ids = source.integers(5, VOCAB, length).astype(np.uint32)
+        types = np.arange(length) >= (length // 2 if pairs else length)
+        examples.append((ids, types.astype(np.uint8), source.integers(len(CLASSES))))
+    return pack(examples, MAX_LENGTH)
+
+
+BOTH = pytest.mark.parametrize("saved", ["bert", "roberta"], indirect=True)  # a pooler and none
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request, tmp_path_factory):
+    """(family, a folder written by its stock class)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    stock_classifier(request.param).save_pretrained(folder)
+    return request.param, str(folder)
+
+
+def head_of(model):
+    weights = model.state_dict().items()
+    return {name: weight for name, weight in weights if name.startswith("classifier")}
+
+
+def assert_equal(ours, theirs):
+    assert_close(ours, theirs, atol=0.0, rtol=0.0)
+
+
+# The same numbers as the stock classes.
+
+
+def test_logits_loss_and_gradients_equal_the_stock_model_padded(saved):
+    family, folder = saved
+    batch, model = make_batch(pairs=family == "bert"), load_classifier(folder).train()
+    stock = stock_class(family, HEAD).from_pretrained(folder).train()
+    assert isinstance(model, type(stock)) and type(model) is CLASSIFIERS[family]
+    theirs = stock(**pad(batch, model.config.pad_token_id))
+    logits = model.label_logits(model.encode(batch), batch)
+    assert logits.shape == (13, 3) and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, theirs.logits, atol=1e-5, rtol=1e-5)
+
+    terms = model(batch)
+    assert terms.keys() == batch.counts.keys() == {"label"} and batch.counts["label"] == 13
+    loss = terms["label"].sum / batch.counts["label"]
+    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=1e-5)
+    assert terms["label"].num_correct == (theirs.logits.argmax(-1) == batch.labels["label"]).sum()
+    loss.backward()
+    theirs.loss.backward()
+    assert_close(gradients(model), gradients(stock), atol=1e-5, rtol=1e-4)
+    assert gradients(model).keys() == dict(model.named_parameters()).keys(), "the pooler, too"
+
+
+@BOTH
+def test_ignored_labels_and_weights_of_classes_are_those_of_torch(saved):
+    model, batch = load_classifier(saved[1]), make_batch()
+    logits, labels = model.label_logits(model.encode(batch), batch), batch.labels["label"]
+    some = torch.where(torch.arange(13) % 3 == 0, IGNORED, labels)
+    term = model(replace(batch, labels={"label": some}))["label"]
+    expected = F.cross_entropy(logits[some >= 0], some[some >= 0], reduction="sum")
+    torch.testing.assert_close(term.sum, expected)
+    assert term.num_correct == (logits.argmax(-1) == some).sum()
+    model.class_weights = torch.tensor([0.2, 1.0, 3.0])
+    expected = F.cross_entropy(logits, labels, weight=model.class_weights, reduction="sum")
+    torch.testing.assert_close(model(batch)["label"].sum, expected)
+    assert CLASSIFIERS[saved[0]].class_weights is None, "of one model alone"
+
+
+@BOTH
+def test_the_head_drops_in_training_alone(saved, tmp_path):
+    stock_classifier(saved[0], classifier_dropout=0.5).save_pretrained(tmp_path)
+    model, batch = load_classifier(str(tmp_path)), make_batch()
+    hidden = model.encode(batch)
+    for is_training in (True, False):
+        model.train(is_training)
+        first, second = (model.label_logits(hidden, batch) for _ in range(2))
+        assert torch.equal(first, second) is not is_training
+
+
+# Folders and heads.
+
+
+def test_a_saved_folder_opens_with_the_auto_class_under_the_names_of_its_labels(saved, tmp_path):
+    (family, folder), classes = saved, ["no", "yes", "perhaps", "never"]
+    model = load_classifier(folder, classes)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [FAMILIES[family] + HEAD] and config["model_type"] == family
+    assert config["problem_type"] == "single_label_classification"
+    opened, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert type(opened) is stock_class(family, HEAD)
+    assert not any(info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
+    assert opened.config.id2label == dict(enumerate(classes)) and opened.config.num_labels == 4
+    assert opened.config.label2id == {"no": 0, "yes": 1, "perhaps": 2, "never": 3}
+    assert_equal(opened.state_dict(), model.state_dict())
+
+
+@BOTH
+@pytest.mark.parametrize("classes", [None, CLASSES], ids=["its own", "the same"])
+def test_a_head_is_kept_where_the_labels_are_its_own(classes, saved):
+    model = load_classifier(saved[1], classes)
+    stock = stock_class(saved[0], HEAD).from_pretrained(saved[1])
+    assert_equal(model.state_dict(), stock.state_dict())
+    assert list(model.config.id2label.values()) == CLASSES and model.dtype == torch.float32
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "classes, keep_head",
+    [
+        (["a", "b", "c"], True),
+        ([*reversed(CLASSES)], True),
+        (["a", "b"], True),
+        ([str(number) for number in range(40)], True),
+        (CLASSES, False),
+    ],
+    ids=["as many", "in another order", "fewer", "more", "the same, asked for"],
+)
+def test_a_head_starts_fresh_where_the_labels_differ(classes, keep_head, saved):
+    """Even if the sizes agree: what the old head knows of "calm" says nothing of "a"."""
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(load_classifier(saved[1], classes, keep_head))
+    old, model = stock_class(saved[0], HEAD).from_pretrained(saved[1]).state_dict(), found[0]
+    assert list(model.config.id2label.values()) == classes
+    assert model.config.num_labels == len(classes)
+    deviation = model.config.initializer_range
+    for name, weight in head_of(model).items():
+        assert weight.shape != old[name].shape or not torch.equal(weight, old[name]), name
+        if name.endswith("bias"):
+            assert not weight.any(), f"{name} starts at zero"
+        else:
+            assert weight.abs().max() < 6 * deviation and weight.std() > 0.3 * deviation, name
+            assert torch.equal(weight, head_of(found[1])[name]), "of the seed"
+            assert not torch.equal(weight, head_of(found[2])[name])
+    for name, weight in old.items():  # the encoder stays
+        assert name.startswith("classifier") or torch.equal(model.state_dict()[name], weight)
+
+
+def refused(value):
+    return pytest.raises(UserError, match=f"^{re.escape(str(value))}: ")
+
+
+@pytest.mark.parametrize(
+    "family, head", [*((family, "ForMaskedLM") for family in FAMILIES), ("bert", "Model")]
+)
+def test_a_pretrained_encoder_gets_a_head_and_without_one_is_no_classifier(family, head, tmp_path):
+    stock = stock_classifier(family, head, classes=["LABEL_0", "LABEL_1"])
+    stock.save_pretrained(tmp_path)
+    with refused(tmp_path):
+        load_classifier(str(tmp_path))
+    model = load_classifier(str(tmp_path), CLASSES)
+    for name, weight in stock.base_model.named_parameters():
+        ours = model.base_model.state_dict().get(name)
+        assert name.startswith("pooler") or torch.equal(ours, weight), name
+    assert model.state_dict().keys() == stock_classifier(family).state_dict().keys()
+
+
+def test_encoders_with_and_without_a_pooler_get_the_same_head(tmp_path):
+    """A missing pooler is drawn, too; the comparison of encoders must not hang on their heads."""
+    heads = []
+    for head in ("Model", "ForMaskedLM", HEAD):
+        stock_classifier("bert", head, classes=["x", "y"]).save_pretrained(tmp_path / head)
+        torch.manual_seed(1)
+        heads.append(head_of(load_classifier(str(tmp_path / head), CLASSES)))
+    for other in heads[1:]:
+        assert_equal(heads[0], other)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "regression"},
+        {"classes": ["x"]},
+    ],
+    ids=str,
+)
+def test_a_head_of_several_labels_or_of_a_number_is_none_and_the_encoder_serves(settings, tmp_path):
+    stock_classifier("bert", **settings).save_pretrained(tmp_path)
+    with refused(tmp_path):
+        load_classifier(str(tmp_path))
+    config = load_classifier(str(tmp_path), ["a", "b"]).config
+    assert config.problem_type == "single_label_classification"
+
+
+def test_twelve_labels_stand_in_the_order_of_their_numbers(tmp_path):
+    """Even if the config sorts its keys as strings ("0", "1", "10", "2"), as some on the hub do."""
+    classes = [f"label {number}" for number in range(12)]
+    stock_classifier("bert", classes=classes).save_pretrained(tmp_path)
+    assert list(load_classifier(str(tmp_path)).config.id2label.values()) == classes
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = dict(sorted(config["id2label"].items()))
+    assert list(config["id2label"])[2] == "10"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, same = load_classifier(str(tmp_path)), load_classifier(str(tmp_path), classes)
+    assert list(model.config.id2label.values()) == classes
+    assert_equal(head_of(model), head_of(same))  # its own labels, its own head
+
+
+def test_a_tokenizer_and_pairs_that_do_not_fit_are_refused():
+    with torch.device("meta"):
+        model = CLASSIFIERS["roberta"](stock_classifier("roberta").config)
+    check_tokenizer(model, "roberta", VOCAB)
+    check_token_types(model, "text_b", 1)
+    with refused("roberta"):
+        check_tokenizer(model, "roberta", VOCAB + 1)
+    with refused("text_b"):
+        check_token_types(model, "text_b", 2)

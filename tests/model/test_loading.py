@@ -1,0 +1,173 @@
+"""Models from scratch and from checkpoints: every size, config field and override is taken as it
+is, or refused before anything is made."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import transformers
+from packed_reference import small_model
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig
+
+from pretrain.config import MODEL_SIZES
+from pretrain.errors import UserError
+from pretrain.model.attention import SDPA
+from pretrain.model.bert import BertForPreTraining
+from pretrain.model.loading import FAMILIES, from_checkpoint, from_size, load_config, override
+
+
+@pytest.fixture(scope="module")
+def saved(vocabulary, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    small_model(vocabulary.size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of a model's folder; its name means nothing."""
+    return shutil.copytree(saved, tmp_path / "chinese-roberta-wwm-ext")
+
+
+def refused(value):
+    """UserErrors that begin with the value; the caller puts the option before it."""
+    return pytest.raises(UserError, match=f"^{re.escape(str(value))}: ")
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_sizes_have_the_layers_and_widths_of_the_table(size):
+    with torch.device("meta"):  # no memory for the large ones
+        model = from_size(size, vocab_size=1000, max_length=64, pad_id=3)
+    layers, width = MODEL_SIZES[size]
+    first = model.layers[0]
+    assert len(model.layers) == layers
+    assert first.attention.self.query.weight.shape == (width, width)
+    assert width // model.config.num_attention_heads == 64
+    assert first.intermediate.dense.weight.shape == (4 * width, width)
+    assert model.cls.predictions.decoder.weight.shape == (1000, width)
+    assert model.bert.embeddings.word_embeddings.padding_idx == model.config.pad_token_id == 3
+    assert model.config.max_position_embeddings == 512 and model.attention == SDPA
+
+
+def test_a_size_reaches_the_longest_sequence_and_takes_overrides():
+    entries = ["hidden_size=32", "num_attention_heads=4", "hidden_dropout_prob=0"]
+    model = from_size("tiny", 120, 600, 0, entries)
+    assert model.bert.embeddings.position_embeddings.weight.shape == (600, 32)
+    assert model.layers[0].attention.self.num_heads == 4
+    assert model.bert.embeddings.dropout.p == 0
+
+
+# Overrides.
+
+
+@pytest.mark.parametrize(
+    "entry, value",
+    [
+        ("num_hidden_layers=3", 3),
+        ("hidden_dropout_prob=0", 0.0),
+        ("layer_norm_eps=1e-7", 1e-7),
+        ("hidden_act=relu", "relu"),
+        ("tie_word_embeddings=false", False),
+        ("use_cache=True", True),
+    ],
+)
+def test_override_keeps_the_type_of_the_field(entry, value):
+    config = BertConfig()
+    override(config, [entry])
+    found = getattr(config, entry.partition("=")[0])
+    assert found == value and type(found) is type(value)
+
+
+def test_override_takes_a_share_where_the_checkpoint_holds_a_whole_number():
+    config = BertConfig(hidden_dropout_prob=0)  # as some published configs have it
+    override(config, ["hidden_dropout_prob=0.1"])
+    assert config.hidden_dropout_prob == 0.1
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "no_such_field=1",
+        "to_dict=1",
+        "model_type=roberta",
+        "num_hidden_layers=two",
+        "num_hidden_layers=2.5",
+        "hidden_dropout_prob=",
+        "is_decoder=maybe",
+        "num_attention_heads=7",
+        "hidden_act=nothing",
+        "hidden_dropout_prob=1.5",
+        "vocab_size=0",
+    ],
+)
+def test_overrides_that_make_no_model_are_refused(entry):
+    with refused(entry):
+        override(BertConfig(), [entry])
+    with pytest.raises(UserError, match=re.escape(entry)):
+        from_size("tiny", 120, 64, 0, ["num_hidden_layers=1", entry])
+
+
+# Checkpoints.
+
+
+def test_the_config_names_the_family_and_not_the_folder(folder):
+    model, fresh = from_checkpoint(str(folder))
+    assert type(model) is BertForPreTraining and fresh == []
+
+
+@pytest.mark.parametrize(
+    "family", ["distilbert", "electra", "albert", "deberta-v2", "modernbert", "xlm-roberta-xl"]
+)
+def test_another_family_is_refused_with_those_that_work(family, folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    with refused(folder) as error:
+        from_checkpoint(str(folder))
+    assert all(name in str(error.value) for name in (family, *FAMILIES))
+
+
+def test_name_that_cannot_be_had_offline():
+    with refused("nobody/nothing") as error:
+        from_checkpoint("nobody/nothing")
+    assert all(size in str(error.value) for size in MODEL_SIZES)
+
+
+def without(name, path):
+    weights = load_file(path)
+    del weights[name]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"x" * 4096),
+        lambda path: without("bert.encoder.layer.1.output.dense.weight", path),
+    ],
+    ids=["missing", "cut short", "empty", "no safetensors", "without a weight of the encoder"],
+)
+def test_weights_that_are_missing_or_cannot_be_read_are_refused(damage, folder):
+    damage(folder / "model.safetensors")
+    with refused(folder):
+        from_checkpoint(str(folder))
+
+
+def test_overrides_reach_the_model_and_must_fit_the_weights(folder):
+    config = load_config(str(folder))
+    override(config, ["hidden_dropout_prob=0.3"])
+    assert from_checkpoint(str(folder), config)[0].bert.embeddings.dropout.p == 0.3
+    override(config, ["intermediate_size=96"])
+    with refused(folder):
+        from_checkpoint(str(folder), config)
+
+
+def test_transformers_shows_no_bars_of_its_own():
+    assert not transformers.utils.logging.is_progress_bar_enabled()

@@ -1,0 +1,138 @@
+"""Cross-entropy by rows against torch's over all scores at once; a term of one's own beside it."""
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_reference import assert_close, gradients, make_batches, roughen, small_config
+
+from pretrain.batch import IGNORED, Loss
+from pretrain.model import cpu_kernels
+from pretrain.model.bert import BertForPreTraining
+from pretrain.model.losses import cross_entropy
+
+MANY, FEW = (70, 1000), (70, 2)  # scores: by rows, and not
+
+
+def name_of_backward(logits, **more):
+    labels = torch.zeros(len(logits), dtype=torch.int64)
+    return type(cross_entropy(logits.requires_grad_(), labels, **more).sum.grad_fn).__name__
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    classes=st.integers(2, 50),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    scale=st.sampled_from([0.0, 1.0, 300.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    at_once=st.sampled_from([1, 100, 1 << 20]),
+    seed=st.integers(0, 99),
+)
+def test_loss_gradient_and_right_answers(rows, classes, ignored, scale, dtype, at_once, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(rows, classes, generator=generator)
+    logits = logits.to(dtype).requires_grad_()  # with ties, in bf16 and at scale 0
+    labels = torch.randint(classes, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < ignored] = IGNORED
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_kernels, "MANY_SCORES", 0)
+        patch.setattr(cpu_kernels, "ROW_SCORES", at_once)
+        term = cross_entropy(logits, labels)
+    exact = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact, labels, ignore_index=IGNORED, reduction="sum")
+    assert term.sum.dtype == torch.float32
+    assert term.num_correct == (logits.argmax(-1) == labels).sum()
+    torch.testing.assert_close(term.sum.double(), expected, rtol=1e-5, atol=1e-4)
+    (found,) = torch.autograd.grad(term.sum * 3.0, logits)
+    (wanted,) = torch.autograd.grad(expected * 3.0, exact)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=3 * tolerance)
+
+
+def test_many_scores_go_by_rows_and_few_weighted_or_double_ones_do_not():
+    weights = torch.full((1000,), 2.0)
+    assert "Rowwise" in name_of_backward(torch.randn(MANY))
+    assert "Rowwise" not in name_of_backward(torch.randn(FEW))
+    assert "Rowwise" not in name_of_backward(torch.randn(MANY), class_weights=weights)
+    assert "Rowwise" not in name_of_backward(torch.randn(MANY, dtype=torch.float64))
+    logits, labels = torch.randn(MANY), torch.zeros(70, dtype=torch.int64)
+    weighted = cross_entropy(logits, labels, class_weights=weights)
+    torch.testing.assert_close(weighted.sum, 2 * cross_entropy(logits, labels).sum)
+
+
+@pytest.mark.parametrize("label", [-1, 1000])
+def test_a_label_beyond_the_vocabulary_is_refused(label):
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        cross_entropy(torch.randn(MANY), torch.full((70,), label))
+
+
+def test_a_second_backward_pass_is_refused():
+    """The gradient is scaled in place: after the first pass it is no longer that of the loss."""
+    logits = torch.randn(MANY, requires_grad=True)
+    loss = cross_entropy(logits, torch.zeros(70, dtype=torch.int64)).sum
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# A term of one's own.
+
+
+def z_loss(logits, labels):
+    squares = logits.float().logsumexp(-1) ** 2
+    return Loss((squares * (labels != IGNORED)).sum(), weight=1e-2, count="mlm")
+
+
+class WithZLoss(BertForPreTraining):
+    """What a researcher would add to `losses`; the scores are computed once more here."""
+
+    def losses(self, hidden, batch):
+        logits = self.masked_lm_logits(hidden, batch)
+        labels = batch.labels["mlm"]
+        return {"mlm": cross_entropy(logits, labels), "z": z_loss(logits, labels)}
+
+
+def objective(terms, counts):
+    """What the update minimizes."""
+    return sum(term.sum * term.weight / counts[term.count or name] for name, term in terms.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_term_beside_the_cross_entropy_changes_neither_its_value_nor_its_gradient(dtype):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(MANY)).to(dtype).requires_grad_()
+    labels = torch.randint(1000, (70,))
+    labels[::5] = IGNORED
+    counts = {"mlm": 56}
+    exact = logits.detach().double().requires_grad_()
+    squares = exact[labels != IGNORED].logsumexp(-1) ** 2
+    expected = F.cross_entropy(exact, labels, ignore_index=IGNORED) + 1e-2 * squares.sum() / 56
+    (wanted,) = torch.autograd.grad(expected, exact)
+    pure = cross_entropy(logits, labels).sum.detach()
+    for order in (1, -1):  # whichever term is first in the sum
+        terms = {"mlm": cross_entropy(logits, labels), "z": z_loss(logits, labels)}
+        assert torch.equal(terms["mlm"].sum, pure) and terms["z"].num_correct is None
+        total = objective(dict(list(terms.items())[::order]), counts)
+        (found,) = torch.autograd.grad(total, logits)
+        tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(total.double(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.double(), wanted, atol=1e-3 * tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_model_gives_one_graph_with_any_terms(backend, corpus, vocabulary):
+    torch._dynamo.reset()
+    (batch,) = make_batches(corpus, vocabulary, fill=True)
+    model = roughen(WithZLoss(small_config(vocabulary.size)))
+    results = []
+    for run in (model, torch.compile(model, backend=backend, fullgraph=True, dynamic=False)):
+        model.zero_grad()
+        terms = run(batch)
+        assert all(type(term) is Loss for term in terms.values())
+        assert terms["mlm"].num_correct is not None and terms["z"].num_correct is None
+        objective(terms, batch.counts).backward()
+        results.append(gradients(model) | {name: term.sum for name, term in terms.items()})
+    assert_close(*results, atol=2e-5)

@@ -1,0 +1,73 @@
+"""Muon equals torch's; its updates are nearly orthogonal and of AdamW's size."""
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain.runtime import muon
+from pretrain.runtime.muon import Muon, orthogonalized
+
+SHAPES = [(16, 16), (24, 16), (16, 24), (16, 16), (24, 16)]
+RATE, DECAY = 0.01, 0.1
+
+
+def make_weights():
+    torch.manual_seed(1)
+    return [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+
+
+def take_steps(weights, optimizer, count=5, first=0):
+    """Steps with gradients that depend on the step alone."""
+    for number in range(first, first + count):
+        torch.manual_seed(100 + number)
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-6), (torch.float32, 2e-3)])
+def test_muon_equals_torchs(dtype, tolerance):
+    """Which orthogonalizes in bf16, matrix by matrix."""
+    ours, theirs = make_weights(), make_weights()
+    take_steps(ours, Muon(ours, RATE, DECAY, momentum=0.9, dtype=dtype))
+    settings = {"momentum": 0.9, "weight_decay": DECAY, "adjust_lr_fn": "match_rms_adamw"}
+    take_steps(theirs, torch.optim.Muon(theirs, RATE, **settings))
+    for left, right, start in zip(ours, theirs, make_weights()):
+        torch.testing.assert_close(left, right, atol=tolerance, rtol=0.0)
+        assert (left - start).abs().max() > 100 * tolerance or dtype == torch.float32
+
+
+def test_matrices_computed_together_equal_one_by_one(monkeypatch):
+    together, alone = make_weights(), make_weights()
+    take_steps(together, Muon(together, RATE, DECAY))
+    monkeypatch.setattr(muon, "MAX_ELEMENTS", 1)
+    take_steps(alone, Muon(alone, RATE, DECAY))
+    for left, right in zip(together, alone):
+        torch.testing.assert_close(left, right, atol=1e-6, rtol=0.0)
+
+
+def test_an_update_is_near_the_orthogonal_factor():
+    """U V' of the singular value decomposition, but for singular values about 1."""
+    matrices = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(2))
+    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    inner = u.mT @ orthogonalized(matrices) @ vt.mT
+    values = inner.diagonal(dim1=-2, dim2=-1)
+    assert values.min() > 0.6 and values.max() < 1.3
+    torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-4, rtol=0.0)
+
+
+def test_an_update_is_of_adamws_size():
+    """About 0.2 times the learning rate, whatever the shape: one rate serves both."""
+    weights, start = make_weights(), make_weights()
+    take_steps(weights, Muon(weights, RATE), count=1)
+    for weight, before in zip(weights, start):
+        change = (weight - before).detach()
+        assert change.square().mean().sqrt().item() == pytest.approx(0.2 * RATE, rel=0.25)
+
+
+def test_a_weight_without_gradient_is_left_alone():
+    weights = make_weights()
+    optimizer = Muon(weights, RATE, DECAY)
+    before = weights[0].detach().clone()
+    take_steps(weights[1:], optimizer)
+    assert torch.equal(weights[0], before) and weights[0] not in optimizer.state

@@ -1,0 +1,75 @@
+"""Steps that are not finite are counted and reported one step later, and a run that only skips is
+stopped."""
+
+import pytest
+import torch
+
+from pretrain.errors import UserError
+from pretrain.runtime.nan_guard import MAX_SKIPPED_IN_A_ROW, NanGuard, ScaleWatch
+
+GOOD, BAD = torch.tensor(True), torch.tensor(False)
+
+
+def test_a_step_that_is_not_finite_is_reported_one_step_later():
+    lines = []
+    guard = NanGuard(lines.append)
+    expected = []
+    for step, finite in enumerate([GOOD, BAD, GOOD, BAD], start=1):
+        guard.observe(finite, step, position=(0, step))
+        if step == 3:  # the flag of step 2 may not be there before
+            expected = ["step 2, data position (0, 2)"]
+        assert [line.partition(":")[0] for line in lines] == expected
+    assert guard.state_dict() == {"skipped": 2, "skipped_in_a_row": 1}  # with that of step 4
+    assert lines[-1].startswith("step 4") and len(lines) == 2
+    guard.state_dict()
+    assert len(lines) == 2, "nothing is reported twice"
+
+
+def test_the_counts_continue_from_a_checkpoint():
+    guard, resumed = NanGuard(lambda line: None), NanGuard(lambda line: None)
+    for step in range(1, MAX_SKIPPED_IN_A_ROW):
+        guard.observe(BAD, step)
+    resumed.load_state_dict(guard.state_dict())
+    resumed.observe(BAD, MAX_SKIPPED_IN_A_ROW)
+    with pytest.raises(UserError, match=f"step {MAX_SKIPPED_IN_A_ROW}"):
+        resumed.state_dict()
+
+
+def test_a_run_that_only_skips_is_stopped_and_shows_how_to_see_its_data():
+    lines = []
+    guard = NanGuard(lines.append, rebuild=lambda step, position: f"show {step} {position}")
+    for step in range(1, MAX_SKIPPED_IN_A_ROW):
+        guard.observe(BAD, step)
+    guard.observe(GOOD, 20)  # one good step: the count starts again
+    for step in range(21, 21 + MAX_SKIPPED_IN_A_ROW):
+        guard.observe(BAD, step, position=7)
+    assert guard.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW - 1
+    with pytest.raises(UserError, match=r"step 40.* show 40 7"):
+        guard.observe(BAD, 41)
+    assert guard.skipped == 2 * MAX_SKIPPED_IN_A_ROW - 1
+    assert len(lines) == 2 * MAX_SKIPPED_IN_A_ROW - 2
+
+
+def test_a_scale_of_fp16_that_collapses_is_told_once():
+    class Scaler:
+        """Gives one scale after another."""
+
+        scales = iter((4.0, 1.0, 0.25, 0.0625, 0.25, 1.0, 0.5))
+
+        def is_enabled(self):
+            return True
+
+        def get_scale(self):
+            return next(self.scales)
+
+    lines, counts = [], []
+    watch = ScaleWatch(Scaler(), lines.append)
+    for _ in range(7):
+        assert watch.logged().keys() == {"optim/loss_scale"}
+        counts.append(len(lines))
+    assert counts == [0, 0, 1, 1, 1, 1, 2]
+    assert "0.25" in lines[0]
+
+
+def test_without_a_scaler_there_is_no_scale():
+    assert ScaleWatch(torch.amp.GradScaler("cpu", enabled=False)).logged() == {}

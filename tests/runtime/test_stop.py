@@ -1,0 +1,81 @@
+"""What ends a run early: a signal to any process, or the time limit, but never before one step."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from conftest import in_processes
+
+from pretrain.runtime import stop as module
+from pretrain.runtime.distributed import start, stop
+from pretrain.runtime.stop import StopFlag
+from pretrain.signals import STOP_SIGNALS
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_noted_and_handlers_are_restored(number, capfd):
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with StopFlag() as flag:
+        assert not flag.agreed() and flag.signaled() == 0 and flag.reason == ""
+        os.kill(os.getpid(), number)
+        assert flag.signaled() == number and flag.agreed()
+    assert flag.signal == number and flag.reason == number.name
+    assert number.name in capfd.readouterr().err
+    assert before == {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+
+def test_the_first_signal_counts():
+    with StopFlag() as flag:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.signaled() == signal.SIGUSR1
+
+
+def test_the_time_limit_counts_from_the_second_call(monkeypatch):
+    """After one step: a run that is restarted again and again makes progress."""
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    flag = StopFlag(max_minutes=2, limit="limit")
+    clock[0] = 219.0
+    assert not flag.agreed() and not flag.agreed()
+    clock[0] = 220.0
+    assert flag.signaled() == 0, "it does not cut an evaluation short"
+    assert flag.agreed() and flag.reason == "limit" and flag.signal == 0
+    late = StopFlag(max_minutes=1)
+    clock[0] = 500.0
+    assert [late.agreed(), late.agreed()] == [False, True]
+    assert not StopFlag().agreed() and not StopFlag(0).agreed()
+
+
+def test_a_thread_other_than_the_main_one_trains_without_signals():
+    reasons = []
+
+    def run():
+        with StopFlag() as flag:
+            reasons.append(flag.agreed())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert reasons == [False]
+
+
+def test_a_signal_to_one_process_and_a_limit_of_one_stop_all(tmp_path):
+    def main(argv):
+        world, _ = start("cpu")
+        with StopFlag() as flag:
+            if world.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            signaled = flag.signaled()
+        limit = StopFlag(max_minutes=60)
+        limit._begin -= 3600 * world.rank
+        found = [signaled, flag.agreed(), limit.agreed(), limit.agreed()]
+        torch.save(found, tmp_path / str(world.rank))
+        stop()
+
+    ended = in_processes(tmp_path, main, [], count=2)
+    assert [code for code, _ in ended] == [0, 0], ended
+    for rank in "01":
+        assert torch.load(tmp_path / rank) == [signal.SIGTERM, True, False, True]

@@ -1,0 +1,198 @@
+"""Options from a command line and from a file; commands from options; exit codes and messages."""
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import typing
+import weakref
+
+import pytest
+from conftest import refusal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.cli import as_command, build_parser, parse, read_command_line, run_command
+from pretrain.config import AdaptOptions, Config, FinetuneOptions, validate
+from pretrain.errors import UserError
+from pretrain.schema import option
+
+VALUES = {
+    bool: st.booleans(),
+    int: st.integers(-5, 10**6),
+    float: st.floats(0, 1e9),
+    str: st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=8).filter(
+        lambda text: text[0] != "-"
+    ),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from([Config, FinetuneOptions, AdaptOptions]))
+def test_a_command_means_the_options_that_it_was_made_of(data, kind):
+    hints, changes = typing.get_type_hints(kind), {}
+    for entry in data.draw(st.lists(st.sampled_from(dataclasses.fields(kind)), max_size=6)):
+        if {"phases", "max_length"} & changes.keys() and entry.name in ("phases", "max_length"):
+            continue
+        arguments, hint = entry.metadata["argparse"], hints[entry.name]
+        inner = next(part for part in (*typing.get_args(hint), hint) if part in VALUES)
+        values = st.sampled_from(arguments["choices"]) if "choices" in arguments else VALUES[inner]
+        if typing.get_origin(hint) is tuple:
+            count = arguments["nargs"] if isinstance(arguments["nargs"], int) else 0
+            values = st.lists(values, min_size=count or 1, max_size=count or 3).map(tuple)
+        changes[entry.name] = data.draw(values)
+    options = kind(**changes)
+    python, path, *argv = shlex.split(as_command("some", options))
+    assert (python, path) == ("python", "scripts/some.py") and parse(argv, kind, "") == options
+
+
+# Files.
+
+
+@pytest.fixture
+def in_file(tmp_path):
+    """(argv, path) that name a new file with the content."""
+
+    def write(content, name="options.yaml"):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
+        return ["--config", str(path)]
+
+    return write
+
+
+def test_what_was_typed_overrides_the_file_which_overrides_the_defaults(in_file):
+    argv = in_file("batch-size: 8\nkeep: 5\nlowercase: off\nshard: true\nvalid: [a, b]\n")
+    given = read_command_line([*argv, "--keep", "7", "--no-shard"], Config, "")
+    config = given.with_defaults({"batch_size": 4, "mask_rate": [0.3, 0.1], "lexicon": None})
+    assert (config.batch_size, config.keep, config.mask_rate) == (8, 7, (0.3, 0.1))
+    assert (config.lowercase, config.shard, config.valid) == ("off", False, ("a", "b"))
+    assert given.with_defaults() == dataclasses.replace(config, mask_rate=(0.15,))
+
+
+@pytest.mark.parametrize("typed", [["--phases", "32:1"], ["--max-length", "64"]])
+def test_what_is_typed_takes_the_place_of_what_excludes_it(typed, in_file):
+    other = {"max_length": 16} if typed[0] == "--phases" else {"phases": ["16:1"]}
+    argv = in_file(other | {"seed": 3})
+    for config in (
+        parse([*argv, *typed], Config, ""),
+        parse([*typed, "--seed", "3"], Config, "", defaults=other),
+    ):
+        assert validate(config) == [] and config.seed == 3
+        assert (config.max_length, config.phases) in ((None, ("32:1",)), (64, ()))
+    assert len(validate(parse([*argv, "--max-length", "8", "--phases", "8:1"], Config, ""))) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("learning_rate: fast", "--learning-rate: "),
+        ("masking: phrase", "--masking: "),
+        ("mask_split: [1, 0]", "--mask-split: "),
+        ("width: 3", "width"),
+        ("- 1", "list"),
+        ("a: [", "ParserError"),
+        ("", None),
+    ],
+)
+def test_a_wrong_file_is_named(content, named, in_file):
+    argv = in_file(content)
+    if named is None:  # an empty file is none
+        assert parse(argv, Config, "") == Config()
+        return
+    with pytest.raises(UserError) as refused:
+        parse(argv, Config, "")
+    assert str(refused.value).startswith(f"--config {argv[1]}: ") and named in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", "absent.json"])
+def test_a_file_that_cannot_be_read_is_named(name, in_file, tmp_path):
+    for path in (tmp_path / name, in_file("{", "garbled.json")[1], tmp_path):
+        with pytest.raises(UserError, match=f"^--config {path}: "):
+            parse(["--config", str(path)], Config, "")
+
+
+def test_a_file_may_hold_options_of_the_command_that_it_is_passed_over_from(in_file):
+    argv = in_file({"eval_tokens": 5, "seed": 2})
+    assert parse(argv, FinetuneOptions, "", passed_over=Config).seed == 2
+    with pytest.raises(UserError, match="eval_tokens"):
+        parse(argv, FinetuneOptions, "")
+
+
+def test_a_former_name_still_works_and_is_hidden(in_file):
+    @dataclasses.dataclass(frozen=True)
+    class Renamed:
+        """Renamed"""
+
+        new_name: int = option(1, "what was renamed", aliases=("old_name",))
+
+    assert "old" not in build_parser(Renamed, "").format_help()
+    for argv in (["--old-name", "3"], ["--new-name", "3"], in_file("old_name: 3")):
+        assert parse(argv, Renamed, "") == Renamed(new_name=3)
+
+
+# Exit codes.
+
+
+def raises(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+def kills(number):
+    def main(argv):
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            if argv:  # as an import may do
+                raise ImportError("broken") from None
+            raise
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "code", "said"),
+    [
+        (lambda argv: None, [], 0, ""),
+        (lambda argv: len(argv), ["a", "b"], 2, ""),
+        (raises(UserError("--a 1: x\n--b 2: y")), [], 2, "error: --a 1: x\nerror: --b 2: y\n"),
+        (raises(OSError(28, "No space", "disk")), [], 2, "error: disk: No space"),
+        (raises(KeyboardInterrupt()), [], 130, "interrupted; way on\n"),
+        (raises(RuntimeError("unexpected")), [], 1, "Traceback"),
+        (kills(signal.SIGTERM), [], 143, "interrupted by SIGTERM; way on\n"),
+        (kills(signal.SIGUSR1), ["import"], 138, "interrupted by SIGUSR1\n"),
+    ],
+)
+def test_exit_code_and_messages(main, argv, code, said, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_command(main, argv, "way on") == code
+    assert capsys.readouterr().err.startswith(said)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_frames_of_an_unexpected_error_are_freed(capsys):
+    class Held:
+        pass
+
+    seen = []
+
+    def main(argv):
+        held = Held()
+        seen.append(weakref.ref(held))
+        try:
+            raise ValueError("cause")
+        except ValueError as error:
+            raise RuntimeError("effect") from error
+
+    assert run_command(main, []) == 1 and seen[0]() is None
+    assert "cause" in capsys.readouterr().err
+
+
+def test_an_unknown_or_shortened_option_is_refused(capsys):
+    for argv in (["--batch", "8"], ["--width", "3"], ["more"]):
+        message = refusal(lambda argv: parse(argv, Config, ""), argv, capsys)
+        assert " ".join(argv) in message and "\n" not in message

@@ -1,0 +1,171 @@
+"""Bounds of options, alone and together, with one case for each kind of bad value; and phases."""
+
+import dataclasses
+
+import pytest
+
+from pretrain.cli import parse
+from pretrain.config import (
+    AdaptOptions,
+    Config,
+    FinetuneOptions,
+    least_micro_batch_size,
+    length_option,
+    longest,
+    may_change,
+    missing,
+    phase_ends,
+    phase_lengths,
+    validate,
+)
+from pretrain.errors import UserError
+
+BAD = {  # option -> values that are refused, between bars
+    "--mask-rate": "1.5 | 0.1 0.2 0.3 | 0.1 0.0 | 0.1 nan",
+    "--mask-split": "0.5 0.1 0.1 | 1.5 -0.5 0.0",
+    "--entity-probability": "0.0 | 1.5",
+    "--entity-budget": "-1.0",
+    "--valid-fraction": "0.6 | -0.1",
+    "--adam-betas": "0.9 1.0 | -0.1 0.9",
+    "--nsp-weight": "-0.5",
+    "--weight-decay": "-0.5",
+    "--warmup": "-1.0",
+    "--max-grad-norm": "inf",
+    "--max-minutes": "nan",
+    "--learning-rate": "0.0 | nan",
+    "--adam-epsilon": "-1.0",
+    "--epochs": "inf | 0.0",
+    "--batch-size": "0",
+    "--micro-batch-size": "0",
+    "--keep": "0",
+    "--log-every": "-1",
+    "--eval-tokens": "0",
+    "--workers": "257 | -1",
+    "--max-steps": "-1",
+    "--patience": "-2",
+    "--eval-batch-size": "-1",
+    "--seed": "-1 | 9223372036854775808",
+    "--max-documents": "-1",
+    "--max-length": "7 | 65537",
+    "--vocab-size": "99 | 1000000000000",
+    "--config-override": "width | hidden_size=3 2=1",
+    "--eval-every": "often | 0 | -1",
+    "--save-every": "1.5",
+    "--split-sentences": "klingon | on",
+    "--phases": "128 | 128:x | x:1 | 128:0.5:0.5 | 1.5:1 | : | 7680.9 | 7:1 | 64:.5 65537:.5 | "
+    "64:0.9 128:0.2 | 64:1 128:0 | 64:1.5 128:-0.5 | 64:nan 128:1 | 64:inf 128:1 | "
+    "64:0.9 128:0.099",
+}
+BAD_LINES = [f"{name} {value}" for name, values in BAD.items() for value in values.split(" | ")]
+BAD_TOGETHER = """
+--phases 64:1 --max-length 128
+--micro-batch-size 4 --phases 64:.9 384:.1
+--batch-size 20 --micro-batch-size 8
+--batch-size 1000000007 --micro-batch-size 8
+--overwrite --resume --output x
+--resume
+--patience 2 --valid-fraction 0.0
+--precision fp16 --device cpu
+--replace similar
+--replace similar --similar x
+--similar x
+--lexicon x
+--entity-field x
+""".strip().splitlines()
+GOOD = """
+--phases 128:0.9 512:0.1
+--phases 64:0.3333333 128:0.3333333 256:0.3333334
+--phases 64:.9 384:.1 --micro-batch-size 8
+--mask-rate 0.3 0.15 --mask-split 0 0.5 0.5
+--eval-every 7 --save-every epoch
+--split-sentences zh
+--split-sentences
+--replace similar --similar x --masking span
+--masking entity --lexicon x --entity-field y
+--resume --output x --max-length 65536
+--config-override --optimizer muon
+--config-override hidden_size=32 name=a=b
+--patience 2 --valid-fraction 0 --valid x
+--seed 9223372036854775807 --workers 0
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", BAD_LINES + BAD_TOGETHER)
+def test_a_bad_value_is_one_problem_with_the_option_and_the_value(line):
+    (problem,) = validate(parse(line.split(), Config, ""))
+    shown = problem.split(": ")[0]
+    assert shown == line if line in BAD_LINES else line.startswith(shown)
+    assert shown.startswith("--") and "expected" in problem
+
+
+@pytest.mark.parametrize("name", ["text-field", "entity-field", "add-tokens", "lexicon", "similar"])
+def test_a_blank_name_is_none(name):
+    options = parse([f"--{name}", " "], Config, "")
+    assert any(problem.startswith(f"--{name}  :") for problem in validate(options))
+
+
+@pytest.mark.parametrize("line", GOOD)
+def test_a_good_value_is_no_problem(line):
+    assert validate(parse(line.split(), Config, "")) == []
+
+
+def test_all_problems_come_at_once():
+    options = Config(mask_rate=(1.5,), epochs=-1.0, max_length=2, resume=True)
+    names = [problem.split(" ")[0].rstrip(":") for problem in validate(options)]
+    assert names == ["--mask-rate", "--max-length", "--epochs", "--resume"]
+
+
+@pytest.mark.parametrize("kind", [Config, FinetuneOptions, AdaptOptions])
+def test_defaults_have_no_problem_and_cannot_be_changed(kind):
+    options = kind()
+    assert validate(options) == [] and hash(options)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.output = "elsewhere"
+
+
+def test_what_a_command_cannot_do_without_is_named():
+    def named(options):
+        return [problem.split(":")[0] for problem in missing(options)]
+
+    assert named(Config()) == []
+    assert named(FinetuneOptions(train=("a.csv",))) == ["--valid", "--model"]
+    assert named(AdaptOptions()) == ["--train", "--valid", "--test", "--model", "--text"]
+
+
+def test_what_decides_the_data_the_weights_or_the_update_may_not_change():
+    fixed = {entry.name for entry in dataclasses.fields(Config)} - may_change(Config)
+    assert {"train", "mask_rate", "batch_size", "micro_batch_size", "learning_rate"} <= fixed
+    assert {"optimizer", "seed", "max_length", "phases", "eval_tokens", "model"} <= fixed
+    every = {"eval_every", "save_every", "log_every", "keep", "max_steps", "epochs", "max_minutes"}
+    where = {"output", "resume", "overwrite", "cache", "device", "workers", "shard"}
+    how = {"precision", "compile", "gradient_checkpointing", "patience"}
+    assert may_change(Config) == every | where | how
+    assert may_change(FinetuneOptions) - may_change(Config) == {"save_model"}
+
+
+# Phases.
+
+
+@pytest.mark.parametrize(
+    ("more", "lengths", "ends"),
+    [
+        ("", [(128, 1.0)], [1000]),
+        ("--max-length 64", [(64, 1.0)], [1000]),
+        ("--phases 128:0.9 512:0.1", [(128, 0.9), (512, 0.1)], [900, 1000]),
+        ("--phases 512:0.5 8:0.5", [(512, 0.5), (8, 0.5)], [500, 1000]),
+        ("--phases 8:0.3333333 9:0.6666667", [(8, 0.3333333), (9, 0.6666667)], [333, 1000]),
+    ],
+)
+def test_phases_follow_one_another(more, lengths, ends):
+    config = parse(more.split(), Config, "")
+    assert phase_lengths(config) == lengths and phase_ends(config, 1000) == ends
+    assert length_option(config) == ("--phases" if len(lengths) > 1 else "--max-length")
+    assert longest(config) == max(length for length, _ in lengths)
+    room = least_micro_batch_size(config) * lengths[0][0]
+    assert room - lengths[0][0] < longest(config) <= room
+
+
+def test_a_phase_without_a_step_is_refused():
+    config = Config(phases=("32:0.96", "64:0.04"))
+    with pytest.raises(UserError, match="^--phases 32:0.96 64:0.04: "):
+        phase_ends(config, 10)

@@ -1,0 +1,185 @@
+"""The edits of README's "Change it", each made on a copy of the project as a reader would make it.
+
+An edited project trains, survives a step that is not finite, and a run that is killed and resumed
+ends like one that was not interrupted, bit for bit."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+
+import pytest
+from conftest import ROOT, SIZES, assert_same_run, in_processes, rows
+from transformers import AutoModelForMaskedLM, ElectraConfig, ElectraForMaskedLM
+
+from pretrain.runtime.checkpoint import read_states
+
+SKIPPED, KILLED, LAST = 3, 6, 8  # steps
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## Change it\n")[1]
+EDITS = dict(
+    re.findall(r"### ([^\n]+)\n[^#]*?```diff\n(.*?)```", SECTION.split("\n## ")[0], re.DOTALL)
+)
+EDITS["Frozen weights"] = EDITS["Frozen weights"].replace("step >= 100", f"step >= {KILLED - 1}")
+
+
+def apply(diff, folder):
+    """Make an edit under `folder`: in each hunk, the lines without + become those without -."""
+    for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
+        name, body = part.split("\n", 1)
+        path = folder / name
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for hunk in re.split(r"^@@\n", body, flags=re.MULTILINE)[1:]:
+            lines = [line or " " for line in hunk.splitlines()]
+            before = "".join(f"{line[1:]}\n" for line in lines if line[0] != "+")
+            after = "".join(f"{line[1:]}\n" for line in lines if line[0] != "-")
+            assert text.count(before) == 1 or not before, f"{name} needs one:\n{before}"
+            text = text.replace(before, after, 1) if before else after
+        path.write_text(text, encoding="utf-8")
+
+
+def edited(folder, kill_at):
+    """main() of pretrain.py under `folder`, for a process of its own: gradients of step SKIPPED are
+    not finite, and the process is killed after `kill_at` steps (0: never)."""
+
+    def main(argv):
+        for name in [name for name in sys.modules if name.split(".")[0] == "pretrain"]:
+            del sys.modules[name]
+        sys.path.insert(0, str(folder))
+        from pretrain import train
+        from pretrain.commands import pretrain as command
+        from pretrain.data.loader import TrainData
+
+        assert train.__file__.startswith(str(folder))
+        next_step, train_step = TrainData.__next__, train.train_step
+        steps = []
+
+        def next_or_end(data):
+            batches = next_step(data)
+            steps.append(data.step)
+            if kill_at and data.step > kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return batches
+
+        def poisoned(model, batches, *more):
+            def lose(batch):
+                losses = model(batch)
+                bad = losses["mlm"].sum * math.nan
+                return losses | {"mlm": type(losses["mlm"])(bad, losses["mlm"].num_correct)}
+
+            return train_step(lose if steps[-1] == SKIPPED else model, batches, *more)
+
+        TrainData.__next__, train.train_step = next_or_end, poisoned
+        return command.main(argv)
+
+    return main
+
+
+def electra(folder, tokenizer):
+    """A small ELECTRA to continue from; the options to do so."""
+    sizes = {"hidden_size": 32, "embedding_size": 32, "intermediate_size": 64}
+    layers = {"num_attention_heads": 2, "num_hidden_layers": 2}
+    config = ElectraConfig(vocab_size=len(tokenizer), **sizes, **layers)
+    ElectraForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ["--model", folder, "--objective", "mlm"]
+
+
+@pytest.mark.parametrize("title", EDITS)
+def test_an_edit_of_the_readme_trains_and_resumes(title, corpus, tmp_path, tiny_tokenizer):
+    for name in ("pretrain", "scripts"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "benchmark")
+        )
+    apply(EDITS[title], tmp_path)
+    argv = ["--train", corpus.folder, "--max-length", 32, "--precision", "fp32"]
+    argv += ["--batch-size", 16, "--micro-batch-size", 8, "--max-steps", LAST, "--save-every", 2]
+    argv += ["--eval-every", 4, "--eval-tokens", 600, "--log-every", 1, "--keep", 9]
+    if title == "Another encoder":
+        argv += electra(tmp_path / "electra", tiny_tokenizer)
+    else:
+        argv += ["--model", "tiny", *SIZES]
+    if title == "A mask strategy":
+        argv += ["--masking", "pair"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ends = []
+    for kill_at, more in (
+        (0, ["--output", whole]),
+        (KILLED, ["--output", killed]),
+        (0, ["--output", killed, "--resume"]),
+    ):
+        ends += in_processes(tmp_path, edited(tmp_path, kill_at), [*argv, *more])
+    assert [code for code, _ in ends] == [0, -signal.SIGKILL, 0], ends
+    assert json.loads((whole / "summary.json").read_text())["skipped_steps"] == 1
+    assert_same_run(whole, killed, LAST)
+    training = [row for row in rows(whole) if "train/loss" in row]
+    assert len(training) >= LAST - 1  # a skipped step has no losses
+    for row in training:
+        assert row["train/perplexity"] == pytest.approx(math.exp(row["train/mlm_loss"]))
+    CHECKS[title](whole, training)
+
+
+# What shows that an edit is in force: (run folder, rows of training) -> an assertion.
+
+
+def has_term(name, weight):
+    """The term is logged, in evaluation too, and its mean is a part of the loss."""
+
+    def check(run, training):
+        assert sum(f"eval/{name}_loss" in row for row in rows(run)) == 3
+        for row in training:
+            total = (
+                row["train/mlm_loss"] + row["train/nsp_loss"] + weight * row[f"train/{name}_loss"]
+            )
+            assert row["train/loss"] == pytest.approx(total)
+
+    return check
+
+
+def has_other_state(run, training):
+    state = read_states(run / f"checkpoint-{LAST}")["optimizer"]["weights"]
+    assert all("mu_product" in of_weight for of_weight in state.values())
+
+
+def has_scaled_rates(run, training):
+    (groups,) = read_states(run / f"checkpoint-{LAST}")["optimizer"]["groups"]
+    scales = {round(group["lr"] / training[-1]["optim/learning_rate"], 6) for group in groups}
+    assert scales == {1.0, 0.8, 0.64}
+
+
+def was_frozen_at_first(run, training):
+    for step, is_frozen in ((2, True), (LAST, False)):
+        state = read_states(run / f"checkpoint-{step}")["optimizer"]["weights"]
+        layers = [of_weight for name, of_weight in state.items() if ".layer." in name]
+        assert layers and all((of_weight == {}) == is_frozen for of_weight in layers)
+
+
+def logs_a_norm(run, training):
+    assert all(row["optim/weight_norm"] > 1 for row in training)
+
+
+def masks_pairs(run, training):
+    assert json.loads((run / "config.json").read_text())["masking"] == "pair"
+
+
+def opens_as_electra(run, training):
+    model, info = AutoModelForMaskedLM.from_pretrained(run / "final", output_loading_info=True)
+    assert type(model) is ElectraForMaskedLM and not info["missing_keys"]
+
+
+CHECKS = {
+    "A loss term": has_term("z", 1e-4),
+    "A third objective": has_term("start", 0.5),
+    "Another optimizer": has_other_state,
+    "Layer-wise learning rates": has_scaled_rates,
+    "Frozen weights": was_frozen_at_first,
+    "A logged number": logs_a_norm,
+    "A mask strategy": masks_pairs,
+    "Another encoder": opens_as_electra,
+}
+
+
+def test_every_seam_has_an_edit():
+    assert EDITS.keys() == CHECKS.keys()

@@ -1,0 +1,92 @@
+"""fill_mask.py shows what transformers' own model predicts."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import refusal, script
+from packed_reference import roughen, small_config
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForPreTraining, BertModel
+
+FILL_MASK = script("fill_mask")
+
+
+@pytest.fixture(scope="module")
+def model(vocabulary, tiny_tokenizer, tmp_path_factory):
+    """A folder with a model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    roughen(BertForPreTraining(small_config(vocabulary.size))).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tables(printed):
+    """[[(token, score, sentence)]] as printed."""
+    found = []
+    for block in printed.strip().split("\n\n"):
+        head, *lines = block.split("\n")
+        assert head.split() == ["token", "score", "sentence"]
+        found.append([(line[:16].strip(), float(line[16:24]), line[26:]) for line in lines])
+    return found
+
+
+def stock_tables(folder, texts, top):
+    """The slow form: the stock model's softmax at each [MASK], one text after another."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stock = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    found = []
+    for text in texts:
+        inputs = tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            logits = stock(**inputs).logits[inputs.input_ids == tokenizer.mask_token_id]
+        parts = text.split("[MASK]")
+        for place, (scores, ids) in enumerate(zip(*logits.softmax(-1).topk(top)), start=1):
+            before, after = "[MASK]".join(parts[:place]), "[MASK]".join(parts[place:])
+            tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
+            rows = zip(tokens, scores.tolist())
+            found.append([(token, score, before + token + after) for token, score in rows])
+    return found
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["bank [MASK] river ."], ["[MASK] bank [MASK] river [MASK] .", "money [MASK]"]],
+    ids=["one", "several"],
+)
+def test_scores_equal_the_stock_models_softmax(texts, model, capsys):
+    FILL_MASK.main(["--model", str(model), "--top", "4", *texts])
+    found, expected = tables(capsys.readouterr().out), stock_tables(model, texts, 4)
+    assert len(found) == len(expected) == sum(text.count("[MASK]") for text in texts)
+    for rows, expected_rows in zip(found, expected):
+        assert [(token, text) for token, _, text in rows] == [
+            (token, text) for token, _, text in expected_rows
+        ]
+        scores = [score for _, score, _ in expected_rows]
+        assert [score for _, score, _ in rows] == pytest.approx(scores, abs=1e-4)
+
+
+def test_bad_input_is_refused_in_one_message(model, vocabulary, tmp_path, capsys):
+    headless, bare = tmp_path / "headless", tmp_path / "bare"
+    shutil.copytree(model, headless)
+    BertModel(small_config(vocabulary.size)).save_pretrained(headless)
+    bare.mkdir()  # without a tokenizer
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model / name, bare)
+    for argv, said in (
+        (["--model", model, "bank river ."], "'bank river .'"),
+        (["--model", model, "[MASK] " + "bank " * 600], "'[MASK] bank bank"),
+        (["--model", headless, "[MASK]"], f"--model {headless}: "),
+        (["--model", bare, "[MASK]"], f"--model {bare}: "),
+        (["--model", tmp_path / "absent", "[MASK]"], f"--model {tmp_path / 'absent'}: "),
+        (["[MASK]"], "--model: "),
+        (["--model", model], "TEXT: "),
+        (["--model", model, "--top", "0", "[MASK]"], "--top 0: "),
+        (["--model", model, "--top", "many", "[MASK]"], "--top: "),
+    ):
+        message = refusal(FILL_MASK.main, argv, capsys)
+        assert said in message and "\n" not in message
+
+
+def test_no_more_tokens_are_shown_than_there_are(model, vocabulary, capsys):
+    FILL_MASK.main(["--model", str(model), "--top", "100000", "[MASK]"])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + vocabulary.size + 1

@@ -1,0 +1,122 @@
+"""What is logged: means of losses with their own counts and weights, speed, and totals that survive
+a restart."""
+
+import math
+
+import pytest
+import torch
+
+from pretrain.batch import Loss
+from pretrain.metrics import LossTotals, Meter
+from pretrain.runtime.distributed import World
+
+CPU = torch.device("cpu")
+
+
+def losses(mlm=30.0, nsp=4.0, z=5.0):
+    """Terms with accuracies and without, one with the count of another."""
+    return {
+        "mlm": Loss(torch.tensor(mlm), torch.tensor(2)),
+        "nsp": Loss(torch.tensor(nsp), torch.tensor(6), weight=0.5),
+        "z": Loss(torch.tensor(z), weight=0.1, count="mlm"),
+    }
+
+
+def test_means_divide_by_counts_and_the_loss_is_their_weighted_sum():
+    means = LossTotals.of(losses(), {"mlm": 10, "nsp": 8}).read(CPU).means()
+    assert means == pytest.approx(
+        {
+            "loss": 3.0 + 0.5 * 0.5 + 0.1 * 0.5,
+            "mlm_loss": 3.0,
+            "mlm_accuracy": 0.2,
+            "nsp_loss": 0.5,
+            "nsp_accuracy": 0.75,
+            "z_loss": 0.5,
+            "perplexity": math.e**3,
+        }
+    )
+
+
+def test_perplexity_stays_finite():
+    means = LossTotals.of(losses(mlm=1e6), {"mlm": 1, "nsp": 1}).read(CPU).means()
+    assert means["mlm_loss"] == 1e6 and math.isfinite(means["perplexity"])
+
+
+def test_a_term_that_nothing_was_counted_for_has_no_mean():
+    means = LossTotals.of(losses(), {"mlm": 10, "nsp": 0}).read(CPU).means()
+    assert means["loss"] == pytest.approx(3.05)
+    assert not {"nsp_loss", "nsp_accuracy"} & means.keys()
+    assert LossTotals.of(losses(), {"mlm": 0, "nsp": 0}).read(CPU).means() == {}
+
+
+def test_totals_add_up_in_double_precision_without_a_graph():
+    total = LossTotals()
+    batches = [losses(mlm=value) for value in (0.1, 1e8, 0.2)]
+    for batch in batches:
+        total += LossTotals.of(batch, {"mlm": 3, "nsp": 1})
+    assert all(
+        value.dtype == torch.float64 and not value.requires_grad for value in total.sums.values()
+    )
+    expected = math.fsum(batch["mlm"].sum.double().item() for batch in batches)
+    assert total.read(CPU).sums["mlm"] == pytest.approx(expected, rel=1e-15)
+    assert total.read(CPU).counts == {"mlm": 9, "nsp": 3}
+
+
+def test_totals_that_are_not_kept_are_zeros_even_if_not_finite():
+    total = LossTotals.of(losses(mlm=math.nan), {"mlm": 3, "nsp": 1}).where(torch.tensor(False))
+    for part in (total.sums, total.num_correct, total.counts):
+        assert all(value == 0 for value in part.values())
+    assert total.read(CPU).means() == {}
+
+
+class SmallBatch:
+    """What the meter reads of a batch."""
+
+    num_tokens, num_sequences, shortfall = 30, 2, 1
+    input_ids = torch.zeros(32)
+    counts = {"mlm": 5, "nsp": 2}
+
+
+def fill(meter, steps):
+    for _ in range(steps):
+        with meter.waiting():
+            pass
+        totals = LossTotals.of(losses(), {"mlm": 5, "nsp": 2})
+        meter.add(totals, {"optim/grad_norm": torch.tensor(0.5)}, [SmallBatch()], flops=10.0)
+
+
+def test_a_meter_that_is_restored_counts_on():
+    """Saved between two logged steps, loaded into a new one: the log and the totals are the same,
+    except for the clock."""
+    straight, begun, resumed = (Meter(CPU, World(), 1e12) for _ in range(3))
+    for meter, steps in ((straight, 3), (begun, 3)):
+        fill(meter, steps)
+        meter.flush()
+    fill(straight, 5)
+    fill(begun, 2)
+    resumed.load_state_dict(begun.state_dict())
+    fill(resumed, 3)
+    rows = [meter.flush() for meter in (straight, resumed)]
+    for row in rows:
+        assert row["speed/padding"] == pytest.approx(1 - 30 / 32) and row["optim/grad_norm"] == 0.5
+        assert row["speed/tokens_per_second"] > 0 and 0 <= row["speed/data_wait"] <= 1
+        assert row["memory/peak_bytes"] > 0
+    numbers = [
+        {key: value for key, value in row.items() if key.startswith("train/")} for row in rows
+    ]
+    assert numbers[0] == numbers[1] and numbers[0]["train/z_loss"] == 1.0
+    for meter in (straight, resumed):
+        summary = meter.summary()
+        assert summary["real_tokens"] == 8 * 30 and summary["mask_shortfall"] == 8 / 40
+        assert summary["train_mlm_loss"] == 6.0
+
+
+def test_only_the_first_process_takes_over_the_sums():
+    """The state holds the sums of all processes: each of them loading it would multiply them."""
+    first, second = Meter(CPU, World(0, 2), 1.0), Meter(CPU, World(1, 2), 1.0)
+    fill(first, 1)
+    state = first.state_dict()
+    for meter in (first, second):
+        meter.load_state_dict(state)
+    assert first.losses.sums["mlm"] == 30.0 and second.losses.sums["mlm"] == 0.0
+    assert first.sums["tokens"] == 30 and second.sums["tokens"] == 0.0
