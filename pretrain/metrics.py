@@ -59,13 +59,15 @@ class LossTotals:
         )
 
     def where(self, keep: Tensor | bool) -> LossTotals:
-        """These totals if `keep`, zeros otherwise. Also where they are not finite."""
+        """These totals if `keep`, zeros otherwise, also for those that are not finite.
+
+        Numbers are made on the device: copying them there would wait for it."""
         keep = torch.as_tensor(keep)
 
         def kept(part: Tensor | float) -> Tensor:
-            if isinstance(part, Tensor):
-                return torch.where(keep.to(part.device), part.double(), 0.0)
-            return keep.double() * part  # a copy of `part` to the device would make the host wait
+            if not isinstance(part, Tensor):
+                part = torch.full((), part, dtype=torch.float64, device=keep.device)
+            return torch.where(keep, part.double(), torch.zeros_like(part, dtype=torch.float64))
 
         parts = {
             name: {key: kept(part) for key, part in getattr(self, name).items()}

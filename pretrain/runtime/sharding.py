@@ -29,7 +29,7 @@ def place(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in model.base_model.encoder.layer:
+    for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "encode")  # sample predictions call it beside forward
