@@ -204,7 +204,7 @@ def span_starts(words: np.ndarray, maskable: np.ndarray, keys: np.ndarray) -> np
     is_text = np.bincount(unit, weights=maskable, minlength=len(first)) > 0
     draw = uniform(derive(keys[first], SPAN_LENGTH))
     lengths = 1 + np.searchsorted(SPAN_LENGTHS[:-1], draw, side="right")
-    begins = ~is_text | np.append(True, ~is_text[:-1])
+    begins = ~is_text | np.concatenate([[True], ~is_text[:-1]])
     ends = np.append(np.flatnonzero(begins), len(first))
     next_place = np.minimum(np.arange(len(first)) + lengths, ends[np.cumsum(begins)])
     reached, step = np.append(begins, True), np.append(next_place, len(first))
