@@ -261,6 +261,8 @@ def steps_seen():
 
 def _run_child(folder, main, argv, rank, variables, prepare) -> None:
     """The command in a forked process, which this ends."""
+    # After a fork the threads of the tokenizers library are gone, and it would wait for them.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     code = 1
     try:
         os.environ.update(variables)
