@@ -47,8 +47,8 @@ class TextFiles:
 
     @property
     def name(self) -> str:
-        """The option and its first path, for messages."""
-        return f"{self.option} {self.paths[0]}"
+        """The option and its paths, for messages."""
+        return f"{self.option} {' '.join(self.paths)}"
 
     def sentences(self) -> Iterator[Sentence | None]:
         """All of the text, as `prepare` will read it."""
@@ -62,36 +62,38 @@ def check_text(
     """The text that `paths` name, checked.
 
     `masking` says what to mark in it: a value of --masking, or "any" for all that it has."""
+    text = TextFiles([], "", option=option, paths=tuple(paths))
     with option_named(option):
         if any(map(is_corpus, paths)):
             if len(paths) > 1:
                 raise UserError(f"{' '.join(paths)}: expected one prepared corpus, or text")
-            _check_options_of_corpus(paths[0], option, options)
-            return TextFiles([], "", option=option, paths=tuple(paths))
+            _check_options_of_corpus(text, options)
+            return text
         with main_first(world):
             sources, text_format = open_files(paths, options, masking in ("entity", "any"))
-    text = TextFiles(sources, text_format, option=option, paths=tuple(paths))
+    text = replace(text, sources=sources, text_format=text_format)
     return replace(text, markup=_choose_markup(text, options, masking))
 
 
-def _check_options_of_corpus(path: str, option: str, options: TextOptions) -> None:
-    """UserError for options of the text that a corpus ignores, unless they count for --valid."""
-    names = [entry.name for entry in fields(TextOptions) if entry.name != "cache"]
-    defaults = TextOptions()
-    given = [name for name in names if getattr(options, name) != getattr(defaults, name)]
+def _check_options_of_corpus(text: TextFiles, options: TextOptions) -> None:
+    """UserError for options of text, which a corpus ignores, unless they are for --valid."""
+    given = [
+        typed(options, entry.name)
+        for entry in fields(TextOptions)
+        if entry.name != "cache" and getattr(options, entry.name) != entry.default
+    ]
     if given and not getattr(options, "valid", None):
-        shown = " ".join(typed(options, name) for name in given)
-        problem = f"{option} {path} is prepared already"
-        raise UserError(f"{shown}: {problem}; expected these options at prepare.py, or text")
+        problem = f"{text.name} is prepared already"
+        raise UserError(f"{' '.join(given)}: {problem}; expected them at prepare.py, or text")
 
 
 def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Markup:
     """How the text is cut and marked; UserError if a package or a term is missing."""
     sources = text.sources[:: max(1, len(text.sources) // SAMPLED_FILES)]
     streams = [replace(text, sources=[source]).sentences() for source in sources]
-    samples = [item for stream in streams for item in islice(stream, SAMPLED_SENTENCES) if item]
-    chinese_share, is_segmented = describe_script("".join(sample for sample, _ in samples))
-    words, language = options.words, options.split_sentences or ""
+    samples = [item[0] for stream in streams for item in islice(stream, SAMPLED_SENTENCES) if item]
+    chinese_share, is_segmented = describe_script("".join(samples))
+    words, language, terms = options.words, options.split_sentences or "", ()
     if words == "auto":
         words = "tokenizer"
         if masking != "token" and chinese_share >= CHINESE_SHARE:
@@ -103,14 +105,13 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
         require("rjieba", "--words jieba")
     if language:
         require("sentencex", f"--split-sentences {language}")
-    if masking == "entity" and not options.lexicon and text.text_format != "jsonl":
-        raise _no_entities(text.option)
-    terms = ()
     if options.lexicon:
         require("ahocorasick_rs", typed(options, "lexicon"))
         with option_named("--lexicon"):
-            terms = read_terms(options.lexicon) if masking != "token" else ()
-    return Markup(language, words, terms)
+            terms = read_terms(options.lexicon)
+    elif masking == "entity" and text.text_format != "jsonl":
+        raise _no_entities(text.name)
+    return Markup(language, words, terms if masking != "token" else ())
 
 
 def prepare_tokenizer(
@@ -154,12 +155,10 @@ def add_tokens(
     if path:
         with option_named("--add-tokens"):
             words = read_lines(path)
-    problems = [
-        f"--add-tokens {path}, {problem}" for problem in tokenizers.word_problems(tokenizer, words)
-    ]
-    for problem in tokenizers.special_problems(tokenizer, specials, words):
-        problems.append(f"--add-special-tokens {problem}")
-    check(problems)
+    of_words = tokenizers.word_problems(tokenizer, words)
+    of_specials = tokenizers.special_problems(tokenizer, specials, words)
+    problems = [f"--add-tokens {path}, {problem}" for problem in of_words]
+    check(problems + [f"--add-special-tokens {problem}" for problem in of_specials])
     return tokenizers.add_tokens(tokenizer, words, specials) if words or specials else {}
 
 
@@ -168,11 +167,11 @@ def _train_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """A WordPiece tokenizer trained on the text, or the one in the cache for the same text."""
     key = content_key(text.sources, text.text_format, vocab_size, lowercase)
-    folder = cache / f"tokenizer-{key}"
-    lines = replace(text, markup=Markup())
-    with main_first(world), contextlib.nullcontext() if _is_whole(folder) else exclusive(folder):
-        if not _is_whole(folder):  # else another process was faster
-            print(f"{text.option}: training a WordPiece vocabulary of {vocab_size:,} entries")
+    folder, lines = cache / f"tokenizer-{key}", replace(text, markup=Markup())
+    with main_first(world), exclusive(folder) if _damage(folder) else contextlib.nullcontext():
+        damage = _damage(folder)
+        if damage:  # else another process was faster
+            print(f"{damage}: training a WordPiece vocabulary of {vocab_size:,} entries")
             trained = tokenizers.train(
                 lambda: (item[0] for item in lines.sentences() if item), vocab_size, lowercase
             )
@@ -180,12 +179,9 @@ def _train_tokenizer(
     return tokenizers.load(str(folder))
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a tokenizer is in the folder, as it was written."""
-    damage = problem_of(folder, needed=()) if folder.is_dir() else "it is missing"
-    if damage and folder.is_dir():
-        print(f"{damage}: training the tokenizer again")
-    return not damage
+def _damage(folder: Path) -> str | None:
+    """Why the folder of a tokenizer cannot be used; None if it is as it was written."""
+    return problem_of(folder, needed=()) if folder.is_dir() else f"no tokenizer in {folder} yet"
 
 
 def open_text(
@@ -201,7 +197,7 @@ def open_text(
 
     A resumed run opens `saved_folders`, the corpora that it was started with, by "train" and
     "valid"; UserError if its training text is no longer that of `saved_fingerprint`."""
-    opened = {}
+    opened: dict[str, Corpus] = {}
     for name in ("train", "valid"):
         option, paths, folder = f"--{name}", getattr(config, name), saved_folders.get(name)
         if folder and paths and is_corpus(folder):
@@ -220,6 +216,21 @@ def open_text(
         training, validation = training.split(config.valid_fraction)
     _check_documents(training, validation, config)
     return training, validation
+
+
+def _check_documents(training: Corpus, validation: Corpus | None, config: Config) -> None:
+    """UserError if a side has no text, or one document if random sentences come from others."""
+    least = 2 if OBJECTIVES[config.objective] == "random" else 1
+    paths = typed(config, "valid" if config.valid else "train")
+    for corpus, name, purpose in (
+        (training, typed(config, "train"), "to train on"),
+        (validation, paths, "to validate on"),
+    ):
+        found = least if corpus is None else corpus.count(at_most=least)
+        if found < least:
+            ways = "more text, another --format, --objective mlm, --valid, or --valid-fraction 0"
+            problem = f"{name}: {found} documents {purpose}"
+            raise UserError(f"{problem}; expected at least {least}, ways out: {ways}")
 
 
 def open_or_prepare(
@@ -241,41 +252,36 @@ def open_or_prepare(
     else:
         normalizer = tokenizer.backend_tokenizer.normalizer
         ignore_case = normalizer is not None and normalizer.normalize_str("A") == "a"
-        text = replace(text, markup=replace(text.markup, ignore_case=ignore_case))
-        settings = [text.text_format, vocabulary.fingerprint, FORMAT_VERSION, text.markup.key]
+        markup = replace(text.markup, ignore_case=ignore_case)
+        settings = [text.text_format, vocabulary.fingerprint, FORMAT_VERSION, markup.key]
         folder = output or cache / content_key(text.sources, *settings)
         with main_first(world):
             if not is_corpus(folder):
                 verb = "prepared"
-                if masking == "entity" or text.markup.lexicon:
-                    _check_entities(text)
-            sources = [text.sources, text.text_format, tokenizer, folder]
-            more = {"markup": text.markup, "workers": workers, "on_cluster": on_cluster}
-            corpus = prepare(*sources, **more)
+                if masking == "entity" or markup.lexicon:
+                    _check_entities(text, markup)
+            how = {"markup": markup, "workers": workers, "on_cluster": on_cluster}
+            corpus = prepare(text.sources, text.text_format, tokenizer, folder, **how)
     if vocabulary.is_special[corpus.shard(0).ids[: 1 << 20]].all():
         problem = "only special and unknown tokens, so nothing can be masked"
         raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
-    if masking == "entity" and not corpus.info["entities"]:
+    info = corpus.info
+    if masking == "entity" and not info["entities"]:
         raise _no_entities(text.name)
-    print(f"{text.option}: {_summary(corpus.info)} ({verb} in {corpus.folder})")
+    parts = [f"{info[name]:,} {name}" for name in ("documents", "sentences", "tokens")]
+    by = f" by {info['words_by']}" if info["words_by"] != "tokenizer" else ""
+    parts.append(f"{info['tokens'] / info['words']:.2f} a word{by}")
+    parts.append(f"{info['unknown_tokens'] / info['tokens']:.2%} unknown to the tokenizer")
+    parts += [f"{info['entities']:,} entities"] if info["entities"] else []
+    print(f"{text.option}: {', '.join(parts)} ({verb} in {corpus.folder})")
     return corpus
 
 
-def _summary(info: dict) -> str:
-    by = f" by {info['words_by']}" if info["words_by"] != "tokenizer" else ""
-    parts = [f"{info[name]:,} {name}" for name in ("documents", "sentences", "tokens")]
-    parts.append(f"{info['tokens'] / info['words']:.2f} a word{by}")
-    parts.append(f"{info['unknown_tokens'] / info['tokens']:.2%} unknown to the tokenizer")
-    if info["entities"]:
-        parts.append(f"{info['entities']:,} entities")
-    return ", ".join(parts)
-
-
-def _check_entities(text: TextFiles) -> None:
+def _check_entities(text: TextFiles, markup: Markup) -> None:
     """UserError if neither the text nor the lexicon marks an entity; stops at the first."""
-    if any(text.markup.find(*item) for item in text.sentences() if item):
+    if any(markup.find(*item) for item in text.sentences() if item):
         return
-    if not text.markup.lexicon:
+    if not markup.lexicon:
         raise _no_entities(text.name)
     raise UserError(f"--lexicon: no term occurs in {text.name}; expected some, as spelled there")
 
@@ -283,17 +289,3 @@ def _check_entities(text: TextFiles) -> None:
 def _no_entities(name: str) -> UserError:
     ways = "--lexicon FILE, JSONL with spans (--entity-field), or tagged tokens (--format conll)"
     return UserError(f"--masking entity: no entities in {name}; expected {ways}")
-
-
-def _check_documents(training: Corpus, validation: Corpus | None, config: Config) -> None:
-    """UserError if a side has no text, or one document if random sentences come from others."""
-    least = 2 if OBJECTIVES[config.objective] == "random" else 1
-    sides = [("train", training, "to train on")]
-    if validation is not None:
-        sides.append(("valid" if config.valid else "train", validation, "to validate on"))
-    for name, corpus, purpose in sides:
-        found = corpus.count(at_most=least)
-        if found < least:
-            problem = f"{typed(config, name)}: {found} documents {purpose}"
-            ways = "more text, another --format, --objective mlm, --valid, or --valid-fraction 0"
-            raise UserError(f"{problem}; expected at least {least}, ways out: {ways}")

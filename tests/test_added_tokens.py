@@ -54,24 +54,17 @@ def words(tmp_path):
     return path
 
 
-def save_base(kind: str, tokenizer, folder):
-    """A checkpoint with noise on every weight."""
-    settings = {"hidden_dropout_prob": 0.1}
-    if kind == "roberta":
-        settings |= {"pad_token_id": tokenizer.pad_token_id}
-        model = small_stock("roberta", "ForMaskedLM", len(tokenizer), **settings)
-    else:
-        model = small_stock("bert", "ForPreTraining", len(tokenizer) + KINDS[kind], **settings)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def base(request, tiny_tokenizer, roberta_tokenizer, tmp_path_factory):
-    """(kind, folder of a checkpoint)."""
-    tokenizer = roberta_tokenizer if request.param == "roberta" else tiny_tokenizer
-    return request.param, save_base(request.param, tokenizer, tmp_path_factory.mktemp("base"))
+    """(kind, folder of a checkpoint with noise on every weight)."""
+    kind, folder = request.param, tmp_path_factory.mktemp("base")
+    tokenizer = roberta_tokenizer if kind == "roberta" else tiny_tokenizer
+    head = "ForMaskedLM" if kind == "roberta" else "ForPreTraining"
+    settings = {"hidden_dropout_prob": 0.1, "pad_token_id": tokenizer.pad_token_id}
+    family, size = "roberta" if kind == "roberta" else "bert", len(tokenizer) + KINDS[kind]
+    small_stock(family, head, size, **settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return kind, folder
 
 
 @pytest.fixture

@@ -143,13 +143,11 @@ def mark(
         is_joined = _continues_word(text, bases, words, sentences)[begin]
         flags[is_joined] &= ~np.uint8(WORD_START)
     owner = np.zeros(len(text) + 1, np.int64)  # number of the entity that a character belongs to
-    spans = [
-        (base + start, base + stop)
-        for base, (_, entities) in zip(bases.tolist(), sentences)
-        for start, stop in entities
-    ]
-    for number, (start, stop) in enumerate(spans, start=1):
-        owner[start:stop] = number
+    number = 0
+    for base, (_, entities) in zip(bases.tolist(), sentences):
+        for start, stop in entities:
+            number += 1
+            owner[base + start : base + stop] = number
     place = _next_place(owner > 0)[begin]
     entity = np.where(place <= end, owner[place], 0)  # [T]
     continues = np.append(False, entity[1:] == entity[:-1])

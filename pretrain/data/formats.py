@@ -14,7 +14,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 from pretrain.config import PLAIN_FORMATS, TextOptions
@@ -78,9 +78,10 @@ def _open_unpacked(
     if len(plain) == len(entries) and not options.max_documents:
         return sources, text_format
     inputs = [(entry, text_format if kind == "plain" else kind) for entry, kind in kinds.items()]
-    name = options.entity_field if read_entities else None
-    default = "entities" if read_entities else None
-    columns = _Columns(options.text_field, name or default, name is not None)
+    columns = _Columns(options.text_field, None, False)
+    if read_entities:
+        name = options.entity_field
+        columns = _Columns(options.text_field, name or "entities", name is not None)
     states = [(entry, kind, _states(entry)) for entry, kind in inputs]
     key = key_of([VERSION, states, *astuple(columns), options.max_documents])
     target = cache / f"converted-{key}.jsonl"
@@ -142,7 +143,8 @@ def _convert(
     """Write the documents of `inputs` to `target`, a JSON object on each line."""
     num_documents = num_blank = num_entities = 0
     with target.open("w", encoding="utf-8") as out:
-        for text, spans in _documents(inputs, columns):
+        documents = (_documents(entry, kind, columns) for entry, kind in inputs)
+        for text, spans in chain.from_iterable(documents):
             if not text.strip():
                 num_blank += 1
                 continue
@@ -162,18 +164,14 @@ def _convert(
     print(f"{shown}: {num_documents:,} documents{marked}{left_out}")
 
 
-def _documents(inputs: list[tuple[str, str]], columns: _Columns) -> Iterator[Document]:
-    for entry, kind in inputs:
-        if kind in PLAIN_FORMATS:
-            yield from _plain_documents(Path(entry), kind)
-        elif kind == "conll":
-            yield from read_tagged(Path(entry))
-        else:
-            yield from _records(entry, kind, columns)
+def _documents(entry: str, kind: str, columns: _Columns) -> Iterator[Document]:
+    if kind == "conll":
+        return read_tagged(Path(entry))
+    return _plain_text(entry, kind) if kind in PLAIN_FORMATS else _records(entry, kind, columns)
 
 
-def _plain_documents(path: Path, text_format: str) -> Iterator[Document]:
-    stream = sentences([Span(str(path), 0, path.stat().st_size)], text_format)
+def _plain_text(entry: str, text_format: str) -> Iterator[Document]:
+    stream = sentences([Span(entry, 0, Path(entry).stat().st_size)], text_format)
     for is_end, items in groupby(stream, key=lambda item: item is None):
         if not is_end:
             yield "\n".join(text for text, _ in items), []
@@ -211,12 +209,9 @@ def _spans(value: object, text: str, where: str) -> list[tuple[int, int]]:
     spans = sorted({_span(item, where) for item in items})
     end_before = 0
     for start, end in spans:
-        if not 0 <= start < end <= len(text):
-            expected = f"0 <= start < end <= {len(text)}, the characters of the text"
+        if not end_before <= start < end <= len(text):
+            expected = f"spans within the {len(text)} characters that do not overlap"
             raise UserError(f"{where}: the span [{start}, {end}]; expected {expected}")
-        if start < end_before:
-            expected = "spans that do not overlap"
-            raise UserError(f"{where}: a span overlaps [{start}, {end}]; expected {expected}")
         end_before = end
     return spans
 

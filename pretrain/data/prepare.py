@@ -21,20 +21,10 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from pretrain.data import corpus as corpora
 from pretrain.data import parallel
 from pretrain.data.annotate import Markup, mark
-from pretrain.data.corpus import (
-    ARRAYS,
-    COUNTS,
-    ENTITY_START,
-    FORMAT_VERSION,
-    WORD_START,
-    Corpus,
-    Shard,
-    concatenate,
-    is_corpus,
-    seal,
-)
+from pretrain.data.corpus import ARRAYS, ENTITY_START, WORD_START, Corpus, Shard, is_corpus
 from pretrain.data.sentences import PIECE_BYTES, Sentence, Span, cut_into_pieces, sentences
 from pretrain.data.sources import Source, content_key
 from pretrain.data.tokenizer import Vocabulary, describe, without_limits
@@ -79,7 +69,7 @@ def prepare(
     with exclusive(partial):
         if is_corpus(folder):  # another process has written it while this one waited
             return Corpus(folder)
-        settings = [vocabulary.fingerprint, piece_bytes, FORMAT_VERSION, markup.key]
+        settings = [vocabulary.fingerprint, piece_bytes, corpora.FORMAT_VERSION, markup.key]
         _start_folder(partial, content_key(sources, text_format, *settings))
         files = [Path(source.path) for source in sources]
         pieces = cut_into_pieces(files, text_format, piece_bytes)
@@ -98,7 +88,7 @@ def prepare(
             "words_by": markup.words,
             "sources": [vars(source) for source in sources],
         }
-        write_json(partial / "corpus.json", seal(manifest))
+        write_json(partial / "corpus.json", corpora.seal(manifest))
         _finish_folder(partial, folder, entries)
     return Corpus(folder)
 
@@ -107,22 +97,20 @@ def _start_folder(folder: Path, key: str) -> None:
     """Make the folder; remove what an interrupted preparation of anything else left in it."""
     folder.mkdir(exist_ok=True)
     label = folder / "content.key"
-    if label.is_file() and label.read_text(encoding="utf-8") == key:
-        return
-    for leftover in sorted(folder.iterdir()):  # content.key before the pieces
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    label.write_text(key, encoding="utf-8")
+    if not label.is_file() or label.read_text(encoding="utf-8") != key:
+        for leftover in sorted(folder.iterdir()):  # content.key before the pieces
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        label.write_text(key, encoding="utf-8")
 
 
 def _finish_folder(partial: Path, folder: Path, entries: list[dict]) -> None:
     """Give the corpus its name. Synced first: after a power failure it is whole or absent."""
-    for path in partial.rglob("*"):
-        sync(path)
     kept = {f"{entry['name']}.{array}.npy" for entry in entries for array in ARRAYS}
     for path in partial.iterdir():  # joined shards, notes, and leftovers of interruptions
         if path.is_file() and path.name not in kept | {"corpus.json"}:
             path.unlink()
-    sync(partial)
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
     if folder.exists():  # without manifest and shards: somebody has begun to remove it
         shutil.rmtree(folder)
     partial.rename(folder)
@@ -134,8 +122,8 @@ def _describe_corpus(folder: Path, entries: list[dict], vocabulary: Vocabulary) 
     hashes = [[array["sha256"] for array in entry["arrays"].values()] for entry in entries]
     files = sorted((folder / "tokenizer").iterdir())
     return {
-        "format_version": FORMAT_VERSION,
-        **{name: sum(entry[name] for entry in entries) for name in COUNTS},
+        "format_version": corpora.FORMAT_VERSION,
+        **{name: sum(entry[name] for entry in entries) for name in corpora.COUNTS},
         "fingerprint": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16],
         "tokenizer": vocabulary.fingerprint,
         "vocab_size": vocabulary.size,
@@ -181,7 +169,8 @@ def _write_piece(
         entry = json.loads(note.read_text(encoding="utf-8"))
         if entry["arrays"] == _describe_arrays(recipe.folder, name):
             return entry
-    vocabulary, builder = recipe.vocabulary, _ShardBuilder(recipe.vocabulary)
+    vocabulary = recipe.vocabulary
+    builder = _ShardBuilder(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
     for batch, found, by_character, encodings in _ahead(_encode(recipe, piece)):
         pieces = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
@@ -247,44 +236,38 @@ def _batches(stream: Iterable[Sentence | None]) -> Iterator[Batch]:
 
 
 class _ShardBuilder:
-    """Collects the arrays of a shard; drops sentences and documents without a token."""
+    """Collects a shard; sentences and documents without a token are dropped."""
 
-    def __init__(self, vocabulary: Vocabulary):
-        self.id_type = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
-        self.ids, self.flags = [np.zeros(0, self.id_type)], [np.zeros(0, np.uint8)]
-        self.sentences, self.num_tokens, self.num_sentences = [np.zeros(1, np.int64)], 0, 0
-        self.documents, self.hashes, self.hasher = [0], [], hashlib.blake2b(digest_size=8)
+    def __init__(self, id_type: type):
+        self.id_type, self.num_sentences, self.ends, self.hashes = id_type, 0, [0], []
+        self.parts = [(np.zeros(0, id_type), np.zeros(0, np.uint8), np.zeros(0, np.int64))]
+        self.hasher = hashlib.blake2b(digest_size=8)  # of the text of the open document
 
     def add(self, batch: Batch, ids: np.ndarray, flags: np.ndarray, lengths: np.ndarray) -> None:
         """Add a batch; `lengths` int64 holds the tokens of each sentence."""
-        self.ids.append(ids)
-        self.flags.append(flags)
-        self.sentences.append(self.num_tokens + np.cumsum(lengths)[lengths > 0])
-        # Sentences with a token, up to each sentence.
-        counts = self.num_sentences + np.cumsum(np.append(0, lengths > 0))
-        self.num_tokens, self.num_sentences = self.num_tokens + len(ids), int(counts[-1])
-        texts, number = [], 0
-        for item in batch:
-            if item is not None:
+        self.parts.append((ids, flags, lengths))
+        texts = []
+        for item in [*batch, ()]:
+            if item:
                 texts.append(item[0])
                 continue
-            self._hash(texts)
-            number, texts = number + len(texts), []
-            if counts[number] > self.documents[-1]:
-                self.documents.append(int(counts[number]))
+            # Without white space: the same however sentences are cut.
+            self.hasher.update("".join("".join(texts).split()).encode())
+            self.num_sentences += len(texts)
+            texts = []
+            if item is None:
+                self.ends.append(self.num_sentences)
                 self.hashes.append(int.from_bytes(self.hasher.digest(), "little"))
-            self.hasher = hashlib.blake2b(digest_size=8)
-        self._hash(texts)
-
-    def _hash(self, texts: list[str]) -> None:
-        text = "".join("".join(texts).split())  # the same however sentences are cut
-        self.hasher.update(text.encode())
+                self.hasher = hashlib.blake2b(digest_size=8)
 
     def shard(self) -> Shard:
         """What has been added."""
-        ids, flags, ends = map(np.concatenate, (self.ids, self.flags, self.sentences))
-        documents, hashes = np.array(self.documents, np.int64), np.array(self.hashes, np.uint64)
-        return Shard(ids, flags, ends, documents, hashes)
+        ids, flags, lengths = map(np.concatenate, zip(*self.parts))
+        sentences = np.append(0, np.cumsum(lengths)[lengths > 0])
+        filled = np.append(0, np.cumsum(lengths > 0))  # sentences with a token, up to each one
+        documents, places = np.unique(filled[self.ends], return_index=True)
+        hashes = np.array(self.hashes, np.uint64)[places[1:] - 1]
+        return Shard(ids, flags, sentences, documents, hashes)
 
 
 def _write_shard(folder: Path, name: str, shard: Shard, unknown_id: int) -> dict:
@@ -335,4 +318,6 @@ def _join(folder: Path, group: list[dict], unknown_id: int) -> dict:
     for entry in group:
         paths = [folder / f"{entry['name']}.{array}.npy" for array in ARRAYS]
         shards.append(Shard(*map(np.load, paths)))
-    return _write_shard(folder, f"{group[0]['name']}-joined", concatenate(shards), unknown_id)
+    return _write_shard(
+        folder, f"{group[0]['name']}-joined", corpora.concatenate(shards), unknown_id
+    )

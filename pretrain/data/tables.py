@@ -14,14 +14,7 @@ from pretrain.config import RECORD_FORMATS
 from pretrain.data.sources import check_files, expand
 from pretrain.errors import UserError, check, refusing, require
 
-SUFFIXES = {
-    "jsonl": (".jsonl", ".ndjson", ".json"),
-    "csv": (".csv",),
-    "tsv": (".tsv",),
-    "parquet": (".parquet",),
-    "arrow": (".arrow",),
-    "conll": (".conll", ".bio", ".bmes", ".bioes"),
-}
+ALIASES = {"ndjson": "jsonl", "json": "jsonl", "bio": "conll", "bmes": "conll", "bioes": "conll"}
 TABLES = ("csv", "tsv", "jsonl", "parquet", "arrow")
 UTF8_FORMATS = {"plain", "jsonl", "csv", "tsv", "conll"}
 HUB_FORMS = "hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"
@@ -33,10 +26,9 @@ def format_of(entry: str, wanted: str = "auto") -> str:
         return "hub"
     if Path(entry).is_dir():
         return "saved"
-    if wanted != "auto":
-        return wanted if wanted in RECORD_FORMATS else "plain"
-    suffix = Path(entry).suffix.lower()
-    return next((name for name, known in SUFFIXES.items() if suffix in known), "plain")
+    suffix = Path(entry).suffix.lower().removeprefix(".")
+    kind = ALIASES.get(suffix, suffix) if wanted == "auto" else wanted
+    return kind if kind in RECORD_FORMATS else "plain"
 
 
 def open_tables(paths: Iterable[str]) -> Iterator[tuple[str, dict]]:
@@ -77,9 +69,7 @@ def choose_field(record: dict, where: str) -> str:
 def no_column(record: dict, where: str, name: str, field: str) -> UserError:
     """What to raise for a record without the column `name` of the text, the label or so."""
     columns = ", ".join(map(str, record))
-    return UserError(
-        f"{where}: no column {name!r}; expected the {field} field to be one of {columns}"
-    )
+    return UserError(f"{where}: no column {name!r}; expected the {field} field among {columns}")
 
 
 def _json_rows(path: str) -> Iterator[tuple[int, dict]]:

@@ -220,7 +220,8 @@ def special_problems(
 ) -> list[str]:
     """What is wrong with `specials` (TOKEN or NAME=TOKEN) as new tokens beside `words`; each
     problem begins with the entry."""
-    taken, vocabulary, problems = set(words), tokenizer.get_vocab(), []
+    taken, names, problems = set(words), set(), []
+    vocabulary = tokenizer.get_vocab()
     for entry in specials:
         name, token = _split_name(entry)
         if not token.strip():
@@ -230,9 +231,10 @@ def special_problems(
             problems.append(f"{entry}: the model has its own {name}; expected {expected}")
         elif token in taken or (not name and token in vocabulary):
             problems.append(f"{entry}: {token} is already a token; expected a new one")
-        elif name and name in taken:
+        elif name and name in names:
             problems.append(f"{entry}: {name} is given twice; expected it once")
-        taken |= {name, token} - {""}
+        taken.add(token)
+        names.add(name)
     return problems
 
 

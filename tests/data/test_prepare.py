@@ -33,11 +33,9 @@ SLEEP = "(open(sign, 'a').close(), __import__('time').sleep(seconds), 1 / 0)"
 
 
 def write_files(folder: Path, documents: list[list[str]], per_file: int) -> list[Source]:
-    sources = []
-    for start in range(0, len(documents), per_file):
-        group = documents[start : start + per_file]
-        sources += write_documents(folder / f"{start:03d}.txt", group)
-    return sources
+    groups = [documents[start : start + per_file] for start in range(0, len(documents), per_file)]
+    files = [write_documents(folder / f"{n:03d}.txt", group) for n, group in enumerate(groups)]
+    return sum(files, [])
 
 
 def await_(holds, seconds: float = 60) -> None:
@@ -179,9 +177,8 @@ def kill_before(operation: int, folder: Path) -> None:
     left = [operation]
 
     def count(event, arguments):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(
-            arguments[0]
-        ).startswith(str(folder)):
+        is_operation = event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+        if is_operation and str(arguments[0]).startswith(str(folder)):
             left[0] -= 1
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -358,16 +355,10 @@ def test_the_command_prepares_once(arguments, tmp_path, capsys):
         (["--workers", "-1"], "--workers -1: "),
         (["--ray", "auto", "--workers", "2"], "--ray auto --workers 2: "),
         (["--ray"], "--ray local: "),  # the package is missing
+        (["--ray", "127.0.0.1:9"], "--ray 127.0.0.1:9: "),  # nobody answers
         (["--output", "."], "--output .: "),
     ],
 )
 def test_options_that_do_not_fit_are_refused(arguments, monkeypatch, capsys, more, named):
-    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", sys if more[-1:] == ["127.0.0.1:9"] else None)
     assert refusal(PREPARE.main, [*arguments, *more], capsys).startswith(named)
-
-
-def test_a_cluster_that_does_not_answer(arguments, monkeypatch, capsys):
-    """Named before the text is prepared, and within seconds."""
-    monkeypatch.setitem(sys.modules, "ray", sys)
-    told = refusal(PREPARE.main, [*arguments, "--ray", "127.0.0.1:9"], capsys)
-    assert told.startswith("--ray 127.0.0.1:9: ")

@@ -37,31 +37,18 @@ from pretrain.data.tokenizer import (
     word_problems,
 )
 
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog.",
-    "Café Ångström — naïve coöperation!",
-    "深度学习 BERT模型，2024年。",
-    "unknownwordwithoutend ñandú ☃",
-    "a-b c_d e.f 'quoted' (par)",
-    "tab\tand\u2028line\x0bbreaks",
-    "ｆｕｌｌ　ｗｉｄｔｈ",
-    "x" * 120,
-    "",
-]
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "Café Ångström — naïve coöperation!"]
+TEXTS += ["深度学习 BERT模型，2024年。", "unknownwordwithoutend ñandú ☃", "x" * 120, ""]
+TEXTS += ["a-b c_d e.f 'quoted' (par)", "tab\tand\u2028line\x0bbreaks", "ｆｕｌｌ　ｗｉｄｔｈ"]
 
 
 def numbered(entries: list[str]) -> dict[str, int]:
     return {entry: number for number, entry in enumerate(entries)}
 
 
-def _entries() -> list[str]:
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGÅéñ0123456789.,!?'()-_—，。深度学习模型年"
-    words = "the,The,quick,##ick,brown,cafe,café,over,##ing,bert,BERT,##ber,naive,2024"
-    pieces = [f"##{letter}" for letter in letters[:60]]
-    return [*SPECIAL_TOKENS, *letters, *pieces, *words.split(",")]
-
-
-ENTRIES = _entries()
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGÅéñ0123456789.,!?'()-_—，。深度学习模型年"
+WORDS = ["the", "The", "quick", "##ick", "brown", "cafe", "café", "over", "##ing", "bert", "BERT"]
+ENTRIES = [*SPECIAL_TOKENS, *LETTERS, *(f"##{letter}" for letter in LETTERS[:60]), *WORDS, "2024"]
 
 
 def bert(lowercase: bool = True):
@@ -195,8 +182,8 @@ def test_vocabulary_against_a_loop():
     made = bert()
     made.add_tokens(["whole"])
     made.add_special_tokens({"additional_special_tokens": ["[NAME]"]})
-    found, entries, specials = describe(made), [*ENTRIES, "whole", "[NAME]"], [*SPECIAL_TOKENS]
-    specials.append("[NAME]")
+    found, entries, specials = describe(made), [*ENTRIES, "whole", "[NAME]"], {"[NAME]"}
+    specials |= set(SPECIAL_TOKENS)
     ids = (found.pad_id, found.unknown_id, found.cls_id, found.sep_id, found.mask_id)
     assert ids == (0, 1, 2, 3, 4) and found.size == len(entries)
     assert found.is_special.tolist() == [entry in specials for entry in entries]
