@@ -41,18 +41,16 @@ PRETRAINING = f"--model tiny --vocab-size 120 --masking word --eval-tokens 2000 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node"
 
 
-def command_of(script: str, processes: int, *options: object) -> list[str]:
-    """The command line of a script in so many processes."""
+def command_of(script, processes, *options):
     launcher = arguments_of(TORCHRUN, [processes]) if processes > 1 else []
     return [sys.executable, *launcher, str(ROOT / "scripts" / f"{script}.py"), *map(str, options)]
 
 
-def run(command: list[str]) -> None:
-    """Run a command to its end."""
+def run(command):
     subprocess.run(command, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
 
 
-def pretraining(given: argparse.Namespace) -> tuple[str, list[str]]:
+def pretraining(given):
     """The script and its options."""
     text = write_documents(given.work / "text.txt", make_documents(200))
     files = ["--train", text, "--cache", given.work / "cache", "--workers", given.workers]
@@ -60,23 +58,25 @@ def pretraining(given: argparse.Namespace) -> tuple[str, list[str]]:
     return "pretrain", arguments_of(PRETRAINING, SIZES, files, options)
 
 
-def finetuning(given: argparse.Namespace) -> tuple[str, list[str]]:
+def finetuning(given):
     """The script and its options; the encoder is pretrained for a few steps first."""
-    encoder = given.work / "encoder"
+    encoder, options = given.work / "encoder", []
     if not encoder.exists():
-        run(command_of(*pretraining(given), "--max-steps", 2, "--output", encoder))
-    source, options = random.Random(0), []
+        script, words = pretraining(given)
+        run(command_of(script, 1, *words, "--max-steps", 2, "--output", encoder))
     for name, count in (("train", 300), ("valid", 60), ("test", 60)):
-        texts = [" ".join(document)[:200] for document in make_documents(count, source.random())]
-        labels = ["odd" if text.count("e") % 2 else "even" for text in texts]
-        lines = [json.dumps({"text": text, "label": of}) for text, of in zip(texts, labels)]
-        (given.work / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        lines = []
+        for document in make_documents(count, name):
+            text = " ".join(document)[:200]
+            label = "odd" if text.count("e") % 2 else "even"
+            lines.append(json.dumps({"text": text, "label": label}) + "\n")
+        (given.work / f"{name}.jsonl").write_text("".join(lines))
         options += [f"--{name}", given.work / f"{name}.jsonl"]
     options += ["--model", encoder, "--optimizer", given.optimizer, "--max-steps", given.steps]
     return "finetune", arguments_of(OFTEN, "--patience 0", options)
 
 
-def family_of(pid: int) -> list[int]:
+def family_of(pid):
     """A process and all its descendants, children last."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -90,22 +90,22 @@ def family_of(pid: int) -> list[int]:
     return family
 
 
-def disturb(command: list[str], number: int, seconds: float) -> int | None:
+def disturb(command, number, seconds):
     """Start the command and send it a signal after some seconds, SIGKILL to all its processes; its
     exit code, None if it ended before."""
     output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, env=ENVIRONMENT, **output)
     try:
         process.wait(seconds)
-        assert process.returncode == 0, process.returncode
-        return None
     except subprocess.TimeoutExpired:
         for pid in family_of(process.pid) if number == signal.SIGKILL else [process.pid]:
             os.kill(pid, number)
         return process.wait(60)
+    assert process.returncode == 0, process.returncode
+    return None
 
 
-def assert_one_curve(output: Path) -> None:
+def assert_one_curve(output):
     """TensorBoard reads each logged number once, in order."""
     accumulator = EventAccumulator(str(output), size_guidance={"scalars": 0}).Reload()
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -114,20 +114,19 @@ def assert_one_curve(output: Path) -> None:
         assert points == [row["step"] for row in logged if name in row], name
 
 
-def assert_same_result(whole: Path, parts: Path, steps: int) -> None:
+def assert_same_result(whole, parts, steps):
     """Both runs ended alike. A finished fine-tuning has no checkpoint left."""
     if (whole / f"checkpoint-{steps}").exists():
         assert_same_run(whole, parts, steps)
     else:
         assert_same(*(load_file(of / "final" / "model.safetensors") for of in (whole, parts)))
         assert rows(whole) == rows(parts)
-        predictions = [(of / "test_predictions.csv").read_text() for of in (whole, parts)]
-        assert predictions[0] == predictions[1]
+        name = "test_predictions.csv"
+        assert (whole / name).read_text() == (parts / name).read_text()
     assert_one_curve(parts)
 
 
-def main() -> None:
-    """Parse, disturb, compare."""
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT", "USR1"))

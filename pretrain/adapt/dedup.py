@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 from pretrain.data.sentences import Sentence
@@ -20,19 +19,15 @@ def write_cleaned(
 
     `target` gets JSON lines as pretrain/data/formats.py reads them, one document in memory at a
     time. Returns the counts of documents written, copies removed, and `more`."""
-    copies = sorted({squeeze(part) for parts in test_texts for part in parts})
+    copies = sorted({_squeeze(part) for parts in test_texts for part in parts})
     counts = {"documents": 0, "removed": 0, "task_texts": len(more)}
-
-    def documents() -> Iterator[list[Sentence]]:
-        for is_end, items in groupby(text.sentences(), key=lambda item: item is None):
-            if not is_end:
-                yield list(items)
-        for parts in more:
-            yield [(part, ()) for part in parts]
+    groups = groupby(text.sentences(), key=lambda item: item is None)
+    documents = (list(items) for is_end, items in groups if not is_end)
+    added = ([(part, ()) for part in parts] for parts in more)
 
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as out:
-            for document in documents():
+            for document in chain(documents, added):
                 kept, removed = without_copies(document, copies)
                 counts["removed"] += removed
                 if kept:
@@ -43,7 +38,7 @@ def write_cleaned(
     return counts
 
 
-def squeeze(text: str) -> str:
+def _squeeze(text: str) -> str:
     """A text without white space: two texts are copies if they agree so."""
     return "".join(text.split())
 
@@ -53,7 +48,7 @@ def without_copies(sentences: list[Sentence], copies: list[str]) -> tuple[list[S
 
     A copy is the longest run of whole sentences that equals one of `copies`, which are squeezed and
     sorted: a run that none of them starts with need not be extended."""
-    squeezed = [squeeze(text) for text, _ in sentences]
+    squeezed = [_squeeze(text) for text, _ in sentences]
     kept, num_removed, start = [], 0, 0
     while start < len(sentences):
         run, end = "", start

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import regex  # comes with transformers
 from transformers import PreTrainedTokenizerBase
 
+from pretrain import plots
+from pretrain.config import TextOptions
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.annotate import HAN_CLASS
 from pretrain.data.sources import read_lines
 from pretrain.errors import UserError, require
-from pretrain.inputs import TextFiles
+from pretrain.files import markdown_table
+from pretrain.inputs import TextFiles, check_text
+from pretrain.runtime.distributed import World
 
 # A Chinese character, or a run of letters and digits with their marks.
 WORD = regex.compile(
@@ -31,6 +36,16 @@ CHINESE_STOP_WORDS = """的 了 在 是 我 有 和 就 不 人 都 一 一个 �
     没有 看 自己 这 那 他 她 它 我们 你们 他们 这个 那个 与 及 而 或 被 把 对 对于 从 以 为 因为
     所以 但 但是 如果 还 还是 又 并 等 中 个 之 其 于 由 比 让 使 能 可以 得 地 吧 吗 呢 啊 什么
     怎么 年 月 日 时 后 前 里 下 大 小 多 更 最 已 已经 将 可 来 么 们"""
+
+
+def read_text(
+    paths: tuple[str, ...], option: str, options: TextOptions, masking: str = "word"
+) -> TextFiles:
+    """The checked text of `paths`; UserError for a prepared corpus, whose words are gone."""
+    text = check_text(paths, option, options, World(), masking)
+    if text.is_corpus:
+        raise UserError(f"{text.name}: is a prepared corpus; expected text")
+    return text
 
 
 def count_words(text: TextFiles) -> Counter[str]:
@@ -55,12 +70,10 @@ def count_words(text: TextFiles) -> Counter[str]:
 
 def stop_words(name: str) -> set[str]:
     """Words to ignore: English and Chinese ones ("auto"), none ("none"), or the lines of a file."""
-    if name == "none":
-        return set()
-    if name != "auto":
-        return {word.lower() for word in read_lines(name)}
-    english = require("sklearn.feature_extraction.text", "stop words").ENGLISH_STOP_WORDS
-    return {*english, *CHINESE_STOP_WORDS.split()}
+    if name == "auto":
+        english = require("sklearn.feature_extraction.text", "stop words").ENGLISH_STOP_WORDS
+        return {*english, *CHINESE_STOP_WORDS.split()}
+    return set() if name == "none" else {word.lower() for word in read_lines(name)}
 
 
 def frequent_words(counts: Counter[str], ignored: set[str]) -> list[str]:
@@ -68,23 +81,32 @@ def frequent_words(counts: Counter[str], ignored: set[str]) -> list[str]:
     lower: Counter[str] = Counter()
     for word, count in counts.items():
         lower[word.lower()] += count
-    ranked = sorted(lower, key=lambda word: (-lower[word], word))
-    is_long = {word: len(word) > 1 or not word.isascii() for word in ranked}
-    return [word for word in ranked if is_long[word] and word not in ignored]
+    kept = {word for word in lower if len(word) > 1 or not word.isascii()} - ignored
+    return sorted(kept, key=lambda word: (-lower[word], word))
 
 
-def overlap(ranked: dict[str, list[str]], top: int) -> tuple[np.ndarray, int]:
-    """(float64 [texts, texts] shares within 0..1, number of words compared).
+def overlap(ranked: dict[str, list[str]], top: int) -> tuple[dict[str, dict[str, float]], int]:
+    """({text: {text: share within 0..1}}, number of words compared).
 
     Each share is of the first `top` words of both texts; if one text has fewer, of as many words of
     every text, so that the shares compare."""
+    for name, words in ranked.items():
+        if not words:
+            raise UserError(f"{name}: has no words but stop words; expected text")
     num_words = min([top, *map(len, ranked.values())])
-    if not num_words:
-        empty = next(name for name, words in ranked.items() if not words)
-        raise UserError(f"{empty}: has no words but stop words; expected text")
-    chosen = [set(words[:num_words]) for words in ranked.values()]
-    shares = [[len(one & other) / num_words for other in chosen] for one in chosen]
-    return np.array(shares), num_words
+    chosen = {name: set(words[:num_words]) for name, words in ranked.items()}
+    shares = {}
+    for one, words in chosen.items():
+        shares[one] = {other: len(words & of) / num_words for other, of in chosen.items()}
+    return shares, num_words
+
+
+def draw_overlap(path: Path, facts: dict, names: list[str]) -> str:
+    """The shared words as a table in Markdown, and as a picture in `path`; `facts` of `compare`."""
+    shares = [list(row.values()) for row in facts["overlap"].values()]
+    plots.overlap(path, names, np.array(shares), facts["words_compared"])
+    rows = [[name, *map("{:.0%}".format, row)] for name, row in zip(names, shares)]
+    return markdown_table(["", *names], rows)
 
 
 def fragmentation(
@@ -109,7 +131,7 @@ def fragmentation(
     for (word, count), encoding in zip(read.items(), encodings):
         pieces, is_unknown = len(encoding.ids), vocabulary.unknown_id in encoding.ids
         num_pieces += count * pieces
-        num_unknown += count if is_unknown else 0
+        num_unknown += count * is_unknown
         is_candidate = count >= MIN_COUNT and word not in entries and word.lower() not in ignored
         if is_candidate and (pieces > 1 or is_unknown):
             broken.append((word, count, pieces))
@@ -137,5 +159,4 @@ def compare(
         if tokenizer:
             pieces, broken[name] = fragmentation(of, tokenizer, ignored)
             facts[name] |= pieces
-    rows = {name: dict(zip(texts, row)) for name, row in zip(texts, shares.tolist())}
-    return {"words_compared": num_words, "overlap": rows, "texts": facts}, broken
+    return {"words_compared": num_words, "overlap": shares, "texts": facts}, broken

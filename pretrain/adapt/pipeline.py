@@ -12,103 +12,67 @@ import json
 import shlex
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 from pretrain import build as pretraining
 from pretrain.adapt import domain
 from pretrain.adapt.checks import TRAINED_ON, Experiment, naming
 from pretrain.adapt.dedup import write_cleaned
 from pretrain.cli import as_command
-from pretrain.config import Config, FinetuneOptions
 from pretrain.data import tokenizer as tokenizers
 from pretrain.errors import UserError
 from pretrain.evaluate import evaluate
-from pretrain.files import read_json, write_text
+from pretrain.files import write_text
 from pretrain.finetune import build as finetuning
-from pretrain.inputs import check_text
 from pretrain.model.loading import from_checkpoint
 from pretrain.model.packed import PackedModel
 from pretrain.run import PretrainingRun, print_plan
 from pretrain.runtime.checkpoint import checkpoints
-from pretrain.runtime.distributed import World
 from pretrain.runtime.optim import autocast
-from pretrain.schema import integer
 from pretrain.train import train
 
 # How the files that `clean` writes are read, whatever was asked for the text itself.
-CLEANED = {"format": "jsonl", "max_documents": 0} | dict.fromkeys(
-    ("text_field", "entity_field", "split_sentences")
-)
+CLEANED = {"format": "jsonl", "max_documents": 0}
+CLEANED |= dict.fromkeys(("text_field", "entity_field", "split_sentences"))
 COMPARED_WORDS = 10_000
 
 
 def run_experiment(experiment: Experiment) -> dict:
     """Run the parts that have no result yet; returns the facts for the report."""
-    options, part, budgets = experiment.options, experiment.part, experiment.budgets
-    metric = experiment.finetuning.metric
-    cleaned = part("text", clean)
-    for name in experiment.texts:
-        if not cleaned[name]["documents"]:
-            raise UserError(f"--{name}: has only copies of test texts; expected other text")
-    overlap = part("overlap", compare)
-    trained = [name for name in experiment.encoders if name in TRAINED_ON]
-    runs = {name: part(f"pretrain-{name}", pretrain, name) for name in trained}
-    perplexity = part("perplexity", measure_perplexity)
-    scores = {name: {budget: [] for budget in budgets} for name in experiment.encoders}
-    for budget, seed, name in product(budgets, range(options.seeds), experiment.encoders):
-        run = f"finetune-{name}-{budget}-{seed}"
-        found = ", found" if experiment.part_file(run).is_file() else ""
-        result = part(run, fine_tune, name, budget, seed)
-        scores[name][budget].append(result)
-        print(
-            f"{name}, {budgets[budget]:,} labels, seed {seed}: {metric.replace('_', ' ')} "
-            f"{result['test'][metric]:.3f} ({result['wall_seconds']:.0f} s{found})"
-        )
+    part, budgets, encoders = experiment.part, experiment.budgets, experiment.encoders
+    seeds, metric = experiment.options.seeds, experiment.finetuning.metric
+    runs = list(product(budgets, range(seeds), encoders))
+    counts = ", ".join(f"{count:,}" for count in budgets.values())
+    print(f"{', '.join(encoders)}: {len(runs)} fine-tuning runs, {counts} labels, {seeds} seeds")
     test, seen = experiment.rows["test"], set(experiment.rows["train"].texts)
-    return {
-        "text": cleaned,
-        "overlap": overlap,
-        "pretraining": runs,
-        "perplexity": perplexity,
-        "scores": scores,
-        "model": options.model,
+    facts = {
+        "model": experiment.options.model,
         "metric": metric,
         "classes": experiment.classes,
         "budgets": budgets,
-        "seeds": options.seeds,
+        "seeds": seeds,
         "fresh_parts": experiment.fresh_parts,
         "rows": {name: len(rows.labels) for name, rows in experiment.rows.items()},
         "truth": [experiment.classes.index(label) for label in test.labels],
         "seen_in_training": sum(text in seen for text in test.texts),
+        "seconds": experiment.seconds,
+        "scores": {name: {budget: [] for budget in budgets} for name in encoders},
     }
-
-
-# The two commands that the experiment runs.
-
-
-def pretrain_on(run: PretrainingRun) -> dict:
-    """The summary of a pretraining run, which is started, resumed, or found finished."""
-    summary = run.output / "summary.json"
-    if run.has_result() and summary.is_file():
-        return read_json(summary)
-    run.open_output()
-    print_plan(run)
-    return train(run)
-
-
-def finetune_one(options: FinetuneOptions) -> dict:
-    """The summary of a fine-tuning run with a fresh head, which is started or resumed."""
-    resume = bool(checkpoints(Path(options.output)))
-    options = replace(options, resume=resume, overwrite=not resume)
-    run = finetuning.build(options, keep_head=False, quiet=True)
-    run.open_output()
-    return train(run)
-
-
-def perplexity_of(model: PackedModel, run: PretrainingRun) -> float:
-    """That of a model on the validation set of a run, at the length of its last phase."""
-    precision = autocast(run.device, run.precision)
-    return evaluate(model, run.phases[-1].validation, run.device, precision)["perplexity"]
+    facts["text"] = part("text", clean)
+    facts["overlap"] = part("overlap", compare)
+    facts["pretraining"] = {"adapted": part("pretrain-adapted", pretrain, "adapted")}
+    if "control" in encoders:
+        steps = facts["pretraining"]["adapted"]["steps"]
+        facts["pretraining"]["control"] = part("pretrain-control", pretrain, "control", steps)
+    facts["perplexity"] = part("perplexity", measure_perplexity)
+    for budget, seed, name in runs:
+        run = f"finetune-{name}-{budget}-{seed}"
+        found = ", found" if experiment.part_file(run).is_file() else ""
+        result = part(run, fine_tune, name, budget, seed)
+        facts["scores"][name][budget].append(result)
+        score = f"{metric.replace('_', ' ')} {result['test'][metric]:.3f}"
+        seconds = f"{result['wall_seconds']:.0f} s{found}"
+        print(f"{name}, {budgets[budget]:,} labels, seed {seed}: {score} ({seconds})")
+    return facts
 
 
 # The parts.
@@ -121,6 +85,8 @@ def clean(experiment: Experiment) -> dict:
         more = rows["train"].texts if experiment.options.task_text and name == "text" else []
         path = experiment.output / f"{name}.jsonl"
         counts[name] = write_cleaned(text, rows["test"].texts, more, path)
+        if not counts[name]["documents"]:
+            raise UserError(f"--{name}: has only copies of test texts; expected other text")
     return counts
 
 
@@ -130,53 +96,36 @@ def compare(experiment: Experiment) -> dict:
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_text(experiment.output / "task.jsonl", "".join(lines))
     options, model = replace(experiment.pretraining, **CLEANED), experiment.options.model
-    names = [name for name in ("text", "task", "control") if name in {"task", *experiment.texts}]
-    paths = {name: str(experiment.output / f"{name}.jsonl") for name in names}
-    texts = {
-        name: check_text((path,), name, options, World(), "word") for name, path in paths.items()
-    }
+    texts, inputs = {}, []
+    for name in ("text", "task", "control")[: 1 + len(experiment.texts)]:
+        path = str(experiment.output / f"{name}.jsonl")
+        texts[name] = domain.read_text((path,), name, options)
+        inputs.append(f"{name}={path}")
     ignored = domain.stop_words("auto")
     facts, _ = domain.compare(texts, tokenizers.load(model), COMPARED_WORDS, ignored)
-    inputs = [f"{name}={path}" for name, path in paths.items()]
     command = ["python", "scripts/domain.py", "--input", *inputs, "--tokenizer", model]
     return facts | {"command": shlex.join(command)}
 
 
-def config_of(experiment: Experiment, name: str) -> Config:
-    """The options of a pretraining run; the control takes as many steps as the adapted run."""
-    config = replace(
-        experiment.pretraining,
-        **CLEANED,
-        model=experiment.options.model,
-        output=str(experiment.output / name),
-        train=(str(experiment.output / f"{TRAINED_ON[name]}.jsonl"),),
-        resume=True,
-    )
-    if name == "control":
-        path = experiment.part_file("pretrain-adapted")
-        adapted = read_json(path, {"steps": integer(1)}, "the result of a part")
-        config = replace(config, max_steps=adapted["steps"])
-    return config
-
-
-def build_run(experiment: Experiment, config: Config) -> PretrainingRun:
-    """The run of these options; what is wrong with them is wrong with --pretrain."""
+def _run_of(experiment: Experiment, name: str, **changes: object) -> PretrainingRun:
+    """A pretraining run; what is wrong with its options is wrong with --pretrain."""
+    text, output = experiment.output / f"{TRAINED_ON[name]}.jsonl", experiment.output / name
+    settings = CLEANED | {"train": (str(text),), "output": str(output), "resume": True} | changes
+    config = replace(experiment.pretraining, model=experiment.options.model, **settings)
     with naming(experiment.options, "pretrain"):
         return pretraining.build(config)
 
 
-def pretrain(experiment: Experiment, name: str) -> dict:
-    """Pretrain on a text; the run's summary."""
-    config = config_of(experiment, name)
-    command = as_command("pretrain", replace(config, resume=False, output=None))
+def pretrain(experiment: Experiment, name: str, steps: int = 0) -> dict:
+    """Pretrain on a text, for `steps` if given; the run's summary."""
     if name == "adapted" and "control" in experiment.texts:
-        # The control's text is checked before hours are spent.
-        path = experiment.output / "control"
-        build_run(experiment, replace(config, train=(f"{path}.jsonl",), output=str(path)))
-    run = build_run(experiment, config)
-    warmup = config.warmup
-    return pretrain_on(run) | {
-        "command": command,
+        _run_of(experiment, "control")  # its text is checked before hours are spent
+    run = _run_of(experiment, name, max_steps=steps or experiment.pretraining.max_steps)
+    run.open_output()
+    print_plan(run)
+    warmup = run.config.warmup
+    return train(run) | {
+        "command": as_command("pretrain", replace(run.config, resume=False, output=None)),
         "device": f"{run.device}, {run.precision}",
         "warmup_steps": round(warmup * run.total_steps) if warmup < 1 else int(warmup),
     }
@@ -186,20 +135,24 @@ def measure_perplexity(experiment: Experiment) -> dict:
     """Validation perplexities of the domain's text before and after pretraining on each text.
 
     All are at the length of the last phase. {} without a validation set."""
-    config = config_of(experiment, "adapted")
-    run = build_run(experiment, config)
-    validation = run.phases[-1].validation
+    run = _run_of(experiment, "adapted")
+    validation, precision = run.phases[-1].validation, autocast(run.device, run.precision)
     if not validation:
         return {}
+
+    def perplexity_of(model: PackedModel) -> float:
+        return evaluate(model, validation, run.device, precision)["perplexity"]
+
     lines = (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    evaluations = [row for row in rows if "eval/perplexity" in row]
-    comparable = [row for row in evaluations if run.is_comparable(row["step"])]
-    curve = [[row["step"], row["eval/perplexity"]] for row in comparable]
+    curve, training = [], []
+    for row in map(json.loads, lines):
+        if "eval/perplexity" in row and run.is_comparable(row["step"]):
+            curve.append([row["step"], row["eval/perplexity"]])
+        if "train/perplexity" in row:
+            training.append([row["step"], row["train/perplexity"]])
     if curve[0][0] > 0:  # the run was evaluated at its start, but at the length of its first phase
-        untrained = replace(config, output=str(experiment.output / "untrained"))
-        curve.insert(0, [0, perplexity_of(build_run(experiment, untrained).model, run)])
-    training = [[row["step"], row["train/perplexity"]] for row in rows if "train/perplexity" in row]
+        untrained = _run_of(experiment, "adapted", output=str(experiment.output / "untrained"))
+        curve.insert(0, [0, perplexity_of(untrained.model)])
     result = {
         "before": curve[0][1],
         "after": curve[-1][1],
@@ -208,24 +161,22 @@ def measure_perplexity(experiment: Experiment) -> dict:
         "unigram": validation.unigram_perplexity,
     }
     if "control" in experiment.texts:
-        model = from_checkpoint(experiment.encoders["control"])[0]
-        model.attention = run.model.attention
-        model.use_pairs(run.model.nsp_weight)
-        if model.config.vocab_size == run.model.config.vocab_size:  # else tokens were added
-            result["control"] = perplexity_of(model.to(run.device), run)
+        model, _ = from_checkpoint(experiment.encoders["control"])
+        pretraining.set_up_model(model, run.config, run.device, run.precision)
+        result["control"] = perplexity_of(model.to(run.device))
     return result
 
 
 def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict:
     """Fine-tune an encoder; the run's summary and the class that each test row got."""
-    options = replace(
-        experiment.finetuning,
-        model=experiment.encoders[name],
-        seed=seed,
-        label_budget=0 if budget == "all" else int(budget),
-    )
+    model, label_budget = experiment.encoders[name], 0 if budget == "all" else int(budget)
+    options = replace(experiment.finetuning, model=model, seed=seed, label_budget=label_budget)
     output = experiment.output / "finetune" / f"{name}-{budget}-{seed}"
-    summary = finetune_one(replace(options, output=str(output)))
+    resume = bool(checkpoints(output))
+    here = replace(options, output=str(output), resume=resume, overwrite=not resume)
+    run = finetuning.build(here, keep_head=False, quiet=True)
+    run.open_output()
+    summary = train(run)
     with (output / "test_predictions.csv").open(encoding="utf-8", newline="") as rows:
         labels = [row["predicted_label"] for row in csv.DictReader(rows)]
     command = as_command("finetune", replace(options, save_model=True))

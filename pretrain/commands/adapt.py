@@ -11,15 +11,14 @@ from pretrain.config import AdaptOptions
 
 def main(argv: list[str]) -> None:
     """Parse, run what has no result yet, write the report, print the verdict."""
-    options = parse(join_quoted(argv), AdaptOptions, __doc__)
+    options = parse(_join_quoted(argv), AdaptOptions, __doc__)
 
-    from pretrain.adapt.checks import build_experiment, describe, open_experiment
+    from pretrain.adapt.checks import build_experiment, open_experiment
     from pretrain.adapt.pipeline import run_experiment
     from pretrain.adapt.report import write_report
 
     experiment = build_experiment(options)
     open_experiment(experiment)
-    print(describe(experiment))
     facts = run_experiment(experiment)
     facts["command"] = shlex.join(["python", "scripts/adapt.py", *argv])
     output = experiment.output
@@ -30,10 +29,9 @@ def main(argv: list[str]) -> None:
     print(f"report: {output / 'report.html'} (the same as {output / 'report.md'})")
 
 
-def join_quoted(argv: list[str]) -> list[str]:
-    """`argv` with the quoted options as one word, --pretrain="--max-steps=5".
-
-    argparse would take a second word that starts with dashes for an option of its own."""
+def _join_quoted(argv: list[str]) -> list[str]:
+    """`argv` with --pretrain="--max-steps=5" as one word: argparse would take a second word that
+    starts with dashes for an option of its own."""
     joined: list[str] = []
     for word in argv:
         if joined and joined[-1] in ("--pretrain", "--finetune"):

@@ -15,13 +15,8 @@ from pretrain.data.sentences import Span, sentences
 from pretrain.data.sources import Source
 from pretrain.inputs import TextFiles
 
-WORDS = ["a", "b", "ab", "ba", " a", "a b", "b\t a", "\u3000b\xa0", " ", "ａ"]
+WORDS = ["a", "b", "ab", "ba", " a", "a b", "b\t a", "\u3000b\xa0", " ", "ａ", "A", ""]
 COPIES = ["a", "b", "ab", "aab", "abb", "bab", "abab", "baba", "ａ"]
-
-
-def left_of(texts, copies):
-    kept, removed = dedup.without_copies([(text, ()) for text in texts], sorted(copies))
-    return [text for text, _ in kept], removed
 
 
 def slow_copy_at(texts, start, copies):
@@ -38,6 +33,7 @@ def slow_copy_at(texts, start, copies):
 )
 @example(["a", "b", "ab"], {"ab"})
 @example(["a", "a", "b", "b"], {"aab", "abb", "b"})
+@example(["a", "b", "x"], {"abc", "abd", "a"})  # the longest that is whole
 def test_what_is_removed_equals_a_slow_search(texts, copies):
     expected, count, start = [], 0, 0
     while start < len(texts):
@@ -45,27 +41,10 @@ def test_what_is_removed_equals_a_slow_search(texts, copies):
         if end > start:
             count, start = count + 1, end
         else:
-            expected.append(texts[start])
+            expected.append((texts[start], ()))
             start += 1
-    assert left_of(texts, copies) == (expected, count)
-
-
-@pytest.mark.parametrize(
-    "document, copies, left, removed",
-    [
-        (["a", "b", "c", "d"], {"bc"}, ["a", "d"], 1),
-        (["a", "b", "c"], {"ab", "abc"}, [], 1),  # the longest
-        (["a", "b", "x"], {"abc", "abd", "a"}, ["b", "x"], 1),  # the longest that is whole
-        (["a", "b", "a", "b"], {"ab"}, [], 2),
-        (["ab c"], {"ab"}, ["ab c"], 0),  # not part of a sentence
-        (["ab", "c"], {"b"}, ["ab", "c"], 0),
-        (["A"], {"a"}, ["A"], 0),
-        (["x", "a\u3000b", "", "\xa0c", "y"], {"abc"}, ["x", "y"], 1),  # whatever the white space
-        ([], {"a"}, [], 0),
-    ],
-)
-def test_only_whole_sentences_are_removed(document, copies, left, removed):
-    assert left_of(document, copies) == (left, removed)
+    document = [(text, ()) for text in texts]
+    assert dedup.without_copies(document, sorted(copies)) == (expected, count)
 
 
 TEXT = st.text(
@@ -123,29 +102,11 @@ def test_documents_their_entities_and_counts(clean):
 
 
 def test_each_text_of_a_pair_is_a_copy_and_so_are_task_texts(clean):
+    """None reaches over the end of a document."""
     left, counts = clean(
-        [[("premise .", ()), ("middle", ()), ("hypothesis .", ())]],
-        [("premise .", "hypothesis .")],
+        [[("premise .", ()), ("middle", ()), ("hypothesis .", ())], [("next .", ())]],
+        [("premise .", "hypothesis ."), ("hypothesis .\nnext .",)],
         [("new one .", "premise ."), ("hypothesis .", "premise ."), ("two\nlines",)],
     )
-    assert left == [[("middle", ())], [("new one .", ())], [("two", ()), ("lines", ())]]
-    assert counts == {"documents": 3, "removed": 2 + 3, "task_texts": 3}
-
-
-def test_a_copy_does_not_reach_over_the_end_of_a_document(clean):
-    left, counts = clean([[("a .", ())], [("b .", ())]], [("a .\nb .",)])
-    assert left == [[("a .", ())], [("b .", ())]] and counts["removed"] == 0
-
-
-def test_nothing_is_left_half_written(tmp_path, monkeypatch):
-    source = tmp_path / "text.txt"
-    source.write_text("one .\n\ntwo .\n")
-    text = TextFiles([Source(str(source), source.stat().st_size, 0, "")], "sentences")
-
-    def interrupt(kept):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(dedup, "as_record", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        dedup.write_cleaned(text, [("absent",)], [], tmp_path / "clean.jsonl")
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    kept = [[("middle", ())], [("next .", ())], [("new one .", ())], [("two", ()), ("lines", ())]]
+    assert left == kept and counts == {"documents": 4, "removed": 2 + 3, "task_texts": 3}
