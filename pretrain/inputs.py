@@ -5,7 +5,6 @@ The first process checks and prepares; the others wait and open what it has writ
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -19,7 +18,7 @@ from pretrain.data.annotate import CHINESE_SHARE, Markup, describe_script, read_
 from pretrain.data.corpus import FORMAT_VERSION, Corpus, is_corpus, load_tokenizer, open_corpus
 from pretrain.data.formats import open_files
 from pretrain.data.prepare import prepare
-from pretrain.data.sentences import Sentence, Span, sentences
+from pretrain.data.sentences import Span, Stream, sentences
 from pretrain.data.sources import Source, content_key, read_lines
 from pretrain.data.tokenizer import Vocabulary
 from pretrain.errors import UserError, check, option_named, require
@@ -50,7 +49,7 @@ class TextFiles:
         """The option and its paths, for messages."""
         return f"{self.option} {' '.join(self.paths)}"
 
-    def sentences(self) -> Iterator[Sentence | None]:
+    def sentences(self) -> Stream:
         """All of the text, as `prepare` will read it."""
         spans = [Span(source.path, 0, source.size) for source in self.sources]
         return sentences(spans, self.text_format, self.markup.cut)
@@ -65,9 +64,7 @@ def check_text(
     text = TextFiles([], "", option=option, paths=tuple(paths))
     with option_named(option):
         if any(map(is_corpus, paths)):
-            if len(paths) > 1:
-                raise UserError(f"{' '.join(paths)}: expected one prepared corpus, or text")
-            _check_options_of_corpus(text, options)
+            _check_corpus(text, options)
             return text
         with main_first(world):
             sources, text_format = open_files(paths, options, masking in ("entity", "any"))
@@ -75,16 +72,15 @@ def check_text(
     return replace(text, markup=_choose_markup(text, options, masking))
 
 
-def _check_options_of_corpus(text: TextFiles, options: TextOptions) -> None:
-    """UserError for options of text, which a corpus ignores, unless they are for --valid."""
-    given = [
-        typed(options, entry.name)
-        for entry in fields(TextOptions)
-        if entry.name != "cache" and getattr(options, entry.name) != entry.default
-    ]
+def _check_corpus(text: TextFiles, options: TextOptions) -> None:
+    """UserError for more than a corpus, and for options of text unless they are for --valid."""
+    if len(text.paths) > 1:
+        raise UserError(f"{' '.join(text.paths)}: expected one prepared corpus, or text")
+    names = [entry.name for entry in fields(TextOptions) if entry.name != "cache"]
+    given = [name for name in names if getattr(options, name) != getattr(TextOptions, name)]
     if given and not getattr(options, "valid", None):
-        problem = f"{text.name} is prepared already"
-        raise UserError(f"{' '.join(given)}: {problem}; expected them at prepare.py, or text")
+        problem = f"{typed(options, *given)}: {text.name} is prepared already"
+        raise UserError(f"{problem}; expected them at prepare.py, or text")
 
 
 def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Markup:
@@ -94,11 +90,11 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
     samples = [item[0] for stream in streams for item in islice(stream, SAMPLED_SENTENCES) if item]
     chinese_share, is_segmented = describe_script("".join(samples))
     words, language, terms = options.words, options.split_sentences or "", ()
-    if words == "auto":
+    if words == "auto" and (masking == "token" or chinese_share < CHINESE_SHARE):
         words = "tokenizer"
-        if masking != "token" and chinese_share >= CHINESE_SHARE:
-            words = "spaces" if is_segmented else "jieba"
-            print(f"{text.option}: {chinese_share:.0%} Chinese text, words by {words} (--words)")
+    elif words == "auto":
+        words = "spaces" if is_segmented else "jieba"
+        print(f"{text.option}: {chinese_share:.0%} Chinese text, words by {words} (--words)")
     if language == "auto":
         language = "zh" if chinese_share > 0.5 else "en"
     if words == "jieba":
@@ -110,7 +106,7 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
         with option_named("--lexicon"):
             terms = read_terms(options.lexicon)
     elif masking == "entity" and text.text_format != "jsonl":
-        raise _no_entities(text.name)
+        raise _no_entities(text)
     return Markup(language, words, terms if masking != "token" else ())
 
 
@@ -144,7 +140,26 @@ def make_tokenizer(
     if text.is_corpus:
         with option_named(text.option):
             return load_tokenizer(text.paths[0])
-    return _train_tokenizer(text, options.vocab_size, lowercase, Path(options.cache), world)
+    key = content_key(text.sources, text.text_format, options.vocab_size, lowercase)
+    folder = Path(options.cache) / f"tokenizer-{key}"
+    with main_first(world):
+        if problem_of(folder, needed=()):
+            _train_tokenizer(folder, text, options.vocab_size, lowercase)
+    return tokenizers.load(str(folder))
+
+
+def _train_tokenizer(folder: Path, text: TextFiles, vocab_size: int, lowercase: bool) -> None:
+    lines = replace(text, markup=Markup())
+
+    def read() -> Iterator[str]:
+        return (item[0] for item in lines.sentences() if item)
+
+    with exclusive(folder):
+        if problem := problem_of(folder, needed=()):  # else another process was faster
+            shown = problem if folder.is_dir() else folder
+            print(f"{shown}: training a WordPiece vocabulary of {vocab_size:,} entries")
+            trained = tokenizers.train(read, vocab_size, lowercase)
+            write_folder(folder, trained.save_pretrained)
 
 
 def add_tokens(
@@ -155,33 +170,11 @@ def add_tokens(
     if path:
         with option_named("--add-tokens"):
             words = read_lines(path)
-    of_words = tokenizers.word_problems(tokenizer, words)
-    of_specials = tokenizers.special_problems(tokenizer, specials, words)
-    problems = [f"--add-tokens {path}, {problem}" for problem in of_words]
-    check(problems + [f"--add-special-tokens {problem}" for problem in of_specials])
+    found = tokenizers.word_problems(tokenizer, words)
+    problems = [f"--add-tokens {path}, {problem}" for problem in found]
+    found = tokenizers.special_problems(tokenizer, specials, words)
+    check(problems + [f"--add-special-tokens {problem}" for problem in found])
     return tokenizers.add_tokens(tokenizer, words, specials) if words or specials else {}
-
-
-def _train_tokenizer(
-    text: TextFiles, vocab_size: int, lowercase: bool, cache: Path, world: World
-) -> PreTrainedTokenizerBase:
-    """A WordPiece tokenizer trained on the text, or the one in the cache for the same text."""
-    key = content_key(text.sources, text.text_format, vocab_size, lowercase)
-    folder, lines = cache / f"tokenizer-{key}", replace(text, markup=Markup())
-    with main_first(world), exclusive(folder) if _damage(folder) else contextlib.nullcontext():
-        damage = _damage(folder)
-        if damage:  # else another process was faster
-            print(f"{damage}: training a WordPiece vocabulary of {vocab_size:,} entries")
-            trained = tokenizers.train(
-                lambda: (item[0] for item in lines.sentences() if item), vocab_size, lowercase
-            )
-            write_folder(folder, trained.save_pretrained)
-    return tokenizers.load(str(folder))
-
-
-def _damage(folder: Path) -> str | None:
-    """Why the folder of a tokenizer cannot be used; None if it is as it was written."""
-    return problem_of(folder, needed=()) if folder.is_dir() else f"no tokenizer in {folder} yet"
 
 
 def open_text(
@@ -193,7 +186,7 @@ def open_text(
     saved_folders: dict[str, str | None],
     saved_fingerprint: str | None,
 ) -> tuple[Corpus, Corpus | None]:
-    """(training text, validation text), prepared if necessary.
+    """(training text, validation text), prepared if necessary; UserError if there is too little.
 
     A resumed run opens `saved_folders`, the corpora that it was started with, by "train" and
     "valid"; UserError if its training text is no longer that of `saved_fingerprint`."""
@@ -214,23 +207,15 @@ def open_text(
         raise UserError(f"{problem}; expected the old text, or another --output for a new run")
     if validation is None and config.valid_fraction:
         training, validation = training.split(config.valid_fraction)
-    _check_documents(training, validation, config)
-    return training, validation
-
-
-def _check_documents(training: Corpus, validation: Corpus | None, config: Config) -> None:
-    """UserError if a side has no text, or one document if random sentences come from others."""
-    least = 2 if OBJECTIVES[config.objective] == "random" else 1
-    paths = typed(config, "valid" if config.valid else "train")
-    for corpus, name, purpose in (
-        (training, typed(config, "train"), "to train on"),
-        (validation, paths, "to validate on"),
-    ):
+    least = 2 if OBJECTIVES[config.objective] == "random" else 1  # random sentences are another's
+    for name, corpus, use in (("train", training, "training"), ("valid", validation, "validation")):
         found = least if corpus is None else corpus.count(at_most=least)
         if found < least:
+            shown = typed(config, name if getattr(config, name) else "train")
             ways = "more text, another --format, --objective mlm, --valid, or --valid-fraction 0"
-            problem = f"{name}: {found} documents {purpose}"
-            raise UserError(f"{problem}; expected at least {least}, ways out: {ways}")
+            problem = f"{shown}: {found} documents for {use}"
+            raise UserError(f"{problem}; expected at least {least}: give {ways}")
+    return training, validation
 
 
 def open_or_prepare(
@@ -241,10 +226,11 @@ def open_or_prepare(
     world: World,
     masking: str = "token",
     output: Path | None = None,
-    workers: int | None = None,
-    on_cluster: bool = False,
+    **how: object,
 ) -> Corpus:
-    """The corpus of the text: found in the cache, or prepared into it or into `output`."""
+    """The corpus of the text: found in the cache, or prepared into it or into `output`.
+
+    `how`: more arguments of `prepare`."""
     verb = "found"
     if text.is_corpus:
         with option_named(text.option):
@@ -258,16 +244,18 @@ def open_or_prepare(
         with main_first(world):
             if not is_corpus(folder):
                 verb = "prepared"
-                if masking == "entity" or markup.lexicon:
-                    _check_entities(text, markup)
-            how = {"markup": markup, "workers": workers, "on_cluster": on_cluster}
-            corpus = prepare(text.sources, text.text_format, tokenizer, folder, **how)
+                found = (markup.find(*item) for item in text.sentences() if item)
+                if (masking == "entity" or markup.lexicon) and not any(found):
+                    raise _no_entities(text)
+            corpus = prepare(
+                text.sources, text.text_format, tokenizer, folder, markup=markup, **how
+            )
     if vocabulary.is_special[corpus.shard(0).ids[: 1 << 20]].all():
         problem = "only special and unknown tokens, so nothing can be masked"
         raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
     info = corpus.info
     if masking == "entity" and not info["entities"]:
-        raise _no_entities(text.name)
+        raise _no_entities(text)
     parts = [f"{info[name]:,} {name}" for name in ("documents", "sentences", "tokens")]
     by = f" by {info['words_by']}" if info["words_by"] != "tokenizer" else ""
     parts.append(f"{info['tokens'] / info['words']:.2f} a word{by}")
@@ -277,15 +265,9 @@ def open_or_prepare(
     return corpus
 
 
-def _check_entities(text: TextFiles, markup: Markup) -> None:
-    """UserError if neither the text nor the lexicon marks an entity; stops at the first."""
-    if any(markup.find(*item) for item in text.sentences() if item):
-        return
-    if not markup.lexicon:
-        raise _no_entities(text.name)
-    raise UserError(f"--lexicon: no term occurs in {text.name}; expected some, as spelled there")
-
-
-def _no_entities(name: str) -> UserError:
+def _no_entities(text: TextFiles) -> UserError:
+    if text.markup.lexicon:
+        expected = "expected some, as spelled there"
+        return UserError(f"--lexicon: no term occurs in {text.name}; {expected}")
     ways = "--lexicon FILE, JSONL with spans (--entity-field), or tagged tokens (--format conll)"
-    return UserError(f"--masking entity: no entities in {name}; expected {ways}")
+    return UserError(f"--masking entity: no entities in {text.name}; expected {ways}")

@@ -3,7 +3,6 @@ mean of what it replaces, the weights grow together and stay tied, special ones 
 and the run resumes without the file that named them."""
 
 import json
-import math
 import re
 
 import pytest
@@ -115,6 +114,7 @@ def counts_of(output) -> dict[str, int]:
 def test_new_vectors_and_biases_are_the_mean_of_the_pieces_and_old_ones_stay(
     base, run, new_vectors
 ):
+    """And the model opens with the stock class at its new size."""
     kind, folder = base
     output = run(folder, "--new-vectors", new_vectors)
     before, after = AutoTokenizer.from_pretrained(folder), final_tokenizer(output)
@@ -137,22 +137,15 @@ def test_new_vectors_and_biases_are_the_mean_of_the_pieces_and_old_ones_stay(
             pieces = before(space + token, add_special_tokens=False).input_ids
             is_mean = torch.allclose(new[name][number], old[name][pieces].mean(0), atol=1e-6)
             assert is_mean == (new_vectors == "mean"), (name, token)
-
-
-def test_the_model_opens_with_the_stock_class_at_its_new_size(base, run):
-    kind, folder = base
-    output = run(folder, rate="1e-3")
     stock = RobertaForMaskedLM if kind == "roberta" else BertForPreTraining
     model, info = stock.from_pretrained(output / "final", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    before = AutoTokenizer.from_pretrained(folder)
-    size = max(len(before) + 6, stock.config_class.from_pretrained(folder).vocab_size)
     decoder = model.get_output_embeddings()
     assert model.config.vocab_size == size == len(decoder.bias)
     assert decoder.weight.shape == (size, 32)
     assert decoder.weight is model.get_input_embeddings().weight
     assert decoder.bias is (model.lm_head if kind == "roberta" else model.cls.predictions).bias
-    inputs = final_tokenizer(output)("a teachbank", return_tensors="pt")
+    inputs = after("a teachbank", return_tensors="pt")
     with torch.no_grad():  # as a pipeline does: the new tokens go in and are scored
         logits = AutoModelForMaskedLM.from_pretrained(output / "final")(**inputs).logits
     assert logits.shape[-1] == size and torch.isfinite(logits).all()
@@ -174,7 +167,9 @@ def test_a_family_keeps_one_bias_and_one_matrix_as_it_grows(base):
 
 
 @both
-def test_the_corpus_holds_the_tokens_whole_and_their_number_is_printed(base, run, text, capsys):
+def test_the_corpus_holds_the_tokens_whole_and_their_number_is_printed(
+    base, run, text, tmp_path, capsys
+):
     output = run(base[1], "--valid-fraction", "0")
     river = r"\b[Rr]iver-2\b" if base[0] == "bert" else r"\bRiver-2\b"
     patterns = {"teachbank": r"\bteachbank\b", "River-2": river, "money water": r"\bmoney water\b"}
@@ -185,7 +180,10 @@ def test_the_corpus_holds_the_tokens_whole_and_their_number_is_printed(base, run
     shown = {token.lower() if lower and token in WORDS else token: slow[token] for token in slow}
     assert counts_of(output) == shown
     assert list(counts_of(output).values()) == sorted(slow.values(), reverse=True)
-    assert f"{sum(slow.values()):,} times" in capsys.readouterr().out
+    total = sum(slow.values())
+    assert f"{total:,} times" in capsys.readouterr().out
+    part = counts_of(run(base[1], "--valid-fraction", "0.4", output=tmp_path / "part"))
+    assert 0.4 * total < sum(part.values()) < 0.8 * total  # validation documents do not count
     state = json.loads((output / "checkpoint-1" / "training_state.json").read_text())
     tokenizer = final_tokenizer(output)
     ids = Corpus(state["corpus_folders"]["train"]).shard(0).ids.tolist()
@@ -226,15 +224,6 @@ def test_a_run_resumes_without_the_file_of_tokens(base, run, words, tmp_path):
 
 
 @only
-def test_the_validation_documents_are_not_counted(base, run, tmp_path):
-    counts = []
-    for fraction in ("0", "0.4"):
-        output = run(base[1], "--valid-fraction", fraction, output=tmp_path / fraction)
-        counts.append(sum(counts_of(output).values()))
-    assert 0.4 * counts[0] < counts[1] < 0.8 * counts[0]
-
-
-@only
 def test_a_grown_model_grows_again(base, run, words, tmp_path):
     first = run(base[1], output=tmp_path / "one")
     words.write_text("learnmoney\n", encoding="utf-8")
@@ -258,58 +247,32 @@ def test_a_model_from_scratch_has_room_for_added_tokens(run, words):
     assert counts.keys() == {"river-2", "money water", *SPECIALS} and counts["money water"] > 10
 
 
-@pytest.fixture
-def prepared(base, text, cache, tmp_path):
-    """A corpus prepared with the tokenizer of the checkpoint, and `more` options."""
-
-    def prepare(*more):
-        given = ["--input", text, "--tokenizer", base[1], "--cache", cache]
-        given += ["--output", tmp_path / "corpus", *more]
-        PREPARE.main([str(part) for part in given])
-        return tmp_path / "corpus"
-
-    return prepare
-
-
 @only
-def test_a_corpus_prepared_with_the_tokens_trains_like_its_text(
-    base, run, prepared, words, tmp_path
+def test_a_prepared_corpus_trains_like_its_text_if_it_has_the_tokens(
+    base, run, arguments, text, cache, words, tmp_path, capsys
 ):
-    corpus = prepared("--add-tokens", words, *ROLES)
+    for name, more in (("with", ["--add-tokens", words, *ROLES]), ("without", [])):
+        given = ["--input", text, "--tokenizer", base[1], "--cache", cache, *more]
+        PREPARE.main([str(part) for part in [*given, "--output", tmp_path / name]])
     whole = run(base[1], steps=2, rate="1e-3", output=tmp_path / "whole")
-    output = run(base[1], steps=2, rate="1e-3", train=corpus)
+    output = run(base[1], steps=2, rate="1e-3", train=tmp_path / "with")
     assert_same_run(whole, output, step=2)
-    assert math.isfinite(json.loads((output / "summary.json").read_text())["train_loss"])
-
-
-@only
-def test_a_corpus_without_the_tokens_is_refused(base, arguments, prepared, words, tmp_path, capsys):
-    corpus = prepared()
     given = ["--model", base[1], "--add-tokens", words]
-    argv = arguments(tmp_path / "run", *given, train=corpus)
-    assert refusal(PRETRAIN.main, argv, capsys).startswith(f"--train {corpus}: ")
-
-
-SPECIAL = "--add-special-tokens"
-BAD = [
-    (b"teachbank\n\nbank river\n", [], "--add-tokens {words}, line 2: "),
-    (b"", [], "--add-tokens {words}, line 1: "),
-    (b"teachbank\nTeachBank\n", [], "--add-tokens {words}, line 2: "),
-    (b"bank\n", [], "--add-tokens {words}, line 1: "),
-    (None, [], "--add-tokens {words}: "),
-    (b"\xff\xfe", [], "--add-tokens {words}: "),
-    (b"teachbank\n", ["--add-tokens", ""], "--add-tokens : "),
-    (b"teachbank\n", [SPECIAL, "bank"], f"{SPECIAL} bank: "),
-    (b"teachbank\n", [SPECIAL, "[a]", "[a]"], f"{SPECIAL} [a]: "),
-    (b"teachbank\n", [SPECIAL, "mask_token=[EOT]"], f"{SPECIAL} mask_token=[EOT]: "),
-    (b"teachbank\n", [SPECIAL, "king_token=[K]"], f"{SPECIAL} king_token=[K]: "),
-    (b"teachbank\n", [SPECIAL, " "], f"{SPECIAL} ' ': "),
-    (b"teachbank\n", ["--new-vectors", "zero"], "--new-vectors"),
-]
+    argv = arguments(tmp_path / "other", *given, train=tmp_path / "without")
+    assert refusal(PRETRAIN.main, argv, capsys).startswith(f"--train {tmp_path / 'without'}: ")
 
 
 @only
-@pytest.mark.parametrize("raw, more, named", BAD)
+@pytest.mark.parametrize(
+    "raw, more, named",
+    [
+        (None, [], "--add-tokens {words}: "),
+        (b"\xff\xfe", [], "--add-tokens {words}: "),
+        (b"", [], "--add-tokens {words}, line 1: "),
+        (b"teachbank\n", ["--add-tokens", ""], "--add-tokens : "),
+        (b"teachbank\n", ["--new-vectors", "zero"], "--new-vectors"),
+    ],
+)
 def test_bad_tokens_are_refused_in_one_message(
     base, arguments, words, tmp_path, capsys, raw, more, named
 ):
@@ -322,9 +285,14 @@ def test_bad_tokens_are_refused_in_one_message(
 
 @only
 def test_every_bad_token_is_named_at_once(base, arguments, words, tmp_path, capsys):
-    words.write_text("bank\n\nteachbank\nTEACHBANK\n", encoding="utf-8")
+    bad = ["bank", "", "[MASK]", "TEACHBANK"]
+    words.write_text("\n".join(["teachbank", *bad, "\u2603"]) + "\n", encoding="utf-8")
+    good = ["[a]", "bos_token=[SEP]", "eos_token=[A]"]
+    bad_specials = ["bank", "[a]", "teachbank", " ", "mask_token=[E]", "king_token=[K]"]
+    bad_specials += ["eos_token=[B]"]
+    roles = ["--add-special-tokens", *good, *bad_specials]
     given = ["--model", base[1], "--add-tokens", words]
-    argv = arguments(tmp_path / "run", *given, roles=[SPECIAL, "[a]", "bank"])
-    lines = refusal(PRETRAIN.main, argv, capsys).splitlines()
-    places = [f"--add-tokens {words}, line {number}" for number in (1, 2, 4)]
-    assert [line.partition(":")[0] for line in lines] == [*places, f"{SPECIAL} bank"]
+    told = refusal(PRETRAIN.main, arguments(tmp_path / "run", *given, roles=roles), capsys)
+    places = [f"--add-tokens {words}, line {number}" for number in range(2, 6)]
+    places += [f"--add-special-tokens {entry}" for entry in bad_specials]
+    assert [line.partition(": ")[0] for line in told.splitlines()] == places

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from itertools import chain, groupby
 from pathlib import Path
 
-from pretrain.data.sentences import Sentence
+from pretrain.data.sentences import Sentence, as_record
 from pretrain.files import write_aside
 from pretrain.inputs import TextFiles
 
@@ -66,13 +66,3 @@ def without_copies(sentences: list[Sentence], copies: list[str]) -> tuple[list[S
             kept.append(sentences[start])
             start += 1
     return kept, num_removed
-
-
-def as_record(sentences: list[Sentence]) -> dict:
-    """A document as pretrain/data/formats.py reads it: sentences are lines, entities offsets."""
-    entities, offset = [], 0
-    for text, spans in sentences:
-        entities += [[offset + start, offset + end] for start, end in spans]
-        offset += len(text) + 1
-    record = {"text": "\n".join(text for text, _ in sentences)}
-    return record | {"entities": entities} if entities else record

@@ -1,6 +1,4 @@
-"""Prepare text into a corpus folder that `pretrain.py --train DIR` opens.
-
-It holds token ids, memory-mapped, and the tokenizer."""
+"""Prepare text into a corpus folder that `pretrain.py --train DIR` opens: token ids, tokenizer."""
 
 from __future__ import annotations
 
@@ -24,14 +22,13 @@ class PrepareOptions(TextOptions, TokenizerOptions):
     )
     workers: int | None = option(
         None,
-        "processes that share the text, 64 MB at a time, 0: none; the corpus is the same (default: "
-        "one per core, at most one per 64 MB)",
+        "processes that share the text, 0: none (default: one per core, at most one per 64 MB)",
         integer(0, 256),
     )
     ray: str | None = option(
         None,
-        "share the text on a Ray cluster: its address, auto, or local for one on this machine; all "
-        "its machines must find the text and --output under the same path (default: off)",
+        "share the text on a Ray cluster, whose machines must find it and --output under the same "
+        "path: its address, auto, or local for one on this machine (default: off)",
         excludes="workers",
         nargs="?",
         const="local",
@@ -62,14 +59,8 @@ def main(argv: Sequence[str]) -> None:
     if options.ray:
         with option_named("--ray"):
             parallel.connect(options.ray)
-    corpus = open_or_prepare(
-        text,
-        made,
-        tokenizer.describe(made),
-        Path(options.cache),
-        world,
-        output=Path(options.output) if options.output else None,
-        workers=options.workers,
-        on_cluster=options.ray is not None,
-    )
+    vocabulary, cache = tokenizer.describe(made), Path(options.cache)
+    output = Path(options.output) if options.output else None
+    how = {"output": output, "workers": options.workers, "on_cluster": options.ray is not None}
+    corpus = open_or_prepare(text, made, vocabulary, cache, world, **how)
     print(f"train on it:  python scripts/pretrain.py --train {corpus.folder}")

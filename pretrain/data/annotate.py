@@ -61,11 +61,9 @@ class Markup:
 
     def _folded(self, text: str) -> str:
         """The text without case, of the same length: a character that would become two stays."""
-        if not self.ignore_case:
-            return text
-        lower = text.lower()
-        if len(lower) == len(text):
-            return lower
+        folded = text.lower() if self.ignore_case else text
+        if len(folded) == len(text):
+            return folded
         return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
     def find(self, text: str, known: tuple[tuple[int, int], ...] = ()) -> list[tuple[int, int]]:
@@ -74,11 +72,10 @@ class Markup:
         if not self.lexicon:
             return spans
         matches = self._matcher.find_matches_as_indexes(self._folded(text), overlapping=True)
-        found = [(start - end, start, end) for _, start, end in matches]
         free = bytearray(b"\1") * len(text)
         for start, end in spans:
             free[start:end] = bytes(end - start)
-        for _, start, end in sorted(found):
+        for _, start, end in sorted((start - end, start, end) for _, start, end in matches):
             is_cut = _inside_word(text, start) or _inside_word(text, end)
             if not is_cut and all(free[start:end]):
                 free[start:end] = bytes(end - start)
@@ -87,12 +84,9 @@ class Markup:
 
 
 def _inside_word(text: str, place: int) -> bool:
-    """Whether `place` lies inside a word of a script that writes spaces between words."""
-    if not 0 < place < len(text):
-        return False
-    around = text[place - 1 : place + 1]
+    around = text[place - 1 : place + 1] if place else ""  # two characters, but at the ends
     joined = all(c.isalnum() or unicodedata.category(c)[0] == "M" for c in around)
-    return joined and not any(map(is_unspaced, around))
+    return len(around) == 2 and joined and not any(map(is_unspaced, around))
 
 
 def read_terms(path: str) -> tuple[str, ...]:
@@ -168,8 +162,7 @@ def _starts_by_characters(text: str, begin: np.ndarray, end: np.ndarray) -> np.n
     A word starts where letters, digits and marks change over, and at each character of a script
     without spaces; a space before a word that is a token of its own starts it."""
     codes, inverse = np.unique(_codes(text), return_inverse=True)
-    kinds = np.array([_kind(chr(code)) for code in codes.tolist()] + [BLANK])
-    kinds = kinds[np.append(inverse, len(codes))]
+    kinds = np.array([*map(_kind, map(chr, codes.tolist())), BLANK])[np.append(inverse, len(codes))]
     starts = np.append(True, kinds[1:] != kinds[:-1]) | (kinds == ALONE)
     place = _next_place(kinds != BLANK)[begin]
     is_blank = place > end
@@ -187,9 +180,7 @@ def _kind(character: str) -> int:
     return {"L": LETTER, "M": LETTER, "N": DIGIT}.get(category, MARK)
 
 
-def _continues_word(
-    text: str, bases: np.ndarray, words: str, sentences: list[Sentence]
-) -> np.ndarray:
+def _continues_word(text: str, bases: np.ndarray, words: str, sentences: list) -> np.ndarray:
     """bool [characters + 1]: Chinese characters in one word with the character before."""
     starts = np.zeros(len(text) + 1, bool)
     starts[bases] = True

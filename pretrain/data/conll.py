@@ -1,7 +1,6 @@
-"""Tagged tokens (CoNLL: a token and its tag on each line) -> text and the spans of its entities.
+"""Tagged tokens (CoNLL: a token and its tag on each line) -> sentences and their entities.
 
-Tags are BIO, BIOES or BMES. Tokens are words, characters, or characters with a digit, which is
-their place in their word.
+Tags are BIO, BIOES or BMES. Tokens are words, characters, or characters with their place in a word.
 """
 
 from __future__ import annotations
@@ -11,36 +10,36 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from pretrain.data.sentences import Sentence
 from pretrain.errors import UserError
 
 NUMBERED = re.compile(r"(.)(\d+)")  # a character and its place in its word
 MAX_STRAY_SHARE = 0.02  # of the entities of a file
 SAMPLED_TOKENS = 2000  # that tell how the tokens of a file are joined
-BEGIN, GO_ON, OPEN = ("B", "S"), ("I", "M", "E"), ("B", "I", "M")  # an entity, by the tag's prefix
+# Prefixes of tags that begin an entity, continue it, and leave it open.
+BEGIN, CONTINUE, OPEN = ("B", "S"), ("I", "M", "E"), ("B", "I", "M")
 
 Row = tuple[int, str, str]  # line, token, tag
-Marked = tuple[str, list[tuple[int, int]]]  # text, (start, end) of its entities
 
 
-def read_tagged(path: Path) -> Iterator[Marked]:
-    """Documents of a file. Blank lines end a document, or a sentence if the file has -DOCSTART-.
+def read_tagged(path: Path) -> Iterator[list[Sentence]]:
+    """Documents of a file. A blank line ends a document, or a sentence if the file has -DOCSTART-.
 
-    A few I- tags that follow nothing are read as B-; UserError if there are more."""
+    A few I- tags without a B- before them are read as B-; UserError if there are more."""
     separator = _separator(path)
-    strays: list[tuple[int, str]] = []  # (line, tag) of those
-    num_entities = 0
-    document: list[Marked] = []
-    has_documents = None
+    strays: list[tuple[int, str]] = []  # (line, tag) of such I- tags
+    document: list[Sentence] = []
+    num_entities, has_documents = 0, None
     for rows, starts_document in _blocks(path):
         has_documents = starts_document if has_documents is None else has_documents
         if document and (starts_document or not has_documents):
-            yield _join(document)
+            yield document
             document = []
         if rows:
             document.append(_sentence(rows, separator, path, strays))
             num_entities += len(document[-1][1])
     if document:
-        yield _join(document)
+        yield document
     if strays:
         line, tag = strays[0]
         problem = f"{path}, line {line}: the tag {tag} continues an entity that did not begin"
@@ -52,8 +51,7 @@ def read_tagged(path: Path) -> Iterator[Marked]:
 
 def _blocks(path: Path) -> Iterator[tuple[list[Row], bool]]:
     """(rows up to a blank line, whether a document starts with them)."""
-    rows: list[Row] = []
-    starts_document = False
+    rows, starts_document = [], False
     with path.open(encoding="utf-8-sig", newline="\n") as handle:
         for number, line in enumerate(chain(handle, [""]), start=1):
             line = line.rstrip("\r\n")
@@ -84,8 +82,8 @@ def _separator(path: Path) -> str | None:
 
 def _sentence(
     rows: list[Row], separator: str | None, path: Path, strays: list[tuple[int, str]]
-) -> Marked:
-    """Text and spans of the tokens of a sentence; adds tags that follow nothing to `strays`."""
+) -> Sentence:
+    """The tokens of a sentence, joined; adds the tags that continue nothing to `strays`."""
     text, spans, open_type = "", [], None
     for line, token, tag in rows:
         gap = separator
@@ -97,26 +95,15 @@ def _sentence(
             text += gap
         prefix, _, kind = tag.replace("_", "-", 1).partition("-")
         end = len(text) + len(token)
-        if prefix in GO_ON and open_type == kind:
+        if prefix in CONTINUE and open_type == kind:
             spans[-1] = (spans[-1][0], end)
-        elif prefix in BEGIN + GO_ON:
+        elif prefix in BEGIN + CONTINUE:
             spans.append((len(text), end))
-            if prefix in GO_ON:
+            if prefix in CONTINUE:
                 strays.append((line, tag))
         elif tag != "O":
             problem = f"{path}, line {line}: unknown tag {tag!r}"
             raise UserError(f"{problem}; expected O, or B, I, M, E or S with -TYPE")
         open_type = kind if prefix in OPEN else None
         text += token
-    return text, spans
-
-
-def _join(sentences: list[Marked]) -> Marked:
-    """One text of several, each on its own line."""
-    text, spans = "", []
-    for sentence, entities in sentences:
-        if text:
-            text += "\n"
-        spans += [(len(text) + start, len(text) + end) for start, end in entities]
-        text += sentence
-    return text, spans
+    return text, tuple(spans)

@@ -13,13 +13,13 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from pretrain.config import PLAIN_FORMATS, TextOptions
 from pretrain.data.conll import read_tagged
-from pretrain.data.sentences import Span, detect_format, sentences
+from pretrain.data.sentences import Span, as_record, detect_format, documents, sentences
 from pretrain.data.sources import Source, check_files, expand, files_of
 from pretrain.data.tables import UTF8_FORMATS, choose_field, format_of, no_column, read_rows
 from pretrain.errors import UserError, refusing, require
@@ -31,19 +31,16 @@ SPAN_KEYS = ("start end", "start_offset end_offset", "start_pos end_pos", "begin
 SPAN_FORMS = '[start, end, ...] or {"start": 0, "end": 4}, in characters'
 VERSION = 1  # of what this module writes
 
-Document = tuple[str, list[tuple[int, int]]]  # text, (start, end) of its entities
+Opened = tuple[list[Source], str]  # text files, their format
 
 
-@dataclass(frozen=True)
-class _Columns:
+class _Columns(NamedTuple):
     text: str | None  # None: found by `choose_field`
-    entities: str | None  # None: not read
-    needs_entities: bool  # the user named the column, so every record must have it
+    entities: str | None = None  # None: not read
+    needs_entities: bool = False  # the user named the column, so every record must have it
 
 
-def open_files(
-    paths: tuple[str, ...], options: TextOptions, read_entities: bool
-) -> tuple[list[Source], str]:
+def open_files(paths: tuple[str, ...], options: TextOptions, read_entities: bool) -> Opened:
     """(text files that `paths` name, their format); "jsonl" is the format of converted text.
 
     Plain text stays where it is unless it is compressed, mixed with tables, or cut by
@@ -63,9 +60,7 @@ def open_files(
         raise UserError(message) from error
 
 
-def _open_unpacked(
-    entries: list[str], options: TextOptions, read_entities: bool
-) -> tuple[list[Source], str]:
+def _open_unpacked(entries: list[str], options: TextOptions, read_entities: bool) -> Opened:
     cache, index = Path(options.cache), Path(options.cache) / "sources.json"
     kinds = {entry: format_of(entry, options.format) for entry in entries}
     utf8 = [entry for entry, kind in kinds.items() if kind in UTF8_FORMATS]
@@ -78,16 +73,15 @@ def _open_unpacked(
     if len(plain) == len(entries) and not options.max_documents:
         return sources, text_format
     inputs = [(entry, text_format if kind == "plain" else kind) for entry, kind in kinds.items()]
-    columns = _Columns(options.text_field, None, False)
+    columns = _Columns(options.text_field)
     if read_entities:
         name = options.entity_field
         columns = _Columns(options.text_field, name or "entities", name is not None)
     states = [(entry, kind, _states(entry)) for entry, kind in inputs]
-    key = key_of([VERSION, states, *astuple(columns), options.max_documents])
+    key = key_of([VERSION, states, *columns, options.max_documents])
     target = cache / f"converted-{key}.jsonl"
     if not target.is_file():
-        note = " (remove it to ask the hub again)" if "hub" in kinds.values() else ""
-        print(f"{_shown(entries)}: converting into {target}{note}")
+        print(f"{_shown(entries)}: converting into {target} (remove it to read them again)")
         write_aside(target, lambda path: _convert(inputs, columns, options.max_documents, path))
     return check_files([target], index), "jsonl"
 
@@ -117,11 +111,9 @@ def _unpack(entry: str, cache: Path) -> list[str]:
         if suffix == ".zip":
             zipfile.ZipFile(path).extractall(folder)
             return
-        with (
-            fsspec.open(glob.escape(entry), "rb", compression="infer") as packed,
-            (folder / path.stem).open("wb") as plain,
-        ):
-            shutil.copyfileobj(packed, plain, 1 << 20)
+        packed = fsspec.open(glob.escape(entry), "rb", compression="infer")
+        with packed as source, (folder / path.stem).open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
 
     folder = cache / "unpacked" / key_of(_states(entry))
     if not folder.is_dir():
@@ -137,22 +129,19 @@ def _unpack(entry: str, cache: Path) -> list[str]:
     return files
 
 
-def _convert(
-    inputs: list[tuple[str, str]], columns: _Columns, max_documents: int, target: Path
-) -> None:
-    """Write the documents of `inputs` to `target`, a JSON object on each line."""
+def _convert(inputs: list[tuple[str, str]], columns: _Columns, limit: int, target: Path) -> None:
+    """Write the documents of `inputs` to `target`, a record on each line."""
     num_documents = num_blank = num_entities = 0
+    records = chain.from_iterable(_records(entry, kind, columns) for entry, kind in inputs)
     with target.open("w", encoding="utf-8") as out:
-        documents = (_documents(entry, kind, columns) for entry, kind in inputs)
-        for text, spans in chain.from_iterable(documents):
-            if not text.strip():
+        for record in records:
+            if not record["text"].strip():
                 num_blank += 1
                 continue
-            if num_documents == max_documents > 0:
+            if num_documents == limit > 0:
                 break
             num_documents += 1
-            num_entities += len(spans)
-            record = {"text": text, "entities": spans} if spans else {"text": text}
+            num_entities += len(record.get("entities", ()))
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
     shown = _shown([entry for entry, _ in inputs])
     if not num_documents:
@@ -164,36 +153,35 @@ def _convert(
     print(f"{shown}: {num_documents:,} documents{marked}{left_out}")
 
 
-def _documents(entry: str, kind: str, columns: _Columns) -> Iterator[Document]:
+def _records(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
+    """The documents of an input as `as_record` makes them."""
     if kind == "conll":
-        return read_tagged(Path(entry))
-    return _plain_text(entry, kind) if kind in PLAIN_FORMATS else _records(entry, kind, columns)
+        return map(as_record, read_tagged(Path(entry)))
+    if kind in PLAIN_FORMATS:
+        span = Span(entry, 0, Path(entry).stat().st_size)
+        return map(as_record, documents(sentences([span], kind)))
+    return _rows(entry, kind, columns)
 
 
-def _plain_text(entry: str, text_format: str) -> Iterator[Document]:
-    stream = sentences([Span(entry, 0, Path(entry).stat().st_size)], text_format)
-    for is_end, items in groupby(stream, key=lambda item: item is None):
-        if not is_end:
-            yield "\n".join(text for text, _ in items), []
-
-
-def _records(entry: str, kind: str, columns: _Columns) -> Iterator[Document]:
-    """Text and spans of each record of a table, a saved data set or one of the hub."""
+def _rows(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
+    """Text and spans of each row of a table, a saved data set or one of the hub."""
     field = columns.text
-    for where, record in read_rows(entry, kind):
-        field = field or choose_field(record, where)
-        if field not in record:
-            raise no_column(record, where, field, "text")
-        if columns.needs_entities and columns.entities not in record:
-            raise no_column(record, where, columns.entities, "entity")
-        text = record[field]
+    for where, row in read_rows(entry, kind):
+        field = field or choose_field(row, where)
+        if field not in row:
+            raise no_column(row, where, field, "text")
+        if columns.needs_entities and columns.entities not in row:
+            raise no_column(row, where, columns.entities, "entity")
+        text = row[field]
         if isinstance(text, list) and all(isinstance(line, str) for line in text):
             text = "\n".join(text)
         if text is not None and not isinstance(text, str):
             raise UserError(f"{where}: {field} is {str(text)[:40]!r}; expected text")
-        # JSON may hold half of a surrogate pair.
-        text = (text or "").encode("utf-8", "replace").decode("utf-8")
-        yield text, _spans(record.get(columns.entities), text, where) if columns.entities else []
+        text = (
+            (text or "").encode("utf-8", "replace").decode()
+        )  # JSON may hold half a surrogate pair
+        spans = _spans(row.get(columns.entities), text, where) if columns.entities else []
+        yield {"text": text, "entities": spans} if spans else {"text": text}
 
 
 def _spans(value: object, text: str, where: str) -> list[tuple[int, int]]:

@@ -1,8 +1,7 @@
 """A function over many tasks: in worker processes of this machine, or on a Ray cluster.
 
-`function(shared, *task)` must be pure, of a module, and return little: so it does not matter who
-runs a task, where, and in which order. Both ways yield (number of the task, result) as results
-come, and end all workers at an error.
+`function(shared, *task)` must be pure, of a module, and return little. Both ways yield (number of
+the task, result) as results come, and end all workers at an error.
 """
 
 from __future__ import annotations
@@ -55,11 +54,9 @@ def in_processes(
         except BaseException as error:
             held.close()
             # A worker killed during start-up makes submit fail on closed pipes.
-            is_closed = isinstance(error, OSError) and "handle is closed" in str(error)
-            if isinstance(error, BrokenProcessPool) or is_closed:
+            if isinstance(error, BrokenProcessPool) or "handle is closed" in str(error):
                 problem = "a worker process was killed, perhaps because memory ran out"
-                advice = f"expected memory for {workers} at once; use fewer workers ({ADVICE})"
-                raise UserError(f"{problem}; {advice}") from error
+                raise UserError(f"{problem}; expected fewer workers ({ADVICE})") from error
             raise
 
 
@@ -70,13 +67,12 @@ def _start_worker(lifeline: Connection) -> None:
 
 
 def connect(address: str) -> None:
-    """Connect to the Ray cluster at `address`, and send it this package.
+    """Connect to the Ray cluster at `address` ("local" starts one here), and send it this package.
 
-    "local" starts one on this machine. UserError if none answers."""
+    UserError if none answers."""
     ray = require("ray", address)
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    package = str(Path(__file__).parents[1])
-    environment = {"py_modules": [package], "env_vars": ENVIRONMENT}
+    environment = {"py_modules": [str(Path(__file__).parents[1])], "env_vars": ENVIRONMENT}
     try:
         if host and port.isdecimal():  # Ray alone would try for minutes
             socket.create_connection((host, int(port)), 10).close()

@@ -1,7 +1,6 @@
 """Pieces of text -> shards of a corpus, in constant memory; an interrupted preparation resumes.
 
-A piece of text makes one shard, whoever prepares it. The manifest is written last; then the folder
-gets its name.
+One piece makes one shard, whoever prepares it. The manifest is written last.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -25,15 +24,13 @@ from pretrain.data import corpus as corpora
 from pretrain.data import parallel
 from pretrain.data.annotate import Markup, mark
 from pretrain.data.corpus import ARRAYS, ENTITY_START, WORD_START, Corpus, Shard, is_corpus
-from pretrain.data.sentences import PIECE_BYTES, Sentence, Span, cut_into_pieces, sentences
+from pretrain.data.sentences import PIECE_BYTES, Sentence, Span, Stream, cut_into_pieces, sentences
 from pretrain.data.sources import Source, content_key
 from pretrain.data.tokenizer import Vocabulary, describe, without_limits
 from pretrain.errors import UserError
 from pretrain.files import exclusive, sha256_of, sync, write_json
 
 BATCH_CHARACTERS = 1 << 20  # of text that the tokenizer gets at once
-
-Batch = list[Sentence | None]  # None ends a document
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def prepare(
     workers: int | None = None,
     on_cluster: bool = False,
 ) -> Corpus:
-    """Write the corpus of `sources` into `folder`, or open it if it is there. Restarts by piece.
+    """Write the corpus of `sources` into `folder`, or open it if it is there. Resumes by piece.
 
     `workers` processes share the pieces (0 or 1: this one; None: by the cores and the text), or
     the connected Ray cluster does. UserError if the tokenizer finds no token in the text."""
@@ -77,24 +74,38 @@ def prepare(
         engine = without_limits(tokenizer)
         recipe = _Recipe(partial, text_format, engine, vocabulary, replace(markup))
         entries = _write_pieces(recipe, pieces, workers, on_cluster)
-        filled = [entry for entry in entries if entry["documents"]]
-        entries = _join_small(partial, filled, vocabulary.unknown_id)
+        entries = _join_small(recipe, [entry for entry in entries if entry["documents"]])
         if not entries:
             problem = f"{sources[0].path}: the tokenizer finds no token in the text"
             raise UserError(f"{problem}; expected text in its script")
         tokenizer.save_pretrained(partial / "tokenizer")
-        manifest = _describe_corpus(partial, entries, vocabulary) | {
-            "text_format": text_format,
-            "words_by": markup.words,
-            "sources": [vars(source) for source in sources],
-        }
-        write_json(partial / "corpus.json", corpora.seal(manifest))
+        _write_manifest(recipe, sources, entries)
         _finish_folder(partial, folder, entries)
     return Corpus(folder)
 
 
+def _write_manifest(recipe: _Recipe, sources: list[Source], entries: list[dict]) -> None:
+    smallest = {value for entry in entries for value in entry.pop("smallest_hashes")}
+    hashes = [[array["sha256"] for array in entry["arrays"].values()] for entry in entries]
+    files = sorted((recipe.folder / "tokenizer").iterdir())
+    manifest = {
+        "format_version": corpora.FORMAT_VERSION,
+        **{name: sum(entry[name] for entry in entries) for name in corpora.COUNTS},
+        "fingerprint": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16],
+        "tokenizer": recipe.vocabulary.fingerprint,
+        "vocab_size": recipe.vocabulary.size,
+        "smallest_hashes": sorted(smallest)[:2],
+        "shards": entries,
+        "tokenizer_files": [{"name": path.name, **_describe_file(path)} for path in files],
+        "text_format": recipe.text_format,
+        "words_by": recipe.markup.words,
+        "sources": [vars(source) for source in sources],
+    }
+    write_json(recipe.folder / "corpus.json", corpora.seal(manifest))
+
+
 def _start_folder(folder: Path, key: str) -> None:
-    """Make the folder; remove what an interrupted preparation of anything else left in it."""
+    """Make the folder; remove what an interrupted preparation of another text left in it."""
     folder.mkdir(exist_ok=True)
     label = folder / "content.key"
     if not label.is_file() or label.read_text(encoding="utf-8") != key:
@@ -104,7 +115,7 @@ def _start_folder(folder: Path, key: str) -> None:
 
 
 def _finish_folder(partial: Path, folder: Path, entries: list[dict]) -> None:
-    """Give the corpus its name. Synced first: after a power failure it is whole or absent."""
+    """Rename the corpus. Synced first: after a power failure it is whole or absent."""
     kept = {f"{entry['name']}.{array}.npy" for entry in entries for array in ARRAYS}
     for path in partial.iterdir():  # joined shards, notes, and leftovers of interruptions
         if path.is_file() and path.name not in kept | {"corpus.json"}:
@@ -117,26 +128,9 @@ def _finish_folder(partial: Path, folder: Path, entries: list[dict]) -> None:
     sync(folder.absolute().parent)
 
 
-def _describe_corpus(folder: Path, entries: list[dict], vocabulary: Vocabulary) -> dict:
-    smallest = {value for entry in entries for value in entry.pop("smallest_hashes")}
-    hashes = [[array["sha256"] for array in entry["arrays"].values()] for entry in entries]
-    files = sorted((folder / "tokenizer").iterdir())
-    return {
-        "format_version": corpora.FORMAT_VERSION,
-        **{name: sum(entry[name] for entry in entries) for name in corpora.COUNTS},
-        "fingerprint": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16],
-        "tokenizer": vocabulary.fingerprint,
-        "vocab_size": vocabulary.size,
-        "smallest_hashes": sorted(smallest)[:2],
-        "shards": entries,
-        "tokenizer_files": [{"name": path.name, **_describe_file(path)} for path in files],
-    }
-
-
 def _write_pieces(
     recipe: _Recipe, pieces: list[list[Span]], workers: int | None, on_cluster: bool
 ) -> list[dict]:
-    """The entries of all pieces, in order."""
     sizes = [sum(span.end - span.start for span in piece) for piece in pieces]
     tasks = [(f"shard-{number:05d}", piece) for number, piece in enumerate(pieces)]
     # One process tokenizes on all cores: it is as good for less than two whole pieces.
@@ -163,32 +157,53 @@ def _write_piece(
 ) -> dict:
     """Write the shard of a piece, unless it is there and whole; its entry of `corpus.json`.
 
-    `advance` receives the bytes of text as they are done."""
+    `advance` gets the number of bytes done."""
     note = recipe.folder / f"{name}.piece.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or torn by a power failure
         entry = json.loads(note.read_text(encoding="utf-8"))
         if entry["arrays"] == _describe_arrays(recipe.folder, name):
             return entry
-    vocabulary = recipe.vocabulary
-    builder = _ShardBuilder(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
+    entry = _write_shard(recipe, name, _make_shard(recipe, piece, advance))
+    write_json(note, entry)
+    return entry
+
+
+def _make_shard(recipe: _Recipe, piece: list[Span], advance: Callable[[int], object]) -> Shard:
+    """The shard of a piece, without sentences and documents that hold no token."""
+    vocabulary, num_sentences = recipe.vocabulary, 0
+    id_type = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
+    parts = [(np.zeros(0, id_type), np.zeros(0, np.uint8), np.zeros(0, np.int64))]
+    ends, hashes, hasher = [0], [], hashlib.blake2b(digest_size=8)  # of the open document
     for batch, found, by_character, encodings in _ahead(_encode(recipe, piece)):
         pieces = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
-        ids = np.fromiter(chain.from_iterable(pieces), builder.id_type, int(lengths.sum()))
+        ids = np.fromiter(chain.from_iterable(pieces), id_type, int(lengths.sum()))
         starts_word = None if vocabulary.starts_word is None else vocabulary.starts_word[ids]
         if by_character:
             flags = mark(found, encodings, starts_word, recipe.markup.words)
         else:
             flags = starts_word.astype(np.uint8) * WORD_START
-        builder.add(batch, ids, flags, lengths)
+        parts.append((ids, flags, lengths))
+        for item in batch:
+            if item is None:
+                ends.append(num_sentences)
+                hashes.append(int.from_bytes(hasher.digest(), "little"))
+                hasher = hashlib.blake2b(digest_size=8)
+            else:  # without white space: the same however sentences are cut
+                num_sentences += 1
+                hasher.update("".join(item[0].split()).encode())
         advance(len("\n".join(text for text, _ in found).encode()))
-    entry = _write_shard(recipe.folder, name, builder.shard(), vocabulary.unknown_id)
-    write_json(note, entry)
-    return entry
+    ids, flags, lengths = map(np.concatenate, zip(*parts))
+    sentences = np.append(0, np.cumsum(lengths)[lengths > 0])
+    filled = np.append(0, np.cumsum(lengths > 0))  # sentences with a token, up to each one
+    documents, places = np.unique(filled[ends], return_index=True)
+    return Shard(ids, flags, sentences, documents, np.array(hashes, np.uint64)[places[1:] - 1])
 
 
 def _encode(recipe: _Recipe, piece: list[Span]) -> Iterator[tuple]:
-    """(batch, its sentences with their entities, whether characters matter, encodings)."""
+    """(batch, its sentences with their entities, whether characters matter, encodings).
+
+    A batch is a list of sentences, and of None where a document ends."""
     tokenizer, vocabulary, markup = recipe.tokenizer, recipe.vocabulary, recipe.markup
     stream = sentences(piece, recipe.text_format, markup.cut)
     for batch in _batches(_spaced(stream) if vocabulary.needs_space else stream):
@@ -204,7 +219,7 @@ def _encode(recipe: _Recipe, piece: list[Span]) -> Iterator[tuple]:
 
 
 def _ahead(stream: Iterator[tuple]) -> Iterator[tuple]:
-    """`stream`, the next item made in a thread: the tokenizer works without Python's lock."""
+    """Make the next item in a thread: the tokenizer releases Python's lock."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, stream, None)
         while (item := following.result()) is not None:
@@ -212,8 +227,8 @@ def _ahead(stream: Iterator[tuple]) -> Iterator[tuple]:
             yield item
 
 
-def _spaced(stream: Iterable[Sentence | None]) -> Iterator[Sentence | None]:
-    """Each sentence of a document but the first after a space, as byte-level tokenizers expect."""
+def _spaced(stream: Stream) -> Stream:
+    """Put a space before all sentences of a document but the first: byte-level tokens have it."""
     is_first = True
     for item in stream:
         if item is not None and not is_first:
@@ -223,7 +238,7 @@ def _spaced(stream: Iterable[Sentence | None]) -> Iterator[Sentence | None]:
         is_first = item is None
 
 
-def _batches(stream: Iterable[Sentence | None]) -> Iterator[Batch]:
+def _batches(stream: Stream) -> Iterator[list[Sentence | None]]:
     batch, characters = [], 0
     for item in stream:
         batch.append(item)
@@ -235,55 +250,20 @@ def _batches(stream: Iterable[Sentence | None]) -> Iterator[Batch]:
         yield batch
 
 
-class _ShardBuilder:
-    """Collects a shard; sentences and documents without a token are dropped."""
-
-    def __init__(self, id_type: type):
-        self.id_type, self.num_sentences, self.ends, self.hashes = id_type, 0, [0], []
-        self.parts = [(np.zeros(0, id_type), np.zeros(0, np.uint8), np.zeros(0, np.int64))]
-        self.hasher = hashlib.blake2b(digest_size=8)  # of the text of the open document
-
-    def add(self, batch: Batch, ids: np.ndarray, flags: np.ndarray, lengths: np.ndarray) -> None:
-        """Add a batch; `lengths` int64 holds the tokens of each sentence."""
-        self.parts.append((ids, flags, lengths))
-        texts = []
-        for item in [*batch, ()]:
-            if item:
-                texts.append(item[0])
-                continue
-            # Without white space: the same however sentences are cut.
-            self.hasher.update("".join("".join(texts).split()).encode())
-            self.num_sentences += len(texts)
-            texts = []
-            if item is None:
-                self.ends.append(self.num_sentences)
-                self.hashes.append(int.from_bytes(self.hasher.digest(), "little"))
-                self.hasher = hashlib.blake2b(digest_size=8)
-
-    def shard(self) -> Shard:
-        """What has been added."""
-        ids, flags, lengths = map(np.concatenate, zip(*self.parts))
-        sentences = np.append(0, np.cumsum(lengths)[lengths > 0])
-        filled = np.append(0, np.cumsum(lengths > 0))  # sentences with a token, up to each one
-        documents, places = np.unique(filled[self.ends], return_index=True)
-        hashes = np.array(self.hashes, np.uint64)[places[1:] - 1]
-        return Shard(ids, flags, sentences, documents, hashes)
-
-
-def _write_shard(folder: Path, name: str, shard: Shard, unknown_id: int) -> dict:
-    """Write the arrays of a shard and return its entry of `corpus.json`."""
+def _write_shard(recipe: _Recipe, name: str, shard: Shard) -> dict:
+    """Write a shard; its entry of `corpus.json`."""
     for array in ARRAYS:
-        np.save(folder / f"{name}.{array}.npy", getattr(shard, array), allow_pickle=False)
+        np.save(recipe.folder / f"{name}.{array}.npy", getattr(shard, array), allow_pickle=False)
     return {
         "name": name,
         "documents": len(shard.hashes),
         "sentences": len(shard.sentences) - 1,
         "tokens": len(shard.ids),
-        "unknown_tokens": int((shard.ids == unknown_id).sum()),
+        "unknown_tokens": int((shard.ids == recipe.vocabulary.unknown_id).sum()),
         "words": int((shard.flags & WORD_START > 0).sum()),
         "entities": int((shard.flags & ENTITY_START > 0).sum()),
         "smallest_hashes": np.unique(shard.hashes)[:2].tolist(),
-        "arrays": _describe_arrays(folder, name),
+        "arrays": _describe_arrays(recipe.folder, name),
     }
 
 
@@ -295,7 +275,7 @@ def _describe_file(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _join_small(folder: Path, entries: list[dict], unknown_id: int) -> list[dict]:
+def _join_small(recipe: _Recipe, entries: list[dict]) -> list[dict]:
     """Join each shard of one document to a neighbor: a random next sentence needs another one."""
 
     def is_small(group: list[dict]) -> bool:
@@ -310,14 +290,11 @@ def _join_small(folder: Path, entries: list[dict], unknown_id: int) -> list[dict
     if len(groups) > 1 and is_small(groups[-1]):
         last = groups.pop()
         groups[-1] += last
-    return [group[0] if len(group) == 1 else _join(folder, group, unknown_id) for group in groups]
+    return [group[0] if len(group) == 1 else _join(recipe, group) for group in groups]
 
 
-def _join(folder: Path, group: list[dict], unknown_id: int) -> dict:
-    shards = []
-    for entry in group:
-        paths = [folder / f"{entry['name']}.{array}.npy" for array in ARRAYS]
-        shards.append(Shard(*map(np.load, paths)))
-    return _write_shard(
-        folder, f"{group[0]['name']}-joined", corpora.concatenate(shards), unknown_id
-    )
+def _join(recipe: _Recipe, group: list[dict]) -> dict:
+    names = [entry["name"] for entry in group]
+    paths = [[recipe.folder / f"{name}.{array}.npy" for array in ARRAYS] for name in names]
+    shards = [Shard(*map(np.load, arrays)) for arrays in paths]
+    return _write_shard(recipe, f"{names[0]}-joined", corpora.concatenate(shards))

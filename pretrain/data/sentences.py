@@ -1,15 +1,14 @@
-"""Text files -> pieces -> a stream of sentences and document ends, in constant memory.
+"""Text files -> pieces of about PIECE_BYTES -> a stream of sentences, in constant memory.
 
-Files are cut into pieces of about PIECE_BYTES. `sentences` reads a piece: it yields each sentence
-with its entities, and None where a document ends, so a document of any size streams through.
-"""
+A stream has each sentence with its entities, and None where a document ends: documents may have any
+size."""
 
 from __future__ import annotations
 
 import codecs
 import json
 import os
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +20,7 @@ SAMPLED_FILES, SAMPLED_BYTES = 16, 1 << 18  # from which the format is detected
 SMALL_FILE_BYTES = 1 << 17
 
 Sentence = tuple[str, tuple[tuple[int, int], ...]]  # text, (start, end) of entities in characters
+Stream = Iterator[Sentence | None]  # None ends a document
 Cut = Callable[[str], list[str]]  # divides a line into sentences that make the line when joined
 
 
@@ -77,9 +77,8 @@ def _cut_file(file: Path, text_format: str, piece_bytes: int) -> list[Span]:
             from_line_start = False
             for part in iter(lambda: handle.readline(MAX_LINE_BYTES), b""):
                 line_ends = part.endswith(b"\n")
-                ends_line = line_ends and text_format in ("lines", "jsonl")
-                is_blank_line = line_ends and from_line_start and not part.strip()
-                if ends_line or is_blank_line:
+                is_blank_line = from_line_start and not part.strip()
+                if line_ends and (is_blank_line or text_format in ("lines", "jsonl")):
                     break
                 from_line_start = line_ends
             cuts.append(handle.tell())
@@ -88,18 +87,40 @@ def _cut_file(file: Path, text_format: str, piece_bytes: int) -> list[Span]:
     return [Span(os.path.abspath(file), start, end) for start, end in zip(cuts, cuts[1:])]
 
 
-def sentences(
-    piece: list[Span], text_format: str, cut: Cut | None = None
-) -> Iterator[Sentence | None]:
-    """The sentences of a piece, stripped and never empty; None after the last of a document."""
+def sentences(piece: list[Span], text_format: str, cut: Cut | None = None) -> Stream:
+    """The sentences of a piece, stripped and never empty; None after the last of a document.
+
+    The format is one of plain text, or "jsonl": a record on each line, as `as_record` makes it."""
     for span in piece:
-        if text_format == "jsonl":
-            yield from _sentences_of_records(span, cut)
-        else:
+        if text_format != "jsonl":
             yield from _sentences_of_lines(span, text_format, cut)
+            continue
+        with open(span.path, "rb") as handle:
+            handle.seek(span.start)
+            while handle.tell() < span.end:
+                record = json.loads(handle.readline())
+                yield from _cut_record(record["text"], record.get("entities", ()), cut)
+                yield None
 
 
-def _sentences_of_lines(span: Span, text_format: str, cut: Cut | None) -> Iterator[Sentence | None]:
+def documents(stream: Stream) -> Iterator[list[Sentence]]:
+    """The documents of a stream of sentences, one in memory at a time."""
+    for is_end, items in groupby(stream, key=lambda item: item is None):
+        if not is_end:
+            yield list(items)
+
+
+def as_record(sentences: list[Sentence]) -> dict:
+    """A document as JSON: {"text": its sentences as lines, "entities": spans in characters}."""
+    entities, offset = [], 0
+    for text, spans in sentences:
+        entities += [(offset + start, offset + end) for start, end in spans]
+        offset += len(text) + 1
+    record = {"text": "\n".join(text for text, _ in sentences)}
+    return record | {"entities": entities} if entities else record
+
+
+def _sentences_of_lines(span: Span, text_format: str, cut: Cut | None) -> Stream:
     is_open, is_blank = False, True  # the document so far, the line so far
     for text, line_ends in _lines(span):
         for part in cut(text) if cut else (text,):
@@ -117,7 +138,7 @@ def _sentences_of_lines(span: Span, text_format: str, cut: Cut | None) -> Iterat
 
 
 def _lines(span: Span) -> Iterator[tuple[str, bool]]:
-    """(text, whether the line ends here); a line beyond MAX_LINE_BYTES comes in several parts."""
+    """(text, whether its line ends); a line beyond MAX_LINE_BYTES comes in several parts."""
     with open(span.path, "rb") as handle:
         handle.seek(span.start)
         if span.start == 0 and handle.read(3) != codecs.BOM_UTF8:
@@ -136,16 +157,6 @@ def _lines(span: Span) -> Iterator[tuple[str, bool]]:
             yield raw.decode("utf-8"), ends
 
 
-def _sentences_of_records(span: Span, cut: Cut | None) -> Iterator[Sentence | None]:
-    """Documents as pretrain/data/formats.py writes them."""
-    with open(span.path, "rb") as handle:
-        handle.seek(span.start)
-        while handle.tell() < span.end:
-            record = json.loads(handle.readline())
-            yield from _cut_record(record["text"], record.get("entities", ()), cut)
-            yield None
-
-
 def _cut_record(text: str, entities: list[list[int]], cut: Cut | None) -> Iterator[Sentence]:
     """Sentences of a text: its lines, and their parts under `cut`, but none ends in an entity."""
     ends, place = [], 0
@@ -157,12 +168,9 @@ def _cut_record(text: str, entities: list[list[int]], cut: Cut | None) -> Iterat
     assert ends[-1] == len(text), (ends[-1], len(text))
     first = begin = 0
     for end in ends:
-        # The first entity that is not over before `end`.
-        last = bisect_left(entities, end, lo=first, key=lambda span: span[1])
-        if last < len(entities) and entities[last][0] < end < entities[last][1]:
+        last = bisect_right(entities, end, lo=first, key=lambda span: span[1])  # over before `end`
+        if last < len(entities) and entities[last][0] < end:
             continue
-        if last < len(entities) and entities[last][1] == end:
-            last += 1
         part = text[begin:end]
         sentence, offset = part.strip(), begin + len(part) - len(part.lstrip())
         spans = []

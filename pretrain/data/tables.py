@@ -44,13 +44,13 @@ def open_tables(paths: Iterable[str]) -> Iterator[tuple[str, dict]]:
 
 def read_rows(entry: str, kind: str) -> Iterator[tuple[str, dict]]:
     """(file and line, record) of each row of an input of a format."""
+    unit = "line" if kind in UTF8_FORMATS else "row"
     if kind == "jsonl":
         rows = _json_rows(entry)
     elif kind in ("csv", "tsv"):
         rows = _delimited_rows(entry, kind)
     else:
         rows = enumerate(_dataset_rows(entry, kind), start=1)
-    unit = "line" if kind in UTF8_FORMATS else "row"
     for number, record in rows:
         yield f"{entry}, {unit} {number}", record
 
@@ -79,11 +79,8 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict]]:
         is_array = handle.read(1 << 10).lstrip().startswith("[")
         handle.seek(0)
         for number, line in enumerate([handle.read()] if is_array else handle, start=1):
-            try:
+            with refusing(f"{path}, line {number}: not JSON", expected):
                 content = json.loads(line) if line.strip() else []
-            except (ValueError, RecursionError) as error:
-                problem = f"{path}, line {number}: not JSON ({error})"
-                raise UserError(f"{problem}; {expected}") from error
             items = content if isinstance(content, list) else [content]
             for item, record in enumerate(items, start=1):
                 if not isinstance(record, dict):
@@ -94,40 +91,35 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict]]:
 def _delimited_rows(path: str, kind: str) -> Iterator[tuple[int, dict]]:
     """Rows of a CSV or TSV file, by its header."""
     csv.field_size_limit(1 << 30)
-    settings = _tsv_dialect(path) if kind == "tsv" else _csv_dialect(path)
     with open(path, encoding="utf-8-sig", newline="") as handle:
-        reader = csv.reader(handle, strict=True, **settings)
+        reader = csv.DictReader(handle, strict=True, **_dialect(path, kind))
         try:
-            header = next(reader, [])
-            twice = [field for place, field in enumerate(header) if field in header[:place]]
-            if twice:
-                raise UserError(f"{path}, line 1: two columns {twice[0]!r}; expected unique names")
+            header = reader.fieldnames or []
+            if len(set(header)) < len(header):
+                shown = ", ".join(header)
+                raise UserError(f"{path}, line 1: columns {shown}; expected unique names")
             for row in reader:
-                if len(row) not in (0, len(header)):
-                    problem = f"{path}, line {reader.line_num}: {len(row)} fields"
-                    raise UserError(f"{problem}; expected {len(header)}, as in the header")
-                if row:
-                    yield reader.line_num, dict(zip(header, row))
+                if None in row or None in row.values():  # a field too many or too few
+                    expected = f"expected {len(header)} fields, as in the header"
+                    raise UserError(f"{path}, line {reader.line_num}: a bad row; {expected}")
+                yield reader.line_num, row
         except csv.Error as error:
-            problem = f"{path}, line {reader.line_num}: not {kind.upper()} ({error})"
+            problem = f"{path}, line {reader.reader.line_num}: not {kind.upper()} ({error})"
             raise UserError(f"{problem}; expected quotes that close, doubled inside") from error
 
 
-def _csv_dialect(path: str) -> dict:
-    with open(path, encoding="utf-8-sig") as handle:
-        header = handle.readline()
-    # Spreadsheets write semicolons in half of Europe.
-    return {"delimiter": ";" if ";" in header and "," not in header else ","}
-
-
-def _tsv_dialect(path: str) -> dict:
-    """Many TSV files are not quoted: a quote that spans a tab or never closes is a character."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as handle:
+def _dialect(path: str, kind: str) -> dict:
+    """Spreadsheets write semicolons in half of Europe. Many TSV files are not quoted: there a
+    quote that spans a tab or never closes is a character."""
+    with open(path, encoding="utf-8-sig", newline="") as handle:
+        if kind == "csv":
+            header = handle.readline()
+            return {"delimiter": ";" if ";" in header and "," not in header else ","}
+        try:
             rows = csv.reader(handle, delimiter="\t", strict=True)
             is_quoted = not any("\t" in field for row in rows for field in row)
-    except csv.Error:
-        is_quoted = False
+        except csv.Error:
+            is_quoted = False
     return {"delimiter": "\t", "quoting": csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE}
 
 
@@ -145,6 +137,6 @@ def _dataset_rows(entry: str, kind: str) -> Iterator[dict]:
             split = split or "train"
             table = datasets.load_dataset(name, config or None, split=split, streaming=True)
         else:
-            files = [glob.escape(entry)]
-            table = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+            file = glob.escape(entry)
+            table = datasets.load_dataset(kind, data_files=file, split="train", streaming=True)
         yield from table

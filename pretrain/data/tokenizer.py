@@ -23,8 +23,10 @@ from pretrain.files import key_of, model_folder, read_json
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-# Chinese characters of Unicode 16.
+NEEDED = ("pad", "cls", "sep", "mask")  # special tokens without which there is no pretraining
+# Chinese characters of Unicode 16, and Japanese syllables.
 HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
+KANA = (0x3040, 0x30FF)
 ENCODED_TOGETHER = 10_000  # texts
 MAX_IDS = 1 << 24  # the state of the engine grows with the ids
 PASSING_STATE = ("truncation", "padding")  # changes as a tokenizer is used; not part of what it is
@@ -65,13 +67,12 @@ def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
     if (path / "config.json").is_file():  # determines the class of the tokenizer
         read_json(path / "config.json", expected="the config of a model")
     source = str(path) if path.is_dir() else name
-    problem = f"{name}: no tokenizer in a folder, on the hub or in its cache"
+    problem = f"{name}: no whole tokenizer in a folder, on the hub or in its cache"
     with refusing(problem, f"offline, expected a folder with {EXPECTED_FILES}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if not getattr(tokenizer, "is_fast", False):
-        kind = type(tokenizer).__name__
-        raise UserError(f"{name}: {kind} is written in Python; expected one of `tokenizers`")
-    with refusing(f"{name}: its tokenizer is damaged", "expected its files as they were saved"):
+        if not getattr(tokenizer, "is_fast", False):
+            kind = type(tokenizer).__name__
+            raise UserError(f"{name}: {kind} is written in Python; expected one of `tokenizers`")
         _try_out(tokenizer)
     return tokenizer
 
@@ -94,9 +95,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
 def read_vocabulary(path: Path) -> dict[str, int]:
     """Entry -> id of a vocab.txt. Split on \\n only: entries may hold other line breaks."""
     with refusing(f"{path}: cannot be read", "expected a vocabulary in UTF-8"):
-        entries = path.read_bytes().decode("utf-8-sig").split("\n")
-    if entries[-1] == "":
-        entries.pop()
+        entries = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     vocabulary = {entry.removesuffix("\r"): number for number, entry in enumerate(entries)}
     missing = ", ".join(token for token in SPECIAL_TOKENS if token not in vocabulary)
     if missing:
@@ -119,18 +118,16 @@ def train(
     number; entries that it gets as special tokens keep their order."""
     # A limit on single characters keeps rare ones from crowding out words, and Chinese whole.
     limits = {"show_progress": False, "limit_alphabet": max(256, vocab_size * 6 // 10)}
-
-    def train_once(size: int, special_tokens: list[str]) -> dict[str, int]:
-        """Entry -> id; a size below the number of characters gives these alone."""
+    entries: dict[str, int] = {}
+    for size in (0, vocab_size):  # size 0 gives the single characters alone
+        first = SPECIAL_TOKENS + sorted(entries.keys() - set(SPECIAL_TOKENS))
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        settings = {"vocab_size": size, "special_tokens": special_tokens, **limits}
+        settings = {"vocab_size": size, "special_tokens": first, **limits}
         tokenizer.train_from_iterator(read(), trainers.WordPieceTrainer(**settings))
-        return tokenizer.get_vocab()
-
-    characters = sorted(train_once(0, SPECIAL_TOKENS).keys() - set(SPECIAL_TOKENS))
-    return from_vocabulary(train_once(vocab_size, SPECIAL_TOKENS + characters), lowercase)
+        entries = tokenizer.get_vocab()
+    return from_vocabulary(entries, lowercase)
 
 
 def without_limits(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -150,21 +147,17 @@ def encode_together(backend: Tokenizer, texts: Sequence, **more: bool) -> Iterat
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hexadecimal digits that identify what the tokenizer does, whatever limits are set."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for key in PASSING_STATE:
-        state.pop(key, None)
-    return key_of(state)
+    return key_of({key: value for key, value in state.items() if key not in PASSING_STATE})
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """The `Vocabulary` of a tokenizer; UserError if it lacks a token that pretraining needs."""
-    names = ("pad", "cls", "sep", "mask")
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
-    missing = [name for name in names if ids[name] is None]
-    if not missing and list(ids.values()).count(ids["mask"]) > 1:
-        missing = ["mask"]
+    ids = {f"{name}_id": getattr(tokenizer, f"{name}_token_id") for name in NEEDED}
+    missing = ", ".join(f"[{name.upper()}]" for name in NEEDED if ids[f"{name}_id"] is None)
+    if not missing and list(ids.values()).count(ids["mask_id"]) > 1:
+        missing = "[MASK]"
     if missing:
-        shown = ", ".join(f"[{name.upper()}]" for name in missing)
-        problem = f"{tokenizer.name_or_path or 'the tokenizer'}: has no {shown} token"
+        problem = f"{tokenizer.name_or_path or 'the tokenizer'}: has no {missing} token"
         raise UserError(f"{problem}; expected a tokenizer for masked language modeling")
     entries, unknown_id = tokenizer.get_vocab(), tokenizer.unk_token_id
     size = max(entries.values()) + 1
@@ -176,7 +169,7 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return Vocabulary(
         size=size,
-        **{f"{name}_id": number for name, number in ids.items()},
+        **ids,
         unknown_id=-1 if unknown_id is None else unknown_id,
         is_special=is_special,
         starts_word=starts_word if state["model"]["type"] == "WordPiece" else None,
@@ -201,17 +194,15 @@ def word_problems(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[
     """What is wrong with `words` as new tokens; each problem begins with the line of the word."""
     backend, vocabulary = without_limits(tokenizer), tokenizer.get_vocab()
     normalize = backend.normalizer.normalize_str if backend.normalizer else str
-    space, lines, problems = _space_before(tokenizer), {}, []
+    space, seen, problems = _space_before(tokenizer), set(), []
     for line, word in enumerate(words, start=1):
-        first = lines.setdefault(normalize(word).strip(), line)
+        read = normalize(word).strip()
         pieces = backend.encode(space + word, add_special_tokens=False).ids
-        is_token = len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id
-        if not word:
-            problems.append(f"line {line}: blank; expected a token")
-        elif first != line:
-            problems.append(f"line {line}: {word!r} repeats line {first} for the tokenizer")
-        elif is_token or word in vocabulary:
-            problems.append(f"line {line}: {word!r} is already a token; expected new ones")
+        is_piece = len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id
+        if not word or is_piece or word in vocabulary or read in seen:
+            problem = f"line {line}: {word!r} is blank, repeated, or a token already"
+            problems.append(f"{problem}; expected a new token")
+        seen.add(read)
     return problems
 
 
@@ -220,21 +211,19 @@ def special_problems(
 ) -> list[str]:
     """What is wrong with `specials` (TOKEN or NAME=TOKEN) as new tokens beside `words`; each
     problem begins with the entry."""
-    taken, names, problems = set(words), set(), []
-    vocabulary = tokenizer.get_vocab()
+    vocabulary, taken = tokenizer.get_vocab(), set(words)
+    free_names, problems = set(FREE_NAMES), []
     for entry in specials:
         name, token = _split_name(entry)
-        if not token.strip():
-            problems.append(f"{entry!r}: blank; expected TOKEN or NAME=TOKEN")
-        elif name and name not in FREE_NAMES:
-            expected = f"{' or '.join(FREE_NAMES)} as the name, or none"
-            problems.append(f"{entry}: the model has its own {name}; expected {expected}")
-        elif token in taken or (not name and token in vocabulary):
-            problems.append(f"{entry}: {token} is already a token; expected a new one")
-        elif name and name in names:
-            problems.append(f"{entry}: {name} is given twice; expected it once")
+        is_known = not name and token in vocabulary  # a name may be given to a known token
+        if name and name not in free_names:
+            expected = f"{' or '.join(FREE_NAMES)} as the name, each once, or none"
+            problems.append(f"{entry}: the name {name} is taken; expected {expected}")
+        elif not token.strip() or token in taken or is_known:
+            problem = f"{entry}: {token!r} is blank, repeated, or a token already"
+            problems.append(f"{problem}; expected a new token")
         taken.add(token)
-        names.add(name)
+        free_names.discard(name)
     return problems
 
 
@@ -256,9 +245,8 @@ def add_tokens(
         is_single = not (is_unspaced(word[0]) or is_unspaced(word[-1]))
         # Where characters are set apart, the tokenizer would keep a normalized token as " X  Y ".
         is_normalized = not any(map(is_unspaced, word))
-        added.append(
-            AddedToken(word, single_word=is_single, normalized=is_normalized, lstrip=strips)
-        )
+        settings = {"single_word": is_single, "normalized": is_normalized, "lstrip": strips}
+        added.append(AddedToken(word, **settings))
     tokenizer.add_tokens(added)
     settings = {"special": True, "normalized": False, "lstrip": strips}
     named = {name: AddedToken(token, **settings) for name, token in entries if name}
@@ -271,6 +259,4 @@ def add_tokens(
 
 def is_unspaced(character: str) -> bool:
     """Whether its script writes words without spaces: Chinese characters and kana."""
-    if "\u3040" <= character <= "\u30ff":
-        return True
-    return any(low <= ord(character) <= high for low, high in HAN)
+    return any(low <= ord(character) <= high for low, high in (KANA, *HAN))

@@ -80,7 +80,7 @@ def marked_sentences(draw):
     return text, tuple(zip(places[::2], places[1::2]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     sentences=st.lists(marked_sentences(), min_size=1, max_size=4),
     words=st.sampled_from(["tokenizer", "jieba", "spaces"]),
@@ -108,14 +108,8 @@ def test_flags_spelled_out(tokenizer):
     assert fast_flags(pair, tokenizer, "spaces") == [W, 0, W | S, 0]
     pair = [("a heart", ((0, 1),)), ("a", ((0, 1),))]
     assert fast_flags(pair, tokenizer) == [W | S, W, W | S]
-
-
-@pytest.mark.parametrize(
-    "span, flag", [((0, 9), S), ((0, 1), S), ((8, 9), S), ((3, 5), S), ((9, 10), 0)]
-)
-def test_a_token_that_an_entity_touches_belongs_to_it(tokenizer, span, flag):
-    """Even one that extends beyond the entity at both sides."""
-    assert fast_flags([("heartland.", (span,))], tokenizer)[0] == W | flag
+    # A token that an entity touches belongs to it, even one that extends beyond it on both sides.
+    assert fast_flags([("heartland.", ((3, 5),))], tokenizer) == [W | S, W]
 
 
 @settings(max_examples=200, deadline=None)
@@ -154,7 +148,7 @@ TERM = (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     text=st.lists(PIECE, max_size=10).map("".join),
     terms=st.lists(TERM, min_size=1, max_size=5),
@@ -180,15 +174,9 @@ def test_terms_against_a_search_place_by_place(text, terms, ignore_case, known):
         ("type 2 diabetes2", ["diabetes", "type 2"], ["type 2"], {}),
         ("x\ud7ffy", ["z"], [], {}),
         ("heart", [], ["h"], {"known": ((0, 1),)}),
-        # A letter whose lower case is longer moves nothing.
+        # A letter whose lower case is longer moves nothing; a term ends with its combining marks.
         ("İ heart", ["heart", "İ"], ["İ", "heart"], {"ignore_case": True}),
-        # A term ends with its combining marks.
-        (
-            "\u0915\u093f \u0930\u093e \u0930\u0940",
-            ["\u0915", "\u0930\u093e"],
-            ["\u0930\u093e"],
-            {},
-        ),
+        ("\u0915\u093f \u0930\u093e", ["\u0915", "\u0930\u093e"], ["\u0930\u093e"], {}),
         ("cafe\u0301s cafe", ["cafe"], ["cafe"], {}),
     ],
 )

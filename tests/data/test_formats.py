@@ -24,7 +24,6 @@ from pretrain.data.sources import check_files
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
-pytest.importorskip("pyarrow.parquet")
 
 datasets.disable_progress_bars()
 
@@ -89,10 +88,6 @@ def write_arrow(path: Path, rows: list[dict]) -> None:
         writer.write_table(table)
 
 
-def write_parquet(path: Path, rows: list[dict]) -> None:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
-
-
 def write_splits(path: Path, rows: list[dict]) -> None:
     other = datasets.Dataset.from_list([{"text": "other"}])
     train = datasets.Dataset.from_list(rows)
@@ -103,7 +98,7 @@ WRITERS = {
     "jsonl": lambda path, rows: lines(path, *(json.dumps(row, ensure_ascii=False) for row in rows)),
     "csv": lambda path, rows: write_delimited(path, rows, ","),
     "tsv": lambda path, rows: write_delimited(path, rows, "\t"),
-    "parquet": write_parquet,
+    "parquet": lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path, batch_size=2),
     "arrow": write_arrow,
     "saved": lambda path, rows: datasets.Dataset.from_list(rows).save_to_disk(str(path)),
     "saved splits": write_splits,
@@ -306,37 +301,23 @@ def test_converted_text_is_found_again_until_something_changes(tmp_path, capsys)
     assert converts() and texts(read(path)) == [["c"]]
 
 
-def test_the_parts_of_a_hub_name(tmp_path, monkeypatch):
-    """hub:NAME, hub:NAME:CONFIG and hub:NAME:CONFIG:SPLIT; streamed."""
-    asked = []
-
-    def load(name, config=None, *, split, streaming):
-        asked.append((name, config, split, streaming))
-        return [{"text": "a\nb"}, {"text": "c"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    for more in ("", ":config", ":config:validation", "::test"):
-        assert texts(read(f"hub:some/name{more}", cache=tmp_path)) == [["a", "b"], ["c"]]
-    assert asked == [
-        ("some/name", None, "train", True),
-        ("some/name", "config", "train", True),
-        ("some/name", "config", "validation", True),
-        ("some/name", None, "test", True),
-    ]
-    for name in ("hub:", "hub:a:b:c:d"):
-        assert message(name, cache=tmp_path).startswith(f"{name}: ")
-
-
-def test_a_data_set_by_a_hub_name_is_streamed_once(tmp_path, capsys):
+def test_a_data_set_by_a_hub_name_is_read_once(tmp_path, capsys):
+    """hub:NAME, hub:NAME:CONFIG and hub:NAME:CONFIG:SPLIT."""
     (tmp_path / "set").mkdir()  # load_dataset takes a folder as a name, too
     lines(tmp_path / "set" / "train.jsonl", {"text": "a\nb"}, {"text": "c"})
     lines(tmp_path / "set" / "test.jsonl", {"text": "d"})
-    names = {"": [["a", "b"], ["c"]], ":default:test": [["d"]]}
-    for name, expected in names.items():
+    train, test = [["a", "b"], ["c"]], [["d"]]
+    for more, expected in {
+        "": train,
+        ":default": train,
+        ":default:test": test,
+        "::test": test,
+    }.items():
         for is_first in (True, False):
-            found = read(f"hub:{tmp_path}/set{name}", cache=tmp_path / "cache")
-            assert texts(found) == expected
+            assert texts(read(f"hub:{tmp_path}/set{more}", cache=tmp_path / "cache")) == expected
             assert ("converting" in capsys.readouterr().out) == is_first
+    for name in ("hub:", "hub:a:b:c:d"):
+        assert message(name, cache=tmp_path).startswith(f"{name}: ")
 
 
 SPAN_FORMS = {
@@ -413,7 +394,7 @@ CHUNK = st.tuples(
 SENTENCES = st.lists(st.lists(CHUNK, min_size=1, max_size=4), min_size=1, max_size=3)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     documents=st.lists(SENTENCES, min_size=1, max_size=3),
     scheme=st.sampled_from(["BIO", "BIOES", "BMES"]),
@@ -483,20 +464,15 @@ def tagged(*tags: str) -> list[str]:
     ],
 )
 def test_a_few_stray_tags_are_read_as_beginnings(tmp_path, capsys, stray, covered):
-    path = lines(tmp_path / "a.conll", *tagged(*stray), "", *tagged(*["B-X"] * 60))
+    """Up to two percent: 1 of 50."""
+    others = 49 - sum(tag[0] in "BS" for tag in stray)
+    path = lines(tmp_path / "a.conll", *tagged(*stray), "", *tagged(*["B-X"] * others))
     found = entities(read(path))
-    assert found[0][-1] == covered and len(found[1]) == 60
+    assert found[0][-1] == covered and len(found[1]) == others
     line = int(covered.split()[0][4:]) + 1
     assert f"{path}, line {line}: " in capsys.readouterr().out
-    path = lines(tmp_path / "b.conll", *tagged(*stray), "", *tagged(*["B-X"] * 40))
-    assert message(path).startswith(f"{path}, line {line}: ")  # 1 of 41, and more
-
-
-def test_stray_tags_of_two_percent_are_the_last_that_pass(tmp_path):
-    path = lines(tmp_path / "a.conll", *tagged("I-X", *["B-X"] * 49))
-    assert len(entities(read(path))[0]) == 50
-    path = lines(tmp_path / "b.conll", *tagged("I-X", *["B-X"] * 48))
-    assert message(path).startswith(f"{path}, line 1: ")
+    path = lines(tmp_path / "b.conll", *tagged(*stray), "", *tagged(*["B-X"] * (others - 1)))
+    assert message(path).startswith(f"{path}, line {line}: ")
 
 
 LATIN = "café".encode("latin-1")
