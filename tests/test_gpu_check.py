@@ -12,6 +12,9 @@ import time
 import pytest
 from conftest import ROOT
 
+from scripts.benchmark import command as benchmark
+from scripts.benchmark import steps
+
 pytest.importorskip("accelerate", reason="the peer needs it")
 pytest.importorskip("sklearn", reason="fine-tuning needs it")
 pytest.importorskip("matplotlib", reason="fine-tuning needs it")
@@ -19,6 +22,22 @@ PARTS = {
     "first": ["tests", "attention", "train-16", "resume", "numerics", "fp16"],
     "second": ["variants", "use", "large-16"],
 }
+# Notes what it is to measure, and leaves the report that an earlier measure left in kept/.
+NOTES = """#!/bin/sh
+if [ "$2" = scripts.benchmark.report ]; then exec {python} "$@"; fi
+if [ "$2" = pytest ]; then echo "9 skipped in 1 s"; exit; fi
+echo "$*" >> {folder}/noted
+while [ "$1" != --json ]; do shift; done
+cp {folder}/kept/$(basename "$2") "$2" || exit 0
+"""
+
+
+def make_python(folder, script):
+    """A Python that is a shell script."""
+    python = folder / "python"
+    python.write_text(script.format(python=sys.executable, folder=folder))
+    python.chmod(0o755)
+    return python
 
 
 def start(command, folder, **environment):
@@ -41,87 +60,89 @@ def start(command, folder, **environment):
     )
 
 
-@pytest.fixture(scope="module")
-def check(text_file, tmp_path_factory):
-    """What both commands print, and the reports by part; the second finds the first one's model."""
-    folder, printed, reports = tmp_path_factory.mktemp("check"), {}, {}
-    for command, parts in PARTS.items():
-        out, scratch = folder / command, folder / "scratch"
-        process = start(
-            command, folder, OUT=out, GPU_CHECK_SCRATCH=scratch, GPU_CHECK_TRAIN=text_file
-        )
-        printed[command] = process.communicate()[0]
-        assert process.returncode == 0, printed[command]
-        written = {f"{part}.json" for part in parts if part != "tests"}
-        written |= {"tests.txt"} if command == "first" else set()
-        assert {path.name for path in out.iterdir()} == written | {f"log-{command}.txt"}
-        for path in out.glob("*.json"):
-            reports |= json.loads(path.read_text()) | {path.stem: json.loads(path.read_text())}
-    return printed, reports
+@pytest.fixture
+def check(text_file, tmp_path, monkeypatch):
+    """Measures what a command of the check asks for, in this process: else imports take most of the
+    time. Returns the reports by part, and what the command prints with them. `second` asks for fp16
+    at first, which makes the model for `use`."""
+    monkeypatch.setattr(steps, "MIN_BLOCKS", 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    python, kept, reports = make_python(tmp_path, NOTES), tmp_path / "kept", {}
+
+    def check(command):
+        variables = {"PYTHON": python, "GPU_CHECK_TRAIN": text_file}
+        start(command, tmp_path, **variables).communicate()
+        for line in (tmp_path / "noted").read_text().splitlines():
+            assert benchmark.main(line.split()[1:]) == 0
+        (tmp_path / "out").rename(kept)
+        process = start(command, tmp_path, **variables)
+        printed = process.communicate()[0]
+        assert process.returncode == 0 and "FAILED" not in printed
+        headings = re.findall(r"^== (.*): exit code 0, \d+ s$", printed, re.MULTILINE)
+        assert headings == PARTS[command]
+        for path in (tmp_path / "out").glob("*.json"):
+            reports[path.stem] = json.loads(path.read_text())
+        return reports, printed
+
+    return check
 
 
-def test_each_part_has_its_lines_in_the_summary(check):
-    printed, _ = check
-    for command, parts in PARTS.items():
-        headings = [line for line in printed[command].splitlines() if "exit code" in line]
-        assert [line.split()[1] for line in headings] == [f"{part}:" for part in parts]
-        assert all(" code 0, " in line for line in headings) and "FAILED" not in printed[command]
-    assert "skipped in" in printed["first"]  # the tests that need a GPU
-    assert "resumed from 3" in printed["first"] and "variant as it is" in printed["second"]
+def assert_trained(train):
+    assert train["failed"] == {} and train["micro_batch_size"] == 8
+    assert train["tokens_per_second"].keys() == {"ours", "peer", "ratio"}
+    assert min(train["tokens_per_second"].values()) > 0
+    assert 0 < train["share_of_matrix_rate"]["ours"] < 1
 
 
-def test_training_and_numerics_have_their_figures(check):
-    _, reports = check
-    for name in ("train-16", "large-16"):
-        train = reports[name]["train"]
-        assert train["failed"] == {} and train["micro_batch_size"] == 8
-        assert train["tokens_per_second"].keys() == {"ours", "peer", "ratio"}
-        assert min(train["tokens_per_second"].values()) > 0
+def test_the_first_command(check):
+    reports, printed = check("first")
+    assert "9 skipped in" in printed and "resumed from 3" in printed
+    assert reports["attention"]["attention"]["needs"].startswith("a GPU")
+    assert_trained(reports["train-16"]["train"])
     profile = reports["train-16"]["profile"]
-    assert {"name", "ms", "count", "share"} == profile["kernels"][0].keys()
-    assert 0 <= profile["idle"]["ours"] < 1 and profile["waits_for_device"] == 0
+    assert profile["tokens_per_second"]["ours"] > 0 and profile["waits_for_device"] == 0
+    assert 0 <= profile["data_wait"]["ours"] < 1 and 0 <= profile["idle"]["ours"] < 1
+    kernels = profile["kernels"]
+    assert len(kernels) == steps.SHOWN_KERNELS and min(kernel["count"] for kernel in kernels) > 0
+    assert all(kernel.keys() == {"name", "ms", "count", "share"} for kernel in kernels)
+    assert 0 < sum(kernel["share"] for kernel in kernels) < 1.01
+    assert sum(kernel["ms"] for kernel in kernels) <= 1.01 * profile["kernels_ms"]["ours"]
     for name in ("loss_difference", "grad_norm_difference"):
         assert reports["numerics"]["numerics"][name]["ours"] < 0.02
-
-
-def test_a_killed_run_continues_with_the_same_losses(check):
-    resume = check[1]["resume"]["resume"]
+    resume = reports["resume"]["resume"]
     assert resume["failed"] == {} and resume["resumed_from"] >= 3
     assert [row["step"] for row in resume["losses"]] == list(range(1, 10))
     assert all(row["loss"] == row["loss_resumed"] for row in resume["losses"])
     assert resume["difference_before"] == resume["difference_after"] == 0
-
-
-def test_losses_of_half_precision_and_scores_of_use(check):
-    fp16, use = check[1]["fp16"]["fp16"], check[1]["use"]["use"]
+    fp16 = reports["fp16"]["fp16"]
     assert fp16["failed"] == {} and fp16["skipped_steps"] == 0
     assert fp16["precision"] == "fp32"  # a CPU has no fp16
     losses = [row["loss"] for row in fp16["losses"]]
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
-    assert use["failed"] == {}
-    scores = [use["finetune"]["result"]["test_macro_f1"], use["predict"]["result"]["macro_f1"]]
-    assert min(scores) > 0.9 and use["evaluate"]["result"]["perplexity"] > 1
-    commands = ("finetune", "predict", "evaluate", "fill_mask")
-    assert [use[name]["exit_code"] for name in commands] == [0] * 4
 
 
-def test_what_a_cpu_cannot_do_is_reported(check):
-    attention, variants = check[1]["attention"]["attention"], check[1]["variants"]["variants"]
-    assert attention["needs"].startswith("a GPU")
-    rows = {row["variant"]: row for row in variants["rows"]}
+def test_the_second_command(check):
+    reports, printed = check("second")
+    assert "variant as it is" in printed
+    rows = {row["variant"]: row for row in reports["variants"]["variants"]["rows"]}
     assert sum(row.get("needs") == "a GPU" for row in rows.values()) == 4
     measured = [row for row in rows.values() if "needs" not in row]
     assert len(measured) == 5 and all(row["tokens_per_second"] > 0 for row in measured), measured
     assert rows["micro-batch twice as large"]["micro_batch_size"] == 16
+    use = reports["use"]["use"]
+    scores = [use["finetune"]["result"]["test_macro_f1"], use["predict"]["result"]["macro_f1"]]
+    assert use["failed"] == {} and min(scores) > 0.9
+    assert use["evaluate"]["result"]["perplexity"] > 1
+    commands = ("finetune", "predict", "evaluate", "fill_mask")
+    assert [use[name]["exit_code"] for name in commands] == [0] * 4
+    assert_trained(reports["large-16"]["train"])
 
 
 def test_a_part_that_fails_does_not_stop_the_next(tmp_path):
     """Every part of this Python fails; the summary says so, with the code of each."""
-    python = tmp_path / "python"
-    fails = '[ "$1" = scripts/benchmark.py ] && exit 3'
-    python.write_text(f'#!/bin/sh\n{fails}\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    process = start("second", tmp_path, PYTHON=python)
+    fails = '#!/bin/sh\n[ "$1" = scripts/benchmark.py ] && exit 3\nexec {python} "$@"\n'
+    process = start("second", tmp_path, PYTHON=make_python(tmp_path, fails))
     printed = process.communicate()[0]
     failures = re.findall(r"^== (.*): exit code 3, \d+ s\nleft no result$", printed, re.MULTILINE)
     assert process.returncode == 1 and failures == ["variants", "fp16", "use", "large-16"]

@@ -37,7 +37,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "pretrain").rglob("*.py"))
 }
-SCRIPTS = {path.stem: path for path in sorted((ROOT / "scripts").glob("*.py"))}
+SCRIPTS = {path.stem: path for path in sorted((ROOT / "scripts").glob("[!_]*.py"))}
 COMMANDS = [name for name in SCRIPTS if name != "benchmark"]
 BENCHMARK = {"scripts.benchmark.command": ROOT / "scripts" / "benchmark" / "command.py"}
 TREES = {

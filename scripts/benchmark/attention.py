@@ -21,28 +21,27 @@ SHORT_SHARE = 0.1  # of the sequences aim at a shorter length, as in a run
 TIMED_SECONDS = 0.2
 
 
-def measure_attention(bench, found: dict) -> None:
+def measure_attention(bench) -> Iterator[dict]:
     """Milliseconds, forward and with backward, and peak memory of each kernel at each length; the
     error of one that fails."""
-    found.update(failed={}, tokens=TOKENS, rows=[])
     if bench.device_type == "cpu":
-        found["needs"] = "a GPU: there is no variable-length kernel elsewhere"
+        yield {"needs": "a GPU: there is no variable-length kernel elsewhere"}
         return
-    found.update(torch=torch.__version__, cudnn=torch.backends.cudnn.version())
+    rows, versions = [], {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
     for max_length in MAX_LENGTHS:
-        for kernel, layout, attend, inputs in variants(max_length):
+        for kernel, layout, attend, inputs in _variants(max_length):
             row = {"max_length": max_length, "kernel": kernel, "layout": layout}
             try:
-                row |= measure(attend, inputs)
+                row |= _measure(attend, inputs)
             except Exception as error:  # a backend may refuse; compilers raise their own kinds
                 row["error"] = first_line(error)
-            found["rows"].append(row)
-            bench.save()
+            rows.append(row)
+            yield {"tokens": TOKENS, **versions, "rows": rows}
 
 
-def variants(max_length: int) -> Iterator[tuple[str, str, Callable[..., Tensor], list[Tensor]]]:
+def _variants(max_length: int) -> Iterator[tuple[str, str, Callable[..., Tensor], list[Tensor]]]:
     """(kernel, layout, function, its inputs): packed, as our layers call it, then padded."""
-    real = draw_lengths(max_length)
+    real = _draw_lengths(max_length)
     # As a micro-batch is filled: dummies cover the tail, empty ones follow.
     full, rest = divmod(TOKENS - sum(real), max_length)
     filled = [*real, *[max_length] * full, rest]
@@ -51,22 +50,17 @@ def variants(max_length: int) -> Iterator[tuple[str, str, Callable[..., Tensor],
     for kernel in KERNELS:
         for layout, lengths in layouts.items():
             ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
-            settings = {"cu_seqlens": ends, "max_length": max_length, "kernel": kernel}
-            yield (
-                kernel,
-                layout,
-                partial(packed_varlen, **settings),
-                [draw(sum(lengths), 3, HEADS, WIDTH)],
-            )
+            attend = partial(packed_varlen, cu_seqlens=ends, max_length=max_length, kernel=kernel)
+            yield kernel, layout, attend, [_draw(sum(lengths), 3, HEADS, WIDTH)]
     is_real = torch.arange(max_length) < torch.tensor(real)[:, None]
     masks = {"padded, without mask": None, "padded, with mask": is_real[:, None, None].cuda()}
     for layout, mask in masks.items():
         attend = partial(F.scaled_dot_product_attention, attn_mask=mask)
-        yield "sdpa", layout, attend, [draw(len(real), HEADS, max_length, WIDTH) for _ in range(3)]
+        yield "sdpa", layout, attend, [_draw(len(real), HEADS, max_length, WIDTH) for _ in range(3)]
 
 
-def draw_lengths(max_length: int) -> list[int]:
-    """Lengths of real sequences that fill a micro-batch, 0.85 of `max_length` in the mean."""
+def _draw_lengths(max_length: int) -> list[int]:
+    """Of real sequences that fill a micro-batch, 0.85 of `max_length` in the mean."""
     generator, lengths = np.random.default_rng(0), []
     while True:
         lowest = 5 if generator.random() < SHORT_SHARE else int(0.8 * max_length)
@@ -76,30 +70,22 @@ def draw_lengths(max_length: int) -> list[int]:
         lengths.append(length)
 
 
-def draw(*shape: int) -> Tensor:
-    """A bf16 leaf on the GPU."""
+def _draw(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
 
 
-def measure(attend: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, float]:
-    """Median milliseconds, and peak memory of forward and backward beyond the inputs."""
+def _measure(attend: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, float]:
+    """Median milliseconds after a warm-up, and peak memory beyond the inputs."""
     with torch.no_grad():
         grad = torch.randn_like(attend(*inputs))
-
-    def both() -> None:
-        torch.autograd.grad(attend(*inputs), inputs, grad)
-
-    both_ms = milliseconds(both)
+    scope = {"grad": torch.autograd.grad, "attend": attend, "inputs": inputs, "direction": grad}
+    both = Timer("grad(attend(*inputs), inputs, direction)", globals=scope)
+    both_ms = 1000 * both.blocked_autorange(min_run_time=TIMED_SECONDS).median
     with torch.no_grad():
-        forward_ms = milliseconds(lambda: attend(*inputs))
+        forward = Timer("attend(*inputs)", globals=scope)
+        forward_ms = 1000 * forward.blocked_autorange(min_run_time=TIMED_SECONDS).median
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    both()
+    both.timeit(1)
     peak = torch.cuda.max_memory_allocated() - before
     return {"forward_ms": forward_ms, "forward_and_backward_ms": both_ms, "peak_mib": peak / 2**20}
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    """Median of a few calls, after some that warm up."""
-    timer = Timer("call()", globals={"call": call})
-    return 1000 * timer.blocked_autorange(min_run_time=TIMED_SECONDS).median

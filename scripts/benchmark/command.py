@@ -10,9 +10,7 @@ micro-batch. numerics: the device beside fp32 on the CPU. Parts of the GPU check
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import json
@@ -27,17 +25,21 @@ from pretrain.cli import read_command_line
 from pretrain.errors import UserError, check
 from pretrain.files import write_json
 from pretrain.schema import integer, number, option
-from scripts.benchmark.processes import Process, ProcessError
+from scripts.benchmark.processes import Command, Process, ProcessError, send_rows
 from scripts.benchmark.report import add_ratios, print_report
 
 CHECKS = ("attention", "variants", "resume", "fp16", "use")
-SPEEDS = ("prepare", "data", "train", "profile", "blocks", "start", "largest", "numerics")
-MODULES = {  # of parts that are not in a module of their own
+PARTS = {  # part: its module, in the order in which they run
+    "attention": "attention",
+    "variants": "steps",
     **dict.fromkeys(("resume", "fp16", "use"), "checks"),
-    **dict.fromkeys(("train", "profile", "blocks", "variants"), "steps"),
+    **dict.fromkeys(("prepare", "data"), "data"),
+    **dict.fromkeys(("train", "profile", "blocks"), "steps"),
+    "start": "start",
     **dict.fromkeys(("largest", "numerics"), "limits"),
-    "prepare": "data",
 }
+SPEEDS = tuple(part for part in PARTS if part not in CHECKS)
+COMPUTING = ("attention", "prepare", "data", "largest", "numerics")  # the others start processes
 QUICK = {"model": "mini", "max_length": 128, "batch_size": 16, "micro_batch_size": 16, "steps": 4}
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
 
@@ -66,47 +68,17 @@ class BenchmarkOptions(
     json: str | None = option(None, "file for the report, after each part", metavar="FILE")
 
 
+@dataclasses.dataclass
 class Bench:
-    """What a part gets: the options, the run that they describe, and a folder for its files."""
+    """What a part gets: the options, a folder for its files, and "cpu" or "cuda"."""
 
-    def __init__(self, options: BenchmarkOptions, processes: contextlib.ExitStack):
-        import torch
+    options: BenchmarkOptions
+    folder: Path
+    device_type: str
 
-        self.options, self.processes = options, processes
-        self.report = {"options": dataclasses.asdict(options), "machine": describe_machine()}
-        self.repeats = 3 if options.quick else 5
-        self.device_type = options.device.partition(":")[0]
-        if options.device == "auto":
-            self.device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        self.ours: Process | None = None  # our side, which the part train leaves to profile
-        if self.device_type == "cuda" and torch.cuda.device_count() > 1:
-            raise UserError(f"--device {options.device}: expected CUDA_VISIBLE_DEVICES=0, one GPU")
-
-    def measure(self, part: str) -> None:
-        """Let a part fill its place in the report. The files of a check stay until its next run."""
-        found = self.report[part] = {"failed": {part: "did not finish"} if part in CHECKS else {}}
-        self.save()
-        self.folder = Path(self.options.cache).absolute() / "benchmark" / part
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        module = importlib.import_module(f"scripts.benchmark.{MODULES.get(part, part)}")
-        try:
-            getattr(module, f"measure_{part}")(self, found)
-        except ProcessError as error:
-            found["failed"] = {"ours": str(error)}
-        if part not in CHECKS:
-            shutil.rmtree(self.folder)
-        self.save()
-
-    def save(self) -> None:
-        """Write the report to --json, with ratios."""
-        add_ratios(self.report)
-        if self.options.json:
-            write_json(Path(self.options.json), self.report)
-
-    def start(self, name: str, call, *values: object) -> Process:
-        """A process that ends with this command at the latest."""
-        return self.processes.enter_context(Process(self.folder / f"{name}.log", call, *values))
+    @property
+    def repeats(self) -> int:  # after one that warms up
+        return 3 if self.options.quick else 5
 
     def run_options(self, **changed: object) -> dict:
         """Options of pretrain.py, with some changed, for a run without validation."""
@@ -114,9 +86,8 @@ class Bench:
         values = dataclasses.asdict(self.options) | {"valid_fraction": 0.0} | changed
         return {name: value for name, value in values.items() if name in known}
 
-    @functools.cached_property
-    def run(self):
-        """The run that the options describe."""
+    def make_run(self):
+        """The run that the options describe, for a process that computes."""
         from pretrain.build import build
 
         return build(config.Config(**self.run_options()))
@@ -139,17 +110,60 @@ def main(argv: list[str]) -> int:
 
         text = str(write_text(Path(options.cache)))
         options = dataclasses.replace(options, train=(text,), format="sentences")
-    with contextlib.ExitStack() as processes:
-        bench = Bench(options, processes)
-        try:
-            for part in CHECKS + SPEEDS:
-                if part in options.parts:
-                    bench.measure(part)
-        finally:  # also what a part measured before it was interrupted
-            bench.save()
-            print_report(bench.report)
-            print(json.dumps(bench.report), flush=True)
-    return int(any(bench.report.get(part, {}).get("failed") for part in CHECKS))
+    machine, folder = describe_machine(), Path(options.cache).absolute() / "benchmark"
+    report = {"options": dataclasses.asdict(options), "machine": machine}
+    device_type = "cuda" if machine["gpus"] and options.device != "cpu" else "cpu"
+    Process.method = "spawn" if machine["gpus"] else "fork"
+    if device_type == "cuda" and machine["gpus"] > 1:
+        raise UserError(f"--device {options.device}: expected CUDA_VISIBLE_DEVICES=0, one GPU")
+    try:
+        for part in PARTS:
+            if part in options.parts:
+                measure(part, Bench(options, folder / part, device_type), report)
+    finally:  # also what a part measured before it was interrupted
+        Process.stop_all()
+        save(report)
+        print_report(report)
+        print(json.dumps(report), flush=True)
+    return int(any(report.get(part, {}).get("failed") for part in CHECKS))
+
+
+def measure(part: str, bench: Bench, report: dict) -> None:
+    """Let a part fill its place in the report, which is saved with each figure. The files of a
+    check stay until its next run."""
+    if part != "profile":  # which goes on with our side of `train`
+        Process.stop_all()
+    found = report[part] = {"failed": {part: "did not finish"}}
+    save(report)
+    shutil.rmtree(bench.folder, ignore_errors=True)
+    bench.folder.mkdir(parents=True)
+    module = importlib.import_module(f"scripts.benchmark.{PARTS[part]}")
+    rows_of = getattr(module, f"measure_{part}")
+    rows = rows_of(bench)
+    if part in COMPUTING and Process.method == "fork":  # this process stays as it started
+        rows = iter(Process(bench.folder, part, send_rows, rows_of, bench).ask, None)
+    try:
+        for values in rows:
+            found.update(values)
+            save(report)
+        found["failed"].pop(part, None)
+    except ProcessError as error:
+        found["failed"] = {"ours": str(error)}
+    finally:
+        for name, process in Process.running.items():
+            if isinstance(process, Command):
+                found[name] = process.outcome()
+                if found[name]["exit_code"] != 0:
+                    found["failed"][name] = process.end()
+    if part not in CHECKS:
+        shutil.rmtree(bench.folder)
+
+
+def save(report: dict) -> None:
+    """Write the report to --json, with ratios."""
+    add_ratios(report)
+    if report["options"]["json"]:
+        write_json(Path(report["options"]["json"]), report)
 
 
 def describe_machine() -> dict:
@@ -166,6 +180,7 @@ def describe_machine() -> dict:
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpus": torch.cuda.device_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES if importlib.util.find_spec(name)},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -23,28 +24,28 @@ EPOCH_SHARDS = 2  # of a larger corpus, so many shards are walked
 LOADER_SECONDS = 0.7  # of each measure; a worker's few batches in advance weigh little then
 
 
-def measure_prepare(bench, found: dict) -> None:
+def measure_prepare(bench) -> Iterator[dict]:
     """Tokens/s of `prepare`, and of `encode_batch_fast` alone over the same sentences, in turns."""
-    text = check_text(bench.options.train, "--train", bench.options, bench.run.world)
+    run = bench.make_run()
+    text = check_text(bench.options.train, "--train", bench.options, run.world)
     if text.is_corpus:
         raise UserError(f"{text.name}: a prepared corpus; omit prepare from --parts")
     lines = sample_of(text.sentences())
     sentences = [line for line in lines if line]
-    tokenizer, seconds = bench.run.tokenizer, {"ours": [], "peer": []}
-    sample = bench.folder / "sample.txt"
+    sample, seconds = bench.folder / "sample.txt", {"ours": [], "peer": []}
     sample.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    sources = check_files([sample])
+    encode = run.tokenizer.backend_tokenizer.encode_batch_fast
     for number in range(bench.repeats + 1):
         begin = time.perf_counter()
-        corpus = prepare(sources, "sentences", tokenizer, bench.folder / str(number))
+        folder = bench.folder / str(number)
+        corpus = prepare(check_files([sample]), "sentences", run.tokenizer, folder)
         middle = time.perf_counter()
-        encode = tokenizer.backend_tokenizer.encode_batch_fast
         encodings = encode(sentences, add_special_tokens=False)
         seconds["ours"].append(middle - begin)
         seconds["peer"].append(time.perf_counter() - middle)
     tokens = corpus.info["tokens"]
     assert tokens == sum(len(encoding.ids) for encoding in encodings), "the sides differ"
-    found["tokens_per_second"] = {side: tokens / median(s[1:]) for side, s in seconds.items()}
+    yield {"tokens_per_second": {side: tokens / median(s[1:]) for side, s in seconds.items()}}
 
 
 def sample_of(sentences: Iterator) -> list[str]:
@@ -58,44 +59,38 @@ def sample_of(sentences: Iterator) -> list[str]:
     return [*lines, ""] * max(1, SAMPLE_CHARACTERS // num_characters)
 
 
-def measure_data(bench, found: dict) -> None:
+def measure_data(bench) -> Iterator[dict]:
     """Tokens/s of planning, packing and masking an epoch on one thread, by masking strategy, in
     turns; and through the DataLoader, by number of workers.
 
     Entities need text that has some, similar words a table (--similar)."""
-    phase, threads = bench.run.phases[0], torch.get_num_threads()
-    masking = phase.collator.masking
+    run = bench.make_run()
+    dataset, collator = run.phases[0].dataset, run.phases[0].collator
     strategies = {
-        f"{name}_masks": replace(masking, masking=name, similar=None)
+        f"{name}_masks": replace(collator.masking, masking=name, similar=None)
         for name in ("token", "word", "span", "entity")
     }
-    if not phase.dataset.source.info["entities"]:
+    if not dataset.source.info["entities"]:
         del strategies["entity_masks"]
-    if masking.similar:
-        strategies["similar_masks"] = replace(masking, masking="word")
-    rates = {name: [] for name in strategies}
-    workers = {f"{n}_workers": n for n in sorted({0, 1, 2, bench.run.data.workers})}
-    loaded = {name: [] for name in workers}
+    if collator.masking.similar:
+        strategies["similar_masks"] = replace(collator.masking, masking="word")
+    workers = {f"{number}_workers": number for number in sorted({0, 1, 2, run.data.workers})}
+    rates = {name: [] for name in (*strategies, *workers)}
+    unplanned = partial(PretrainingDataset, dataset.source, dataset.task)
     torch.set_num_threads(1)  # numpy's work here is on one anyway
-    for epoch in range(bench.repeats + 1):  # each has other pairs: nothing is planned already
-        for name, strategy in strategies.items():
-            collator = replace(phase.collator, masking=strategy)
-            rates[name].append(collate_epoch(fresh(phase.dataset), collator, epoch))
+    for epoch in range(bench.repeats + 1):  # each has other pairs
+        for name, masking in strategies.items():
+            rate = collate_epoch(unplanned(), replace(collator, masking=masking), epoch)
+            rates[name].append(rate)
         for name, number in workers.items():
-            phases = [(fresh(phase.dataset), phase.collator)]
-            loaded[name].append(read_data(TrainData(phases, [0], 1, workers=number)))
-    torch.set_num_threads(threads)
-    for name, kept in rates.items():
-        found[name] = {"ours": median(kept[1:]), "goal": GOAL}
-        if name != "token_masks":
-            found[name]["peer"] = found["token_masks"]["ours"]
-    for name, kept in loaded.items():
-        found[name] = {"ours": median(kept[1:]), "goal": EATEN}
-
-
-def fresh(dataset: PretrainingDataset) -> PretrainingDataset:
-    """The same without plans."""
-    return PretrainingDataset(dataset.source, dataset.task)
+            data = TrainData([(unplanned(), collator)], [0], 1, workers=number)
+            rates[name].append(read_data(data))
+    found = {name: {"ours": median(kept[1:])} for name, kept in rates.items()}
+    for name, sides in found.items():
+        sides["goal"] = EATEN if name in workers else GOAL
+        if name in strategies and name != "token_masks":
+            sides["peer"] = found["token_masks"]["ours"]
+    yield found
 
 
 def collate_epoch(dataset: PretrainingDataset, collator: Collator, epoch: int) -> float:

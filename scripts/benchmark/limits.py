@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pretrain.batch import Batch
 from pretrain.build import set_up_model
 from pretrain.data.loader import PretrainingDataset
 from pretrain.model.attention import VARLEN
 from pretrain.model.loading import from_size
-from pretrain.runtime.memory import is_full
+from pretrain.runtime.memory import is_full, micro_batch_fits
 from pretrain.runtime.optim import autocast
-from pretrain.train import StepResult, train_step
+from pretrain.train import train_step
 from scripts.benchmark.peer import describe
 from scripts.benchmark.rows import blocks
 
@@ -28,15 +27,15 @@ NUMERICS_SEQUENCES = 8
 TOLERANCE = 0.02  # relative, of bf16
 
 
-def measure_largest(bench, found: dict) -> None:
+def measure_largest(bench) -> Iterator[dict]:
     """Sequences of max_length that fit the device at once, in eager mode with AdamW's state.
 
     On a CPU up to twice the micro-batch: that tries the search, not the memory."""
-    run, sequences = bench.run, {}
+    run, sequences = bench.make_run(), {}
     cap = MAX_MICRO_BATCH if run.device.type == "cuda" else 2 * run.micro_batch_size
-    for side, attempt in (("ours", our_steps), ("peer", partial(peer_steps, bench.folder))):
-        sequences[side] = largest(partial(fits, attempt, run), cap)
-    found["sequences"] = sequences
+    for side, fits in (("ours", ours_fits), ("peer", partial(peer_fits, folder=bench.folder))):
+        sequences[side] = largest(partial(fits, run), cap)
+        yield {"sequences": sequences}
 
 
 def largest(fits: Callable[[int], bool], cap: int) -> int:
@@ -50,33 +49,28 @@ def largest(fits: Callable[[int], bool], cap: int) -> int:
     return low
 
 
-def fits(attempt: Callable[[object, int], object], run, size: int) -> bool:
-    """Whether there is memory for two steps of `size` sequences; the second has AdamW's state."""
-    run.model.zero_grad(set_to_none=True)
-    gc.collect()  # cycles, or an error, may keep what came before
+def ours_fits(run, size: int) -> bool:
+    """Whether a run would take a micro-batch of `size`, as full as the text fills it."""
+    batch = fullest_batch(run, size, run.phases[0].collator.fill).to(run.device)
+    return micro_batch_fits(run.model, batch, autocast(run.device, run.precision))
+
+
+def peer_fits(run, size: int, folder: Path) -> bool:
+    """Whether a Trainer has memory for two steps (the second has AdamW's state) of `size`
+    sequences, all as long as max_length."""
+    label = {"next_sentence_label": 0} if run.phases[0].dataset.task.pairs else {}
+    rows = [row | label for row in blocks(run, 2 * size)]
+    eager = {"torch_compile": False, "dataloader_num_workers": 0}
+    batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
+    gc.collect()  # cycles may keep what came before
     torch.cuda.empty_cache()  # nothing on a CPU
     try:
-        attempt(run, size)
+        describe(run, rows).train(str(folder), 2, **eager, **batch)
     except (RuntimeError, MemoryError) as error:
         if not is_full(error):
             raise
         return False
     return True
-
-
-def our_steps(run, size: int) -> None:
-    """Two steps of ours with a micro-batch of `size`, as full as the text fills it."""
-    batch = fullest_batch(run, size, run.phases[0].collator.fill)
-    update(run.model.train(), batch, run.device, run.precision, steps=2)
-
-
-def peer_steps(folder: Path, run, size: int) -> None:
-    """Two steps of a Trainer, every sequence as long as max_length."""
-    label = {"next_sentence_label": 0} if run.phases[0].dataset.task.pairs else {}
-    rows = [row | label for row in blocks(run, 2 * size)]
-    eager = {"torch_compile": False, "dataloader_num_workers": 0}
-    batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
-    describe(run, rows).train(str(folder), 2, **eager, **batch)
 
 
 def fullest_batch(run, size: int, fill: bool) -> Batch:
@@ -87,24 +81,11 @@ def fullest_batch(run, size: int, fill: bool) -> Batch:
     return replace(phase.collator, task=task, fill=fill)(dataset[dataset.fullest()])
 
 
-def update(
-    model: nn.Module, batch: Batch, device: torch.device, precision: str, steps: int = 1
-) -> StepResult:
-    """The last of some steps on one batch, at a learning rate of 0."""
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)]
-    scaler, context = torch.amp.GradScaler(enabled=False), autocast(device, precision)
-    for _ in range(steps):
-        result = train_step(model, [batch], optimizers, scaler, context, 0.0, 1.0, device)
-    float(result.logged["optim/grad_norm"])  # waits: a GPU reports full memory late
-    return result
-
-
-def measure_numerics(bench, found: dict) -> None:
+def measure_numerics(bench) -> Iterator[dict]:
     """Relative difference of loss and gradient norm between the device, as the run uses it, and
     fp32 on the CPU: a tiny model without dropout, on the same examples and masks."""
-    run, numbers = bench.run, []
+    run, numbers, no_dropout = bench.make_run(), [], ["hidden_dropout_prob=0"]
     vocabulary, length = run.phases[0].collator.vocabulary, run.phases[0].max_length
-    no_dropout = ["hidden_dropout_prob=0"]
     tested = (run.device, run.precision, run.compile)
     exact = (torch.device("cpu"), "fp32", False)
     for device, precision, is_compiled in (tested, exact):
@@ -112,9 +93,12 @@ def measure_numerics(bench, found: dict) -> None:
         model = from_size("tiny", vocabulary.size, length, vocabulary.pad_id, no_dropout)
         set_up_model(model.to(device).train(), run.config, device, precision)
         batch = fullest_batch(run, NUMERICS_SEQUENCES, fill=model.attention == VARLEN)
-        result = update(torch.compile(model) if is_compiled else model, batch, device, precision)
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)]
+        made = (torch.amp.GradScaler(enabled=False), autocast(device, precision), 0.0, 1.0, device)
+        trained = torch.compile(model) if is_compiled else model
+        result = train_step(trained, [batch], optimizers, *made)
         loss = result.losses.read(device).means()["mlm_loss"]
         numbers.append((loss, float(result.logged["optim/grad_norm"])))
     for name, value, reference in zip(("loss", "grad_norm"), *numbers):
         difference = abs(value - reference) / reference
-        found[f"{name}_difference"] = {"ours": difference, "goal": TOLERANCE}
+        yield {f"{name}_difference": {"ours": difference, "goal": TOLERANCE}}

@@ -5,47 +5,25 @@ Imports nothing of ours that its users would not: its process starts as quickly 
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
-import transformers
-from torch._dynamo.utils import counters
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    DataCollatorForLanguageModeling,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
+from scripts.benchmark.clock import Clock, Pace
+
 LOADER_WORKERS = 8  # on a GPU: its collator is Python, and one process would hold the device up
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU has queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def begin_clock(device: torch.device) -> float:
-    """The time, once the device is idle; its peak memory counts from here on."""
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    return time.perf_counter()
-
-
-def end_clock(device: torch.device, begin: float) -> dict[str, float]:
-    """Seconds since `begin`, peak memory of a GPU, and what torch.compile did so far.
-
-    Memory that no tensor uses goes back to the GPU, for the other side."""
-    synchronize(device)
-    seconds, peak = time.perf_counter() - begin, 0
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.empty_cache()
-    compiled = {
-        "graphs": counters["stats"]["unique_graphs"],
-        "graph_breaks": sum(counters["graph_break"].values()),
-    }
-    return {"seconds": seconds, "peak_bytes": peak, **compiled}
 
 
 @dataclass(frozen=True)
@@ -61,31 +39,25 @@ class Peer:
 
     def make_model(self) -> torch.nn.Module:
         """The stock model, from scratch; with the NSP head if the rows have labels."""
-        stock = transformers.AutoModelForPreTraining
-        if "next_sentence_label" not in self.rows[0]:
-            stock = transformers.AutoModelForMaskedLM
+        has_pairs = "next_sentence_label" in self.rows[0]
+        stock = AutoModelForPreTraining if has_pairs else AutoModelForMaskedLM
         model = stock.from_config(copy.deepcopy(self.config), attn_implementation="sdpa")
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model
 
-    def train(
-        self, folder: str, steps: int, *callbacks: TrainerCallback, resume=False, **changed: object
-    ) -> None:
+    def train(self, folder: str, steps: int, *callbacks, resume=None, **changed: object) -> None:
         """Train and print nothing; `changed` are TrainingArguments."""
         values = {"save_strategy": "no", **self.arguments, "max_steps": steps, **changed}
-        trainer = transformers.Trainer(
-            self.make_model(),
-            transformers.TrainingArguments(folder, **values),
-            transformers.DataCollatorForLanguageModeling(self.tokenizer, **self.masks),
-            self.rows,
-            callbacks=list(callbacks),
-        )
+        arguments = TrainingArguments(folder, **values)
+        collator = DataCollatorForLanguageModeling(self.tokenizer, **self.masks)
+        made = (self.make_model(), arguments, collator, self.rows)
+        trainer = Trainer(*made, callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.train(resume_from_checkpoint=resume)
 
-    def run_in_turns(
-        self, turns: Connection, folder: str, steps: int, untimed: int, timed: int, **more: object
+    def train_in_turns(
+        self, turns: Connection, folder: str, steps: int, pace: Pace, more: dict
     ) -> None:
         """Train in a process of its own, a block of steps each turn; `more` goes to `train`."""
         rows, batch = self.rows, self.arguments["per_device_train_batch_size"]
@@ -93,21 +65,11 @@ class Peer:
 
         class TakeTurns(TrainerCallback):
             def on_train_begin(self, arguments, state, control, **_) -> None:
-                turns.recv()
-                self.first_begin = self.begin = begin_clock(arguments.device)
+                self.clock = Clock(turns, arguments.device, pace)
 
             def on_step_end(self, arguments, state, control, **_) -> None:
-                step, device = state.global_step, arguments.device
-                if step % (untimed + timed) == 0:
-                    block = end_clock(device, self.begin)
-                    trained = rows[batch * (step - timed) : batch * step]
-                    block["tokens"] = sum(len(row["input_ids"]) for row in trained)
-                    block["untimed_seconds"] = self.begin - self.first_begin
-                    turns.send(block)
-                    if step < steps:
-                        self.on_train_begin(arguments, state, control)
-                elif step % (untimed + timed) == untimed:
-                    self.begin = begin_clock(device)
+                trained = rows[batch * (state.global_step - 1) : batch * state.global_step]
+                self.clock.end_step(sum(len(row["input_ids"]) for row in trained))
 
         self.train(folder, steps, TakeTurns(), **more)
 

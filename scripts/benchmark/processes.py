@@ -1,4 +1,4 @@
-"""Processes that the benchmark starts: commands of this project, and sides that take turns."""
+"""Processes that the benchmark starts: sides that take turns, and commands of this project."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -30,23 +30,28 @@ class ProcessError(Exception):
 
 class Process:
     """`call(turns, *values)` in a session of its own, which dies with this process. Its output goes
-    to `log`.
+    to a log. It waits for a message with `turns.recv()` and answers with `turns.send`.
 
-    A side that takes turns waits for a message with `turns.recv()`, and `turns.send` answers it."""
+    A fork starts at once and is as good as a new Python, since this process never computes. But a
+    process that has asked for a GPU cannot be forked, and only a new one shows how it starts."""
 
+    method = "fork"  # "spawn": a new Python
+    running: dict[str, Process] = {}  # by name
     patience: float | None = None  # seconds for an answer
     deadline: float | None = None  # of time.monotonic(), for all answers, instead
 
-    def __init__(self, log: Path, call: Callable, *values: object):
-        self.log, self.begin, self.is_working = log, time.perf_counter(), False
-        log.touch()
+    def __init__(self, folder: Path, name: str, call: Callable, *values: object, method: str = ""):
+        self.log, self.begin, self.is_working = folder / f"{name}.log", time.perf_counter(), False
+        self.log.touch()
         # What it leaves when it is killed, multiprocessing removes; it need not warn.
         os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
-        context = multiprocessing.get_context("spawn")  # a fresh Python, as a command has
+        context = multiprocessing.get_context(method or self.method)
         self.turns, theirs = context.Pipe()
-        self.process = context.Process(target=_call, args=(str(log), theirs, call, values))
+        self.process = context.Process(target=_call, args=(self.log, theirs, call, values))
         self.process.start()
+        self.is_running = self.process.is_alive
         theirs.close()
+        self.running[name] = self
 
     def send(self, *message: object) -> None:
         """Let it begin a turn."""
@@ -66,24 +71,47 @@ class Process:
         try:
             answer = self.turns.recv()
         except (EOFError, OSError) as error:
-            raise self.failure() from error
+            self.process.join()
+            raise ProcessError(self.end()) from error
         self.is_working = False
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def is_running(self) -> bool:
-        """Whether it has not ended yet."""
-        return self.process.is_alive()
+    def end(self) -> str:
+        """How it ended, and the last line of its output."""
+        code = self.process.exitcode
+        how = "did not end" if code is None else f"ended with {code}"
+        return f"{how}: {self.tail()}"
 
-    def wait(self) -> None:
-        """Return once it has ended."""
-        self.process.join()
+    def tail(self, lines: int = 1) -> str:
+        """The end of its output."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
+        return "\n".join(text.strip().splitlines()[-lines:]) or "no output"
 
-    def failure(self) -> ProcessError:
-        """Why it ended."""
-        self.process.join()
-        return ProcessError(f"it ended with {self.process.exitcode}: {self.tail()}")
+    def stop(self) -> None:
+        """Kill it and what it started. A stop signal would make a run save first."""
+        self.running.pop(self.log.stem, None)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # if it has no session yet
+        self.process.join(STOP_SECONDS)
+
+    @classmethod
+    def stop_all(cls) -> None:
+        """Stop every process that still runs."""
+        for process in list(cls.running.values()):
+            process.stop()
+
+
+class Command(Process):
+    """`python scripts/SCRIPT.py`, with `options` in a file, and `more` arguments."""
+
+    def __init__(self, folder: Path, script: str, options: dict, *more: str, name: str = "", **how):
+        name = name or script
+        path = folder / f"{name}.json"
+        write_json(path, options)
+        super().__init__(folder, name, _run_script, script, ["--config", str(path), *more], **how)
 
     def outcome(self) -> dict:
         """Exit code (None: it still runs), seconds until now, and the JSON of its last line or, of
@@ -96,31 +124,13 @@ class Process:
             found["result"] = json.loads(self.tail())
         return found
 
-    def tail(self, lines: int = 1) -> str:
-        """The end of its output."""
-        text = self.log.read_text(encoding="utf-8", errors="replace").strip()
-        return "\n".join(text.splitlines()[-lines:]) or "no output"
 
-    def stop(self) -> None:
-        """Kill it and what it started. A stop signal would make a run save first."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()  # if it has no session yet
-        self.process.join(STOP_SECONDS)
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-
-def _call(log: str, turns: Connection, call: Callable, values: tuple) -> None:
+def _call(log: Path, turns: Connection, call: Callable, values: tuple) -> None:
     os.setsid()
     signal_at_parents_end(signal.SIGKILL)
-    output = os.open(log, os.O_WRONLY | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
     try:
         call(turns, *values)
     except Exception as error:  # the log may end with what other libraries printed since
@@ -130,17 +140,17 @@ def _call(log: str, turns: Connection, call: Callable, values: tuple) -> None:
         sys.exit(1)
 
 
-def run_script(turns: None, name: str, arguments: list[str]) -> None:
-    """`python scripts/NAME.py ARGUMENTS`, in this process."""
+def _run_script(turns: None, name: str, arguments: list[str]) -> None:
     sys.argv = [str(SCRIPTS / f"{name}.py"), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def start_script(folder: Path, name: str, script: str, options: dict, *arguments: str) -> Process:
-    """A command of this project with `options`; its files in `folder` are named NAME."""
-    path = folder / f"{name}.json"
-    write_json(path, options)
-    return Process(folder / f"{name}.log", run_script, script, ["--config", str(path), *arguments])
+def send_rows(turns: Connection, rows: Callable[..., Iterator], *values: object) -> None:
+    """Send each of `rows(*values)` in its turn, then None."""
+    for row in rows(*values):
+        turns.recv()
+        turns.send(row)
+    turns.send(None)
 
 
 def training_rows(output: Path) -> dict[int, dict]:

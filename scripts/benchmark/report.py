@@ -12,44 +12,42 @@ COLUMNS = ("ours", "peer", "ratio", "goal")
 def add_ratios(report: dict) -> None:
     """Put beside each figure its ratio to the peer, or to the goal if there is no peer."""
     for part in report.values():
-        for name, sides in part.items():
-            if name != "failed" and isinstance(sides, dict) and "ours" in sides:
+        for sides in part.values():
+            if isinstance(sides, dict) and isinstance(sides.get("ours"), (int, float)):
                 limit = sides.get("peer", sides.get("goal"))
                 if limit:
                     sides["ratio"] = sides["ours"] / limit
-
-
-def short(value: object) -> str:
-    """A number with few digits; anything else as it is."""
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def print_report(report: dict, brief: bool = False) -> None:
     """Every part; if `brief`, without the machine, and without lists other than rows."""
     for part, found in report.items():
         if part != "options" and not (brief and part == "machine"):
-            print_part(part, found, brief)
+            _print_part(part, found, brief)
 
 
-def print_part(part: str, found: dict, brief: bool) -> None:
-    """Figures of both sides, a line each; rows of lists; single values; what failed."""
+def _print_part(part: str, found: dict, brief: bool) -> None:
     values = []
     for name, value in found.items():
         label = name.replace("_", " ")
         if isinstance(value, list):
             for row in [] if brief and name != "rows" else value:
-                print("    " + ", ".join(f"{key} {short(cell)}" for key, cell in row.items()))
+                print("    " + ", ".join(f"{key} {_short(cell)}" for key, cell in row.items()))
         elif not isinstance(value, dict):
-            values.append(f"{label} {short(value)}")
+            values.append(f"{label} {_short(value)}")
         elif name != "failed" and {"ours", "peer"} & value.keys():
-            cells = [f"{name} {short(value[name])}" for name in COLUMNS if name in value]
+            cells = [f"{name} {_short(value[name])}" for name in COLUMNS if name in value]
             print(f"{f'{part}, {label}':32}" + "".join(f"{cell:20}" for cell in cells))
     if values:
         print(f"{part}: {', '.join(values)}")
     for name, reason in found.get("failed", {}).items():
         print(f"{part} FAILED, {name}: {reason}")
+
+
+def _short(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def print_summary(folder: Path) -> None:

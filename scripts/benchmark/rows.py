@@ -15,8 +15,7 @@ from pretrain.data.loader import DataPosition
 from pretrain.data.tokenizer import Vocabulary
 
 
-def make_row(ids: np.ndarray, token_types: np.ndarray, vocabulary: Vocabulary) -> dict:
-    """A sequence, as DataCollatorForLanguageModeling wants it."""
+def _row(ids: np.ndarray, token_types: np.ndarray, vocabulary: Vocabulary) -> dict:
     return {
         "input_ids": ids.tolist(),
         "token_type_ids": token_types.tolist(),
@@ -34,26 +33,24 @@ def same_examples(run, number: int) -> list[dict]:
         ends = np.cumsum(packed.lengths)[:-1]
         sequences = zip(np.split(packed.ids, ends), np.split(packed.token_type_ids, ends))
         for (ids, token_types), label in zip(sequences, examples.plan.label.tolist()):
-            row = make_row(ids, token_types, vocabulary)
-            rows.append(row | ({"next_sentence_label": label} if dataset.task.pairs else {}))
+            labels = {"next_sentence_label": label} if dataset.task.pairs else {}
+            rows.append(_row(ids, token_types, vocabulary) | labels)
     return rows[:number]
 
 
 def blocks(run, number: int) -> list[dict]:
     """Documents, each between [CLS] and [SEP], laid end to end and cut into `number` blocks of
     max_length: nothing is padding."""
-    phase = run.phases[0]
-    width, vocabulary = phase.max_length, phase.collator.vocabulary
-    documents, parts, num_tokens = documents_of(phase.dataset.source), [], 0
+    width, vocabulary = run.phases[0].max_length, run.phases[0].collator.vocabulary
+    documents, parts, num_tokens = _documents(run.phases[0].dataset.source), [], 0
     while num_tokens < number * width:
         parts += [[vocabulary.cls_id], next(documents), [vocabulary.sep_id]]
         num_tokens += len(parts[-2]) + 2
-    ids = np.concatenate(parts)[: number * width].astype(np.int64)
-    token_types = np.zeros(width, np.int64)
-    return [make_row(block, token_types, vocabulary) for block in ids.reshape(number, width)]
+    ids = np.concatenate(parts)[: number * width].astype(np.int64).reshape(number, width)
+    return [_row(block, np.zeros(width, np.int64), vocabulary) for block in ids]
 
 
-def documents_of(corpus: Corpus) -> Iterator[np.ndarray]:
+def _documents(corpus: Corpus) -> Iterator[np.ndarray]:
     """Token ids of each document of the corpus, again and again."""
     for number in count():
         index = number % corpus.num_shards

@@ -5,72 +5,68 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from statistics import median
 
-from scripts.benchmark.peer import describe
-from scripts.benchmark.processes import Process, ProcessError, start_script, training_rows
+from scripts.benchmark.clock import PACE
+from scripts.benchmark.processes import Command, Process, ProcessError, training_rows
 from scripts.benchmark.rows import same_examples
+from scripts.benchmark.steps import serve
 
+METHOD = "spawn"  # a new Python
 STEPS = 3  # then a checkpoint is written; a resumed process makes one more
 POLL_SECONDS = 0.01
 RESUME_GOAL = 5.0  # seconds
 
 
-def measure_start(bench, found: dict) -> None:
+def measure_start(bench) -> Iterator[dict]:
     """Both sides in turns, with their text prepared: seconds to the end of the first step, from
     nothing and from a checkpoint; peak memory of the former, until it has saved."""
-    repeats, values = 1 if bench.options.quick else 3, {}
-    found["failed"] = {}
-    for number, is_resumed in product(range(repeats), (False, True)):
+    ours = Process(bench.folder, "ours", serve, bench.run_options())
+    given = ours.ask("describe_peer", same_examples, STEPS + 1)
+    ours.stop()
+    names = ("seconds_to_first_step", "seconds_to_resume", "peak_gib")
+    failed, values = {}, {name: {"ours": [], "peer": []} for name in names}
+    repeats, sides = 1 if bench.options.quick else 3, {"ours": _our_run, "peer": _peer_run}
+    for number, is_resumed, side in product(range(repeats), (False, True), sides):
+        if side in failed:
+            continue
         folder = bench.folder / str(number)
         folder.mkdir(exist_ok=True)
-        for side, measure in (("ours", our_run), ("peer", peer_run)):
-            if side in found["failed"]:
-                continue
-            try:
-                seconds, peak = measure(bench, folder, is_resumed)
-            except ProcessError as error:
-                found["failed"][side] = str(error)
-                continue
-            name = "seconds_to_resume" if is_resumed else "seconds_to_first_step"
-            values.setdefault((name, side), []).append(seconds)
-            if not is_resumed:
-                values.setdefault(("peak_gib", side), []).append(peak / 2**30)
-    for (name, side), kept in values.items():
-        found.setdefault(name, {"goal": RESUME_GOAL} if name == "seconds_to_resume" else {})
-        found[name][side] = median(kept)
+        try:
+            seconds, peak = sides[side](bench, folder, given, is_resumed)
+        except ProcessError as error:
+            failed[side] = str(error)
+            continue
+        values[names[is_resumed]][side].append(seconds)
+        if not is_resumed:
+            values["peak_gib"][side].append(peak / 2**30)
+    values["seconds_to_resume"]["goal"] = [RESUME_GOAL]
+    for name, kept in values.items():
+        yield {name: {side: median(of) for side, of in kept.items() if of}, "failed": failed}
 
 
-def our_run(bench, folder: Path, is_resumed: bool) -> tuple[float, int]:
+def _our_run(bench, folder: Path, given: dict, is_resumed: bool) -> tuple[float, int]:
     """(seconds to the first step, peak bytes) of pretrain.py, from its start or from --resume."""
     output, first = folder / "ours", STEPS + 1 if is_resumed else 1
-    options = bench.run_options(
-        output=str(output),
-        resume=is_resumed,
-        micro_batch_size=bench.run.micro_batch_size,
-        max_steps=STEPS + is_resumed,
-        save_every=str(STEPS),
-        log_every=1,
-    )
-    process = start_script(folder, "pretrain", "pretrain", options)
+    changed = {"output": str(output), "resume": is_resumed, "max_steps": STEPS + is_resumed}
+    changed |= {"save_every": str(STEPS), "log_every": 1, **given["facts"]}
+    process = Command(folder, "pretrain", bench.run_options(**changed), method=METHOD)
     seconds, peak = watch(process, lambda: first in training_rows(output))
     if bench.device_type == "cuda":
         peak = max(row["memory/peak_bytes"] for row in training_rows(output).values())
     return seconds, peak
 
 
-def peer_run(bench, folder: Path, is_resumed: bool) -> tuple[float, int]:
+def _peer_run(bench, folder: Path, given: dict, is_resumed: bool) -> tuple[float, int]:
     """The same of a Trainer, from its start or from `resume_from_checkpoint`."""
-    steps = STEPS + is_resumed
-    peer = describe(bench.run, same_examples(bench.run, (STEPS + 1) * bench.options.batch_size))
+    steps, pace = STEPS + is_resumed, PACE["cpu"]  # a block is one step
     more = {"resume": is_resumed, "save_strategy": "steps", "save_steps": steps}
-    call = partial(peer.run_in_turns, **more)
-    process = Process(folder / "peer.log", call, str(folder / "peer"), steps, 0, 1)
-    for _ in range(steps):
+    values = (given["peer"].train_in_turns, str(folder / "peer"), steps, pace, more)
+    process = Process(folder, "peer", *values, method=METHOD)
+    for _ in range(steps + 1):
         process.send()  # so that it never waits
     seconds, peak = watch(process, process.turns.poll)
     if bench.device_type == "cuda":
@@ -82,18 +78,18 @@ def peer_run(bench, folder: Path, is_resumed: bool) -> tuple[float, int]:
 def watch(process: Process, is_done: Callable[[], bool]) -> tuple[float, int]:
     """(seconds until `is_done`, peak of private memory until the end); ProcessError if it fails."""
     seconds, peak, is_running = 0.0, 0, True
-    with process:
-        while is_running:
-            is_running, peak = process.is_running(), max(peak, private_bytes(process.process.pid))
-            if not seconds and is_done():
-                seconds = time.perf_counter() - process.begin
-            time.sleep(POLL_SECONDS)
-        if process.process.exitcode or not seconds:
-            raise process.failure()
+    while is_running:
+        is_running, peak = process.is_running(), max(peak, _private_bytes(process.process.pid))
+        if not seconds and is_done():
+            seconds = time.perf_counter() - process.begin
+        time.sleep(POLL_SECONDS)
+    process.stop()
+    if process.process.exitcode or not seconds:
+        raise ProcessError(process.end())
     return seconds, peak
 
 
-def private_bytes(pid: int) -> int:
+def _private_bytes(pid: int) -> int:
     """Memory of a process that no file backs, RssAnon of Linux; 0 on other systems."""
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")

@@ -22,22 +22,11 @@ from pretrain.runtime.memory import FULL, micro_batch_fits
 from pretrain.runtime.nan_guard import NanGuard
 from pretrain.runtime.optim import autocast, make_optimizers, peak_flops
 from pretrain.train import train_step
-from scripts.benchmark.peer import begin_clock, describe, end_clock
+from scripts.benchmark.clock import PACE, Clock, begin_clock, end_clock
+from scripts.benchmark.peer import describe
 from scripts.benchmark.processes import Process, ProcessError
 from scripts.benchmark.rows import blocks, same_examples
 
-
-@dataclass(frozen=True)
-class Pace:
-    """How the sides take turns on a kind of device, in steps."""
-
-    timed: int  # of a side in a row: a GPU queues the next one while it computes, as in a run
-    untimed: int  # before them: between its blocks a side gives its free memory back to the GPU
-    steady: int  # of ours alone, so that no batch was prepared in the other side's time
-    patience: float  # seconds for a block of the peer; the first one compiles
-
-
-PACE = {"cpu": Pace(1, 0, 2, 1800), "cuda": Pace(8, 1, 32, 90)}
 WARM_UP_BLOCKS = 2  # of each side; the first one compiles
 MIN_BLOCKS = 3  # timed, of each side
 PEER_MEMORY = 2  # times ours that the peer may need: 1.3 to 1.7 were measured
@@ -60,110 +49,80 @@ class Variant:
 
 
 SHARDED = {"compile": "off", "shard": True}
-GROUPS = (  # that warm up together, since most of that is compiling; what may take longest is last
-    (
-        Variant("as it is"),
-        Variant("micro-batch twice as large", micro_batch=2, batch=2),
-        Variant("two micro-batches a step", batch=2),
-    ),
-    (
-        Variant("compile off", options={"compile": "off"}, needs_gpu=True),
-        Variant("FSDP2, one process", options=SHARDED, in_group=True),
-        Variant("FSDP2, bf16", options=SHARDED, in_group=True, bf16_weights=True, needs_gpu=True),
-    ),
-    (
-        Variant("DDP, one process", in_group=True),
-        Variant("compile mode reduce-overhead", mode="reduce-overhead", needs_gpu=True),
-        Variant("compile mode max-autotune", mode="max-autotune-no-cudagraphs", needs_gpu=True),
-    ),
+VARIANTS = (  # what may take longest is last
+    Variant("as it is"),
+    Variant("micro-batch twice as large", micro_batch=2, batch=2),
+    Variant("two micro-batches a step", batch=2),
+    Variant("compile off", options={"compile": "off"}, needs_gpu=True),
+    Variant("FSDP2, one process", options=SHARDED, in_group=True),
+    Variant("FSDP2, bf16", options=SHARDED, in_group=True, bf16_weights=True, needs_gpu=True),
+    Variant("DDP, one process", in_group=True),
+    Variant("compile mode reduce-overhead", mode="reduce-overhead", needs_gpu=True),
+    Variant("compile mode max-autotune", mode="max-autotune-no-cudagraphs", needs_gpu=True),
 )
+GROUP = 3  # that warm up together, since most of that is compiling
 
 
 class Ours:
     """Our side: each `step` is an optimizer step as `train` makes it."""
 
     def __init__(self, run):
-        self.run, self.pace = run, PACE[run.device.type]
+        self.run, self.device, config = run, run.device, run.config
         self.model = wrap(run.model.train(), run.compile)
-        self.optimizers = make_optimizers(run.model, run.config)
-        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
+        self.optimizers = make_optimizers(run.model, config)
+        scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
+        self.autocast = autocast(run.device, run.precision)
+        rates = (config.learning_rate, config.max_grad_norm)
+        self.settings = (scaler, self.autocast, *rates, run.device)
         self.loader = run.data  # the micro-batches of each step
         self.guard, self.wait_seconds = NanGuard(), 0.0
 
     def step(self) -> tuple[int, float]:
         """Real tokens and floating-point operations of one step; a GPU has queued it, not done."""
-        run, begin = self.run, time.perf_counter()
+        begin = time.perf_counter()
         batches = next(self.loader)
         self.wait_seconds += time.perf_counter() - begin
-        result = train_step(
-            self.model,
-            batches,
-            self.optimizers,
-            self.scaler,
-            autocast(run.device, run.precision),
-            run.config.learning_rate,
-            run.config.max_grad_norm,
-            run.device,
-        )
+        result = train_step(self.model, batches, self.optimizers, *self.settings)
         # Reads the flag of the step before: the host is one step ahead, no more.
         self.guard.observe(result.finite, self.loader.step)
-        return sum(batch.num_tokens for batch in batches), run.flops(batches)
+        return sum(batch.num_tokens for batch in batches), self.run.flops(batches)
 
-    def block(self) -> dict:
-        """A block of steps: tokens, operations and what `end_clock` gives; the matrix rate, each
-        time, since others may take a part of the machine for a while."""
-        device = self.run.device
-        first_begin = begin_clock(device)
-        for _ in range(self.pace.untimed):
-            self.step()
-        begin = begin_clock(device)
-        steps = [self.step() for _ in range(self.pace.timed)]
-        block = end_clock(device, begin) | {"untimed_seconds": begin - first_begin}
-        block["tokens"], block["flops"] = (sum(numbers) for numbers in zip(*steps))
-        block["matrix_flops"] = peak_flops(device, self.run.precision)
-        return block | {"micro_batch_size": self.run.micro_batch_size}
+    def facts(self) -> dict:
+        """Added to each block. Others may take a part of the machine for a while, so the matrix
+        rate is measured each time."""
+        matrix_flops = peak_flops(self.device, self.run.precision)
+        return {"matrix_flops": matrix_flops, "micro_batch_size": self.run.micro_batch_size}
 
     def describe_peer(self, rows_of: Callable, num_steps: int) -> dict:
         """The peer that trains on the same text, and whether a GPU is too small for both sides at
         once, from the peak of an eager step of ours."""
         run, is_tight = self.run, False
-        if run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(run.device)
-            batch = run.phases[0].fullest_batch().to(run.device)
-            micro_batch_fits(run.model, batch, autocast(run.device, run.precision))
-            peak = torch.cuda.max_memory_allocated(run.device)
-            total = torch.cuda.get_device_properties(run.device).total_memory
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            batch = run.phases[0].fullest_batch().to(self.device)
+            micro_batch_fits(run.model, batch, self.autocast)
+            peak = torch.cuda.max_memory_allocated(self.device)
+            total = torch.cuda.get_device_properties(self.device).total_memory
             is_tight = (1 + PEER_MEMORY) * peak > 0.9 * total
         peer = describe(run, rows_of(run, num_steps * run.config.batch_size))
         facts = {"micro_batch_size": run.micro_batch_size, "precision": run.precision}
         return {"peer": peer, "is_tight": is_tight, "facts": facts}
 
-    def profile(self) -> dict:
+    def profile(self, num_steps: int) -> dict:
         """What one step consists of, how long nothing is computed, the share of the time that waits
         for data, and places where the host waits for the device (none is wanted)."""
-        device, num_steps = self.run.device, self.pace.steady
-        is_cuda = device.type == "cuda"
         for _ in range(2):  # the first one may compile
             self.step()
-        self.wait_seconds, begin = 0.0, begin_clock(device)
+        self.wait_seconds, begin = 0.0, begin_clock(self.device)
         tokens = sum(self.step()[0] for _ in range(num_steps))
-        seconds = end_clock(device, begin)["seconds"]
+        seconds = end_clock(self.device, begin)["seconds"]
         wait_share = self.wait_seconds / seconds
-        activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[activity]) as profiler:
-            begin = begin_clock(device)
-            self.step()
-            profiled_seconds = end_clock(device, begin)["seconds"]
-        # The profiler slows the host, not the kernels.
-        step_seconds = seconds / num_steps if is_cuda else profiled_seconds
-        kernels = {}
-        for event in profiler.key_averages():
-            # Ranges that the program names, as the optimizer does, hold kernels counted already.
-            if event.device_type.name == device.type.upper() and not event.is_user_annotation:
-                took = event.self_device_time_total if is_cuda else event.self_cpu_time_total
-                kernels[event.key] = (took / 1e6, event.count)
+        step_seconds, kernels = self._kernels()
+        if self.device.type == "cuda":  # the profiler slows the host, not the kernels
+            step_seconds = seconds / num_steps
         busy_seconds = sum(took for took, _ in kernels.values())
-        waits = self.places_of_waits()
+        shown = sorted(kernels.items(), key=lambda item: -item[1][0])[:SHOWN_KERNELS]
+        waits = self._waits()
         return {
             "tokens_per_second": {"ours": tokens / seconds},
             "data_wait": {"ours": wait_share, "goal": DATA_WAIT_GOAL},
@@ -172,15 +131,31 @@ class Ours:
             "kernels_ms": {"ours": 1000 * busy_seconds},
             "kernels": [
                 {"share": took / step_seconds, "ms": 1000 * took, "count": count, "name": name}
-                for name, (took, count) in sorted(kernels.items(), key=lambda item: -item[1][0])
-            ][:SHOWN_KERNELS],
+                for name, (took, count) in shown
+            ],
             "waits": [{"place": place} for place in waits],
             "waits_for_device": len(waits),
         }
 
-    def places_of_waits(self) -> list[str]:
+    def _kernels(self) -> tuple[float, dict[str, tuple[float, int]]]:
+        """Seconds of a profiled step; seconds and count of each of its kernels or operators."""
+        kind = self.device.type.upper()
+        with torch.profiler.profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
+            begin = begin_clock(self.device)
+            self.step()
+            seconds = end_clock(self.device, begin)["seconds"]
+        kernels = {}
+        for event in profiler.key_averages():
+            # Ranges that the program names, as the optimizer does, hold kernels counted already.
+            if event.device_type.name == kind and not event.is_user_annotation:
+                on_gpu = kind == "CUDA"
+                took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+                kernels[event.key] = (took / 1e6, event.count)
+        return seconds, kernels
+
+    def _waits(self) -> list[str]:
         """Places in one step where the host waits for a GPU."""
-        if self.run.device.type != "cuda":
+        if self.device.type != "cuda":
             return []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -192,7 +167,7 @@ class Ours:
 
 
 def serve(turns: Connection, options: dict, variant: Variant = Variant()) -> None:
-    """Our side in a process of its own: a message is the name of a method of `Ours`, and values."""
+    """Our side in a process of its own: it trains in turns and answers with methods of `Ours`."""
     if variant.in_group:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -208,9 +183,9 @@ def serve(turns: Connection, options: dict, variant: Variant = Variant()) -> Non
     ours = Ours(run)
     if variant.mode:
         ours.model = torch.compile(run.model, dynamic=False, mode=variant.mode)
+    clock = Clock(turns, ours.device, PACE[ours.device.type], ours)
     while True:
-        method, *values = turns.recv()
-        turns.send(getattr(ours, method)(*values))
+        clock.end_step(*ours.step())
 
 
 def take_turns(sides: dict[str, Process], order: list[str]) -> Iterator[tuple[dict, dict]]:
@@ -222,7 +197,7 @@ def take_turns(sides: dict[str, Process], order: list[str]) -> Iterator[tuple[di
         if side in failed:
             continue
         try:
-            taken[side].append(sides[side].ask("block"))
+            taken[side].append(sides[side].ask())
         except ProcessError as error:
             failed[side] = str(error)
             sides[side].stop()
@@ -231,8 +206,10 @@ def take_turns(sides: dict[str, Process], order: list[str]) -> Iterator[tuple[di
 
 def figures_of(blocks: list[dict], timed_steps: int, same_work: list[dict]) -> dict[str, float]:
     """Medians of the timed blocks of a side; the share of the matrix rate, if blocks of ours do the
-    same work; what a GPU and torch.compile add."""
+    same work; what a GPU and torch.compile add. Nothing before the first timed block."""
     warm_up, timed = blocks[:WARM_UP_BLOCKS], blocks[WARM_UP_BLOCKS:]
+    if not timed:
+        return {}
     rate = median(block["tokens"] / block["seconds"] for block in timed)
     figures = {
         "tokens_per_second": rate,
@@ -253,88 +230,84 @@ def figures_of(blocks: list[dict], timed_steps: int, same_work: list[dict]) -> d
     return figures
 
 
-def measure_train(bench, found: dict) -> None:
-    """Real tokens/s of both sides on the same pairs."""
-    ours = measure_training(bench, found, same_examples)
-    if "profile" in bench.options.parts:
-        bench.ours = ours
-    else:
-        ours.stop()
+def measure_train(bench) -> Iterator[dict]:
+    """Real tokens/s of both sides on the same pairs. Leaves our side to the part profile."""
+    return measure_both(bench, same_examples)
 
 
-def measure_blocks(bench, found: dict) -> None:
+def measure_blocks(bench) -> Iterator[dict]:
     """Real tokens/s of MLM alone, beside the peer on blocks without padding."""
-    measure_training(bench, found, blocks, objective="mlm").stop()
+    return measure_both(bench, blocks, objective="mlm")
 
 
-def measure_profile(bench, found: dict) -> None:
+def measure_profile(bench) -> Iterator[dict]:
     """`Ours.profile`, alone."""
-    ours = bench.ours or bench.start("ours", serve, bench.run_options())
-    found.update(ours.ask("profile"))
-    ours.stop()
+    ours = Process.running.get("ours") or Process(bench.folder, "ours", serve, bench.run_options())
+    yield ours.ask("profile", PACE[bench.device_type].steady)
 
 
-def measure_training(bench, found: dict, rows_of: Callable, **changed: object) -> Process:
+def measure_both(bench, rows_of: Callable, **changed: object) -> Iterator[dict]:
     """Both sides with the largest micro-batch for which they have memory, over rows of `rows_of`:
-    if one has not, both take half. Returns our side."""
+    if one has not, both take half."""
     pace, size = PACE[bench.device_type], bench.options.micro_batch_size
     num_blocks = WARM_UP_BLOCKS + max(MIN_BLOCKS, -(-bench.options.steps // pace.timed))
     num_steps = num_blocks * (pace.untimed + pace.timed)
-    larger = []  # micro-batches
+    too_large = []  # micro-batches
     while True:
-        ours = bench.start("ours", serve, bench.run_options(**changed, micro_batch_size=size))
+        options = bench.run_options(**changed, micro_batch_size=size)
+        ours = Process(bench.folder, "ours", serve, options)
         given = ours.ask("describe_peer", rows_of, num_steps)
         if given["facts"]["micro_batch_size"] < size:
-            larger.append({"micro_batch_size": size, "failed": "ours: out of memory"})
-        values = (str(bench.folder), num_steps, pace.untimed, pace.timed)
-        peer = bench.start("peer", given["peer"].run_in_turns, *values)
+            too_large.append({"micro_batch_size": size, "failed": "ours: out of memory"})
+        size = given["facts"]["micro_batch_size"]
+        train = given["peer"].train_in_turns
+        peer = Process(bench.folder, "peer", train, str(bench.folder), num_steps, pace, {})
         peer.patience = pace.patience
         order = ["ours", "peer"] * num_blocks
         if given["is_tight"]:
-            order = sorted(order)
+            order.sort()
         else:
-            peer.send("block")  # it warms up while ours does
+            peer.send()  # it warms up while ours does
         for taken, failed in take_turns({"ours": ours, "peer": peer}, order):
+            found = {**given["facts"], "rows": too_large, "failed": failed}
             same_work = taken["ours"] if rows_of is same_examples else []
-            found.update(given["facts"], rows=larger, failed=failed)
             for side, kept in taken.items():
-                if len(kept) > WARM_UP_BLOCKS:
-                    for name, value in figures_of(kept, pace.timed, same_work).items():
-                        found.setdefault(name, {})[side] = value
-            bench.save()
+                for name, value in figures_of(kept, pace.timed, same_work).items():
+                    found.setdefault(name, {})[side] = value
+            yield found
         peer.stop()
         reasons = "; ".join(f"{side}: {reason}" for side, reason in failed.items())
         is_full = any(words in reasons for words in (*FULL, "OutOfMemoryError", "MemoryError"))
-        size = given["facts"]["micro_batch_size"]
         if not is_full or size % 2:
-            return ours
+            return
         ours.stop()
-        larger.append({"micro_batch_size": size, "failed": reasons})
+        too_large.append({"micro_batch_size": size, "failed": reasons})
         size //= 2
 
 
-def measure_variants(bench, found: dict) -> None:
+def measure_variants(bench) -> Iterator[dict]:
     """A row with the figures of each variant, or its error; none takes longer than --minutes."""
     pace, deadline = PACE[bench.device_type], time.monotonic() + 60 * bench.options.minutes
-    rows = {variant.name: {"variant": variant.name} for group in GROUPS for variant in group}
-    found.update(failed={}, rows=list(rows.values()))
-    for group in GROUPS:
+    rows = {variant.name: {"variant": variant.name} for variant in VARIANTS}
+    for first in range(0, len(VARIANTS), GROUP):
         sides = {}
-        for variant in group:
+        for variant in VARIANTS[first : first + GROUP]:
+            if time.monotonic() > deadline:
+                rows[variant.name]["error"] = "no time left"
+                continue
             if variant.needs_gpu and bench.device_type == "cpu":
                 rows[variant.name]["needs"] = "a GPU"
                 continue
-            process = bench.start(variant.name, serve, bench.run_options(), variant)
+            process = Process(bench.folder, variant.name, serve, bench.run_options(), variant)
             process.deadline = deadline
-            process.send("block")
+            process.send()
             sides[variant.name] = process
         for taken, failed in take_turns(sides, list(sides) * (WARM_UP_BLOCKS + MIN_BLOCKS)):
             for name, kept in taken.items():
+                rows[name] |= figures_of(kept, pace.timed, kept)
+                if kept:
+                    rows[name]["micro_batch_size"] = kept[-1]["micro_batch_size"]
                 if name in failed:
                     rows[name]["error"] = failed[name]
-                elif len(kept) > WARM_UP_BLOCKS:
-                    rows[name]["micro_batch_size"] = kept[-1]["micro_batch_size"]
-                    rows[name].update(figures_of(kept, pace.timed, kept))
-            bench.save()
-        for process in sides.values():
-            process.stop()
+            yield {"rows": list(rows.values())}
+        Process.stop_all()
