@@ -10,18 +10,23 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from pretrain.batch import Batch, Loss
-from pretrain.runtime.distributed import World, sum_over_ranks
-from pretrain.schema import FLOAT, TEXT, number, values_of
+from pretrain.runtime.distributed import World, all_reduce
+from pretrain.schema import TEXT, number, values_of
 
 MAX_LOG_PERPLEXITY = 700.0  # exp of more overflows
-MAX_SUM = 1e30  # in a saved state
+SUMMED = ("sums", "num_correct", "counts")  # of `LossTotals`
+# What `Meter` adds up between two logged steps.
+SUMS = ("tokens", "slots", "sequences", "masked", "shortfall", "flops", "wait_seconds", "seconds")
+NUMBERS = values_of(number(-1e305, 1e305), "numbers by name")  # in a saved state
+TEXTS = values_of(TEXT, "text by name")
 
 
 @dataclass
@@ -37,55 +42,45 @@ class LossTotals:
     @classmethod
     def of(cls, losses: dict[str, Loss], counts: dict[str, float]) -> LossTotals:
         """The totals of one batch."""
+        correct = {name: loss.num_correct for name, loss in losses.items()}
         return cls(
             {name: loss.sum.detach().double() for name, loss in losses.items()},
-            {
-                name: loss.num_correct.double()
-                for name, loss in losses.items()
-                if loss.num_correct is not None
-            },
+            {name: number.double() for name, number in correct.items() if number is not None},
             {name: float(count) for name, count in counts.items()},
             {name: loss.weight for name, loss in losses.items()},
             {name: loss.count or name for name, loss in losses.items()},
         )
 
-    def __add__(self, other: LossTotals) -> LossTotals:
-        return LossTotals(
-            _add(self.sums, other.sums),
-            _add(self.num_correct, other.num_correct),
-            _add(self.counts, other.counts),
-            self.weights | other.weights,
-            self.denominators | other.denominators,
-        )
+    def __iadd__(self, other: LossTotals) -> LossTotals:
+        for group in SUMMED:
+            mine = vars(self)[group]
+            for name, value in vars(other)[group].items():
+                mine[name] = mine.get(name, 0.0) + value
+        self.weights.update(other.weights)
+        self.denominators.update(other.denominators)
+        return self
+
+    def _mapped(self, change: Callable[[Tensor | float], Tensor | float]) -> LossTotals:
+        """With `change` of each number; in the same order on all processes."""
+        mapped = {}
+        for group in SUMMED:
+            numbers = vars(self)[group]
+            mapped[group] = {name: change(numbers[name]) for name in sorted(numbers)}
+        return replace(self, **mapped)
 
     def where(self, keep: Tensor | bool) -> LossTotals:
-        """These totals if `keep`, zeros otherwise, also for those that are not finite.
-
-        Numbers are made on the device: copying them there would wait for it."""
+        """These totals if `keep`, zeros otherwise, also for those that are not finite. The zero is
+        made on the device: copying it there would wait."""
         keep = torch.as_tensor(keep)
-
-        def kept(part: Tensor | float) -> Tensor:
-            if not isinstance(part, Tensor):
-                part = torch.full((), part, dtype=torch.float64, device=keep.device)
-            return torch.where(keep, part.double(), torch.zeros_like(part, dtype=torch.float64))
-
-        parts = {
-            name: {key: kept(part) for key, part in getattr(self, name).items()}
-            for name in ("sums", "num_correct", "counts")
-        }
-        return LossTotals(**parts, weights=self.weights, denominators=self.denominators)
+        zero = torch.zeros((), dtype=torch.float64, device=keep.device)
+        return self._mapped(lambda value: torch.where(keep, value, zero))
 
     def read(self, device: torch.device) -> LossTotals:
         """As numbers, summed over all processes, each of which has the same terms."""
-        groups = ("sums", "num_correct", "counts")
-        flat = {
-            (group, key): value for group in groups for key, value in getattr(self, group).items()
-        }
-        numbers = read_over_ranks([flat[key] for key in sorted(flat)], device)
-        read: dict[str, dict[str, float]] = {group: {} for group in groups}
-        for (group, key), value in zip(sorted(flat), numbers):
-            read[group][key] = value
-        return LossTotals(**read, weights=self.weights, denominators=self.denominators)
+        values: list[Tensor | float] = []
+        self._mapped(values.append)
+        numbers = iter(_read_over_ranks(values, device))
+        return self._mapped(lambda _: next(numbers))
 
     def means(self) -> dict[str, float]:
         """Of totals that are numbers: loss, NAME_loss, NAME_accuracy and perplexity, under the
@@ -105,42 +100,30 @@ class LossTotals:
         return numbers
 
 
-def _add(left: dict, right: dict) -> dict:
-    return left | {name: left.get(name, 0.0) + value for name, value in right.items()}
-
-
-def read_over_ranks(values: Sequence[Tensor | float], device: torch.device) -> list[float]:
+def _read_over_ranks(values: Sequence[Tensor | float], device: torch.device) -> list[float]:
     """Scalars as numbers, summed over all processes. Waits for the device once."""
     if not values:
         return []
     tensors = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
-    return sum_over_ranks(torch.stack(tensors).cpu()).tolist()
+    return all_reduce(torch.stack(tensors).cpu()).tolist()
 
 
 class Meter:
-    """Sums since the last logged step, and totals of the run.
-
-    Time counts from the start of `waiting` to the end of `add`: evaluation and saving do not.
-    `state_dict` sums over the processes; `load_state_dict` gives the sums to the first one.
-    """
+    """Sums since the last logged step, and totals of the run. Time counts from the start of
+    `waiting` to the end of `add`: evaluation and saving do not. `state_dict` sums over the
+    processes; `load_state_dict` gives the sums to the first one."""
 
     state_form = {
-        "losses": {
-            **dict.fromkeys(("sums", "num_correct", "counts"), values_of(FLOAT, "numbers by name")),
-            "weights": values_of(number(-MAX_SUM, MAX_SUM), "numbers by name"),
-            "denominators": values_of(TEXT, "text by name"),
-        },
-        "sums": values_of(number(0, MAX_SUM), "numbers by name"),
-        "totals": values_of(number(0, MAX_SUM), "numbers by name"),
-        "last_means": values_of(FLOAT, "numbers by name"),
+        "losses": dict.fromkeys((*SUMMED, "weights"), NUMBERS) | {"denominators": TEXTS},
+        **dict.fromkeys(("sums", "totals", "last_means"), NUMBERS),
     }
 
     def __init__(self, device: torch.device, world: World, peak_flops: float):
         self.device, self.world = device, world
         self.peak_flops = peak_flops * world.size  # FLOP/s of all devices
         self.losses = LossTotals()
-        self.sums: dict[str, float] = {}  # of this process, since the last logged step
-        self.totals: dict[str, float] = {}  # of all processes, up to the last logged step
+        self.sums: Counter = Counter()  # of SUMS; of this process, since the last logged step
+        self.totals: Counter = Counter()  # of all processes, up to the last logged step
         self.last_means: dict[str, float] = {}
         self._logged: dict[str, Tensor | float] = {}
         self._tick = 0.0
@@ -150,95 +133,81 @@ class Meter:
         """Around the fetch of a step's data: the clock starts, and the wait for data is noted."""
         self._tick = begin = time.perf_counter()
         yield
-        self._count("wait_seconds", (time.perf_counter() - begin) / self.world.size)
+        self.sums["wait_seconds"] += (time.perf_counter() - begin) / self.world.size
 
-    def add(
-        self,
-        losses: LossTotals,
-        logged: dict[str, Tensor | float],
-        batches: Sequence[Batch],
-        flops: float,
-    ) -> None:
+    def add(self, losses: LossTotals, logged: dict, batches: Sequence[Batch], flops: float) -> None:
         """One update: its losses, the numbers to log as they are, its data, its operations."""
-        self.losses = self.losses + losses
+        self.losses += losses
         self._logged = logged
-        self._count("tokens", sum(batch.num_tokens for batch in batches))
-        self._count("slots", sum(len(batch.input_ids) for batch in batches))
-        self._count("sequences", sum(batch.num_sequences for batch in batches))
-        self._count("masked", sum(batch.counts.get("mlm", 0) for batch in batches))
-        self._count("shortfall", sum(batch.shortfall for batch in batches))
-        self._count("flops", flops)
+        for batch in batches:
+            self.sums["tokens"] += batch.num_tokens
+            self.sums["slots"] += len(batch.input_ids)
+            self.sums["sequences"] += batch.num_sequences
+            self.sums["masked"] += batch.counts.get("mlm", 0)
+            self.sums["shortfall"] += batch.shortfall
+        self.sums["flops"] += flops
         self._count_seconds()
 
     def flush(self) -> dict[str, float]:
         """The numbers of the steps since the last flush. Waits for the device."""
         logged = {name: float(value) for name, value in self._logged.items()}
-        means = self.losses.read(self.device).means()
+        self.last_means = self.losses.read(self.device).means()
         self._count_seconds()  # with the wait for the device, so that the speed is right
         sums = self._read_sums()
+        self.totals.update(sums)  # adds
+        self.losses, self.sums = LossTotals(), Counter()
         seconds = max(sums["seconds"], 1e-9)
-        self._add_to_totals(sums, means)
-        self.losses, self.sums = LossTotals(), {}
         return {
-            **{f"train/{name}": value for name, value in means.items()},
+            **{f"train/{name}": value for name, value in self.last_means.items()},
             "speed/tokens_per_second": sums["tokens"] / seconds,
             "speed/mfu": sums["flops"] / seconds / self.peak_flops,
             "speed/data_wait": sums["wait_seconds"] / seconds,
             "speed/padding": 1 - sums["tokens"] / sums["slots"],
             **logged,
-            "memory/peak_bytes": peak_memory_bytes(self.device),
+            "memory/peak_bytes": _peak_memory_bytes(self.device),
         }
 
     def summary(self) -> dict[str, float]:
         """The totals of the run up to now, with the means of the last logged steps."""
-        sums = self._read_sums()
-        totals = _add(self.totals, sums)
-        seconds = max(totals.get("seconds", 0.0), 1e-9)
+        totals = Counter(self.totals)
+        totals.update(self._read_sums())
+        seconds = max(totals["seconds"], 1e-9)
         return {
-            "real_tokens": int(totals.get("tokens", 0)),
+            "real_tokens": int(totals["tokens"]),
             "seconds": seconds,
-            "sequences_per_second": totals.get("sequences", 0.0) / seconds,
-            "tokens_per_second": totals.get("tokens", 0.0) / seconds,
-            "mask_shortfall": totals.get("shortfall", 0.0) / max(1.0, totals.get("masked", 0.0)),
+            "sequences_per_second": totals["sequences"] / seconds,
+            "tokens_per_second": totals["tokens"] / seconds,
+            "mask_shortfall": totals["shortfall"] / max(1.0, totals["masked"]),
             **{f"train_{name}": value for name, value in self.last_means.items()},
         }
 
     def state_dict(self) -> dict:
         """Everything since the start, summed over all processes, which call this together."""
-        losses = self.losses.read(self.device)
         return {
-            "losses": vars(losses),
+            "losses": vars(self.losses.read(self.device)),
             "sums": self._read_sums(),
             "totals": dict(self.totals),
-            "last_means": dict(self.last_means),
+            "last_means": self.last_means,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """The counterpart of `state_dict`."""
         losses = LossTotals(**state["losses"])
         self.losses = losses if self.world.is_main else losses.where(False)
-        self.sums = dict(state["sums"]) if self.world.is_main else dict.fromkeys(state["sums"], 0.0)
-        self.totals, self.last_means = dict(state["totals"]), dict(state["last_means"])
-
-    def _count(self, name: str, value: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums = Counter(state["sums"] if self.world.is_main else {})
+        self.totals, self.last_means = Counter(state["totals"]), state["last_means"]
 
     def _count_seconds(self) -> None:
         """Time since the last call or the start of the fetch; the sum over processes is a mean."""
         now = time.perf_counter()
-        self._count("seconds", (now - self._tick) / self.world.size)
+        self.sums["seconds"] += (now - self._tick) / self.world.size
         self._tick = now
 
     def _read_sums(self) -> dict[str, float]:
-        names = sorted(self.sums)
-        return dict(zip(names, read_over_ranks([self.sums[name] for name in names], "cpu")))
-
-    def _add_to_totals(self, sums: dict[str, float], means: dict[str, float]) -> None:
-        self.totals, self.last_means = _add(self.totals, sums), means
+        return dict(zip(SUMS, _read_over_ranks([self.sums[name] for name in SUMS], "cpu")))
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that was in use: of the GPU by torch, else of this process."""
+def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss

@@ -25,7 +25,6 @@ def ignore_stop_signals() -> None:
 
 
 def signal_at_parents_end(number: int) -> bool:
-    """Ask the kernel to send `number` to this process when the thread that started it ends.
-
-    False on systems other than Linux, where it will not."""
+    """Ask the kernel to send `number` to this process when the thread that started it ends. False
+    on systems other than Linux, where it will not."""
     return sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number) == 0

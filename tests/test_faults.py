@@ -214,24 +214,29 @@ PLACES = {
     "end": (train, "conclude", 1),
     "restart": (ckpt, "read_states", 1),
 }
-OF_MUON = {"save of a state", "restart", "end"}
-KILLS = [(place, "muon" if place in OF_MUON else "adamw") for place in PLACES] + [("step", "muon")]
+OF_MUON = ["save of a state", "restart", "end"]
+EARLY = ["tokenizer", "plan", "options", "first evaluation", "save of a model", "first sync"]
+EARLY += ["first step"]
+KILLS = [(place, "adamw") for place in PLACES if place not in EARLY + OF_MUON]
+KILLS += [(place, "muon") for place in (*OF_MUON, "step", ",".join(EARLY))]
 
 
-@pytest.mark.parametrize(("place", "optimizer"), KILLS)
-def test_killed_anywhere_then_resumed(undisturbed, options, output, place, optimizer):
+@pytest.mark.parametrize(("places", "optimizer"), KILLS)
+def test_killed_anywhere_then_resumed(undisturbed, options, output, places, optimizer):
+    """Once or, before the first checkpoint, again and again."""
     whole = undisturbed(optimizer)
-    if place == "restart":
+    if places == "restart":
         interrupted_copy(whole, output, 4)
     more = ["--optimizer", optimizer, "--keep", 1, "--resume"]
-    start(output, options, more, fault=at(*PLACES[place], send(KILL)), ends_with=-KILL)
-    if place == "between two renames":
+    for place in places.split(","):
+        start(output, options, more, fault=at(*PLACES[place], send(KILL)), ends_with=-KILL)
+    if places == "between two renames":
         assert (output / ".best.previous").is_dir() and not (output / "best").exists()
-    if "step" in place:
+    if places == "step":
         wait_for_the_next_second()
     resume(output, options, more)
     assert_same_run(whole, output)
-    if "step" in place:
+    if places == "step":
         assert_one_curve(output)
     assert json.loads((output / "summary.json").read_text())["state"] == "finished"
     assert [path.name for path in ckpt.checkpoints(output)] == ["checkpoint-10"]
@@ -274,7 +279,7 @@ def test_a_damaged_model_folder_is_made_again(finished, output, name, capsys):
     assert_same_run(finished, output)
     assert ckpt.problem_of(output / name, needed=()) is None
     if name == "best":
-        assert f"{output / name / 'model.safetensors'} has 4 bytes" in capsys.readouterr().out
+        assert f"{output / name / 'model.safetensors'} is " in capsys.readouterr().out
 
 
 def test_the_model_of_a_run_that_was_extended_is_the_last(finished, output):
@@ -287,7 +292,7 @@ def test_the_model_of_a_run_that_was_extended_is_the_last(finished, output):
     assert ckpt.read_facts(output / "final")["step"] == 12
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", ""])
+@pytest.mark.parametrize("text", [None, "{"])
 def test_options_come_from_a_checkpoint_if_config_json_is_lost(finished, output, text):
     interrupted_copy(finished, output, 8)
     (output / "config.json").unlink()
@@ -314,7 +319,7 @@ def change_state(output, name, change):
     return folder
 
 
-@settings(FUZZ, max_examples=40)
+@settings(FUZZ, max_examples=25)
 @given(mutate=mutations(), name=st.sampled_from([ckpt.STATE_JSON, ckpt.STATE_TENSORS]))
 def test_a_training_state_of_any_content(finished, tmp_path, mutate, name):
     """The run continues, here for a step, or a message says why not."""
@@ -332,15 +337,12 @@ def test_a_training_state_of_any_content(finished, tmp_path, mutate, name):
 
 OF_WEIGHT = ("optimizer", "weights", WEIGHT)
 SPOILED = [
-    ((), {}),
     ((), []),
     (("random",), {"processes": [{"cpu": 1}]}),
     (("data",), "drop"),
     (("optimizer", "groups"), []),
-    (OF_WEIGHT, "drop"),
     ((*OF_WEIGHT, "step"), "drop"),
     ((*OF_WEIGHT, "exp_avg"), None),
-    ((*OF_WEIGHT, "exp_avg"), torch.zeros(3)),
     ((*OF_WEIGHT, "exp_avg"), torch.zeros(1, 1).expand(99, 32)),
 ]
 
@@ -360,7 +362,6 @@ SIGNALS = [
     (1, train, "train_step", 10, 10, TERM, "adamw"),
     (1, train, "save_checkpoint", 1, 3, TERM, "muon"),
     (1, PretrainingRun, "validate", 1, 0, TERM, "adamw"),
-    (1, PretrainingRun, "validate", 2, 4, TERM, "adamw"),
     (1, PretrainingRun, "validate", 4, 10, TERM, "muon"),
     (2, train, "train_step", 5, 5, USR1, "adamw"),
     (2, PretrainingRun, "validate", 2, 4, TERM, "muon"),
@@ -579,7 +580,7 @@ def test_address_space_that_is_too_small(options, output):
     """ulimit -v, in a new process, whose heap has nothing to spare: PyTorch then raises no
     OutOfMemoryError."""
     sizes = "--max-length 512 --config-override hidden_size=128 --max-steps 1"
-    sizes += " --micro-batch-size 8 --batch-size 8"
+    sizes += " --micro-batch-size 8 --batch-size 8 --valid-fraction 0"
     command = [sys.executable, "-c", SMALL_ADDRESS_SPACE, ROOT]
     command += arguments_of(options, sizes, ["--output", output])
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -774,8 +775,8 @@ def test_gradients_travel_once_a_step(options, tmp_path):
 
     fault = at(train, "train_step", 1, lambda model, *more: model.register_comm_hook(None, travel))
     counts = []
-    for size in (2, 4, 8):  # four, two and one of them on each process
+    for size in (2, 8):  # four of them and one on each process
         path, more = tmp_path / f"trips {size}", ["--micro-batch-size", size, "--max-steps", 3]
         start(tmp_path / str(size), options, more, count=2, fault=fault)
         counts.append(len(path.read_text()))
-    assert counts in ([6] * 3, [12] * 3)  # of two processes; the model is one bucket, or two
+    assert counts in ([6] * 2, [12] * 2)  # of two processes; the model is one bucket, or two

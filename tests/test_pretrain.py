@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_format_is_refused(finished, output, capsys):
     ckpt.write_folder(checkpoint, write)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     told = refusal(main, ["--resume", "--output", output], capsys)
-    assert told.startswith(f"--resume {checkpoint}: ") and "\n" not in told
+    assert told.startswith(f"--resume {checkpoint}/") and "\n" not in told
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 

@@ -6,8 +6,6 @@ Probabilities are never dropped: the kernels cannot, and on CPU it would take tw
 long. Shapes: H heads, head dimension D.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -41,27 +39,24 @@ class PackedSelfAttention(nn.Module):
         assert attend is not None, "expected a packed batch: call the model's `encode`"
         parts, hidden = (self.query, self.key, self.value), hidden_states[0]
         if all(type(part) is nn.Linear for part in parts):  # one matrix product for the three
-            weight = torch.cat([part.weight for part in parts])
-            bias = torch.cat([part.bias for part in parts])
-            qkv = F.linear(hidden, weight, bias)
+            weights, biases = zip(*((part.weight, part.bias) for part in parts))
+            qkv = F.linear(hidden, torch.cat(weights), torch.cat(biases))
         else:  # something wraps them, such as LoRA
             qkv = torch.cat([part(hidden) for part in parts], -1)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         return attend(qkv).flatten(1)[None], None
 
 
-def attention_over(batch: Batch, name: str, kernel: str = "") -> Attend:
+def attention_over(batch: Batch, name: str) -> Attend:
     """Attention within the sequences of `batch`, by SDPA or VARLEN."""
     if name == SDPA:
         return partial(packed_sdpa, lengths=batch.lengths)
     # No lengths here: they differ in every batch, and a compiled graph would compile again.
-    ends = {"cu_seqlens": batch.cu_seqlens, "max_length": batch.max_length}
-    return partial(packed_varlen, **ends, kernel=kernel)
+    return partial(packed_varlen, cu_seqlens=batch.cu_seqlens, max_length=batch.max_length)
 
 
 def packed_sdpa(qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """[T, 3, H, D] -> [T, H, D]: one call of torch's attention for each sequence that has tokens.
-
     On CPU this loop beat a padded batch and nested tensors, down to sequences of 32 tokens."""
     lengths = tuple(length for length in lengths if length)
     if cpu_kernels.is_backward_slow(qkv, lengths):
@@ -78,8 +73,10 @@ def _attend_one_by_one(qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 
 def packed_varlen(qkv: Tensor, cu_seqlens: Tensor, max_length: int, kernel: str = "") -> Tensor:
-    """The same by one of KERNELS, in fp16 or bf16 on Ampere or later; "": by the fastest."""
-    kernel = kernel or choose_kernel(qkv.shape[-1], max_length)
+    """The same by one of KERNELS, in fp16 or bf16 on Ampere or later; "": by the fastest measured
+    (scripts/README.md)."""
+    fits = HAS_TRITON and qkv.shape[-1] in TRITON_HEAD_DIMS and max_length <= LONGEST_TRITON
+    kernel = kernel or (TRITON if fits else FLASH)
     if kernel == TRITON:
         from pretrain.model.attention_kernel import packed_attention
 
@@ -95,12 +92,5 @@ def packed_varlen(qkv: Tensor, cu_seqlens: Tensor, max_length: int, kernel: str 
 
 def choose_attention(device: torch.device, precision: str) -> str:
     """SDPA or VARLEN, for a device and a precision ("bf16", "fp16" or "fp32")."""
-    if device.type != "cuda" or precision == "fp32":
-        return SDPA
-    return VARLEN if torch.cuda.get_device_capability(device) >= (8, 0) else SDPA
-
-
-def choose_kernel(head_dim: int, max_length: int) -> str:
-    """One of KERNELS: the fastest measured (scripts/README.md)."""
-    fits = HAS_TRITON and head_dim in TRITON_HEAD_DIMS and max_length <= LONGEST_TRITON
-    return TRITON if fits else FLASH
+    has_kernel = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return VARLEN if has_kernel and precision != "fp32" else SDPA

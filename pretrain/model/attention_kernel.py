@@ -1,14 +1,11 @@
 """Self-attention over packed sequences in one Triton kernel each way, for a GPU.
 
-FlashAttention's variable-length kernels accumulate dQ in float32, convert it in a second kernel,
-and return three gradients that must then be stacked. Most sequences here fit one block of 128
-tokens: one pass computes all three gradients, into one tensor.
+FlashAttention's variable-length kernels return three gradients that must then be stacked. Most
+sequences here fit one block of 128 tokens: one pass computes all three, into one tensor.
 
 Follows FlashAttention-2 (Dao 2023): the backward pass recomputes the probabilities from the base-2
 logsumexp of each row of scores. Shapes: T tokens, N sequences, H heads, head dimension D.
 """
-
-from __future__ import annotations
 
 import torch
 import triton

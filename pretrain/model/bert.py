@@ -4,8 +4,6 @@ The modules are those of transformers' BertForPreTraining, whose name `save_pret
 config.json; what they compute is written here: at the masked and the [CLS] positions only.
 """
 
-from __future__ import annotations
-
 import transformers
 from torch import Tensor
 
@@ -23,7 +21,6 @@ class BertForPreTraining(PackedModel, transformers.BertForPreTraining):
     nsp_weight = 1.0
 
     def transform(self, hidden: Tensor) -> Tensor:
-        """Dense, activation, LayerNorm."""
         return self.cls.predictions.transform(hidden)
 
     def next_sentence_logits(self, hidden: Tensor, batch: Batch) -> Tensor:

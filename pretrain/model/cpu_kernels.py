@@ -3,8 +3,6 @@
 The slow form of each stands where it is called, and tests compare the two.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -31,7 +29,6 @@ def is_backward_slow(qkv: Tensor, lengths: tuple[int, ...]) -> bool:
 
 class GroupedBackward(torch.autograd.Function):
     """Attention with the gradients of plain matrix products over groups of similar sequences.
-
     torch's backward pass of short sequences in bf16 runs at an eighth of the matrix rate; this
     takes half its time. Scores are in float32: in bf16 the error of a sharp head would be that of
     its probabilities."""
@@ -77,7 +74,7 @@ def _attention_gradients(tensors: Tensor, lengths: list[int]) -> Tensor:
     scores = torch.bmm(query.float() * scale, key.float().transpose(1, 2))
     if lengths[-1] < lengths[0]:
         is_padding = torch.arange(lengths[0]) >= torch.tensor(lengths)[:, None]
-        by_sequence = scores.view(*shape[1:3], *scores.shape[1:])
+        by_sequence = scores.unflatten(0, shape[1:3])  # [G, H, L, L]
         by_sequence.masked_fill_(is_padding[:, None, None], float("-inf"))
     probabilities = scores.softmax(-1)
     weighted = torch.bmm(grad, value.transpose(1, 2)) * probabilities
@@ -98,7 +95,6 @@ def are_rows_faster(logits: Tensor) -> bool:
 
 class RowwiseCrossEntropy(torch.autograd.Function):
     """(summed loss, right answers), a few rows at a time: without a float32 copy of all scores.
-
     Each score is read once; the gradient is computed on the way, in the type of the scores."""
 
     @staticmethod
@@ -137,7 +133,6 @@ class RowwiseCrossEntropy(torch.autograd.Function):
 
 def dropout_factors(like: Tensor, p: float) -> Tensor:
     """0 or 1 / (1 - p) for each number of `like`, in its type; numpy draws, torch gives the seed.
-
     The share of zeros makes up for rounding the factor: 0.0986 instead of 0.1 in bf16."""
     scale = torch.tensor(1 / (1 - p), dtype=like.dtype)
     kind = DROPOUT_BITS[like.element_size()]

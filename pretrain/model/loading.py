@@ -3,8 +3,6 @@
 A UserError says "VALUE: what is wrong; expected what"; callers add the option.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,28 +27,22 @@ FAMILIES: dict[str, type[PackedModel]] = {
     "camembert": CamembertForMaskedLM,
 }  # by config.model_type. A name says nothing: chinese-roberta-wwm-ext is a BERT
 
-SHARE = optional(number(0, 1))
+SIZES = "hidden_size num_attention_heads intermediate_size type_vocab_size max_position_embeddings"
+SHARES = "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout layer_norm_eps"
 NO_HUB_CODE = Rule(lambda value: "/" not in str(value), "a name without /: no code of the hub")
 MODEL_FORM = {  # of config.json: what decides sizes, or would fail deep in the library
+    **dict.fromkeys(SIZES.split(), optional(integer(1, 1 << 20))),
     "num_hidden_layers": optional(integer(1, 1024)),
-    "hidden_size": optional(integer(1, 1 << 16)),
-    "num_attention_heads": optional(integer(1, 1 << 12)),
-    "intermediate_size": optional(integer(1, 1 << 20)),
     "vocab_size": optional(integer(1, 1 << 24)),
-    "type_vocab_size": optional(integer(1, 1 << 10)),
-    "max_position_embeddings": optional(integer(1, 1 << 20)),
+    **dict.fromkeys(SHARES.split(), optional(number(0, 1))),
+    "initializer_range": optional(number(0, 1e3)),
     "num_labels": optional(integer(0, 1 << 16)),
     "pad_token_id": optional(integer(0, 1 << 24)),
     "chunk_size_feed_forward": optional(integer(0, 0)),
     "return_dict": optional(one_of(True)),
-    "hidden_dropout_prob": SHARE,
-    "attention_probs_dropout_prob": SHARE,
-    "classifier_dropout": SHARE,
-    "layer_norm_eps": SHARE,
-    "initializer_range": optional(number(0, 1e3)),
+    "hidden_act": optional(one_of(*ACT2FN)),
     "per_layer_config": Rule(lambda value: value is None, "nothing"),
-    "attn_implementation": NO_HUB_CODE,
-    "_attn_implementation": NO_HUB_CODE,
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), NO_HUB_CODE),
 }
 INDEX_FORM = {"weight_map": values_of(FILE_NAME, "an object that names files of this folder")}
 FEW_WEIGHTS = 1 << 28  # that may be made before it shows that the files lack them
@@ -94,20 +86,20 @@ def from_checkpoint(
 
 def load_config(name: str) -> PreTrainedConfig:
     """The config of a checkpoint: the folder of a model or a run, or a hub name."""
-    path = Path(model_folder(name), "config.json")
-    problem, expected = "its config.json cannot be used", "the config of a model"
+    folder, problem = model_folder(name), "its config.json cannot be used"
+    path, expected = Path(folder, "config.json"), "the config of a model"
     if path.is_file():  # checked before a number in it makes something large
         read_json(path, MODEL_FORM, expected)
     else:
         problem = "cannot be found"
         expected = f"a size ({', '.join(MODEL_SIZES)}), a folder or a hub name (offline: a folder)"
     with refusing(f"{name}: {problem}", f"expected {expected}"):
-        config = AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in FAMILIES:
-        family = f"is of the family {config.model_type!r} (config.model_type)"
-        raise UserError(f"{name}: {family}; expected one of {', '.join(FAMILIES)}")
-    labels = sorted(config.id2label.items())  # a file may have them in any order
-    config.id2label = {number: str(label) for number, label in labels}
+        problem = f"is of the family {config.model_type!r} (config.model_type)"
+        raise UserError(f"{name}: {problem}; expected one of {', '.join(FAMILIES)}")
+    # A file may have the labels in any order.
+    config.id2label = {number: str(label) for number, label in sorted(config.id2label.items())}
     check_config(config, name)
     return config
 
@@ -116,11 +108,8 @@ def check_config(config: PreTrainedConfig, value: str) -> None:
     """UserError about `value` if the fields of `config` make no model."""
     problem = misfit(config.to_dict(), MODEL_FORM)
     width, heads = config.hidden_size, config.num_attention_heads
-    activation = getattr(config, "hidden_act", "gelu")
     if not problem and width % heads:
         problem = f"hidden_size is {width}; expected a multiple of num_attention_heads, {heads}"
-    if not problem and activation not in ACT2FN:
-        problem = f"hidden_act is {activation}; expected one of {', '.join(ACT2FN)}"
     if problem:
         raise UserError(f"{value}: {problem}")
 
@@ -134,10 +123,8 @@ def override(config: PreTrainedConfig, entries: Sequence[str]) -> None:
         if name not in known:
             raise UserError(f"{entry}: unknown field; expected one of {', '.join(sorted(known))}")
         kind = kinds[name]
-        try:
+        with refusing(f"{entry}: cannot be read", f"expected a value of type {kind.__name__}"):
             setattr(config, name, PARSERS[kind](text))
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{entry}: expected a value of type {kind.__name__}") from error
     if entries:
         check_config(config, " ".join(entries))
 
@@ -147,26 +134,23 @@ def load_weights(
 ) -> tuple[PackedModel, list[str]]:
     """(model of a class in float32, weights that the checkpoint lacks, none of the encoder)."""
     transformers.utils.logging.set_verbosity_error()  # no table of missing weights
-    check_files(name, config)
+    _check_files(name, config)
     expected = "expected a whole checkpoint, in safetensors or without code in it"
     with refusing(f"{name}: its weights cannot be read", expected):
+        options = {"ignore_mismatched_sizes": family.head_may_differ, "output_loading_info": True}
         model, info = family.from_pretrained(
-            model_folder(name),
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=family.head_may_differ,
+            model_folder(name), config=config, dtype=torch.float32, **options
         )
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    of_encoder = re.compile(rf"{family.base_model_prefix}\.(?!pooler\.)")
-    encoder = [key for key in missing if of_encoder.match(key)]
+    prefix = family.base_model_prefix
+    encoder = [key for key in missing if re.match(rf"{prefix}\.(?!pooler\.)", key)]
     if encoder:
         lacks = f"lacks {len(encoder)} weights of the encoder, {encoder[0]} first"
         raise UserError(f"{name}: {lacks}; expected a {config.model_type} checkpoint")
     return model, missing
 
 
-def check_files(name: str, config: PreTrainedConfig) -> None:
+def _check_files(name: str, config: PreTrainedConfig) -> None:
     """UserError if the weights of a folder are in other folders, or fewer than `config` says."""
     folder, width = Path(model_folder(name)), config.hidden_size
     for index in folder.glob("*.index.json"):

@@ -1,7 +1,5 @@
 """Summed cross-entropy and the number of right answers."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

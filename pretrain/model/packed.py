@@ -1,7 +1,5 @@
 """What every family does with a packed batch: encode without padding, score, sum the losses."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +10,11 @@ from pretrain.model.replacements import REPLACEMENTS, aligned_linear
 
 
 class PackedModel:
-    """Batch -> losses by name: a mixin for a pretrained model of transformers.
-
-    A family is one file (see roberta.py) and one line in `loading.FAMILIES`. It provides
-    `transform`, and overrides the attributes below that differ. An encoder that is not built like
-    BERT's also overrides `layers`, `replace_attention` and `encode`; a family with an NSP head has
-    `next_sentence_logits`. Class and weight names stay the stock ones: files go both ways."""
+    """Batch -> losses by name: a mixin for a pretrained model of transformers. A family is one file
+    (see roberta.py) and one line in `loading.FAMILIES`. It provides `transform`, and overrides the
+    attributes below that differ. An encoder that is not built like BERT's also overrides `layers`,
+    `replace_attention` and `encode`; a family with an NSP head has `next_sentence_logits`. Class
+    and weight names stay the stock ones: files go both ways."""
 
     parts: dict[str, str] = {}  # prefix of weights -> what starts fresh if they are missing
     pair_parts: tuple[str, ...] = ()  # modules that only the NSP loss trains; (): no NSP head
@@ -25,7 +22,6 @@ class PackedModel:
     head_may_differ = False  # in size from the checkpoint's; it then starts fresh
     nsp_weight: float | None = None  # of the NSP loss; None: MLM alone
     attention = SDPA  # or VARLEN
-    kernel = ""  # of VARLEN, one of attention.KERNELS; "": the fastest
 
     def post_init(self) -> None:
         """Called by transformers once the modules exist."""
@@ -37,31 +33,27 @@ class PackedModel:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The layers of the encoder."""
         return self.base_model.encoder.layer
 
     def replace_attention(self) -> None:
-        """Put packed attention into every layer."""
         for layer in self.layers:
             layer.attention.self = PackedSelfAttention(layer.attention.self)
 
     @property
-    def max_length(self) -> int:
-        """Tokens that a sequence may have."""
+    def max_length(self) -> int:  # tokens that a sequence may have
         return self.config.max_position_embeddings - self.position_offset
 
     def length_problems(self, max_length: int) -> list[str]:
         """What is wrong with sequences of `max_length` tokens."""
-        if max_length <= self.max_length:
-            return []
-        return [f"{max_length}: the model has {self.max_length} positions; expected at most that"]
+        problem = f"{max_length}: the model has {self.max_length} positions; expected at most that"
+        return [problem] if max_length > self.max_length else []
 
     def pair_problems(self, objective: str) -> list[str]:
         """What is wrong with `objective`, one that needs pairs of texts."""
-        config = self.config
         if not self.pair_parts:
-            return [f"{objective}: the family {config.model_type} has no NSP head; expected mlm"]
-        if config.type_vocab_size < 2:
+            family = self.config.model_type
+            return [f"{objective}: the family {family} has no NSP head; expected mlm"]
+        if self.config.type_vocab_size < 2:
             return [f"{objective}: the model has one token type; expected a model with 2, or mlm"]
         return []
 
@@ -74,19 +66,15 @@ class PackedModel:
             self.get_submodule(name).requires_grad_(weight is not None)
 
     def forward(self, batch: Batch) -> dict[str, Loss]:
-        """Sums over the batch; the update divides them by the counts of the whole step."""
         return self.losses(self.encode(batch), batch)
 
     def encode(self, batch: Batch) -> Tensor:
         """[T, width]: the last hidden states. Not by the encoder's own forward, whose pooler reads
         the first token of the pack only."""
-        encoder = self.base_model
-        hidden = encoder.embeddings(
-            input_ids=batch.input_ids[None],
-            token_type_ids=batch.token_type_ids[None],
-            position_ids=batch.position_ids[None] + self.position_offset,
-        )
-        attend = attention_over(batch, self.attention, self.kernel)
+        encoder, attend = self.base_model, attention_over(batch, self.attention)
+        ids, types = batch.input_ids[None], batch.token_type_ids[None]
+        positions = batch.position_ids[None] + self.position_offset
+        hidden = encoder.embeddings(input_ids=ids, token_type_ids=types, position_ids=positions)
         return encoder.encoder(hidden, attend=attend).last_hidden_state[0]
 
     def losses(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
@@ -123,12 +111,10 @@ class PackedModel:
         token starts at the mean of the tokens that stood for it; otherwise it stays random."""
         if size > self.config.vocab_size:
             self.resize_token_embeddings(size, mean_resizing=False)
-        if not from_pieces:
-            return
         decoder = self.get_output_embeddings()
         for weights in (self.get_input_embeddings().weight, decoder.weight, decoder.bias):
             for number, old in pieces.items():
-                if old:
+                if old and from_pieces:
                     weights[number] = weights[old].mean(0)
 
 
@@ -137,8 +123,7 @@ def count_flops(model: PackedModel, batch: Batch) -> float:
     encoder weight and token, 12 x layers x width for each pair of tokens that attend, 6 for each
     weight of the MLM head and masked position."""
     config = model.config
-    matrices = [weight for weight in model.layers.parameters() if weight.ndim == 2]
-    encoder = sum(weight.numel() for weight in matrices)
+    encoder = sum(weight.numel() for weight in model.layers.parameters() if weight.ndim == 2)
     head = config.hidden_size * (config.hidden_size + config.vocab_size)
     pairs = sum(length * length for length in batch.lengths[: batch.num_sequences])
     attention = config.num_hidden_layers * config.hidden_size * pairs

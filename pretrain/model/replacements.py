@@ -4,8 +4,6 @@ Beside matrix products, a GPU mostly reads and writes hidden states. In a compil
 and GELU add only cheap arithmetic, which the backward pass repeats.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -15,6 +13,7 @@ from transformers.activations import GELUActivation
 
 from pretrain.model.cpu_kernels import DROPOUT_BITS, dropout_factors
 
+MIN_INT, MAX_INT = -(1 << 31), (1 << 31) - 1  # int32
 HASH_SUMMANDS = (-0x61C88647, -0x7A143595)
 ERF_SLOPE = 0.3275911
 ERF_COEFFICIENTS = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
@@ -25,7 +24,7 @@ class Dropout(nn.Dropout):
     """Dropout that is fast on CPU, where torch's takes 13 % of a step of a small encoder."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input` with a share p of zeros; the others are scaled, so that the mean stays."""
+        """`input` with a share p of zeros; the others are scaled up."""
         if self.training and 0 < self.p < 1:
             if torch.compiler.is_compiling():
                 return _HashedDropout.apply(input, self.p)
@@ -35,15 +34,13 @@ class Dropout(nn.Dropout):
 
 
 class _HashedDropout(torch.autograd.Function):
-    """Dropout by a hash of an element's index and two seeds.
-
-    The backward pass repeats the hash instead of reading a mask: a quarter of the operations of
-    torch's generator, which takes longer than reading and writing the numbers."""
+    """Dropout by a hash of an element's index and two seeds. The backward pass repeats the hash
+    instead of reading a mask: a quarter of the operations of torch's generator, which takes longer
+    than reading and writing the numbers."""
 
     @staticmethod
     def forward(ctx, input: Tensor, p: float) -> Tensor:
-        low, high = -(1 << 31), (1 << 31) - 1
-        seeds = torch.randint(low, high, (2,), device=input.device, dtype=torch.int32)
+        seeds = torch.randint(MIN_INT, MAX_INT, (2,), device=input.device, dtype=torch.int32)
         ctx.save_for_backward(seeds)
         ctx.p = p
         places = torch.arange(input.numel(), device=input.device, dtype=torch.int32)
@@ -63,7 +60,7 @@ def drop_by_hash(input: Tensor, bits: Tensor, seed: Tensor, p: float) -> Tensor:
     for shift, summand in ((16, HASH_SUMMANDS[0]), (15, seed), (16, HASH_SUMMANDS[1])):
         bits = bits * (bits + bits + 1) + summand
         bits = bits + (bits >> shift)
-    threshold = min(round(p * (1 << 32)) - (1 << 31), (1 << 31) - 1)
+    threshold = min(round(p * (1 << 32)) + MIN_INT, MAX_INT)
     return torch.where(bits.view(input.shape) >= threshold, input, 0) * (1 / (1 - p))
 
 
@@ -105,9 +102,8 @@ def _cdf_and_pdf(x: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Statistics in float32, the result in the precision of autocast.
-
-    Autocast would leave it in float32, and so all that is read and written of hidden states."""
+    """Statistics in float32, the result in the precision of autocast. Autocast would leave it in
+    float32, and so all that is read and written of hidden states."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., width] in any precision -> [..., width]; without autocast it is the stock one."""
@@ -120,9 +116,8 @@ class LayerNorm(nn.LayerNorm):
 
 def aligned_linear(hidden: Tensor, linear: nn.Linear, multiple: int = ALIGNMENT) -> Tensor:
     """[M, width] -> [M, classes]: `linear`, as a view whose rows begin at multiples of `multiple`.
-
-    Few vocabularies have such a size. A GPU takes three times as long for rows that do not begin
-    at multiples of 16 bytes."""
+    Few vocabularies have such a size. A GPU takes three times as long for rows that do not begin at
+    multiples of 16 bytes."""
     missing = -linear.out_features % multiple
     weight = linear.weight.to(hidden.dtype)  # as autocast would, but before the copy
     bias = linear.bias.to(hidden.dtype)

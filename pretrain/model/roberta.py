@@ -1,7 +1,5 @@
 """RoBERTa, XLM-RoBERTa and CamemBERT with their MLM head on packed batches."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn

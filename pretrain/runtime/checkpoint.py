@@ -5,8 +5,6 @@ A checkpoint is one with model and tokenizer (`save_pretrained`) and the trainin
 in `training_state.pt`, read without unpickling, and plain values in `training_state.json`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -24,7 +22,7 @@ from pretrain.config import OBJECTIVES
 from pretrain.errors import UserError, first_line
 from pretrain.files import markdown_table, read_json, sha256_of, sync, write_json
 from pretrain.runtime.sharding import map_tensors
-from pretrain.schema import Form, integer, misfit, one_of
+from pretrain.schema import Form, Rule, integer, misfit, one_of
 
 RUN_ENTRY = (  # all that may be overwritten
     r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*"
@@ -40,15 +38,18 @@ FACTS_FORM = {
     "eval_batch_size": integer(1, 1 << 20),
 }
 STATE_FORMAT = 2
+STATE_FORMAT_RULE = Rule(
+    lambda value: value == STATE_FORMAT,
+    f"{STATE_FORMAT}; another version of this program wrote it: start a new run from its model",
+)
 STATE_JSON, STATE_TENSORS = "training_state.json", "training_state.pt"
 # torch.save and safetensors raise errors of their own on a full disk.
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, which replaces `folder` once it has been read back.
-
-    UserError if the disk is full or not writable; the old folder is intact then."""
+    """Let `write` fill a new folder, which replaces `folder` once it has been read back. UserError
+    if the disk is full or not writable; the old folder is intact then."""
     partial, previous = (_aside(folder, suffix) for suffix in ("partial", "previous"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -73,16 +74,25 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def _seal(folder: Path) -> None:
     """Write size and hash of every file, and see that all of it has reached the disk."""
-    files, sums = sorted(path for path in folder.rglob("*") if path.is_file()), {}
-    for path in files:
-        facts = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        sums[str(path.relative_to(folder))] = facts
+    sums = _sums(folder)
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    for path in [*files, folder / CHECKSUMS, folder]:
-        sync(path)
+    for name in [*sums, CHECKSUMS, ""]:
+        sync(folder / name)
     problem = problem_of(folder, needed=())
     if problem:
         raise OSError(f"read back, {problem}")
+
+
+def _sums(folder: Path) -> dict[str, dict]:
+    """Size and hash of every file in `folder`."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = [path for path in paths if path != folder / CHECKSUMS]
+    with ThreadPoolExecutor() as pool:  # a resumed run waits for this
+        hashes = list(pool.map(sha256_of, paths))
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, hashes)
+    }
 
 
 def _aside(folder: Path, suffix: str) -> Path:
@@ -98,27 +108,17 @@ def put_back(folder: Path) -> None:
 
 def problem_of(folder: Path, needed: tuple[str, ...] = (STATE_JSON, STATE_TENSORS)) -> str | None:
     """What is wrong with a folder of `write_folder`, with the file; None if all hashes agree."""
-    sums_path = folder / CHECKSUMS
-    if not sums_path.is_file():  # else a pipe of that name would be waited for
-        return f"{sums_path} cannot be read (no such file)"
+    path = folder / CHECKSUMS
+    if not path.is_file():  # else a pipe of that name would be waited for
+        return f"{path} is missing"
     try:
-        sums = json.loads(sums_path.read_text(encoding="utf-8"))
-        for name, expected in sums.items():
-            path = folder / name
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                return f"{sums_path} names {name}, outside the folder"
-            if not path.is_file():
-                return f"{path} is missing"
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                return f"{path} has {size} bytes; expected {expected['bytes']}"
-        with ThreadPoolExecutor() as pool:  # a resumed run waits for this
-            for name, digest in zip(sums, pool.map(sha256_of, [folder / name for name in sums])):
-                if digest != sums[name]["sha256"]:
-                    return f"{folder / name} is damaged (its hash differs)"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        return f"{sums_path} cannot be read ({error})"
-    return None if set(needed) <= set(sums) else f"{folder} has no training state"
+        expected, found = read_json(path), _sums(folder)
+    except (UserError, OSError) as error:
+        return str(error)
+    for name, facts in expected.items():
+        if found.get(name) != facts:
+            return f"{folder / name} is missing or damaged"
+    return None if expected.keys() >= set(needed) else f"{folder} has no training state"
 
 
 def check_output(
@@ -131,8 +131,8 @@ def check_output(
     names = {entry.name for entry in output.iterdir()} - {".lock"} if output.is_dir() else set()
     strange = sorted(name for name in names if not re.fullmatch(entries, name))
     if overwrite and strange:
-        what = f"holds {strange[0]}, which no run wrote"
-        raise UserError(f"{output}: {what}; expected the folder of a run to overwrite")
+        expected = "expected the folder of a run to overwrite"
+        raise UserError(f"{output}: holds {strange[0]}, which no run wrote; {expected}")
     if names and not overwrite and ways is not None:
         raise UserError(f"{output}: is not empty; expected {ways}")
 
@@ -165,18 +165,15 @@ def step_of(folder: Path) -> int:
 
 def newest_good(output: Path) -> Path | None:
     """The newest checkpoint that verifies, None if there are none; damaged ones are reported.
-
     UserError if there are only damaged ones: a run never starts over silently."""
-    problems = []
-    for folder in checkpoints(output):
+    found = checkpoints(output)
+    for folder in found:
         problem = problem_of(folder)
         if problem is None:
             return folder
         print(f"skipped: {problem}")
-        problems.append(problem)
-    if problems:
-        found = f"none of its {len(problems)} checkpoints verifies ({problems[0]})"
-        raise UserError(f"{output}: {found}; restore one, or start over")
+    if found:
+        raise UserError(f"{output}: has only damaged checkpoints; restore one, or start over")
     return None
 
 
@@ -205,17 +202,15 @@ def remove_leftovers(output: Path) -> None:
                 leftover.unlink(missing_ok=True)
 
 
-def check_finite(values: object, name: str = "") -> None:
+def check_finite(values: object) -> None:
     """UserError if a tensor in `values`, at any depth, is not finite: it must not be saved."""
 
     def check(tensor: Tensor, label: str) -> None:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(
-                f"{label.strip()}: not finite, so nothing is saved and the run stops; earlier "
-                "checkpoints are intact. Try a lower learning rate, gradient clipping or fp32"
-            )
+        if not tensor.isfinite().all():
+            advice = "try a lower learning rate, gradient clipping or fp32"
+            raise UserError(f"{label.strip()}: not finite, so nothing is saved; {advice}")
 
-    map_tensors(check, values, name)
+    map_tensors(check, values, "")
 
 
 def write_model(
@@ -226,7 +221,19 @@ def write_model(
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     write_json(folder / FACTS, facts)
-    (folder / "README.md").write_text(_pretraining_card(facts, model), encoding="utf-8")
+    shown = {name: value for name, value in facts.items() if not isinstance(value, dict)}
+    shown |= {f"validation {name}": f"{value:.4f}" for name, value in facts["held_out"].items()}
+    rows = [[name.replace("_", " "), value] for name, value in shown.items()]
+    autos = "`AutoModelForPreTraining`, `AutoModelForMaskedLM`, `AutoModel`"
+    opens_with = f'{autos} and `pipeline("fill-mask")` of transformers.'
+    named = model.named_parameters()
+    frozen = {name.rpartition(".")[0] for name, weight in named if not weight.requires_grad}
+    if frozen:
+        opens_with += f"\n\nNot trained: `{'`, `'.join(sorted(frozen))}`."
+    family = model.config.model_type
+    title = f"{family}, pretrained with {facts['objective']}"
+    card = model_card("fill-mask", [family, "pretraining"], title, opens_with, rows)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def read_facts(folder: Path) -> dict:
@@ -237,26 +244,6 @@ def read_facts(folder: Path) -> dict:
         return {}
     garbled = {name for name, rule in FACTS_FORM.items() if misfit(facts.get(name), rule)}
     return {name: value for name, value in facts.items() if name not in garbled}
-
-
-def _pretraining_card(facts: dict, model: PreTrainedModel) -> str:
-    rows = []
-    for name, value in facts.items():
-        if not isinstance(value, dict):
-            rows.append([name.replace("_", " "), value])
-    for name, value in facts["held_out"].items():
-        rows.append([f"validation {name.replace('_', ' ')}", f"{value:.4f}"])
-    weights = model.named_parameters()
-    frozen = {name.rpartition(".")[0] for name, weight in weights if not weight.requires_grad}
-    family = model.config.model_type
-    opens_with = (
-        "`AutoModelForPreTraining`, `AutoModelForMaskedLM`, `AutoModel` and "
-        '`pipeline("fill-mask")` of transformers.'
-    )
-    if frozen:
-        opens_with += f"\n\nNot trained: `{'`, `'.join(sorted(frozen))}`."
-    title = f"{family}, pretrained with {facts['objective']}"
-    return model_card("fill-mask", [family, "pretraining"], title, opens_with, rows)
 
 
 def model_card(
@@ -272,7 +259,6 @@ def model_card(
 
 def write_state(folder: Path, states: dict[str, dict], values: dict) -> None:
     """Training state into a checkpoint under construction: state dicts by name, plain values.
-
     UserError if a tensor is not finite, or something cannot be read back without unpickling."""
     check_finite(states)
     torch.save(states, folder / STATE_TENSORS)
@@ -283,14 +269,7 @@ def write_state(folder: Path, states: dict[str, dict], values: dict) -> None:
 
 def read_values(folder: Path, form: Form) -> dict:
     """The plain values of a training state, which fit `form`."""
-    values = read_json(folder / STATE_JSON)
-    if values.pop("format", None) != STATE_FORMAT:
-        problem = "was written by another version of this program and cannot be resumed"
-        raise UserError(f"{folder}: {problem}; start a new run from its model")
-    problem = misfit(values, form)
-    if problem:
-        raise UserError(f"{folder / STATE_JSON}: {problem}")
-    return values
+    return read_json(folder / STATE_JSON, {"format": STATE_FORMAT_RULE, **form})
 
 
 def read_states(folder: Path) -> dict[str, dict]:

@@ -1,8 +1,6 @@
 """One path for one process and for many: with one, every helper is a no-op. torchrun's variables
 are read here and nowhere else."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -28,7 +26,7 @@ from pretrain.signals import STOP_SIGNALS, signal_at_parents_end
 SILENCE = timedelta(minutes=30)  # then a process counts as lost; one that dies is noticed at once
 PREPARATION = timedelta(days=1)  # the main process prepares the text while the others wait
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-MAX_GRAPHS = 64
+MAX_GRAPHS = 64  # torch stops compiling after 8
 NEW_PORT = "port of this start"  # key in torchrun's store
 
 
@@ -45,15 +43,18 @@ class World:
 
 
 def start(device: str, alone: str = "") -> tuple[World, torch.device]:
-    """(world, device) of this process, which joins the others if torchrun started it.
-
-    `device` is auto, cpu, cuda or cuda:N. `alone` names work that one process must do."""
+    """(world, device) of this process, which joins the others if torchrun started it. `device` is
+    auto, cpu, cuda or cuda:N. `alone` names work that one process must do."""
     world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if alone and world.size > 1:
         raise UserError(f"{device}: {alone} runs in one process; start it without torchrun")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world.size > 1 else None
-    chosen = _choose_device(device, local_rank)
-    _keep_freed_memory()
+    chosen = _choose_device(device, world)
+    if platform.libc_ver()[0] == "glibc":
+        # Keep freed memory for the next tensors. glibc would give large blocks back to the kernel,
+        # which clears their pages each time: a third of a training step on CPU.
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
@@ -70,28 +71,19 @@ def start(device: str, alone: str = "") -> tuple[World, torch.device]:
     return world, chosen
 
 
-def _choose_device(name: str, local_rank: int | None) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):
+def _choose_device(name: str, world: World) -> torch.device:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", name):
         raise UserError(f"{name}: unknown; expected auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cpu":
-        return device
-    index = device.index or 0 if local_rank is None else local_rank
-    if index >= torch.cuda.device_count():
-        found = f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not num_gpus):
+        return torch.device("cpu")
+    index = int(name.partition(":")[2] or 0)
+    if world.size > 1:
+        index = int(os.environ.get("LOCAL_RANK", 0))
+    if index >= num_gpus:
+        found = f"torch {torch.__version__} sees {num_gpus} GPUs"
         raise UserError(f"{name}: {found}; expected a GPU and a CUDA build of torch, or cpu")
     return torch.device("cuda", index)
-
-
-def _keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next tensors. It would give large blocks back to the
-    kernel, which clears their pages each time: a third of a training step on CPU."""
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _fresh_store(world: World) -> dist.TCPStore:
@@ -119,30 +111,26 @@ def stop() -> None:
 
 def is_lost_peer(error: Exception) -> bool:
     """Whether `error` means that another process is gone."""
-    if not dist.is_initialized():
-        return False
-    return isinstance(error, dist.DistError) or bool(re.search("gloo|Connection", str(error)))
+    is_of_network = isinstance(error, dist.DistError) or re.search("gloo|Connection", str(error))
+    return dist.is_initialized() and bool(is_of_network)
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """`tensor`, on the CPU, summed over all processes in place."""
+def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """`tensor`, on the CPU, summed (or another operation) over all processes in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, operation)
     return tensor
 
 
 def sum_counts(counts: dict[str, float]) -> dict[str, float]:
     """`counts` summed over all processes; 1 instead of 0, so that one can divide by them."""
-    sums = sum_over_ranks(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist()
+    sums = all_reduce(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist()
     return {name: count or 1.0 for name, count in zip(counts, sums)}
 
 
 def max_over_ranks(number: int) -> int:
     """The largest `number` of all processes."""
-    tensor = torch.tensor(number)
-    if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor)
+    return int(all_reduce(torch.tensor(number), dist.ReduceOp.MAX))
 
 
 def any_rank(flag: bool) -> bool:
@@ -159,44 +147,46 @@ def wait_for_all() -> None:
 def main_first(world: World) -> Iterator[None]:
     """The main process runs the block first: the others find what it wrote to disk."""
     if not world.is_main:
-        dist.barrier(_patient())
+        dist.barrier(_patient_group())
     yield
     if world.is_main and world.size > 1:  # not if the block failed: that ends the others, too
-        dist.barrier(_patient())
+        dist.barrier(_patient_group())
 
 
 @functools.cache
-def _patient() -> dist.ProcessGroup:
+def _patient_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=PREPARATION)
 
 
 def gather(value: object) -> list:
     """`value` of every process in rank order; tensors in it are on the CPU."""
-    if not dist.is_initialized():
-        return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
     return values
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process has only a part of the weights."""
+    return any(hasattr(weight, "full_tensor") for weight in model.parameters())
 
 
 def wrap(model: nn.Module, compiled: bool, has_fixed_shapes: bool = True) -> nn.Module:
     """`model`, compiled if asked, in DDP if there are several processes and each has all weights.
-
     Each phase gets a graph of its own fixed shapes; torch would make the second one for any shape,
-    slower for all, and stop compiling after 8."""
+    slower for all."""
     trained = model
     if compiled:
         _start_compilers()
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(MAX_GRAPHS, limits.recompile_limit)
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS
         trained = torch.compile(model, dynamic=False if has_fixed_shapes else None)
-    is_sharded = any(hasattr(weight, "full_tensor") for weight in model.parameters())
-    if not dist.is_initialized() or is_sharded:
+    if not dist.is_initialized() or is_sharded(model):
         return trained
-    settings = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renamed broadcast_buffers
-        return DistributedDataParallel(trained, **settings)
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(trained, **options)
 
 
 def _start_compilers() -> None:
@@ -207,10 +197,8 @@ def _start_compilers() -> None:
     from torch._inductor.async_compile import AsyncCompile  # takes a second
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit this
-    try:
-        AsyncCompile.warm_pool()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    AsyncCompile.warm_pool()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def gradient_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

@@ -1,12 +1,9 @@
 """What a run shows: progress (a bar, or lines if stderr is not a terminal), TensorBoard, and the
 same numbers in metrics.jsonl."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable
@@ -32,11 +29,9 @@ PRETRAINING_CHARTS = {"perplexity": {"training and held-out": ["Multiline", PERP
 
 
 class Monitor:
-    """Writes the numbers of a run that starts at step 0 or resumes at `start_step`.
-
-    Rows and events after that step are cut; so is its evaluation, unless it is `evaluated`. With
-    `active` off (processes other than the main one) nothing is done; with `quiet` there is no bar
-    and no line of numbers."""
+    """Writes the numbers of a run that starts at step 0 or resumes at `start_step`. Rows and events
+    after that step are cut; so is its evaluation, unless it is `evaluated`. With `active` off
+    (processes other than the main one) nothing is done; `quiet` hides the bar and the numbers."""
 
     def __init__(
         self,
@@ -50,14 +45,14 @@ class Monitor:
         score: str = "eval/perplexity",
         quiet: bool = False,
     ):
-        self.active = active
         if not active:
+            self.log = self.advance = self.say = self.flush = self.close = lambda *_: None
             return
         self.start_step, self.total_steps, self.quiet = start_step, total_steps, quiet
         self.path = output / "metrics.jsonl"
-        first_cut = start_step + 1 if evaluated and start_step else start_step
-        kept = _cut(self.path, start_step, first_cut)
+        kept = _cut(self.path, start_step, evaluated)
         self.file = self.path.open("a", encoding="utf-8")
+        first_cut = start_step + 1 if evaluated and start_step else start_step
         self.writer = SummaryWriter(str(output), purge_step=first_cut)
         self.charts = None if kept else charts  # those to add with the first numbers
         for row in kept:
@@ -75,16 +70,14 @@ class Monitor:
     def log(self, step: int, values: dict[str, float | str]) -> None:
         """Write the values of `step`: finite numbers as one row of metrics.jsonl and a point of
         their curves, strings as panels of TensorBoard's text tab."""
-        if not self.active or not values:
-            return
+        row = {"step": step}
         for name, value in values.items():
             if isinstance(value, str):
                 self.writer.add_text(name, value, step)
-        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
-        if not numbers:
+            elif math.isfinite(value):
+                row[name] = value
+        if len(row) == 1:
             return
-        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        row = {"step": step, **finite}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         self._add_scalars(row)
@@ -92,37 +85,27 @@ class Monitor:
             self._show(row)
 
     def advance(self) -> None:
-        """One optimizer step is done."""
-        if self.active:
-            self.bar.update()
+        self.bar.update()
 
     def say(self, message: str) -> None:
         """A line for the user on stderr, above the progress bar."""
-        if self.active:
-            tqdm.write(message, file=sys.stderr)
+        tqdm.write(message, file=sys.stderr)
 
     def flush(self) -> None:
-        """Write everything so far to the disk, before a checkpoint.
-
-        UserError if the run's folder was moved or removed."""
-        if not self.active:
-            return
-        is_there = self.path.is_file()
-        if not is_there or not os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
-            raise UserError(
-                f"{self.path.parent}: was moved or removed during the run; resume it at its new "
-                "place"
-            )
+        """Write everything so far to the disk, before a checkpoint. UserError if the run's folder
+        was moved or removed."""
+        opened = os.fstat(self.file.fileno())
+        if not self.path.is_file() or not os.path.samestat(self.path.stat(), opened):
+            problem = "was moved or removed during the run; resume it at its new place"
+            raise UserError(f"{self.path.parent}: {problem}")
         self.writer.flush()
         os.fsync(self.file.fileno())
 
     def close(self, metrics: dict[str, float]) -> None:
         """Write the options with the run's last `metrics`, and close the files."""
-        if self.active:
-            self._hyperparameters(metrics)
-            self.bar.close()
-            self.writer.close()
-            self.file.close()
+        self._hyperparameters(metrics)
+        for opened in (self.bar, self.writer, self.file):
+            opened.close()
 
     def _add_scalars(self, row: dict[str, float]) -> None:
         if self.charts is not None:  # once in a run: TensorBoard reads the first layout only
@@ -158,31 +141,28 @@ class Monitor:
 
 def _layout(charts: dict, names: Iterable[str]) -> dict:
     """`charts`, and one for each loss among `names`."""
-    found = (re.fullmatch(r"(train|eval)/(\w+)_loss", name) for name in names)
     loss_charts = {}
-    for loss in sorted({match[2] for match in found if match}):
-        tags = [f"train/{loss}_loss", f"eval/{loss}_loss"]
-        loss_charts[f"{loss.upper()}, training and held-out"] = ["Multiline", tags]
-    return {**charts, "loss": loss_charts} if loss_charts else charts
+    for loss in sorted({name.partition("/")[2] for name in names if name.endswith("_loss")}):
+        title = f"{loss.removesuffix('_loss').upper()}, training and held-out"
+        loss_charts[title] = ["Multiline", [f"train/{loss}", f"eval/{loss}"]]
+    return charts | {"loss": loss_charts} if loss_charts else charts
 
 
-def _cut(path: Path, start_step: int, first_cut: int) -> list[dict]:
-    """Cut the rows from step `first_cut` on, except what was logged in training at `start_step`,
-    and rows that a crash cut short. Returns the rest."""
-    if not path.is_file():
-        return []
+def _cut(path: Path, start_step: int, evaluated: bool) -> list[dict]:
+    """Cut the rows after `start_step`, its evaluation unless it is `evaluated`, and rows that a
+    crash cut short. Returns the rest; of a run that starts over, none."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines(keepends=True):
         try:
             row = json.loads(line)
-            if row["step"] == start_step == first_cut > 0:
+            if row["step"] == start_step and not evaluated:
                 row = {name: value for name, value in row.items() if not name.startswith("eval/")}
-                is_kept = len(row) > 1
-            else:
-                is_kept = row["step"] < first_cut
-        except (ValueError, KeyError, TypeError):
+            is_kept = row["step"] <= start_step and start_step > 0 and len(row) > 1
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
         if is_kept and line.endswith("\n"):
             kept.append(row)
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    if text:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept

@@ -4,8 +4,6 @@ The update of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, here for matri
 once, for sharded weights, and with a device-side skip of steps that are not finite.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -23,9 +21,8 @@ MAX_ELEMENTS = 1 << 26  # of the matrices computed together; bounds the memory
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices [rows, columns], orthogonalized in `dtype`; decay is decoupled, as in AdamW.
-
-    A step with `found_inf` (float scalar, set by the caller) of 1 changes nothing."""
+    """For matrices [rows, columns], orthogonalized in `dtype`; decay is decoupled, as in AdamW. A
+    step with `found_inf` (float scalar, set by the caller) of 1 changes nothing."""
 
     _step_supports_amp_scaling = True  # as in torch's fused optimizers: reads found_inf
     found_inf: Tensor | None = None
@@ -58,8 +55,8 @@ class Muon(torch.optim.Optimizer):
             state = self.state[weight]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
-            buffer, gradient = state["momentum_buffer"], weight.grad
-            gradient = torch.where(is_finite, gradient, buffer)  # leaves the buffer unchanged
+            buffer = state["momentum_buffer"]
+            gradient = torch.where(is_finite, weight.grad, buffer)  # leaves the buffer unchanged
             buffer.lerp_(gradient, 1 - group["momentum"])
             directions.append(whole(gradient.lerp(buffer, group["momentum"])))  # Nesterov
         rate = is_finite * group["lr"]
@@ -71,10 +68,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """[count, rows, columns] -> each about U V' of its singular value decomposition U S V'.
-
-    Five Newton-Schulz steps x <- a x + (b x x' + c (x x')^2) x; singular values end between 0.7
-    and 1.2."""
+    """[count, rows, columns] -> each about U V' of its singular value decomposition U S V'. Five
+    Newton-Schulz steps x <- a x + (b x x' + c (x x')^2) x; S ends between 0.7 and 1.2."""
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices

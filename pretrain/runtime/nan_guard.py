@@ -1,8 +1,6 @@
 """Steps whose gradients are not finite: the optimizer skips them (`optim.step_if`); here they are
 counted and reported, and a run that only skips is stopped."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -19,21 +17,19 @@ Rebuild = Callable[[int, object], str]
 
 class NanGuard:
     """Reads the finite flag of a step one step later, when the device has long computed it.
-
-    `report` gets a line for each skipped step. `rebuild` returns the command that shows the data
-    of a step again, from the step and its data position."""
+    `report` gets a line for each skipped step. `rebuild` returns the command that shows the data of
+    a step again, from the step and its data position; "" if there is none."""
 
     state_form = {"skipped": integer(), "skipped_in_a_row": integer()}
 
-    def __init__(self, report: Report = print, rebuild: Rebuild | None = None):
+    def __init__(self, report: Report = print, rebuild: Rebuild = lambda *_: ""):
         self.report, self.rebuild = report, rebuild
         self.skipped = self.skipped_in_a_row = 0
         self._pending: tuple[Tensor, torch.cuda.Event | None, int, object] | None = None
 
     def observe(self, finite: Tensor, step: int, position: object = None) -> None:
-        """Keep the flag (bool scalar) of this step, and act on that of the step before.
-
-        UserError after MAX_SKIPPED_IN_A_ROW steps in a row that were not finite."""
+        """Keep the flag (bool scalar) of this step, and act on that of the step before. UserError
+        after MAX_SKIPPED_IN_A_ROW steps in a row that were not finite."""
         copied = None
         if finite.is_cuda:  # copied now, so that reading it waits for this step alone
             finite, copied = finite.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -47,17 +43,15 @@ class NanGuard:
         return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The counterpart of `state_dict`."""
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
 
     def _settle(self) -> None:
         if self._pending is None:
             return
-        finite, copied, step, position = self._pending
-        self._pending = None
+        (finite, copied, step, position), self._pending = self._pending, None
         if copied is not None:
             copied.synchronize()
-        if bool(finite):
+        if finite:
             self.skipped_in_a_row = 0
             return
         self.skipped += 1
@@ -66,11 +60,11 @@ class NanGuard:
         if self.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
             self.report(f"{where}: the gradients are not finite; the step changed nothing")
             return
-        command = self.rebuild(step, position) if self.rebuild else ""
-        shown = f". To see its data: {command}" if command else ""
         problem = f"the gradients of {self.skipped_in_a_row} steps in a row are not finite"
         advice = "start a new run with a lower learning rate, or in fp32"
-        raise UserError(f"{where}: {problem}, and changed nothing; {advice}{shown}")
+        command = self.rebuild(step, position)
+        shown = f". To see its data: {command}" if command else ""
+        raise UserError(f"{where}: {problem}; {advice}{shown}")
 
 
 class ScaleWatch:

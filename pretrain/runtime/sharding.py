@@ -4,21 +4,15 @@ A sharded model (FSDP2) has a part of every weight on each process. What is save
 parameter name, and is cut again on load. All processes call these functions together.
 """
 
-from __future__ import annotations
-
-import functools
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.errors import UserError, refusing
-from pretrain.runtime.distributed import World, gather
-from pretrain.schema import Rule, misfit, values_of
-
-OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
-FORM = {"weights": values_of(OBJECT, "an object for each weight"), "groups": [[{}]]}
+from pretrain.errors import UserError
+from pretrain.runtime.distributed import World, gather, is_sharded
 
 
 def place(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
@@ -29,9 +23,8 @@ def place(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in model.layers:
+    for layer in [*model.layers, model]:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "encode")  # sample predictions call it beside forward
     return model
 
@@ -39,11 +32,6 @@ def place(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
 def is_part(tensor: Tensor) -> bool:
     """Whether `tensor` is sharded (a DTensor)."""
     return hasattr(tensor, "full_tensor")
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether each process has only a part of the weights."""
-    return any(is_part(weight) for weight in model.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -91,64 +79,52 @@ def map_tensors(change: Callable[[Tensor, str], object], value: object, name: st
 
 
 class OptimizerState:
-    """State of a model's optimizers, of any kind and number, by parameter name.
-
-    Each weight belongs to at most one optimizer. One without state, being frozen so far, has an
-    empty entry. Make this before the first forward pass, while sharded weights are in place."""
+    """State of a model's optimizers, of any kind and number, by parameter name. Each weight belongs
+    to at most one optimizer. One without state, being frozen so far, has an empty entry. Make this
+    before the first forward pass, while sharded weights are in place."""
 
     def __init__(self, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]):
         self.optimizers = list(optimizers)
-        self._names = {weight: name for name, weight in model.named_parameters()}
-
-    def _owned(self) -> dict[str, tuple[Tensor, torch.optim.Optimizer, dict]]:
-        """By name: a weight, its optimizer, and the group it is in."""
-        owned = {}
+        names = {weight: name for name, weight in model.named_parameters()}
+        self._owned = {}  # by name: a weight, its optimizer, and the group it is in
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for weight in group["params"]:
-                    name = self._names[weight]
-                    assert name not in owned, f"{name} belongs to two optimizers"
-                    owned[name] = (weight, optimizer, group)
-        return owned
+                    name = names[weight]
+                    assert name not in self._owned, f"{name} belongs to two optimizers"
+                    self._owned[name] = (weight, optimizer, group)
 
     def state_dict(self) -> dict:
         """{"weights": {parameter name: its state}, "groups": [[values of a group] by optimizer]}.
-
         UserError for state that belongs to no weight, or cannot be sharded as its weight is."""
         weights, groups = {}, []
+        known = {weight for weight, *_ in self._owned.values()}
         for optimizer in self.optimizers:
             groups.append([_without_params(group) for group in optimizer.param_groups])
-            for key in optimizer.state.keys() - self._names.keys():
+            for key in optimizer.state.keys() - known:
                 raise UserError(f"optimizer state {key}: belongs to no weight; it cannot be saved")
-        for name, (weight, optimizer, _) in self._owned().items():
+        for name, (weight, optimizer, _) in self._owned.items():
             state = dict(optimizer.state.get(weight, {}))
-            weights[name] = map_tensors(functools.partial(_saved, weight), state, name)
+            weights[name] = map_tensors(partial(_saved, weight), state, name)
         return {"weights": weights, "groups": groups}
 
     def load_state_dict(self, state: dict) -> None:
-        """The counterpart of `state_dict`; UserError if `state` does not fit the model."""
-        owned = self._owned()
-        problem = misfit(state, FORM) or self._misfit(state, owned.keys())
-        if problem:
-            raise UserError(f"the optimizer state does not fit the model: {problem}")
-        for optimizer, saved_groups in zip(self.optimizers, state["groups"]):
-            for group, saved in zip(optimizer.param_groups, saved_groups):
+        """The counterpart of `state_dict`; some error if `state` does not fit the model."""
+        strange = state["weights"].keys() ^ self._owned.keys()
+        if strange:
+            raise UserError(f"optimizer state: only it or the model has {min(strange)}")
+        for optimizer, saved_groups in zip(self.optimizers, state["groups"], strict=True):
+            for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
                 group.update(_without_params(saved))
-        for name, (weight, optimizer, group) in owned.items():
+        for name, (weight, optimizer, group) in self._owned.items():
             is_on_device = group.get("fused") or group.get("capturable")
+            # Fused kernels do not check shapes: another one would corrupt memory.
+            is_trusted = getattr(optimizer, "_step_supports_amp_scaling", False)
             for key, value in state["weights"][name].items():
                 # As in torch: the step count is on the CPU unless the optimizer is fused.
                 device = "cpu" if key == "step" and not is_on_device else weight.device
-                load = functools.partial(_loaded, weight, optimizer, device)
+                load = partial(_loaded, weight, device, is_trusted)
                 optimizer.state[weight][key] = map_tensors(load, value, f"{name} {key}")
-
-    def _misfit(self, state: dict, names: Set[str]) -> str | None:
-        strange = state["weights"].keys() ^ names
-        if strange:
-            return f"only one of the two has {min(map(str, strange))}"
-        counts = [len(optimizer.param_groups) for optimizer in self.optimizers]
-        saved = [len(groups) for groups in state["groups"]]
-        return None if counts == saved else f"it has groups {saved}; expected {counts}"
 
 
 def _without_params(group: dict) -> dict:
@@ -158,32 +134,22 @@ def _without_params(group: dict) -> dict:
 def _saved(weight: Tensor, tensor: Tensor, name: str) -> Tensor | None:
     if not is_part(weight):
         return tensor
-    if tensor.ndim and not (is_part(tensor) and tensor.shape == weight.shape):
-        raise _not_shardable(name)
+    _check(name, not tensor.ndim or (is_part(tensor) and tensor.shape == weight.shape))
     return _on_main(tensor)
 
 
-def _loaded(
-    weight: Tensor,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    tensor: Tensor,
-    name: str,
-) -> Tensor:
-    # Fused kernels do not check shapes: another one would corrupt memory.
-    is_trusted = getattr(optimizer, "_step_supports_amp_scaling", False)
-    if is_trusted and tensor.ndim and tensor.shape != weight.shape:
-        raise UserError(f"optimizer state {name}: does not have the shape of its weight")
-    if not is_part(weight) or not tensor.ndim:
-        return tensor.to(device, copy=True)  # not a view of the mapped file
-    if tensor.shape != weight.shape:
-        raise _not_shardable(name)
-    return part_like(weight, tensor)
+def _loaded(weight: Tensor, device, is_trusted: bool, tensor: Tensor, name: str) -> Tensor:
+    if is_trusted or is_part(weight):
+        _check(name, not tensor.ndim or tensor.shape == weight.shape)
+    if tensor.ndim and is_part(weight):
+        return part_like(weight, tensor)
+    return tensor.to(device, copy=True)  # not a view of the mapped file
 
 
-def _not_shardable(name: str) -> UserError:
-    expected = "expected a scalar or the shape of its weight; use another optimizer"
-    return UserError(f"optimizer state {name}: cannot be sharded; {expected}")
+def _check(name: str, fits: bool) -> None:
+    if not fits:
+        expected = "expected a scalar or the shape of its weight; use another optimizer"
+        raise UserError(f"optimizer state {name}: cannot be sharded; {expected}")
 
 
 class RandomState:
@@ -202,12 +168,11 @@ class RandomState:
     def load_state_dict(self, state: dict) -> None:
         """Restore this process's state. With another number of processes, draw a new seed from that
         of the first process."""
-        with refusing("the random states do not fit", "expected those of a checkpoint"):
-            processes, rank = state["processes"], self._world.rank
-            is_same = len(processes) == self._world.size
-            states = processes[rank if is_same else 0]
-            torch.set_rng_state(states["cpu"])
-            if not is_same:
-                torch.manual_seed(int(torch.randint(1 << 62, ())) + rank)
-            elif self._device.type == "cuda" and "cuda" in states:
-                torch.cuda.set_rng_state(states["cuda"], self._device)
+        processes, rank = state["processes"], self._world.rank
+        is_same = len(processes) == self._world.size
+        states = processes[rank if is_same else 0]
+        torch.set_rng_state(states["cpu"])
+        if not is_same:
+            torch.manual_seed(int(torch.randint(1 << 62, ())) + rank)
+        elif self._device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self._device)

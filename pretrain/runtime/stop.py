@@ -1,7 +1,5 @@
 """What ends a run early, a signal or the time limit: the step is finished and saved first."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -15,7 +13,6 @@ from pretrain.signals import STOP_SIGNALS
 
 class StopFlag:
     """Notes SIGTERM, SIGINT and SIGUSR1 inside a `with`; a second SIGINT kills the process.
-
     `max_minutes` (0: no limit) counts from here; `limit` is its name in `reason`."""
 
     signal = 0  # the first that any process received; 0: none
@@ -24,7 +21,7 @@ class StopFlag:
         self._seconds, self._limit, self._begin = max_minutes * 60, limit, time.monotonic()
         self._num_calls, self._is_out_of_time = 0, False
 
-    def __enter__(self) -> StopFlag:
+    def __enter__(self) -> "StopFlag":
         is_main_thread = threading.current_thread() is threading.main_thread()
         numbers = STOP_SIGNALS if is_main_thread else ()  # other threads cannot take signals
         self._before = {number: signal.signal(number, self._note) for number in numbers}

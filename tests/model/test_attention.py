@@ -172,21 +172,13 @@ def test_filled_batches_compile_once_for_each_number_of_sequences_without_a_grap
         assert counter.frame_count > 1
 
 
-@pytest.mark.parametrize(
-    "device, capability, precision, expected",
-    [
-        ("cpu", (0, 0), "fp32", SDPA),
-        ("cpu", (0, 0), "bf16", SDPA),
-        ("cpu", (0, 0), "fp16", SDPA),
-        ("cuda", (9, 0), "bf16", VARLEN),
-        ("cuda", (8, 0), "fp16", VARLEN),
-        ("cuda", (8, 0), "fp32", SDPA),
-        ("cuda", (7, 5), "fp16", SDPA),
-        ("cuda", (7, 0), "bf16", SDPA),
-    ],
-)
-def test_attention_is_the_kernel_on_cuda_if_it_has_one(
-    device, capability, precision, expected, monkeypatch
-):
+CPU, AMPERE, TURING = ("cpu", (0, 0)), ("cuda", (8, 0)), ("cuda", (7, 5))
+CHOICES = [(CPU, "fp32", SDPA), (CPU, "bf16", SDPA), (TURING, "fp16", SDPA), (TURING, "bf16", SDPA)]
+CHOICES += [(AMPERE, "fp32", SDPA), (AMPERE, "fp16", VARLEN), (("cuda", (9, 0)), "bf16", VARLEN)]
+
+
+@pytest.mark.parametrize("device, precision, expected", CHOICES)
+def test_attention_is_the_kernel_on_cuda_if_it_has_one(device, precision, expected, monkeypatch):
+    name, capability = device
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert choose_attention(torch.device(device), precision) == expected
+    assert choose_attention(torch.device(name), precision) == expected

@@ -122,13 +122,13 @@ def test_a_term_beside_the_cross_entropy_changes_neither_its_value_nor_its_gradi
         torch.testing.assert_close(found.double(), wanted, atol=1e-3 * tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_a_compiled_model_gives_one_graph_with_any_terms(backend, corpus, vocabulary):
+def test_a_compiled_model_gives_one_graph_with_any_terms(corpus, vocabulary):
+    """Backward, too; inductor would add a quarter of a minute of compiling C++ to this."""
     torch._dynamo.reset()
     (batch,) = make_batches(corpus, vocabulary, fill=True)
     model = roughen(WithZLoss(small_config(vocabulary.size)))
     results = []
-    for run in (model, torch.compile(model, backend=backend, fullgraph=True, dynamic=False)):
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)):
         model.zero_grad()
         terms = run(batch)
         assert all(type(term) is Loss for term in terms.values())

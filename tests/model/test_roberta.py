@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -122,11 +121,3 @@ def test_what_the_model_cannot_do_is_refused_by_option_and_value(
         message = refusal(main, options, capsys)
         assert message.startswith(f"{option} {value}: ") and "\n" not in message
     assert not (tmp_path / "run").exists()
-
-
-def test_a_family_that_does_not_work_is_refused_by_the_command(base, arguments, tmp_path, capsys):
-    folder = shutil.copytree(base[1], tmp_path / "roberta-base")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "electra"}))
-    message = refusal(PRETRAIN.main, [*arguments, "--model", folder], capsys)
-    assert message.startswith(f"--model {folder}: ") and "electra" in message

@@ -108,13 +108,6 @@ def test_a_write_that_fails_changes_nothing(exists, error, reason, tmp_path):
     assert content(tmp_path) == before and os.listdir(tmp_path) == ["best"] * exists
 
 
-def test_a_folder_under_a_file_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/checkpoint-1: "):
-        ckpt.write_folder(tmp_path / "file" / "checkpoint-1", write_text("new"))
-    assert content(tmp_path) == {"file": b""}
-
-
 def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
     ckpt.write_folder(tmp_path / "best", write_text("old"))
     before, rename = content(tmp_path), Path.rename
@@ -156,58 +149,43 @@ def test_write_json_replaces_at_once_or_not_at_all(tmp_path):
 # Verifying.
 
 
-def test_a_good_checkpoint_has_no_problem_and_holds_every_file(checkpoint):
-    assert ckpt.problem_of(checkpoint) is None
-    assert content(checkpoint).keys() == {*FILES, ckpt.CHECKSUMS}
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    name=st.sampled_from(FILES),
-    damage=st.sampled_from(["cut short", "flipped", "longer", "missing"]),
-    where=st.floats(0, 1),
-)
-def test_damage_of_any_file_is_found_and_the_file_named(
-    checkpoint, tmp_path_factory, name, damage, where
-):
+@settings(max_examples=4, deadline=None)
+@given(where=st.floats(0, 1, exclude_max=True))
+def test_damage_of_any_file_is_found_and_the_file_named(checkpoint, tmp_path_factory, where):
     folder = tmp_path_factory.mktemp("damaged") / "checkpoint-7"
     shutil.copytree(checkpoint, folder)
-    path = folder / name
-    good = path.read_bytes()
-    place = min(int(where * len(good)), len(good) - 1)
-    flipped = good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
-    bad = {"cut short": good[:place], "flipped": flipped, "longer": good + b"\0"}
-    if damage == "missing":
+    assert content(folder).keys() == {*FILES, ckpt.CHECKSUMS}
+    for path in map(folder.joinpath, FILES):
+        good = path.read_bytes()
+        place = int(where * len(good))
+        flipped = good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
+        for bad in (good[:place], flipped, good + b"\0"):
+            path.write_bytes(bad)
+            assert ckpt.problem_of(folder).startswith(f"{path} ")
         path.unlink()
-    else:
-        path.write_bytes(bad[damage])
-    assert ckpt.problem_of(folder).startswith(f"{path} ")
-    shutil.rmtree(folder)
+        assert ckpt.problem_of(folder).startswith(f"{path} ")
+        path.write_bytes(good)
+    assert ckpt.problem_of(folder) is None
 
 
-@pytest.mark.parametrize(
-    "sums", [None, b"", b"{", b"\xff\xfe", b"[]", b'{"a": null}', b'{"text": {"bytes": 3}}', b"3"]
-)
-def test_checksums_that_cannot_be_read(sums, tmp_path):
-    ckpt.write_folder(tmp_path / "checkpoint-1", write_text("new"))
-    path = tmp_path / "checkpoint-1" / ckpt.CHECKSUMS
-    path.unlink()
-    (tmp_path / "checkpoint-1" / "a").write_text("")
-    if sums is not None:
-        path.write_bytes(sums)
-    assert ckpt.problem_of(tmp_path / "checkpoint-1").startswith(f"{path} cannot be read (")
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+GARBLED = [None, b"", b"{", b"\xff\xfe", b"[]", b"3", b'{"a": null}', b'{"text": {"bytes": 3}}']
+LEAD_OUT = [
+    json.dumps({name: {"bytes": 0, "sha256": EMPTY}}).encode()
+    for name in ("../outside", "inner/../../outside")
+]
 
 
-@pytest.mark.parametrize("name", ["../outside", "inner/../../outside", "/etc/hostname"])
-def test_checksums_that_lead_out_of_the_folder_are_refused(name, tmp_path):
+@pytest.mark.parametrize("sums", [*GARBLED, *LEAD_OUT])
+def test_checksums_that_are_garbled_or_lead_out_of_the_folder(sums, tmp_path):
     folder = tmp_path / "checkpoint-1"
     ckpt.write_folder(folder, write_text("new"))
-    (tmp_path / "outside").write_bytes(b"")
-    path = folder / ckpt.CHECKSUMS
-    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    sums = {name: {"bytes": 0, "sha256": empty}, **json.loads(path.read_text())}
-    path.write_text(json.dumps(sums))
-    assert name in ckpt.problem_of(folder) and "outside" in ckpt.problem_of(folder)
+    (folder / ckpt.CHECKSUMS).unlink()
+    (folder / "a").write_text("")
+    (tmp_path / "outside").write_text("")
+    if sums is not None:
+        (folder / ckpt.CHECKSUMS).write_bytes(sums)
+    assert ckpt.problem_of(folder).startswith(f"{folder}/")
 
 
 def test_a_plain_model_folder_is_not_a_checkpoint(tmp_path):
@@ -240,21 +218,19 @@ def test_the_newest_good_checkpoint_is_taken_and_damaged_ones_are_named(run, cap
     assert ckpt.newest_good(run).name == "checkpoint-9"
     first, second = capsys.readouterr().out.splitlines()
     assert f"{run}/checkpoint-100/text is" in first
-    assert f"{run}/checkpoint-10/{ckpt.STATE_TENSORS} has 0 bytes" in second
+    assert f"{run}/checkpoint-10/{ckpt.STATE_TENSORS} is" in second
     ckpt.set_aside_after(run, 9)
     assert [ckpt.step_of(folder) for folder in ckpt.checkpoints(run)] == [9, 5]
     assert (run / ".checkpoint-100.damaged").is_dir()
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_refused(run):
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(run, capsys):
     for folder in ckpt.checkpoints(run):
         (folder / "text").unlink()
-    with pytest.raises(UserError, match=f"{run}: .*checkpoint-100/text"):
+    with pytest.raises(UserError, match=f"{run}: "):
         ckpt.newest_good(run)
-
-
-def test_a_run_without_checkpoints_has_none(tmp_path):
-    assert ckpt.newest_good(tmp_path) is None and ckpt.checkpoints(tmp_path / "nowhere") == []
+    assert f"{run}/checkpoint-5/text" in capsys.readouterr().out
+    assert ckpt.newest_good(run / "best") is None, "a run without checkpoints has none"
 
 
 @settings(max_examples=20, deadline=None)
@@ -293,7 +269,6 @@ def test_facts_and_model_card(checkpoint, vocabulary, tiny_tokenizer, tmp_path):
 
 
 def test_facts_that_are_garbled_or_absent_are_left_out(tmp_path):
-    assert ckpt.read_facts(tmp_path) == {}
     garbled = {"objective": "all", "max_length": -1, "eval_tokens": "9"}
     (tmp_path / ckpt.FACTS).write_text(json.dumps({**garbled, "eval_batch_size": 3, "other": 1}))
     assert ckpt.read_facts(tmp_path) == {"eval_batch_size": 3, "other": 1}
@@ -304,7 +279,8 @@ def test_facts_that_are_garbled_or_absent_are_left_out(tmp_path):
 def test_training_state_goes_there_and_back(tmp_path):
     states = {"a": {"b": [torch.arange(3), 1.5, None]}, "c": {"d": (1, "text")}}
     ckpt.write_state(tmp_path, states, {"step": 3, "position": [0, 2, 5]})
-    assert ckpt.read_values(tmp_path, FORM) == {"step": 3, "position": [0, 2, 5]}
+    values = ckpt.read_values(tmp_path, FORM)
+    assert values == {"format": ckpt.STATE_FORMAT, "step": 3, "position": [0, 2, 5]}
     read = ckpt.read_states(tmp_path)
     assert torch.equal(read["a"]["b"].pop(0), states["a"]["b"].pop(0)) and read == states
 
@@ -326,18 +302,13 @@ def test_nothing_is_unpickled(tmp_path):
         ckpt.read_states(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "text, where",
-    [
-        (None, ckpt.STATE_JSON),
-        ("{", ckpt.STATE_JSON),
-        ('{"step": 3}', "another version"),
-        ('{"format": 1, "step": 3}', "another version"),
-        (f'{{"format": {ckpt.STATE_FORMAT}, "step": -3}}', "step is -3"),
-    ],
-)
-def test_values_that_are_not_as_expected_are_refused(text, where, tmp_path):
+BAD_STATES = [None, "{", '{"step": 3}', '{"format": 1, "step": 3}']
+BAD_STATES += [f'{{"format": {ckpt.STATE_FORMAT}, "step": -3}}']
+
+
+@pytest.mark.parametrize("text", BAD_STATES)
+def test_values_that_are_not_as_expected_are_refused(text, tmp_path):
     if text:
         (tmp_path / ckpt.STATE_JSON).write_text(text)
-    with pytest.raises(UserError, match=f"{tmp_path}.*{where}"):
+    with pytest.raises(UserError, match=f"{tmp_path / ckpt.STATE_JSON}: "):
         ckpt.read_values(tmp_path, FORM)
