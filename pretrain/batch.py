@@ -8,7 +8,7 @@ no token at all, and labels of IGNORED.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,30 +39,20 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; the copy does not block where the memory is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        changed = _convert(vars(self), Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(self, **changed)
 
     def pin_memory(self) -> Batch:
         """The batch in pinned memory; the DataLoader calls this."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        changed = {name: change(tensor) for name, tensor in tensors.items()}
-        labels = {name: change(tensor) for name, tensor in self.labels.items()}
-        return replace(self, **changed, labels=labels)
+        return replace(self, **_convert(vars(self), Tensor, Tensor.pin_memory))
 
     # Between processes, tensors travel as arrays. torch would send each as a file in shared memory
     # through a socket: that takes longer than making the batch, and fails where TMPDIR is long.
     def __getstate__(self) -> dict:
-        state = {name: _to_array(value) for name, value in vars(self).items()}
-        state["labels"] = {name: _to_array(value) for name, value in self.labels.items()}
-        return state
+        return _convert(vars(self), Tensor, Tensor.numpy)
 
     def __setstate__(self, state: dict) -> None:
-        labels = {name: _to_tensor(value) for name, value in state["labels"].items()}
-        vars(self).update({name: _to_tensor(value) for name, value in state.items()})
-        vars(self)["labels"] = labels
+        vars(self).update(_convert(state, np.ndarray, torch.from_numpy))
 
 
 @dataclass(frozen=True)
@@ -77,10 +67,11 @@ class Loss:
     count: str = ""  # the name in Batch.counts of its denominator; "": its own name
 
 
-def _to_array(value: object) -> object:
-    on_cpu = isinstance(value, Tensor) and value.device.type == "cpu"
-    return value.numpy() if on_cpu else value
-
-
-def _to_tensor(value: object) -> object:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+def _convert(values: dict, kind: type, change: Callable) -> dict:
+    """`values`, and those of dictionaries in it: each of `kind` changed, the others as they are."""
+    converted = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = _convert(value, kind, change)
+        converted[name] = change(value) if isinstance(value, kind) else value
+    return converted

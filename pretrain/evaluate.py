@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -53,19 +54,14 @@ def make_validation_set(
 
     The same text gives the same sequences, whatever the micro-batch size."""
     task = Task(pairs, max_length, micro_batch_size, MASK_RATE, SEED)
-    shard = corpus.select(max_tokens)
+    shard, collator = corpus.select(max_tokens), Collator(task, vocabulary, MASKING, fill)
     plan = make_plan(shard, np.arange(len(shard.hashes)), task, key(SEED))
     fitting = int(np.searchsorted(np.cumsum(plan.lengths), max_tokens, side="right"))
     plan = plan.take(slice(0, max(1, fitting)))
-    bounds = micro_batch_bounds(plan, task)
-    collator = Collator(task, vocabulary, MASKING, fill)
-    batches = [
-        collator(Examples(shard, plan.take(slice(start, end))))
-        for start, end in zip(bounds, bounds[1:])
-    ]
-    if training is None or not batches:
-        return ValidationSet(batches)
-    return ValidationSet(batches, unigram_perplexity(training, batches, vocabulary.size))
+    parts = pairwise(micro_batch_bounds(plan, task))
+    batches = [collator(Examples(shard, plan.take(slice(*part)))) for part in parts]
+    unigram = training and unigram_perplexity(training, batches, vocabulary.size)
+    return ValidationSet(batches, unigram)
 
 
 def unigram_perplexity(corpus: Corpus, batches: list[Batch], vocab_size: int) -> float:
@@ -74,8 +70,8 @@ def unigram_perplexity(corpus: Corpus, batches: list[Batch], vocab_size: int) ->
     Each token counts once more than it occurs."""
     counts = 1.0 + np.bincount(corpus.tokens(0), minlength=vocab_size)
     labels = np.concatenate([batch.labels["mlm"].numpy() for batch in batches])
-    labels = labels[labels != IGNORED]
-    return float(np.exp(-np.log(counts[labels] / counts.sum()).mean()))
+    shares = counts[labels[labels != IGNORED]] / counts.sum()
+    return float(np.exp(-np.log(shares).mean()))
 
 
 @torch.no_grad()
@@ -134,19 +130,17 @@ def sample_predictions(
         logits = model.masked_lm_logits(model.encode(on_device), on_device)
     ends = batch.cu_seqlens[: min(SHOWN_SEQUENCES, batch.num_sequences) + 1].tolist()
     positions = batch.masked_positions[: batch.counts["mlm"]].tolist()
-    num_shown = sum(position < ends[-1] for position in positions)
-    shares, ids = logits[:num_shown].float().cpu().softmax(-1).topk(SHOWN_GUESSES)
-    name = tokenizer.convert_ids_to_tokens
-    paragraphs = []
-    for start, end in zip(ends, ends[1:]):
+    shown = [position for position in positions if position < ends[-1]]
+    shares, ids = logits[: len(shown)].float().cpu().softmax(-1).topk(SHOWN_GUESSES)
+    name, paragraphs = tokenizer.convert_ids_to_tokens, []
+    for start, end in pairwise(ends):
         tokens, rows = name(batch.input_ids[start:end].tolist()), []
-        for index, position in enumerate(positions[:num_shown]):
+        for index, position in enumerate(shown):
             if start <= position < end:
                 guesses = zip(name(ids[index].tolist()), shares[index].tolist())
-                shown = ", ".join(f"{token} {share:.2f}" for token, share in guesses)
-                place = position - start
-                right = name(int(batch.labels["mlm"][index]))
-                rows.append([place, tokens[place], right, shown])
+                predicted = ", ".join(f"{token} {share:.2f}" for token, share in guesses)
+                place, right = position - start, name(int(batch.labels["mlm"][index]))
+                rows.append([place, tokens[place], right, predicted])
                 tokens[place] = f"**{tokens[place]}**"
         text = " ".join(tokens).replace(" ##", "").replace("|", "\\|")
         table = markdown_table(["place", "read", "right", "predicted"], rows)

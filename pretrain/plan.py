@@ -12,13 +12,7 @@ import numpy as np
 import torch
 
 from pretrain.batch import IGNORED
-from pretrain.config import (
-    OBJECTIVES,
-    Config,
-    least_micro_batch_size,
-    length_option,
-    phase_lengths,
-)
+from pretrain.config import OBJECTIVES, Config, least_micro_batch_size, length_option, phase_lengths
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.pairs import Task
 from pretrain.errors import UserError
@@ -31,12 +25,10 @@ COUNTED_SHARDS = 4  # planned at the start to count an epoch; extrapolated to th
 
 def make_tasks(config: Config, micro_batch_size: int) -> list[Task]:
     """The task of each phase, planned for the highest mask rate."""
+    pairs, rate = OBJECTIVES[config.objective], max(config.mask_rate)
     lengths = [length for length, _ in phase_lengths(config)]
-    pairs = OBJECTIVES[config.objective]
-    rate = max(config.mask_rate)
-    return [
-        Task(pairs, length, micro_batch_size, rate, config.seed, lengths[0]) for length in lengths
-    ]
+    more = (micro_batch_size, rate, config.seed, lengths[0])
+    return [Task(pairs, length, *more) for length in lengths]
 
 
 def default_micro_batch_size(config: Config, device: torch.device, world: World) -> int:
@@ -45,32 +37,26 @@ def default_micro_batch_size(config: Config, device: torch.device, world: World)
     UserError if the processes cannot share a step; a message if there is no good divisor."""
     batch = config.batch_size
     if batch % world.size:
-        raise UserError(
-            f"--batch-size {batch}: {world.size} processes cannot share it evenly; "
-            f"expected a multiple of {world.size}"
-        )
+        expected = f"expected a multiple of the number of processes, {world.size}"
+        raise UserError(f"--batch-size {batch}: cannot be shared evenly; {expected}")
     length, least = phase_lengths(config)[0][0], least_micro_batch_size(config)
     enough = max(least, GPU_TOKENS // length if device.type == "cuda" else CPU_SEQUENCES)
     found = _largest_divisor(batch // world.size, least, enough) or least
     if 2 * found < min(enough, batch // world.size):
-        print(
-            f"--batch-size {batch}: is divisible by micro-batches of {found} only, which is slow; "
-            f"a multiple of {enough * world.size} would be faster"
-        )
+        problem = f"--batch-size {batch}: only micro-batches of {found} divide it, which is slow"
+        print(f"{problem}; a multiple of {enough * world.size} would be faster")
     return found
 
 
 def smaller_micro_batch_size(config: Config, size: int, device: torch.device, world: World) -> int:
     """The next size to try when `size` is too large for the device; UserError if there is none."""
-    found = _largest_divisor(
-        config.batch_size // world.size, least_micro_batch_size(config), size // 2
-    )
+    least = least_micro_batch_size(config)
+    found = _largest_divisor(config.batch_size // world.size, least, size // 2)
     too_large = f"--micro-batch-size {size}: is too large for the memory of {device}"
     if not found or config.shard:
         way = "a smaller one" if found else f"shorter sequences ({length_option(config)})"
-        raise UserError(
-            f"{too_large}; use a larger device, --gradient-checkpointing, or in a new run {way}"
-        )
+        ways = f"use a larger device, --gradient-checkpointing, or in a new run {way}"
+        raise UserError(f"{too_large}; {ways}")
     print(f"{too_large}; this run uses {found}")
     return found
 
@@ -100,20 +86,16 @@ def count_epoch(datasets: list[PretrainingDataset], config: Config) -> int:
 
 def _count_epoch(dataset: PretrainingDataset, config: Config) -> int:
     task, corpus = dataset.task, dataset.source
-    num_counted = min(COUNTED_SHARDS, corpus.num_shards)
-    plans = [dataset.plan(0, place) for place in range(num_counted)]
-    share = num_counted / corpus.num_shards
+    counted = range(min(COUNTED_SHARDS, corpus.num_shards))
+    plans, share = [dataset.plan(0, place) for place in counted], len(counted) / corpus.num_shards
     at_length = f" at {task.max_length} tokens" if config.phases else ""
     if task.pairs:
         check_pairs(np.concatenate([plan.label for plan in plans]), config, at_length)
-        shards = [corpus.shard(dataset.shard_at(0, place)) for place in range(num_counted)]
-        sizes = np.concatenate([np.diff(shard.sentences) for shard in shards])
-        num_long = int((sizes > task.max_tokens).sum())
+        shards = [corpus.shard(dataset.shard_at(0, place)) for place in counted]
+        num_long = sum(int((np.diff(each.sentences) > task.max_tokens).sum()) for each in shards)
         if num_long:
-            print(
-                f"{round(num_long / share):,} sentences are longer than {task.max_tokens} tokens: "
-                "they are cut into pieces of half of that"
-            )
+            problem = f"{round(num_long / share):,} sentences exceed {task.max_tokens} tokens"
+            print(f"{problem}: they are cut into pieces of half of that")
     num_tokens = sum(int(plan.lengths.sum()) for plan in plans)
     step_tokens = config.batch_size * task.counted_length
     if num_tokens < step_tokens and share == 1:
@@ -140,10 +122,10 @@ def check_pairs(labels: np.ndarray, config: Config, at_length: str = "") -> None
     )
     if true < MIN_TRUE_SHARE:
         raise UserError(
-            f"--objective {config.objective}: only {true:.1%} of the planned pairs{at_length} "
-            f"would be true; expected at least {MIN_TRUE_SHARE:.0%}: the documents have too few "
-            "sentences. Use --objective mlm, or another --format (sentences: a sentence a line, "
-            "a blank line between documents)"
+            f"--objective {config.objective}: only {true:.1%} of the planned pairs{at_length} are "
+            f"true, as documents have too few sentences; expected {MIN_TRUE_SHARE:.0%} or more, "
+            "--objective mlm, or another --format (sentences: one a line, a blank line between "
+            "documents)"
         )
 
 
@@ -162,10 +144,8 @@ def count_steps(config: Config, saved: dict, steps_per_epoch: int) -> int:
         return saved["total_steps"]
     total = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
     if saved:
-        print(
-            f"the run now ends at step {total}, not {saved['total_steps']}: the schedules of "
-            f"learning rate and masks{', and the phases,' if config.phases else ''} change"
-        )
+        changed = f"the schedules{' and the phases' if config.phases else ''} change"
+        print(f"the run now ends at step {total}, not {saved['total_steps']}: {changed}")
     return total
 
 
@@ -178,13 +158,9 @@ def steps_between(every: str, steps_per_epoch: int, auto: int) -> int:
 def mask_schedule(config: Config, total_steps: int) -> Callable[[int], float | None]:
     """The mask rate of a step, counted from 0; None if there is one rate for all."""
     first, last = config.mask_rate[0], config.mask_rate[-1]
-
-    def rate(step: int) -> float | None:
-        if first == last:
-            return None
-        return first + (last - first) * min(1.0, step / max(1, total_steps - 1))
-
-    return rate
+    if first == last:
+        return lambda step: None
+    return lambda step: first + (last - first) * min(1.0, step / max(1, total_steps - 1))
 
 
 def count_workers(config: Config, device: torch.device) -> int:

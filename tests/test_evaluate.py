@@ -117,42 +117,18 @@ def test_at_most_max_tokens_are_read(max_tokens, make):
     assert max_tokens - MAX_LENGTH < read <= max_tokens
 
 
-def test_batches_hold_validation_text_alone(make, sides, vocabulary):
-    """Each sequence, its masks undone, is found in the validation documents, the random B too."""
-    shard = sides[1].select(ALL)
-    documents = [
-        " ".join(map(str, shard.ids[shard.sentences[first] : shard.sentences[last]].tolist())) + " "
-        for first, last in zip(shard.documents[:-1], shard.documents[1:])
-    ]
-    for batch in make().batches:
-        ids = batch.input_ids.clone()
-        ids[batch.masked_positions] = batch.labels["mlm"]
-        for sequence in ids.split(batch.lengths):
-            text = " ".join(map(str, sequence.tolist()[1:]))
-            for segment in text.split(f" {vocabulary.sep_id}")[:-1]:
-                assert any(f"{segment.strip()} " in document for document in documents)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_draws_no_random_number_and_leaves_the_model_as_it_was(
     training, make, vocabulary
 ):
     model = small_model(vocabulary.size, hidden_dropout_prob=0.5).train(training)
-    validation = make(max_tokens=2000)
     state, weights = torch.get_rng_state(), [weight.clone() for weight in model.parameters()]
-    assert run(model, validation) == run(model, validation), "dropout is off"
+    one, other = make(max_tokens=2000), make(max_tokens=2000)
+    assert run(model, one) == run(model, other), "dropout is off, and the batches are the same"
     assert model.training is training and model.bert.embeddings.dropout.training is training
     assert torch.equal(torch.get_rng_state(), state)
     for old, new in zip(weights, model.parameters()):
         assert torch.equal(old, new) and new.grad is None
-
-
-def test_making_a_validation_set_draws_nothing_and_gives_the_same_twice(make):
-    state = torch.get_rng_state()
-    first, second = (make(max_tokens=2000).batches for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), state)
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(one.input_ids, other.input_ids)
 
 
 def test_a_stop_ends_the_evaluation(make, vocabulary):

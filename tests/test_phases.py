@@ -4,7 +4,6 @@ evaluate.py at the phase's length; what does not fit is refused."""
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
@@ -86,13 +85,9 @@ def finished(arguments, tmp_path_factory):
     return SimpleNamespace(output=output, steps=list(seen))
 
 
-def data_of(output, step):
-    """Where the data of a run stood after a step."""
-    return ckpt.read_states(output / f"checkpoint-{step}")["data"]
-
-
 def position_after(output, step):
-    return DataPosition(*data_of(output, step)["position"])
+    """Where the data of a run stood after a step."""
+    return DataPosition(*ckpt.read_states(output / f"checkpoint-{step}")["data"]["position"])
 
 
 def config_of(arguments, output):
@@ -108,19 +103,17 @@ def evaluated(folder, source, capsys):
 
 def scores_of(row):
     """The scores of an evaluation, under the names of evaluate.py."""
-    scores = {}
-    for name, value in row.items():
-        if name.startswith("eval/") and "unigram" not in name:
-            scores[name.removeprefix("eval/")] = value
-    return scores
+    names = [name for name in row if name.startswith("eval/") and "unigram" not in name]
+    return {name.removeprefix("eval/"): row[name] for name in names}
 
 
 # What is read.
 
 
 def test_one_phase_is_a_run_of_its_length(of_one_length, tmp_path):
-    phases = pretrain_into(tmp_path / "phases", of_one_length, "--phases 32:1")
-    assert_same_run(phases, pretrain_into(tmp_path / "length", of_one_length, "--max-length 32"))
+    options = [*of_one_length, "--max-steps", 4]
+    phases = pretrain_into(tmp_path / "phases", options, "--phases 32:1")
+    assert_same_run(phases, pretrain_into(tmp_path / "length", options, "--max-length 32"), 4)
 
 
 def test_micro_batches_are_those_of_a_run_of_the_length_with_the_same_tokens(finished, source):
@@ -147,32 +140,8 @@ def test_micro_batches_are_those_of_a_run_of_the_length_with_the_same_tokens(fin
     assert max(max(batch.lengths[: batch.num_sequences]) for batch in found) > 32
 
 
-def test_a_shard_that_is_not_begun_is_not_passed_over(source):
-    dataset, last = PretrainingDataset(source, Task(None, 32, 8, 0.15, 0)), source.num_shards - 1
-    for position, expected in (
-        ((0, 0, 0), (0, 0, 0)),
-        ((0, 1, 0), (0, 1, 0)),
-        ((0, 1, 1), (0, 2, 0)),
-        ((2, last, 5), (3, 0, 0)),
-    ):
-        assert dataset.next_whole_shard(DataPosition(*position)) == DataPosition(*expected)
-
-
-def test_the_workers_of_a_phase_end_with_it(arguments, output, monkeypatch, finished):
-    original, running = train.train_step, []
-
-    def counted(*more):
-        running.append(len(multiprocessing.active_children()))
-        return original(*more)
-
-    monkeypatch.setattr(train, "train_step", counted)
-    pretrain_into(output, arguments, "--workers 2")
-    assert running == [2] * 10
-    assert_same_run(finished.output, output)
-
-
 def test_two_processes_read_the_same(arguments, tmp_path):
-    options = arguments_of(arguments, SIZES, "hidden_dropout_prob=0")
+    options = arguments_of(arguments, "--max-steps 4", SIZES, "hidden_dropout_prob=0")
     one = pretrain_into(tmp_path / "one", options)
     ended = in_processes(tmp_path, main, [*options, "--output", tmp_path / "two"], count=2)
     assert [code for code, _ in ended] == [0, 0]
@@ -181,8 +150,8 @@ def test_two_processes_read_the_same(arguments, tmp_path):
         assert right == pytest.approx(left, rel=1e-4)
 
 
-def test_the_mask_rate_goes_on_from_phase_to_phase(arguments, tmp_path, steps_seen):
-    run = pretrain_into(tmp_path / "run", arguments, "--mask-rate 0.2 0.6")
+def test_the_mask_rate_goes_on_from_phase_to_phase(arguments, output, steps_seen):
+    pretrain_into(output, arguments, "--mask-rate 0.2 0.6")
     assert len(steps_seen) == 10
     for step, batches in enumerate(steps_seen):
         masked = sum(batch.counts["mlm"] for batch in batches)
@@ -191,20 +160,18 @@ def test_the_mask_rate_goes_on_from_phase_to_phase(arguments, tmp_path, steps_se
             num_pairs = int((batch.labels["nsp"] >= 0).sum())
             ordinary += batch.num_tokens - 2 * batch.num_sequences - num_pairs
         assert masked / ordinary == pytest.approx(0.2 + 0.4 * step / 9, abs=0.02), step
-    resume(interrupted_copy(run, tmp_path / "parts", SWITCH), "--workers 2")
-    assert_same_run(run, tmp_path / "parts")
 
 
 # Interrupted.
 
 
-@pytest.mark.parametrize(("step", "workers"), [(2, 2), (SWITCH, 0), (SWITCH, 2), (8, 0)])
+@pytest.mark.parametrize(("step", "workers"), [(2, 0), (SWITCH, 2), (8, 0)])
 def test_resumed_equals_uninterrupted_bit_for_bit(finished, output, step, workers):
     resume(interrupted_copy(finished.output, output, step), f"--workers {workers}")
     assert_same_run(finished.output, output)
 
 
-@pytest.mark.parametrize("call", [3, SWITCH + 1, SWITCH + 2])
+@pytest.mark.parametrize("call", [3, SWITCH + 1])
 def test_killed_then_resumed(finished, arguments, tmp_path, output, monkeypatch, call):
     original, seen = train.train_step, []
 
@@ -388,7 +355,6 @@ def test_other_phases_are_refused_on_resume(finished, more, capsys):
     assert "32:0.6" in message
 
 
-@pytest.mark.parametrize("more", ["--phases 32:0.5 64:0.5 --phase 3", "--phase 2", "--phase 0"])
-def test_a_phase_that_there_is_not_cannot_be_shown(more, capsys):
-    beginning = more[more.index("--phase ") :]
-    assert refusal(show_masks.main, more.split(), capsys).startswith(f"{beginning}: ")
+def test_a_phase_that_there_is_not_cannot_be_shown(capsys):
+    argv = arguments_of("--phases 32:0.5 64:0.5 --phase 3")
+    assert refusal(show_masks.main, argv, capsys).startswith("--phase 3: ")

@@ -175,14 +175,6 @@ def test_the_batches_are_those_that_a_run_trains_on(show, collated, tmp_path):
         assert all(torch.equal(one.labels[name], other.labels[name]) for name in one.labels)
 
 
-def test_the_tensors_are_saved(show, collated, tmp_path):
-    show(f"--sampled 3 --position 0 0 2 0.1 --save {tmp_path / 'batch.pt'}")
-    saved = torch.load(tmp_path / "batch.pt")
-    for batch, (_, other) in zip(saved, collated, strict=True):
-        assert torch.equal(batch["input_ids"], other.input_ids)
-        assert torch.equal(batch["labels"]["mlm"], other.labels["mlm"])
-
-
 def test_the_table_of_a_run_has_no_special_token(tiny_tokenizer, vocabulary, tmp_path):
     """Neither what the tokenizer does not know nor what it takes for one of its own: it would be
     drawn in place of words."""
@@ -197,7 +189,7 @@ def test_the_table_of_a_run_has_no_special_token(tiny_tokenizer, vocabulary, tmp
 # Examples.
 
 
-@pytest.mark.parametrize("number", [0, 1, 5, 40])
+@pytest.mark.parametrize("number", [0, 5, 40])
 def test_as_many_examples_are_shown_as_asked_for(number, show, collated):
     told = show(f"--examples {number} --sampled 3")
     shown = sum(line.startswith("[CLS]") for line in told)
@@ -243,10 +235,11 @@ def test_color_codes_stand_where_they_are_asked_for(color, expected, show):
         assert told.count("\x1b[0m") == len(ANSI.findall(told)) / 2
 
 
-def test_without_text_the_embedded_one_is_shown(cache, capsys):
-    options = "--vocab-size 500 --examples 2 --sampled 2"
+def test_without_text_the_embedded_one_is_shown(cache, text_file, capsys, monkeypatch):
+    monkeypatch.setattr("pretrain.demo.write_text", lambda cache: text_file)
+    options = "--vocab-size 120 --examples 2 --sampled 2"
     SHOW_MASKS.main(["--cache", str(cache), *options.split()])
-    assert capsys.readouterr().out.count("[CLS]") >= 2
+    assert capsys.readouterr().out.count("[CLS]") == 2
 
 
 @pytest.mark.parametrize(

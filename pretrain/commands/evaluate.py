@@ -9,31 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pretrain import config
 from pretrain.cli import parse
-from pretrain.config import (
-    COUNT,
-    COUNT_OR_0,
-    LENGTH,
-    OBJECTIVES,
-    PATHS,
-    DeviceOptions,
-    TextOptions,
-    missing,
-    validate,
-)
+from pretrain.config import COUNT, COUNT_OR_0, LENGTH, OBJECTIVES, PATHS, missing, validate
 from pretrain.errors import UserError, check, option_named
 from pretrain.schema import number, one_of, option
 
-DEFAULTS = {
-    "objective": "mlm+nsp",
-    "max_length": 128,
-    "eval_tokens": 200_000,
-    "eval_batch_size": 32,
-}
+DEFAULT = {"objective": "mlm+nsp", "max_length": 128, "eval_tokens": 200_000, "eval_batch_size": 32}
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(DeviceOptions, TextOptions):
+class EvaluateOptions(config.DeviceOptions, config.TextOptions):
     """Evaluation: options of evaluate.py; by default those of the run that made the model."""
 
     model: str | None = option(None, "BERT checkpoint: folder or hub name", required=True)
@@ -41,21 +27,14 @@ class EvaluateOptions(DeviceOptions, TextOptions):
         (), "text: files, folders, globs, or one prepared corpus", PATHS, required=True
     )
     valid_fraction: float = option(
-        0.0,
-        "only the documents that pretrain.py validates on at this share (0: all)",
-        number(0, 0.5),
+        0.0, "only the part that pretrain.py validates on at this share (0: all)", number(0, 0.5)
     )
-    objective: str | None = option(
-        None, "objective (default: the run's, else mlm+nsp)", one_of(*OBJECTIVES)
-    )
-    max_length: int | None = option(
-        None, "tokens in a sequence (default: the run's, else 128)", LENGTH
-    )
-    eval_tokens: int | None = option(
-        None, "tokens to read at most (default: the run's, else 200000)", COUNT
-    )
+    # By default the run's, else those of DEFAULT.
+    objective: str | None = option(None, "the run's, else mlm+nsp", one_of(*OBJECTIVES))
+    max_length: int | None = option(None, "tokens in a sequence (the run's, else 128)", LENGTH)
+    eval_tokens: int | None = option(None, "tokens at most (the run's, else 200000)", COUNT)
     eval_batch_size: int | None = option(
-        None, "sequences of max-length in a micro-batch (default: the run's, else 32)", COUNT_OR_0
+        None, "sequences of max-length in a micro-batch (the run's, else 32)", COUNT_OR_0
     )
 
 
@@ -73,26 +52,25 @@ def main(argv: Sequence[str]) -> None:
     from pretrain.runtime.checkpoint import read_facts
     from pretrain.runtime.optim import autocast, choose_precision
 
-    facts = DEFAULTS | read_facts(Path(model_folder(options.model)))
-    options = replace(options, **{name: getattr(options, name) or facts[name] for name in DEFAULTS})
+    facts = DEFAULT | read_facts(Path(model_folder(options.model)))
+    options = replace(options, **{name: getattr(options, name) or facts[name] for name in DEFAULT})
     with option_named("--device"):
         world, device = distributed.start(options.device)
     same = options.precision == "auto" and facts.get("precision") in ("bf16", "fp32")
     with option_named("--precision"):
         precision = choose_precision(facts["precision"] if same else options.precision, device)
     text = check_text(options.input, "--input", options, world)
-    pairs = OBJECTIVES[options.objective]
+    pairs, length = OBJECTIVES[options.objective], options.max_length
     with option_named("--model"):
         model, fresh = from_checkpoint(options.model)
         tokenizer = tokenizers.load(options.model)
         vocabulary = tokenizers.describe(tokenizer)
-        if vocabulary.size > model.config.vocab_size:
-            raise UserError(
-                f"{options.model}: its tokenizer has {vocabulary.size:,} entries, the model "
-                f"{model.config.vocab_size:,}; expected the model's own tokenizer"
-            )
+        size, rows = vocabulary.size, model.config.vocab_size
+        if size > rows:
+            problem = f"its tokenizer has {size:,} entries, the model {rows:,}"
+            raise UserError(f"{options.model}: {problem}; expected the model's own tokenizer")
     with option_named("--max-length"):
-        check(model.length_problems(options.max_length))
+        check(model.length_problems(length))
     with option_named("--objective"):
         check(model.pair_problems(options.objective) if pairs else [])
     model.use_pairs(1.0 if pairs else None)
@@ -101,27 +79,19 @@ def main(argv: Sequence[str]) -> None:
     corpus = open_or_prepare(text, tokenizer, vocabulary, Path(options.cache), world)
     if options.valid_fraction:
         corpus = corpus.split(options.valid_fraction)[1]
-    documents = corpus.count()
-    if documents < (2 if pairs == "random" else 1):
-        raise UserError(
-            f"--input {' '.join(options.input)}: too few documents ({documents}) for --objective "
-            f"{options.objective}; expected more text, another --format, or --objective mlm"
-        )
-    validation = evaluate.make_validation_set(
-        corpus,
-        pairs,
-        options.max_length,
-        options.eval_batch_size,
-        vocabulary,
-        options.eval_tokens,
-    )
-    numbers = evaluate.evaluate(
-        model.to(device), validation, device, autocast(device, precision), world
-    )
+    documents, least = corpus.count(), 2 if pairs == "random" else 1
+    if documents < least:
+        problem = f"{documents} documents; --objective {options.objective} needs {least}"
+        ways = "expected more text, another --format, or --objective mlm"
+        raise UserError(f"{text.name}: {problem}; {ways}")
+    shape = (length, options.eval_batch_size, vocabulary, options.eval_tokens)
+    validation = evaluate.make_validation_set(corpus, pairs, *shape)
+    context = autocast(device, precision)
+    numbers = evaluate.evaluate(model.to(device), validation, device, context, world)
     tokens = sum(batch.num_tokens for batch in validation.batches)
     print(
         f"{options.model} on {tokens:,} tokens of {documents:,} documents, {options.objective} at "
-        f"{options.max_length} tokens, in {precision}"
+        f"{length} tokens, in {precision}"
     )
     for name, value in numbers.items():
         print(f"{name.replace('_', ' '):16} {value:,.4f}")

@@ -17,16 +17,9 @@ class FillMaskOptions:
     """Filling: options of fill_mask.py."""
 
     texts: tuple[str, ...] = option(
-        (),
-        "sentences with one [MASK] or more, each in quotes",
-        required=True,
-        positional=True,
-        nargs="*",
-        metavar="TEXT",
+        (), "quoted text with [MASK]", required=True, positional=True, nargs="*", metavar="TEXT"
     )
-    model: str | None = option(
-        None, "model: folder of a run, of one of its models, or hub name", required=True
-    )
+    model: str | None = option(None, "run folder, model folder or hub name", required=True)
     top: int = option(5, "number of tokens to show for each [MASK]", COUNT)
 
 
@@ -50,23 +43,18 @@ def main(argv: Sequence[str]) -> None:
             print()
 
 
-def open_pipeline(folder: str):
+def open_pipeline(name: str):
     """transformers' own fill-mask pipeline, which also shows that the folder opens there."""
     import transformers
 
     from pretrain.data.tokenizer import describe, load
 
     transformers.utils.logging.set_verbosity_error()  # the pipeline leaves the NSP head out
-    tokenizer = load(folder)
+    tokenizer = load(name)
     describe(tokenizer)  # refuses one without [MASK]
-    with refusing(f"{folder}: does not open in transformers", "expected a whole checkpoint"):
-        return transformers.pipeline(
-            "fill-mask",
-            model=model_folder(folder),
-            tokenizer=tokenizer,
-            device="cpu",
-            trust_remote_code=False,
-        )
+    settings = {"tokenizer": tokenizer, "device": "cpu", "trust_remote_code": False}
+    with refusing(f"{name}: does not open in transformers", "expected a whole checkpoint"):
+        return transformers.pipeline("fill-mask", model=model_folder(name), **settings)
 
 
 def fill_masks(fill, text: str, top: int, max_length: int) -> list[list[tuple[str, float, str]]]:
@@ -79,9 +67,9 @@ def fill_masks(fill, text: str, top: int, max_length: int) -> list[list[tuple[st
         found = f"has {len(parts) - 1} masks and {length} tokens"
         raise UserError(f"{text!r}: {found}; expected a [MASK], and at most {max_length} tokens")
     guesses = fill(masked, top_k=min(top, fill.model.config.vocab_size))
-    filled = []
+    tables = []
     for place, rows in enumerate(guesses if len(parts) > 2 else [guesses], start=1):
         before, after = "[MASK]".join(parts[:place]), "[MASK]".join(parts[place:])
         tokens = [(row["token_str"], row["score"]) for row in rows]
-        filled.append([(token, score, before + token + after) for token, score in tokens])
-    return filled
+        tables.append([(token, score, before + token + after) for token, score in tokens])
+    return tables

@@ -32,7 +32,9 @@ def _is_position(numbers: tuple[float, ...]) -> bool:
     return len(numbers) in (3, 4) and all(number % 1 == 0 <= number for number in numbers[:3])
 
 
-POSITION = "epoch, place, micro-batch and, under a schedule, the mask rate"
+POSITION = Rule(
+    _is_position, "epoch, place, micro-batch and, under a schedule, mask rate", metavar="NUMBER"
+)
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,11 @@ class ShowMasksOptions(
     micro_batch_size: int = option(32, "sequences of max-length in a micro-batch", config.COUNT)
     seed: int = option(0, "seed of pairs and masks, as pretrain.py's", config.SEED)
     position: tuple[float, ...] = option(
-        (),
-        "data position of the first micro-batch to show, as a run prints it (default: 0 0 0)",
-        Rule(_is_position, POSITION, metavar="NUMBER"),
+        (), "data position to begin at, as a run prints it (default: 0 0 0)", POSITION
     )
     phase: int = option(1, "phase of --phases to show, from 1 on", config.COUNT)
     save: str | None = option(
-        None,
-        "file for the tensors of the micro-batches, for torch.load (default: none)",
-        config.FILE,
+        None, "file for the tensors, for torch.load (default: none)", config.FILE
     )
     colour: str = option(
         "auto", "color: auto (if the output is a terminal), on or off", config.AUTO_ON_OFF
@@ -88,8 +86,7 @@ def main(argv: Sequence[str]) -> None:
         examples = dataset[position._replace(mask_rate=start.mask_rate)]
         packed, batch = pack(examples, collator.vocabulary), collator(examples)
         kinds = kinds_of(packed, batch, collator, start.mask_rate)
-        counts.update(count(packed, kinds))
-        counts["shortfall"] += batch.shortfall
+        counts.update(count(packed, kinds), shortfall=batch.shortfall)
         for number in range(min(left, batch.num_sequences)):
             print_example(tokenizer, packed, batch, kinds, number, in_color)
         left = max(0, left - batch.num_sequences)
@@ -143,14 +140,12 @@ def kinds_of(packed, batch, collator, mask_rate: float) -> np.ndarray:
 def count(packed, kinds: np.ndarray) -> Counter:
     """Numbers of a micro-batch: tokens by kind; words and entities, touched and as a whole."""
     masked = kinds != ""
-    counts = Counter(kinds[masked].tolist())
-    counts["tokens"], counts["masked"] = len(kinds), int(masked.sum())
+    counts = Counter(kinds[masked].tolist(), tokens=len(kinds), masked=int(masked.sum()))
     counts["maskable"] = int(packed.maskable.sum())
     counts["runs"] = int((masked[1:] & ~masked[:-1]).sum())
-    for name, starts, inside in (
-        ("words", packed.words, packed.maskable),
-        ("entities", packed.entities, packed.maskable & packed.in_entity),
-    ):
+    of_entities = packed.maskable & packed.in_entity
+    units = (("words", packed.words, packed.maskable), ("entities", packed.entities, of_entities))
+    for name, starts, inside in units:
         unit = np.cumsum(starts)
         sizes = np.bincount(unit[inside])
         hits = np.bincount(unit[inside & masked], minlength=len(sizes))
@@ -168,12 +163,10 @@ def print_example(tokenizer, packed, batch, kinds, number: int, in_color: bool) 
     new = tokenizer.convert_ids_to_tokens(batch.input_ids[tokens].tolist())
     words = []
     for word, shown, kind, in_entity in zip(old, new, kinds[tokens], packed.in_entity[tokens]):
-        if kind in ("random", "similar"):
-            word += f"[{shown}]"
-        elif kind == "same":
-            word += "[=]"
-        elif kind == "mask" and not in_color:
-            word += shown
+        marks = {"random": f"[{shown}]", "similar": f"[{shown}]", "same": "[=]"}
+        if not in_color:
+            marks["mask"] = shown
+        word += marks.get(kind, "")
         codes = [KINDS[kind][0]] if kind else []
         codes += ["4"] if in_entity else []
         if in_color and codes:
@@ -194,18 +187,16 @@ def print_numbers(counts: Counter, options: ShowMasksOptions) -> None:
     kinds = [f"{text} {share(kind, 'masked')}" for kind, (_, text) in KINDS.items() if counts[kind]]
     run_length = counts["masked"] / max(1, counts["runs"])
     word_length = counts["maskable"] / max(1, counts["words"])
-    print(
-        f"masking {options.masking} at {rate} (shown: the first), {options.objective}, "
-        f"{counts['tokens']:,} tokens\n"
-        f"masked           {share('masked', 'maskable')} of the ordinary tokens; "
-        f"shortfall {share('shortfall', 'masked')} of the masked\n"
-        f"replaced by      {', '.join(kinds)}\n"
-        f"in a row         {run_length:.2f} tokens on average\n"
-        f"words            {word_length:.2f} tokens each; {share('touched words', 'words')} masked "
-        f"in part or whole, {share('whole words', 'touched words')} of these as a whole"
-    )
+    task = f"masking {options.masking} at {rate} (shown: the first), {options.objective}"
+    print(f"{task}, {counts['tokens']:,} tokens")
+    shortfall = f"shortfall {share('shortfall', 'masked')} of the masked"
+    print(f"masked           {share('masked', 'maskable')} of the ordinary tokens; {shortfall}")
+    print(f"replaced by      {', '.join(kinds)}")
+    print(f"in a row         {run_length:.2f} tokens on average")
+    touched = f"{share('touched words', 'words')} masked in part or whole"
+    whole = f"{share('whole words', 'touched words')} of these as a whole"
+    print(f"words            {word_length:.2f} tokens each; {touched}, {whole}")
     if counts["entities"]:
-        print(
-            f"entities         {counts['entities']:,}; {share('whole entities', 'entities')} "
-            f"masked as a whole, {share('touched entities', 'entities')} in part or whole"
-        )
+        whole = f"{share('whole entities', 'entities')} masked as a whole"
+        touched = f"{share('touched entities', 'entities')} in part or whole"
+        print(f"entities         {counts['entities']:,}; {whole}, {touched}")

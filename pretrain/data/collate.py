@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pretrain.batch import IGNORED, Batch
 from pretrain.data.corpus import ENTITY_INSIDE, WORD_START, Shard
@@ -72,25 +73,22 @@ class Collator:
         masked, leader = draw_masks(packed, budget, self.masking)
         by_mask, by_sequence = self.labels(examples, packed, masked)
         dummies, num_masks = self._filling(packed.lengths, len(masked))
-        lengths = np.concatenate([packed.lengths, dummies])
+        lengths = np.append(packed.lengths, dummies)
         num_tokens, num_sequences = lengths.sum(), len(lengths)
         ids = packed.ids.copy()
         ids[masked] = fill_in(packed, masked, leader, self.masking, self.vocabulary)
-        arrays = {
-            "input_ids": _extend(ids, num_tokens, self.vocabulary.pad_id),
-            "token_type_ids": _extend(packed.token_type_ids, num_tokens, 0),
-            "position_ids": np.concatenate([packed.position_ids, count_up(dummies)[1]]),
-            "masked_positions": _extend(masked, num_masks, 0),
-            "cu_seqlens": np.cumsum(np.concatenate([[0], lengths])).astype(np.int32),
-        }
         labels = {name: _extend(array, num_masks, IGNORED) for name, array in by_mask.items()}
-        labels |= {
-            name: _extend(array, num_sequences, IGNORED) for name, array in by_sequence.items()
-        }
+        for name, array in by_sequence.items():
+            labels[name] = _extend(array, num_sequences, IGNORED)
+        all_labels = (by_mask | by_sequence).items()
         return Batch(
-            **{name: torch.from_numpy(array) for name, array in arrays.items()},
-            labels={name: torch.from_numpy(array) for name, array in labels.items()},
-            counts={name: int((array != IGNORED).sum()) for name, array in labels.items()},
+            input_ids=_extend(ids, num_tokens, self.vocabulary.pad_id),
+            token_type_ids=_extend(packed.token_type_ids, num_tokens, 0),
+            position_ids=torch.from_numpy(np.append(packed.position_ids, count_up(dummies)[1])),
+            masked_positions=_extend(masked, num_masks, 0),
+            cu_seqlens=torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)),
+            labels=labels,
+            counts={name: int((array != IGNORED).sum()) for name, array in all_labels},
             lengths=tuple(lengths.tolist()),
             max_length=self.task.max_length,
             num_tokens=len(ids),
@@ -130,6 +128,6 @@ class Collator:
         return np.array([self.task.max_length] * full + [rest] * (rest > 0), np.int64)
 
 
-def _extend(array: np.ndarray, size: int, value: int) -> np.ndarray:
+def _extend(array: np.ndarray, size: int, value: int) -> Tensor:
     """`array` followed by `value`, up to `size` in all."""
-    return np.concatenate([array, np.full(size - len(array), value, array.dtype)])
+    return torch.from_numpy(np.append(array, np.full(size - len(array), value, array.dtype)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +49,7 @@ _FORM = {
     **_COUNTS,
     "words": integer(1),
     "vocab_size": integer(1, MAX_IDS),
-    "fingerprint": TEXT,
-    "tokenizer": TEXT,
-    "words_by": TEXT,
+    **dict.fromkeys(("fingerprint", "tokenizer", "words_by"), TEXT),
     "smallest_hashes": [integer(0, HASH_RANGE - 2)],
     "tokenizer_files": [{"name": FILE_NAME, **_FILE}],
     "shards": [{"name": FILE_NAME, "arrays": dict.fromkeys(ARRAYS, _FILE), **_COUNTS}],
@@ -69,42 +67,32 @@ class Shard:
     hashes: np.ndarray
 
     @property
-    def document_tokens(self) -> np.ndarray:
-        """int64 [documents]: tokens of each document."""
+    def document_tokens(self) -> np.ndarray:  # int64 [documents]
         return np.diff(self.sentences[self.documents])
 
 
-@dataclass(frozen=True)
-class Part:
-    """Which text of a corpus is meant: documents whose hash lies in [low, high).
-
-    With `tail`: of each document the last share of its sentences (`is_tail`), or the rest."""
-
-    low: int = 0
-    high: int = HASH_RANGE
-    tail: float = 0.0
-    is_tail: bool = False
-
-
 class Corpus:
-    """A corpus folder, open for reading; `part` restricts it.
+    """A corpus folder, open for reading, or a part of it (see `split`).
 
     The manifest and the sizes of files are checked here, hashes and content of a shard when a
     process first reads it. Small to pickle: each process maps its shards itself."""
 
-    def __init__(self, folder: str | Path, part: Part = Part()):
-        self.folder, self.part = Path(folder), part
+    # The part: documents whose hash lies in [low, high). With `tail`, of each document the last
+    # share of its sentences (`is_tail`), or the rest.
+    low, high, tail, is_tail = 0, HASH_RANGE, 0.0, False
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
         self.info = _read_manifest(self.folder)
         self._open: dict[int, Shard] = {}
         self._verified: set[int] = set()  # shared by the parts of a corpus
-        files = self.tokenizer_files()
+        files = self._tokenizer_files()
         for index in range(self.num_shards):
             files += self._files(index).values()
         for path, file in files:
-            found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-            expected = f"{file['bytes']} bytes"
-            if found != expected:
-                raise UserError(f"{path}: {found}; expected {expected}, {ADVICE}")
+            found = path.stat().st_size if path.is_file() else "missing"
+            if found != file["bytes"]:
+                raise UserError(f"{path}: {found}; expected {file['bytes']} bytes, {ADVICE}")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}, "_verified": set()}
@@ -123,8 +111,7 @@ class Corpus:
         path = self.folder / entry["name"]
         return {name: (Path(f"{path}.{name}.npy"), entry["arrays"][name]) for name in ARRAYS}
 
-    def tokenizer_files(self) -> list[tuple[Path, dict]]:
-        """(path, size and hash) of the files of the tokenizer."""
+    def _tokenizer_files(self) -> list[tuple[Path, dict]]:
         files = self.info["tokenizer_files"]
         return [(self.folder / "tokenizer" / file["name"], file) for file in files]
 
@@ -152,25 +139,24 @@ class Corpus:
             shard = Shard(**arrays)
             if index not in self._verified:
                 _check_offsets(files["documents"][0], shard.documents, len(shard.sentences) - 1)
-            while len(self._open) >= OPEN_SHARDS:
+            if len(self._open) == OPEN_SHARDS:
                 self._open.pop(next(iter(self._open)))
-            self._open[index] = _split_tails(shard, self.part.tail) if self.part.tail else shard
+            self._open[index] = _split_tails(shard, self.tail) if self.tail else shard
         return self._open[index]
 
     def documents(self, index: int) -> np.ndarray:
         """int64: the documents of shard `index` that belong to the part."""
-        shard, part = self._map(index), self.part
-        if part.tail:
-            halves = np.arange(int(part.is_tail), len(shard.hashes), 2)
+        shard = self._map(index)
+        if self.tail:
+            halves = np.arange(int(self.is_tail), len(shard.hashes), 2)
             return halves[shard.document_tokens[halves] > 0]
-        above = shard.hashes >= np.uint64(part.low)
-        return np.flatnonzero(above & (shard.hashes <= np.uint64(part.high - 1)))
+        above = shard.hashes >= np.uint64(self.low)
+        return np.flatnonzero(above & (shard.hashes <= np.uint64(self.high - 1)))
 
     def tokens(self, index: int) -> np.ndarray:
         """The ids of those documents, one after the other; a copy."""
         shard = self.shard(index)
-        belongs = np.zeros(len(shard.hashes), bool)
-        belongs[self.documents(index)] = True
+        belongs = np.isin(np.arange(len(shard.hashes)), self.documents(index))
         return shard.ids[np.repeat(belongs, shard.document_tokens)]
 
     def count(self, at_most: int | None = None) -> int:
@@ -194,7 +180,7 @@ class Corpus:
 
     def _part(self, **bounds: float) -> Corpus:
         part = copy.copy(self)  # opens its shards itself
-        part.part, part._verified = Part(**bounds), self._verified
+        vars(part).update(bounds, _verified=self._verified)
         return part
 
     def select(self, max_tokens: int) -> Shard:
@@ -227,11 +213,11 @@ def _check_offsets(path: Path, offsets: np.ndarray, end: int) -> None:
 
 
 def _map_array(path: Path, kind: type, length: int) -> np.ndarray:
-    with refusing(f"{path}: not an array of numbers", ADVICE):
+    expected = f"expected {length:,} numbers of type {kind.__name__}; {ADVICE}"
+    with refusing(f"{path}: cannot be read", expected):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    is_mapped = isinstance(array, np.memmap)
-    if not is_mapped or (array.dtype, array.shape) != (kind, (length,)):
-        raise UserError(f"{path}: expected {length:,} numbers of type {kind.__name__}; {ADVICE}")
+    if not isinstance(array, np.memmap) or (array.dtype, array.shape) != (kind, (length,)):
+        raise UserError(f"{path}: holds something else; {expected}")
     return np.asarray(array)  # indexing a np.memmap costs 40 us more each time
 
 
@@ -241,21 +227,15 @@ def _split_tails(shard: Shard, share: float) -> Shard:
     tails = np.maximum(1, np.round((last - first) * share)).astype(np.int64)
     cut = last - np.where(last - first > 1, tails, 0)
     documents = np.append(np.stack([first, cut], 1).ravel(), last[-1])
-    hashes = np.repeat(shard.hashes, 2)
-    return Shard(shard.ids, shard.flags, shard.sentences, documents, hashes)
+    return replace(shard, documents=documents, hashes=np.repeat(shard.hashes, 2))
 
 
 def _document(shard: Shard, place: int) -> Shard:
     first, last = shard.documents[place : place + 2]
-    sentences = np.asarray(shard.sentences[first : last + 1])
+    sentences = shard.sentences[first : last + 1]
     tokens = slice(sentences[0], sentences[-1])
-    return Shard(
-        ids=np.asarray(shard.ids[tokens]),
-        flags=np.asarray(shard.flags[tokens]),
-        sentences=sentences - sentences[0],
-        documents=np.array([0, last - first]),
-        hashes=shard.hashes[place : place + 1],
-    )
+    columns = (shard.ids[tokens], shard.flags[tokens], sentences - sentences[0])
+    return Shard(*columns, np.array([0, last - first]), shard.hashes[place : place + 1])
 
 
 def concatenate(parts: list[Shard]) -> Shard:
@@ -282,23 +262,22 @@ def open_corpus(folder: str | Path, vocabulary: Vocabulary) -> Corpus:
     own = f"{corpus.info['tokenizer']} ({corpus.info['vocab_size']:,} ids)"
     given = f"{vocabulary.fingerprint} ({vocabulary.size:,} ids)"
     if own != given:
-        problem = f"prepared with the tokenizer {own}, not {given}"
-        expected = f"the tokenizer {Path(folder) / 'tokenizer'}, or the text itself"
-        raise UserError(f"{folder}: {problem}; expected {expected}")
+        expected = f"expected the tokenizer {corpus.folder / 'tokenizer'}, or the text itself"
+        raise UserError(f"{folder}: prepared with the tokenizer {own}, not {given}; {expected}")
     return corpus
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that a corpus was prepared with, verified."""
     corpus = Corpus(folder)
-    _check_hashes(corpus.tokenizer_files())
+    _check_hashes(corpus._tokenizer_files())
     return load(str(corpus.folder / "tokenizer"))
 
 
 def seal(info: dict) -> dict:
     """The manifest `info` with a checksum of its content."""
     content = {key: value for key, value in info.items() if key != "checksum"}
-    return {**content, "checksum": key_of(content)}
+    return content | {"checksum": key_of(content)}
 
 
 def _read_manifest(folder: Path) -> dict:

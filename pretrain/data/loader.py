@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -55,8 +57,7 @@ class PretrainingDataset(Dataset):
 
     def shard_at(self, epoch: int, place: int) -> int:
         """The shard at a place in the epoch's order."""
-        keys = derive(key(self.task.seed, epoch, SHARD_ORDER), np.arange(self.source.num_shards))
-        return int(np.argsort(keys, kind="stable")[place])
+        return int(_shard_order(self.task.seed, epoch, self.source.num_shards)[place])
 
     def plan(self, epoch: int, place: int) -> Plan:
         """Plan of the shard at a place; the last two stay in memory."""
@@ -77,9 +78,11 @@ class PretrainingDataset(Dataset):
         return Examples(shard, plan.take(slice(first, last)), position.mask_rate)
 
     def fullest(self) -> DataPosition:
-        """The micro-batch with the most tokens in the first epoch's first shard."""
-        plan = self.plan(0, 0)
-        return DataPosition(0, 0, int(np.argmax(np.add.reduceat(plan.lengths, plan.bounds[:-1]))))
+        """The micro-batch with the most tokens in the first epoch's first shard that has any."""
+        epoch, place, *_ = next(self.positions(DataPosition(0, 0, 0)))
+        plan = self.plan(epoch, place)
+        num_tokens = np.add.reduceat(plan.lengths, plan.bounds[:-1])
+        return DataPosition(epoch, place, int(np.argmax(num_tokens)))
 
     def positions(
         self, start: DataPosition, end_epoch: int | None = None
@@ -97,37 +100,31 @@ class PretrainingDataset(Dataset):
         """The position `count` micro-batches after `position`."""
         return next(islice(self.positions(position), count, None))
 
-    def next_whole_shard(self, position: DataPosition) -> DataPosition:
-        """The beginning of the first shard from `position` on that has not been begun. It does not
-        depend on the task, as micro-batches do: another task can continue the epoch there."""
-        place = position.place + (position.micro_batch > 0)
-        return self.advance(DataPosition(position.epoch, place, 0), 0)
+
+@lru_cache(maxsize=4)  # a large corpus has 50,000, and each micro-batch asks
+def _shard_order(seed: int, epoch: int, num_shards: int) -> np.ndarray:
+    keys = derive(key(seed, epoch, SHARD_ORDER), np.arange(num_shards))
+    return np.argsort(keys, kind="stable")
 
 
+@dataclass(eq=False)
 class TrainData(Iterator[list[Batch]]):
     """Iterator over optimizer steps: each item is a list of this process's micro-batches.
 
-    phases: what is read while sequences have one length. Phase p ends after step phase_ends[p]; the
-    last one does not end. micro_batches: of a step, over all processes. mask_rate: of a step from 0
-    on; None: the task's. UserError if a shard is damaged, also if one of `workers` finds it."""
+    UserError if a shard is damaged, also if one of `workers` finds it."""
+
+    phases: Sequence[tuple[PretrainingDataset, Collator]]
+    phase_ends: Sequence[int]  # the last step of each phase; the last phase does not end
+    micro_batches: int  # of a step, over all processes
+    rank: int = 0
+    world_size: int = 1
+    mask_rate: Callable[[int], float | None] = lambda step: None  # from step 0 on; None: the task's
+    workers: int = 0
+    pin_memory: bool = False
 
     state_form = {"step": integer(), "phase": integer(), "position": [integer()]}
 
-    def __init__(
-        self,
-        phases: Sequence[tuple[PretrainingDataset, Collator]],
-        phase_ends: Sequence[int],
-        micro_batches: int,
-        rank: int = 0,
-        world_size: int = 1,
-        mask_rate: Callable[[int], float | None] = lambda step: None,
-        workers: int = 0,
-        pin_memory: bool = False,
-    ):
-        assert micro_batches % world_size == 0, (micro_batches, world_size)
-        self.phases, self.phase_ends, self.micro_batches = phases, phase_ends, micro_batches
-        self.rank, self.world_size, self.mask_rate = rank, world_size, mask_rate
-        self.workers, self.pin_memory = workers, pin_memory
+    def __post_init__(self):
         self.load_state_dict({"step": 0, "phase": 0, "position": (0, 0, 0)})
 
     def state_dict(self) -> dict:
@@ -148,7 +145,10 @@ class TrainData(Iterator[list[Batch]]):
             self._begin_phase(phase)
         if self._loader is None:
             self._loader = self._open()
-        batches = list(islice(self._loader, self.micro_batches // self.world_size))
+        try:
+            batches = list(islice(self._loader, self.micro_batches // self.world_size))
+        except UserError as error:  # of a worker: the message follows a traceback
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
         self.position = self._next._replace(mask_rate=self.mask_rate(self.step))
         self._next = self.phases[phase][0].advance(self._next, self.micro_batches)
         self.step += 1
@@ -168,11 +168,13 @@ class TrainData(Iterator[list[Batch]]):
         a position inside one means nothing at another length, and no text may come twice."""
         dataset, _ = self.phases[phase]
         self.phase, self._loader = phase, None  # the workers of the old loader end
-        self._next = dataset.next_whole_shard(self._next)
+        epoch, place, micro_batch, _ = self._next
+        whole = DataPosition(epoch, place + (micro_batch > 0), 0)
+        self._next = dataset.advance(whole, 0)  # of the next epoch if that was the last shard
         if self.rank == 0:
-            change = f"from here on sequences of {dataset.task.max_length} tokens"
-            message = f"step {self.step + 1:,}: {change}, data position {self._next}"
-            tqdm.write(message, file=sys.stderr)
+            length = dataset.task.max_length
+            change = f"from here on sequences of {length} tokens, data position {self._next}"
+            tqdm.write(f"step {self.step + 1:,}: {change}", file=sys.stderr)
 
     def _open(self) -> Iterator[Batch]:
         """Batches of this process from the next step on. They do not refer to this object, with
@@ -186,9 +188,8 @@ class TrainData(Iterator[list[Batch]]):
         )
         options = {}
         if self.workers:
-            options["num_workers"], options["prefetch_factor"] = self.workers, 4
-            options["timeout"] = SILENCE_SECONDS
-            options["worker_init_fn"] = begin_worker
+            options = {"num_workers": self.workers, "prefetch_factor": 4}
+            options |= {"timeout": SILENCE_SECONDS, "worker_init_fn": begin_worker}
             options["multiprocessing_context"] = worker_context()
         loader = DataLoader(
             dataset,
@@ -199,12 +200,4 @@ class TrainData(Iterator[list[Batch]]):
             generator=torch.Generator(),  # the global stream is for dropout
             **options,
         )
-        return _without_traceback(loader)
-
-
-def _without_traceback(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """`batches`; a worker's UserError, whose message follows its traceback, becomes the message."""
-    try:
-        yield from batches
-    except UserError as error:
-        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
+        return iter(loader)

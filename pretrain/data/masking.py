@@ -16,6 +16,7 @@ import numpy as np
 
 from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START
 from pretrain.data.hash_rng import derive, integers, uniform
+from pretrain.data.pairs import count_up
 from pretrain.data.tokenizer import Vocabulary
 
 SPAN_SHARE, MAX_SPAN = 0.2, 10  # of the geometric distribution of a span's words: the mean is 3.8
@@ -63,18 +64,15 @@ class Packed:
     lengths: np.ndarray  # int64 [N]
 
     @property
-    def words(self) -> np.ndarray:
-        """bool [T]: where words begin."""
+    def words(self) -> np.ndarray:  # bool [T]: where words begin
         return (self.flags & WORD_START).astype(bool)
 
     @property
-    def entities(self) -> np.ndarray:
-        """bool [T]: where entities begin, and each token outside them."""
+    def entities(self) -> np.ndarray:  # bool [T]: where they begin, and each token outside
         return ~(self.flags & ENTITY_INSIDE).astype(bool)
 
     @property
-    def in_entity(self) -> np.ndarray:
-        """bool [T]"""
+    def in_entity(self) -> np.ndarray:  # bool [T]
         return (self.flags & (ENTITY_START | ENTITY_INSIDE)).astype(bool)
 
     def count(self, chosen: np.ndarray) -> np.ndarray:
@@ -178,7 +176,7 @@ def take(
     while len(candidates):
         who, size = owner[candidates], sizes[candidates]
         filled = np.cumsum(size)
-        begins = np.flatnonzero(np.concatenate([[True], who[1:] != who[:-1]]))
+        begins = np.flatnonzero(np.append(True, who[1:] != who[:-1]))
         base = np.zeros(len(budget), np.int64)
         base[who[begins]] = filled[begins] - size[begins]
         fits = filled - base[who] <= gap[who]  # a prefix of each sequence's candidates
@@ -199,12 +197,10 @@ def span_starts(words: np.ndarray, maskable: np.ndarray, keys: np.ndarray) -> np
     For each segment: place = 0; while place < number of words: begin a span; place += its length.
     All segments at once: the places that 1, 2, 4 ... steps reach."""
     first = np.flatnonzero(words)
-    unit = np.cumsum(words) - 1
-    # [CLS], [SEP] and unknown words end segments.
-    is_text = np.bincount(unit, weights=maskable, minlength=len(first)) > 0
+    is_text = np.logical_or.reduceat(maskable, first)  # [CLS], [SEP], unknown words end segments
     draw = uniform(derive(keys[first], SPAN_LENGTH))
     lengths = 1 + np.searchsorted(SPAN_LENGTHS[:-1], draw, side="right")
-    begins = ~is_text | np.concatenate([[True], ~is_text[:-1]])
+    begins = ~is_text | np.append(True, ~is_text[:-1])
     ends = np.append(np.flatnonzero(begins), len(first))
     next_place = np.minimum(np.arange(len(first)) + lengths, ends[np.cumsum(begins)])
     reached, step = np.append(begins, True), np.append(next_place, len(first))
@@ -224,15 +220,14 @@ def fill_in(
     """int64 [M]: what the model reads at the places `masked`, int64 [M]; `leader` as drawn."""
     kept, keys, split = packed.ids[masked], packed.keys[masked], options.mask_split
     choice = integers(derive(keys, RANDOM_ID), len(vocabulary.ordinary_ids))
-    shown = random_ids = vocabulary.ordinary_ids[choice].astype(np.int64)
-    if options.similar is None:
-        shown = vocabulary.mask_id
-    else:
+    random_ids = vocabulary.ordinary_ids[choice].astype(np.int64)
+    shown = vocabulary.mask_id
+    if options.similar:
         similar = similar_ids(packed, masked, leader, options.similar)
         shown = np.where(similar >= 0, similar, random_ids)
     draw = uniform(derive(packed.keys[leader[masked]], SPLIT))
     changed = np.where(draw < split[0], shown, random_ids)
-    return np.where(draw < split[0] + split[1], changed, kept).astype(np.int64)
+    return np.where(draw < split[0] + split[1], changed, kept)
 
 
 def similar_ids(
@@ -244,13 +239,12 @@ def similar_ids(
     leaders = leader[masked]
     begins = np.flatnonzero(np.append(True, leaders[1:] != leaders[:-1]))
     sizes = np.diff(np.append(begins, len(masked)))
-    place = np.arange(len(masked)) - np.repeat(begins, sizes)  # in the word
+    word, place = count_up(sizes)  # the place is that in the word
     hashes = np.add.reduceat(derive(packed.ids[masked].astype(np.uint64), place), begins)
     row = np.minimum(np.searchsorted(table.hashes, hashes), len(table.hashes) - 1)
-    known = (table.hashes[row] == hashes) & (table.sizes[row] == sizes)
+    known = ((table.hashes[row] == hashes) & (table.sizes[row] == sizes))[word]
     choice = integers(derive(packed.keys[leaders[begins]], SIMILAR_WORD), table.counts[row])
-    source = np.repeat(table.starts[row] + choice * table.sizes[row], sizes) + place
-    known = np.repeat(known, sizes)
+    source = (table.starts[row] + choice * table.sizes[row])[word] + place
     return np.where(known, table.ids[np.where(known, source, 0)], -1)
 
 
@@ -272,10 +266,5 @@ def read_similar(lines: Iterable[str], encode: Callable[[str], list[int]]) -> Si
         return None
     hashes, sizes, counts, ids = zip(*sorted(rows))
     lengths = np.multiply(sizes, counts)
-    return SimilarWords(
-        np.array(hashes, np.uint64),
-        np.array(sizes),
-        np.array(counts),
-        np.cumsum(lengths) - lengths,
-        np.concatenate(ids),
-    )
+    columns = (np.array(sizes), np.array(counts), np.cumsum(lengths) - lengths)
+    return SimilarWords(np.array(hashes, np.uint64), *columns, np.concatenate(ids))

@@ -8,8 +8,7 @@ ALBERT's sentence order (Lan et al. 2020), but all documents are walked in locks
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,36 +30,27 @@ WINDOW_KEYS = 1 << 32  # a stream of the plan's key, beyond those of its documen
 class Task:
     """What decides the examples and the micro-batches: any change to it changes the data."""
 
-    pairs: (
-        str | None
-    )  # B is "random" or A and B are "swapped" for half of the pairs; None: no pairs
+    pairs: str | None  # half have a "random" B, or A and B "swapped"; None: no pairs
     max_length: int
     micro_batch_size: int  # full sequences in a micro-batch, of max_length or of `counted_length`
     mask_rate: float  # the highest of the run
     seed: int
     counted_length: int | None = None  # of the run's first phase: all phases have its token limit
 
-    def __post_init__(self):
-        assert self.pairs in ("random", "swapped", None), self.pairs
-
     @property
-    def max_tokens(self) -> int:
-        """Tokens of text in a sequence: [CLS] A [SEP] B [SEP], or [CLS] A [SEP] without pairs."""
+    def max_tokens(self) -> int:  # of text: [CLS] A [SEP] B [SEP], or [CLS] A [SEP] without pairs
         return self.max_length - (3 if self.pairs else 2)
 
     @property
-    def token_limit(self) -> int:
-        """Tokens in a micro-batch, specials included."""
+    def token_limit(self) -> int:  # of a micro-batch, specials included
         return self.micro_batch_size * (self.counted_length or self.max_length)
 
     @property
-    def slots(self) -> int:
-        """Full sequences that begin in a micro-batch; the last may end beyond it."""
+    def slots(self) -> int:  # full sequences that begin in a micro-batch; one may end beyond it
         return -(-self.token_limit // self.max_length)
 
     @property
-    def masked_limit(self) -> int:
-        """Masked positions in a micro-batch, with room for rounding up in each full sequence."""
+    def masked_limit(self) -> int:  # of a micro-batch, with room to round up in each full sequence
         return int(self.mask_rate * self.token_limit) + self.slots
 
     def budget(self, num_maskable: np.ndarray, mask_rate: float | None = None) -> np.ndarray:
@@ -83,24 +73,22 @@ class Plan:
     bounds: tuple[int, ...] = ()  # micro-batch m is examples bounds[m]:bounds[m + 1]
 
     @property
-    def lengths(self) -> np.ndarray:
-        """int64: tokens of each example, specials included."""
+    def lengths(self) -> np.ndarray:  # int64: tokens of each example, specials included
         return self.a_length + self.b_length + 2 + (self.b_length > 0)
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of the shard."""
-        return max(0, len(self.bounds) - 1)
+        return len(self.bounds) - 1
 
     def take(self, chosen: np.ndarray | slice) -> Plan:
         """The plan of some examples, without bounds."""
-        columns = [entry.name for entry in fields(self) if entry.name != "bounds"]
-        return Plan(*(getattr(self, name)[chosen] for name in columns))
+        *columns, _ = vars(self).values()
+        return Plan(*(column[chosen] for column in columns))
 
 
 def make_plan(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
-    """Plan of `documents` (int64, indices in `shard`), shuffled and cut into micro-batches; `key`
-    stands for (seed, epoch, shard)."""
+    """Plan of `documents` (int64, ascending, places in `shard`), shuffled and cut into
+    micro-batches; `key` stands for (seed, epoch, shard)."""
     plan = (plan_pairs if task.pairs else plan_windows)(shard, documents, task, key)
     # Not in the order of the keys themselves: their bits have decided the labels.
     plan = plan.take(np.argsort(derive(plan.keys, ORDER), kind="stable"))
@@ -132,7 +120,12 @@ def plan_windows(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64
 def plan_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
     """Segment pairs of at most max_tokens, in the order of `documents`."""
     plan = truncate(whole_pairs(shard, documents, task, key), task.max_tokens)
-    return swap_half(plan) if task.pairs == "swapped" else plan
+    if task.pairs == "random":
+        return plan
+    swapped = (plan.label == 0) & (uniform(derive(plan.keys, SWAP)) < 0.5)
+    a, b = (plan.a_start, plan.a_length), (plan.b_start, plan.b_length)
+    columns = zip((*b, *a, 1), (*a, *b, plan.label))
+    return Plan(*(np.where(swapped, new, old) for new, old in columns), plan.keys)
 
 
 def whole_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
@@ -142,22 +135,21 @@ def whole_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64)
     leaves one sentence alone, as in BERT; the sentences that it displaces go back. Otherwise such a
     sentence is an example without a pair."""
     edges, first, last = _sentences(shard, documents, task.max_tokens)
-    chunks = _walk(edges, first, last, task, key)
-    a_start, a_length = edges[chunks.start], edges[chunks.split] - edges[chunks.start]
-    b_start, b_length = edges[chunks.split], edges[chunks.end] - edges[chunks.split]
-    label = np.where(chunks.end > chunks.split, 0, IGNORED)
-    chosen = np.flatnonzero(chunks.is_random)
+    start, split, end, target, is_random, document, keys = _walk(edges, first, last, task, key)
+    a_start, a_length = edges[start], edges[split] - edges[start]
+    b_start, b_length = edges[split], edges[end] - edges[split]
+    label = np.where(end > split, 0, IGNORED)
+    chosen = np.flatnonzero(is_random)
     if len(chosen):
-        keys = chunks.key[chosen]
-        other = integers(derive(keys, OTHER_DOCUMENT), len(documents) - 1)
-        other += other >= chunks.document[chosen]
+        other = integers(derive(keys[chosen], OTHER_DOCUMENT), len(documents) - 1)
+        other += other >= document[chosen]
         size = last[other] - first[other]
-        b_first = first[other] + integers(derive(keys, OTHER_SENTENCE), size)
-        missing = np.maximum(1, chunks.target[chosen] - a_length[chosen])
+        b_first = first[other] + integers(derive(keys[chosen], OTHER_SENTENCE), size)
+        missing = np.maximum(1, target[chosen] - a_length[chosen])
         b_last = np.minimum(np.searchsorted(edges, edges[b_first] + missing), last[other])
         b_start[chosen], b_length[chosen] = edges[b_first], edges[b_last] - edges[b_first]
         label[chosen] = 1
-    return Plan(a_start, a_length, b_start, b_length, label, chunks.key)
+    return Plan(a_start, a_length, b_start, b_length, label, keys)
 
 
 def truncate(plan: Plan, max_tokens: int) -> Plan:
@@ -169,26 +161,6 @@ def truncate(plan: Plan, max_tokens: int) -> Plan:
     a_start = plan.a_start + np.where(coins & np.uint64(1), plan.a_length - a_length, 0)
     b_start = plan.b_start + np.where(coins & np.uint64(2), plan.b_length - b_length, 0)
     return Plan(a_start, a_length, b_start, b_length, plan.label, plan.keys)
-
-
-def swap_half(plan: Plan) -> Plan:
-    """`plan` with A and B swapped, and label 1, for half of the pairs."""
-    swapped = (plan.label == 0) & (uniform(derive(plan.keys, SWAP)) < 0.5)
-    a, b = (plan.a_start, plan.a_length), (plan.b_start, plan.b_length)
-    pairs = zip((*a, *b, plan.label), (*b, *a, 1))
-    return Plan(*(np.where(swapped, new, old) for old, new in pairs), plan.keys)
-
-
-class Chunks(NamedTuple):
-    """Runs of sentences, one for each example: A is start:split; B is split:end unless random."""
-
-    start: np.ndarray
-    split: np.ndarray
-    end: np.ndarray
-    target: np.ndarray  # tokens
-    is_random: np.ndarray
-    document: np.ndarray
-    key: np.ndarray
 
 
 def _sentences(shard: Shard, documents: np.ndarray, max_tokens: int) -> tuple[np.ndarray, ...]:
@@ -212,30 +184,28 @@ def _lanes(
 ) -> tuple[np.ndarray, ...]:
     """(start, end, document) of the lanes, as sentences: a document is one, or several if it is
     longer than `lane_tokens`."""
-    counts = np.maximum(1, -(-(edges[last] - edges[first]) // lane_tokens))
-    owner, number = count_up(counts)
+    owner, number = count_up(-(-(edges[last] - edges[first]) // lane_tokens))
     start = np.searchsorted(edges, edges[first][owner] + number * lane_tokens)
-    start = np.maximum(start, first[owner])
-    is_last = number == counts[owner] - 1
-    end = np.where(is_last, last[owner], np.append(start[1:], 0))
+    end = np.minimum(np.append(start[1:], last[-1:]), last[owner])
     filled = start < end
     return start[filled], end[filled], owner[filled]
 
 
 def _walk(
     edges: np.ndarray, first: np.ndarray, last: np.ndarray, task: Task, key: np.uint64
-) -> Chunks:
-    """Chunks of all lanes in lockstep.
+) -> tuple[np.ndarray, ...]:
+    """(start, split, end, target, is_random, document, key) of runs of sentences, one for each
+    example: A is start:split; B is split:end unless random. All lanes are walked in lockstep.
 
-    For one document: take sentences until they reach the target and split them; continue after the
-    split if B is random, otherwise after the chunk."""
+    For one document: take sentences until they reach the target (tokens) and split them; continue
+    after the split if B is random, otherwise after the end."""
     may_be_random = task.pairs == "random" and len(first) > 1
-    lane_tokens = LANE_SEQUENCES * task.max_length
-    position, end, document = _lanes(edges, first, last, lane_tokens)
-    lane_keys = derive(key, position)
-    rows: list[Chunks] = []
-    while not rows or len(position):
-        draw = derive(lane_keys, len(rows))
+    lanes = _lanes(edges, first, last, LANE_SEQUENCES * task.max_length)
+    lanes = (*lanes, derive(key, lanes[0]))
+    rows: list[tuple[np.ndarray, ...]] = []
+    while not rows or len(lanes[0]):
+        position, end, document, lane_key = lanes
+        draw = derive(lane_key, len(rows))
         is_short = uniform(derive(draw, IS_SHORT)) < SHORT_TARGET_SHARE
         short_target = 2 + integers(derive(draw, SHORT_TARGET), task.max_tokens - 1)
         target = np.where(is_short, short_target, task.max_tokens)
@@ -243,13 +213,11 @@ def _walk(
         size = stop - position
         split = position + 1 + integers(derive(draw, SPLIT), np.maximum(size - 1, 1))
         is_random = ((size == 1) | (draw >> np.uint64(63)).astype(bool)) & may_be_random
-        rows.append(Chunks(position, split, stop, target, is_random, document, draw))
+        rows.append((position, split, stop, target, is_random, document, draw))
         position = np.where(is_random, split, stop)
         active = position < end
-        position, end, document, lane_keys = (
-            column[active] for column in (position, end, document, lane_keys)
-        )
-    return Chunks(*map(np.concatenate, zip(*rows)))
+        lanes = [column[active] for column in (position, end, document, lane_key)]
+    return tuple(map(np.concatenate, zip(*rows)))
 
 
 def micro_batch_bounds(plan: Plan, task: Task) -> tuple[int, ...]:

@@ -21,14 +21,12 @@ from pretrain.signals import ignore_stop_signals, signal_at_parents_end
 class Worker(multiprocessing.Process):
     """A process that is killed by `terminate`, and when this process exits."""
 
+    terminate = multiprocessing.Process.kill
+
     def start(self) -> None:
         """Start the process."""
         self.by_main_thread = threading.current_thread() is threading.main_thread()
         super().start()
-
-    def terminate(self) -> None:
-        """Kill the process."""
-        self.kill()
 
 
 def _kill_workers() -> None:

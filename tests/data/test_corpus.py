@@ -13,17 +13,7 @@ import pytest
 from text_helpers import content, refused, write_documents
 
 from pretrain.data import corpus as corpora
-from pretrain.data.corpus import (
-    ARRAYS,
-    OPEN_SHARDS,
-    WORD_START,
-    Corpus,
-    Shard,
-    concatenate,
-    is_corpus,
-    load_tokenizer,
-    open_corpus,
-)
+from pretrain.data.corpus import ARRAYS, WORD_START, Corpus, Shard, is_corpus, open_corpus
 from pretrain.data.prepare import prepare
 from pretrain.data.tokenizer import SPECIAL_TOKENS, describe, fingerprint, from_vocabulary
 
@@ -150,7 +140,7 @@ def test_a_tokenizer_set_to_truncate_and_pad_changes_nothing(documents, make, ma
 
 def test_the_fingerprints(documents, make, many_shards, tokenizer):
     """Of the tokenizer, which is kept in the corpus, and of the text."""
-    found = load_tokenizer(many_shards.folder)
+    found = corpora.load_tokenizer(many_shards.folder)
     assert fingerprint(found) == fingerprint(tokenizer) == many_shards.info["tokenizer"]
     assert expected_documents(documents[:2], found) == expected_documents(documents[:2], tokenizer)
     again, other = make(documents, "again", 8000), make([*documents, ["a"]], "other", 8000)
@@ -175,24 +165,6 @@ def test_shards_of_fewer_than_two_documents_are_joined(tokenizer, tmp_path, coun
     assert min(sizes) >= min(2, sum(counts)) and sum(sizes) == sum(counts)
     on_disk = [len(np.load(path)) for path in corpus.folder.glob("*.ids.npy")]
     assert sum(on_disk) == corpus.info["tokens"]  # what was joined is not left behind
-
-
-def test_concatenate_against_lists():
-    source = np.random.default_rng(0)
-    parts, ids, sentences = [], [], []
-    for _ in range(4):
-        lengths = source.integers(1, 5, 6)
-        tokens = source.integers(0, 9, lengths.sum())
-        edges = np.cumsum([0, *lengths]), np.array([0, 1, 4, 6])
-        parts.append(Shard(tokens, tokens % 2, *edges, source.integers(0, 9, 3)))
-        ids += tokens.tolist()
-        sentences += lengths.tolist()
-    joined = concatenate(parts)
-    assert joined.ids.tolist() == ids and joined.flags.tolist() == [number % 2 for number in ids]
-    assert np.diff(joined.sentences).tolist() == sentences
-    assert np.diff(joined.documents).tolist() == [1, 3, 2] * 4
-    assert joined.sentences[0] == joined.documents[0] == 0
-    assert joined.hashes.tolist() == [value for part in parts for value in part.hashes.tolist()]
 
 
 def test_a_corpus_that_is_there_is_opened(copy, sources, tokenizer):
@@ -244,14 +216,6 @@ def test_a_damaged_manifest_is_named(copy, raw):
         assert not is_corpus(copy.parent)
 
 
-def test_another_version_is_refused(copy):
-    info = json.loads((copy / "corpus.json").read_text())
-    for version in (1, 2, 99):
-        manifest = corpora.seal({**info, "format_version": version})
-        (copy / "corpus.json").write_text(json.dumps(manifest))
-        assert refused(Corpus, copy).startswith(f"{copy / 'corpus.json'}: ")
-
-
 def test_another_tokenizer_is_refused_with_both_fingerprints(many_shards, tokenizer):
     own, other, folder = describe(tokenizer), describe(make_tokenizer("more")), many_shards.folder
     assert open_corpus(folder, own).num_shards == many_shards.num_shards
@@ -266,7 +230,7 @@ def test_a_shard_is_read_whole_only_once_in_a_process(many_shards, monkeypatch):
     hashed, sha256_of = [], corpora.sha256_of
     monkeypatch.setattr(corpora, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
     corpus = Corpus(many_shards.folder)
-    assert corpus.num_shards > OPEN_SHARDS
+    assert corpus.num_shards > corpora.OPEN_SHARDS
     for index in [*range(corpus.num_shards)] * 2:
         corpus.shard(index)
     assert len(hashed) == len(set(hashed)) == corpus.num_shards * len(ARRAYS)

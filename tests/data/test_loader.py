@@ -8,12 +8,12 @@ import json
 import multiprocessing
 import pickle
 import shutil
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import pytest
 import torch
-from data_reference import contents, replaced, restored
+from data_reference import contents
 
 from pretrain.batch import Batch
 from pretrain.data import sources as reading
@@ -92,10 +92,19 @@ def test_a_rate_does_not_decide_the_place(dataset, uninterrupted, collator):
     rated = position._replace(mask_rate=0.05)
     assert list(dataset.positions(rated, 2)) == uninterrupted[9:]
     assert dataset.advance(rated, 4) == uninterrupted[13]
-    whole, low, same = (
-        collator(dataset[position._replace(mask_rate=rate)]) for rate in (None, 0.05, 0.15)
-    )
+    rates = [position._replace(mask_rate=rate) for rate in (None, 0.05, 0.15)]
+    whole, low, same = (collator(dataset[each]) for each in rates)
     assert contents(whole) == contents(same) and low.counts["mlm"] < whole.counts["mlm"]
+
+
+def test_the_fullest_micro_batch_is_that_of_the_first_shard_with_text(source):
+    """A small validation set has none in most shards."""
+    dataset = PretrainingDataset(source.split(0.0001)[1], TASK)
+    first = next(dataset.positions(START))
+    places = [position for position in dataset.positions(START, 1) if position[:2] == first[:2]]
+    sizes = [dataset[position].plan.lengths.sum() for position in places]
+    assert dataset.fullest() == places[np.argmax(sizes)]
+    assert any(not dataset.plan(0, place).num_micro_batches for place in range(source.num_shards))
 
 
 def test_every_epoch_reads_every_shard_in_an_order_of_its_own(dataset, source):
@@ -154,37 +163,9 @@ def test_batches_are_a_function_of_the_position(source, collator, dataset, unint
 def test_no_two_examples_share_a_key(dataset, source):
     """In no two shards, epochs or seeds: equal keys would be equal pairs and masks."""
     datasets = [dataset, PretrainingDataset(source, Task("random", 64, 4, 0.15, 12))]
-    plans = [
-        made.plan(epoch, place)
-        for made in datasets
-        for epoch in range(2)
-        for place in range(source.num_shards)
-    ]
-    keys = np.concatenate([plan.keys for plan in plans])
+    places = product(datasets, range(2), range(source.num_shards))
+    keys = np.concatenate([made.plan(epoch, place).keys for made, epoch, place in places])
     assert len(np.unique(keys)) == len(keys) > 1000
-
-
-def test_epochs_differ(dataset, collator):
-    texts = [
-        {tuple(restored(collator(dataset[position]))) for position in dataset.positions(start, end)}
-        for start, end in ((START, 1), (DataPosition(1, 0, 0), 2))
-    ]
-    assert len(texts[0]) > 30 and not texts[0] & texts[1]
-
-
-@pytest.mark.parametrize("rate", [0.03, 0.1])
-def test_a_micro_batch_is_masked_at_its_rate(dataset, vocabulary, rate):
-    """Single tokens: exactly the rounded share of each sequence, and some of those at the task's
-    rate, replaced alike."""
-    collator = Collator(TASK, vocabulary, Masking())
-    for position in islice(dataset.positions(START), 20):
-        low, full = (collator(dataset[position._replace(mask_rate=each)]) for each in (rate, None))
-        maskable = ~vocabulary.is_special[restored(low)]
-        sequence = np.repeat(np.arange(len(low.lengths)), low.lengths)
-        counts = np.bincount(sequence[maskable], minlength=len(low.lengths)).tolist()
-        budget = [min(count, max(1, int(rate * count + 0.5))) for count in counts]
-        masked = np.bincount(sequence[low.masked_positions], minlength=len(low.lengths))
-        assert masked.tolist() == budget and replaced(low).items() <= replaced(full).items()
 
 
 # ---------------------------------------------------------------- optimizer steps
@@ -293,21 +274,6 @@ def test_one_phase_without_a_schedule(dataset, collator, uninterrupted):
         for batch, position in zip(next(data), uninterrupted[3 * step :], strict=False):
             assert contents(batch) == contents(collator(dataset[position]))
     assert data.logged() == {} and data.position == uninterrupted[3]
-
-
-def test_more_steps_move_the_phases(source, collator, steps):
-    """A run stopped in its second phase continues in its first one if that is longer now: again
-    from the first shard on of which nothing has been read."""
-    data = train_data(source, collator)
-    take_steps(data, 8)
-    state = data.state_dict()
-    longer = resumed(source, collator, state, mask_rate=lambda step: None)
-    longer.phase_ends = (10, 14, STEPS)
-    next(longer)
-    epoch, place, micro_batch = state["position"]
-    assert micro_batch > 0 and longer.phase == 0
-    assert longer.position == longer.phases[0][0].next_whole_shard(DataPosition(*state["position"]))
-    assert longer.position[:3] in [(epoch, place + 1, 0), (epoch + 1, 0, 0)]
 
 
 # ---------------------------------------------------------------- processes and memory

@@ -297,43 +297,6 @@ def test_every_strategy_is_a_choice():
     assert option.metadata["form"].choices == tuple(masking.STRATEGIES)
 
 
-# ---------------------------------------------------------------- the choice of units
-
-UNIT = st.tuples(  # size, key, specials after it
-    st.integers(0, 5), st.integers(0, 6) | st.integers(0, 2**39 - 1), st.integers(0, 2)
-)
-SEQUENCE = st.tuples(  # specials, units, budget, needs one
-    st.integers(1, 2), st.lists(UNIT, max_size=8), st.integers(-2, 20), st.booleans()
-)
-
-
-@settings(max_examples=250, deadline=None)
-@given(st.lists(SEQUENCE, min_size=1, max_size=5), st.integers(0, 2**25 - 1), st.data())
-def test_choice_is_that_of_the_greedy_loop(sequences, low_bits, data):
-    rows, begins, expected = [], [], set()  # rows: starts, free, sequence, key
-    for number, (specials, units, _, _) in enumerate(sequences):
-        begins.append(len(rows))
-        for size, unit_key, gap in [(0, 0, specials), *units]:
-            token_key = unit_key << 25 | low_bits
-            rows += [(place == 0, True, number, token_key) for place in range(size)]
-            rows += [(True, False, number, token_key)] * gap
-    starts, free, sequence, keys = map(list, zip(*rows))
-    late = data.draw(st.sets(st.integers(0, len(starts) - 1)))
-    for begin, end, (_, _, budget, needs_one) in zip(begins, [*begins[1:], len(rows)], sequences):
-        units = [[begin + place for place in unit] for unit in cut(starts[begin:end])]
-        inside = {place for place in range(begin, end) if free[place]}
-        for unit in slow_take(units, inside, keys, budget, late, needs_one):
-            expected |= set(unit)
-    found = masking.take(
-        packed_of([0] * len(rows), sequence, keys),
-        Units(np.array(starts), late=np.isin(np.arange(len(rows)), sorted(late))),
-        np.array(free),
-        np.array([row[2] for row in sequences]),
-        np.array([row[3] for row in sequences]),
-    )
-    assert found.tolist() == sorted(expected)
-
-
 @pytest.mark.parametrize("name", ["token", "word"])
 def test_choice_is_uniform_over_tokens(name):
     """Every place is as probable as every other."""
@@ -345,16 +308,6 @@ def test_choice_is_uniform_over_tokens(name):
 
 
 # ---------------------------------------------------------------- spans
-
-
-@settings(max_examples=80, deadline=None)
-@given(text=texts())
-def test_spans_are_those_of_the_loop_over_words(text):
-    packed, _ = text
-    free = set(np.flatnonzero(packed.maskable).tolist())
-    spans = slow_spans(cut(packed.words), free, packed.keys)
-    starts = masking.span_starts(packed.words, packed.maskable, packed.keys)
-    assert np.flatnonzero(starts).tolist() == [span[0] for span in spans]
 
 
 def test_lengths_of_spans():
@@ -446,16 +399,6 @@ def test_entities_keep_to_their_budget(entity_budget):
         share = masked[first[of_size]].mean()
         bound = 5 * math.sqrt(share * (1 - share) / early.sum())
         assert abs(masked[first[early]].mean() - share) < bound
-
-
-@pytest.mark.parametrize("fill", ["word", "token"])
-@pytest.mark.parametrize("budget", [4, 20, 35])
-def test_what_fills_lies_outside_entities_first(fill, budget):
-    packed = entity_text(400, 40)
-    masked, _ = drawn(packed, budget, Masking("entity", entity_probability=0.0, entity_fill=fill))
-    assert (packed.count(masked) == budget).all()
-    missing = np.maximum(0, budget - packed.count(~packed.in_entity))
-    assert np.array_equal(packed.count(masked & packed.in_entity), missing)
 
 
 # ---------------------------------------------------------------- replacements
@@ -609,13 +552,6 @@ def word_starts(text: list[int]) -> list[bool]:
     return [STARTS_WORD[token] or text[place - 1] in (CLS, SEP) for place, token in enumerate(text)]
 
 
-def words_of(text: list[int]) -> list[list[int]]:
-    """Places of the words of a sequence, without its special tokens."""
-    words = cut(word_starts(text))
-    words = [[place for place in word if not SPECIAL[text[place]]] for word in words]
-    return [word for word in words if word]
-
-
 @pytest.mark.parametrize("pairs", PAIRS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_masks_of_examples_are_those_of_the_slow_loop(pairs, name):
@@ -644,49 +580,10 @@ def test_masks_of_examples_are_those_of_the_slow_loop(pairs, name):
     assert cut_off > 2 or options.masking != "entity"
 
 
-@pytest.mark.parametrize("pairs", ["random", None])
-@pytest.mark.parametrize("name", ["token", "word", "span"])
-def test_masks_of_examples(pairs, name):
-    """Whole units, no special token, and the budget; below it only if no unit is left that fits.
-    Above it only one unit, the smallest."""
-    examples = planned_examples(make_shard(), replace(TASK, pairs=pairs), Masking(name))
-    assert len(examples) > 200
-    multiple = 0
-    for example in examples:
-        masked, units = set(example["masked"]), words_of(example["text"])
-        if name == "token":
-            units = [[place] for word in units for place in word]
-        inside = [set(unit) & masked for unit in units]
-        assert masked == set().union(*inside), "a special token is masked"
-        assert all(part in (set(), set(unit)) for part, unit in zip(inside, units))
-        maskable = sum(map(len, units))
-        budget = min(max(1, math.floor(0.15 * maskable + 0.5)), maskable)
-        if len(masked) > budget:
-            assert len(masked) == min(map(len, units))
-        left = [len(unit) for part, unit in zip(inside, units) if not part]
-        assert all(size > budget - len(masked) for size in left) or len(masked) >= budget
-        multiple += any(len(part) > 1 for part in inside)
-    assert (multiple > 100) == (name != "token")
-
-
 def test_a_sequence_of_specials_has_no_mask():
     shard = shard_of([[3], [3]], [UNKNOWN, 50, UNKNOWN, UNKNOWN, 50, 50])
     examples = planned_examples(shard, Task("random", 16, 1, 0.15, 0))
     assert [len(example["masked"]) for example in examples] == [0, 0]
-
-
-@pytest.mark.parametrize("rate", [0.15, 0.4])
-def test_shares_of_examples_by_rate(rate):
-    shard = make_shard(specials=False)
-    kinds = []
-    for example in planned_examples(shard, Task(None, 64, 4, rate, 0)):
-        for place, label in zip(example["masked"], example["labels"]):
-            shown = example["ids"][place]
-            kinds.append(0 if shown == MASK else 2 if shown == label else 1)
-    assert abs(len(kinds) / len(shard.ids) - rate) < 0.01
-    shares = np.bincount(kinds) / len(kinds)
-    bound = 5 * 0.4 / math.sqrt(len(kinds)) + 0.1 / 40
-    assert np.abs(shares - [0.8, 0.1, 0.1]).max() < bound
 
 
 def test_masks_are_the_same_when_drawn_again_and_others_in_each_epoch():

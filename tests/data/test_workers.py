@@ -1,5 +1,6 @@
 """Worker processes end with the run, however it ends. Each run here is a process of its own."""
 
+import json
 import os
 import signal
 import subprocess
@@ -20,27 +21,47 @@ from pretrain.data.loader import DataPosition, PretrainingDataset, TrainData
 from pretrain.data.masking import Masking
 from pretrain.data.pairs import Task
 
-START = """
-import multiprocessing, os, signal, sys, time
+# Forks a process for each line: its code, the pipe for its stderr, the arguments of pretrain.py. It
+# exits as a script does. What takes long, to import libraries, is done once.
+SERVER = """
+import json, multiprocessing, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-from pretrain import train
+import torch
 from pretrain.cli import run_command
 from pretrain.commands.pretrain import main
-from pretrain.data import loader
+from pretrain.data import prepare
+from pretrain.model import loading
+from pretrain.runtime import monitor
 
 def fail(*given):
     raise RuntimeError("nobody expects this")
 
 def kill(*given):
     os.kill(os.getpid(), signal.SIGKILL)
+
+for line in sys.stdin:
+    code, pipe, argv = json.loads(line)
+    child = os.fork()
+    if not child:
+        break
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+os.setsid()
+os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+os.dup2(os.open(pipe, os.O_WRONLY), 2)
+from pretrain import train  # here: its workers end with the process that imports it
+from pretrain.data import loader
+exec(code)
 """
 BY_COMMAND = """
-code = run_command(main, sys.argv[2:])
+code = run_command(main, argv)
 for worker in multiprocessing.active_children():
     worker.join(30)
 sys.exit("workers are left" if multiprocessing.active_children() else code)
 """
-BY_CALL = "main(sys.argv[2:])"  # the interpreter shows the error
+BY_CALL = "main(argv)"  # the interpreter shows the error
 
 STEP_FAILS = "train.train_step = fail"
 DATA_FAILS = """
@@ -58,13 +79,14 @@ START_FAILS = """
 start = multiprocessing.process.BaseProcess.start
 def second_fails(process):
     if multiprocessing.active_children():
-        time.sleep(1)  # the first is at work
+        time.sleep(0.3)  # the first is at work
         fail()
     start(process)
 multiprocessing.process.BaseProcess.start = second_fails
 """
 WORKER_IS_STUCK = """
 loader.SILENCE_SECONDS = 1
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 def stuck(collator, examples, collate=loader.Collator.__call__):
     time.sleep(3600 if multiprocessing.parent_process() else 0)
     return collate(collator, examples)
@@ -72,28 +94,32 @@ loader.Collator.__call__ = stuck
 """
 
 
+@pytest.fixture(scope="module")
+def server():
+    command = [sys.executable, "-c", SERVER, str(ROOT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) as process:
+        yield process
+        process.kill()
+
+
 @pytest.fixture
-def run(text_file, cache, tmp_path):
+def run(server, text_file, cache, tmp_path):
     """(exit code, stderr) of a run with workers, after the last of its processes has ended."""
 
     def start(*code, workers=2, more=()):
-        options = [*ten_steps(text_file, cache, 4), "--output", tmp_path, "--workers", workers]
-        command = [sys.executable, "-c", "\n".join([START, *code]), ROOT, *options, *more]
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-        try:
-            told = process.communicate(timeout=90)[1]  # every process holds stderr open
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        return process.returncode, told
+        pipe = str(tmp_path / "stderr")
+        os.mkfifo(pipe)
+        options = [*ten_steps(text_file, cache, 4), "--output", tmp_path / "run", *more]
+        argv = [str(part) for part in (*options, "--workers", workers)]
+        print(json.dumps(["\n".join(code), pipe, argv]), file=server.stdin, flush=True)
+        # Every process of the run holds the pipe open.
+        told = subprocess.run(["timeout", "60", "cat", pipe], capture_output=True, text=True)
+        with suppress(ProcessLookupError):
+            os.killpg(int(server.stdout.readline()), signal.SIGKILL)
+        assert told.returncode == 0, "a process of the run is left"
+        return int(server.stdout.readline()), told.stdout
 
     return start
 
@@ -137,12 +163,12 @@ def test_a_worker_that_is_stuck_does_not_hold_up_the_end(run):
     assert code == 2 and "DataLoader timed out" in told and "Traceback" not in told, told
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_no_worker_outlives_a_killed_run(run, method):
+@pytest.mark.parametrize("method, workers", [("fork", 2), ("forkserver", 1), ("spawn", 1)])
+def test_no_worker_outlives_a_killed_run(run, method, workers):
     """They would wait forever for room in a pipe that nobody reads."""
     filled = ("--max-length", 512, "--batch-size", 32, "--micro-batch-size", 32)
     begin = f"multiprocessing.set_start_method({method!r})"
-    code, told = run(begin, "train.train_step = kill", BY_COMMAND, more=filled)
+    code, told = run(begin, "train.train_step = kill", BY_COMMAND, workers=workers, more=filled)
     assert code == -signal.SIGKILL, told
 
 
