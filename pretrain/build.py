@@ -6,7 +6,8 @@ plan. What costs little and fails often comes first; text is tokenized once ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from pretrain.config import (
     length_option,
     longest,
     phase_ends,
+    typed,
     validate,
 )
 from pretrain.data import masking
@@ -38,15 +40,8 @@ from pretrain.inputs import open_text, prepare_tokenizer
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
 from pretrain.model.packed import PackedModel
-from pretrain.run import (
-    PRETRAINING_FORM,
-    Phase,
-    PretrainingRun,
-    find_checkpoint,
-    resumed_values,
-    run_folder,
-)
-from pretrain.runtime.distributed import any_rank, gather, start
+from pretrain.run import PRETRAINING_FORM, Phase, PretrainingRun, resume_point, run_folder
+from pretrain.runtime.distributed import any_rank, start
 from pretrain.runtime.memory import explained, micro_batch_fits
 from pretrain.runtime.optim import autocast, choose_precision
 from pretrain.runtime.sharding import place
@@ -67,8 +62,7 @@ def build(config: Config) -> PretrainingRun:
     output = run_folder(config.output)
     if config.output and world.is_main:
         hold(output)
-    checkpoint = gather(find_checkpoint(output, config) if world.is_main else None)[0]
-    saved = resumed_values(checkpoint, PRETRAINING_FORM, config, world)
+    checkpoint, saved = resume_point(output, config, PRETRAINING_FORM, world)
     config = plan.drop_old_end(config, saved)
     precision = decide_precision(config, saved, device)
     if config.shard and precision == "fp16":
@@ -82,30 +76,33 @@ def build(config: Config) -> PretrainingRun:
     vocabulary = tokenizers.describe(tokenizer)
     masks = make_masking(config, tokenizer, vocabulary)
     model = make_model(config, checkpoint, tokenizer, vocabulary, added)
-    similar_words = check_similar_words(config, saved)
-    corpora = open_text(
-        config,
-        tokenizer,
-        vocabulary,
-        text,
-        world,
-        saved.get("corpus_folders", {}),
-        saved.get("corpus"),
-    )
-    occurrences = report_added(corpora[0], added, tokenizer)
+    digest = sha256_of(Path(config.similar)) if config.similar else None
+    if saved and digest != saved.get("similar_words"):
+        problem = f"{typed(config, 'similar')}: has changed since the run started"
+        raise UserError(f"{problem}; restore the file, or start a new run")
+    training, validation = open_text(config, tokenizer, vocabulary, text, world, saved)
+    folders = {"train": str(training.folder.absolute())}
+    if config.valid:
+        folders["valid"] = str(validation.folder.absolute())
+    occurrences = _report_added(training, added, tokenizer)
     set_up_model(model, config, device, precision)
     model = place(model, device, config.shard)
+    fill = model.attention == VARLEN
 
     while True:
-        tasks = plan.make_tasks(config, size)
-        datasets = [PretrainingDataset(corpora[0], task) for task in tasks]
+        datasets = [PretrainingDataset(training, task) for task in plan.make_tasks(config, size)]
         epoch = saved.get("steps_per_epoch") or plan.count_epoch(datasets, config)
         total_steps = plan.count_steps(config, saved, epoch)
         ends = phase_ends(config, total_steps)  # a UserError if a phase has no step
-        phases = make_phases(config, model, datasets, corpora[1], vocabulary, masks)
-        if saved or all_fit(model, phases, autocast(device, precision), config.shard):
+        phases = []
+        for dataset in datasets:
+            collator = Collator(dataset.task, vocabulary, masks, fill, SHAPE_MULTIPLE)
+            phases.append(_make_phase(config, dataset, collator, validation))
+        if saved or _all_fit(model, phases, autocast(device, precision), config.shard):
             break
         size = plan.smaller_micro_batch_size(config, size, device, world)
+    if config.masking == "entity":
+        _report_long_entities(config, phases, vocabulary)
     torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # the log shows the peak of the steps alone
@@ -130,42 +127,43 @@ def build(config: Config) -> PretrainingRun:
         tokenizer=tokenizer,
         model=model,
         data=data,
-        total_steps=total_steps,
+        phase_ends=ends,
         eval_every=plan.steps_between(config.eval_every, epoch, auto=tenth),
         save_every=plan.steps_between(config.save_every, epoch, auto=tenth),
-        compile=decides_to_compile(config, model),
+        compile=_decides_to_compile(config, model),
         checkpoint=checkpoint,
-        is_extended=bool(saved) and total_steps != saved["total_steps"],
-        is_finished=bool(saved) and saved["finished"] and total_steps == saved["total_steps"],
+        saved=saved,
         phases=phases,
         micro_batch_size=size,
-        steps_per_epoch=epoch,
-        corpus_folders=folders_of(corpora, config),
-        similar_words=similar_words,
+        data_facts={
+            "steps_per_epoch": epoch,
+            "similar_words": digest,
+            "corpus": training.fingerprint,
+            "corpus_folders": folders,
+        },
         added_tokens=occurrences,
     )
 
 
 def decide_precision(config, saved: dict, device: torch.device) -> str:
     """The precision of the run; a resumed run keeps its own unless another is asked for."""
+    before = saved.get("precision")
+    is_same = saved and config.precision == saved["options"]["precision"]
     with option_named("--precision"):
-        is_same = saved and config.precision == saved["options"]["precision"]
-        wanted = saved["precision"] if is_same else config.precision
-        precision = choose_precision(wanted, device)
-    if saved and precision != saved["precision"]:
+        precision = choose_precision(before if is_same else config.precision, device)
+    if saved and precision != before:
         print(
-            f"the run continues in {precision}; it was in {saved['precision']}, so its numbers "
-            "differ from those of an uninterrupted run"
+            f"the run continues in {precision}; it was in {before}, so its numbers differ from "
+            "those of an uninterrupted run"
         )
     return precision
 
 
-def decides_to_compile(config, model: PackedModel) -> bool:
-    """Whether to use torch.compile. With "auto", what it cannot compile runs as it is written."""
+def _decides_to_compile(config, model: PackedModel) -> bool:
     if config.compile != "auto":
         return config.compile == "on"
     is_compiled = model.attention == VARLEN and not config.shard
-    if is_compiled:
+    if is_compiled:  # what cannot be compiled runs as it is written
         torch._dynamo.config.suppress_errors = True
     return is_compiled
 
@@ -184,128 +182,75 @@ def enable_gradient_checkpointing(model: PackedModel) -> None:
     (enable or model.gradient_checkpointing_enable)()
 
 
-def make_phases(
-    config: Config,
-    model: PackedModel,
-    datasets: list[PretrainingDataset],
-    validation_text: Corpus | None,
-    vocabulary: Vocabulary,
-    masks: masking.Masking,
-) -> list[Phase]:
-    """The phases with their validation sets."""
-    if config.masking == "entity":
-        shortest = min(datasets, key=lambda dataset: dataset.task.max_length)
-        report_long_entities(shortest, vocabulary, config.entity_budget)
-    fill, phases = model.attention == VARLEN, []
-    for dataset in datasets:
-        task = dataset.task
-        # As many tokens as in the first phase, but at least one sequence.
-        size = config.eval_batch_size or task.micro_batch_size
-        size = max(1, size * task.counted_length // task.max_length)
-        validation = validation_text and make_validation_set(
-            validation_text,
-            task.pairs,
-            task.max_length,
-            size,
-            vocabulary,
-            config.eval_tokens,
-            fill,
-            dataset.source,
-        )
-        collator = Collator(task, vocabulary, masks, fill, SHAPE_MULTIPLE)
-        phases.append(Phase(dataset, collator, validation, size))
-    return phases
+def _make_phase(
+    config: Config, dataset: PretrainingDataset, collator: Collator, text: Corpus | None
+) -> Phase:
+    task = dataset.task
+    # As many tokens as in the first phase, but at least one sequence.
+    size = config.eval_batch_size or task.micro_batch_size
+    size = max(1, size * task.counted_length // task.max_length)
+    if text is None:
+        return Phase(dataset, collator, None, size)
+    made_of = (text, task.pairs, task.max_length, size, collator.vocabulary, config.eval_tokens)
+    validation = make_validation_set(*made_of, collator.fill, training=dataset.source)
+    return Phase(dataset, collator, validation, size)
 
 
-def all_fit(
-    model: PackedModel, phases: list[Phase], precision: torch.autocast, shard: bool
-) -> bool:
-    """Whether a full micro-batch of each phase fits into the memory of every process."""
-    device = next(model.parameters()).device
-    fits = all(
-        micro_batch_fits(model, phase.fullest_batch().to(device), precision) for phase in phases
-    )
+def _all_fit(model: PackedModel, phases: list[Phase], context: torch.autocast, shard: bool) -> bool:
+    batches = (phase.fullest_batch().to(model.device) for phase in phases)
+    fits = all(micro_batch_fits(model, batch, context) for batch in batches)
     # Sharded weights travel in the trial: the others wait for a process that has no room, and end
     # when it does.
     return fits if shard else not any_rank(not fits)
-
-
-def folders_of(corpora: Sequence[Corpus | None], config: Config) -> dict[str, str]:
-    """Where the corpora are; validation text that is a part of the training text is left out."""
-    opened = {"train": corpora[0], "valid": corpora[1] if config.valid else None}
-    return {name: str(corpus.folder.absolute()) for name, corpus in opened.items() if corpus}
-
-
-def check_similar_words(config: Config, saved: dict) -> str | None:
-    """Hash of the table of similar words; UserError if it changed since the run started."""
-    digest = sha256_of(Path(config.similar)) if config.similar else None
-    if saved and digest != saved.get("similar_words"):
-        raise UserError(
-            f"--similar {config.similar}: has changed since the run started; "
-            "restore the file, or start a new run"
-        )
-    return digest
 
 
 def make_masking(
     config: Config, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
 ) -> masking.Masking:
     """The masks of the options; UserError if the table of similar words has no usable word."""
-    similar = None
-    if config.replace == "similar":
-        backend = tokenizers.without_limits(tokenizer)
-        space = " " if vocabulary.needs_space else ""
+    options = {entry.name: getattr(config, entry.name) for entry in fields(masking.Masking)}
+    if config.replace != "similar":
+        return masking.Masking(**options | {"similar": None})
+    backend = tokenizers.without_limits(tokenizer)
+    space = " " if vocabulary.needs_space else ""
 
-        def encode(word: str) -> list[int]:
-            """Ids of a word in running text; none if the tokenizer does not know it."""
-            ids = backend.encode(space + word, add_special_tokens=False).ids
-            return [] if vocabulary.is_special[ids].any() else ids
+    def encode(word: str) -> list[int]:
+        """Ids of a word in running text; none if the tokenizer does not know it."""
+        ids = backend.encode(space + word, add_special_tokens=False).ids
+        return [] if vocabulary.is_special[ids].any() else ids
 
-        with option_named("--similar"):
-            similar = masking.read_similar(read_lines(config.similar), encode)
-        if similar is None:
-            raise UserError(
-                f"--similar {config.similar}: has no word with a similar one of as many tokens; "
-                "expected lines of a word and, after tabs, similar ones"
-            )
-        print(
-            f"--similar {config.similar}: {len(similar.counts):,} words with "
-            f"{similar.counts.sum():,} similar ones of as many tokens"
-        )
-    return masking.Masking(
-        config.masking,
-        tuple(config.mask_split),
-        config.entity_probability,
-        config.entity_budget,
-        config.entity_fill,
-        similar,
-    )
+    with option_named("--similar"):
+        similar = masking.read_similar(read_lines(config.similar), encode)
+    shown = typed(config, "similar")
+    if similar is None:
+        problem = "has no word with a similar one of as many tokens"
+        raise UserError(f"{shown}: {problem}; expected a word a line and, after tabs, similar ones")
+    found = f"{len(similar.counts):,} words with {similar.counts.sum():,} similar ones"
+    print(f"{shown}: {found} of as many tokens")
+    return masking.Masking(**options | {"similar": similar})
 
 
-def report_long_entities(
-    dataset: PretrainingDataset, vocabulary: Vocabulary, entity_budget: float
-) -> None:
+def _report_long_entities(config: Config, phases: list[Phase], vocabulary: Vocabulary) -> None:
     """Print how many entities exceed the budget of their sequence; short documents have many."""
+    dataset = min(phases, key=lambda phase: phase.max_length).dataset
     num_entities = num_fitting = 0
-    start = DataPosition(0, 0, 0)
-    for position in islice(dataset.positions(start, end_epoch=1), SAMPLED_MICRO_BATCHES):
+    positions = dataset.positions(DataPosition(0, 0, 0), end_epoch=1)
+    for position in islice(positions, SAMPLED_MICRO_BATCHES):
         packed = pack(dataset[position], vocabulary)
         entities = packed.maskable & packed.in_entity
         unit = np.cumsum(packed.entities) - 1
         sizes = np.bincount(unit[entities], minlength=int(packed.entities.sum()))
-        allowed = entity_budget * packed.count(packed.maskable)
+        allowed = config.entity_budget * packed.count(packed.maskable)
         fits = sizes <= allowed[packed.sequence[packed.entities]]
         num_entities += int((sizes > 0).sum())
         num_fitting += int(((sizes > 0) & fits).sum())
     if num_fitting < MIN_FITTING_SHARE * num_entities or not num_entities:
-        print(
-            f"--entity-budget {entity_budget}: {num_fitting:,} of {num_entities:,} entities fit "
-            "into that share of their sequence; the others are never masked as a whole. "
-            "Use a higher budget or longer documents"
-        )
+        found = f"{num_fitting:,} of {num_entities:,} entities fit into that share of a sequence"
+        way = "the others are never masked whole. Use a higher budget or longer documents"
+        print(f"{typed(config, 'entity_budget')}: {found}; {way}")
 
 
-def report_added(
+def _report_added(
     corpus: Corpus, added: dict[int, list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, int]:
     """Occurrences of each added token in the training text, most frequent first; prints some."""
@@ -316,17 +261,14 @@ def report_added(
     counts = np.zeros(size, np.int64)
     for index in range(corpus.num_shards):
         counts += np.bincount(np.minimum(corpus.tokens(index), size - 1), minlength=size)
-    found = dict(zip(tokenizer.convert_ids_to_tokens(ids), counts[ids].tolist()))
-    ranked = dict(sorted(found.items(), key=lambda item: -item[1]))
-    most = ", ".join(f"{token} {count:,}" for token, count in list(ranked.items())[:8])
-    never = [token for token, count in ranked.items() if not count]
+    found = Counter(dict(zip(tokenizer.convert_ids_to_tokens(ids), counts[ids].tolist())))
+    most = ", ".join(f"{token} {count:,}" for token, count in found.most_common(8))
+    never = [token for token, count in found.items() if not count]
     if never:
         most += f"; {len(never):,} never occur, such as {', '.join(never[:3])}"
-    total = sum(ranked.values())
-    print(
-        f"{len(ranked):,} added tokens occur {total:,} times: {most}; all are in added_tokens.tsv"
-    )
-    return ranked
+    total = f"{len(found):,} added tokens occur {found.total():,} times"
+    print(f"{total}: {most}; all are in added_tokens.tsv")
+    return dict(found.most_common())
 
 
 def make_model(
@@ -341,11 +283,10 @@ def make_model(
     if checkpoint:
         return from_checkpoint(str(checkpoint))[0]
     from_scratch, fresh = config.model in MODEL_SIZES, []
-    overrides = config.config_override
+    overrides, length = config.config_override, longest(config)
     if from_scratch:
-        length, pad_id = longest(config), vocabulary.pad_id
         with option_named("--config-override"):
-            model = from_size(config.model, vocabulary.size, length, pad_id, overrides)
+            model = from_size(config.model, vocabulary.size, length, vocabulary.pad_id, overrides)
     else:
         with option_named("--model"):
             settings = load_config(config.model)
@@ -353,16 +294,15 @@ def make_model(
             override(settings, overrides)
         with option_named("--model"):
             model, fresh = from_checkpoint(config.model, settings)
-    problems = task_problems(model, config)
+    problems = _task_problems(model, config)
     size, rows = vocabulary.size - len(added), model.config.vocab_size
     # A table that was rounded up is common.
     if size > rows or (size + 128 <= rows and not from_scratch):
-        problems.append(
-            f"--tokenizer {config.tokenizer or config.model}: has {size:,} entries, the model "
-            f"{config.model} {rows:,}; expected the model's own tokenizer"
-        )
+        problem = f"has {size:,} entries, the model {config.model} {rows:,}"
+        option = f"--tokenizer {config.tokenizer or config.model}"
+        problems.append(f"{option}: {problem}; expected the model's own tokenizer")
     elif config.tokenizer and not from_scratch:
-        problems += other_vocabulary(config, tokenizer)
+        problems += _other_vocabulary(config, tokenizer)
     check(problems)
     if added and not from_scratch:
         model.add_vectors(vocabulary.size, added, config.new_vectors == "mean")
@@ -370,26 +310,22 @@ def make_model(
         if getattr(tokenizer, name) in added:
             setattr(model.config, name, getattr(tokenizer, name))
     if fresh:
-        print(
-            f"{config.model} has no {', no '.join(fresh)}: starting fresh, so the first "
-            "validation numbers mean nothing"
-        )
+        lacking = f"{config.model} has no {', no '.join(fresh)}"
+        print(f"{lacking}: starting fresh, so the first validation numbers mean nothing")
     return model
 
 
-def task_problems(model: PackedModel, config: Config) -> list[str]:
-    """What of the task the model cannot do."""
-    option = length_option(config)
+def _task_problems(model: PackedModel, config: Config) -> list[str]:
+    option, pairs = length_option(config), OBJECTIVES[config.objective]
     problems = [f"{option} {problem}" for problem in model.length_problems(longest(config))]
-    if OBJECTIVES[config.objective]:
-        found = model.pair_problems(config.objective)
-        problems += [f"--objective {problem}" for problem in found]
+    of_pairs = model.pair_problems(config.objective) if pairs else []
+    problems += [f"--objective {problem}" for problem in of_pairs]
     if model.config.is_decoder:
         problems.append(f"--model {config.model}: is a decoder; expected an encoder")
     return problems
 
 
-def other_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _other_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """A problem if --tokenizer differs from the model's own tokenizer, if it has one."""
     try:
         own = tokenizers.load(config.model, config.lowercase == "on")
@@ -397,7 +333,5 @@ def other_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> list
         return []
     if own.get_vocab().items() <= tokenizer.get_vocab().items():
         return []
-    return [
-        f"--tokenizer {config.tokenizer}: its vocabulary differs from that of the model "
-        f"{config.model}; omit --tokenizer"
-    ]
+    problem = f"its vocabulary differs from that of the model {config.model}"
+    return [f"{typed(config, 'tokenizer')}: {problem}; omit --tokenizer"]

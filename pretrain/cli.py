@@ -14,7 +14,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, fields
 from pathlib import Path
 
 from pretrain.errors import UserError, refusing
@@ -35,9 +35,8 @@ def build_parser(options: type, description: str) -> argparse.ArgumentParser:
     parser = _Parser(
         description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML or JSON file of options; typed ones override it"
-    )
+    config_help = "YAML or JSON file of options; typed ones override it"
+    parser.add_argument("--config", metavar="FILE", help=config_help)
     groups, hints = {}, typing.get_type_hints(options)
     for entry in fields(options):
         title = _group_of(options, entry.name)
@@ -54,78 +53,56 @@ def _group_of(options: type, name: str) -> str:
 
 
 def _add_option(group: argparse._ArgumentGroup, entry: Field, hint: object) -> None:
-    arguments = dict(entry.metadata["argparse"])
-    if isinstance(entry.default, bool):
+    arguments, default = dict(entry.metadata["argparse"]), entry.default
+    name = entry.name if arguments.pop("positional", False) else flag(entry.name)
+    if isinstance(default, bool):
         arguments["action"] = argparse.BooleanOptionalAction
     else:
         kinds = [part for part in typing.get_args(hint) if part is not types.NoneType] or [hint]
         arguments["type"] = kinds[0]
         if "choices" not in arguments:
             arguments.setdefault("metavar", kinds[0].__name__.upper())
-    text, default = entry.metadata["help"].replace("%", "%%"), entry.default
+    text = entry.metadata["help"].replace("%", "%%")
     if "default:" not in text and default != ():
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{text} (default: {shown})"
-    if arguments.pop("positional", False):
-        group.add_argument(entry.name, help=text, **arguments)
-        return
-    group.add_argument(flag(entry.name), help=text, **arguments)
-    for alias in entry.metadata["aliases"]:
-        group.add_argument(flag(alias), dest=entry.name, help=argparse.SUPPRESS, **arguments)
-
-
-@dataclass(frozen=True)
-class Given:
-    """What the user gave, {name: value} each: in --config FILE, and on the command line."""
-
-    options: type
-    parser: argparse.ArgumentParser
-    from_file: dict
-    typed: dict
-
-    def with_defaults(self, defaults: dict | None = None):
-        """An instance of `options`. The file overrides `defaults`, what was typed overrides both.
-
-        An option also overrides the one that it cannot be combined with."""
-        flags = _as_flags(defaults or {}, self.options)
-        values = {}
-        for layer in (_parse(self.parser, flags), self.from_file, self.typed):
-            for entry in fields(self.options):
-                pair = {entry.name, entry.metadata["excludes"]}
-                if "" not in pair and pair & layer.keys():
-                    values = {name: value for name, value in values.items() if name not in pair}
-            values |= layer
-        return self.options(**values)
+    group.add_argument(name, help=text, **arguments)
 
 
 def read_command_line(
     argv: Sequence[str], options: type, description: str, passed_over: type | None = None
-) -> Given:
+) -> Callable:
     """Parse `argv` and the file that its --config names, through the same types and choices.
 
-    The file may also hold options of `passed_over`, which are ignored."""
+    Returns a function from {name: default} to an instance of `options`. The file overrides these
+    defaults, and what was typed overrides both; an option also overrides the one that it cannot be
+    combined with. The file may also hold options of `passed_over`, which are ignored."""
     parser = build_parser(options, description)
-    typed = _parse(parser, argv)
+    typed, from_file = _parse(parser, argv), {}
     path = typed.pop("config", None)
-    from_file = {}
     if path is not None:
         try:
             values = _known(read_options(path), options, passed_over or options)
             from_file = _parse(parser, _as_flags(values, options))
         except UserError as error:
             raise UserError(f"--config {path}: {error}") from error
-    return Given(options, parser, from_file, typed)
+
+    def with_defaults(defaults: dict | None = None):
+        flags, values = _as_flags(defaults or {}, options), {}
+        for layer in (_parse(parser, flags), from_file, typed):
+            for entry in fields(options):
+                pair = {entry.name, entry.metadata["excludes"]}
+                if "" not in pair and pair & layer.keys():
+                    values = {name: value for name, value in values.items() if name not in pair}
+            values |= layer
+        return options(**values)
+
+    return with_defaults
 
 
-def parse(
-    argv: Sequence[str],
-    options: type,
-    description: str,
-    defaults: dict | None = None,
-    passed_over: type | None = None,
-):
-    """An instance of the dataclass `options`: `defaults`, then --config FILE, then `argv`."""
-    return read_command_line(argv, options, description, passed_over).with_defaults(defaults)
+def parse(argv: Sequence[str], options: type, description: str, passed_over: type | None = None):
+    """An instance of the dataclass `options`: its defaults, then --config FILE, then `argv`."""
+    return read_command_line(argv, options, description, passed_over)()
 
 
 def read_options(path: str | Path) -> dict:
@@ -147,11 +124,11 @@ def read_options(path: str | Path) -> dict:
 
 def _known(values: dict, options: type, passed_over: type) -> dict:
     """`values` without those of `passed_over` that `options` lacks; UserError for any others."""
-    known = {name for entry in fields(options) for name in (entry.name, *entry.metadata["aliases"])}
+    known = {entry.name for entry in fields(options)}
     unknown = values.keys() - known - {entry.name for entry in fields(passed_over)}
     if unknown:
-        names = [", ".join(sorted(names)) for names in (unknown, known)]
-        raise UserError(f"unknown option {names[0]}; expected some of {names[1]}")
+        expected = ", ".join(sorted(known))
+        raise UserError(f"unknown option {', '.join(sorted(unknown))}; expected some of {expected}")
     return {name: value for name, value in values.items() if name in known}
 
 
@@ -177,11 +154,11 @@ def _as_flags(values: dict, options: type) -> list[str]:
 
 def as_command(script: str, options: object) -> str:
     """The command that means `options`: every value that is not its default."""
-    changed = {
-        entry.name: getattr(options, entry.name)
-        for entry in fields(options)
-        if getattr(options, entry.name) != entry.default
-    }
+    changed = {}
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        if value != entry.default:
+            changed[entry.name] = value
     return shlex.join(["python", f"scripts/{script}.py", *_as_flags(changed, type(options))])
 
 
@@ -199,28 +176,29 @@ def run_command(
 
     handlers = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     sys.stdout.reconfigure(line_buffering=True)  # stays in order with stderr in a log file
+    message = ""
     try:
         return main(argv) or 0
     except UserError as error:
-        messages, code = [f"error: {line}" for line in str(error).splitlines()], 2
+        message, code = "\n".join(f"error: {line}" for line in str(error).splitlines()), 2
     except OSError as error:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
         expected = "expected a path that exists, room on the disk and permission to read and write"
-        messages, code = [f"error: {what}; {expected}{hint}"], 2
+        message, code = f"error: {what}; {expected}{hint}", 2
     except KeyboardInterrupt as stop:
-        messages = [f"{str(stop) or 'interrupted'}{hint}"]
+        message = f"{str(stop) or 'interrupted'}{hint}"
         code = 128 + getattr(stop, "number", signal.SIGINT)
     except Exception as error:
         if stops:  # raised inside an import, say, which made another error of it
-            messages, code = [str(stops[0])], 128 + stops[0].number
+            message, code = str(stops[0]), 128 + stops[0].number
         else:
             traceback.print_exc()
-            messages, code = [], 1
+            code = 1
         _free_frames(error)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for message in messages:
+    if message:
         print(message, file=sys.stderr)
     return code
 

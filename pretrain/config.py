@@ -6,6 +6,7 @@ A command takes the groups that it needs. The docstring of a group begins with i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from itertools import accumulate
 
@@ -71,6 +72,20 @@ NOT_NEGATIVE = number(0)
 SHARE = number(0, 1, above=True)
 ON_OFF = one_of("on", "off")
 AUTO_ON_OFF = one_of("auto", "on", "off")
+PRECISION = one_of("auto", "bf16", "fp16", "fp32")
+FORMAT = one_of("auto", *PLAIN_FORMATS, *RECORD_FORMATS)
+WORDS = one_of("auto", "tokenizer", "spaces", "jieba")
+OBJECTIVE = one_of(*OBJECTIVES)
+MASKING = one_of("token", "word", "span", "entity")
+SCHEDULE = one_of("linear", "cosine", "constant", "wsd")
+VECTORS = one_of("mean", "random")
+FILL = one_of("word", "token")
+REPLACE = one_of("mask", "similar")
+OPTIMIZER = one_of("adamw", "muon")
+METRIC = one_of("macro_f1", "accuracy")
+CLASS_WEIGHTS = one_of("none", "balanced")
+WORKERS = integer(0, 256)
+TOKENS = each(pattern(r".+", "a token", "TOKEN"))
 NAME = pattern(r".*\S.*", "a name; omit the option for none", "NAME")
 FILE = pattern(r".*\S.*", "a file; omit the option for none", "FILE")
 FILES = each(FILE)
@@ -78,9 +93,10 @@ PATHS = each(pattern(r".+", "files, folders or globs", "PATH"))
 LANGUAGE = pattern(r"auto|(?!on$|off$)[^\W\d_]{2,3}", "a code such as en, or auto", "LANGUAGE")
 INTERVAL = pattern(r"epoch|auto|0*[1-9][0-9]*", "a number of steps above 0, epoch or auto")
 BUDGETS = each(pattern(r"all|[0-9]+", "a number of rows, or all", "N"))
-ASSIGNMENTS = each(pattern(r"[^\W\d]\w*=.*", "KEY=VALUE", "KEY=VALUE"))
-BETAS = each(Rule(lambda beta: 0 <= beta < 1, "numbers from 0 to below 1", metavar="BETA"))
-SPLIT = Rule(_is_split, "three shares from 0 to 1 that sum to 1", metavar="SHARE")
+ASSIGNMENTS = each(pattern(r"[^\W\d]\w*=.*", "KEY=VALUE", "KEY=VALUE"), nargs="*")
+BETA = Rule(lambda beta: 0 <= beta < 1, "numbers from 0 to below 1", metavar="BETA")
+BETAS = each(BETA, nargs=2)
+SPLIT = Rule(_is_split, "three shares from 0 to 1 that sum to 1", metavar="SHARE", nargs=3)
 MASK_RATE = Rule(
     lambda rates: 1 <= len(rates) <= 2 and all(0 < rate <= 0.8 for rate in rates),
     "one or two shares above 0 and at most 0.8",
@@ -96,17 +112,16 @@ PHASES = Rule(
 
 # Groups of options.
 
+Texts = tuple[str, ...]
+Numbers = tuple[float, ...]
+
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Model: what is trained."""
 
-    model: str = option(
-        "base", f"checkpoint (folder or hub name), or a size: {', '.join(MODEL_SIZES)}"
-    )
-    config_override: tuple[str, ...] = option(
-        (), "fields of its config, such as hidden_dropout_prob=0", ASSIGNMENTS, nargs="*"
-    )
+    model: str = option("base", f"folder or hub name, or a size: {', '.join(MODEL_SIZES)}")
+    config_override: Texts = option((), "fields of its config: hidden_dropout_prob=0", ASSIGNMENTS)
 
 
 @dataclass(frozen=True)
@@ -117,12 +132,8 @@ class TokenizerOptions:
     vocab_size: int = option(30522, "entries of a trained tokenizer", integer(100, 1 << 20))
     lowercase: str = option("on", "strip case and accents (trained, or vocab.txt)", ON_OFF)
     add_tokens: str | None = option(None, "words, one per line, to make single tokens", FILE)
-    add_special_tokens: tuple[str, ...] = option(
-        (), "tokens never to split or mask: [name], eos_token=[EOT]", metavar="TOKEN"
-    )
-    new_vectors: str = option(
-        "mean", "added tokens start from their pieces' mean, or random", one_of("mean", "random")
-    )
+    add_special_tokens: Texts = option((), "never split or masked: [name], eos_token=[EOT]", TOKENS)
+    new_vectors: str = option("mean", "of added tokens: mean of their pieces, or random", VECTORS)
 
 
 @dataclass(frozen=True)
@@ -133,16 +144,14 @@ class TextOptions:
         "auto",
         "sentences: one per line, a blank line between documents; lines: a document per line; "
         "text: a document per file; conll: a token and its tag per line; else a table",
-        one_of("auto", *PLAIN_FORMATS, *RECORD_FORMATS),
+        FORMAT,
     )
     text_field: str | None = option(None, "column of the text, a sentence per line", NAME)
     entity_field: str | None = option(None, "column of spans, [start, end] or {start:, end:}", NAME)
     split_sentences: str | None = option(
         None, "cut lines into sentences: en, zh ... or auto", LANGUAGE, nargs="?", const="auto"
     )
-    words: str = option(
-        "auto", "what ends words of Chinese text", one_of("auto", "tokenizer", "spaces", "jieba")
-    )
+    words: str = option("auto", "what ends words of Chinese text", WORDS)
     lexicon: str | None = option(None, "terms, one per line, to mark as entities", FILE)
     max_documents: int = option(0, "read only the first N documents (0: all)", COUNT_OR_0)
     cache: str = changeable("runs/.cache", "folder of prepared corpora and trained tokenizers")
@@ -152,48 +161,30 @@ class TextOptions:
 class DataOptions(TextOptions):
     """Data: text to train on, and text to validate on."""
 
-    train: tuple[str, ...] = option(
-        (), "files, folders, globs, hub:NAME[:CONFIG[:SPLIT]], or one prepared corpus", PATHS
-    )
-    valid: tuple[str, ...] = option((), "validation text (default: a part of --train)", PATHS)
+    train: Texts = option((), "files, folders, globs, hub:NAME[:CONFIG[:SPLIT]], corpus", PATHS)
+    valid: Texts = option((), "validation text (default: a part of --train)", PATHS)
     valid_fraction: float = option(0.05, "that part of the documents (0: none)", number(0, 0.5))
-    workers: int | None = changeable(
-        None, "processes that prepare batches (default: 0 on CPU, 2 on a GPU)", integer(0, 256)
-    )
+    workers: int | None = changeable(None, "processes for batches (default: CPU 0, GPU 2)", WORKERS)
 
 
 @dataclass(frozen=True)
 class TaskOptions:
     """Objective and masking: what is predicted."""
 
-    objective: str = option(
-        "mlm+nsp", "masks with next-sentence or sentence-order pairs, or alone", one_of(*OBJECTIVES)
-    )
+    objective: str = option("mlm+nsp", "MLM, with next-sentence or sentence-order pairs", OBJECTIVE)
     nsp_weight: float = option(1.0, "weight of the NSP or SOP loss in the sum", NOT_NEGATIVE)
-    masking: str = option(
-        "token", "what is masked as a whole", one_of("token", "word", "span", "entity")
-    )
-    mask_rate: tuple[float, ...] = option(
-        (0.15,), "share of tokens to predict; two: from the first to the second", MASK_RATE
-    )
-    mask_split: tuple[float, ...] = option(
-        (0.8, 0.1, 0.1), "shares that become [MASK], another token, or stay", SPLIT, nargs=3
-    )
+    masking: str = option("token", "what is masked as a whole", MASKING)
+    mask_rate: Numbers = option((0.15,), "share to predict; two: from first to second", MASK_RATE)
+    mask_split: Numbers = option((0.8, 0.1, 0.1), "shares of [MASK], random, unchanged", SPLIT)
     entity_probability: float = option(0.5, "chance of each entity to be masked", SHARE)
     entity_budget: float = option(0.2, "share of a sequence that entities may take", SHARE)
-    entity_fill: str = option(
-        "word", "what fills up to --mask-rate beside entities", one_of("word", "token")
-    )
-    replace: str = option(
-        "mask", "what masked tokens become: [MASK], or a similar word", one_of("mask", "similar")
-    )
+    entity_fill: str = option("word", "what fills up to --mask-rate beside entities", FILL)
+    replace: str = option("mask", "masked tokens become [MASK], or a similar word", REPLACE)
     similar: str | None = option(None, "a word per line and, after tabs, similar ones", FILE)
     max_length: int | None = option(
         None, f"tokens in a sequence, special ones included (default: {DEFAULT_LENGTH})", LENGTH
     )
-    phases: tuple[str, ...] = option(
-        (), "lengths, each for a share of the steps: 128:0.9 512:0.1", PHASES, excludes="max_length"
-    )
+    phases: Texts = option((), "lengths for shares of the steps", PHASES, excludes="max_length")
 
 
 @dataclass(frozen=True)
@@ -201,22 +192,16 @@ class OptimizationOptions:
     """Optimization: how the weights change."""
 
     batch_size: int = option(256, "sequences of an optimizer step, over all processes", COUNT)
-    micro_batch_size: int | None = option(
-        None, "sequences that a device processes at once (default: what fits)", COUNT
-    )
+    micro_batch_size: int | None = option(None, "sequences at once (default: what fits)", COUNT)
     epochs: float = changeable(3.0, "passes over the text, if --max-steps is 0", POSITIVE)
     max_steps: int = changeable(0, "optimizer steps of the run (0: from --epochs)", COUNT_OR_0)
-    optimizer: str = option(
-        "adamw", "muon: for the encoder's matrices, AdamW for the rest", one_of("adamw", "muon")
-    )
+    optimizer: str = option("adamw", "muon: for matrices of the encoder, else AdamW", OPTIMIZER)
     learning_rate: float = option(1e-4, "peak learning rate, for either optimizer", POSITIVE)
     weight_decay: float = option(0.01, "weight decay, of matrices only (0: off)", NOT_NEGATIVE)
-    adam_betas: tuple[float, ...] = option((0.9, 0.999), "betas of AdamW", BETAS, nargs=2)
+    adam_betas: Numbers = option((0.9, 0.999), "betas of AdamW", BETAS)
     adam_epsilon: float = option(1e-6, "epsilon of AdamW", POSITIVE)
     warmup: float = option(0.06, "a share of the run if below 1, else steps", NOT_NEGATIVE)
-    schedule: str = option(
-        "linear", "of the rate after warm-up", one_of("linear", "cosine", "constant", "wsd")
-    )
+    schedule: str = option("linear", "of the rate after warm-up", SCHEDULE)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm (0: off)", NOT_NEGATIVE)
     patience: int = changeable(0, "stop after N evaluations without gain (0: off)", COUNT_OR_0)
     seed: int = option(0, "seed of weights, dropout, pairs and masks", SEED)
@@ -227,9 +212,7 @@ class DeviceOptions:
     """Device: where to compute, and how."""
 
     device: str = changeable("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
-    precision: str = changeable(
-        "auto", "auto: bf16 if the device is fast at it", one_of("auto", "bf16", "fp16", "fp32")
-    )
+    precision: str = changeable("auto", "auto: bf16 if the device is fast at it", PRECISION)
 
 
 @dataclass(frozen=True)
@@ -284,9 +267,9 @@ class ColumnOptions:
 class LabelOptions(ColumnOptions):
     """Rows: CSV, TSV, JSONL or Parquet files with labels."""
 
-    train: tuple[str, ...] = option((), "labeled rows to train on", FILES, required=True)
-    valid: tuple[str, ...] = option((), "labeled rows to choose the model by", FILES, required=True)
-    test: tuple[str, ...] = option((), "labeled rows to test it on (default: none)", FILES)
+    train: Texts = option((), "labeled rows to train on", FILES, required=True)
+    valid: Texts = option((), "labeled rows to choose the model by", FILES, required=True)
+    test: Texts = option((), "labeled rows to test it on (default: none)", FILES)
 
 
 @dataclass(frozen=True)
@@ -301,12 +284,8 @@ class FinetuneOptions(RunOptions, MachineOptions, OptimizationOptions, LabelOpti
     epochs: float = changeable(10.0, "passes over the rows, if --max-steps is 0", POSITIVE)
     learning_rate: float = option(5e-5, "peak learning rate, for either optimizer", POSITIVE)
     patience: int = changeable(3, "stop after N evaluations without gain (0: off)", COUNT_OR_0)
-    metric: str = option(
-        "macro_f1", "score that chooses the best model", one_of("macro_f1", "accuracy")
-    )
-    class_weights: str = option(
-        "none", "balanced: all classes weigh the same", one_of("none", "balanced")
-    )
+    metric: str = option("macro_f1", "score that chooses the best model", METRIC)
+    class_weights: str = option("none", "balanced: all classes weigh the same", CLASS_WEIGHTS)
     seed: int = option(0, "seed of head, dropout, order and choice of the rows", SEED)
     output: str | None = changeable(None, "folder of the result (default: runs/finetune-DATE-TIME)")
     eval_every: str = changeable("epoch", "steps between evaluations: N, epoch or auto", INTERVAL)
@@ -320,11 +299,11 @@ class AdaptOptions(LabelOptions):
     """Experiment: all options of adapt.py."""
 
     model: str | None = option(None, "encoder: a folder or a hub name", required=True)
-    text: tuple[str, ...] = option((), "text of the domain to pretrain on", PATHS, required=True)
-    control: tuple[str, ...] = option((), "text of another domain, for comparison", PATHS)
-    test: tuple[str, ...] = option((), "labeled rows to compare on", FILES, required=True)
+    text: Texts = option((), "text of the domain to pretrain on", PATHS, required=True)
+    control: Texts = option((), "text of another domain, for comparison", PATHS)
+    test: Texts = option((), "labeled rows to compare on", FILES, required=True)
     task_text: bool = option(False, "also pretrain on the texts of --train")
-    label_budgets: tuple[str, ...] = changeable(("all",), "rows to fine-tune on, or all", BUDGETS)
+    label_budgets: Texts = changeable(("all",), "rows to fine-tune on, or all", BUDGETS)
     seeds: int = changeable(5, "fine-tune each encoder N times per budget, with seeds 0..", COUNT)
     pretrain: str = changeable("", "options of pretrain.py, in quotes", metavar="OPTIONS")
     finetune: str = changeable("", "options of finetune.py, in quotes", metavar="OPTIONS")
@@ -333,11 +312,6 @@ class AdaptOptions(LabelOptions):
 
 
 # What follows from the options.
-
-
-def interval(value: str) -> int | str:
-    """--eval-every or --save-every: a number of steps, "epoch" or "auto"."""
-    return value if value in ("epoch", "auto") else int(value)
 
 
 def phase_lengths(config: TaskOptions) -> list[tuple[int, float]]:
@@ -370,16 +344,25 @@ def phase_ends(config: TaskOptions, total_steps: int) -> list[int]:
     ends[-1] = total_steps
     steps = [end - begin for begin, end in zip([0, *ends], ends)]
     if min(steps) < 1:
-        raise UserError(
-            f"{typed(config, 'phases')}: of {total_steps} steps they get {steps}; expected "
-            "at least one each: change the shares, --max-steps or --epochs"
-        )
+        problem = f"{typed(config, 'phases')}: of {total_steps} steps they get {steps}"
+        ways = "change the shares, --max-steps or --epochs"
+        raise UserError(f"{problem}; expected at least one each: {ways}")
     return ends
 
 
 def may_change(options: type) -> set[str]:
     """Names of the options that may change when a run is resumed."""
     return {entry.name for entry in fields(options) if entry.metadata["may_change"]}
+
+
+def typed(options: object, *names: str) -> str:
+    """Options and their values, as on a command line."""
+    words = []
+    for name in names:
+        value = getattr(options, name)
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        words += [flag(name), *map(str, values)]
+    return " ".join(words)
 
 
 # Checks.
@@ -398,80 +381,49 @@ def missing(options: object) -> list[str]:
 
 def validate(options: object) -> list[str]:
     """Every problem of the values that shows without looking at a file."""
-    return problems_of(options) + _problems_together(options)
-
-
-def problems_of(options: object) -> list[str]:
-    """Every value that its option's form does not allow."""
     problems = []
     for entry in fields(options):
         value, form = getattr(options, entry.name), entry.metadata["form"]
-        if form and value != entry.default and not form.holds(value):
+        if value == entry.default:
+            continue
+        if form and not form.holds(value):
             problems.append(f"{typed(options, entry.name)}: expected {form.expected}")
-    return problems
-
-
-def typed(options: object, *names: str) -> str:
-    """Options and their values, as on a command line."""
-    words = []
-    for name in names:
-        value = getattr(options, name)
-        values = value if isinstance(value, tuple) else () if value is True else (value,)
-        words += [flag(name), *map(str, values)]
-    return " ".join(words)
+        other = entry.metadata["excludes"]
+        if other and getattr(options, other) != getattr(type(options), other):
+            pair = typed(options, entry.name, other)
+            problems.append(f"{pair}: cannot be combined; expected one of them")
+    return problems + _problems_together(options)
 
 
 def _problems_together(options: object) -> list[str]:
-    """Values that do not fit each other; a command has some of the options."""
-    problems = _combined(options) + _batch_problems(options)
-    if isinstance(options, TaskOptions):
-        problems += _task_problems(options)
-    if isinstance(options, RunOptions) and options.resume and not options.output:
-        problems.append("--resume: no run folder; expected --output DIR")
-    validates = not isinstance(options, Config) or options.valid or options.valid_fraction
-    if getattr(options, "patience", 0) and not validates:
-        shown = typed(options, "patience", "valid_fraction")
-        problems.append(f"{shown}: no validation text; expected --valid PATHS, or a share above 0")
-    if getattr(options, "precision", "") == "fp16" and options.device == "cpu":
-        problems.append("--precision fp16: a CPU does not train in fp16; expected bf16 or fp32")
-    return problems
-
-
-def _combined(options: object) -> list[str]:
+    """Values that do not fit each other. A command has some of the options; others are None."""
     problems = []
-    defaults = {entry.name: entry.default for entry in fields(options)}
-    given = {name for name, default in defaults.items() if getattr(options, name) != default}
-    for entry in fields(options):
-        pair = (entry.name, entry.metadata["excludes"])
-        if given.issuperset(pair):
-            problems.append(f"{typed(options, *pair)}: cannot be combined; expected one of them")
-    return problems
+    value = {entry.name: getattr(options, entry.name) for entry in fields(options)}.get
 
+    def refuse(problem: str, *names: str) -> None:
+        problems.append(f"{typed(options, *names)}: {problem}")
 
-def _batch_problems(options: object) -> list[str]:
-    batch = getattr(options, "batch_size", 0)
-    micro = getattr(options, "micro_batch_size", 0) or 0
-    if batch < 1 or micro < 1 or batch % micro == 0:
-        return []
-    divisor = next(size for size in range(min(batch, micro), 0, -1) if batch % size == 0)
-    shown = typed(options, "batch_size", "micro_batch_size")
-    return [f"{shown}: does not divide evenly; expected a divisor, such as {divisor}"]
-
-
-def _task_problems(options: TaskOptions) -> list[str]:
-    problems, masking = [], options.masking
-    micro = getattr(options, "micro_batch_size", 0) or 0
-    has_phases = options.phases and PHASES.holds(options.phases)
-    least = least_micro_batch_size(options) if has_phases else 1
-    if 1 <= micro < least:
-        shown = typed(options, "micro_batch_size", "phases")
-        problems.append(f"{shown}: no room for the longest; expected at least {least}")
-    if options.replace == "similar" and not (options.similar and masking != "token"):
+    batch, micro, phases = value("batch_size") or 0, value("micro_batch_size") or 0, value("phases")
+    if batch > 0 and micro > 0 and batch % micro:
+        expected = f"expected a divisor, such as {math.gcd(batch, micro)}"
+        refuse(f"does not divide evenly; {expected}", "batch_size", "micro_batch_size")
+    if micro > 0 and phases and PHASES.holds(phases) and micro < least_micro_batch_size(options):
+        expected = f"expected at least {least_micro_batch_size(options)}"
+        refuse(f"no room for the longest; {expected}", "micro_batch_size", "phases")
+    masking, similar, replaces = value("masking"), value("similar"), value("replace") == "similar"
+    if replaces and not (similar and masking != "token"):
         expected = f"--similar FILE, and --masking word, span or entity, not {masking}"
-        problems.append(f"--replace similar: expected {expected}")
-    if options.similar and options.replace != "similar":
-        problems.append(f"{typed(options, 'similar')}: expected --replace similar with it")
+        refuse(f"expected {expected}", "replace")
+    if similar and not replaces:
+        refuse("expected --replace similar with it", "similar")
     for name in ("lexicon", "entity_field"):
-        if getattr(options, name, None) and masking != "entity":
-            problems.append(f"{typed(options, name)}: expected --masking entity, not {masking}")
+        if value(name) and masking not in (None, "entity"):
+            refuse(f"expected --masking entity, not {masking}", name)
+    if value("resume") and not value("output"):
+        refuse("no run folder; expected --output DIR", "resume")
+    if value("patience") and value("valid_fraction") == 0 and not value("valid"):
+        expected = "expected --valid PATHS, or a share above 0"
+        refuse(f"no validation text; {expected}", "patience", "valid_fraction")
+    if value("precision") == "fp16" and value("device") == "cpu":
+        refuse("a CPU does not train in fp16; expected bf16 or fp32", "precision")
     return problems

@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -74,49 +75,43 @@ def _sentences(text: str) -> list[str]:
     return [sentence for sentence in sentences if re.search(r"[A-Za-z]{2}", sentence)]
 
 
-def fit_to_machine(config: Config, seconds: float = TRAINING_SECONDS) -> Config:
+def fit_to_machine(config: Config) -> Config:
     """Choose precision, threads and number of steps from a few timed steps, so that training takes
-    about `seconds`. Sets the number of threads.
+    TRAINING_SECONDS. Sets the number of threads.
 
     On a busy machine one thread is often faster than several, which wait for each other."""
     run = build(config)
-    ways = [(run.precision, torch.get_num_threads())]
+    precisions, threads = {run.precision}, {torch.get_num_threads()}
     if run.device.type == "cpu":  # on a GPU the precision decides the attention
-        precisions = {run.precision, "fp32"} if config.precision == "auto" else {run.precision}
-        threads = {1, torch.get_num_threads()}
-        ways = list(product(sorted(precisions), sorted(threads)))
-    times = {way: seconds_per_step(run, *way) for way in ways}
+        precisions |= {"fp32"} if config.precision == "auto" else set()
+        threads |= {1}
+    ways = product(sorted(precisions), sorted(threads))
+    times = {way: _seconds_per_step(run, *way) for way in ways}
     times = gather(times)[0]  # every process decides the same
+    for (precision, threads), value in times.items():
+        print(f"a step takes {1000 * value:.0f} ms in {precision} on {threads} threads")
     precision, threads = min(times, key=times.get)
+    print(f"training in {precision} on {threads} threads")
     torch.set_num_threads(threads)
     max_steps = config.max_steps
     if not max_steps and config.epochs == Config.epochs:
-        max_steps = int(seconds / times[precision, threads])
+        max_steps = int(TRAINING_SECONDS / times[precision, threads])
         max_steps = max(MIN_STEPS, min(MAX_STEPS, max_steps))
-    shown = ", ".join(
-        f"{1000 * value:.0f} ms ({precision}, {threads} threads)"
-        for (precision, threads), value in times.items()
-    )
-    print(f"a step takes {shown}; training in {precision} on {threads} threads")
     return replace(config, precision=precision, max_steps=max_steps)
 
 
-def seconds_per_step(run: PretrainingRun, precision: str, threads: int) -> float:
+def _seconds_per_step(run: PretrainingRun, precision: str, threads: int) -> float:
     """Median of a few steps after one to warm up; they train a copy of the model."""
     torch.set_num_threads(threads)
-    config, model = run.config, copy.deepcopy(run.model).train()
-    optimizers = make_optimizers(model, config)
-    scaler = torch.amp.GradScaler(enabled=False)
-    phase, count = run.phases[0], config.batch_size // run.micro_batch_size
-    positions = [DataPosition(0, 0, number) for number in range(count)]
-    batches = [phase.collator(phase.dataset[place]) for place in positions]
-    context = autocast(run.device, precision)
+    config, model, phase = run.config, copy.deepcopy(run.model).train(), run.phases[0]
+    optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler(enabled=False)
+    context, max_norm = autocast(run.device, precision), config.max_grad_norm
+    places = [DataPosition(0, 0, n) for n in range(config.batch_size // run.micro_batch_size)]
+    batches = [phase.collator(phase.dataset[place]) for place in places]
     times = []
     for _ in range(TIMED_STEPS + 1):
         begin = time.perf_counter()
-        result = train_step(
-            model, batches, optimizers, scaler, context, 0.0, config.max_grad_norm, run.device
-        )
-        bool(result.finite)  # waits for the device
+        step = train_step(model, batches, optimizers, scaler, context, 0.0, max_norm, run.device)
+        bool(step.finite)  # waits for the device
         times.append(time.perf_counter() - begin)
-    return sorted(times[1:])[TIMED_STEPS // 2]
+    return median(times[1:])

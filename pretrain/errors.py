@@ -17,12 +17,11 @@ class UserError(ValueError):
 
 def check(problems: list[str]) -> None:
     """Raise one UserError with all `problems`, a line each; of very many, the first."""
-    if not problems:
-        return
-    lines = problems[:SHOWN_PROBLEMS]
-    if len(problems) > SHOWN_PROBLEMS:
-        lines.append(f"and {len(problems) - SHOWN_PROBLEMS:,} more problems")
-    raise UserError("\n".join(lines))
+    lines, more = problems[:SHOWN_PROBLEMS], len(problems) - SHOWN_PROBLEMS
+    if more > 0:
+        lines.append(f"and {more:,} more problems")
+    if lines:
+        raise UserError("\n".join(lines))
 
 
 @contextlib.contextmanager
@@ -63,6 +62,5 @@ def require(module: str, what: str) -> types.ModuleType:
     except ImportError as error:
         name = module.partition(".")[0]
         package = PACKAGES.get(name, name.replace("_", "-"))
-        raise UserError(
-            f"{what}: needs the package {package}; install it with: pip install {package}"
-        ) from error
+        way = f"install it with: pip install {package}"
+        raise UserError(f"{what}: needs the package {package}; {way}") from error

@@ -183,16 +183,16 @@ def open_text(
     vocabulary: Vocabulary,
     text: dict[str, TextFiles],
     world: World,
-    saved_folders: dict[str, str | None],
-    saved_fingerprint: str | None,
+    saved: dict,
 ) -> tuple[Corpus, Corpus | None]:
     """(training text, validation text), prepared if necessary; UserError if there is too little.
 
-    A resumed run opens `saved_folders`, the corpora that it was started with, by "train" and
-    "valid"; UserError if its training text is no longer that of `saved_fingerprint`."""
+    A resumed run opens the corpora that it was started with, which its `saved` values name;
+    UserError if its training text has changed."""
     opened: dict[str, Corpus] = {}
+    folders = saved.get("corpus_folders", {})
     for name in ("train", "valid"):
-        option, paths, folder = f"--{name}", getattr(config, name), saved_folders.get(name)
+        option, paths, folder = f"--{name}", getattr(config, name), folders.get(name)
         if folder and paths and is_corpus(folder):
             with option_named(option):
                 opened[name] = open_corpus(folder, vocabulary)
@@ -202,7 +202,7 @@ def open_text(
             cache = Path(config.cache)
             opened[name] = open_or_prepare(files, tokenizer, vocabulary, cache, world, masking)
     training, validation = opened["train"], opened.get("valid")
-    if saved_fingerprint not in (None, training.fingerprint):
+    if saved and saved["corpus"] != training.fingerprint:
         problem = f"{typed(config, 'train')}: the text has changed since the run was started"
         raise UserError(f"{problem}; expected the old text, or another --output for a new run")
     if validation is None and config.valid_fraction:

@@ -164,7 +164,7 @@ class Meter:
             "speed/data_wait": sums["wait_seconds"] / seconds,
             "speed/padding": 1 - sums["tokens"] / sums["slots"],
             **logged,
-            "memory/peak_bytes": _peak_memory_bytes(self.device),
+            "memory/peak_bytes": peak_memory_bytes(self.device),
         }
 
     def summary(self) -> dict[str, float]:
@@ -207,7 +207,7 @@ class Meter:
         return dict(zip(SUMS, _read_over_ranks([self.sums[name] for name in SUMS], "cpu")))
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss

@@ -22,9 +22,9 @@ MAX_MARKED = 30  # points: a curve of more has no markers
 
 def chinese_fonts() -> list[str]:
     """The installed fonts with Chinese characters."""
-    from matplotlib import font_manager
+    from matplotlib.font_manager import get_font_names
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
+    installed = set(get_font_names())
     return [name for name in CHINESE_FONTS.split(", ") if name in installed]
 
 
@@ -79,26 +79,19 @@ def confusion(path: Path, title: str, matrices: dict[str, list[list[int]]], clas
     return figure
 
 
-def overlap(path: Path, names: list[str], shares: np.ndarray, num_words: int):
-    """Heat map of the words that texts share, float [texts, texts] in 0..1; returns the figure."""
+def overlap(path: Path, names: list[str], shares: np.ndarray, num_words: int) -> None:
+    """Heat map of the words that texts share, float [texts, texts] in 0..1."""
     title = f"Share of the {num_words:,} most frequent words\nthat two texts have in common"
     panels = {"without stop words": (shares, np.vectorize("{:.0%}".format)(shares))}
-    figure = _heat_maps(title, panels, names, "shared words")
-    figure.savefig(path)
-    return figure
+    _heat_maps(title, panels, names, "shared words").savefig(path)
 
 
 def curves(
-    path: Path,
-    title: str,
-    labels: tuple[str, str],
-    series: dict[str, tuple],
-    levels: dict[str, float],
-    logarithmic: str = "",
-):
-    """Curves, each (x, y, deviation of y or None), and horizontal lines; returns the figure.
+    path: Path, title: str, labels: tuple[str, str], series: dict, levels: dict, log_axis: str = ""
+) -> None:
+    """Curves, each (x, y, deviation of y or None), and horizontal lines, all by name.
 
-    `labels` are those of the axes; `logarithmic` is "x" or "y"."""
+    `labels` are those of the axes; `log_axis` is "x" or "y"."""
     figure, (axis,) = _figure(7, 4.4)
     axis.set_prop_cycle(color=COLORS, marker=MARKERS, linestyle=LINES)
     for number, (name, (x, y, deviation)) in enumerate(series.items()):
@@ -108,19 +101,17 @@ def curves(
         axis.errorbar(x, y, deviation, label=name, capsize=3, **plain)
     for name, level in levels.items():
         axis.axhline(level, color="0.4", marker="", linestyle=(0, (1, 1)), label=name)
-    if logarithmic:
-        from matplotlib.ticker import FuncFormatter, LogLocator
-
-        getattr(axis, f"set_{logarithmic}scale")("log")
-        plain = FuncFormatter(lambda value, _: f"{value:,.10g}")  # no powers of ten
-        ruler, minor = getattr(axis, f"{logarithmic}axis"), LogLocator(subs=(2, 5))
-        ruler.set(major_formatter=plain, minor_formatter=plain, minor_locator=minor)
-    if logarithmic == "x":
+    numbers = "{x:,.10g}"  # no powers of ten
+    if log_axis == "x":
+        axis.set_xscale("log")
         axis.set_xticks(sorted({place for x, _, _ in series.values() for place in x}))
         axis.set_xticks([], minor=True)
+        axis.xaxis.set_major_formatter(numbers)
+    if log_axis == "y":
+        axis.set_yscale("log", subs=(2, 5))
+        axis.yaxis.set(major_formatter=numbers, minor_formatter=numbers)
     axis.set(xlabel=labels[0], ylabel=labels[1])
     axis.set_title(title, fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path)
-    return figure

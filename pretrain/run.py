@@ -22,19 +22,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.batch import Batch
-from pretrain.config import MODEL_SIZES, Config, may_change, phase_ends, typed
+from pretrain.config import MODEL_SIZES, Config, may_change, typed
 from pretrain.data.collate import Collator
 from pretrain.data.loader import PretrainingDataset, TrainData
-from pretrain.errors import UserError, check, option_named
+from pretrain.errors import check, option_named
 from pretrain.evaluate import ValidationSet, evaluate, sample_predictions
 from pretrain.files import write_json, write_text
 from pretrain.model.packed import PackedModel, count_flops
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World, gather, wait_for_all
 from pretrain.runtime.monitor import PRETRAINING_CHARTS, Monitor
-from pretrain.runtime.optim import AUTOCAST
+from pretrain.runtime.optim import AUTOCAST, autocast
 from pretrain.runtime.sharding import whole_weights
-from pretrain.schema import FLAG, FLOAT, TEXT, integer, number, one_of, optional, values_of
+from pretrain.schema import FLAG, FLOAT, TEXT, flag, integer, number, one_of, optional, values_of
 
 PATH_OPTIONS = {"train", "valid", "test", "lexicon", "similar", "add_tokens", "cache"}
 SAVED_FORM = {  # of training_state.json, see `Run.saved_values`
@@ -49,9 +49,9 @@ SAVED_FORM = {  # of training_state.json, see `Run.saved_values`
 }
 PRETRAINING_FORM = SAVED_FORM | {
     "steps_per_epoch": integer(1),
-    "similar_words": optional(TEXT),
-    "corpus": TEXT,
-    "corpus_folders": {"train": optional(TEXT), "valid": optional(TEXT)},
+    "similar_words": optional(TEXT),  # hash of the table
+    "corpus": TEXT,  # fingerprint of the training text
+    "corpus_folders": {"train": optional(TEXT), "valid": optional(TEXT)},  # valid: of its own
 }
 
 
@@ -70,12 +70,13 @@ class Run:
     model: PackedModel
     data: TrainData
     micro_batch_size: int  # sequences, of the first phase's length
-    total_steps: int
+    phase_ends: list[int]  # steps after which the phases end; the last one is that of the run
     eval_every: int  # steps
     save_every: int  # steps; 0: only when the run is stopped
+    data_facts: dict  # what identifies the data and the order in which it is read, for a resume
     compile: bool = False
     checkpoint: Path | None = None  # to resume from
-    is_extended: bool = False  # a resumed run whose end was moved
+    saved: dict = field(default_factory=dict)  # its plain values
     replaced: Path | None = None  # the old run under --overwrite, until this one has a checkpoint
     quiet: bool = False  # without progress bar and lines of numbers
 
@@ -89,14 +90,24 @@ class Run:
     results = ("final",)  # what only a finished run leaves
 
     @property
-    def phase_ends(self) -> list[int]:
-        """Steps after which the phases end; the last is `total_steps`."""
-        return [self.total_steps]
+    def is_extended(self) -> bool:
+        """Whether this resumed run ends at another step than the one it continues."""
+        return bool(self.saved) and self.total_steps != self.saved["total_steps"]
+
+    @property
+    def total_steps(self) -> int:
+        return self.phase_ends[-1]
 
     @property
     def blame(self) -> dict[str, str]:
         """The options to name if memory is full or a worker dies, see `memory.explained`."""
-        return {"micro_batch": "--micro-batch-size", "workers": "--workers"}
+        return {
+            "micro_batch": f"--micro-batch-size {self.micro_batch_size}",
+            "workers": "--workers",
+        }
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.device, self.precision)
 
     def rank(self, scores: dict) -> tuple[float, float]:
         """Of two evaluations, the better one has the greater rank."""
@@ -141,25 +152,23 @@ class Run:
         """Make the run folder; call it once everything is checked. --overwrite moves an old run
         aside."""
         if self.world.is_main:
-            try:
-                self._write_output()
-            except OSError as error:
-                raise UserError(
-                    f"--output {self.output}: cannot be written ({error.strerror}); "
-                    "expected a folder with room and write permission"
-                ) from error
+            results = [*ckpt.checkpoints(self.output), *map(self.output.joinpath, self.results)]
+            has_result = any(path.exists() for path in results)
+            self.replaced = ckpt.make_output(self.output, self.config.overwrite, has_result)
+            if self.checkpoint:
+                ckpt.set_aside_after(self.output, ckpt.step_of(self.checkpoint))
+            options = portable_options(self.config)
+            for name in ("output", "resume", "overwrite"):  # of this start, not of a run like it
+                del options[name]
+            write_json(self.output / "config.json", options)
         wait_for_all()
 
-    def _write_output(self) -> None:
-        results = [*ckpt.checkpoints(self.output), *map(self.output.joinpath, self.results)]
-        has_result = any(path.exists() for path in results)
-        self.replaced = ckpt.make_output(self.output, self.config.overwrite, has_result)
-        if self.checkpoint:
-            ckpt.set_aside_after(self.output, ckpt.step_of(self.checkpoint))
-        options = portable_options(self.config)
-        for name in ("output", "resume", "overwrite"):  # of this start, not of a run like it
-            del options[name]
-        write_json(self.output / "config.json", options)
+    def write_model(self, name: str, state) -> None:
+        """Write the model folder `name`; all processes call this together."""
+        weights = whole_weights(self.model)
+        if self.world.is_main:
+            folder = self.output / name
+            ckpt.write_folder(folder, lambda partial: self.export(partial, weights, state))
 
     def remove_replaced(self) -> None:
         """Remove the run that this one replaces; call it once this one has a checkpoint."""
@@ -167,15 +176,26 @@ class Run:
             shutil.rmtree(self.replaced, ignore_errors=True)
             self.replaced = None
 
-    # What a subclass provides.
+    def saved_values(self) -> dict:
+        """Plain values that a checkpoint keeps of the run, see SAVED_FORM."""
+        return {
+            "options": portable_options(self.config),
+            "micro_batch_size": self.micro_batch_size,
+            "precision": self.precision,
+            "total_steps": self.total_steps,
+            "threads": torch.get_num_threads(),
+            "processes": self.world.size,
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            **self.data_facts,
+        }
 
-    def validate(
-        self,
-        step: int,
-        precision: torch.autocast,
-        stop: Callable[[], int],
-        monitor: Monitor,
-    ) -> dict | None:
+    # What a subclass provides, or adds to.
+
+    def validate(self, step: int, stop: Callable[[], int], monitor: Monitor) -> dict | None:
         """Scores on the validation set: {} without one, None if `stop` (a signal) cut it short."""
         raise NotImplementedError
 
@@ -184,11 +204,7 @@ class Run:
         raise NotImplementedError
 
     def keep_best(self, state) -> None:
-        """Write `best/`; all processes call this together."""
-        weights = whole_weights(self.model)
-        if self.world.is_main:
-            best = self.output / "best"
-            ckpt.write_folder(best, lambda folder: self.export(folder, weights, state))
+        self.write_model("best", state)
 
     def best_problem(self) -> str | None:
         """What is wrong with the best model that a resumed run finds."""
@@ -201,35 +217,13 @@ class Run:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The counterpart of `state_dict`."""
 
-    def saved_values(self) -> dict:
-        """Plain values that a checkpoint keeps of the run; of SAVED_FORM."""
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }
-        return {
-            "options": portable_options(self.config),
-            "micro_batch_size": self.micro_batch_size,
-            "precision": self.precision,
-            "total_steps": self.total_steps,
-            "threads": torch.get_num_threads(),
-            "processes": self.world.size,
-            "versions": versions,
-        }
-
-    def finish(self, state, summary: dict) -> None:
-        """Write `final/`; all processes call this together."""
-        weights = whole_weights(self.model)
-        if self.world.is_main:
-            final = self.output / "final"
-            ckpt.write_folder(final, lambda folder: self.export(folder, weights, state))
+    def finish(self, state) -> None:
+        self.write_model("final", state)
 
     def complete_summary(self, state, summary: dict) -> None:
         """Add scores to the summary."""
 
-    def clean_up(self) -> None:
-        """Remove what a finished run no longer needs, once its summary is written."""
+    def clean_up(self) -> None:  # of a finished run whose summary is written
         self.remove_replaced()
 
 
@@ -244,7 +238,6 @@ class Phase:
 
     @property
     def max_length(self) -> int:
-        """Tokens in a sequence."""
         return self.dataset.task.max_length
 
     def fullest_batch(self) -> Batch:
@@ -257,81 +250,66 @@ class PretrainingRun(Run):
     """Pretraining: perplexity on validation text decides `best/`, the last model is `final/`."""
 
     phases: list[Phase]
-    steps_per_epoch: int
-    corpus_folders: dict[str, str]  # "train" and "valid", if that is a corpus of its own
-    similar_words: str | None = None  # hash of the table, which a resumed run reads again
     added_tokens: dict[str, int] = field(default_factory=dict)  # occurrences in the training text
-    is_finished: bool = False  # the run to resume has no step left
-
-    @property
-    def blame(self) -> dict[str, str]:
-        """The options to name if memory is full or a worker dies, see `memory.explained`."""
-        return super().blame | {"micro_batch": f"--micro-batch-size {self.micro_batch_size}"}
-
-    @property
-    def phase_ends(self) -> list[int]:
-        """Steps after which the phases end."""
-        return phase_ends(self.config, self.total_steps)
 
     def rebuild_command(self, step: int, position: Sequence) -> str:
         """The command that shows the micro-batches of a step again, and keeps them in a file."""
-        config = self.config
-        arguments = ["--config", str(self.output / "config.json"), "--position"]
-        arguments += [str(number) for number in position if number is not None]
+        size, config = self.micro_batch_size, self.config
+        arguments = ["--config", self.output / "config.json", "--position"]
+        arguments += [number for number in position if number is not None]
         if config.phases:
-            arguments += ["--phase", str(self.phase_at(step) + 1)]
-        size = self.micro_batch_size
-        arguments += ["--micro-batch-size", str(size), "--sampled", str(config.batch_size // size)]
+            arguments += ["--phase", self.phase_at(step) + 1]
+        arguments += ["--micro-batch-size", size, "--sampled", config.batch_size // size]
         arguments += ["--save", "batch.pt"]
-        return shlex.join(["python", "scripts/show_masks.py", *arguments])
+        return shlex.join(["python", "scripts/show_masks.py", *map(str, arguments)])
 
-    def validate(
-        self,
-        step: int,
-        precision: torch.autocast,
-        stop: Callable[[], int],
-        monitor: Monitor,
-    ) -> dict[str, float] | None:
+    def validate(self, step: int, stop: Callable[[], int], monitor: Monitor) -> dict | None:
         """Perplexity and accuracies, as `evaluate`; sample predictions go to TensorBoard."""
         validation = self.phases[self.phase_at(step)].validation
         if validation is None:
             return {}
-        scores = evaluate(self.model, validation, self.device, precision, self.world, stop)
+        model, device, precision = self.model, self.device, self.autocast()
+        scores = evaluate(model, validation, device, precision, self.world, stop)
         if scores is not None:
-            samples = sample_predictions(
-                self.model, validation, self.tokenizer, self.device, precision
-            )
+            samples = sample_predictions(model, validation, self.tokenizer, device, precision)
             monitor.log(step, {"held-out predictions": samples})
         return scores
 
     def export(self, folder: Path, weights: dict[str, Tensor], state) -> None:
-        """Model, tokenizer, model card and facts; opens with transformers."""
-        phase = state.evaluated_in if state.scores else self.phase_at(state.step)
+        """Model, tokenizer, model card and facts, which scripts/evaluate.py reads."""
+        config = self.config
+        number = state.evaluated_in if state.scores else self.phase_at(state.step)
+        phase = self.phases[number]
         facts = {
-            **describe_run(self, self.phases[phase]),
+            "objective": config.objective,
+            "max_length": phase.max_length,
+            "phases": list(config.phases),
+            "masking": config.masking,
+            "mask_rate": list(config.mask_rate),
+            "started_from": config.model,
+            "eval_tokens": config.eval_tokens,
+            "eval_batch_size": phase.eval_batch_size,
+            "batch_size": config.batch_size,
+            "total_steps": self.total_steps,
+            "learning_rate": config.learning_rate,
+            "precision": self.precision,
+            "corpus": self.data_facts["corpus"],
             "step": state.step,
             "held_out_step": state.evaluated_at if state.scores else 0,
             "held_out": state.scores,
         }
+        if not config.phases:
+            del facts["phases"]
         ckpt.write_model(folder, self.model, self.tokenizer, facts, weights)
-
-    def saved_values(self) -> dict:
-        """Those of every run, and what identifies the data; of PRETRAINING_FORM."""
-        return super().saved_values() | {
-            "steps_per_epoch": self.steps_per_epoch,
-            "similar_words": self.similar_words,
-            "corpus_folders": self.corpus_folders,
-            "corpus": self.phases[0].dataset.source.fingerprint,
-        }
 
     def has_result(self) -> bool:
         """Whether the run is finished and `final/` is its model; all processes call this."""
-        return gather(self.is_finished and self.world.is_main and self._has_final())[0]
-
-    def _has_final(self) -> bool:
-        final = self.output / "final"
-        is_whole = ckpt.problem_of(final, needed=()) is None
-        return is_whole and ckpt.read_facts(final).get("step") == ckpt.step_of(self.checkpoint)
+        final, has_final = self.output / "final", False
+        if self.world.is_main and self.saved.get("finished") and not self.is_extended:
+            is_whole = ckpt.problem_of(final, needed=()) is None
+            step = ckpt.step_of(self.checkpoint)
+            has_final = is_whole and ckpt.read_facts(final).get("step") == step
+        return gather(has_final)[0]
 
     def complete_summary(self, state, summary: dict) -> None:
         """The last and the best scores."""
@@ -340,11 +318,15 @@ class PretrainingRun(Run):
             summary["best_perplexity"] = state.best_scores["perplexity"]
             summary["best_step"] = state.best_step
 
-    def _write_output(self) -> None:
-        super()._write_output()
-        if self.added_tokens:
+    def open_output(self) -> None:
+        """Make the run folder, with the added tokens."""
+        super().open_output()
+        if self.added_tokens and self.world.is_main:
             lines = [f"{token}\t{count}\n" for token, count in self.added_tokens.items()]
             write_text(self.output / "added_tokens.tsv", "".join(lines))
+
+
+# The run to resume.
 
 
 def run_folder(output: str | None, prefix: str = "") -> Path:
@@ -354,9 +336,24 @@ def run_folder(output: str | None, prefix: str = "") -> Path:
     return Path(os.path.abspath(output)) if output in (".", "..") else Path(output)
 
 
-def find_checkpoint(output: Path, config) -> Path | None:
-    """The checkpoint to resume from. UserError if the folder holds something, and neither --resume
-    nor --overwrite is given."""
+def resume_point(output: Path, config, form: dict, world: World) -> tuple[Path | None, dict]:
+    """(the checkpoint to resume from, its plain values of `form`), (None, {}) for a new run.
+
+    UserError if the folder holds something, and neither --resume nor --overwrite is given, or if an
+    option has changed. Threads become as many as the run had: they split sums, so another number
+    gives other bits."""
+    checkpoint = gather(_find_checkpoint(output, config) if world.is_main else None)[0]
+    if not checkpoint:
+        return None, {}
+    with option_named("--resume"):
+        saved = ckpt.read_values(checkpoint, form)
+    check(_changed_options(config, saved))
+    if saved["processes"] == world.size:
+        torch.set_num_threads(saved["threads"])
+    return checkpoint, saved
+
+
+def _find_checkpoint(output: Path, config) -> Path | None:
     ways = "a new folder, --resume to continue its run, or --overwrite to replace it"
     with option_named("--output"):
         ckpt.check_output(output, config.overwrite, None if config.resume else ways)
@@ -370,81 +367,48 @@ def find_checkpoint(output: Path, config) -> Path | None:
 
 def portable_options(config) -> dict:
     """The options as a run keeps them: plain values, with paths that hold in any folder."""
-    options = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(config).items()
-    }
-    for name in options.keys() & PATH_OPTIONS:
-        value = options[name]
-        if isinstance(value, list):
-            options[name] = [_absolute(path) for path in value]
-        elif value:
-            options[name] = _absolute(value)
-    for name in options.keys() & {"model", "tokenizer"}:  # a folder, or a size or a hub name
-        value = options[name]
-        if value and value not in MODEL_SIZES and Path(value).exists():
-            options[name] = _absolute(value)
+    options = {}
+    for name, value in asdict(config).items():
+        is_list = isinstance(value, tuple)
+        options[name] = [_portable(name, of) for of in value] if is_list else _portable(name, value)
     return options
 
 
-def _absolute(path: str) -> str:
-    return path if path.startswith("hub:") else os.path.abspath(os.path.expanduser(path))
+def _portable(name: str, value: object) -> object:
+    is_path = name in PATH_OPTIONS and value and not value.startswith("hub:")
+    if name in ("model", "tokenizer") and value:  # a folder, or a size or a hub name
+        is_path = value not in MODEL_SIZES and Path(value).exists()
+    return os.path.abspath(os.path.expanduser(value)) if is_path else value
 
 
-def resumed_values(checkpoint: Path | None, form: dict, config, world: World) -> dict:
-    """The plain values of the run to resume, {} without one; UserError if an option has changed.
-
-    Threads become as many as the run had: they split sums, so another number gives other bits."""
-    if not checkpoint:
-        return {}
-    with option_named("--resume"):
-        saved = ckpt.read_values(checkpoint, form)
-    check(changed_options(config, saved))
-    if saved["processes"] == world.size:
-        torch.set_num_threads(saved["threads"])
-    return saved
-
-
-def changed_options(config, saved: dict) -> list[str]:
+def _changed_options(config, saved: dict) -> list[str]:
     """Problems: options that a resumed run may not change, with both values."""
-    before, problems = saved["options"], []
-    for name, new in portable_options(config).items():
-        is_same = name not in before or before[name] == new
-        is_same |= name == "micro_batch_size" and new == saved["micro_batch_size"]
-        if not is_same and name not in may_change(type(config)):
-            old = before[name]
-            old = " ".join(map(str, old)) if isinstance(old, list) else old
-            problems.append(
-                f"{typed(config, name)}: the run started with {old}, which a resume cannot "
-                "change; omit the option, or start a run in another --output"
-            )
+    before, now, problems = saved["options"], portable_options(config), []
+    changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
+    changed -= may_change(type(config))
+    if now["micro_batch_size"] == saved["micro_batch_size"]:
+        changed.discard("micro_batch_size")
+    replaced = {}
+    if {"phases", "max_length"} <= changed:  # what was given took the place of the other
+        pair = ("phases", "max_length") if config.phases else ("max_length", "phases")
+        replaced = {pair[0]: pair[1]}
+        changed.remove(pair[1])
+    for name in sorted(changed):
+        old = replaced.get(name, name)
+        values = before[old] if isinstance(before[old], list) else [before[old]]
+        shown = " ".join(map(str, [flag(old), *values]))
+        began = "without it" if values in ([], [None]) else f"with {shown}"
+        problems.append(
+            f"{typed(config, name)}: the run started {began}, which a resume cannot change; "
+            "omit the option, or start a run in another --output"
+        )
     return problems
-
-
-def describe_run(run: PretrainingRun, phase: Phase) -> dict:
-    """Facts of a run, for its model card and for scripts/evaluate.py; `phase` was evaluated."""
-    config = run.config
-    phases = {"phases": list(config.phases)} if config.phases else {}
-    return {
-        "objective": config.objective,
-        "max_length": phase.max_length,
-        **phases,
-        "masking": config.masking,
-        "mask_rate": list(config.mask_rate),
-        "started_from": config.model,
-        "eval_tokens": config.eval_tokens,
-        "eval_batch_size": phase.eval_batch_size,
-        "batch_size": config.batch_size,
-        "total_steps": run.total_steps,
-        "learning_rate": config.learning_rate,
-        "precision": run.precision,
-        "corpus": phase.dataset.source.fingerprint,
-    }
 
 
 def print_plan(run: PretrainingRun) -> None:
     """Every derived number, before training starts."""
     config, world, settings = run.config, run.world, run.model.config
+    steps, epoch = run.total_steps, run.data_facts["steps_per_epoch"]
     weights = sum(weight.numel() for weight in run.model.parameters())
     length, size = run.phases[0].max_length, run.micro_batch_size
     accumulation = config.batch_size // size // world.size
@@ -452,23 +416,18 @@ def print_plan(run: PretrainingRun) -> None:
     print(
         f"model: {settings.num_hidden_layers}x{settings.hidden_size}, {weights / 1e6:.1f} M "
         f"weights, vocabulary {settings.vocab_size:,}, on {run.device} in {run.precision}, "
-        f"attention by {run.model.attention}{', compiled' if run.compile else ''}"
-    )
-    print(
+        f"attention by {run.model.attention}{', compiled' if run.compile else ''}\n"
         f"step: {config.batch_size} x {length} = {config.batch_size * length:,} tokens, in "
-        f"{accumulation} micro-batches of {size} x {length} on each of {processes}"
-    )
-    print(
-        f"run: {run.total_steps:,} steps, {run.total_steps / run.steps_per_epoch:.1f} epochs of "
-        f"{run.steps_per_epoch:,} steps; evaluation every {run.eval_every:,}, checkpoint every "
-        f"{run.save_every:,}; {run.output}"
+        f"{accumulation} micro-batches of {size} x {length} on each of {processes}\n"
+        f"run: {steps:,} steps, {steps / epoch:.1f} epochs of {epoch:,} steps; evaluation every "
+        f"{run.eval_every:,}, checkpoint every {run.save_every:,}; {run.output}"
     )
     if not config.phases:
         return
-    tokens, begin = run.phases[0].dataset.task.token_limit, 0
-    for index, (phase, end) in enumerate(zip(run.phases, run.phase_ends), start=1):
+    tokens = run.phases[0].dataset.task.token_limit
+    begins = [1, *(end + 1 for end in run.phase_ends)]
+    for index, phase in enumerate(run.phases):
         print(
-            f"phase {index}: steps {begin + 1:,} to {end:,}, sequences of {phase.max_length} "
-            f"tokens, {tokens / phase.max_length:.4g} of them fill a micro-batch"
+            f"phase {index + 1}: steps {begins[index]:,} to {run.phase_ends[index]:,}, sequences "
+            f"of {phase.max_length} tokens, {tokens / phase.max_length:.4g} fill a micro-batch"
         )
-        begin = end

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field
+from functools import partial
 from itertools import starmap
 
 Form = "Rule | dict[str, Form] | list[Form]"
@@ -24,7 +25,8 @@ class Rule:
     holds: Callable[[object], bool]
     expected: str
     choices: tuple = ()  # all values that fit, if they are few
-    metavar: str = ""  # what --help calls the value
+    metavar: str | None = None  # what --help calls the value
+    nargs: int | str | None = None  # values on a command line, as argparse counts them
 
 
 def optional(rule: Rule) -> Rule:
@@ -32,9 +34,9 @@ def optional(rule: Rule) -> Rule:
     return Rule(lambda value: value is None or rule.holds(value), rule.expected)
 
 
-def each(rule: Rule) -> Rule:
-    """A sequence of any length, all of whose items fit `rule`."""
-    return Rule(lambda values: all(map(rule.holds, values)), rule.expected, metavar=rule.metavar)
+def each(rule: Rule, nargs: int | str = "+") -> Rule:
+    """A sequence, all of whose items fit `rule`."""
+    return Rule(lambda values: all(map(rule.holds, values)), rule.expected, (), rule.metavar, nargs)
 
 
 def integer(low: int = 0, high: int = 2**53) -> Rule:
@@ -62,13 +64,14 @@ def one_of(*values: object) -> Rule:
     return Rule(lambda value: value in values, f"one of {', '.join(map(str, values))}", values)
 
 
-def pattern(regex: str, expected: str, metavar: str = "") -> Rule:
+def pattern(regex: str, expected: str, metavar: str | None = None) -> Rule:
     """Text that `regex` matches as a whole."""
-
-    def holds(value: object) -> bool:
-        return type(value) is str and re.fullmatch(regex, value, re.DOTALL) is not None
-
-    return Rule(holds, expected, metavar=metavar)
+    compiled = re.compile(regex, re.DOTALL)
+    return Rule(
+        lambda value: type(value) is str and compiled.fullmatch(value) is not None,
+        expected,
+        metavar=metavar,
+    )
 
 
 TEXT = Rule(lambda value: type(value) is str, "text")
@@ -92,16 +95,14 @@ def misfit(value: object, form: Form, place: str = "") -> str | None:
         shown = "missing" if value is None else str(value)[:SHOWN_CHARACTERS]
         shown = shown if isinstance(value, (str, int, float, type(None))) else type(value).__name__
         return f"{place} is {shown}; expected {form.expected}"
-    kind = type(form)
-    if not isinstance(value, kind):
-        expected = "an array" if kind is list else "an object"
+    if not isinstance(value, type(form)):
+        expected = "an array" if isinstance(form, list) else "an object"
         return f"{place or 'the content'} is {type(value).__name__}; expected {expected}"
-    if kind is list:
-        parts = [(item, form[0], f"{place}[{index}]") for index, item in enumerate(value)]
+    if isinstance(form, list):
+        parts = ((item, form[0], f"{place}[{index}]") for index, item in enumerate(value))
     else:
-        parts = [
-            (value.get(key), inner, f"{place}.{key}".lstrip(".")) for key, inner in form.items()
-        ]
+        start = f"{place}." if place else ""
+        parts = ((value.get(key), inner, f"{start}{key}") for key, inner in form.items())
     return next(filter(None, starmap(misfit, parts)), None)
 
 
@@ -113,35 +114,29 @@ def option(
     may_change: bool = False,
     required: bool = False,
     excludes: str = "",
-    aliases: tuple[str, ...] = (),
     **argparse_arguments: object,
 ) -> Field:
     """A dataclass field that is also a command-line option; `text` is its help.
 
     `form`: what a value other than the default must be. `may_change`: also when a run is resumed.
     `required`: the command cannot do without it. `excludes`: an option that cannot be combined with
-    it. `aliases`: former names, hidden. The rest goes to argparse; `positional` means no flag."""
-    if form and form.choices:
-        argparse_arguments["choices"] = form.choices
-    if form and form.metavar:
-        argparse_arguments["metavar"] = form.metavar
-    if isinstance(default, tuple):
-        argparse_arguments.setdefault("nargs", "+")
+    it. The rest goes to argparse; `positional` means no flag."""
+    arguments = {"nargs": "+"} if isinstance(default, tuple) else {}
+    for name in ("choices", "metavar", "nargs"):
+        if getattr(form, name, None):
+            arguments[name] = getattr(form, name)
     metadata = {
         "help": text,
         "form": form,
         "may_change": may_change,
         "required": required,
         "excludes": excludes,
-        "aliases": aliases,
-        "argparse": argparse_arguments,
+        "argparse": arguments | argparse_arguments,
     }
     return field(default=default, metadata=metadata)
 
 
-def changeable(default: object, text: str, form: Rule | None = None, **more: object) -> Field:
-    """An `option` that may change when a run is resumed."""
-    return option(default, text, form, may_change=True, **more)
+changeable = partial(option, may_change=True)  # when a run is resumed
 
 
 def flag(name: str) -> str:

@@ -28,7 +28,6 @@ from pretrain.runtime.memory import explained
 from pretrain.runtime.monitor import Monitor
 from pretrain.runtime.nan_guard import NanGuard, ScaleWatch
 from pretrain.runtime.optim import (
-    autocast,
     check_state,
     groups_of,
     make_optimizers,
@@ -46,7 +45,7 @@ FINISHED = "finished"  # the state of a run that has no step left
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an update leaves behind, all of it on the device: nothing here has been waited for."""
+    """What an update leaves behind, on the device: nothing here has been waited for."""
 
     losses: LossTotals  # of this process; zeros where the step was not finite
     finite: Tensor  # bool scalar; False: the step changed nothing
@@ -100,7 +99,7 @@ def train_step(
 
 @dataclass
 class TrainState:
-    """Where a run stands. What else it needs belongs to its owner, see `parts` in `train`."""
+    """Where a run stands. Other state belongs to its owner, see `parts` in `train`."""
 
     step: int = 0  # optimizer updates done
     evaluated_at: int = -1  # the last step that was evaluated
@@ -128,19 +127,18 @@ class TrainState:
         return is_last and self.evaluated_at == self.step
 
     def state_dict(self) -> dict:
-        """All of it, as plain values."""
         return asdict(self)
 
     def load_state_dict(self, state: dict) -> None:
-        """The counterpart of `state_dict`."""
         vars(self).update(state)
 
     @staticmethod
     def form(run: Run) -> dict:
         """What a saved state must be."""
-        counts = ("step", "best_step", "evaluations_without_gain")
         return {
-            **dict.fromkeys(counts, integer()),
+            "step": integer(),
+            "best_step": integer(),
+            "evaluations_without_gain": integer(),
             "evaluated_at": integer(-1),
             "evaluated_in": integer(0, len(run.phase_ends) - 1),
             "scores": run.scores_form,
@@ -159,7 +157,7 @@ def train(run: Run) -> dict:
         config.schedule, config.learning_rate, config.warmup, run.total_steps
     )
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
-    precision = autocast(device, run.precision)
+    precision, max_norm = run.autocast(), config.max_grad_norm
 
     state = TrainState(evaluated_at=-1 if run.evaluates_first else 0)
     meter = Meter(device, world, peak_flops(device, run.precision))
@@ -177,7 +175,7 @@ def train(run: Run) -> dict:
     }
     if run.checkpoint:
         restore(run, state, parts)
-    saved = (state.step, state.evaluated_at)
+    saved_at = (state.step, state.evaluated_at)
     monitor = run.open_monitor(state.step, evaluated=state.evaluated_at == state.step)
     guard.report = monitor.say
     scale = ScaleWatch(scaler, monitor.say)
@@ -187,7 +185,7 @@ def train(run: Run) -> dict:
             step = state.step
             evaluate_now = step >= run.total_steps or step % run.eval_every == 0
             if evaluate_now and state.evaluated_at != step:
-                scores = run.validate(step, precision, stop.signaled, monitor)
+                scores = run.validate(step, stop.signaled, monitor)
                 if scores is not None:  # else a signal cut it short
                     monitor.log(step, run.logged(scores))
                     if state.record(step, scores, run):
@@ -195,10 +193,10 @@ def train(run: Run) -> dict:
             finished = state.is_finished(run)
             stopping = not finished and stop.agreed()
             save_now = stopping or (run.save_every and (finished or step % run.save_every == 0))
-            if step and save_now and saved != (step, state.evaluated_at):
+            if step and save_now and saved_at != (step, state.evaluated_at):
                 monitor.flush()
                 save_checkpoint(run, state, parts)
-                saved = (step, state.evaluated_at)
+                saved_at = (step, state.evaluated_at)
             if finished or stopping:
                 break
 
@@ -206,15 +204,7 @@ def train(run: Run) -> dict:
                 batches = next(run.data)  # the micro-batches of this process
             rate = learning_rate(step + 1)
             result = train_step(
-                model,
-                batches,
-                optimizers,
-                scaler,
-                precision,
-                rate,
-                config.max_grad_norm,
-                device,
-                world.size,
+                model, batches, optimizers, scaler, precision, rate, max_norm, device, world.size
             )
             state.step += 1
             guard.observe(result.finite, state.step, run.data.position)
@@ -260,9 +250,8 @@ def restore(run: Run, state: TrainState, parts: dict) -> None:
         if state.best_scores:
             run.rank(state.best_scores)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(
-            f"{run.checkpoint}: does not fit the model and the options ({first_line(error)})"
-        ) from error
+        problem = f"does not fit the model and the options ({first_line(error)})"
+        raise UserError(f"{run.checkpoint}: {problem}") from error
     if run.is_extended:
         state.evaluations_without_gain = 0
     damage = run.best_problem() if state.best_scores and run.world.is_main else None
@@ -280,7 +269,7 @@ def conclude(
     skipped = guard.state_dict()["skipped"]
     summary = {"state": how, "steps": state.step, **meter.summary(), "skipped_steps": skipped}
     if finished:
-        run.finish(state, summary)
+        run.finish(state)
     run.complete_summary(state, summary)
     monitor.close(run.logged(state.scores) or {"train/loss": math.nan})
     if run.world.is_main:

@@ -13,10 +13,9 @@ from conftest import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.cli import as_command, build_parser, parse, read_command_line, run_command
+from pretrain.cli import as_command, parse, read_command_line, run_command
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, validate
 from pretrain.errors import UserError
-from pretrain.schema import option
 
 VALUES = {
     bool: st.booleans(),
@@ -64,11 +63,11 @@ def in_file(tmp_path):
 
 def test_what_was_typed_overrides_the_file_which_overrides_the_defaults(in_file):
     argv = in_file("batch-size: 8\nkeep: 5\nlowercase: off\nshard: true\nvalid: [a, b]\n")
-    given = read_command_line([*argv, "--keep", "7", "--no-shard"], Config, "")
-    config = given.with_defaults({"batch_size": 4, "mask_rate": [0.3, 0.1], "lexicon": None})
+    with_defaults = read_command_line([*argv, "--keep", "7", "--no-shard"], Config, "")
+    config = with_defaults({"batch_size": 4, "mask_rate": [0.3, 0.1], "lexicon": None})
     assert (config.batch_size, config.keep, config.mask_rate) == (8, 7, (0.3, 0.1))
     assert (config.lowercase, config.shard, config.valid) == ("off", False, ("a", "b"))
-    assert given.with_defaults() == dataclasses.replace(config, mask_rate=(0.15,))
+    assert with_defaults() == dataclasses.replace(config, mask_rate=(0.15,))
 
 
 @pytest.mark.parametrize("typed", [["--phases", "32:1"], ["--max-length", "64"]])
@@ -77,7 +76,7 @@ def test_what_is_typed_takes_the_place_of_what_excludes_it(typed, in_file):
     argv = in_file(other | {"seed": 3})
     for config in (
         parse([*argv, *typed], Config, ""),
-        parse([*typed, "--seed", "3"], Config, "", defaults=other),
+        read_command_line([*typed, "--seed", "3"], Config, "")(other),
     ):
         assert validate(config) == [] and config.seed == 3
         assert (config.max_length, config.phases) in ((None, ("32:1",)), (64, ()))
@@ -93,24 +92,20 @@ def test_what_is_typed_takes_the_place_of_what_excludes_it(typed, in_file):
         ("width: 3", "width"),
         ("- 1", "list"),
         ("a: [", "ParserError"),
-        ("", None),
     ],
 )
 def test_a_wrong_file_is_named(content, named, in_file):
     argv = in_file(content)
-    if named is None:  # an empty file is none
-        assert parse(argv, Config, "") == Config()
-        return
     with pytest.raises(UserError) as refused:
         parse(argv, Config, "")
     assert str(refused.value).startswith(f"--config {argv[1]}: ") and named in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["absent.yaml", "absent.json"])
-def test_a_file_that_cannot_be_read_is_named(name, in_file, tmp_path):
-    for path in (tmp_path / name, in_file("{", "garbled.json")[1], tmp_path):
+def test_a_file_that_cannot_be_read_is_named_and_an_empty_one_is_none(in_file, tmp_path):
+    for path in (tmp_path / "absent.yaml", in_file("{", "garbled.json")[1], tmp_path):
         with pytest.raises(UserError, match=f"^--config {path}: "):
             parse(["--config", str(path)], Config, "")
+    assert parse(in_file(""), Config, "") == Config()
 
 
 def test_a_file_may_hold_options_of_the_command_that_it_is_passed_over_from(in_file):
@@ -118,18 +113,6 @@ def test_a_file_may_hold_options_of_the_command_that_it_is_passed_over_from(in_f
     assert parse(argv, FinetuneOptions, "", passed_over=Config).seed == 2
     with pytest.raises(UserError, match="eval_tokens"):
         parse(argv, FinetuneOptions, "")
-
-
-def test_a_former_name_still_works_and_is_hidden(in_file):
-    @dataclasses.dataclass(frozen=True)
-    class Renamed:
-        """Renamed"""
-
-        new_name: int = option(1, "what was renamed", aliases=("old_name",))
-
-    assert "old" not in build_parser(Renamed, "").format_help()
-    for argv in (["--old-name", "3"], ["--new-name", "3"], in_file("old_name: 3")):
-        assert parse(argv, Renamed, "") == Renamed(new_name=3)
 
 
 # Exit codes.

@@ -16,7 +16,6 @@ from scripts.benchmark import command as benchmark
 from scripts.benchmark import steps
 
 pytest.importorskip("accelerate", reason="the peer needs it")
-pytest.importorskip("sklearn", reason="fine-tuning needs it")
 pytest.importorskip("matplotlib", reason="fine-tuning needs it")
 PARTS = {
     "first": ["tests", "attention", "train-16", "resume", "numerics", "fp16"],

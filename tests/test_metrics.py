@@ -2,12 +2,14 @@
 a restart."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from pretrain.batch import Loss
-from pretrain.metrics import LossTotals, Meter
+from pretrain.metrics import LossTotals, Meter, peak_memory_bytes
 from pretrain.runtime.distributed import World
 
 CPU = torch.device("cpu")
@@ -119,3 +121,14 @@ def test_only_the_first_process_takes_over_the_sums():
         meter.load_state_dict(state)
     assert first.losses.sums["mlm"] == 30.0 and second.losses.sums["mlm"] == 0.0
     assert first.sums["tokens"] == 30 and second.sums["tokens"] == 0.0
+
+
+def test_peak_memory_is_that_of_the_kernel_in_bytes():
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("only Linux tells in a file")
+    before = peak_memory_bytes(CPU)
+    torch.ones(2**20 + before // 4)  # float32: as much again, and freed at once
+    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
+    assert peak_memory_bytes(CPU) == pytest.approx(1024 * int(kibibytes), rel=0.02)
+    assert peak_memory_bytes(CPU) > 1.3 * before

@@ -351,8 +351,8 @@ def test_phases_that_do_not_fit_the_run_are_refused(arguments, output, more, beg
 def test_other_phases_are_refused_on_resume(finished, more, capsys):
     command = arguments_of("--resume --output", [finished.output], more)
     told = refusal(main, command, capsys)
-    (message,) = (line for line in told.splitlines() if line.startswith("--phases"))
-    assert "32:0.6" in message
+    assert told.startswith(f"{more}: ") and "\n" not in told
+    assert "--phases 32:0.6" in told.removeprefix(more)
 
 
 def test_a_phase_that_there_is_not_cannot_be_shown(capsys):

@@ -24,11 +24,11 @@ HINT = "--resume continues from the newest checkpoint, if there is one: checkpoi
 
 def main(argv: Sequence[str]) -> None:
     """Parse, prepare, train, report."""
-    given = read_command_line(argv, Config, __doc__)
-    asked = given.with_defaults()
+    with_defaults = read_command_line(argv, Config, __doc__)
+    asked = with_defaults()
     saved = read_saved(Path(asked.output)) if asked.resume and asked.output else None
     is_demo = not asked.train and not saved
-    config = given.with_defaults(EMBEDDED_DEFAULTS if is_demo and not asked.resume else saved)
+    config = with_defaults(EMBEDDED_DEFAULTS if is_demo and not asked.resume else saved)
     check(validate(config))
     output = Path(config.output or "")
     if is_demo and config.resume:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     from pretrain.run import print_plan
     from pretrain.runtime.checkpoint import read_facts
     from pretrain.runtime.distributed import stop
-    from pretrain.train import train
+    from pretrain.train import FINISHED, train
 
     if is_demo:
         config = replace(config, train=(str(demo.write_text(Path(config.cache))),))
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     print_plan(run)
     summary = train(run)
     report(run.output, summary)
-    if is_demo and summary["state"] == "finished" and run.world.is_main:
+    if is_demo and summary["state"] == FINISHED and run.world.is_main:
         print_examples(final)
     stop()
 
@@ -70,14 +70,14 @@ def main(argv: Sequence[str]) -> None:
 def read_saved(output: Path) -> dict | None:
     """Options of the run in a folder: from config.json, or if that is lost from the newest
     checkpoint; None without a run."""
-    states = output.glob("checkpoint-*/training_state.json")
+    config, states = output / "config.json", output.glob("checkpoint-*/training_state.json")
     newest_first = sorted(states, key=lambda path: path.stat().st_mtime, reverse=True)
     problems = []
-    for path in [output / "config.json", *newest_first]:
+    for path in filter(Path.is_file, [config, *newest_first]):
         try:
-            values = read_options(path) if path.is_file() else {}
+            values = read_options(path)
             if values:
-                return values if path.name == "config.json" else dict(values["options"])
+                return values if path == config else dict(values["options"])
         except (UserError, KeyError, TypeError) as error:
             problems.append(f"{path}: {error}")
     check(problems)
@@ -86,17 +86,15 @@ def read_saved(output: Path) -> dict | None:
 
 def report(output: Path, summary: dict) -> None:
     """Print the summary, and where everything is."""
-    formats = {float: ",.4f", int: ","}
-    rows = {
-        name.replace("_", " "): format(value, formats.get(type(value), ""))
-        for name, value in summary.items()
-    }
+    rows = dict(summary)
     if summary["state"] == "finished":
         rows["model"] = str(output / "final")
     else:
         rows["resume"] = f"python scripts/pretrain.py --resume --output {output}"
     rows["TensorBoard"] = f"tensorboard --logdir {output}"
-    print("\n".join(f"{name:24}{value}" for name, value in rows.items()))
+    formats = {float: ",.4f", int: ","}
+    for name, value in rows.items():
+        print(f"{name.replace('_', ' '):24}{value:{formats.get(type(value), '')}}")
 
 
 def print_examples(folder: Path) -> None:

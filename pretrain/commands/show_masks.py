@@ -113,7 +113,7 @@ def open_data(options: ShowMasksOptions) -> tuple:
     tokenizer, text, _ = prepare_tokenizer(options, None, World())
     vocabulary = tokenizers.describe(tokenizer)
     masking = build.make_masking(options, tokenizer, vocabulary)
-    corpus, _ = open_text(options, tokenizer, vocabulary, text, World(), {}, None)
+    corpus, _ = open_text(options, tokenizer, vocabulary, text, World(), {})
     task = plan.make_tasks(options, options.micro_batch_size)[options.phase - 1]
     dataset = PretrainingDataset(corpus, task)
     if task.pairs:

@@ -27,34 +27,21 @@ from pretrain.finetune.dataset import (
     LabeledRows,
     LabeledSteps,
     budget_rows,
-    classes_of,
     read_labeled,
 )
-from pretrain.finetune.heads import (
-    PackedClassifier,
-    check_token_types,
-    check_tokenizer,
-    load_classifier,
-)
+from pretrain.finetune.heads import PackedClassifier, load_classifier
 from pretrain.finetune.predict import new_cells, predict, write_rows
 from pretrain.finetune.scores import Tally, numbers_of
 from pretrain.model.attention import choose_attention
 from pretrain.plan import steps_between
-from pretrain.run import SAVED_FORM, Run, find_checkpoint, resumed_values, run_folder
+from pretrain.run import SAVED_FORM, Run, resume_point, run_folder
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import start
 from pretrain.runtime.monitor import Monitor
-from pretrain.runtime.optim import autocast
 from pretrain.schema import TEXT
 
 MAX_LENGTH = 512  # tokens, unless --max-length is given
 MAX_CURVES = 30  # of single classes
-CHARTS = {
-    "scores": {
-        "held-out accuracy and F1": ["Multiline", ["eval/accuracy", "eval/macro_f1"]],
-        "loss, training and held-out": ["Multiline", ["train/loss", "eval/loss"]],
-    }
-}
 FINETUNING_FORM = SAVED_FORM | {"rows": TEXT}  # of training_state.json
 
 
@@ -66,7 +53,6 @@ class FinetuningRun(Run):
 
     classes: list[str]
     rows: dict[str, LabeledRows]  # train, valid and, if given, test
-    rows_key: str  # what identifies them
     datasets: dict[str, LabeledDataset]  # likewise
     best_weights: dict[str, Tensor] = field(default_factory=dict)  # on the CPU
     test_scores: dict = field(default_factory=dict)
@@ -74,75 +60,68 @@ class FinetuningRun(Run):
     evaluates_first = False
     higher_is_better = True
     scores_form = {}  # some are nested
-    charts = CHARTS
     has_fixed_shapes = False
     results = ("final", "confusion.png")
+    charts = {
+        "scores": {
+            "held-out accuracy and F1": ["Multiline", ["eval/accuracy", "eval/macro_f1"]],
+            "loss, training and held-out": ["Multiline", ["train/loss", "eval/loss"]],
+        }
+    }
 
     @property
     def score(self) -> tuple[str, str]:
-        """The metric, then the loss."""
         return self.config.metric, "loss"
 
-    def validate(
-        self, step: int, precision: torch.autocast, stop: Callable[[], int], monitor: Monitor
-    ) -> dict | None:
+    def validate(self, step: int, stop: Callable[[], int], monitor: Monitor) -> dict | None:
         """Scores on the validation rows, as `Tally.scores`."""
-        size = self.micro_batch_size
-        probabilities = predict(self.model, self.datasets["valid"], size, precision, stop)
-        return None if probabilities is None else self.scores_of("valid", probabilities)
+        return self.score_rows("valid", stop)[1]
 
-    def scores_of(self, name: str, probabilities: np.ndarray) -> dict:
-        """Scores of predictions for the rows `name`."""
+    def score_rows(self, name: str, stop=lambda: 0) -> tuple[np.ndarray | None, dict | None]:
+        """(probabilities, scores) of the rows `name`; two times None if `stop` cut it short."""
+        dataset, size = self.datasets[name], self.micro_batch_size
+        probabilities = predict(self.model, dataset, size, self.autocast(), stop)
+        if probabilities is None:
+            return None, None
         tally = Tally(self.classes)
-        tally.add(self.datasets[name].labels, probabilities)
-        return tally.scores()
+        tally.add(dataset.labels, probabilities)
+        return probabilities, tally.scores()
 
     def logged(self, scores: dict) -> dict[str, float]:
         """The numbers, and the F1 of the first classes."""
-        numbers = {f"eval/{name}": value for name, value in numbers_of(scores).items()}
-        for label, of in list(scores.get("classes", {}).items())[:MAX_CURVES]:
-            numbers[f"eval_f1/{label}"] = of["f1"]
-        return numbers
+        classes = list(scores.get("classes", {}).items())[:MAX_CURVES]
+        f1 = {f"eval_f1/{label}": of["f1"] for label, of in classes}
+        return numbers_of(scores, "eval/") | f1
 
     def keep_best(self, state) -> None:
-        """Copy the weights."""
-        weights = self.model.state_dict()
-        self.best_weights = {name: of.to("cpu", copy=True) for name, of in weights.items()}
+        self.load_state_dict(self.model.state_dict())
 
     def best_problem(self) -> str | None:
         """None: the weights are part of the checkpoint."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The best weights so far."""
         return self.best_weights
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy the best weights, for the checkpoint will be removed."""
-        weights = self.model.state_dict()
-        self.best_weights = {name: state[name].clone().view_as(of) for name, of in weights.items()}
+        """Copy: the model is trained further, and a checkpoint will be removed."""
+        for name, of in self.model.state_dict().items():
+            self.best_weights[name] = state[name].to("cpu", copy=True).view_as(of)
 
-    def saved_values(self) -> dict:
-        """Those of every run, and what identifies the rows."""
-        return super().saved_values() | {"rows": self.rows_key}
-
-    def finish(self, state, summary: dict) -> None:
+    def finish(self, state) -> None:
         """Score the best model on the test rows; write predictions, picture and model."""
         self.model.load_state_dict(self.best_weights)
         state.scores = scores = state.best_scores  # those of `final/`
-        name = "validation"
+        name, classes = "validation", self.classes
         if "test" in self.datasets:
-            name, precision = "test", autocast(self.device, self.precision)
-            dataset, labels = self.datasets["test"], self.rows["test"].labels
-            probabilities = predict(self.model, dataset, self.micro_batch_size, precision)
-            self.test_scores = scores = self.scores_of("test", probabilities)
-            cells = (new_cells(of_row, self.classes) for of_row in probabilities)
-            predictions = ({"label": label} | of_row for label, of_row in zip(labels, cells))
-            write_rows(self.output / "test_predictions.csv", predictions, as_csv=True)
+            name, (probabilities, scores) = "test", self.score_rows("test")
+            self.test_scores = scores
+            rows = zip(self.rows["test"].labels, probabilities)
+            cells = ({"label": label} | new_cells(of, classes) for label, of in rows)
+            write_rows(self.output / "test_predictions.csv", cells, as_csv=True)
         title = f"Predictions for the {name} rows of each class"
-        matrix = {"": scores["confusion"]}
-        plots.confusion(self.output / "confusion.png", title, matrix, self.classes)
+        plots.confusion(self.output / "confusion.png", title, {"": scores["confusion"]}, classes)
         if self.config.save_model:
-            super().finish(state, summary)
+            super().finish(state)
 
     def complete_summary(self, state, summary: dict) -> None:
         """The best scores, and those of the test rows."""
@@ -163,23 +142,20 @@ class FinetuningRun(Run):
         ckpt.check_finite(weights)
         self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
-        family = self.model.config.model_type
-        facts = {
-            "started from": self.config.model,
-            "classes": ", ".join(self.classes),
-            "training rows": len(self.datasets["train"]),
-            "tokens of an example": self.tokenizer.model_max_length,
-            "step of the best model": state.best_step,
-            "seed": self.config.seed,
-        }
-        for name, scores in {"valid": state.best_scores, "test": self.test_scores}.items():
-            for key, value in numbers_of(scores).items():
-                facts[f"{name} {key.replace('_', ' ')}"] = f"{value:.4f}"
+        facts = [
+            ["started from", self.config.model],
+            ["classes", ", ".join(self.classes)],
+            ["training rows", len(self.datasets["train"])],
+            ["tokens of an example", self.tokenizer.model_max_length],
+            ["step of the best model", state.best_step],
+            ["seed", self.config.seed],
+        ]
+        numbers = numbers_of(state.best_scores, "valid ") | numbers_of(self.test_scores, "test ")
+        facts += [[name.replace("_", " "), f"{value:.4f}"] for name, value in numbers.items()]
+        task, family = "text-classification", self.model.config.model_type
         title = f"{family}, fine-tuned to choose one of {len(self.classes)} classes"
-        pipeline = '`pipeline("text-classification")`'
-        opens_with = f"`AutoModelForSequenceClassification` and {pipeline} of transformers."
-        rows = [[name, value] for name, value in facts.items()]
-        card = ckpt.model_card("text-classification", [family], title, opens_with, rows)
+        opens_with = f'`AutoModelForSequenceClassification` and `pipeline("{task}")` of'
+        card = ckpt.model_card(task, [family], title, f"{opens_with} transformers.", facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -192,30 +168,24 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     with option_named("--device"):
         world, device = start(options.device, alone="fine-tuning")
     output = run_folder(options.output, "finetune-")
-    checkpoint = find_checkpoint(output, options)
-    saved = resumed_values(checkpoint, FINETUNING_FORM, options, world)
+    checkpoint, saved = resume_point(output, options, FINETUNING_FORM, world)
     precision = decide_precision(options, saved, device)
 
-    rows, classes = read_rows(options)
+    rows = read_rows(options)
+    classes = rows["train"].classes
     rows_key = key_of({name: [of.texts, of.labels] for name, of in rows.items()})
     if saved and saved["rows"] != rows_key:
-        raise UserError(
-            f"--train {' '.join(options.train)}: the rows have changed since the run started; "
-            "restore the files, or start a new run"
-        )
+        problem = "the rows have changed since the run started"
+        expected = "restore the files, or start a new run"
+        raise UserError(f"--train {' '.join(options.train)}: {problem}; {expected}")
     torch.manual_seed(options.seed)
-    source, keep_head = str(checkpoint or options.model), keep_head or bool(checkpoint)
+    source = str(checkpoint or options.model)
+    keep_head |= bool(checkpoint)
     tokenizer, model = load_model(source, options, device, precision, classes, keep_head)
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    datasets = {}
-    for name, of in rows.items():
-        labels = np.array([classes.index(label) for label in of.labels])
-        datasets[name] = LabeledDataset(of.texts, tokenizer, labels)
+    datasets = {name: LabeledDataset(of, tokenizer) for name, of in rows.items()}
     train = datasets["train"]
-    if not quiet:
-        print_rows(rows, datasets, classes)
-
     if options.class_weights == "balanced":
         train.class_weights = len(train) / (len(classes) * np.bincount(train.labels))
         model.class_weights = torch.from_numpy(train.class_weights).float().to(device)
@@ -225,7 +195,7 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     epoch = data.steps_per_epoch
     total_steps = options.max_steps or max(1, round(options.epochs * epoch))
     torch.manual_seed(options.seed)  # for dropout, whatever the head drew
-    return FinetuningRun(
+    run = FinetuningRun(
         config=options,
         world=world,
         device=device,
@@ -235,82 +205,78 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
         model=model,
         data=data,
         micro_batch_size=size,
-        total_steps=total_steps,
+        phase_ends=[total_steps],
         eval_every=steps_between(options.eval_every, epoch, auto=epoch),
         save_every=steps_between(options.save_every, epoch, auto=0),
         compile=options.compile == "on",
         checkpoint=checkpoint,
-        is_extended=bool(saved) and total_steps != saved["total_steps"],
+        saved=saved,
+        data_facts={"rows": rows_key},
         quiet=quiet,
         classes=classes,
         rows=rows,
-        rows_key=rows_key,
         datasets=datasets,
     )
+    if not quiet:
+        print_rows(run)
+    return run
 
 
 def load_model(
-    name: str,
-    options,  # of finetune.py or predict.py
-    device: torch.device,
-    precision: str,
-    classes: list[str] | None = None,
-    keep_head: bool = True,
+    name: str, options, device: torch.device, precision: str, classes=None, keep_head: bool = True
 ) -> tuple[PreTrainedTokenizerBase, PackedClassifier]:
-    """(tokenizer, classifier as by `load_classifier`), checked, on the device.
+    """(tokenizer, classifier as by `load_classifier`), checked; `options` of either command.
 
     The tokenizer's `model_max_length` is that of the options, where a pipeline cuts as well."""
     with option_named("--model"):
         tokenizer = tokenizers.load(name)
         model = load_classifier(name, classes, keep_head)
-        check_tokenizer(model, name, max(tokenizer.get_vocab().values()) + 1)
+    num_ids, size = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
+    if num_ids > size:
+        problem = f"the model has vectors for {size:,} of {num_ids:,} tokens"
+        raise UserError(f"--model {name}: {problem}; expected the model's own tokenizer")
     limit = MAX_LENGTH if classes else int(tokenizer.model_max_length)
     tokenizer.model_max_length = options.max_length or min(limit, model.max_length)
     with option_named("--max-length"):
         check(model.length_problems(tokenizer.model_max_length))
-    if options.text_pair_field:
-        _, type_ids, _ = LabeledDataset([("a", "a")], tokenizer).examples[0]
-        with option_named("--text-pair-field"):
-            check_token_types(model, options.text_pair_field, int(type_ids.max()) + 1)
+    pair = options.text_pair_field
+    if pair:
+        types = set(tokenizers.without_limits(tokenizer).encode("a", "a").type_ids)
+        if max(types) >= model.config.type_vocab_size:
+            problem = f"the model lacks the {len(types)} token types that tell two texts apart"
+            raise UserError(f"--text-pair-field {pair}: {problem}; expected another model")
     model.attention = choose_attention(device, precision)
     return tokenizer, model.to(device)
 
 
-def read_rows(options: FinetuneOptions) -> tuple[dict[str, LabeledRows], list[str]]:
-    """(rows by option, classes in order)."""
-    with option_named("--train"):
-        train = read_labeled(options.train, options)
-        with option_named(f"{' '.join(options.train)}:"):
-            classes = classes_of(train.labels)
-    rows = {"train": train}
-    for name in ("valid", "test"):
-        paths = getattr(options, name)
-        if paths:
+def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
+    """The rows by option, those of --train within --label-budget."""
+    rows, classes = {}, None
+    for name in ("train", "valid", "test"):
+        if paths := getattr(options, name):
             with option_named(f"--{name}"):
                 rows[name] = read_labeled(paths, options, classes)
-    budget = options.label_budget
-    if budget:
-        if not len(classes) <= budget <= len(train.labels):
-            raise UserError(
-                f"--label-budget {budget}: expected {len(classes)}, a row of each class, to "
-                f"{len(train.labels)}, the rows of --train"
-            )
-        chosen = budget_rows(train.labels, budget, options.seed).tolist()
-        texts = [train.texts[row] for row in chosen]
-        rows["train"] = LabeledRows(texts, [train.labels[row] for row in chosen])
-    return rows, classes
+            classes = rows["train"].classes
+    train, budget = rows["train"], options.label_budget
+    if not budget:
+        return rows
+    least, most = len(classes), len(train.labels)
+    if not least <= budget <= most:
+        expected = f"{least}, a row of each class, to {most}, the rows of --train"
+        raise UserError(f"--label-budget {budget}: expected {expected}")
+    chosen = budget_rows(train.labels, budget, options.seed).tolist()
+    texts, labels = ([of[row] for row in chosen] for of in (train.texts, train.labels))
+    return rows | {"train": LabeledRows(texts, labels, classes)}
 
 
-def print_rows(
-    rows: dict[str, LabeledRows], datasets: dict[str, LabeledDataset], classes: list[str]
-) -> None:
+def print_rows(run: FinetuningRun) -> None:
     """Print the rows of each class, how many are cut, and how many texts are also trained on."""
-    seen = set(rows["train"].texts)
-    for name, dataset in datasets.items():
-        counts = np.bincount(dataset.labels, minlength=len(classes))
+    seen = set(run.rows["train"].texts)
+    for name, dataset in run.datasets.items():
+        counts = np.bincount(dataset.labels, minlength=len(run.classes))
         facts = [f"{len(dataset):,} rows"]
-        facts += [f"{label} {count:,}" for label, count in zip(classes[:20], counts)]
-        repeated = sum(text in seen for text in rows[name].texts)
+        facts += [f"{label} {count:,}" for label, count in zip(run.classes[:20], counts)]
+        repeated = sum(text in seen for text in run.rows[name].texts)
         if name != "train" and repeated:
             facts.append(f"{repeated:,} texts are also in --train")
         if dataset.num_cut:
@@ -321,11 +287,7 @@ def print_rows(
 def print_plan(run: FinetuningRun) -> None:
     """Every derived number, before training starts."""
     settings, length = run.model.config, run.tokenizer.model_max_length
-    print(
-        f"model: {settings.model_type} {settings.num_hidden_layers}x{settings.hidden_size} on "
-        f"{run.device} in {run.precision}, at most {length} tokens an example"
-    )
-    print(
-        f"run: {run.total_steps:,} steps of {run.config.batch_size} examples, evaluation every "
-        f"{run.eval_every:,}; {run.output}"
-    )
+    size = f"{settings.model_type} {settings.num_hidden_layers}x{settings.hidden_size}"
+    print(f"model: {size} on {run.device} in {run.precision}, at most {length} tokens an example")
+    steps = f"{run.total_steps:,} steps of {run.config.batch_size} examples"
+    print(f"run: {steps}, evaluation every {run.eval_every:,}; {run.output}")

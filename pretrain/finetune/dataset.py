@@ -7,8 +7,9 @@ numbers or of the alphabet.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -26,44 +27,49 @@ MAX_CLASSES = 1000
 WHOLE_NUMBER = re.compile(r"-?\d+", re.ASCII)
 FRACTION = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", re.ASCII)
 
+Row = tuple[str, dict, tuple[str, ...]]  # file and line, record, its one or two texts
 Example = tuple[np.ndarray, np.ndarray, int]  # token ids, token types, label
 
 
 @dataclass(frozen=True)
 class LabeledRows:
-    """Texts, each of one or two parts, and their labels."""
+    """Texts, each of one or two parts, their labels, and the labels that a model chooses from."""
 
     texts: list[tuple[str, ...]]
     labels: list[str]
+    classes: list[str]
 
 
 def choose_columns(record: dict, where: str, options: ColumnOptions) -> tuple[str, ...]:
     """The columns of the text or the two texts, by the first row; UserError if it lacks one."""
-    others = (options.label_field, options.text_pair_field)
-    rest = {name: value for name, value in record.items() if name not in others}
-    columns = {"text": options.text_field or choose_field(rest, where)}
-    if options.text_pair_field:
-        columns["text pair"] = options.text_pair_field
-    for field, column in columns.items():
+    pair = options.text_pair_field
+    rest = {name: of for name, of in record.items() if name not in (options.label_field, pair)}
+    columns = (options.text_field or choose_field(rest, where), *([pair] if pair else []))
+    for column, field in zip(columns, ("text", "text pair")):
         if column not in record:
             raise no_column(record, where, column, field)
-    return tuple(columns.values())
+    return columns
 
 
-def text_problems(record: dict, columns: tuple[str, ...], where: str) -> list[str]:
-    """What is wrong with the texts of a row: one that is missing or blank."""
-    problems = []
-    for column in columns:
-        value = record.get(column)
-        if not isinstance(value, str) or not value.strip():
-            found = repr(str(value)[:SHOWN_CHARACTERS]) if value else "nothing"
-            problems.append(f"{where}: column {column} has {found}; expected text")
-    return problems
+def read_texts(paths: Sequence[str], options: ColumnOptions, problems: list[str]) -> Iterator[Row]:
+    """The rows of tables, in order; one without a text goes to `problems` instead.
 
-
-def text_of(record: dict, columns: tuple[str, ...]) -> tuple[str, ...]:
-    """The text or the two texts of a row without problems. JSON may have half a surrogate pair."""
-    return tuple(record[column].encode("utf-8", "replace").decode("utf-8") for column in columns)
+    UserError if there is none, or if the first lacks a column."""
+    columns = None
+    for where, record in open_tables(paths):
+        columns = columns or choose_columns(record, where, options)
+        texts = []
+        for column in columns:
+            text = record.get(column)
+            if isinstance(text, str) and text.strip():
+                # JSON may have half a surrogate pair.
+                texts.append(text.encode("utf-8", "replace").decode("utf-8"))
+            else:
+                problems.append(f"{where}: column {column} has {_shown(text)}; expected text")
+        if len(texts) == len(columns):
+            yield where, record, tuple(texts)
+    if columns is None:
+        raise UserError(f"{' '.join(paths)}: no rows; expected rows below a header")
 
 
 def label_of(value: object) -> str:
@@ -73,68 +79,59 @@ def label_of(value: object) -> str:
     return "" if value is None else str(value).strip()
 
 
-def label_problems(value: object, subject: str, classes: list[str] | None) -> list[str]:
-    """What is wrong with the label in a cell: a name or a whole number, of `classes` if given."""
-    label, expected = label_of(value), "a name or a whole number"
-    if not isinstance(value, (str, int, type(None))) or FRACTION.fullmatch(label):
-        return [f"{subject} {label[:SHOWN_CHARACTERS]!r}; expected {expected}"]
-    if not label:
-        return [f"{subject} no label; expected {expected}"]
-    if classes is not None and label not in classes:
-        known = ", ".join(classes[:20])
-        return [f"{subject} {label!r}; expected a label of the training rows, such as {known}"]
-    return []
+def _kind_of(value: object) -> str | None:
+    """The kind of label in a cell, None if there is none."""
+    label = label_of(value)
+    if not label or not isinstance(value, (str, int)) or FRACTION.fullmatch(label):
+        return None
+    return "whole number" if WHOLE_NUMBER.fullmatch(label) else "name"
 
 
-def _kind_of(value: object) -> str:
-    if isinstance(value, bool):
-        return "boolean"
-    return "whole number" if WHOLE_NUMBER.fullmatch(label_of(value)) else "name"
+def _shown(value: object) -> str:
+    return repr(label_of(value)[:SHOWN_CHARACTERS])
 
 
 def read_labeled(
-    paths: Iterable[str], options: ColumnOptions, classes: list[str] | None = None
+    paths: Sequence[str], options: ColumnOptions, classes: list[str] | None = None
 ) -> LabeledRows:
     """The rows of files, in order.
 
     UserError lists every row without a text or a label, or with a label that is not in `classes`.
     Without `classes`, labels must be of one kind: some names and some numbers are a mistake."""
-    rows, problems, kinds = LabeledRows([], []), [], {}
-    columns, field = None, options.label_field
-    for where, record in open_tables(paths):
-        columns = columns or choose_columns(record, where, options)
+    all_texts, labels, problems, kinds = [], [], [], {}
+    source, field, expected = " ".join(paths), options.label_field, "a name or a whole number"
+    if classes:
+        expected = f"a label of the training rows, such as {', '.join(classes[:20])}"
+    for where, record, texts in read_texts(paths, options, problems):
         if field not in record:
             problems.append(str(no_column(record, where, field, "label")))
             break  # in the next rows as well
-        found = text_problems(record, columns, where)
-        found += label_problems(record[field], f"{where}: column {field} has", classes)
-        problems += found
-        if not found:
-            rows.texts.append(text_of(record, columns))
-            rows.labels.append(label_of(record[field]))
-            kind = _kind_of(record[field])
-            kinds.setdefault(kind, f"the {kind} {rows.labels[-1]!r} ({where})")
-    if len(kinds) > 1 and classes is None:
-        mixed = " with ".join(kinds.values())
-        problems.append(f"{' '.join(paths)}: column {field} mixes {mixed}; expected one kind")
+        label, kind = label_of(record[field]), _kind_of(record[field])
+        if not kind or (classes and label not in classes):
+            found = _shown(record[field])
+            problems.append(f"{where}: column {field} has {found}; expected {expected}")
+        kinds.setdefault(kind, f"the {kind} {label!r} ({where})")
+        all_texts.append(texts)
+        labels.append(label)
     check(problems)
-    if not rows.labels:
-        raise UserError(f"{' '.join(paths)}: no rows; expected rows of a text and a label")
-    return rows
+    if len(kinds) > 1 and not classes:
+        mixed = " with ".join(kinds.values())
+        raise UserError(f"{source}: column {field} mixes {mixed}; expected one kind")
+    return LabeledRows(all_texts, labels, classes or classes_of(labels, source))
 
 
-def classes_of(labels: list[str]) -> list[str]:
-    """The labels in order; UserError if there is only one, or nearly as many as rows."""
-    classes = sorted(set(labels))
+def classes_of(labels: list[str], source: str) -> list[str]:
+    """The labels in order; UserError if `source` has only one, or nearly as many as rows."""
+    classes, num_rows = sorted(set(labels)), len(labels)
     if all(map(WHOLE_NUMBER.fullmatch, classes)):
         classes.sort(key=int)
+    first = f"{source}: {classes[0]!r}"
     if len(classes) < 2:
-        raise UserError(f"{classes[0]!r} is the label of all {len(labels):,} rows; expected two")
-    if len(classes) > min(MAX_CLASSES, len(labels) / 2 + 1):
-        raise UserError(
-            f"{classes[0]!r} and others: {len(classes):,} labels in {len(labels):,} rows; expected "
-            f"at most {MAX_CLASSES}, with several rows each (is it the right label field?)"
-        )
+        raise UserError(f"{first} is the label of all {num_rows:,} rows; expected two labels")
+    if len(classes) > min(MAX_CLASSES, num_rows / 2 + 1):
+        expected = f"at most {MAX_CLASSES}, with several rows each (is it the right label field?)"
+        found = f"{first} and others are {len(classes):,} labels in {num_rows:,} rows"
+        raise UserError(f"{found}; expected {expected}")
     return classes
 
 
@@ -151,24 +148,20 @@ def budget_rows(labels: list[str], budget: int, seed: int) -> np.ndarray:
 
 
 class LabeledDataset:
-    """Texts as token ids, cut to the tokenizer's `model_max_length`.
+    """Rows as token ids, cut to the tokenizer's `model_max_length`.
 
-    `labels`: int64 [texts], IGNORED if unknown. `class_weights`: float64 [classes], in the loss."""
+    `labels`: int64 [rows], IGNORED if unknown. `class_weights`: float64 [classes], in the loss."""
 
-    def __init__(
-        self,
-        texts: list[tuple[str, ...]],
-        tokenizer: PreTrainedTokenizerBase,
-        labels: np.ndarray | None = None,
-    ):
+    def __init__(self, rows: LabeledRows, tokenizer: PreTrainedTokenizerBase):
         backend = without_limits(tokenizer)
         self.max_length = tokenizer.model_max_length
         backend.enable_truncation(self.max_length, direction=tokenizer.truncation_side)
         self.class_weights: np.ndarray | None = None
-        self.labels = np.full(len(texts), IGNORED) if labels is None else labels
+        numbers = {label: number for number, label in enumerate(rows.classes)}
+        self.labels = np.array([numbers.get(label, IGNORED) for label in rows.labels])
         self.num_cut = 0
         self.examples: list[Example] = []
-        inputs = [text if len(text) == 2 else text[0] for text in texts]
+        inputs = [text if len(text) == 2 else text[0] for text in rows.texts]
         for label, encoding in zip(self.labels, encode_together(backend, inputs)):
             ids, type_ids = np.array(encoding.ids, np.uint32), np.array(encoding.type_ids, np.uint8)
             self.examples.append((ids, type_ids, label))
@@ -207,50 +200,45 @@ def pack(
     )
 
 
+@lru_cache(maxsize=1)  # most steps are in the epoch of the step before
+def _order_of(epoch: int, num_rows: int, seed: int) -> list[int]:
+    keys = derive(key(seed, epoch), np.arange(num_rows))
+    return np.argsort(keys, kind="stable").tolist()
+
+
+@dataclass
 class LabeledSteps:
     """Iterator over optimizer steps: each item is a list of micro-batches.
 
     The rows of a step are a pure function of the seed and the number of the step. Every epoch has
     an order of its own; its last step takes what is left."""
 
+    dataset: LabeledDataset
+    batch_size: int
+    micro_batch_size: int
+    seed: int
+    pin_memory: bool = False
+    step: int = 0  # steps handed out
+
     position = None  # of the data, in a message: the number of the step says it
 
-    def __init__(
-        self,
-        dataset: LabeledDataset,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        pin_memory: bool = False,
-    ):
-        self.dataset, self.seed, self.pin_memory = dataset, seed, pin_memory
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.steps_per_epoch = -(-len(dataset) // batch_size)
-        self.step = 0  # steps handed out
-        self._epoch, self._order = -1, []
-
-    def rows_of(self, step: int) -> list[int]:
-        """The rows of a step, from 0 on."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            keys = derive(key(self.seed, epoch), np.arange(len(self.dataset)))
-            self._epoch, self._order = epoch, np.argsort(keys, kind="stable").tolist()
-        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
 
     def __next__(self) -> list[Batch]:
-        rows = self.rows_of(self.step)
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        order, start = _order_of(epoch, len(self.dataset), self.seed), place * self.batch_size
+        rows = order[start : start + self.batch_size]
         batches = list(self.dataset.micro_batches(rows, self.micro_batch_size))
         self.step += 1
         return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
     def logged(self) -> dict[str, float]:
-        """What the log shows of the last step."""
         return {}
 
     def state_dict(self) -> dict[str, int]:
-        """A plain value."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The counterpart of `state_dict`."""
         self.step = state["step"]

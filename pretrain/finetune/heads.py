@@ -56,9 +56,6 @@ def load_classifier(
     """The classifier in a checkpoint; with `classes`, one of those labels over its encoder. A head
     of the same labels is kept; a fresh one is drawn last from the global random numbers."""
     config = load_config(name)
-    if config.model_type not in CLASSIFIERS:
-        expected = f"one of {', '.join(CLASSIFIERS)}"
-        raise UserError(f"{name}: {config.model_type} has no classifier; expected {expected}")
     chooses_one = config.num_labels > 1 and config.problem_type in (None, ONE_CLASS)
     keep_head &= chooses_one and classes in (None, list(config.id2label.values()))
     if classes is not None:
@@ -76,17 +73,3 @@ def load_classifier(
             weight._is_hf_initialized = False  # transformers skips what the checkpoint had
         model.classifier.apply(model._init_weights)
     return model
-
-
-def check_tokenizer(model: PackedClassifier, name: str, num_ids: int) -> None:
-    """UserError about the model `name` if a tokenizer of `num_ids` ids is not its own."""
-    if num_ids > model.config.vocab_size:
-        problem = f"the model has vectors for {model.config.vocab_size:,} of {num_ids:,} tokens"
-        raise UserError(f"{name}: {problem}; expected the model's own tokenizer")
-
-
-def check_token_types(model: PackedClassifier, field: str, num_types: int) -> None:
-    """UserError about the `field` of the second text if the model cannot tell two texts apart."""
-    if num_types > model.config.type_vocab_size:
-        problem = f"the model has no {num_types} token types to tell two texts apart"
-        raise UserError(f"{field}: {problem}; expected another model, or one text")

@@ -31,11 +31,8 @@ class Tally:
     def scores(self) -> dict:
         """Loss, accuracy, macro averages over the classes that occur or are predicted, the numbers
         of each class (0 for a ratio without rows), and the confusion matrix."""
-        right, rows, predicted = (
-            np.diag(self.confusion),
-            self.confusion.sum(1),
-            self.confusion.sum(0),
-        )
+        right = np.diag(self.confusion)
+        rows, predicted = self.confusion.sum(1), self.confusion.sum(0)
         counts = {"precision": predicted, "recall": rows, "f1": (rows + predicted) / 2}
         of_class = {name: right / np.maximum(count, 1) for name, count in counts.items()}
         present = rows + predicted > 0
@@ -52,9 +49,9 @@ class Tally:
         }
 
 
-def numbers_of(scores: dict) -> dict[str, float]:
+def numbers_of(scores: dict, prefix: str = "") -> dict[str, float]:
     """The scores that are one number."""
-    return {name: value for name, value in scores.items() if isinstance(value, float)}
+    return {f"{prefix}{name}": of for name, of in scores.items() if isinstance(of, float)}
 
 
 def score_table(scores: dict) -> str:

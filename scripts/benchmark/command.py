@@ -97,10 +97,10 @@ def main(argv: list[str]) -> int:
     """Measure, print a table, and JSON on the last line; 1 if a part of the GPU check failed.
 
     Of the other parts, a side that fails is reported, and the other one is still measured."""
-    given = read_command_line(argv, BenchmarkOptions, __doc__)
-    options = given.with_defaults()
+    with_defaults = read_command_line(argv, BenchmarkOptions, __doc__)
+    options = with_defaults()
     if options.quick:
-        options = given.with_defaults(QUICK)
+        options = with_defaults(QUICK)
     problems = config.validate(options)
     if options.phases:
         problems.append("--phases: the benchmark measures one length; use --max-length")

@@ -20,18 +20,15 @@ from pretrain.batch import IGNORED
 from pretrain.config import LabelOptions
 from pretrain.data import tokenizer as tokenizers
 from pretrain.errors import UserError
-from pretrain.finetune import dataset as labeled
 from pretrain.finetune.dataset import (
     LabeledDataset,
+    LabeledRows,
     LabeledSteps,
     budget_rows,
+    choose_columns,
     classes_of,
-    label_of,
-    label_problems,
     pack,
     read_labeled,
-    text_of,
-    text_problems,
 )
 from pretrain.finetune.heads import load_classifier
 from pretrain.runtime.optim import autocast
@@ -89,31 +86,35 @@ def test_labels_are_read_alike_in_every_format(labels, read_as, classes, suffix,
         read_as, classes = [of.title() for of in read_as], [of.title() for of in classes]
     found = read(write(tmp_path / f"rows{suffix}", rows))
     assert found.texts == [(f"text {number}",) for number in range(4)] and found.labels == read_as
-    assert classes_of(found.labels) == classes
+    assert found.classes == classes
 
 
-def test_a_label_is_a_name_or_a_whole_number():
-    for value in ("yes", 7, "-7", 0, "v1.5", "情绪", "1,5"):
-        assert label_of(value) == str(value) and not label_problems(value, "here", None)
-    for value, label in ((" yes ", "yes"), (True, "true"), (False, "false")):
-        assert label_of(value) == label and not label_problems(value, "here", None)
-    assert label_of("") == label_of("  ") == label_of(None) == ""
-    wrong = ["", None, 1.0, float("nan"), "1.5", "-.5", "+2.0", "1e3", ["a"], [], {"a": 1}, {}]
-    for value in wrong:
-        assert label_problems(value, "here", None), value
-    assert label_problems("x", "here", ["y"]) and not label_problems("y", "here", ["y"])
+GOOD = ["yes", "-7", "v1.5", "情绪", "1,5", 7, 0, " yes ", True, False]
+WRONG = ["", None, 1.0, float("nan"), "1.5", "-.5", "+2.0", "1e3", ["a"], [], {"a": 1}, {}, "other"]
+
+
+def test_a_label_is_a_name_or_a_whole_number(tmp_path):
+    path = tmp_path / "a.jsonl"
+    read_as = [value if isinstance(value, str) else json.dumps(value) for value in GOOD]
+    classes = [label.strip() for label in read_as]
+    write(path, [{"text": "x", "label": value} for value in GOOD])
+    assert read(path, classes=classes).labels == classes
+    write(path, [{"text": "x", "label": value} for value in WRONG])
+    wheres = [f"{path}, line {number}" for number in range(1, len(WRONG) + 1)]
+    for known, expected in ((classes, wheres), (None, wheres[:-1])):
+        found = problems(read, path, classes=known)
+        assert [line.partition(":")[0] for line in found] == expected
 
 
 def test_columns_are_those_asked_for_or_the_one_of_words():
     record = {"id": "7", "title": "a title", "body": "a body", "label": "x", "kind": "y"}
 
     def chosen(record, **options):
-        return labeled.choose_columns(record, "here", LabelOptions(**options))
+        return choose_columns(record, "here", LabelOptions(**options))
 
     assert chosen(record | {"text": "words"}) == ("text",)
     assert chosen({"id": "7", "body": "words", "label": "x"}) == ("body",)
     assert chosen({"body": "a", "kind": "y", "n": "3"}, label_field="kind") == ("body",)
-    assert chosen(record, text_field="body") == ("body",)
     assert chosen(record, text_field="title", text_pair_field="body") == ("title", "body")
     pair = {"first": "a", "second": "b", "label": "x"}
     assert chosen(pair, text_pair_field="second") == ("first", "second")
@@ -126,28 +127,18 @@ def test_columns_are_those_asked_for_or_the_one_of_words():
         assert line.startswith("here: ") and repr(name) in line
 
 
-def test_texts_are_not_blank_and_halves_of_surrogate_pairs_are_replaced():
-    assert text_of({"a": " x\n", "b": "y"}, ("b", "a")) == ("y", " x\n")
-    assert text_of({"a": "x\ud83dy"}, ("a",)) == ("x?y",)
-    assert text_problems({"a": "x", "b": "y"}, ("a", "b"), "here") == []
-    for value in (7, ["x"], None, "", " \t"):
-        (line,) = text_problems({"a": "x", "b": value}, ("a", "b"), "here")
-        assert line.startswith("here: column b ")
-    assert len(text_problems({"a": " "}, ("a", "b"), "here")) == 2
-
-
 def test_files_are_read_in_the_order_given_and_each_wrong_row_is_listed(tmp_path):
-    rows = [("one", "x"), (" ", "y"), ("two", ""), ("three", "y"), ("four", 1.5), (4, "y")]
-    rows = [{"text": text, "label": label} for text, label in rows]
-    later, first = write(tmp_path / "a.csv", rows[:3]), write(tmp_path / "b.jsonl", rows[3:])
-    wheres = [f"{first}, line 2", f"{first}, line 3", *(f"{later}, line {n}" for n in (2, 3, 4))]
+    texts = [7, ["x"], None, "", " \t", "good"]
+    first = write(tmp_path / "z.jsonl", [{"text": text, "b": "y", "label": "y"} for text in texts])
+    rows = [{"text": text, "b": "y", "label": label} for text, label in (("x", ""), ("x", "y"))]
+    later = write(tmp_path / "a.csv", rows)
     found = problems(read, first, later, classes=["y"])
+    wheres = [*(f"{first}, line {number}" for number in range(1, 6)), f"{later}, line 2"]
     assert [line.partition(":")[0] for line in found] == wheres
-    good = [
-        write(tmp_path / name, [{"text": text, "label": "y"}])
-        for name, text in (("z.csv", "last"), ("c.jsonl", "mid"))
-    ]
-    assert read(*good).texts == [("last",), ("mid",)]
+    assert len(problems(read, first, text_field="b", text_pair_field="text", classes=["y"])) == 5
+    halves = write(tmp_path / "b.jsonl", [{"text": " x\ud83dy\n", "label": "y"}])
+    good = write(tmp_path / "a.csv", rows[1:])
+    assert read(halves, good, classes=["y"]).texts == [(" x?y\n",), ("x",)]
 
 
 def test_a_missing_label_column_is_reported_once(tmp_path):
@@ -159,21 +150,14 @@ def test_a_missing_label_column_is_reported_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "labels, wheres",
-    [
-        (["x", "3", "4", "y"], [1, 2]),
-        ([True, 1, False, 0], [1, 2]),
-        (["true", True, 7], [1, 2, 3]),
-    ],
-    ids=["names", "booleans", "all"],
+    "labels, wheres", [(["x", "3", "4", "y"], [1, 2]), ([True, False, 0, 1], [1, 3])]
 )
 def test_kinds_of_labels_mix_nowhere_in_train(labels, wheres, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "one", "label": label} for label in labels])
     (line,) = problems(read, path)
-    assert [f"({path}, line {where})" in line for where in (1, 2, 3)] == [
-        where in wheres for where in (1, 2, 3)
-    ]
-    names = [label_of(label) for label in labels]
+    shown = [number for number in range(1, 5) if f"({path}, line {number})" in line]
+    assert line.startswith(f"{path}: ") and shown == wheres
+    names = [str(label).lower() for label in labels]
     assert read(path, classes=names).labels == names, "what --train has is right elsewhere"
 
 
@@ -191,10 +175,10 @@ def test_kinds_of_labels_mix_nowhere_in_train(labels, wheres, tmp_path):
 )
 def test_classes_are_several_and_fewer_than_rows(labels, shown):
     if shown is None:
-        assert len(classes_of(labels)) == len(set(labels))
+        assert len(classes_of(labels, "here")) == len(set(labels))
     else:
-        (line,) = problems(classes_of, labels)
-        assert shown in line
+        (line,) = problems(classes_of, labels, "here")
+        assert line.startswith("here: ") and shown in line
 
 
 # Label budget.
@@ -258,7 +242,8 @@ def test_ids_and_types_equal_those_of_transformers(
     given_texts = [pair[:parts] for pair in zip(texts, reversed(texts))]
     tokenizer("limits", truncation=True, max_length=3, padding="max_length")  # which stay set
     tokenizer.model_max_length = max_length
-    dataset = LabeledDataset(given_texts, tokenizer, np.arange(len(texts)))
+    labels = [str(number) for number in range(len(texts))]
+    dataset = LabeledDataset(LabeledRows(given_texts, labels, labels), tokenizer)
     tokenizer.model_max_length = 10**9
     cut, arguments = 0, {"return_token_type_ids": True, "padding": False}
     for number, text in enumerate(given_texts):
@@ -269,7 +254,8 @@ def test_ids_and_types_equal_those_of_transformers(
         cut += len(tokenizer(*text, truncation=False, **arguments)["input_ids"]) > max_length
     assert dataset.num_cut == cut and (cut > 0) is (max_length < 1000)
     assert len(dataset) == len(texts)
-    assert set(LabeledDataset(given_texts, tokenizer).labels) == {IGNORED}
+    known = LabeledDataset(LabeledRows(given_texts, labels, labels[1:3]), tokenizer).labels
+    assert known.tolist() == [IGNORED, 0, 1, *[IGNORED] * (len(texts) - 3)]
 
 
 def test_a_tokenizer_that_cuts_on_the_left_cuts_there(tiny_tokenizer):
@@ -279,7 +265,8 @@ def test_a_tokenizer_that_cuts_on_the_left_cuts_there(tiny_tokenizer):
         ("bank river money water teach learn model token mask",),
         ("bank river money water", "teach learn model token mask"),
     ):
-        ids = LabeledDataset([text], tokenizer).examples[0][0].tolist()
+        rows = LabeledRows([text], [""], ["a", "b"])
+        ids = LabeledDataset(rows, tokenizer).examples[0][0].tolist()
         assert ids == tokenizer(*text, truncation=True, max_length=8)["input_ids"]
         assert ids != tokenizer(*text)["input_ids"]
 
@@ -386,7 +373,7 @@ def test_the_update_is_that_of_torchs_mean_however_the_step_is_cut(weights, chec
     """A mean of the micro-batches' means differs: their classes, and so their weights, do."""
     examples = make_examples()
     whole, whole_result, _ = step(checkpoint, examples, 32, weights)
-    for size in (8, 5):
+    for size in (8, 31):  # the last one holds one example
         model, result, batches = step(checkpoint, examples, size, weights)
         assert weights is None or len({batch.counts["label"] for batch in batches}) > 1
         assert_close(
@@ -408,12 +395,3 @@ def test_the_update_is_that_of_torchs_mean_however_the_step_is_cut(weights, chec
     mean = (totals.sums["label"] / totals.counts["label"]).item()
     assert mean == pytest.approx(loss.item(), rel=1e-5)
     assert totals.num_correct["label"] == (logits.argmax(-1) == labels).sum()
-
-
-@pytest.mark.parametrize("weight", [3.0, 0.25])
-def test_a_step_of_one_example_has_its_loss_whatever_its_class_weighs(weight, checkpoint):
-    """The last step of an epoch may hold one example; torch's weighted mean of one is its loss."""
-    examples = [(*make_examples()[0][:2], 0)]
-    plain = step(checkpoint, examples, 1)[1]
-    weighted = step(checkpoint, examples, 1, [weight, 1.0, 1.0])[1]
-    torch.testing.assert_close(norm_of(weighted), norm_of(plain), rtol=1e-5, atol=0.0)

@@ -4,12 +4,10 @@ head is kept where the labels are its own and starts fresh elsewhere."""
 
 import json
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from packed_reference import (
     FAMILIES,
     MAX_LENGTH,
@@ -21,15 +19,9 @@ from packed_reference import (
 )
 from transformers import AutoModelForSequenceClassification
 
-from pretrain.batch import IGNORED
 from pretrain.errors import UserError
 from pretrain.finetune.dataset import pack
-from pretrain.finetune.heads import (
-    CLASSIFIERS,
-    check_token_types,
-    check_tokenizer,
-    load_classifier,
-)
+from pretrain.finetune.heads import CLASSIFIERS, load_classifier
 
 HEAD, VOCAB, CLASSES = "ForSequenceClassification", 90, ["calm", "glad", "sad"]
 
@@ -95,21 +87,6 @@ def test_logits_loss_and_gradients_equal_the_stock_model_padded(saved):
 
 
 @BOTH
-def test_ignored_labels_and_weights_of_classes_are_those_of_torch(saved):
-    model, batch = load_classifier(saved[1]), make_batch()
-    logits, labels = model.label_logits(model.encode(batch), batch), batch.labels["label"]
-    some = torch.where(torch.arange(13) % 3 == 0, IGNORED, labels)
-    term = model(replace(batch, labels={"label": some}))["label"]
-    expected = F.cross_entropy(logits[some >= 0], some[some >= 0], reduction="sum")
-    torch.testing.assert_close(term.sum, expected)
-    assert term.num_correct == (logits.argmax(-1) == some).sum()
-    model.class_weights = torch.tensor([0.2, 1.0, 3.0])
-    expected = F.cross_entropy(logits, labels, weight=model.class_weights, reduction="sum")
-    torch.testing.assert_close(model(batch)["label"].sum, expected)
-    assert CLASSIFIERS[saved[0]].class_weights is None, "of one model alone"
-
-
-@BOTH
 def test_the_head_drops_in_training_alone(saved, tmp_path):
     stock_classifier(saved[0], classifier_dropout=0.5).save_pretrained(tmp_path)
     model, batch = load_classifier(str(tmp_path)), make_batch()
@@ -130,9 +107,8 @@ def test_a_saved_folder_opens_with_the_auto_class_under_the_names_of_its_labels(
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == [FAMILIES[family] + HEAD] and config["model_type"] == family
     assert config["problem_type"] == "single_label_classification"
-    opened, info = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    auto = AutoModelForSequenceClassification
+    opened, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert type(opened) is stock_class(family, HEAD)
     assert not any(info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
     assert opened.config.id2label == dict(enumerate(classes)) and opened.config.num_labels == 4
@@ -141,12 +117,12 @@ def test_a_saved_folder_opens_with_the_auto_class_under_the_names_of_its_labels(
 
 
 @BOTH
-@pytest.mark.parametrize("classes", [None, CLASSES], ids=["its own", "the same"])
-def test_a_head_is_kept_where_the_labels_are_its_own(classes, saved):
-    model = load_classifier(saved[1], classes)
+def test_a_head_is_kept_where_the_labels_are_its_own(saved):
     stock = stock_class(saved[0], HEAD).from_pretrained(saved[1])
-    assert_equal(model.state_dict(), stock.state_dict())
-    assert list(model.config.id2label.values()) == CLASSES and model.dtype == torch.float32
+    for classes in (None, CLASSES):
+        model = load_classifier(saved[1], classes)
+        assert_equal(model.state_dict(), stock.state_dict())
+        assert list(model.config.id2label.values()) == CLASSES and model.dtype == torch.float32
 
 
 @BOTH
@@ -155,11 +131,10 @@ def test_a_head_is_kept_where_the_labels_are_its_own(classes, saved):
     [
         (["a", "b", "c"], True),
         ([*reversed(CLASSES)], True),
-        (["a", "b"], True),
         ([str(number) for number in range(40)], True),
         (CLASSES, False),
     ],
-    ids=["as many", "in another order", "fewer", "more", "the same, asked for"],
+    ids=["as many", "in another order", "more", "the same, asked for"],
 )
 def test_a_head_starts_fresh_where_the_labels_differ(classes, keep_head, saved):
     """Even if the sizes agree: what the old head knows of "calm" says nothing of "a"."""
@@ -214,13 +189,7 @@ def test_encoders_with_and_without_a_pooler_get_the_same_head(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"problem_type": "multi_label_classification"},
-        {"problem_type": "regression"},
-        {"classes": ["x"]},
-    ],
-    ids=str,
+    "settings", [{"problem_type": "multi_label_classification"}, {"classes": ["x"]}], ids=str
 )
 def test_a_head_of_several_labels_or_of_a_number_is_none_and_the_encoder_serves(settings, tmp_path):
     stock_classifier("bert", **settings).save_pretrained(tmp_path)
@@ -242,14 +211,3 @@ def test_twelve_labels_stand_in_the_order_of_their_numbers(tmp_path):
     model, same = load_classifier(str(tmp_path)), load_classifier(str(tmp_path), classes)
     assert list(model.config.id2label.values()) == classes
     assert_equal(head_of(model), head_of(same))  # its own labels, its own head
-
-
-def test_a_tokenizer_and_pairs_that_do_not_fit_are_refused():
-    with torch.device("meta"):
-        model = CLASSIFIERS["roberta"](stock_classifier("roberta").config)
-    check_tokenizer(model, "roberta", VOCAB)
-    check_token_types(model, "text_b", 1)
-    with refused("roberta"):
-        check_tokenizer(model, "roberta", VOCAB + 1)
-    with refused("text_b"):
-        check_token_types(model, "text_b", 2)
