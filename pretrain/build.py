@@ -294,7 +294,7 @@ def make_model(
             override(settings, overrides)
         with option_named("--model"):
             model, fresh = from_checkpoint(config.model, settings)
-    problems = _task_problems(model, config)
+    problems = task_problems(model, config)
     size, rows = vocabulary.size - len(added), model.config.vocab_size
     # A table that was rounded up is common.
     if size > rows or (size + 128 <= rows and not from_scratch):
@@ -315,7 +315,8 @@ def make_model(
     return model
 
 
-def _task_problems(model: PackedModel, config: Config) -> list[str]:
+def task_problems(model: PackedModel, config: Config) -> list[str]:
+    """What the model cannot do: the lengths, the objective, or anything as a decoder."""
     option, pairs = length_option(config), OBJECTIVES[config.objective]
     problems = [f"{option} {problem}" for problem in model.length_problems(longest(config))]
     of_pairs = model.pair_problems(config.objective) if pairs else []

@@ -208,6 +208,7 @@ class Meter:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
+    """The highest memory so far: of the allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
