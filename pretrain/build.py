@@ -4,8 +4,6 @@ Order: values, device, run folder, text files, tokenizer and model (their config
 plan. What costs little and fails often comes first; text is tokenized once everything else fits.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import fields
 from itertools import islice

@@ -3,8 +3,6 @@
 Knows nothing of what the options mean (pretrain/config.py does), and imports nothing slow.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

@@ -4,8 +4,6 @@ A command takes the groups that it needs. The docstring of a group begins with i
 `validate` returns every problem of the values at once.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from itertools import accumulate

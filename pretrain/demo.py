@@ -4,8 +4,6 @@ The text is the language reference (`pydoc_data.topics`) and the docstrings of t
 cut into sentences at full stops: a document for each topic and for each module.
 """
 
-from __future__ import annotations
-
 import ast
 import copy
 import platform

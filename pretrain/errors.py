@@ -1,7 +1,5 @@
 """Errors that a user can fix, and what turns other errors into them."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import types

@@ -5,8 +5,6 @@ rate 0.15, 80/10/10, a seed of their own). So perplexities of the same text, tok
 and length compare, between runs and with scripts/evaluate.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The first process checks and prepares; the others wait and open what it has written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import islice

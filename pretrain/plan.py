@@ -3,8 +3,6 @@
 Micro-batches, steps, phases, intervals: decided once, printed before training, saved with the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

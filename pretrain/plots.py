@@ -1,7 +1,5 @@
 """Plots made for reading: the title says what is shown, and curves differ in a gray print, too."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -4,8 +4,6 @@ pretrain/build.py makes a `PretrainingRun` from options, pretrain/finetune/build
 fine-tuning. The loop asks a run for scores, model folders and numbers, and decides the rest.
 """
 
-from __future__ import annotations
-
 import datetime
 import os
 import platform

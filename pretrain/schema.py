@@ -4,8 +4,6 @@ A form says what a value must be: a `Rule`, {key: form} for an object (a missing
 None), or [form] for an array whose items all have that form.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import sys

@@ -1,7 +1,5 @@
 """The signals that end a run."""
 
-from __future__ import annotations
-
 import ctypes
 import signal
 import sys

@@ -7,8 +7,6 @@ To change the loss, edit `losses` of the model; what is masked, pretrain/data/ma
 optimizers, pretrain/runtime/optim.py; the update itself, this file.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

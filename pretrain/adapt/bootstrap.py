@@ -5,8 +5,6 @@ is that of a paired bootstrap over test rows and seeds: each draw takes the same
 both encoders (Efron and Tibshirani 1993, chapter 13).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 DRAWS, DRAWN_TOGETHER = 10_000, 200

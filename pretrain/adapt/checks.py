@@ -1,7 +1,5 @@
 """A checked experiment and its folder: everything is read and compared before any work starts."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

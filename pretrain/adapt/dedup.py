@@ -1,7 +1,5 @@
 """Text to pretrain on, without the texts that the task is tested on."""
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_left
 from itertools import chain, groupby

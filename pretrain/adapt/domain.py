@@ -5,8 +5,6 @@ words, without stop words, that two texts have in common. A text is read once, i
 memory grows with the distinct words only, up to a bound.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 from pathlib import Path

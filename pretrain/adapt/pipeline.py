@@ -5,8 +5,6 @@ and every encoder is fine-tuned for every label budget and seed. Each part leave
 `parts/`, so that an interrupted experiment resumes where it was.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import shlex

@@ -4,8 +4,6 @@ What flows in are the facts that the parts of an experiment have left (pretrain/
 the prose is in report_template.md, whose fields are facts and functions of this module.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import platform

@@ -1,7 +1,5 @@
 """Does further pretraining on your text help your task? Runs the experiment and reports."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 

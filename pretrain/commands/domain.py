@@ -1,7 +1,5 @@
 """Compare texts by their words, and with a tokenizer: shared words, pieces per word, new tokens."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

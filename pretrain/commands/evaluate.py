@@ -2,8 +2,6 @@
 
 For a model of a run, the numbers are those of the run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Fill the [MASK] of a sentence: the most probable tokens, and the sentence with each of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

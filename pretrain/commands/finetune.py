@@ -1,7 +1,5 @@
 """Fine-tune an encoder for text classification: best model, scores, confusion matrix."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Labels and probabilities for the rows of a file, in order, and scores if the rows have labels."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Prepare text into a corpus folder that `pretrain.py --train DIR` opens: token ids, tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

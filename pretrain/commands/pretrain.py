@@ -2,8 +2,6 @@
 
 Without arguments: trains a tiny BERT on embedded English text in about three minutes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@ strategy does in numbers.
 
 Takes the data and task options of pretrain.py; nothing is trained."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections import Counter

@@ -4,8 +4,6 @@ Words are the tokenizer's, except that Chinese characters are joined as `rjieba`
 segmented text say. Entities are the spans of the records, and lexicon terms where they occur.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Collate: the examples of one micro-batch -> a packed, masked Batch; a pure function."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

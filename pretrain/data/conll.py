@@ -3,8 +3,6 @@
 Tags are BIO, BIOES or BMES. Tokens are words, characters, or characters with their place in a word.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from itertools import chain, islice

@@ -6,8 +6,6 @@ Tables, saved data sets and the hub (pretrain/data/tables.py), tagged tokens, an
 plain text compressed. Columns, spans and tags are checked here; messages name file and line.
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import shutil

@@ -3,8 +3,6 @@
 The mixing function is the finalizer of SplitMix64 (Steele, Lea, Flood 2014).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -5,8 +5,6 @@ A micro-batch is a pure function of its position, so a checkpoint saves three nu
 processes, with or without workers, train on the same batches.
 """
 
-from __future__ import annotations
-
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence

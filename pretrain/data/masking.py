@@ -7,8 +7,6 @@ for each token as in BERT (Devlin et al. 2019), but once for a span (Joshi et al
 or a similar word (MacBERT, Cui et al. 2020).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 

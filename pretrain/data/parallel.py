@@ -4,8 +4,6 @@
 the task, result) as results come, and end all workers at an error.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

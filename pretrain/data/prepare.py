@@ -3,8 +3,6 @@
 One piece makes one shard, whoever prepares it. The manifest is written last.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

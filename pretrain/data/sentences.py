@@ -3,8 +3,6 @@
 A stream has each sentence with its entities, and None where a document ends: documents may have any
 size."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import os

@@ -1,7 +1,5 @@
 """Text files, from the paths that a user gives: found, checked once, identified by their bytes."""
 
-from __future__ import annotations
-
 import codecs
 import glob
 import hashlib

@@ -1,7 +1,5 @@
 """Rows of JSONL, CSV and TSV, and by `datasets` of Parquet, Arrow, saved data sets and the hub."""
 
-from __future__ import annotations
-
 import csv
 import glob
 import json

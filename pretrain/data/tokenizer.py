@@ -4,8 +4,6 @@
 vectorized, and a worker process receives a few kilobytes instead of a tokenizer.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence

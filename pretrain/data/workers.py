@@ -5,8 +5,6 @@ and needs its workers for that. So they ignore SIGTERM, with which the DataLoade
 multiprocessing would end them before waiting: they are killed instead.
 """
 
-from __future__ import annotations
-
 import copy
 import multiprocessing
 import multiprocessing.util

@@ -5,8 +5,6 @@ AutoModelForSequenceClassification, its scores, its predictions for the test row
 the confusion matrix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ A row has one text or two, and a label: a name or a whole number. Classes are in
 numbers or of the alphabet.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

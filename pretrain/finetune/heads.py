@@ -1,7 +1,5 @@
 """Text classification on packed batches: transformers' own classes, under their own names."""
 
-from __future__ import annotations
-
 import torch
 import transformers
 from torch import Tensor

@@ -3,8 +3,6 @@
 Rows stream: a file of any size is read, predicted and written a chunk at a time.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence

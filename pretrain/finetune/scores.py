@@ -1,7 +1,5 @@
 """How good predictions are: loss, accuracy, precision, recall and F1, and the confusion matrix."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from pretrain.batch import IGNORED

@@ -1,7 +1,5 @@
 """One layer's attention on a GPU over a packed micro-batch: which kernel is the fastest?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 

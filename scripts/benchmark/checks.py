@@ -1,7 +1,5 @@
 """Commands of this project, as a user runs them: do they end well, and do their numbers agree?"""
 
-from __future__ import annotations
-
 import random
 import re
 import time

@@ -1,7 +1,5 @@
 """The one loop that times both sides. Like the peer, it imports nothing of ours."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection

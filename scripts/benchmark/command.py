@@ -8,8 +8,6 @@ micro-batch. numerics: the device beside fp32 on the CPU. Parts of the GPU check
 (scripts/gpu_check.sh): attention, variants, resume, fp16, use.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """Speeds of the data side, in real tokens: preparing text, and what comes from a corpus."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import replace

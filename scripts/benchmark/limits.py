@@ -1,7 +1,5 @@
 """Limits of the device: the largest micro-batch, and the distance from fp32 on the CPU."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -2,8 +2,6 @@
 
 Imports nothing of ours that its users would not: its process starts as quickly as one of theirs."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from multiprocessing.connection import Connection

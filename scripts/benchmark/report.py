@@ -1,7 +1,5 @@
 """The report of a benchmark as a table, and the summary of the GPU check."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

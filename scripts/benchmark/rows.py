@@ -2,8 +2,6 @@
 
 A row is lists of numbers, as a tokenized data set gives it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import count
 

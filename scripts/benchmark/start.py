@@ -1,7 +1,5 @@
 """Processes of one side alone, from their start: seconds to the first step, and peak memory."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import time

@@ -1,7 +1,5 @@
 """Training steps: both sides in turns, variants of ours, and what one of ours consists of."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Iterator
