@@ -37,6 +37,11 @@ class Batch:
     num_sequences: int  # real ones
     shortfall: int = 0  # tokens that the mask budget allowed and no unit could use
 
+    @property
+    def denominators(self) -> dict[str, float]:
+        """What a term of the loss may be divided by: `counts`, and real tokens and sequences."""
+        return {**self.counts, "tokens": self.num_tokens, "sequences": self.num_sequences}
+
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; the copy does not block where the memory is pinned."""
         changed = _convert(vars(self), Tensor, lambda tensor: tensor.to(device, non_blocking=True))
@@ -64,7 +69,7 @@ class Loss:
     sum: Tensor  # float32 scalar, with gradient
     num_correct: Tensor | None = None  # int64 scalar; None: the term has no accuracy
     weight: float = 1.0
-    count: str = ""  # the name in Batch.counts of its denominator; "": its own name
+    count: str = ""  # the name in Batch.denominators of its denominator; "": its own name
 
 
 def _convert(values: dict, kind: type, change: Callable) -> dict:

@@ -319,7 +319,7 @@ def task_problems(model: PackedModel, config: Config) -> list[str]:
     problems = [f"{option} {problem}" for problem in model.length_problems(longest(config))]
     of_pairs = model.pair_problems(config.objective) if pairs else []
     problems += [f"--objective {problem}" for problem in of_pairs]
-    if model.config.is_decoder:
+    if getattr(model.config, "is_decoder", False):
         problems.append(f"--model {config.model}: is a decoder; expected an encoder")
     return problems
 

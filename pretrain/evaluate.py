@@ -92,7 +92,7 @@ def evaluate(
             number = start + world.rank
             # A sharded model needs every process each time; a surplus one counts for nothing.
             batch = batches[min(number, len(batches) - 1)]
-            losses = LossTotals.of(model(batch.to(device)), batch.counts)
+            losses = LossTotals.of(model(batch.to(device)), batch.denominators)
             totals += losses if number < len(batches) else losses.where(False)
     if stop():
         return None

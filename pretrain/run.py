@@ -5,6 +5,7 @@ fine-tuning. The loop asks a run for scores, model folders and numbers, and deci
 """
 
 import datetime
+import math
 import os
 import platform
 import shlex
@@ -110,7 +111,8 @@ class Run:
     def rank(self, scores: dict) -> tuple[float, float]:
         """Of two evaluations, the better one has the greater rank."""
         first, second = (scores[name] for name in self.score)
-        return (first if self.higher_is_better else -first, -second)
+        rank = (first if self.higher_is_better else -first, -second)
+        return (-math.inf, -math.inf) if any(map(math.isnan, rank)) else rank
 
     def phase_at(self, step: int) -> int:
         """Index of the phase of `step`, counted from 1; 0 belongs to the first."""
@@ -161,9 +163,11 @@ class Run:
             write_json(self.output / "config.json", options)
         wait_for_all()
 
-    def write_model(self, name: str, state) -> None:
-        """Write the model folder `name`; all processes call this together."""
-        weights = whole_weights(self.model)
+    def write_model(self, name: str, state, weights: dict[str, Tensor] | None = None) -> None:
+        """Write the model folder `name`, with the model's or other (whole) weights; all processes
+        call this together."""
+        if weights is None:
+            weights = whole_weights(self.model)
         if self.world.is_main:
             folder = self.output / name
             ckpt.write_folder(folder, lambda partial: self.export(partial, weights, state))

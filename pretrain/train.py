@@ -65,8 +65,8 @@ def train_step(
 
     Losses are sums, divided once by the counts of the whole step, over all micro-batches and
     processes. A mean of means would weight a token by how few others its micro-batch masks."""
-    names = batches[0].counts
-    counts = sum_counts({name: sum(batch.counts[name] for batch in batches) for name in names})
+    names = batches[0].denominators
+    counts = sum_counts({name: sum(of.denominators[name] for of in batches) for name in names})
     totals = LossTotals()
     for number, batch in enumerate(batches):
         with gradient_sync(model, last=number == len(batches) - 1):
@@ -77,8 +77,10 @@ def train_step(
                     term.sum * (term.weight * world_size / counts[term.count or name])
                     for name, term in losses.items()
                 )
+            # Times 1, or NaN if the loss is not finite: gradients show that to all processes.
+            loss = loss * (1 + 0 * loss.detach())
             scaler.scale(loss).backward()
-        totals += LossTotals.of(losses, batch.counts)
+        totals += LossTotals.of(losses, batch.denominators)
 
     for optimizer in optimizers:
         scaler.unscale_(optimizer)

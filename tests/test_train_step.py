@@ -5,6 +5,8 @@ trains."""
 import copy
 import math
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from transformers import BertForPreTraining as Stock
 from pretrain import train
 from pretrain.batch import IGNORED, Loss
 from pretrain.config import Config
+from pretrain.run import Run
 from pretrain.runtime.optim import autocast, make_optimizers
-from pretrain.train import train_step
+from pretrain.train import TrainState, train_step
 
 CPU = torch.device("cpu")
 RATE = 1e-3
@@ -111,15 +114,20 @@ def norm_of(tensors):
 
 
 class Poisoned(nn.Module):
-    """The model, its MLM loss multiplied by `factor` in the micro-batch `number` that it sees."""
+    """The model, its MLM loss multiplied by `factor` in the micro-batch `number` that it sees. With
+    `logged_only` the model learns from another, finite term."""
 
-    def __init__(self, model, number, factor):
+    def __init__(self, model, number, factor, logged_only=False):
         super().__init__()
         self.model, self.number, self.factor, self.seen = model, number, factor, -1
+        self.logged_only = logged_only
 
     def forward(self, batch):
         losses = self.model(batch)
         self.seen += 1
+        if self.logged_only:
+            losses["learned"] = Loss(losses["mlm"].sum, count="mlm")
+            losses["mlm"] = replace(losses["mlm"], sum=losses["mlm"].sum.detach(), weight=0.0)
         if self.seen == self.number:
             losses["mlm"] = replace(losses["mlm"], sum=losses["mlm"].sum * self.factor)
         return losses
@@ -137,7 +145,7 @@ def test_the_update_does_not_depend_on_how_the_step_is_cut(split, sequences, mod
     norms = [result.logged["optim/grad_norm"] for result in (parts, whole)]
     torch.testing.assert_close(*norms, rtol=1e-5, atol=0.0)
     assert_close(parts.losses.sums, whole.losses.sums, atol=1e-4)
-    assert parts.finite and parts.losses.counts == sequences["1x32"][0].counts
+    assert parts.finite and parts.losses.counts == sequences["1x32"][0].denominators
     assert parts.losses.num_correct == whole.losses.num_correct
     assert all(weight.grad is None for weight in model.parameters())
 
@@ -227,15 +235,17 @@ def test_a_gradient_scaler_gives_the_same_update(make, sequences, model):
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize(("number", "factor"), [(0, math.nan), (3, math.inf)])
-def test_a_micro_batch_that_is_not_finite_changes_nothing(number, factor, make, sequences, model):
+@pytest.mark.parametrize(
+    "poison", [(0, math.nan), (3, math.inf), (1, math.nan, True), (2, -math.inf, True)], ids=str
+)
+def test_a_micro_batch_that_is_not_finite_changes_nothing(poison, make, sequences, model):
     optimizers, twin = make(model), copy.deepcopy(model)
     step(model, sequences["4x8"], optimizers)
     before = state_of(model, optimizers)
-    result = step(Poisoned(model, number, factor), sequences["4x8"], optimizers)
+    result = step(Poisoned(model, *poison), sequences["4x8"], optimizers)
     assert not result.finite and not torch.isfinite(result.logged["optim/grad_norm"])
     for part in ("sums", "num_correct", "counts"):
-        assert getattr(result.losses, part) == {"mlm": 0, "nsp": 0}
+        assert all(value == 0 for value in getattr(result.losses, part).values())
     assert_close(state_of(model, optimizers), before, atol=0.0, rtol=0.0)
     assert all(weight.grad is None for weight in model.parameters())
 
@@ -262,9 +272,9 @@ def test_a_step_that_is_not_finite_lowers_the_scale(make, sequences, model):
 class SegmentModel(nn.Module):
     """Not a BERT: guesses the segment of each token from its position, by logistic regression."""
 
-    def __init__(self):
+    def __init__(self, count="tokens"):
         super().__init__()
-        self.scores = nn.Embedding(64, 1)
+        self.count, self.scores = count, nn.Embedding(64, 1)
         nn.init.zeros_(self.scores.weight)
 
     def forward(self, batch):
@@ -272,12 +282,11 @@ class SegmentModel(nn.Module):
         loss = nn.functional.binary_cross_entropy_with_logits(
             scores, labels.float(), reduction="sum"
         )
-        return {"segment": Loss(loss, ((scores > 0) == labels.bool()).sum())}
+        return {"segment": Loss(loss, ((scores > 0) == labels.bool()).sum(), count=self.count)}
 
 
 def test_another_model_with_another_loss_trains(sequences):
-    batches = [replace(batch, counts={"segment": batch.num_tokens}) for batch in sequences["4x8"]]
-    model, means = SegmentModel(), []
+    batches, model, means = sequences["4x8"], SegmentModel(), []
     optimizers = adamw(model, weight_decay=0.0)
     for _ in range(30):
         result = step(model, batches, optimizers, rate=0.1)
@@ -292,10 +301,31 @@ def test_a_process_without_any_of_a_loss_adds_nothing_to_its_count(sequences, mo
     monkeypatch.setattr(
         train, "sum_counts", lambda counts: {name: count + 5 for name, count in counts.items()}
     )
-    model = SegmentModel()
-    batch = replace(sequences["1x32"][0], counts={"segment": 0})
+    model = SegmentModel("nsp")
+    batch = replace(sequences["1x32"][0], counts={"nsp": 0})
     model(batch)["segment"].sum.backward()
     expected = model.scores.weight.grad.norm().item() / 5
     model.zero_grad()
     norm = step(model, [batch]).logged["optim/grad_norm"]
     assert norm.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_term_that_no_process_can_count_changes_nothing(sequences):
+    batch = replace(sequences["1x32"][0], counts={"nsp": 0})
+    result = step(SegmentModel("nsp"), [batch])
+    assert result.finite and result.logged["optim/grad_norm"] == 0
+
+
+# The best evaluation.
+
+
+@pytest.mark.parametrize("higher_is_better, best", [(False, 50.0), (True, 90.0)])
+def test_scores_that_are_no_numbers_are_never_the_best(higher_is_better, best):
+    run = SimpleNamespace(score=("score", "loss"), higher_is_better=higher_is_better)
+    run.phase_at, run.is_comparable = lambda step: 0, lambda step: True
+    run.rank = partial(Run.rank, run)
+    state = TrainState()
+    for step, score in enumerate([math.nan, 60.0, best, math.nan, 70.0]):
+        is_best = state.record(step, {"score": score, "loss": 1.0}, run)
+        assert is_best == (step < 3), step
+    assert state.best_scores["score"] == best and state.evaluations_without_gain == 2

@@ -60,6 +60,9 @@ def load_classifier(
         config.id2label = dict(enumerate(classes))
         config.label2id = {label: number for number, label in enumerate(classes)}
         config.problem_type = ONE_CLASS
+    if config.model_type not in CLASSIFIERS:
+        families = ", ".join(CLASSIFIERS)
+        raise UserError(f"{name}: is a {config.model_type} model; expected one of {families}")
     model, missing = load_weights(CLASSIFIERS[config.model_type], name, config)
     has_head = not any(key.startswith("classifier") for key in missing)
     if classes is None and not (has_head and chooses_one):

@@ -117,7 +117,8 @@ def check_config(config: PreTrainedConfig, value: str) -> None:
 def override(config: PreTrainedConfig, entries: Sequence[str]) -> None:
     """Set fields of `config` from KEY=VALUE entries, in the types of BERT's defaults."""
     kinds = {name: type(value) for name, value in BertConfig().to_dict().items()}
-    known = {name for name, kind in kinds.items() if kind in PARSERS} - NOT_OVERRIDDEN
+    known = {name for name, kind in kinds.items() if kind in PARSERS and hasattr(config, name)}
+    known -= NOT_OVERRIDDEN
     for entry in entries:
         name, _, text = entry.partition("=")
         if name not in known:
@@ -157,7 +158,7 @@ def _check_files(name: str, config: PreTrainedConfig) -> None:
         read_json(index, INDEX_FORM, "an index of weights")
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     num_bytes = sum(path.stat().st_size for path in files)
-    layer = 4 * width + 2 * config.intermediate_size
+    layer = 4 * width + 2 * getattr(config, "intermediate_size", 0)  # not all families have it
     rows = config.vocab_size + config.max_position_embeddings + config.num_hidden_layers * layer
     if num_bytes and width * rows > max(num_bytes, FEW_WEIGHTS):
         problem = f"has {num_bytes:,} bytes for the {width * rows:,} weights of its config"

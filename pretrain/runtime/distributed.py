@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -123,9 +124,10 @@ def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> 
 
 
 def sum_counts(counts: dict[str, float]) -> dict[str, float]:
-    """`counts` summed over all processes; 1 instead of 0, so that one can divide by them."""
+    """`counts` summed over all processes; infinity instead of 0: what is divided by it, a term
+    without any label in this step, changes nothing."""
     sums = all_reduce(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist()
-    return {name: count or 1.0 for name, count in zip(counts, sums)}
+    return {name: count or math.inf for name, count in zip(counts, sums)}
 
 
 def max_over_ranks(number: int) -> int:

@@ -29,7 +29,8 @@ def make_optimizers(model: nn.Module, options: OptimizationOptions) -> list[torc
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     matrices = []  # of the encoder
     if options.optimizer == "muon":
-        names = [name for name in trained if ".encoder." in name and trained[name].ndim == 2]
+        of_layers = set(model.layers.parameters())
+        names = [name for name in trained if trained[name] in of_layers and trained[name].ndim == 2]
         matrices = [trained.pop(name) for name in names]
     tables = [weight for weight in trained.values() if weight.ndim >= 2]
     others = [weight for weight in trained.values() if weight.ndim < 2]

@@ -115,7 +115,8 @@ class OptimizerState:
             raise UserError(f"optimizer state: only it or the model has {min(strange)}")
         for optimizer, saved_groups in zip(self.optimizers, state["groups"], strict=True):
             for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-                group.update(_without_params(saved))
+                load = partial(_copied, group["params"][0].device)
+                group.update(map_tensors(load, _without_params(saved), "group"))
         for name, (weight, optimizer, group) in self._owned.items():
             is_on_device = group.get("fused") or group.get("capturable")
             # Fused kernels do not check shapes: another one would corrupt memory.
@@ -143,6 +144,10 @@ def _loaded(weight: Tensor, device, is_trusted: bool, tensor: Tensor, name: str)
         _check(name, not tensor.ndim or tensor.shape == weight.shape)
     if tensor.ndim and is_part(weight):
         return part_like(weight, tensor)
+    return _copied(device, tensor, name)
+
+
+def _copied(device: torch.device, tensor: Tensor, name: str) -> Tensor:
     return tensor.to(device, copy=True)  # not a view of the mapped file
 
 

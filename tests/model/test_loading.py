@@ -10,7 +10,7 @@ import torch
 import transformers
 from packed_reference import small_model
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig
+from transformers import BertConfig, DistilBertConfig
 
 from pretrain.config import MODEL_SIZES
 from pretrain.errors import UserError
@@ -77,6 +77,11 @@ def test_override_keeps_the_type_of_the_field():
     override(config, [f"{name}={value}".lower() for name, value in TYPED.items()])
     for name, value in TYPED.items():
         assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
+
+
+def test_a_field_of_another_family_is_refused():
+    with refused("hidden_dropout_prob=0"):
+        override(DistilBertConfig(), ["hidden_dropout_prob=0"])
 
 
 BAD = """no_such_field=1 to_dict=1 model_type=roberta num_hidden_layers=two num_hidden_layers=2.5
