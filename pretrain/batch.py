@@ -1,8 +1,8 @@
-"""The contract between data and model: `Batch` flows in, `Loss` flows out.
+"""The contract between data and model: `Batch` goes in, `Loss` comes out.
 
 T tokens of N sequences lie end to end, without padding; M of the tokens are masked. Where a device
-wants fixed shapes, T, N and M are filled up: dummy sequences at the end, first of [PAD] and then of
-no token at all, and labels of IGNORED.
+needs fixed shapes, T, N and M are filled up: with dummy sequences at the end (first of [PAD], then
+empty ones) and with labels of IGNORED.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ IGNORED = -100  # label that no loss counts, as in torch's cross_entropy
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch of packed sequences and what is to be predicted from them."""
+    """One micro-batch of packed sequences and their labels."""
 
     input_ids: Tensor  # int64 [T]
     token_type_ids: Tensor  # int64 [T]; 0 in [CLS] A [SEP], 1 in B [SEP]
     position_ids: Tensor  # int64 [T]; restarts at 0 in each sequence
     cu_seqlens: Tensor  # int32 [N + 1]; sequence n is tokens cu_seqlens[n]:cu_seqlens[n + 1]
     masked_positions: Tensor | None = None  # int64 [M]; places in T. None: nothing is masked
-    # By loss: int64 [M] (a label for each masked position) or [N] (one for each sequence).
+    # By loss: int64 [M] (one label per masked position) or [N] (one per sequence).
     # "mlm": ids [M]; "nsp": 0 is next (or in order), 1 is random (or swapped); "label": a class.
     labels: dict[str, Tensor]
-    # By loss, over the real labels: what its sum is divided by. A number, or a sum of weights.
+    # By loss: what its sum is divided by, the number of real labels or the sum of their weights.
     counts: dict[str, float]
-    lengths: tuple[int, ...]  # of the N sequences, for the host
+    lengths: tuple[int, ...]  # of the N sequences, on the host
     max_length: int  # upper bound of `lengths`, the same for all batches of a phase
-    num_tokens: int  # real ones, without filling
+    num_tokens: int  # real ones
     num_sequences: int  # real ones
-    shortfall: int = 0  # tokens that the mask budget allowed and no unit could use
+    shortfall: int = 0  # tokens that the mask budget allowed but no unit could use
 
     @property
     def denominators(self) -> dict[str, float]:
@@ -43,7 +43,7 @@ class Batch:
         return {**self.counts, "tokens": self.num_tokens, "sequences": self.num_sequences}
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; the copy does not block where the memory is pinned."""
+        """The batch on `device`; copies from pinned memory do not block."""
         changed = _convert(vars(self), Tensor, lambda tensor: tensor.to(device, non_blocking=True))
         return replace(self, **changed)
 
@@ -51,8 +51,8 @@ class Batch:
         """The batch in pinned memory; the DataLoader calls this."""
         return replace(self, **_convert(vars(self), Tensor, Tensor.pin_memory))
 
-    # Between processes, tensors travel as arrays. torch would send each as a file in shared memory
-    # through a socket: that takes longer than making the batch, and fails where TMPDIR is long.
+    # Tensors are pickled as arrays. torch would pass each as a shared-memory file through a socket,
+    # which takes longer than making the batch and fails where TMPDIR is long.
     def __getstate__(self) -> dict:
         return _convert(vars(self), Tensor, Tensor.numpy)
 
@@ -73,7 +73,7 @@ class Loss:
 
 
 def _convert(values: dict, kind: type, change: Callable) -> dict:
-    """`values`, and those of dictionaries in it: each of `kind` changed, the others as they are."""
+    """`values` with `change` applied to each of `kind`, also in dictionaries inside."""
     converted = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""From options to a `PretrainingRun`: every check that can be made before step 1 is made here.
+"""From options to a `PretrainingRun`, with every check that is possible before step 1.
 
 Order: values, device, run folder, text files, tokenizer and model (their configs first), corpus,
-plan. What costs little and fails often comes first; text is tokenized once everything else fits.
+plan. Cheap checks that often fail come first; text is tokenized once everything else fits.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ from pretrain.data.sources import read_lines
 from pretrain.data.tokenizer import Vocabulary
 from pretrain.errors import UserError, check, option_named
 from pretrain.evaluate import make_validation_set
-from pretrain.files import hold, sha256_of
+from pretrain.files import lock, sha256_of
 from pretrain.inputs import open_text, prepare_tokenizer
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
@@ -44,22 +44,22 @@ from pretrain.runtime.memory import explained, micro_batch_fits
 from pretrain.runtime.optim import autocast, choose_precision
 from pretrain.runtime.sharding import place
 
-MIN_FITTING_SHARE = 0.8  # of the entities; a line reports less
-SAMPLED_MICRO_BATCHES = 20  # that are searched for entities
-SHAPE_MULTIPLE = 32  # of tokens, where a micro-batch is not filled to its limits
+MIN_FITTING_SHARE = 0.8  # of the entities; below this, a warning is printed
+SAMPLED_MICRO_BATCHES = 20  # to count entities in
+SHAPE_MULTIPLE = 32  # tokens; micro-batches without fixed shapes are filled up to this multiple
 
 
 @explained("--micro-batch-size", "--workers")
 def build(config: Config) -> PretrainingRun:
     """Check everything, prepare tokenizer and corpus, make the model, try a full micro-batch.
 
-    UserError names what does not fit."""
+    UserError for whatever does not fit."""
     check(validate(config))
     with option_named("--device"):
         world, device = start(config.device)
     output = run_folder(config.output)
     if config.output and world.is_main:
-        hold(output)
+        lock(output)
     checkpoint, saved = resume_point(output, config, PRETRAINING_FORM, world)
     config = plan.drop_old_end(config, saved)
     precision = decide_precision(config, saved, device)
@@ -89,9 +89,11 @@ def build(config: Config) -> PretrainingRun:
 
     while True:
         datasets = [PretrainingDataset(training, task) for task in plan.make_tasks(config, size)]
-        epoch = saved.get("steps_per_epoch") or plan.count_epoch(datasets, config)
+        epoch = saved.get("steps_per_epoch")
+        if not epoch:  # the first length counts, but every phase is checked
+            epoch = [plan.count_epoch(dataset, config) for dataset in datasets][0]
         total_steps = plan.count_steps(config, saved, epoch)
-        ends = phase_ends(config, total_steps)  # a UserError if a phase has no step
+        ends = phase_ends(config, total_steps)  # UserError if a phase has no steps
         phases = []
         for dataset in datasets:
             collator = Collator(dataset.task, vocabulary, masks, fill, SHAPE_MULTIPLE)
@@ -103,7 +105,7 @@ def build(config: Config) -> PretrainingRun:
         _report_long_entities(config, phases, vocabulary)
     torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # the log shows the peak of the steps alone
+        torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
 
     data = TrainData(
         [(phase.dataset, phase.collator) for phase in phases],
@@ -128,7 +130,7 @@ def build(config: Config) -> PretrainingRun:
         phase_ends=ends,
         eval_every=plan.steps_between(config.eval_every, epoch, auto=tenth),
         save_every=plan.steps_between(config.save_every, epoch, auto=tenth),
-        compile=_decides_to_compile(config, model),
+        compile=_should_compile(config, model),
         checkpoint=checkpoint,
         saved=saved,
         phases=phases,
@@ -144,30 +146,30 @@ def build(config: Config) -> PretrainingRun:
 
 
 def decide_precision(config, saved: dict, device: torch.device) -> str:
-    """The precision of the run; a resumed run keeps its own unless another is asked for."""
+    """The precision of the run; a resumed run keeps its own unless the option changed."""
     before = saved.get("precision")
     is_same = saved and config.precision == saved["options"]["precision"]
     with option_named("--precision"):
         precision = choose_precision(before if is_same else config.precision, device)
     if saved and precision != before:
         print(
-            f"the run continues in {precision}; it was in {before}, so its numbers differ from "
+            f"the run resumes in {precision} instead of {before}, so its numbers will differ from "
             "those of an uninterrupted run"
         )
     return precision
 
 
-def _decides_to_compile(config, model: PackedModel) -> bool:
+def _should_compile(config, model: PackedModel) -> bool:
     if config.compile != "auto":
         return config.compile == "on"
     is_compiled = model.attention == VARLEN and not config.shard
-    if is_compiled:  # what cannot be compiled runs as it is written
+    if is_compiled:  # what cannot be compiled runs in eager mode
         torch._dynamo.config.suppress_errors = True
     return is_compiled
 
 
 def set_up_model(model: PackedModel, config: Config, device: torch.device, precision: str) -> None:
-    """Choose attention and losses, and what is recomputed in the backward pass."""
+    """Choose attention, losses and gradient checkpointing."""
     model.attention = choose_attention(device, precision)
     model.use_pairs(config.nsp_weight if OBJECTIVES[config.objective] else None)
     if config.gradient_checkpointing:
@@ -175,7 +177,7 @@ def set_up_model(model: PackedModel, config: Config, device: torch.device, preci
 
 
 def enable_gradient_checkpointing(model: PackedModel) -> None:
-    """By the newer of two names, if this version of transformers has it."""
+    """Call transformers' method, which was renamed."""
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)()
 
@@ -184,28 +186,36 @@ def _make_phase(
     config: Config, dataset: PretrainingDataset, collator: Collator, text: Corpus | None
 ) -> Phase:
     task = dataset.task
-    # As many tokens as in the first phase, but at least one sequence.
+    # As many tokens as a micro-batch of the first phase, but at least one sequence.
     size = config.eval_batch_size or task.micro_batch_size
     size = max(1, size * task.counted_length // task.max_length)
     if text is None:
         return Phase(dataset, collator, None, size)
-    made_of = (text, task.pairs, task.max_length, size, collator.vocabulary, config.eval_tokens)
-    validation = make_validation_set(*made_of, collator.fill, training=dataset.source)
+    validation = make_validation_set(
+        text,
+        task.pairs,
+        task.max_length,
+        size,
+        collator.vocabulary,
+        config.eval_tokens,
+        collator.fill,
+        training=dataset.source,
+    )
     return Phase(dataset, collator, validation, size)
 
 
 def _all_fit(model: PackedModel, phases: list[Phase], context: torch.autocast, shard: bool) -> bool:
     batches = (phase.fullest_batch().to(model.device) for phase in phases)
     fits = all(micro_batch_fits(model, batch, context) for batch in batches)
-    # Sharded weights travel in the trial: the others wait for a process that has no room, and end
-    # when it does.
+    # The trial exchanges sharded weights: if one process runs out of memory, the others wait for
+    # it and end when it does.
     return fits if shard else not any_rank(not fits)
 
 
 def make_masking(
     config: Config, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
 ) -> masking.Masking:
-    """The masks of the options; UserError if the table of similar words has no usable word."""
+    """The masking that the options describe; UserError if no similar word is usable."""
     options = {entry.name: getattr(config, entry.name) for entry in fields(masking.Masking)}
     if config.replace != "similar":
         return masking.Masking(**options | {"similar": None})
@@ -213,7 +223,7 @@ def make_masking(
     space = " " if vocabulary.needs_space else ""
 
     def encode(word: str) -> list[int]:
-        """Ids of a word in running text; none if the tokenizer does not know it."""
+        """Ids of a word in running text; [] if the tokenizer does not know it."""
         ids = backend.encode(space + word, add_special_tokens=False).ids
         return [] if vocabulary.is_special[ids].any() else ids
 
@@ -221,15 +231,16 @@ def make_masking(
         similar = masking.read_similar(read_lines(config.similar), encode)
     shown = typed(config, "similar")
     if similar is None:
-        problem = "has no word with a similar one of as many tokens"
-        raise UserError(f"{shown}: {problem}; expected a word a line and, after tabs, similar ones")
-    found = f"{len(similar.counts):,} words with {similar.counts.sum():,} similar ones"
-    print(f"{shown}: {found} of as many tokens")
+        problem = "no word has a similar word with the same number of tokens"
+        expected = "expected one word per line, then its similar words, separated by tabs"
+        raise UserError(f"{shown}: {problem}; {expected}")
+    found = f"{len(similar.counts):,} words with {similar.counts.sum():,} similar words"
+    print(f"{shown}: {found} of the same number of tokens")
     return masking.Masking(**options | {"similar": similar})
 
 
 def _report_long_entities(config: Config, phases: list[Phase], vocabulary: Vocabulary) -> None:
-    """Print how many entities exceed the budget of their sequence; short documents have many."""
+    """Warn if many entities exceed the budget of their sequence, as in short documents."""
     dataset = min(phases, key=lambda phase: phase.max_length).dataset
     num_entities = num_fitting = 0
     positions = dataset.positions(DataPosition(0, 0, 0), end_epoch=1)
@@ -243,19 +254,19 @@ def _report_long_entities(config: Config, phases: list[Phase], vocabulary: Vocab
         num_entities += int((sizes > 0).sum())
         num_fitting += int(((sizes > 0) & fits).sum())
     if num_fitting < MIN_FITTING_SHARE * num_entities or not num_entities:
-        found = f"{num_fitting:,} of {num_entities:,} entities fit into that share of a sequence"
-        way = "the others are never masked whole. Use a higher budget or longer documents"
-        print(f"{typed(config, 'entity_budget')}: {found}; {way}")
+        found = f"{num_fitting:,} of {num_entities:,} entities fit in that share of a sequence"
+        advice = "the others are never masked whole; use a higher budget or longer documents"
+        print(f"{typed(config, 'entity_budget')}: {found}; {advice}")
 
 
 def _report_added(
     corpus: Corpus, added: dict[int, list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, int]:
-    """Occurrences of each added token in the training text, most frequent first; prints some."""
+    """Count the added tokens in the training text, most frequent first; prints a summary."""
     if not added:
         return {}
     ids = sorted(added)
-    size = ids[-1] + 2  # one more for all ids above
+    size = ids[-1] + 2  # the last one counts all ids above
     counts = np.zeros(size, np.int64)
     for index in range(corpus.num_shards):
         counts += np.bincount(np.minimum(corpus.tokens(index), size - 1), minlength=size)
@@ -265,7 +276,7 @@ def _report_added(
     if never:
         most += f"; {len(never):,} never occur, such as {', '.join(never[:3])}"
     total = f"{len(found):,} added tokens occur {found.total():,} times"
-    print(f"{total}: {most}; all are in added_tokens.tsv")
+    print(f"{total}: {most}; added_tokens.tsv lists all")
     return dict(found.most_common())
 
 
@@ -276,8 +287,9 @@ def make_model(
     vocabulary: Vocabulary,
     added: dict[int, list[int]],
 ) -> PackedModel:
-    """The model: from scratch, from a checkpoint, or of the run to resume; UserError if it does
-    not fit the tokenizer or the lengths."""
+    """The model: from scratch, pretrained, or of the checkpoint to resume.
+
+    UserError if it does not fit the tokenizer, the objective or the lengths."""
     if checkpoint:
         return from_checkpoint(str(checkpoint))[0]
     from_scratch, fresh = config.model in MODEL_SIZES, []
@@ -294,13 +306,13 @@ def make_model(
             model, fresh = from_checkpoint(config.model, settings)
     problems = task_problems(model, config)
     size, rows = vocabulary.size - len(added), model.config.vocab_size
-    # A table that was rounded up is common.
+    # Tables are often padded to a round number of rows.
     if size > rows or (size + 128 <= rows and not from_scratch):
-        problem = f"has {size:,} entries, the model {config.model} {rows:,}"
+        problem = f"has {size:,} entries, but the model {config.model} has {rows:,}"
         option = f"--tokenizer {config.tokenizer or config.model}"
         problems.append(f"{option}: {problem}; expected the model's own tokenizer")
     elif config.tokenizer and not from_scratch:
-        problems += _other_vocabulary(config, tokenizer)
+        problems += _vocabulary_problems(config, tokenizer)
     check(problems)
     if added and not from_scratch:
         model.add_vectors(vocabulary.size, added, config.new_vectors == "mean")
@@ -308,24 +320,24 @@ def make_model(
         if getattr(tokenizer, name) in added:
             setattr(model.config, name, getattr(tokenizer, name))
     if fresh:
-        lacking = f"{config.model} has no {', no '.join(fresh)}"
-        print(f"{lacking}: starting fresh, so the first validation numbers mean nothing")
+        missing = f"{config.model} has no {', no '.join(fresh)}"
+        print(f"{missing}: initialized randomly, so the first validation numbers mean little")
     return model
 
 
 def task_problems(model: PackedModel, config: Config) -> list[str]:
-    """What the model cannot do: the lengths, the objective, or anything as a decoder."""
-    option, pairs = length_option(config), OBJECTIVES[config.objective]
+    """Problems of the model with the lengths and the objective, or that it is a decoder."""
+    option = length_option(config)
     problems = [f"{option} {problem}" for problem in model.length_problems(longest(config))]
-    of_pairs = model.pair_problems(config.objective) if pairs else []
-    problems += [f"--objective {problem}" for problem in of_pairs]
+    if OBJECTIVES[config.objective]:
+        problems += [f"--objective {text}" for text in model.pair_problems(config.objective)]
     if getattr(model.config, "is_decoder", False):
         problems.append(f"--model {config.model}: is a decoder; expected an encoder")
     return problems
 
 
-def _other_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A problem if --tokenizer differs from the model's own tokenizer, if it has one."""
+def _vocabulary_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A problem if the model has a tokenizer of its own, and --tokenizer differs from it."""
     try:
         own = tokenizers.load(config.model, config.lowercase == "on")
     except UserError:

@@ -1,6 +1,6 @@
 """From a command line to options: argparse from a dataclass, `--config FILE`, and exit codes.
 
-Knows nothing of what the options mean (pretrain/config.py does), and imports nothing slow.
+What the options mean is in pretrain/config.py. Nothing here is slow to import.
 """
 
 import argparse
@@ -22,18 +22,18 @@ from pretrain.signals import STOP_SIGNALS, Interrupted
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        """One line instead of the usage of sixty options."""
+        """One line instead of a page of usage."""
         raise UserError(f"{message.removeprefix('argument ')}; --help lists the options")
 
 
 def build_parser(options: type, description: str) -> argparse.ArgumentParser:
     """A parser with an option for each field of the dataclass `options`, in groups.
 
-    What it parses holds only what was typed, no defaults."""
+    Its result has only what was typed, no defaults."""
     parser = _Parser(
         description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
-    config_help = "YAML or JSON file of options; typed ones override it"
+    config_help = "YAML or JSON file of options; the command line overrides it"
     parser.add_argument("--config", metavar="FILE", help=config_help)
     groups, hints = {}, typing.get_type_hints(options)
     for entry in fields(options):
@@ -45,7 +45,7 @@ def build_parser(options: type, description: str) -> argparse.ArgumentParser:
 
 
 def _group_of(options: type, name: str) -> str:
-    """The title of an option: how the docstring of the most general class with it begins."""
+    """The group of an option: the title in the docstring of the most general class with it."""
     kinds = [kind for kind in options.__mro__ if name in getattr(kind, "__dataclass_fields__", ())]
     return kinds[-1].__doc__.partition(":")[0].rstrip(".").lower()
 
@@ -68,24 +68,23 @@ def _add_option(group: argparse._ArgumentGroup, entry: Field, hint: object) -> N
 
 
 def read_command_line(
-    argv: Sequence[str], options: type, description: str, passed_over: type | None = None
+    argv: Sequence[str], options: type, description: str, ignored: type | None = None
 ) -> Callable:
-    """Parse `argv` and the file that its --config names, through the same types and choices.
+    """Parse `argv` and its --config file; returns a function from {name: default} to `options`.
 
-    Returns a function from {name: default} to an instance of `options`. The file overrides these
-    defaults, and what was typed overrides both; an option also overrides the one that it cannot be
-    combined with. The file may also hold options of `passed_over`, which are ignored."""
+    The file overrides these defaults, `argv` overrides both, and an option also overrides the one
+    it cannot be combined with. The file may also have options of `ignored`, without effect."""
     parser = build_parser(options, description)
     typed, from_file = _parse(parser, argv), {}
     path = typed.pop("config", None)
     if path is not None:
         try:
-            values = _known(read_options(path), options, passed_over or options)
+            values = _known(read_options(path), options, ignored or options)
             from_file = _parse(parser, _as_flags(values, options))
         except UserError as error:
             raise UserError(f"--config {path}: {error}") from error
 
-    def with_defaults(defaults: dict | None = None):
+    def with_defaults(defaults: dict | None = None) -> object:
         flags, values = _as_flags(defaults or {}, options), {}
         for layer in (_parse(parser, flags), from_file, typed):
             for entry in fields(options):
@@ -98,13 +97,13 @@ def read_command_line(
     return with_defaults
 
 
-def parse(argv: Sequence[str], options: type, description: str, passed_over: type | None = None):
+def parse(argv: Sequence[str], options: type, description: str, ignored: type | None = None):
     """An instance of the dataclass `options`: its defaults, then --config FILE, then `argv`."""
-    return read_command_line(argv, options, description, passed_over)()
+    return read_command_line(argv, options, description, ignored)()
 
 
 def read_options(path: str | Path) -> dict:
-    """The {option: value} in a YAML or JSON file."""
+    """The {option: value} of a YAML or JSON file."""
     with refusing("cannot be read", "expected YAML or JSON"):
         text = Path(path).read_text(encoding="utf-8")
         if str(path).endswith(".json"):
@@ -116,23 +115,23 @@ def read_options(path: str | Path) -> dict:
     if values is None:  # an empty file
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"holds {type(values).__name__}; expected a mapping of options to values")
+        raise UserError(f"is {type(values).__name__}; expected a mapping of options to values")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _known(values: dict, options: type, passed_over: type) -> dict:
-    """`values` without those of `passed_over` that `options` lacks; UserError for any others."""
+def _known(values: dict, options: type, ignored: type) -> dict:
+    """`values` of `options`; UserError for names that neither it nor `ignored` has."""
     known = {entry.name for entry in fields(options)}
-    unknown = values.keys() - known - {entry.name for entry in fields(passed_over)}
+    unknown = values.keys() - known - {entry.name for entry in fields(ignored)}
     if unknown:
         expected = ", ".join(sorted(known))
-        raise UserError(f"unknown option {', '.join(sorted(unknown))}; expected some of {expected}")
+        raise UserError(f"unknown option {', '.join(sorted(unknown))}; expected one of {expected}")
     return {name: value for name, value in values.items() if name in known}
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict:
     values = vars(parser.parse_args(list(argv)))
-    return {name: tuple(of) if isinstance(of, list) else of for name, of in values.items()}
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
 def _as_flags(values: dict, options: type) -> list[str]:
@@ -151,7 +150,7 @@ def _as_flags(values: dict, options: type) -> list[str]:
 
 
 def as_command(script: str, options: object) -> str:
-    """The command that means `options`: every value that is not its default."""
+    """The command line of `options`: every value that is not its default."""
     changed = {}
     for entry in fields(options):
         value = getattr(options, entry.name)
@@ -163,8 +162,8 @@ def as_command(script: str, options: object) -> str:
 def run_command(
     main: Callable[[Sequence[str]], int | None], argv: Sequence[str], hint: str = ""
 ) -> int:
-    """The exit code of `main(argv)`: 2 and messages for a UserError, 1 and a traceback for another
-    error, 128 + its number for a signal. `hint` says how to continue an interrupted command."""
+    """The exit code of `main(argv)`: 2 with messages for a UserError, 1 with a traceback for other
+    errors, 128 + its number for a signal. `hint` says how to continue an interrupted command."""
     hint = f"; {hint}" if hint else ""
     stops = []
 
@@ -173,7 +172,7 @@ def run_command(
         raise stops[0]
 
     handlers = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
-    sys.stdout.reconfigure(line_buffering=True)  # stays in order with stderr in a log file
+    sys.stdout.reconfigure(line_buffering=True)  # keeps the order with stderr in a log file
     message = ""
     try:
         return main(argv) or 0
@@ -187,7 +186,7 @@ def run_command(
         message = f"{str(stop) or 'interrupted'}{hint}"
         code = 128 + getattr(stop, "number", signal.SIGINT)
     except Exception as error:
-        if stops:  # raised inside an import, say, which made another error of it
+        if stops:  # the library it was raised in may have replaced it
             message, code = str(stops[0]), 128 + stops[0].number
         else:
             traceback.print_exc()
@@ -202,7 +201,7 @@ def run_command(
 
 
 def _free_frames(error: BaseException | None) -> None:
-    """Free what the frames of an error and its causes hold, such as a loader's workers."""
+    """Free what the frames of an error and its causes refer to, such as a loader's workers."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -1,7 +1,7 @@
 """Every option of a run, once: default, help, bounds, and whether a resume may change it.
 
-A command takes the groups that it needs. The docstring of a group begins with its title in --help.
-`validate` returns every problem of the values at once.
+A command combines the groups that it needs. A group's docstring begins with its title in --help.
+`validate` returns all problems with the values at once.
 """
 
 import math
@@ -24,8 +24,8 @@ OBJECTIVES = {"mlm+nsp": "random", "mlm+sop": "swapped", "mlm": None}
 PLAIN_FORMATS = ("sentences", "lines", "text")
 RECORD_FORMATS = ("jsonl", "conll", "csv", "tsv", "parquet", "arrow")
 DEFAULT_LENGTH, MAX_LENGTH = 128, 1 << 16  # tokens in a sequence
-# Of pretrain.py without text. At a rate of 3e-3 with the usual short warm-up some runs stayed at
-# the unigram perplexity; with these, 800 steps reached 0.54 of it.
+# For pretrain.py without text. At a learning rate of 3e-3 with a short warm-up, some runs never got
+# below the unigram perplexity; with these values, 800 steps reached 0.54 times that.
 EMBEDDED_DEFAULTS = {
     "model": "tiny",
     "vocab_size": 4096,
@@ -41,7 +41,7 @@ EMBEDDED_DEFAULTS = {
 }
 
 
-# What a value must be.
+# Bounds of the values.
 
 
 def _phase(text: str) -> tuple[int, float]:
@@ -92,7 +92,7 @@ LANGUAGE = pattern(r"auto|(?!on$|off$)[^\W\d_]{2,3}", "a code such as en, or aut
 INTERVAL = pattern(r"epoch|auto|0*[1-9][0-9]*", "a number of steps above 0, epoch or auto")
 BUDGETS = each(pattern(r"all|[0-9]+", "a number of rows, or all", "N"))
 ASSIGNMENTS = each(pattern(r"[^\W\d]\w*=.*", "KEY=VALUE", "KEY=VALUE"), nargs="*")
-BETA = Rule(lambda beta: 0 <= beta < 1, "numbers from 0 to below 1", metavar="BETA")
+BETA = Rule(lambda beta: 0 <= beta < 1, "numbers of at least 0 and below 1", metavar="BETA")
 BETAS = each(BETA, nargs=2)
 SPLIT = Rule(_is_split, "three shares from 0 to 1 that sum to 1", metavar="SHARE", nargs=3)
 MASK_RATE = Rule(
@@ -119,7 +119,7 @@ class ModelOptions:
     """Model: what is trained."""
 
     model: str = option("base", f"folder or hub name, or a size: {', '.join(MODEL_SIZES)}")
-    config_override: Texts = option((), "fields of its config: hidden_dropout_prob=0", ASSIGNMENTS)
+    config_override: Texts = option((), "change its config: hidden_dropout_prob=0", ASSIGNMENTS)
 
 
 @dataclass(frozen=True)
@@ -127,32 +127,32 @@ class TokenizerOptions:
     """Tokenizer: loaded, or trained on the text."""
 
     tokenizer: str | None = option(None, "folder, vocab.txt or hub name (default: the model's)")
-    vocab_size: int = option(30522, "entries of a trained tokenizer", integer(100, 1 << 20))
-    lowercase: str = option("on", "strip case and accents (trained, or vocab.txt)", ON_OFF)
-    add_tokens: str | None = option(None, "words, one per line, to make single tokens", FILE)
+    vocab_size: int = option(30522, "size of a trained vocabulary", integer(100, 1 << 20))
+    lowercase: str = option("on", "strip case and accents (trained or vocab.txt)", ON_OFF)
+    add_tokens: str | None = option(None, "file of words to add as tokens, one per line", FILE)
     add_special_tokens: Texts = option((), "never split or masked: [name], eos_token=[EOT]", TOKENS)
-    new_vectors: str = option("mean", "of added tokens: mean of their pieces, or random", VECTORS)
+    new_vectors: str = option("mean", "new embeddings: mean of their pieces, or random", VECTORS)
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Text: how it is read, and what is marked in it."""
+    """Text: how to read it, and what to mark in it."""
 
     format: str = option(
         "auto",
-        "sentences: one per line, a blank line between documents; lines: a document per line; "
-        "text: a document per file; conll: a token and its tag per line; else a table",
+        "sentences: one per line, a blank line between documents; lines: one document per line; "
+        "text: one document per file; conll: a token and its tag per line; others: tables",
         FORMAT,
     )
-    text_field: str | None = option(None, "column of the text, a sentence per line", NAME)
+    text_field: str | None = option(None, "text column, one sentence per line", NAME)
     entity_field: str | None = option(None, "column of spans, [start, end] or {start:, end:}", NAME)
     split_sentences: str | None = option(
         None, "cut lines into sentences: en, zh ... or auto", LANGUAGE, nargs="?", const="auto"
     )
-    words: str = option("auto", "what ends words of Chinese text", WORDS)
-    lexicon: str | None = option(None, "terms, one per line, to mark as entities", FILE)
+    words: str = option("auto", "how to find words in Chinese text", WORDS)
+    lexicon: str | None = option(None, "file of terms to mark as entities, one per line", FILE)
     max_documents: int = option(0, "read only the first N documents (0: all)", COUNT_OR_0)
-    cache: str = changeable("runs/.cache", "folder of prepared corpora and trained tokenizers")
+    cache: str = changeable("runs/.cache", "folder for prepared corpora and trained tokenizers")
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,9 @@ class DataOptions(TextOptions):
     """Data: text to train on, and text to validate on."""
 
     train: Texts = option((), "files, folders, globs, hub:NAME[:CONFIG[:SPLIT]], corpus", PATHS)
-    valid: Texts = option((), "validation text (default: a part of --train)", PATHS)
-    valid_fraction: float = option(0.05, "that part of the documents (0: none)", number(0, 0.5))
-    workers: int | None = changeable(None, "processes for batches (default: CPU 0, GPU 2)", WORKERS)
+    valid: Texts = option((), "validation text (default: a share of --train)", PATHS)
+    valid_fraction: float = option(0.05, "that share of the documents (0: none)", number(0, 0.5))
+    workers: int | None = changeable(None, "processes for data (default: CPU 0, GPU 2)", WORKERS)
 
 
 @dataclass(frozen=True)
@@ -172,37 +172,37 @@ class TaskOptions:
     objective: str = option("mlm+nsp", "MLM, with next-sentence or sentence-order pairs", OBJECTIVE)
     nsp_weight: float = option(1.0, "weight of the NSP or SOP loss in the sum", NOT_NEGATIVE)
     masking: str = option("token", "what is masked as a whole", MASKING)
-    mask_rate: Numbers = option((0.15,), "share to predict; two: from first to second", MASK_RATE)
+    mask_rate: Numbers = option((0.15,), "share to predict; two: linear schedule", MASK_RATE)
     mask_split: Numbers = option((0.8, 0.1, 0.1), "shares of [MASK], random, unchanged", SPLIT)
-    entity_probability: float = option(0.5, "chance of each entity to be masked", SHARE)
-    entity_budget: float = option(0.2, "share of a sequence that entities may take", SHARE)
-    entity_fill: str = option("word", "what fills up to --mask-rate beside entities", FILL)
-    replace: str = option("mask", "masked tokens become [MASK], or a similar word", REPLACE)
-    similar: str | None = option(None, "a word per line and, after tabs, similar ones", FILE)
+    entity_probability: float = option(0.5, "chance that an entity is masked", SHARE)
+    entity_budget: float = option(0.2, "maximum share of a sequence to mask as entities", SHARE)
+    entity_fill: str = option("word", "what to mask besides entities, up to --mask-rate", FILL)
+    replace: str = option("mask", "masked tokens become [MASK] or a similar word", REPLACE)
+    similar: str | None = option(None, "tab-separated file: a word, then similar words", FILE)
     max_length: int | None = option(
-        None, f"tokens in a sequence, special ones included (default: {DEFAULT_LENGTH})", LENGTH
+        None, f"tokens per sequence, including special ones (default: {DEFAULT_LENGTH})", LENGTH
     )
-    phases: Texts = option((), "lengths for shares of the steps", PHASES, excludes="max_length")
+    phases: Texts = option((), "lengths, each for a share of steps", PHASES, excludes="max_length")
 
 
 @dataclass(frozen=True)
 class OptimizationOptions:
     """Optimization: how the weights change."""
 
-    batch_size: int = option(256, "sequences of an optimizer step, over all processes", COUNT)
-    micro_batch_size: int | None = option(None, "sequences at once (default: what fits)", COUNT)
+    batch_size: int = option(256, "sequences per optimizer step, over all processes", COUNT)
+    micro_batch_size: int | None = option(None, "sequences per pass (default: what fits)", COUNT)
     epochs: float = changeable(3.0, "passes over the text, if --max-steps is 0", POSITIVE)
     max_steps: int = changeable(0, "optimizer steps of the run (0: from --epochs)", COUNT_OR_0)
-    optimizer: str = option("adamw", "muon: for matrices of the encoder, else AdamW", OPTIMIZER)
+    optimizer: str = option("adamw", "muon: for the encoder's matrices, else AdamW", OPTIMIZER)
     learning_rate: float = option(1e-4, "peak learning rate, for either optimizer", POSITIVE)
-    weight_decay: float = option(0.01, "weight decay, of matrices only (0: off)", NOT_NEGATIVE)
+    weight_decay: float = option(0.01, "weight decay, on matrices only (0: off)", NOT_NEGATIVE)
     adam_betas: Numbers = option((0.9, 0.999), "betas of AdamW", BETAS)
     adam_epsilon: float = option(1e-6, "epsilon of AdamW", POSITIVE)
-    warmup: float = option(0.06, "a share of the run if below 1, else steps", NOT_NEGATIVE)
-    schedule: str = option("linear", "of the rate after warm-up", SCHEDULE)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm (0: off)", NOT_NEGATIVE)
+    warmup: float = option(0.06, "share of the run if below 1, else steps", NOT_NEGATIVE)
+    schedule: str = option("linear", "learning rate after warm-up", SCHEDULE)
+    max_grad_norm: float = option(1.0, "clip gradients to this norm (0: off)", NOT_NEGATIVE)
     patience: int = changeable(0, "stop after N evaluations without gain (0: off)", COUNT_OR_0)
-    seed: int = option(0, "seed of weights, dropout, pairs and masks", SEED)
+    seed: int = option(0, "seed for weights, dropout, pairs and masks", SEED)
 
 
 @dataclass(frozen=True)
@@ -210,20 +210,20 @@ class DeviceOptions:
     """Device: where to compute, and how."""
 
     device: str = changeable("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
-    precision: str = changeable("auto", "auto: bf16 if the device is fast at it", PRECISION)
+    precision: str = changeable("auto", "auto: bf16 if it is fast on the device", PRECISION)
 
 
 @dataclass(frozen=True)
 class MachineOptions(DeviceOptions):
-    """Device: what training needs besides."""
+    """Device: more options for training."""
 
     compile: str = changeable("auto", "torch.compile; auto: on a GPU in bf16 or fp16", AUTO_ON_OFF)
-    gradient_checkpointing: bool = changeable(False, "less memory, about a third more time")
+    gradient_checkpointing: bool = changeable(False, "saves memory, takes about a third longer")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Run: its folder, and what happens every so many steps."""
+    """Run: its folder, and what happens how often."""
 
     output: str | None = changeable(None, "run folder (default: runs/DATE-TIME)")
     resume: bool = changeable(False, "continue the run in --output from its newest checkpoint")
@@ -247,18 +247,18 @@ class Config(
 ):
     """Run: all options of pretrain.py."""
 
-    eval_tokens: int = option(200_000, "validation tokens that an evaluation reads at most", COUNT)
-    eval_batch_size: int = option(0, "sequences of its micro-batches (0: as --train)", COUNT_OR_0)
-    shard: bool = changeable(False, "split the weights among the processes (FSDP2)")
+    eval_tokens: int = option(200_000, "maximum validation tokens per evaluation", COUNT)
+    eval_batch_size: int = option(0, "evaluation micro-batch size (0: as in training)", COUNT_OR_0)
+    shard: bool = changeable(False, "shard the weights across processes (FSDP2)")
 
 
 @dataclass(frozen=True)
 class ColumnOptions:
-    """Rows: where their text and their label are."""
+    """Rows: where to find text and labels."""
 
-    text_field: str | None = option(None, "column of the text (default: text, or the only)", NAME)
-    text_pair_field: str | None = option(None, "column of a second text to read with it", NAME)
-    label_field: str = option("label", "column of the labels, names or whole numbers", NAME)
+    text_field: str | None = option(None, "text column (default: text, or the only one)", NAME)
+    text_pair_field: str | None = option(None, "column of a second text to pair with it", NAME)
+    label_field: str = option("label", "label column, names or whole numbers", NAME)
 
 
 @dataclass(frozen=True)
@@ -266,8 +266,8 @@ class LabelOptions(ColumnOptions):
     """Rows: CSV, TSV, JSONL or Parquet files with labels."""
 
     train: Texts = option((), "labeled rows to train on", FILES, required=True)
-    valid: Texts = option((), "labeled rows to choose the model by", FILES, required=True)
-    test: Texts = option((), "labeled rows to test it on (default: none)", FILES)
+    valid: Texts = option((), "labeled rows to select the model with", FILES, required=True)
+    test: Texts = option((), "labeled rows to test on (default: none)", FILES)
 
 
 @dataclass(frozen=True)
@@ -275,19 +275,19 @@ class FinetuneOptions(RunOptions, MachineOptions, OptimizationOptions, LabelOpti
     """Fine-tuning: all options of finetune.py."""
 
     model: str | None = option(None, "encoder: a folder or a hub name", required=True)
-    label_budget: int = option(0, "train on N rows, classes in proportion (0: all)", COUNT_OR_0)
-    max_length: int | None = option(None, "tokens in an example (default: at most 512)", LENGTH)
-    batch_size: int = option(32, "examples in an optimizer step", COUNT)
-    micro_batch_size: int | None = option(None, "examples processed at once", COUNT)
+    label_budget: int = option(0, "train on N rows, in class proportion (0: all)", COUNT_OR_0)
+    max_length: int | None = option(None, "tokens per example (default: at most 512)", LENGTH)
+    batch_size: int = option(32, "examples per optimizer step", COUNT)
+    micro_batch_size: int | None = option(None, "examples per pass", COUNT)
     epochs: float = changeable(10.0, "passes over the rows, if --max-steps is 0", POSITIVE)
     learning_rate: float = option(5e-5, "peak learning rate, for either optimizer", POSITIVE)
     patience: int = changeable(3, "stop after N evaluations without gain (0: off)", COUNT_OR_0)
-    metric: str = option("macro_f1", "score that chooses the best model", METRIC)
+    metric: str = option("macro_f1", "score that selects the best model", METRIC)
     class_weights: str = option("none", "balanced: all classes weigh the same", CLASS_WEIGHTS)
-    seed: int = option(0, "seed of head, dropout, order and choice of the rows", SEED)
-    output: str | None = changeable(None, "folder of the result (default: runs/finetune-DATE-TIME)")
+    seed: int = option(0, "seed for head, dropout, row order and sampling", SEED)
+    output: str | None = changeable(None, "run folder (default: runs/finetune-DATE-TIME)")
     eval_every: str = changeable("epoch", "steps between evaluations: N, epoch or auto", INTERVAL)
-    save_every: str = changeable("auto", "N, epoch, or auto: only when it is stopped", INTERVAL)
+    save_every: str = changeable("auto", "N, epoch, or auto: only when stopped", INTERVAL)
     keep: int = changeable(1, "number of newest checkpoints to keep", COUNT)
     save_model: bool = changeable(True, "keep the model, not only scores and predictions")
 
@@ -297,7 +297,7 @@ class AdaptOptions(LabelOptions):
     """Experiment: all options of adapt.py."""
 
     model: str | None = option(None, "encoder: a folder or a hub name", required=True)
-    text: Texts = option((), "text of the domain to pretrain on", PATHS, required=True)
+    text: Texts = option((), "domain text to pretrain on", PATHS, required=True)
     control: Texts = option((), "text of another domain, for comparison", PATHS)
     test: Texts = option((), "labeled rows to compare on", FILES, required=True)
     task_text: bool = option(False, "also pretrain on the texts of --train")
@@ -306,27 +306,27 @@ class AdaptOptions(LabelOptions):
     pretrain: str = changeable("", "options of pretrain.py, in quotes", metavar="OPTIONS")
     finetune: str = changeable("", "options of finetune.py, in quotes", metavar="OPTIONS")
     output: str = changeable("runs/adapt", "folder of the experiment, where it resumes")
-    overwrite: bool = changeable(False, "start the experiment in --output anew")
+    overwrite: bool = changeable(False, "start the experiment in --output over")
 
 
-# What follows from the options.
+# Derived from the options.
 
 
 def phase_lengths(config: TaskOptions) -> list[tuple[int, float]]:
-    """(tokens in a sequence, share of the optimizer steps) of each phase; one without --phases.
+    """(tokens per sequence, share of the optimizer steps) of each phase; one without --phases.
 
-    Batches are counted in sequences of the first phase's length: a micro-batch and a step have as
-    many tokens in every phase."""
+    Batch sizes count sequences of the first phase's length, so a micro-batch and a step have the
+    same number of tokens in every phase."""
     return [_phase(text) for text in config.phases] or [(config.max_length or DEFAULT_LENGTH, 1.0)]
 
 
 def longest(config: TaskOptions) -> int:
-    """Tokens in a sequence of the longest phase."""
+    """Tokens per sequence in the longest phase."""
     return max(length for length, _ in phase_lengths(config))
 
 
-def least_micro_batch_size(config: TaskOptions) -> int:
-    """Sequences of the first length that make room for one of the longest."""
+def min_micro_batch_size(config: TaskOptions) -> int:
+    """Sequences of the first length with as many tokens as one of the longest."""
     return -(-longest(config) // phase_lengths(config)[0][0])
 
 
@@ -336,15 +336,15 @@ def length_option(config: TaskOptions) -> str:
 
 
 def phase_ends(config: TaskOptions, total_steps: int) -> list[int]:
-    """The step after which each phase ends; UserError if a phase would get no step."""
+    """The last step of each phase; UserError if a phase would get no steps."""
     shares = accumulate(share for _, share in phase_lengths(config))
     ends = [round(total_steps * share) for share in shares]
     ends[-1] = total_steps
     steps = [end - begin for begin, end in zip([0, *ends], ends)]
     if min(steps) < 1:
-        problem = f"{typed(config, 'phases')}: of {total_steps} steps they get {steps}"
-        ways = "change the shares, --max-steps or --epochs"
-        raise UserError(f"{problem}; expected at least one each: {ways}")
+        problem = f"{typed(config, 'phases')}: {total_steps} steps are split into {steps}"
+        advice = "change the shares, --max-steps or --epochs"
+        raise UserError(f"{problem}; expected at least one per phase: {advice}")
     return ends
 
 
@@ -354,7 +354,7 @@ def may_change(options: type) -> set[str]:
 
 
 def typed(options: object, *names: str) -> str:
-    """Options and their values, as on a command line."""
+    """Options and their values as typed on a command line."""
     words = []
     for name in names:
         value = getattr(options, name)
@@ -367,7 +367,7 @@ def typed(options: object, *names: str) -> str:
 
 
 def missing(options: object) -> list[str]:
-    """A problem for each option that the command cannot do without."""
+    """A problem for each required option that is not given."""
     problems = []
     for entry in fields(options):
         if entry.metadata["required"] and not getattr(options, entry.name):
@@ -378,7 +378,7 @@ def missing(options: object) -> list[str]:
 
 
 def validate(options: object) -> list[str]:
-    """Every problem of the values that shows without looking at a file."""
+    """All problems with the values that can be found without opening a file."""
     problems = []
     for entry in fields(options):
         value, form = getattr(options, entry.name), entry.metadata["form"]
@@ -390,11 +390,11 @@ def validate(options: object) -> list[str]:
         if other and getattr(options, other) != getattr(type(options), other):
             pair = typed(options, entry.name, other)
             problems.append(f"{pair}: cannot be combined; expected one of them")
-    return problems + _problems_together(options)
+    return problems + _conflicts(options)
 
 
-def _problems_together(options: object) -> list[str]:
-    """Values that do not fit each other. A command has some of the options; others are None."""
+def _conflicts(options: object) -> list[str]:
+    """Problems of values with each other. Options that the command lacks count as None."""
     problems = []
     value = {entry.name: getattr(options, entry.name) for entry in fields(options)}.get
 
@@ -405,15 +405,15 @@ def _problems_together(options: object) -> list[str]:
     if batch > 0 and micro > 0 and batch % micro:
         expected = f"expected a divisor, such as {math.gcd(batch, micro)}"
         refuse(f"does not divide evenly; {expected}", "batch_size", "micro_batch_size")
-    if micro > 0 and phases and PHASES.holds(phases) and micro < least_micro_batch_size(options):
-        expected = f"expected at least {least_micro_batch_size(options)}"
-        refuse(f"no room for the longest; {expected}", "micro_batch_size", "phases")
+    if micro > 0 and phases and PHASES.holds(phases) and micro < min_micro_batch_size(options):
+        expected = f"expected at least {min_micro_batch_size(options)}"
+        refuse(f"no room for the longest sequence; {expected}", "micro_batch_size", "phases")
     masking, similar, replaces = value("masking"), value("similar"), value("replace") == "similar"
     if replaces and not (similar and masking != "token"):
-        expected = f"--similar FILE, and --masking word, span or entity, not {masking}"
+        expected = f"--similar FILE and --masking word, span or entity, not {masking}"
         refuse(f"expected {expected}", "replace")
     if similar and not replaces:
-        refuse("expected --replace similar with it", "similar")
+        refuse("has no effect; expected --replace similar", "similar")
     for name in ("lexicon", "entity_field"):
         if value(name) and masking not in (None, "entity"):
             refuse(f"expected --masking entity, not {masking}", name)

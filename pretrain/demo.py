@@ -1,7 +1,7 @@
-"""The embedded demo: English that every Python installation has, and a run that fits the machine.
+"""The embedded demo: English text that comes with Python, and a run sized to the machine.
 
 The text is the language reference (`pydoc_data.topics`) and the docstrings of the standard library,
-cut into sentences at full stops: a document for each topic and for each module.
+split into sentences at periods: one document per topic and per module.
 """
 
 import ast
@@ -26,7 +26,7 @@ from pretrain.runtime.distributed import gather
 from pretrain.runtime.optim import autocast, make_optimizers
 from pretrain.train import train_step
 
-TRAINING_SECONDS = 110.0  # of three minutes; the rest is start, preparation, evaluation, saving
+TRAINING_SECONDS = 110.0  # of three minutes; start, preparation, evaluation, saving take the rest
 MIN_STEPS, MAX_STEPS = 100, 4000
 TIMED_STEPS = 4
 MAX_MODULE_BYTES = 1 << 20
@@ -34,7 +34,7 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test"}
 
 
 def write_text(cache: Path) -> Path:
-    """The text as a file in the `sentences` format; written once for each version of Python."""
+    """The text as a file in the `sentences` format, written once per version of Python."""
     path = cache / f"python-docs-{platform.python_version()}.txt"
     if not path.is_file():
         print("collecting the embedded text: Python's language reference and docstrings")
@@ -66,7 +66,7 @@ def _docstrings(file: Path) -> list[str]:
 
 
 def _sentences(text: str) -> list[str]:
-    """Sentences of prose: paragraphs joined, cut after full stops; lines without letters go."""
+    """Sentences of paragraphs, split after periods; those without a word are dropped."""
     sentences = []
     for paragraph in re.split(r"\n\s*\n", text):
         sentences += re.split(r"(?<=[.!?:]) +(?=[A-Z\"'(])", " ".join(paragraph.split()))
@@ -74,8 +74,7 @@ def _sentences(text: str) -> list[str]:
 
 
 def fit_to_machine(config: Config) -> Config:
-    """Choose precision, threads and number of steps from a few timed steps, so that training takes
-    TRAINING_SECONDS. Sets the number of threads.
+    """Time a few steps to choose precision, threads (set here) and steps for TRAINING_SECONDS.
 
     On a busy machine one thread is often faster than several, which wait for each other."""
     run = build(config)
@@ -83,9 +82,9 @@ def fit_to_machine(config: Config) -> Config:
     if run.device.type == "cpu":  # on a GPU the precision decides the attention
         precisions |= {"fp32"} if config.precision == "auto" else set()
         threads |= {1}
-    ways = product(sorted(precisions), sorted(threads))
-    times = {way: _seconds_per_step(run, *way) for way in ways}
-    times = gather(times)[0]  # every process decides the same
+    candidates = product(sorted(precisions), sorted(threads))
+    times = {candidate: _seconds_per_step(run, *candidate) for candidate in candidates}
+    times = gather(times)[0]  # so that every process chooses the same
     for (precision, threads), value in times.items():
         print(f"a step takes {1000 * value:.0f} ms in {precision} on {threads} threads")
     precision, threads = min(times, key=times.get)

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and what turns other errors into them."""
+"""Errors that a user can fix, and helpers that turn other errors into them."""
 
 import contextlib
 import importlib
@@ -10,11 +10,11 @@ PACKAGES = {"sklearn": "scikit-learn"}  # module -> package, where more than "_"
 
 
 class UserError(ValueError):
-    """A problem that the user can fix: printed as messages without a traceback, exit code 2."""
+    """A problem that the user can fix: printed without a traceback, exit code 2."""
 
 
 def check(problems: list[str]) -> None:
-    """Raise one UserError with all `problems`, a line each; of very many, the first."""
+    """Raise one UserError with all `problems`, one per line, up to SHOWN_PROBLEMS."""
     lines, more = problems[:SHOWN_PROBLEMS], len(problems) - SHOWN_PROBLEMS
     if more > 0:
         lines.append(f"and {more:,} more problems")
@@ -24,7 +24,7 @@ def check(problems: list[str]) -> None:
 
 @contextlib.contextmanager
 def option_named(option: str) -> Iterator[None]:
-    """Put `option` before each line of a UserError raised inside that does not name one yet."""
+    """Put `option` before each line of a UserError raised inside, unless it names one already."""
     try:
         yield
     except UserError as error:
@@ -37,8 +37,8 @@ def option_named(option: str) -> Iterator[None]:
 def refusing(message: str, expected: str) -> Iterator[None]:
     """Turn whatever a library raises inside into a UserError "`message` (...); `expected`".
 
-    Of every kind: transformers raises dozens, from OSError to KeyError, and a panic of Rust code
-    is not an Exception."""
+    transformers raises dozens of types, from OSError to KeyError, and a Rust panic is not an
+    Exception."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -48,7 +48,7 @@ def refusing(message: str, expected: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """A library's error in short: its class and first sentence, without the advice that follows."""
+    """A library's error in brief: its class and first sentence, without advice."""
     sentence = str(error).strip().split("\n")[0].split(". ")[0]
     return f"{type(error).__name__}: {sentence[:200]}"
 
@@ -60,5 +60,5 @@ def require(module: str, what: str) -> types.ModuleType:
     except ImportError as error:
         name = module.partition(".")[0]
         package = PACKAGES.get(name, name.replace("_", "-"))
-        way = f"install it with: pip install {package}"
-        raise UserError(f"{what}: needs the package {package}; {way}") from error
+        advice = f"install it with: pip install {package}"
+        raise UserError(f"{what}: needs the package {package}; {advice}") from error

@@ -1,8 +1,8 @@
 """Numbers on a validation set: perplexity, MLM and NSP accuracy, sample predictions.
 
 The batches of a validation set are made once, with masks that no training option changes (tokens,
-rate 0.15, 80/10/10, a seed of their own). So perplexities of the same text, tokenizer, objective
-and length compare, between runs and with scripts/evaluate.py.
+rate 0.15, 80/10/10, a fixed seed). Perplexities on the same text with the same tokenizer, objective
+and length are therefore comparable between runs and with scripts/evaluate.py.
 """
 
 import contextlib
@@ -48,25 +48,23 @@ def make_validation_set(
     fill: bool = False,
     training: Corpus | None = None,
 ) -> ValidationSet:
-    """Batches over the documents with the lowest hashes, of at most `max_tokens` tokens.
+    """Batches of the documents with the lowest hashes, at most `max_tokens` tokens.
 
     The same text gives the same sequences, whatever the micro-batch size."""
     task = Task(pairs, max_length, micro_batch_size, MASK_RATE, SEED)
     shard, collator = corpus.select(max_tokens), Collator(task, vocabulary, MASKING, fill)
     plan = make_plan(shard, np.arange(len(shard.hashes)), task, key(SEED))
-    fitting = int(np.searchsorted(np.cumsum(plan.lengths), max_tokens, side="right"))
-    plan = plan.take(slice(0, max(1, fitting)))
-    parts = pairwise(micro_batch_bounds(plan, task))
-    batches = [collator(Examples(shard, plan.take(slice(*part)))) for part in parts]
+    num_fitting = int(np.searchsorted(np.cumsum(plan.lengths), max_tokens, side="right"))
+    plan = plan.take(slice(0, max(1, num_fitting)))
+    bounds = pairwise(micro_batch_bounds(plan, task))
+    batches = [collator(Examples(shard, plan.take(slice(*pair)))) for pair in bounds]
     unigram = training and unigram_perplexity(training, batches, vocabulary.size)
     return ValidationSet(batches, unigram)
 
 
 def unigram_perplexity(corpus: Corpus, batches: list[Batch], vocab_size: int) -> float:
-    """Perplexity at masked positions of guessing by the frequencies in the corpus's first shard.
-
-    Each token counts once more than it occurs."""
-    counts = 1.0 + np.bincount(corpus.tokens(0), minlength=vocab_size)
+    """Perplexity of guessing masked tokens by their frequencies in the first shard."""
+    counts = 1.0 + np.bincount(corpus.tokens(0), minlength=vocab_size)  # 1: none is impossible
     labels = np.concatenate([batch.labels["mlm"].numpy() for batch in batches])
     shares = counts[labels[labels != IGNORED]] / counts.sum()
     return float(np.exp(-np.log(shares).mean()))
@@ -81,16 +79,16 @@ def evaluate(
     world: World = World(),
     stop: Callable[[], int] = lambda: 0,
 ) -> dict[str, float] | None:
-    """Means named as `LossTotals.means` names them, and unigram_perplexity.
+    """Means as in `LossTotals.means`, and unigram_perplexity. Draws no random numbers.
 
-    Draws no random number. None if `stop`, which all processes call before each batch, ends it."""
+    None if `stop`, which all processes call before each batch, returns a signal."""
     batches, totals = validation.batches, LossTotals()
     with evaluation_mode(model), precision:
         for start in range(0, len(batches), world.size):
             if stop():
                 return None
             number = start + world.rank
-            # A sharded model needs every process each time; a surplus one counts for nothing.
+            # All processes must take part if the model is sharded; repeated batches do not count.
             batch = batches[min(number, len(batches) - 1)]
             losses = LossTotals.of(model(batch.to(device)), batch.denominators)
             totals += losses if number < len(batches) else losses.where(False)
@@ -104,7 +102,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout is off inside."""
+    """Turn dropout off inside the block."""
     was_training = model.training
     model.eval()
     try:
@@ -121,7 +119,7 @@ def sample_predictions(
     device: torch.device,
     precision: torch.autocast,
 ) -> str:
-    """Markdown: a few sequences with their masks, and the likeliest tokens for each of them."""
+    """Markdown: a few sequences with their masks, and the most likely tokens for each mask."""
     batch = validation.batches[0]
     with evaluation_mode(model), precision:
         on_device = batch.to(device)
@@ -137,10 +135,10 @@ def sample_predictions(
             if start <= position < end:
                 guesses = zip(name(ids[index].tolist()), shares[index].tolist())
                 predicted = ", ".join(f"{token} {share:.2f}" for token, share in guesses)
-                place, right = position - start, name(int(batch.labels["mlm"][index]))
-                rows.append([place, tokens[place], right, predicted])
+                place, label = position - start, name(int(batch.labels["mlm"][index]))
+                rows.append([place, tokens[place], label, predicted])
                 tokens[place] = f"**{tokens[place]}**"
         text = " ".join(tokens).replace(" ##", "").replace("|", "\\|")
-        table = markdown_table(["place", "read", "right", "predicted"], rows)
+        table = markdown_table(["position", "input", "label", "predicted"], rows)
         paragraphs.append(f"{text}\n\n{table}")
     return "\n\n".join(paragraphs)

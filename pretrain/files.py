@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks on folders, hashes, and JSON and Markdown in files."""
+"""Files that are whole or absent, locks on folders, hashes, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _held: dict[Path, TextIO] = {}  # by folder: the locks of this process
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file or a folder beside `path`, and rename it to `path` once whole."""
+    """Let `write` make a file or folder next to `path`, then rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -55,18 +55,18 @@ def read_json(path: Path, form: Form | None = None, expected: str = "a JSON obje
     return content
 
 
-def hold(folder: Path, wait: bool = False) -> None:
-    """Lock `folder` until `let_go` or the end of this process; others wait or get a UserError.
+def lock(folder: Path, wait: bool = False) -> None:
+    """Lock `folder` until `unlock` or the end of this process; others wait or get a UserError.
 
-    A POSIX record lock on a file beside the folder: it ends with the process however that ends,
-    and forked workers do not share it (flock, as the package filelock uses it, would survive)."""
+    A POSIX record lock on a file next to the folder: it ends with the process, and forked workers
+    do not inherit it (they would inherit flock, which the filelock package uses)."""
     folder = Path(os.path.realpath(folder))  # links to one folder share its lock
     if folder in _held:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
     if not path.exists() and not os.access(folder.parent, os.W_OK):
-        path = folder / ".lock"  # of a volume mounted into a container, for example
+        path = folder / ".lock"  # a volume mounted into a container, for example
     handle = path.open("a+")
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -79,15 +79,15 @@ def hold(folder: Path, wait: bool = False) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        print(f"{folder}: its file system has no locks, so a second process is not kept out")
+        print(f"{folder}: its file system has no locks; do not start a second process in it")
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {os.uname().nodename}")
     handle.flush()
     _held[folder] = handle
 
 
-def let_go(folder: Path) -> None:
-    """Release the lock that `hold` took."""
+def unlock(folder: Path) -> None:
+    """Release the lock that `lock` took."""
     handle = _held.pop(Path(os.path.realpath(folder)), None)
     if handle:
         handle.close()
@@ -95,19 +95,19 @@ def let_go(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` while something is made in it; UserError for a full or read-only disk."""
+    """Lock `folder` inside the block; UserError for a full or read-only disk."""
     try:
-        hold(folder, wait=True)
+        lock(folder, wait=True)
         yield
     except OSError as error:
         problem = f"cannot be written ({error}); expected free space and permission to write"
         raise UserError(f"{folder}: {problem}") from error
     finally:
-        let_go(folder)
+        unlock(folder)
 
 
 def model_folder(name: str) -> str:
-    """The model in a run folder: its `final`, else its `best`; any other name as it is."""
+    """The model in a run folder: `final`, else `best`; any other name is returned as it is."""
     for part in ("final", "best"):
         if Path(name, part).is_dir():
             return str(Path(name, part))
@@ -115,7 +115,7 @@ def model_folder(name: str) -> str:
 
 
 def markdown_table(header: list[object], rows: Iterable[list[object]]) -> str:
-    """A table in Markdown; bars in cells are escaped."""
+    """A table in Markdown; pipes in cells are escaped."""
     lines = []
     for row in [header, *rows]:
         cells = [str(cell).replace("|", "\\|") for cell in row]
@@ -125,16 +125,16 @@ def markdown_table(header: list[object], rows: Iterable[list[object]]) -> str:
 
 
 def key_of(content: object) -> str:
-    """16 hexadecimal digits that identify `content`, which must be JSON."""
+    """16 hexadecimal digits that identify `content`, a JSON value."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise"):  # a read that follows then comes from the disk
+        if hasattr(os, "posix_fadvise"):  # so that the next read comes from disk
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

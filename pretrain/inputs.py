@@ -1,6 +1,6 @@
 """From paths to text to train on: files checked, tokenizer loaded or trained, corpora prepared.
 
-The first process checks and prepares; the others wait and open what it has written.
+The main process checks and prepares; the others wait and open what it wrote.
 """
 
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ from pretrain.model.loading import load_config
 from pretrain.runtime.checkpoint import problem_of, write_folder
 from pretrain.runtime.distributed import World, main_first
 
-SAMPLED_FILES, SAMPLED_SENTENCES = 16, 1000  # that tell the script of a text
+SAMPLED_FILES, SAMPLED_SENTENCES = 16, 1000  # read to detect the script of a text
 
 
 @dataclass(frozen=True)
 class TextFiles:
-    """The text that an option names: checked files and their markup, or one prepared corpus."""
+    """The text of an option: checked files and their markup, or one prepared corpus."""
 
-    sources: list[Source]  # none of a corpus
+    sources: list[Source]  # empty for a corpus
     text_format: str
     markup: Markup = Markup()
     option: str = "--input"
@@ -58,7 +58,7 @@ def check_text(
 ) -> TextFiles:
     """The text that `paths` name, checked.
 
-    `masking` says what to mark in it: a value of --masking, or "any" for all that it has."""
+    `masking` says what to mark in it: a value of --masking, or "any" for everything."""
     text = TextFiles([], "", option=option, paths=tuple(paths))
     with option_named(option):
         if any(map(is_corpus, paths)):
@@ -71,18 +71,18 @@ def check_text(
 
 
 def _check_corpus(text: TextFiles, options: TextOptions) -> None:
-    """UserError for more than a corpus, and for options of text unless they are for --valid."""
+    """UserError for anything besides the corpus, or options of text that no --valid can use."""
     if len(text.paths) > 1:
         raise UserError(f"{' '.join(text.paths)}: expected one prepared corpus, or text")
     names = [entry.name for entry in fields(TextOptions) if entry.name != "cache"]
     given = [name for name in names if getattr(options, name) != getattr(TextOptions, name)]
     if given and not getattr(options, "valid", None):
-        problem = f"{typed(options, *given)}: {text.name} is prepared already"
-        raise UserError(f"{problem}; expected them at prepare.py, or text")
+        problem = f"{typed(options, *given)}: {text.name} is already prepared"
+        raise UserError(f"{problem}; expected raw text, or pass the options to prepare.py")
 
 
 def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Markup:
-    """How the text is cut and marked; UserError if a package or a term is missing."""
+    """How to split and mark the text; UserError if a package or a term is missing."""
     sources = text.sources[:: max(1, len(text.sources) // SAMPLED_FILES)]
     streams = [replace(text, sources=[source]).sentences() for source in sources]
     samples = [item[0] for stream in streams for item in islice(stream, SAMPLED_SENTENCES) if item]
@@ -92,7 +92,7 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
         words = "tokenizer"
     elif words == "auto":
         words = "spaces" if is_segmented else "jieba"
-        print(f"{text.option}: {chinese_share:.0%} Chinese text, words by {words} (--words)")
+        print(f"{text.option}: {chinese_share:.0%} Chinese, so --words is {words}")
     if language == "auto":
         language = "zh" if chinese_share > 0.5 else "en"
     if words == "jieba":
@@ -111,13 +111,13 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
 def prepare_tokenizer(
     config: Config, checkpoint: Path | None, world: World
 ) -> tuple[PreTrainedTokenizerBase, dict[str, TextFiles], dict[int, list[int]]]:
-    """(tokenizer, text checked so far by "train" and "valid", ids that each new token replaces).
+    """(tokenizer, checked text of "train" and "valid", ids that each new token replaces).
 
-    The tokenizer is that of the checkpoint, or the one that the options ask for."""
+    With a checkpoint, its tokenizer and no text."""
     if checkpoint:
         return tokenizers.load(str(checkpoint)), {}, {}
     text = {"train": check_text(config.train, "--train", config, world, config.masking)}
-    if config.valid:  # always masked by tokens
+    if config.valid:  # evaluation masks single tokens
         text["valid"] = check_text(config.valid, "--valid", config, world)
     tokenizer = make_tokenizer(config, text["train"], world, config.model)
     return tokenizer, text, add_tokens(tokenizer, config)
@@ -133,7 +133,7 @@ def make_tokenizer(
             return tokenizers.load(options.tokenizer, lowercase)
     if model not in MODEL_SIZES:
         with option_named("--model"):
-            load_config(model)  # a wrong name is a wrong model, not a wrong tokenizer
+            load_config(model)  # so that a wrong name is reported as a wrong model
             return tokenizers.load(model, lowercase)
     if text.is_corpus:
         with option_named(text.option):
@@ -163,7 +163,7 @@ def _train_tokenizer(folder: Path, text: TextFiles, vocab_size: int, lowercase: 
 def add_tokens(
     tokenizer: PreTrainedTokenizerBase, options: TokenizerOptions
 ) -> dict[int, list[int]]:
-    """Add the tokens of the options to the tokenizer; the ids that each new one replaces."""
+    """Add tokens to the tokenizer; returns the ids that each new one replaces."""
     path, specials, words = options.add_tokens, options.add_special_tokens, []
     if path:
         with option_named("--add-tokens"):
@@ -185,8 +185,8 @@ def open_text(
 ) -> tuple[Corpus, Corpus | None]:
     """(training text, validation text), prepared if necessary; UserError if there is too little.
 
-    A resumed run opens the corpora that it was started with, which its `saved` values name;
-    UserError if its training text has changed."""
+    A resumed run opens the corpora in its `saved` values; UserError if the training text has
+    changed."""
     opened: dict[str, Corpus] = {}
     folders = saved.get("corpus_folders", {})
     for name in ("train", "valid"):
@@ -202,17 +202,18 @@ def open_text(
     training, validation = opened["train"], opened.get("valid")
     if saved and saved["corpus"] != training.fingerprint:
         problem = f"{typed(config, 'train')}: the text has changed since the run was started"
-        raise UserError(f"{problem}; expected the old text, or another --output for a new run")
+        raise UserError(f"{problem}; expected the original text, or a new run in another --output")
     if validation is None and config.valid_fraction:
         training, validation = training.split(config.valid_fraction)
-    least = 2 if OBJECTIVES[config.objective] == "random" else 1  # random sentences are another's
+    needed = 2 if OBJECTIVES[config.objective] == "random" else 1  # random: from another document
     for name, corpus, use in (("train", training, "training"), ("valid", validation, "validation")):
-        found = least if corpus is None else corpus.count(at_most=least)
-        if found < least:
+        found = needed if corpus is None else corpus.count(at_most=needed)
+        if found < needed:
             shown = typed(config, name if getattr(config, name) else "train")
-            ways = "more text, another --format, --objective mlm, --valid, or --valid-fraction 0"
-            problem = f"{shown}: {found} documents for {use}"
-            raise UserError(f"{problem}; expected at least {least}: give {ways}")
+            raise UserError(
+                f"{shown}: {found} documents for {use}; expected at least {needed}: add text, or "
+                "use another --format, --objective mlm, --valid or --valid-fraction 0"
+            )
     return training, validation
 
 
@@ -224,11 +225,11 @@ def open_or_prepare(
     world: World,
     masking: str = "token",
     output: Path | None = None,
-    **how: object,
+    **more_arguments: object,
 ) -> Corpus:
-    """The corpus of the text: found in the cache, or prepared into it or into `output`.
+    """The corpus of the text: found in the cache, or prepared there or in `output`.
 
-    `how`: more arguments of `prepare`."""
+    `more_arguments` are those of `prepare`."""
     verb = "found"
     if text.is_corpus:
         with option_named(text.option):
@@ -246,7 +247,7 @@ def open_or_prepare(
                 if (masking == "entity" or markup.lexicon) and not any(found):
                     raise _no_entities(text)
             corpus = prepare(
-                text.sources, text.text_format, tokenizer, folder, markup=markup, **how
+                text.sources, text.text_format, tokenizer, folder, markup=markup, **more_arguments
             )
     if vocabulary.is_special[corpus.shard(0).ids[: 1 << 20]].all():
         problem = "only special and unknown tokens, so nothing can be masked"
@@ -256,7 +257,7 @@ def open_or_prepare(
         raise _no_entities(text)
     parts = [f"{info[name]:,} {name}" for name in ("documents", "sentences", "tokens")]
     by = f" by {info['words_by']}" if info["words_by"] != "tokenizer" else ""
-    parts.append(f"{info['tokens'] / info['words']:.2f} a word{by}")
+    parts.append(f"{info['tokens'] / info['words']:.2f} per word{by}")
     parts.append(f"{info['unknown_tokens'] / info['tokens']:.2%} unknown to the tokenizer")
     parts += [f"{info['entities']:,} entities"] if info["entities"] else []
     print(f"{text.option}: {', '.join(parts)} ({verb} in {corpus.folder})")
@@ -265,7 +266,9 @@ def open_or_prepare(
 
 def _no_entities(text: TextFiles) -> UserError:
     if text.markup.lexicon:
-        expected = "expected some, as spelled there"
+        expected = "expected terms spelled as in the text"
         return UserError(f"--lexicon: no term occurs in {text.name}; {expected}")
-    ways = "--lexicon FILE, JSONL with spans (--entity-field), or tagged tokens (--format conll)"
-    return UserError(f"--masking entity: no entities in {text.name}; expected {ways}")
+    expected = (
+        "--lexicon FILE, JSONL with spans (--entity-field), or tagged tokens (--format conll)"
+    )
+    return UserError(f"--masking entity: no entities in {text.name}; expected {expected}")

@@ -23,7 +23,7 @@ from pretrain.schema import TEXT, number, values_of
 
 MAX_LOG_PERPLEXITY = 700.0  # exp of more overflows
 SUMMED = ("sums", "num_correct", "counts")  # of `LossTotals`
-# What `Meter` adds up between two logged steps.
+# What `Meter` sums between two logged steps.
 SUMS = ("tokens", "slots", "sequences", "masked", "shortfall", "flops", "wait_seconds", "seconds")
 NUMBERS = values_of(number(-1e305, 1e305), "numbers by name")  # in a saved state
 TEXTS = values_of(TEXT, "text by name")
@@ -31,7 +31,7 @@ TEXTS = values_of(TEXT, "text by name")
 
 @dataclass
 class LossTotals:
-    """Sums of the terms of a loss over batches, and of their counts; float64 scalars or numbers."""
+    """Sums of loss terms and of their counts over batches; float64 scalars or numbers."""
 
     sums: dict[str, Tensor | float] = field(default_factory=dict)
     num_correct: dict[str, Tensor | float] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class LossTotals:
         return self
 
     def _mapped(self, change: Callable[[Tensor | float], Tensor | float]) -> LossTotals:
-        """With `change` of each number; in the same order on all processes."""
+        """These totals with `change` applied to each, in the same order on all processes."""
         mapped = {}
         for group in SUMMED:
             numbers = vars(self)[group]
@@ -69,27 +69,26 @@ class LossTotals:
         return replace(self, **mapped)
 
     def where(self, keep: Tensor | bool) -> LossTotals:
-        """These totals if `keep`, zeros otherwise, also for those that are not finite. The zero is
-        made on the device: copying it there would wait."""
+        """These totals if `keep`, else zeros, even where they are not finite."""
         keep = torch.as_tensor(keep)
-        zero = torch.zeros((), dtype=torch.float64, device=keep.device)
+        zero = torch.zeros((), dtype=torch.float64, device=keep.device)  # a copy would wait
         return self._mapped(lambda value: torch.where(keep, value, zero))
 
     def read(self, device: torch.device) -> LossTotals:
-        """As numbers, summed over all processes, each of which has the same terms."""
+        """As numbers, summed over all processes, which must have the same terms."""
         values: list[Tensor | float] = []
         self._mapped(values.append)
         numbers = iter(_read_over_ranks(values, device))
         return self._mapped(lambda _: next(numbers))
 
     def means(self) -> dict[str, float]:
-        """Of totals that are numbers: loss, NAME_loss, NAME_accuracy and perplexity, under the
-        names of TensorBoard and metrics.jsonl; nothing for a term whose count is 0."""
+        """loss, NAME_loss, NAME_accuracy and perplexity, as named in the logs, of totals that
+        `read` returned; nothing for a term with a count of 0."""
         counts = {name: self.counts.get(count, 0.0) for name, count in self.denominators.items()}
         means = {name: self.sums[name] / count for name, count in counts.items() if count}
         numbers = {}
         for name, mean in means.items():
-            prefix = "" if name == "label" else f"{name}_"  # the one term of classification
+            prefix = "" if name == "label" else f"{name}_"  # the only term of classification
             numbers[f"{prefix}loss"] = mean
             if name in self.num_correct:
                 numbers[f"{prefix}accuracy"] = self.num_correct[name] / counts[name]
@@ -109,9 +108,10 @@ def _read_over_ranks(values: Sequence[Tensor | float], device: torch.device) -> 
 
 
 class Meter:
-    """Sums since the last logged step, and totals of the run. Time counts from the start of
-    `waiting` to the end of `add`: evaluation and saving do not. `state_dict` sums over the
-    processes; `load_state_dict` gives the sums to the first one."""
+    """Sums since the last logged step, and totals of the run.
+
+    Time counts from the start of `waiting` to the end of `add`, without evaluation and saving.
+    State is summed over the processes; the main one gets it all on load."""
 
     state_form = {
         "losses": dict.fromkeys((*SUMMED, "weights"), NUMBERS) | {"denominators": TEXTS},
@@ -130,13 +130,13 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the fetch of a step's data: the clock starts, and the wait for data is noted."""
+        """Wraps the fetch of a step's data: starts the clock and records the wait."""
         self._tick = begin = time.perf_counter()
         yield
         self.sums["wait_seconds"] += (time.perf_counter() - begin) / self.world.size
 
     def add(self, losses: LossTotals, logged: dict, batches: Sequence[Batch], flops: float) -> None:
-        """One update: its losses, the numbers to log as they are, its data, its operations."""
+        """Add an update: its losses, numbers to log unchanged, data and FLOPs."""
         self.losses += losses
         self._logged = logged
         for batch in batches:
@@ -152,7 +152,7 @@ class Meter:
         """The numbers of the steps since the last flush. Waits for the device."""
         logged = {name: float(value) for name, value in self._logged.items()}
         self.last_means = self.losses.read(self.device).means()
-        self._count_seconds()  # with the wait for the device, so that the speed is right
+        self._count_seconds()  # includes the wait for the device, so that the speed is right
         sums = self._read_sums()
         self.totals.update(sums)  # adds
         self.losses, self.sums = LossTotals(), Counter()
@@ -168,7 +168,7 @@ class Meter:
         }
 
     def summary(self) -> dict[str, float]:
-        """The totals of the run up to now, with the means of the last logged steps."""
+        """The totals of the run so far, with the means of the last logged steps."""
         totals = Counter(self.totals)
         totals.update(self._read_sums())
         seconds = max(totals["seconds"], 1e-9)
@@ -182,7 +182,7 @@ class Meter:
         }
 
     def state_dict(self) -> dict:
-        """Everything since the start, summed over all processes, which call this together."""
+        """Everything so far, summed over all processes, which must call this together."""
         return {
             "losses": vars(self.losses.read(self.device)),
             "sums": self._read_sums(),
@@ -191,14 +191,14 @@ class Meter:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """The counterpart of `state_dict`."""
+        """Restore the result of `state_dict`."""
         losses = LossTotals(**state["losses"])
         self.losses = losses if self.world.is_main else losses.where(False)
         self.sums = Counter(state["sums"] if self.world.is_main else {})
         self.totals, self.last_means = Counter(state["totals"]), state["last_means"]
 
     def _count_seconds(self) -> None:
-        """Time since the last call or the start of the fetch; the sum over processes is a mean."""
+        """Add the time since the last call or fetch; summed over processes, it is their mean."""
         now = time.perf_counter()
         self.sums["seconds"] += (now - self._tick) / self.world.size
         self._tick = now
@@ -208,7 +208,7 @@ class Meter:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The highest memory so far: of the allocator on a GPU, of the process on a CPU."""
+    """Peak memory so far: of the allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss

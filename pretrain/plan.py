@@ -1,6 +1,6 @@
-"""The numbers of a run that follow from its options, its text and the machine.
+"""The numbers of a run that are derived from its options, its text and the machine.
 
-Micro-batches, steps, phases, intervals: decided once, printed before training, saved with the run.
+Micro-batches, steps, phases, intervals: computed once, printed before training, saved with the run.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pretrain.batch import IGNORED
-from pretrain.config import OBJECTIVES, Config, least_micro_batch_size, length_option, phase_lengths
+from pretrain.config import OBJECTIVES, Config, length_option, min_micro_batch_size, phase_lengths
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.pairs import Task
 from pretrain.errors import UserError
@@ -18,43 +18,44 @@ from pretrain.runtime.distributed import World
 
 MIN_TRUE_SHARE = 0.1  # of the planned pairs
 CPU_SEQUENCES, GPU_TOKENS = 32, 1 << 15  # of a micro-batch, by default
-COUNTED_SHARDS = 4  # planned at the start to count an epoch; extrapolated to the others
+COUNTED_SHARDS = 4  # planned at the start to count an epoch, extrapolated to the rest
 
 
 def make_tasks(config: Config, micro_batch_size: int) -> list[Task]:
     """The task of each phase, planned for the highest mask rate."""
     pairs, rate = OBJECTIVES[config.objective], max(config.mask_rate)
     lengths = [length for length, _ in phase_lengths(config)]
-    more = (micro_batch_size, rate, config.seed, lengths[0])
-    return [Task(pairs, length, *more) for length in lengths]
+    return [
+        Task(pairs, length, micro_batch_size, rate, config.seed, lengths[0]) for length in lengths
+    ]
 
 
 def default_micro_batch_size(config: Config, device: torch.device, world: World) -> int:
     """The largest size that divides a step evenly, up to what keeps the device busy.
 
-    UserError if the processes cannot share a step; a message if there is no good divisor."""
+    UserError if the processes cannot share a step; prints a warning if no divisor is good."""
     batch = config.batch_size
     if batch % world.size:
         expected = f"expected a multiple of the number of processes, {world.size}"
-        raise UserError(f"--batch-size {batch}: cannot be shared evenly; {expected}")
-    length, least = phase_lengths(config)[0][0], least_micro_batch_size(config)
-    enough = max(least, GPU_TOKENS // length if device.type == "cuda" else CPU_SEQUENCES)
-    found = _largest_divisor(batch // world.size, least, enough) or least
+        raise UserError(f"--batch-size {batch}: does not divide evenly; {expected}")
+    length, smallest = phase_lengths(config)[0][0], min_micro_batch_size(config)
+    enough = max(smallest, GPU_TOKENS // length if device.type == "cuda" else CPU_SEQUENCES)
+    found = _largest_divisor(batch // world.size, smallest, enough) or smallest
     if 2 * found < min(enough, batch // world.size):
-        problem = f"--batch-size {batch}: only micro-batches of {found} divide it, which is slow"
+        problem = f"--batch-size {batch}: divides into micro-batches of only {found}, which is slow"
         print(f"{problem}; a multiple of {enough * world.size} would be faster")
     return found
 
 
 def smaller_micro_batch_size(config: Config, size: int, device: torch.device, world: World) -> int:
     """The next size to try when `size` is too large for the device; UserError if there is none."""
-    least = least_micro_batch_size(config)
-    found = _largest_divisor(config.batch_size // world.size, least, size // 2)
+    smallest = min_micro_batch_size(config)
+    found = _largest_divisor(config.batch_size // world.size, smallest, size // 2)
     too_large = f"--micro-batch-size {size}: is too large for the memory of {device}"
     if not found or config.shard:
-        way = "a smaller one" if found else f"shorter sequences ({length_option(config)})"
-        ways = f"use a larger device, --gradient-checkpointing, or in a new run {way}"
-        raise UserError(f"{too_large}; {ways}")
+        smaller = "a smaller one" if found else f"shorter sequences ({length_option(config)})"
+        advice = f"use a larger device, --gradient-checkpointing, or {smaller} in a new run"
+        raise UserError(f"{too_large}; {advice}")
     print(f"{too_large}; this run uses {found}")
     return found
 
@@ -75,14 +76,10 @@ def check_processes(config: Config, micro_batch_size: int, world: World) -> None
         )
 
 
-def count_epoch(datasets: list[PretrainingDataset], config: Config) -> int:
-    """Optimizer steps of an epoch at the first length, from the plans of the first shards.
+def count_epoch(dataset: PretrainingDataset, config: Config) -> int:
+    """Optimizer steps of an epoch, estimated from the first shards.
 
-    UserError if the text cannot serve the task of a phase."""
-    return [_count_epoch(dataset, config) for dataset in datasets][0]
-
-
-def _count_epoch(dataset: PretrainingDataset, config: Config) -> int:
+    UserError if the text does not fit the task."""
     task, corpus = dataset.task, dataset.source
     counted = range(min(COUNTED_SHARDS, corpus.num_shards))
     plans, share = [dataset.plan(0, place) for place in counted], len(counted) / corpus.num_shards
@@ -93,17 +90,17 @@ def _count_epoch(dataset: PretrainingDataset, config: Config) -> int:
         num_long = sum(int((np.diff(each.sentences) > task.max_tokens).sum()) for each in shards)
         if num_long:
             problem = f"{round(num_long / share):,} sentences exceed {task.max_tokens} tokens"
-            print(f"{problem}: they are cut into pieces of half of that")
+            print(f"{problem}: they are cut into pieces of half that length")
     num_tokens = sum(int(plan.lengths.sum()) for plan in plans)
     step_tokens = config.batch_size * task.counted_length
     if num_tokens < step_tokens and share == 1:
         largest = num_tokens // task.counted_length
-        way = f"more text, or {length_option(config)} below {num_tokens} tokens"
+        expected = f"more text, or {length_option(config)} below {num_tokens} tokens"
         if largest:
-            way = f"at most --batch-size {largest} --micro-batch-size {largest}, or more text"
+            expected = f"at most --batch-size {largest} --micro-batch-size {largest}, or more text"
         raise UserError(
             f"--batch-size {config.batch_size}: a step is {step_tokens:,} tokens, the text has "
-            f"{num_tokens:,}{at_length}; expected {way}"
+            f"{num_tokens:,}{at_length}; expected {expected}"
         )
     micro_batches = sum(plan.num_micro_batches for plan in plans) / share
     return max(1, round(micro_batches * task.micro_batch_size / config.batch_size))
@@ -121,14 +118,14 @@ def check_pairs(labels: np.ndarray, config: Config, at_length: str = "") -> None
     if true < MIN_TRUE_SHARE:
         raise UserError(
             f"--objective {config.objective}: only {true:.1%} of the planned pairs{at_length} are "
-            f"true, as documents have too few sentences; expected {MIN_TRUE_SHARE:.0%} or more, "
-            "--objective mlm, or another --format (sentences: one a line, a blank line between "
-            "documents)"
+            "true, because documents have too few sentences; expected at least "
+            f"{MIN_TRUE_SHARE:.0%}: use --objective mlm, or another --format (sentences: one per "
+            "line, a blank line between documents)"
         )
 
 
 def drop_old_end(config: Config, saved: dict) -> Config:
-    """The options of a resumed run: --epochs, if that alone is new, replaces its --max-steps."""
+    """The options of a resumed run: if only --epochs is new, it replaces --max-steps."""
     if not saved or config.epochs == saved["options"]["epochs"]:
         return config
     is_old = config.max_steps == saved["options"]["max_steps"]
@@ -136,7 +133,7 @@ def drop_old_end(config: Config, saved: dict) -> Config:
 
 
 def count_steps(config: Config, saved: dict, steps_per_epoch: int) -> int:
-    """Optimizer steps of the run. A resumed run keeps those saved unless its options changed."""
+    """Optimizer steps of the run; a resumed run keeps its own unless the options changed."""
     names = ("max_steps", "epochs")
     if saved and all(getattr(config, name) == saved["options"][name] for name in names):
         return saved["total_steps"]
@@ -154,7 +151,7 @@ def steps_between(every: str, steps_per_epoch: int, auto: int) -> int:
 
 
 def mask_schedule(config: Config, total_steps: int) -> Callable[[int], float | None]:
-    """The mask rate of a step, counted from 0; None if there is one rate for all."""
+    """The mask rate of a step, counted from 0; None if it is constant."""
     first, last = config.mask_rate[0], config.mask_rate[-1]
     if first == last:
         return lambda step: None
@@ -162,7 +159,7 @@ def mask_schedule(config: Config, total_steps: int) -> Callable[[int], float | N
 
 
 def count_workers(config: Config, device: torch.device) -> int:
-    """Processes that prepare batches: 0 on a CPU and 2 on a GPU by default."""
+    """Processes that prepare batches; by default 0 on a CPU and 2 on a GPU."""
     if config.workers is not None:
         return config.workers
     return 2 if device.type == "cuda" else 0

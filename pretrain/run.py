@@ -1,7 +1,7 @@
-"""What `train` runs on: `Run`, its subclass for pretraining, and what a resumed run keeps.
+"""`Run`, which holds everything that `train` needs, its subclass for pretraining, and resuming.
 
-pretrain/build.py makes a `PretrainingRun` from options, pretrain/finetune/build.py one for
-fine-tuning. The loop asks a run for scores, model folders and numbers, and decides the rest.
+pretrain/build.py makes a `PretrainingRun` from options, pretrain/finetune/build.py the run for
+fine-tuning. The loop asks a run for scores, model folders and numbers to log.
 """
 
 import datetime
@@ -50,15 +50,15 @@ PRETRAINING_FORM = SAVED_FORM | {
     "steps_per_epoch": integer(1),
     "similar_words": optional(TEXT),  # hash of the table
     "corpus": TEXT,  # fingerprint of the training text
-    "corpus_folders": {"train": optional(TEXT), "valid": optional(TEXT)},  # valid: of its own
+    "corpus_folders": {"train": optional(TEXT), "valid": optional(TEXT)},  # by option
 }
 
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything that `train` needs, checked. Derived numbers are decided once, and saved.
+    """Everything that `train` needs, already checked. Derived numbers are computed once and saved.
 
-    Subclasses say how to validate, what to export, and what to do at the end."""
+    Subclasses define how to validate, what to export and what to do at the end."""
 
     config: Config
     world: World
@@ -68,29 +68,29 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     model: PackedModel
     data: TrainData
-    micro_batch_size: int  # sequences, of the first phase's length
-    phase_ends: list[int]  # steps after which the phases end; the last one is that of the run
+    micro_batch_size: int  # in sequences of the first phase's length
+    phase_ends: list[int]  # the last step of each phase; the final one is the run's last step
     eval_every: int  # steps
-    save_every: int  # steps; 0: only when the run is stopped
-    data_facts: dict  # what identifies the data and the order in which it is read, for a resume
+    save_every: int  # steps; 0: only when the run stops early
+    data_facts: dict  # identify the data and its order; saved for resuming
     compile: bool = False
     checkpoint: Path | None = None  # to resume from
-    saved: dict = field(default_factory=dict)  # its plain values
-    replaced: Path | None = None  # the old run under --overwrite, until this one has a checkpoint
-    quiet: bool = False  # without progress bar and lines of numbers
+    saved: dict = field(default_factory=dict)  # plain values of the checkpoint
+    replaced: Path | None = None  # the run to --overwrite, kept until this one has a checkpoint
+    quiet: bool = False  # no progress bar, no printed numbers
 
-    time_limit = "--max-minutes"  # the option, for messages
+    time_limit = "--max-minutes"  # for messages
     evaluates_first = True  # before step 1
-    score = ("perplexity", "loss")  # of the best model: by the first, then by the second
-    higher_is_better = False  # of the first; the second is always a loss
-    scores_form = values_of(FLOAT, "numbers by name")  # of `validate`, in a saved state
+    score = ("perplexity", "loss")  # selects the best model; the second breaks ties
+    higher_is_better = False  # for the first score; the second is always a loss
+    scores_form = values_of(FLOAT, "numbers by name")  # the form of saved scores
     charts = PRETRAINING_CHARTS
-    has_fixed_shapes = True  # of micro-batches: torch.compile makes one graph for a phase
-    results = ("final",)  # what only a finished run leaves
+    has_fixed_shapes = True  # of micro-batches, so torch.compile makes one graph per phase
+    results = ("final",)  # only a finished run has these
 
     @property
     def is_extended(self) -> bool:
-        """Whether this resumed run ends at another step than the one it continues."""
+        """Whether this resumed run ends at a different step than planned before."""
         return bool(self.saved) and self.total_steps != self.saved["total_steps"]
 
     @property
@@ -98,8 +98,8 @@ class Run:
         return self.phase_ends[-1]
 
     @property
-    def blame(self) -> dict[str, str]:
-        """The options to name if memory is full or a worker dies, see `memory.explained`."""
+    def error_labels(self) -> dict[str, str]:
+        """The options to name when memory is full or a worker dies; see `memory.explained`."""
         return {
             "micro_batch": f"--micro-batch-size {self.micro_batch_size}",
             "workers": "--workers",
@@ -108,34 +108,32 @@ class Run:
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.precision)
 
-    def rank(self, scores: dict) -> tuple[float, float]:
-        """Of two evaluations, the better one has the greater rank."""
+    def sort_key(self, scores: dict) -> tuple[float, float]:
+        """Greater for better scores."""
         first, second = (scores[name] for name in self.score)
-        rank = (first if self.higher_is_better else -first, -second)
-        return (-math.inf, -math.inf) if any(map(math.isnan, rank)) else rank
+        key = (first if self.higher_is_better else -first, -second)
+        return (-math.inf, -math.inf) if any(map(math.isnan, key)) else key
 
     def phase_at(self, step: int) -> int:
-        """Index of the phase of `step`, counted from 1; 0 belongs to the first."""
+        """Index of the phase of `step`, which counts from 1; step 0 belongs to the first phase."""
         return min(bisect_left(self.phase_ends, step), len(self.phase_ends) - 1)
 
     def is_comparable(self, step: int) -> bool:
-        """Whether scores at `step` compare with those at the end of the run: in the last phase."""
+        """Whether scores at `step` are comparable with final ones: only in the last phase."""
         return self.phase_at(step) == len(self.phase_ends) - 1
 
     def logged(self, scores: dict) -> dict[str, float]:
-        """The scores under their names in the log."""
         return {f"eval/{name}": value for name, value in scores.items()}
 
     def rebuild_command(self, step: int, position: object) -> str:
-        """A command that shows the data of a step; "" if there is none."""
+        """The command that shows the data of a step; "" if there is none."""
         return ""
 
     def flops(self, batches: Sequence[Batch]) -> float:
-        """Floating-point operations of a step, for the log."""
         return sum(count_flops(self.model, batch) for batch in batches)
 
     def open_monitor(self, step: int, evaluated: bool) -> Monitor:
-        """The log of the run, from `step` on."""
+        """Open the log of the run, which continues after `step`."""
         return Monitor(
             self.output,
             step,
@@ -149,8 +147,7 @@ class Run:
         )
 
     def open_output(self) -> None:
-        """Make the run folder; call it once everything is checked. --overwrite moves an old run
-        aside."""
+        """Create the run folder; --overwrite moves an old run aside. Call once all is checked."""
         if self.world.is_main:
             results = [*ckpt.checkpoints(self.output), *map(self.output.joinpath, self.results)]
             has_result = any(path.exists() for path in results)
@@ -158,14 +155,14 @@ class Run:
             if self.checkpoint:
                 ckpt.set_aside_after(self.output, ckpt.step_of(self.checkpoint))
             options = portable_options(self.config)
-            for name in ("output", "resume", "overwrite"):  # of this start, not of a run like it
+            for name in ("output", "resume", "overwrite"):  # of this launch only
                 del options[name]
             write_json(self.output / "config.json", options)
         wait_for_all()
 
     def write_model(self, name: str, state, weights: dict[str, Tensor] | None = None) -> None:
-        """Write the model folder `name`, with the model's or other (whole) weights; all processes
-        call this together."""
+        """Write the model folder `name`, with the model's weights or other (whole) ones. All processes
+        must call this together."""
         if weights is None:
             weights = whole_weights(self.model)
         if self.world.is_main:
@@ -173,13 +170,13 @@ class Run:
             ckpt.write_folder(folder, lambda partial: self.export(partial, weights, state))
 
     def remove_replaced(self) -> None:
-        """Remove the run that this one replaces; call it once this one has a checkpoint."""
+        """Delete the run that this one replaces. Call once this one has a checkpoint."""
         if self.replaced:
             shutil.rmtree(self.replaced, ignore_errors=True)
             self.replaced = None
 
     def saved_values(self) -> dict:
-        """Plain values that a checkpoint keeps of the run, see SAVED_FORM."""
+        """Plain values to save in a checkpoint; see SAVED_FORM."""
         return {
             "options": portable_options(self.config),
             "micro_batch_size": self.micro_batch_size,
@@ -195,10 +192,10 @@ class Run:
             **self.data_facts,
         }
 
-    # What a subclass provides, or adds to.
+    # For subclasses to implement or extend.
 
     def validate(self, step: int, stop: Callable[[], int], monitor: Monitor) -> dict | None:
-        """Scores on the validation set: {} without one, None if `stop` (a signal) cut it short."""
+        """Scores on the validation set; {} without one, None if `stop` (a signal) cut it short."""
         raise NotImplementedError
 
     def export(self, folder: Path, weights: dict[str, Tensor], state) -> None:
@@ -209,15 +206,15 @@ class Run:
         self.write_model("best", state)
 
     def best_problem(self) -> str | None:
-        """What is wrong with the best model that a resumed run finds."""
+        """What is wrong with `best/` when a run resumes; None if it is intact."""
         return ckpt.problem_of(self.output / "best", needed=())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint keeps of the run itself."""
+        """The run's own tensors, for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The counterpart of `state_dict`."""
+        """Restore the result of `state_dict`."""
 
     def finish(self, state) -> None:
         self.write_model("final", state)
@@ -225,13 +222,13 @@ class Run:
     def complete_summary(self, state, summary: dict) -> None:
         """Add scores to the summary."""
 
-    def clean_up(self) -> None:  # of a finished run whose summary is written
+    def clean_up(self) -> None:  # once the summary of a finished run is written
         self.remove_replaced()
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is read while sequences have one length; a run without --phases has one phase."""
+    """The data of one sequence length; a run without --phases has one phase."""
 
     dataset: PretrainingDataset
     collator: Collator
@@ -243,19 +240,18 @@ class Phase:
         return self.dataset.task.max_length
 
     def fullest_batch(self) -> Batch:
-        """The micro-batch with the most tokens, as full as they come."""
         return self.collator(self.dataset[self.dataset.fullest()])
 
 
 @dataclass(kw_only=True)
 class PretrainingRun(Run):
-    """Pretraining: perplexity on validation text decides `best/`, the last model is `final/`."""
+    """Pretraining: validation perplexity selects `best/`; the last model is `final/`."""
 
     phases: list[Phase]
     added_tokens: dict[str, int] = field(default_factory=dict)  # occurrences in the training text
 
     def rebuild_command(self, step: int, position: Sequence) -> str:
-        """The command that shows the micro-batches of a step again, and keeps them in a file."""
+        """The command that shows the micro-batches of a step and saves them to a file."""
         size, config = self.micro_batch_size, self.config
         arguments = ["--config", self.output / "config.json", "--position"]
         arguments += [number for number in position if number is not None]
@@ -266,7 +262,7 @@ class PretrainingRun(Run):
         return shlex.join(["python", "scripts/show_masks.py", *map(str, arguments)])
 
     def validate(self, step: int, stop: Callable[[], int], monitor: Monitor) -> dict | None:
-        """Perplexity and accuracies, as `evaluate`; sample predictions go to TensorBoard."""
+        """Scores from `evaluate`; sample predictions go to TensorBoard."""
         validation = self.phases[self.phase_at(step)].validation
         if validation is None:
             return {}
@@ -278,10 +274,9 @@ class PretrainingRun(Run):
         return scores
 
     def export(self, folder: Path, weights: dict[str, Tensor], state) -> None:
-        """Model, tokenizer, model card and facts, which scripts/evaluate.py reads."""
+        """Write model, tokenizer, model card, and facts that scripts/evaluate.py reads."""
         config = self.config
-        number = state.evaluated_in if state.scores else self.phase_at(state.step)
-        phase = self.phases[number]
+        phase = self.phases[state.evaluated_in if state.scores else self.phase_at(state.step)]
         facts = {
             "objective": config.objective,
             "max_length": phase.max_length,
@@ -305,7 +300,7 @@ class PretrainingRun(Run):
         ckpt.write_model(folder, self.model, self.tokenizer, facts, weights)
 
     def has_result(self) -> bool:
-        """Whether the run is finished and `final/` is its model; all processes call this."""
+        """Whether the run is finished and `final/` is its model. All processes must call this."""
         final, has_final = self.output / "final", False
         if self.world.is_main and self.saved.get("finished") and not self.is_extended:
             is_whole = ckpt.problem_of(final, needed=()) is None
@@ -314,36 +309,35 @@ class PretrainingRun(Run):
         return gather(has_final)[0]
 
     def complete_summary(self, state, summary: dict) -> None:
-        """The last and the best scores."""
+        """Add the last and the best scores."""
         summary |= {f"eval_{name}": value for name, value in state.scores.items()}
         if state.best_scores:
             summary["best_perplexity"] = state.best_scores["perplexity"]
             summary["best_step"] = state.best_step
 
     def open_output(self) -> None:
-        """Make the run folder, with the added tokens."""
+        """Create the run folder and list the added tokens in it."""
         super().open_output()
         if self.added_tokens and self.world.is_main:
             lines = [f"{token}\t{count}\n" for token, count in self.added_tokens.items()]
             write_text(self.output / "added_tokens.tsv", "".join(lines))
 
 
-# The run to resume.
+# Resuming a run.
 
 
 def run_folder(output: str | None, prefix: str = "") -> Path:
-    """The folder of --output; runs/DATE-TIME by default."""
+    """The folder of --output; by default runs/DATE-TIME."""
     if not output:
         return Path(f"runs/{prefix}{datetime.datetime.now():%Y%m%d-%H%M%S}")
     return Path(os.path.abspath(output)) if output in (".", "..") else Path(output)
 
 
 def resume_point(output: Path, config, form: dict, world: World) -> tuple[Path | None, dict]:
-    """(the checkpoint to resume from, its plain values of `form`), (None, {}) for a new run.
+    """(checkpoint to resume from, its plain values); (None, {}) for a new run.
 
-    UserError if the folder holds something, and neither --resume nor --overwrite is given, or if an
-    option has changed. Threads become as many as the run had: they split sums, so another number
-    gives other bits."""
+    UserError for a folder in use without --resume or --overwrite, or for a changed option. Restores
+    the number of threads: they split sums, so a different number gives different bits."""
     checkpoint = gather(_find_checkpoint(output, config) if world.is_main else None)[0]
     if not checkpoint:
         return None, {}
@@ -361,18 +355,20 @@ def _find_checkpoint(output: Path, config) -> Path | None:
         ckpt.check_output(output, config.overwrite, None if config.resume else ways)
     if not config.resume:
         return None
-    for previous in output.glob(".*.previous"):  # moved aside by a save that was interrupted
+    for previous in output.glob(".*.previous"):  # left by an interrupted save
         ckpt.put_back(previous.with_name(previous.name[1:].removesuffix(".previous")))
     with option_named("--resume --output"):
         return ckpt.newest_good(output)
 
 
 def portable_options(config) -> dict:
-    """The options as a run keeps them: plain values, with paths that hold in any folder."""
+    """The options as plain values, with absolute paths that work from any folder."""
     options = {}
     for name, value in asdict(config).items():
-        is_list = isinstance(value, tuple)
-        options[name] = [_portable(name, of) for of in value] if is_list else _portable(name, value)
+        if isinstance(value, tuple):
+            options[name] = [_portable(name, item) for item in value]
+        else:
+            options[name] = _portable(name, value)
     return options
 
 
@@ -384,14 +380,14 @@ def _portable(name: str, value: object) -> object:
 
 
 def _changed_options(config, saved: dict) -> list[str]:
-    """Problems: options that a resumed run may not change, with both values."""
+    """A problem, with both values, for each option that changed but must not on resume."""
     before, now, problems = saved["options"], portable_options(config), []
     changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
     changed -= may_change(type(config))
     if now["micro_batch_size"] == saved["micro_batch_size"]:
         changed.discard("micro_batch_size")
     replaced = {}
-    if {"phases", "max_length"} <= changed:  # what was given took the place of the other
+    if {"phases", "max_length"} <= changed:  # one replaced the other
         pair = ("phases", "max_length") if config.phases else ("max_length", "phases")
         replaced = {pair[0]: pair[1]}
         changed.remove(pair[1])
@@ -399,16 +395,16 @@ def _changed_options(config, saved: dict) -> list[str]:
         old = replaced.get(name, name)
         values = before[old] if isinstance(before[old], list) else [before[old]]
         shown = " ".join(map(str, [flag(old), *values]))
-        began = "without it" if values in ([], [None]) else f"with {shown}"
+        start = "without it" if values in ([], [None]) else f"with {shown}"
         problems.append(
-            f"{typed(config, name)}: the run started {began}, which a resume cannot change; "
-            "omit the option, or start a run in another --output"
+            f"{typed(config, name)}: the run started {start}, which a resume cannot change; "
+            "omit the option, or start a new run in another --output"
         )
     return problems
 
 
 def print_plan(run: PretrainingRun) -> None:
-    """Every derived number, before training starts."""
+    """Print every derived number, before training starts."""
     config, world, settings = run.config, run.world, run.model.config
     steps, epoch = run.total_steps, run.data_facts["steps_per_epoch"]
     weights = sum(weight.numel() for weight in run.model.parameters())
@@ -427,9 +423,9 @@ def print_plan(run: PretrainingRun) -> None:
     if not config.phases:
         return
     tokens = run.phases[0].dataset.task.token_limit
-    begins = [1, *(end + 1 for end in run.phase_ends)]
+    starts = [1, *(end + 1 for end in run.phase_ends)]
     for index, phase in enumerate(run.phases):
         print(
-            f"phase {index + 1}: steps {begins[index]:,} to {run.phase_ends[index]:,}, sequences "
-            f"of {phase.max_length} tokens, {tokens / phase.max_length:.4g} fill a micro-batch"
+            f"phase {index + 1}: steps {starts[index]:,} to {run.phase_ends[index]:,}, sequences "
+            f"of {phase.max_length} tokens, {tokens / phase.max_length:.4g} per micro-batch"
         )

@@ -1,4 +1,4 @@
-"""The one check of what comes from outside: options, training states, manifests, configs.
+"""The one check for everything from outside: options, training states, manifests, configs.
 
 A form says what a value must be: a `Rule`, {key: form} for an object (a missing key counts as
 None), or [form] for an array whose items all have that form.
@@ -22,7 +22,7 @@ class Rule:
 
     holds: Callable[[object], bool]
     expected: str
-    choices: tuple = ()  # all values that fit, if they are few
+    choices: tuple = ()  # all valid values, if there are few
     metavar: str | None = None  # what --help calls the value
     nargs: int | str | None = None  # values on a command line, as argparse counts them
 
@@ -33,7 +33,7 @@ def optional(rule: Rule) -> Rule:
 
 
 def each(rule: Rule, nargs: int | str = "+") -> Rule:
-    """A sequence, all of whose items fit `rule`."""
+    """A sequence whose items all fit `rule`."""
     return Rule(lambda values: all(map(rule.holds, values)), rule.expected, (), rule.metavar, nargs)
 
 
@@ -47,7 +47,7 @@ def number(low: float = 0.0, high: float = math.inf, above: bool = False) -> Rul
     """A finite number within low..high; with `above`, `low` itself is excluded."""
 
     def holds(value: object) -> bool:
-        # Not math.isfinite, which raises an error for an integer beyond the floats.
+        # Not math.isfinite, which raises an error for integers too large for a float.
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             return False
         return (value > low if above else value >= low) and value <= high
@@ -63,7 +63,7 @@ def one_of(*values: object) -> Rule:
 
 
 def pattern(regex: str, expected: str, metavar: str | None = None) -> Rule:
-    """Text that `regex` matches as a whole."""
+    """Text that matches `regex` in full."""
     compiled = re.compile(regex, re.DOTALL)
     return Rule(
         lambda value: type(value) is str and compiled.fullmatch(value) is not None,
@@ -79,14 +79,14 @@ FILE_NAME = pattern(r"(?a:\w[\w.-]{0,99})", "a plain file name")
 
 
 def values_of(rule: Rule, expected: str) -> Rule:
-    """An object with any keys, all of whose values fit `rule`."""
+    """An object with any keys, whose values all fit `rule`."""
     return Rule(
         lambda value: type(value) is dict and all(map(rule.holds, value.values())), expected
     )
 
 
 def misfit(value: object, form: Form, place: str = "") -> str | None:
-    """Where `value` departs from `form`, and what was expected there; None if it fits."""
+    """Where `value` does not fit `form`, and what was expected there; None if it fits."""
     if isinstance(form, Rule):
         if form.holds(value):
             return None
@@ -114,11 +114,10 @@ def option(
     excludes: str = "",
     **argparse_arguments: object,
 ) -> Field:
-    """A dataclass field that is also a command-line option; `text` is its help.
+    """A dataclass field that is also a command-line option, with `text` as its help.
 
-    `form`: what a value other than the default must be. `may_change`: also when a run is resumed.
-    `required`: the command cannot do without it. `excludes`: an option that cannot be combined with
-    it. The rest goes to argparse; `positional` means no flag."""
+    `form` is for values other than the default. `may_change`: on resume. `excludes`: an option that
+    cannot be combined with it. The rest goes to argparse; `positional` means no flag."""
     arguments = {"nargs": "+"} if isinstance(default, tuple) else {}
     for name in ("choices", "metavar", "nargs"):
         if getattr(form, name, None):
@@ -134,9 +133,9 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-changeable = partial(option, may_change=True)  # when a run is resumed
+changeable = partial(option, may_change=True)  # on resume
 
 
 def flag(name: str) -> str:
-    """How a field is spelled on the command line."""
+    """The command-line spelling of a field."""
     return f"--{name.replace('_', '-')}"

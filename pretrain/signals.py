@@ -17,12 +17,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 def ignore_stop_signals() -> None:
-    """For worker processes: the parent answers what is sent to the whole group, then ends them."""
+    """For worker processes: the parent handles signals to the whole group, then ends them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def signal_at_parents_end(number: int) -> bool:
-    """Ask the kernel to send `number` to this process when the thread that started it ends. False
-    on systems other than Linux, where it will not."""
+def signal_on_parent_exit(number: int) -> bool:
+    """Ask the kernel to send `number` to this process when the thread that started it ends.
+
+    Returns whether it will: only on Linux."""
     return sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number) == 0

@@ -1,10 +1,10 @@
-"""THE loop: `train_step` is one optimizer update, `train` is a run. Plain PyTorch, to be edited.
+"""The training loop, in plain PyTorch: `train_step` is one optimizer update, `train` is a run.
 
-A `Run` (pretrain/run.py) flows in: a model that returns summed losses, an iterator over the
-micro-batches of each step, a validation. Pretraining and fine-tuning share this file.
+The input is a `Run` (pretrain/run.py): a model that returns summed losses, an iterator over the
+micro-batches of each step, a validation function. Pretraining and fine-tuning share this file.
 
-To change the loss, edit `losses` of the model; what is masked, pretrain/data/masking.py; the
-optimizers, pretrain/runtime/optim.py; the update itself, this file.
+To change the loss, edit `losses` of the model; masks, pretrain/data/masking.py; optimizers,
+pretrain/runtime/optim.py; the update itself, this file.
 """
 
 import math
@@ -38,16 +38,16 @@ from pretrain.runtime.stop import StopFlag
 from pretrain.schema import integer, misfit
 from pretrain.signals import Interrupted
 
-FINISHED = "finished"  # the state of a run that has no step left
+FINISHED = "finished"  # the state of a run with no steps left
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an update leaves behind, on the device: nothing here has been waited for."""
+    """The result of an update, still on the device: nothing has waited for it."""
 
-    losses: LossTotals  # of this process; zeros where the step was not finite
+    losses: LossTotals  # of this process; zeros if the step was not finite
     finite: Tensor  # bool scalar; False: the step changed nothing
-    logged: dict[str, Tensor | float]  # numbers for the log. Add yours here
+    logged: dict[str, Tensor | float]  # numbers to log; add yours in `train_step`
 
 
 def train_step(
@@ -61,18 +61,18 @@ def train_step(
     device: torch.device,
     world_size: int = 1,
 ) -> StepResult:
-    """One update from the micro-batches of this process.
+    """One update from this process's micro-batches.
 
-    Losses are sums, divided once by the counts of the whole step, over all micro-batches and
-    processes. A mean of means would weight a token by how few others its micro-batch masks."""
+    Losses are sums, divided once by the counts of the whole step (all micro-batches and processes):
+    a mean of means would give more weight to tokens of micro-batches with few masks."""
     names = batches[0].denominators
-    counts = sum_counts({name: sum(of.denominators[name] for of in batches) for name in names})
+    counts = sum_counts({name: sum(b.denominators[name] for b in batches) for name in names})
     totals = LossTotals()
     for number, batch in enumerate(batches):
         with gradient_sync(model, last=number == len(batches) - 1):
             with autocast:
                 losses = model(batch.to(device))
-                # DDP averages gradients over the processes, hence the factor.
+                # `world_size` undoes DDP's averaging of gradients over processes.
                 loss = sum(
                     term.sum * (term.weight * world_size / counts[term.count or name])
                     for name, term in losses.items()
@@ -99,29 +99,29 @@ def train_step(
 
 @dataclass
 class TrainState:
-    """Where a run stands. Other state belongs to its owner, see `parts` in `train`."""
+    """Progress of a run. Other state lives with its owner; see `parts` in `train`."""
 
     step: int = 0  # optimizer updates done
     evaluated_at: int = -1  # the last step that was evaluated
-    evaluated_in: int = 0  # its phase at that time: a longer run moves the phases
+    evaluated_in: int = 0  # the phase of that step then; extending a run moves the phases
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     best_scores: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     evaluations_without_gain: int = 0
 
     def record(self, step: int, scores: dict[str, float], run: Run) -> bool:
-        """Note an evaluation; whether its scores are the best so far."""
+        """Record an evaluation. Returns whether its scores are the best so far."""
         self.evaluated_at, self.evaluated_in, self.scores = step, run.phase_at(step), scores
         if not scores or not run.is_comparable(step):
             return False
-        if self.best_scores and run.rank(scores) <= run.rank(self.best_scores):
+        if self.best_scores and run.sort_key(scores) <= run.sort_key(self.best_scores):
             self.evaluations_without_gain += 1
             return False
         self.best_scores, self.best_step, self.evaluations_without_gain = scores, step, 0
         return True
 
     def is_finished(self, run: Run) -> bool:
-        """Whether no step is left: the last one, or --patience has run out. Evaluated, too."""
+        """Whether the last step, or the one where --patience ran out, is done and evaluated."""
         out_of_patience = 0 < run.config.patience <= self.evaluations_without_gain
         is_last = self.step >= run.total_steps or out_of_patience
         return is_last and self.evaluated_at == self.step
@@ -134,7 +134,6 @@ class TrainState:
 
     @staticmethod
     def form(run: Run) -> dict:
-        """What a saved state must be."""
         return {
             "step": integer(),
             "best_step": integer(),
@@ -147,9 +146,9 @@ class TrainState:
 
 
 def train(run: Run) -> dict:
-    """Train from the start, or from `run.checkpoint`, to the end, and return the summary.
+    """Train to the end, from the start or from `run.checkpoint`, and return the summary.
 
-    A signal stops the run after the current step: it is saved, and `Interrupted` is raised."""
+    On a signal, finishes and saves the current step, then raises `Interrupted`."""
     config, device, world = run.config, run.device, run.world
     model = wrap(run.model, run.compile, run.has_fixed_shapes)
     optimizers = make_optimizers(run.model, config)
@@ -170,7 +169,7 @@ def train(run: Run) -> dict:
         "scaler": scaler,
         "guard": guard,
         "meter": meter,
-        # Last: nothing may draw between this and the first step.
+        # Last: nothing may draw random numbers between restoring this and the first step.
         "random": RandomState(device, world),
     }
     if run.checkpoint:
@@ -180,13 +179,13 @@ def train(run: Run) -> dict:
     guard.report = monitor.say
     scale = ScaleWatch(scaler, monitor.say)
     run.model.train()
-    with StopFlag(config.max_minutes, run.time_limit) as stop, explained(**run.blame):
+    with StopFlag(config.max_minutes, run.time_limit) as stop, explained(**run.error_labels):
         while True:
             step = state.step
             evaluate_now = step >= run.total_steps or step % run.eval_every == 0
             if evaluate_now and state.evaluated_at != step:
                 scores = run.validate(step, stop.signaled, monitor)
-                if scores is not None:  # else a signal cut it short
+                if scores is not None:  # not cut short by a signal
                     monitor.log(step, run.logged(scores))
                     if state.record(step, scores, run):
                         run.keep_best(state)
@@ -212,14 +211,14 @@ def train(run: Run) -> dict:
             monitor.advance()
             if state.step in (1, *run.phase_ends) or state.step % config.log_every == 0:
                 monitor.log(state.step, meter.flush() | run.data.logged() | scale.logged())
-        # Inside: a signal must not cost a finished run its result.
+        # Inside the `with`: a signal must not keep a finished run from writing its result.
         return conclude(run, state, meter, guard, monitor, stop)
 
 
 def save_checkpoint(run: Run, state: TrainState, parts: dict) -> None:
-    """Write the checkpoint of the present step; remove older ones beyond --keep.
+    """Write a checkpoint of the current step and delete old ones beyond --keep.
 
-    All processes call this together: some parts are gathered."""
+    All processes must call this together: some parts are gathered."""
     states = {name: part.state_dict() for name, part in parts.items()}
     weights = whole_weights(run.model)
 
@@ -248,7 +247,7 @@ def restore(run: Run, state: TrainState, parts: dict) -> None:
                 part.load_state_dict(states[name])
         check_state(parts["optimizer"].optimizers)
         if state.best_scores:
-            run.rank(state.best_scores)
+            run.sort_key(state.best_scores)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         problem = f"does not fit the model and the options ({first_line(error)})"
         raise UserError(f"{run.checkpoint}: {problem}") from error
@@ -256,18 +255,18 @@ def restore(run: Run, state: TrainState, parts: dict) -> None:
         state.evaluations_without_gain = 0
     damage = run.best_problem() if state.best_scores and run.world.is_main else None
     if gather(damage)[0]:
-        print(f"{damage}: the next evaluation writes best/ again")
+        print(f"{damage}: the next evaluation rewrites best/")
         state.best_scores = {}
 
 
 def conclude(
     run: Run, state: TrainState, meter: Meter, guard: NanGuard, monitor: Monitor, stop: StopFlag
 ) -> dict:
-    """Write `final/` if the run is finished, and the summary, which is returned."""
+    """Write `final/` if the run is finished; write and return the summary."""
     finished = state.is_finished(run)
-    how = FINISHED if finished else f"stopped by {stop.reason}; resume to continue"
+    outcome = FINISHED if finished else f"stopped by {stop.reason}; resume to continue"
     skipped = guard.state_dict()["skipped"]
-    summary = {"state": how, "steps": state.step, **meter.summary(), "skipped_steps": skipped}
+    summary = {"state": outcome, "steps": state.step, **meter.summary(), "skipped_steps": skipped}
     if finished:
         run.finish(state)
     run.complete_summary(state, summary)
@@ -278,6 +277,6 @@ def conclude(
             run.clean_up()
     wait_for_all()
     if stop.signal and not finished:
-        done = f"step {state.step:,} of {run.total_steps:,} is saved" if state.step else "no step"
+        done = f"saved step {state.step:,} of {run.total_steps:,}" if state.step else "at step 0"
         raise Interrupted(stop.signal, f"{done}; stopped by")
     return summary

@@ -110,7 +110,7 @@ def test_a_file_that_cannot_be_read_is_named_and_an_empty_one_is_none(in_file, t
 
 def test_a_file_may_hold_options_of_the_command_that_it_is_passed_over_from(in_file):
     argv = in_file({"eval_tokens": 5, "seed": 2})
-    assert parse(argv, FinetuneOptions, "", passed_over=Config).seed == 2
+    assert parse(argv, FinetuneOptions, "", ignored=Config).seed == 2
     with pytest.raises(UserError, match="eval_tokens"):
         parse(argv, FinetuneOptions, "")
 

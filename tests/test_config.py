@@ -9,10 +9,10 @@ from pretrain.config import (
     AdaptOptions,
     Config,
     FinetuneOptions,
-    least_micro_batch_size,
     length_option,
     longest,
     may_change,
+    min_micro_batch_size,
     missing,
     phase_ends,
     phase_lengths,
@@ -161,7 +161,7 @@ def test_phases_follow_one_another(more, lengths, ends):
     assert phase_lengths(config) == lengths and phase_ends(config, 1000) == ends
     assert length_option(config) == ("--phases" if len(lengths) > 1 else "--max-length")
     assert longest(config) == max(length for length, _ in lengths)
-    room = least_micro_batch_size(config) * lengths[0][0]
+    room = min_micro_batch_size(config) * lengths[0][0]
     assert room - lengths[0][0] < longest(config) <= room
 
 

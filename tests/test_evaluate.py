@@ -166,7 +166,7 @@ def samples_of(model, validation, tokenizer):
     parts, samples = text.split("\n\n"), []
     for text, table in zip(parts[::2], parts[1::2], strict=True):
         head, rule, *rows = table.split("\n")
-        assert (head, rule) == ("| place | read | right | predicted |", "|---|---|---|---|")
+        assert (head, rule) == ("| position | input | label | predicted |", "|---|---|---|---|")
         samples.append((text, [re.split(r" (?<!\\)\| ", row[2:-2]) for row in rows]))
     return samples
 

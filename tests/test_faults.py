@@ -332,7 +332,7 @@ def test_a_training_state_of_any_content(finished, tmp_path, mutate, name):
         assert run_command(main, argv) in (0, 2)
     finally:
         torch.set_num_threads(threads)
-        files.let_go(output)
+        files.unlock(output)
 
 
 OF_WEIGHT = ("optimizer", "weights", WEIGHT)
@@ -595,7 +595,7 @@ def hold_in_child(folder, then):
     """The process number of a forked process that holds `folder`, then calls `then`."""
     child, held = os.fork(), folder.parent / "held"
     if not child:
-        files.hold(folder)
+        files.lock(folder)
         held.touch()
         then()
         os._exit(0)
@@ -634,9 +634,9 @@ def test_workers_of_a_killed_process_do_not_hold_its_lock(tmp_path):
 
     os.waitpid(hold_in_child(tmp_path / "run", leave_a_worker), 0)
     try:
-        files.hold(tmp_path / "run")
+        files.lock(tmp_path / "run")
     finally:
-        files.let_go(tmp_path / "run")
+        files.unlock(tmp_path / "run")
         os.kill(int(pid_file.read_text()), KILL)
 
 

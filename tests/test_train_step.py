@@ -323,7 +323,7 @@ def test_a_term_that_no_process_can_count_changes_nothing(sequences):
 def test_scores_that_are_no_numbers_are_never_the_best(higher_is_better, best):
     run = SimpleNamespace(score=("score", "loss"), higher_is_better=higher_is_better)
     run.phase_at, run.is_comparable = lambda step: 0, lambda step: True
-    run.rank = partial(Run.rank, run)
+    run.sort_key = partial(Run.sort_key, run)
     state = TrainState()
     for step, score in enumerate([math.nan, 60.0, best, math.nan, 70.0]):
         is_best = state.record(step, {"score": score, "loss": 1.0}, run)

@@ -16,7 +16,7 @@ from pretrain.cli import parse
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
 from pretrain.data.sources import content_key, expand
 from pretrain.errors import UserError, check, option_named
-from pretrain.files import hold, model_folder, read_json, sha256_of, write_json
+from pretrain.files import lock, model_folder, read_json, sha256_of, write_json
 from pretrain.finetune.build import build
 from pretrain.finetune.dataset import LabeledRows
 from pretrain.inputs import TextFiles
@@ -158,7 +158,7 @@ def _read_texts(options: AdaptOptions, pretraining: Config) -> dict[str, TextFil
 def open_experiment(experiment: Experiment) -> None:
     """Make the folder, or resume in it; one that has trained with other options is refused."""
     options, output = experiment.options, experiment.output
-    hold(output)
+    lock(output)
     record, path = _record_of(experiment), output / "experiment.json"
     if path.is_file() and not options.overwrite:
         saved = read_json(path, dict.fromkeys(record, {}), "an experiment of adapt.py")

@@ -21,14 +21,14 @@ def main(argv: Sequence[str]) -> None:
         options = with_defaults(read_saved(output))
     check(missing(options) + validate(options))
 
-    from pretrain.files import hold, read_json
+    from pretrain.files import lock, read_json
     from pretrain.finetune.build import build, print_plan
     from pretrain.finetune.scores import numbers_of, score_table
     from pretrain.runtime.checkpoint import prune
     from pretrain.train import FINISHED, train
 
     if options.output:
-        hold(output)
+        lock(output)
     path = output / "summary.json"
     if resumes and path.is_file() and read_json(path).get("state", FINISHED) == FINISHED:
         prune(output, keep=0)  # a kill may have left checkpoints

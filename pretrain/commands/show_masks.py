@@ -60,7 +60,7 @@ class ShowMasksOptions(
 
 def main(argv: Sequence[str]) -> None:
     """Parse, draw, print."""
-    options = parse(argv, ShowMasksOptions, __doc__, passed_over=config.Config)
+    options = parse(argv, ShowMasksOptions, __doc__, ignored=config.Config)
     problems, num_phases = config.validate(options), max(1, len(options.phases))
     if options.phase > num_phases:
         problems.append(f"--phase {options.phase}: expected a phase of --phases, 1 to {num_phases}")

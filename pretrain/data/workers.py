@@ -13,7 +13,7 @@ import signal
 import threading
 from multiprocessing.context import BaseContext
 
-from pretrain.signals import ignore_stop_signals, signal_at_parents_end
+from pretrain.signals import ignore_stop_signals, signal_on_parent_exit
 
 
 class Worker(multiprocessing.Process):
@@ -54,7 +54,7 @@ def begin_worker(number: int = 0) -> None:
     main thread, which lasts. Under forkserver the kernel's parent is the server."""
     ignore_stop_signals()
     parent, worker = multiprocessing.parent_process(), multiprocessing.current_process()
-    is_killed = worker.by_main_thread and signal_at_parents_end(signal.SIGKILL)
+    is_killed = worker.by_main_thread and signal_on_parent_exit(signal.SIGKILL)
     if not is_killed or os.getppid() != parent.pid:  # another's child, or an orphan already
         # With code 0: to the DataLoader any other is a failure, also while it ends its workers.
         threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()

@@ -2,7 +2,7 @@
 
 A pack is one row of T tokens; `lengths` (host) and `cu_seqlens` (device) say where its sequences
 end. On CUDA, attention is one kernel, ours or FlashAttention's; elsewhere, a loop over sequences.
-Probabilities are never dropped: the kernels cannot, and on CPU it would take two to three times as
+There is no attention dropout: the kernels have none, and on CPU it would take two to three times as
 long. Shapes: H heads, head dimension D.
 """
 
@@ -23,11 +23,11 @@ KERNELS = TRITON, FLASH, CUDNN = "triton", "flash", "cudnn"
 Attend = Callable[[Tensor], Tensor]  # qkv [T, 3, H, D] -> [T, H, D]
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # part of CUDA builds of torch
 TRITON_HEAD_DIMS = (16, 32, 64)  # 128 needs more shared memory than many GPUs have
-LONGEST_TRITON = 512  # tokens of a sequence; the longest measured, and the fastest up to there
+LONGEST_TRITON = 512  # tokens per sequence; the longest measured, up to which it is the fastest
 
 
 class PackedSelfAttention(nn.Module):
-    """Takes over query, key and value of a stock self-attention, under their names."""
+    """Reuses query, key and value of a stock self-attention, under the same names."""
 
     def __init__(self, stock: nn.Module):
         super().__init__()
@@ -38,10 +38,10 @@ class PackedSelfAttention(nn.Module):
         """[1, T, width] -> ([1, T, width], None); `attend` is `attention_over` the batch."""
         assert attend is not None, "expected a packed batch: call the model's `encode`"
         parts, hidden = (self.query, self.key, self.value), hidden_states[0]
-        if all(type(part) is nn.Linear for part in parts):  # one matrix product for the three
+        if all(type(part) is nn.Linear for part in parts):  # one matrix product for all three
             weights, biases = zip(*((part.weight, part.bias) for part in parts))
             qkv = F.linear(hidden, torch.cat(weights), torch.cat(biases))
-        else:  # something wraps them, such as LoRA
+        else:  # they are wrapped, as by LoRA
             qkv = torch.cat([part(hidden) for part in parts], -1)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         return attend(qkv).flatten(1)[None], None
@@ -51,13 +51,13 @@ def attention_over(batch: Batch, name: str) -> Attend:
     """Attention within the sequences of `batch`, by SDPA or VARLEN."""
     if name == SDPA:
         return partial(packed_sdpa, lengths=batch.lengths)
-    # No lengths here: they differ in every batch, and a compiled graph would compile again.
+    # No lengths here: they differ in every batch, which would recompile the graph.
     return partial(packed_varlen, cu_seqlens=batch.cu_seqlens, max_length=batch.max_length)
 
 
 def packed_sdpa(qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """[T, 3, H, D] -> [T, H, D]: one call of torch's attention for each sequence that has tokens.
-    On CPU this loop beat a padded batch and nested tensors, down to sequences of 32 tokens."""
+    On CPU this loop beat a padded batch and nested tensors, even for sequences of 32 tokens."""
     lengths = tuple(length for length in lengths if length)
     if cpu_kernels.is_backward_slow(qkv, lengths):
         return cpu_kernels.GroupedBackward.apply(qkv, lengths, _attend_one_by_one)
@@ -73,8 +73,8 @@ def _attend_one_by_one(qkv: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 
 def packed_varlen(qkv: Tensor, cu_seqlens: Tensor, max_length: int, kernel: str = "") -> Tensor:
-    """The same by one of KERNELS, in fp16 or bf16 on Ampere or later; "": by the fastest measured
-    (scripts/README.md)."""
+    """The same with one of KERNELS, in fp16 or bf16 on Ampere or later. "": the fastest one
+    measured, see scripts/README.md."""
     fits = HAS_TRITON and qkv.shape[-1] in TRITON_HEAD_DIMS and max_length <= LONGEST_TRITON
     kernel = kernel or (TRITON if fits else FLASH)
     if kernel == TRITON:

@@ -1,7 +1,7 @@
-"""Self-attention over packed sequences in one Triton kernel each way, for a GPU.
+"""Self-attention over packed sequences on a GPU: a Triton kernel for each direction.
 
 FlashAttention's variable-length kernels return three gradients that must then be stacked. Most
-sequences here fit one block of 128 tokens: one pass computes all three, into one tensor.
+sequences here fit in one block of 128 tokens, where one pass writes all three to one tensor.
 
 Follows FlashAttention-2 (Dao 2023): the backward pass recomputes the probabilities from the base-2
 logsumexp of each row of scores. Shapes: T tokens, N sequences, H heads, head dimension D.
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64  # tokens of a sequence per program; with 4 warps the fastest on an H200
-SHORT = 128  # tokens; the backward pass takes a sequence up to this length at once
-MAX_GRID = 65_535  # CUDA's limit, in the dimension of the sequences
+SHORT = 128  # tokens; the backward pass handles sequences up to this length in one block
+MAX_GRID = 65_535  # CUDA's limit, for the grid dimension of the sequences
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -96,7 +96,7 @@ def _backward_short(
 
 @triton.jit
 def _scores_gradient(q, k, v, g, o, lse_rows, columns, length, scale):
-    """(probabilities, gradient of the scores) [rows, columns]; g is the gradient of outputs o."""
+    """(probabilities, gradient of the scores) [rows, columns]; g is the gradient of output o."""
     p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - lse_rows[:, None])
     p = tl.where(columns[None, :] < length, p, 0.0)
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
@@ -107,7 +107,7 @@ def _scores_gradient(q, k, v, g, o, lse_rows, columns, length, scale):
 def _backward_long(
     grad, qkv, out, grad_qkv, lse, offsets, T, scale, H, D: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A block of keys and values, then of queries, of one sequence and head."""
+    """A block of keys and values, then the same block of queries, of one sequence and head."""
     start, length = _bounds(offsets, tl.program_id(1))
     first = tl.program_id(0) * BLOCK
     if first >= length:
@@ -151,18 +151,18 @@ def _backward_long(
 
 
 def _power_of_2(length: int) -> int:
-    """The next one, at least 16: what a matrix product needs."""
+    """The next power of 2, at least 16, which is the minimum for a matrix product."""
     return max(16, triton.next_power_of_2(length))
 
 
 @torch.library.custom_op("pretrain::packed_attention", mutates_args=())
 def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
     """qkv [T, 3, H, D] in fp16 or bf16, cu_seqlens int32 [N + 1] -> (output [T, H, D], base-2
-    logsumexp float32 [H, T]). The sequences cover all T tokens and have at most `max_length` each;
-    D is a power of two, at least 16."""
+    logsumexp float32 [H, T]). The sequences cover all T tokens, with at most `max_length` each;
+    D is a power of 2, at least 16."""
     (T, _, H, D), N = qkv.shape, len(cu_seqlens) - 1
     assert qkv.dtype in (torch.float16, torch.bfloat16), qkv.dtype
-    assert N < MAX_GRID, f"{N} sequences, at most {MAX_GRID - 1}"
+    assert N < MAX_GRID, f"{N} sequences; expected at most {MAX_GRID - 1}"
     out, lse = _empty_outputs(qkv)
     block = min(BLOCK, _power_of_2(max_length))
     grid = (triton.cdiv(max_length, block), N, H)
@@ -181,14 +181,14 @@ def _empty_outputs(qkv, *_) -> tuple[Tensor, Tensor]:
 def packed_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_length: int
 ) -> Tensor:
-    """The gradient of qkv, [T, 3, H, D], from that of the output."""
+    """The gradient of qkv, [T, 3, H, D], from the gradient of the output."""
     (T, _, H, D), N = qkv.shape, len(cu_seqlens) - 1
     grad, qkv = grad.contiguous(), qkv.contiguous()
     grad_qkv = torch.empty_like(qkv)
     block = _power_of_2(max_length) if max_length <= SHORT else BLOCK
     sizes = (T, D**-0.5, H, D, block)
     if max_length <= SHORT:
-        warps = 8 if block == SHORT else 4  # with fewer its numbers do not fit the registers
+        warps = 8 if block == SHORT else 4  # fewer would spill registers
         _backward_short[N, H](grad, qkv, grad_qkv, lse, cu_seqlens, *sizes, num_warps=warps)
     else:
         grid = (triton.cdiv(max_length, block), N, H)
@@ -201,7 +201,7 @@ def _(grad, qkv, out, lse, cu_seqlens, max_length):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _save_for_backward(ctx, inputs, output) -> None:
     qkv, cu_seqlens, ctx.max_length = inputs
     ctx.save_for_backward(qkv, *output, cu_seqlens)
 
@@ -211,4 +211,4 @@ def _gradient(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
     return packed_attention_backward(grad, qkv, out, lse, cu_seqlens, ctx.max_length), None, None
 
 
-packed_attention.register_autograd(_gradient, setup_context=_keep)
+packed_attention.register_autograd(_gradient, setup_context=_save_for_backward)

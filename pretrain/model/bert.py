@@ -1,7 +1,7 @@
 """BERT with its MLM and NSP heads on packed batches.
 
-The modules are those of transformers' BertForPreTraining, whose name `save_pretrained` writes into
-config.json; what they compute is written here: at the masked and the [CLS] positions only.
+The modules are those of transformers' BertForPreTraining, and `save_pretrained` writes its name to
+config.json. The heads read only masked and [CLS] positions.
 """
 
 import transformers
@@ -24,7 +24,7 @@ class BertForPreTraining(PackedModel, transformers.BertForPreTraining):
         return self.cls.predictions.transform(hidden)
 
     def next_sentence_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """float32 [N, 2]: scores of 0, "is next", and 1, "is random", at each [CLS]."""
+        """float32 [N, 2]: logits of 0, "is next", and 1, "is random", at each [CLS]."""
         first = self.first_tokens(hidden, batch)
         pooled = self.bert.pooler(first[:, None])  # the pooler takes token 0 of [N, 1, width]
         return self.cls.seq_relationship(pooled).float()

@@ -1,6 +1,6 @@
-"""What exists only to be fast on CPU: attention's gradients, cross-entropy, the bits of dropout.
+"""Fast paths for the CPU: gradients of attention, cross-entropy, random bits for dropout.
 
-The slow form of each stands where it is called, and tests compare the two.
+The simple form of each is next to its call, and tests compare the two.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pretrain.batch import IGNORED
 
-GROUP_SCORES = 1 << 19  # of attention, computed at once: they stay in the cache
-LONGEST_GROUPED = 512  # tokens; beyond, torch's backward pass is as fast and takes less memory
-ROW_SCORES = 1 << 20  # of a vocabulary, computed at once: 4 MB in float32
-MANY_SCORES = 1 << 16  # from which on computing them by rows pays
+GROUP_SCORES = 1 << 19  # attention scores computed at once, so that they stay in the cache
+LONGEST_GROUPED = 512  # tokens; beyond this, torch's backward pass is as fast and takes less memory
+ROW_SCORES = 1 << 20  # logits computed at once: 4 MB in float32
+MANY_SCORES = 1 << 16  # logits; from here, computing them by rows pays off
 DROPOUT_BITS = {2: np.uint16, 4: np.uint32}  # by the size of a number in bytes
 
 
@@ -28,10 +28,9 @@ def is_backward_slow(qkv: Tensor, lengths: tuple[int, ...]) -> bool:
 
 
 class GroupedBackward(torch.autograd.Function):
-    """Attention with the gradients of plain matrix products over groups of similar sequences.
-    torch's backward pass of short sequences in bf16 runs at an eighth of the matrix rate; this
-    takes half its time. Scores are in float32: in bf16 the error of a sharp head would be that of
-    its probabilities."""
+    """Attention whose gradients are plain matrix products over groups of similar lengths. This
+    takes half the time of torch's backward pass, which runs short bf16 sequences at an eighth of
+    the matrix rate. Scores are float32: bf16 is too coarse for a sharp attention head."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, lengths: tuple[int, ...], attend: Callable) -> Tensor:
@@ -51,14 +50,14 @@ class GroupedBackward(torch.autograd.Function):
         for group in _groups(lengths, num_heads=qkv.shape[2]):
             padded = pad_sequence([inputs[number] for number in group], batch_first=True)
             tensors = padded.permute(2, 0, 3, 1, 4)  # [4, G, H, L, D], 0 beyond a sequence
-            found = _attention_gradients(tensors, [lengths[number] for number in group])
-            for number, part in zip(group, found.permute(1, 3, 0, 2, 4)):
+            grads = _attention_gradients(tensors, [lengths[number] for number in group])
+            for number, part in zip(group, grads.permute(1, 3, 0, 2, 4)):
                 outputs[number].copy_(part[: lengths[number]])
         return gradients, None, None
 
 
 def _groups(lengths: tuple[int, ...], num_heads: int) -> Iterator[list[int]]:
-    """Indices of `lengths`, the longest first, in groups of at most GROUP_SCORES scores."""
+    """Indices of `lengths`, longest first, in groups of at most GROUP_SCORES scores."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while order:
         size = max(1, GROUP_SCORES // (num_heads * lengths[order[0]] ** 2))
@@ -68,7 +67,7 @@ def _groups(lengths: tuple[int, ...], num_heads: int) -> Iterator[list[int]]:
 
 def _attention_gradients(tensors: Tensor, lengths: list[int]) -> Tensor:
     """Query, key, value and the gradient of the output [4, G, H, L, D] -> gradients of the first
-    three [3, G, H, L, D]. Sequence g has lengths[g] tokens, the longest first."""
+    three [3, G, H, L, D]. Sequence g has lengths[g] tokens, longest first."""
     shape, scale = tensors.shape, tensors.shape[-1] ** -0.5
     query, key, value, grad = tensors.flatten(1, 2).unbind(0)  # [G x H, L, D] each
     scores = torch.bmm(query.float() * scale, key.float().transpose(1, 2))
@@ -87,15 +86,15 @@ def _attention_gradients(tensors: Tensor, lengths: list[int]) -> Tensor:
 
 
 def are_rows_faster(logits: Tensor) -> bool:
-    """Whether `RowwiseCrossEntropy` beats torch for these scores."""
+    """Whether `RowwiseCrossEntropy` beats torch for these logits."""
     if logits.device.type != "cpu" or logits.dtype == torch.float64:
         return False
     return logits.numel() >= MANY_SCORES and not torch.compiler.is_compiling()
 
 
 class RowwiseCrossEntropy(torch.autograd.Function):
-    """(summed loss, right answers), a few rows at a time: without a float32 copy of all scores.
-    Each score is read once; the gradient is computed on the way, in the type of the scores."""
+    """(summed loss, number correct), a few rows at a time, without a float32 copy of all logits.
+    Reads each logit once; the same pass computes the gradient, in the type of the logits."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +110,7 @@ class RowwiseCrossEntropy(torch.autograd.Function):
             of_target, top = scores.gather(1, target)[:, 0], scores.amax(-1)
             probabilities = scores.softmax(-1)
             loss += ((top - probabilities.amax(-1).log() - of_target) * counted).sum()
-            # The argmax of all rows takes longer than the softmax.
+            # Not the argmax of all rows, which takes longer than the softmax.
             candidates = ((of_target == top) & counted).nonzero()[:, 0]
             num_correct += (scores[candidates].argmax(-1) == label[candidates]).sum()
             if gradient is not None:
@@ -128,12 +127,12 @@ class RowwiseCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None]:
         """The gradient of the logits."""
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad_loss), None  # in place: this is as large as the scores
+        return gradient.mul_(grad_loss), None  # in place: it is as large as the logits
 
 
 def dropout_factors(like: Tensor, p: float) -> Tensor:
-    """0 or 1 / (1 - p) for each number of `like`, in its type; numpy draws, torch gives the seed.
-    The share of zeros makes up for rounding the factor: 0.0986 instead of 0.1 in bf16."""
+    """0 or 1 / (1 - p) for each number of `like`, in its type; numpy draws, with a seed from torch.
+    The share of zeros compensates for rounding the factor: 0.0986 instead of 0.1 in bf16."""
     scale = torch.tensor(1 / (1 - p), dtype=like.dtype)
     kind = DROPOUT_BITS[like.element_size()]
     pattern = scale.view(getattr(torch, kind.__name__)).numpy()

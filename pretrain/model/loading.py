@@ -25,12 +25,12 @@ FAMILIES: dict[str, type[PackedModel]] = {
     "roberta": RobertaForMaskedLM,
     "xlm-roberta": XLMRobertaForMaskedLM,
     "camembert": CamembertForMaskedLM,
-}  # by config.model_type. A name says nothing: chinese-roberta-wwm-ext is a BERT
+}  # by config.model_type; names can mislead: chinese-roberta-wwm-ext is a BERT
 
 SIZES = "hidden_size num_attention_heads intermediate_size type_vocab_size max_position_embeddings"
 SHARES = "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout layer_norm_eps"
-NO_HUB_CODE = Rule(lambda value: "/" not in str(value), "a name without /: no code of the hub")
-MODEL_FORM = {  # of config.json: what decides sizes, or would fail deep in the library
+NO_HUB_CODE = Rule(lambda value: "/" not in str(value), "a name without /: hub code is not run")
+MODEL_FORM = {  # of config.json: what sets sizes, or would fail deep inside the library
     **dict.fromkeys(SIZES.split(), optional(integer(1, 1 << 20))),
     "num_hidden_layers": optional(integer(1, 1024)),
     "vocab_size": optional(integer(1, 1 << 24)),
@@ -45,18 +45,18 @@ MODEL_FORM = {  # of config.json: what decides sizes, or would fail deep in the 
     **dict.fromkeys(("attn_implementation", "_attn_implementation"), NO_HUB_CODE),
 }
 INDEX_FORM = {"weight_map": values_of(FILE_NAME, "an object that names files of this folder")}
-FEW_WEIGHTS = 1 << 28  # that may be made before it shows that the files lack them
+FEW_WEIGHTS = 1 << 28  # up to this many are created before the files are found to lack them
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 NOT_OVERRIDDEN = {"model_type", "transformers_version", "_name_or_path"}
 PARSERS = {int: int, float: float, str: str, bool: lambda text: BOOLS[text.lower()]}
 
-transformers.utils.logging.disable_progress_bar()  # its bar for every file breaks the run's own
+transformers.utils.logging.disable_progress_bar()  # its bar for each file breaks the run's own
 
 
 def from_size(
     size: str, vocab_size: int, max_length: int, pad_id: int, overrides: Sequence[str] = ()
 ) -> BertForPreTraining:
-    """A BERT from scratch of a size in MODEL_SIZES; UserError about `overrides`."""
+    """A BERT from scratch of a size in MODEL_SIZES; UserError if `overrides` do not fit."""
     layers, width = MODEL_SIZES[size]
     config = BertConfig(
         vocab_size=vocab_size,
@@ -69,7 +69,7 @@ def from_size(
     )
     override(config, overrides)
     value = " ".join(overrides) or size
-    with refusing(f"{value}: makes no model", "expected fields that fit together"):
+    with refusing(f"{value}: cannot build a model", "expected fields that fit together"):
         return BertForPreTraining(config)
 
 
@@ -77,7 +77,7 @@ def from_checkpoint(
     name: str, config: PreTrainedConfig | None = None
 ) -> tuple[PackedModel, list[str]]:
     """(model in float32, parts that start fresh) of a checkpoint, with or without heads. `config`
-    is that of `load_config`, where fields were overridden."""
+    comes from `load_config`, with or without overrides."""
     config = config or load_config(name)
     model, missing = load_weights(FAMILIES[config.model_type], name, config)
     is_fresh = {prefix: any(key.startswith(prefix) for key in missing) for prefix in model.parts}
@@ -88,7 +88,7 @@ def load_config(name: str) -> PreTrainedConfig:
     """The config of a checkpoint: the folder of a model or a run, or a hub name."""
     folder, problem = model_folder(name), "its config.json cannot be used"
     path, expected = Path(folder, "config.json"), "the config of a model"
-    if path.is_file():  # checked before a number in it makes something large
+    if path.is_file():  # checked before a number in it allocates something large
         read_json(path, MODEL_FORM, expected)
     else:
         problem = "cannot be found"
@@ -96,16 +96,16 @@ def load_config(name: str) -> PreTrainedConfig:
     with refusing(f"{name}: {problem}", f"expected {expected}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in FAMILIES:
-        problem = f"is of the family {config.model_type!r} (config.model_type)"
+        problem = f"has model_type {config.model_type!r} in its config"
         raise UserError(f"{name}: {problem}; expected one of {', '.join(FAMILIES)}")
-    # A file may have the labels in any order.
+    # The file may list labels in any order.
     config.id2label = {number: str(label) for number, label in sorted(config.id2label.items())}
     check_config(config, name)
     return config
 
 
 def check_config(config: PreTrainedConfig, value: str) -> None:
-    """UserError about `value` if the fields of `config` make no model."""
+    """UserError about `value` if the fields of `config` do not make a model."""
     problem = misfit(config.to_dict(), MODEL_FORM)
     width, heads = config.hidden_size, config.num_attention_heads
     if not problem and width % heads:
@@ -133,10 +133,10 @@ def override(config: PreTrainedConfig, entries: Sequence[str]) -> None:
 def load_weights(
     family: type[PackedModel], name: str, config: PreTrainedConfig
 ) -> tuple[PackedModel, list[str]]:
-    """(model of a class in float32, weights that the checkpoint lacks, none of the encoder)."""
+    """(model in float32, weights missing from the checkpoint); UserError for the encoder's."""
     transformers.utils.logging.set_verbosity_error()  # no table of missing weights
     _check_files(name, config)
-    expected = "expected a whole checkpoint, in safetensors or without code in it"
+    expected = "expected a complete checkpoint, in safetensors or without pickled code"
     with refusing(f"{name}: its weights cannot be read", expected):
         options = {"ignore_mismatched_sizes": family.head_may_differ, "output_loading_info": True}
         model, info = family.from_pretrained(
@@ -146,13 +146,13 @@ def load_weights(
     prefix = family.base_model_prefix
     encoder = [key for key in missing if re.match(rf"{prefix}\.(?!pooler\.)", key)]
     if encoder:
-        lacks = f"lacks {len(encoder)} weights of the encoder, {encoder[0]} first"
-        raise UserError(f"{name}: {lacks}; expected a {config.model_type} checkpoint")
+        problem = f"{len(encoder)} weights of the encoder are missing, such as {encoder[0]}"
+        raise UserError(f"{name}: {problem}; expected a {config.model_type} checkpoint")
     return model, missing
 
 
 def _check_files(name: str, config: PreTrainedConfig) -> None:
-    """UserError if the weights of a folder are in other folders, or fewer than `config` says."""
+    """UserError if an index names files outside the folder, or `config` more weights than in it."""
     folder, width = Path(model_folder(name)), config.hidden_size
     for index in folder.glob("*.index.json"):
         read_json(index, INDEX_FORM, "an index of weights")
@@ -162,4 +162,4 @@ def _check_files(name: str, config: PreTrainedConfig) -> None:
     rows = config.vocab_size + config.max_position_embeddings + config.num_hidden_layers * layer
     if num_bytes and width * rows > max(num_bytes, FEW_WEIGHTS):
         problem = f"has {num_bytes:,} bytes for the {width * rows:,} weights of its config"
-        raise UserError(f"{name}: {problem}; expected a whole checkpoint and its own config")
+        raise UserError(f"{name}: {problem}; expected a complete checkpoint with its own config")

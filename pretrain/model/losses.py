@@ -1,4 +1,4 @@
-"""Summed cross-entropy and the number of right answers."""
+"""Summed cross-entropy and the number of correct predictions."""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ from pretrain.model.cpu_kernels import RowwiseCrossEntropy, are_rows_faster
 def cross_entropy(
     logits: Tensor, labels: Tensor, weight: float = 1.0, class_weights: Tensor | None = None
 ) -> Loss:
-    """logits [M, classes], labels int64 [M], some IGNORED -> the sum in float32, or in float64 if
-    the logits are. `weight` is that of the term in the training loss."""
+    """logits [M, classes], labels int64 [M], some IGNORED -> the sum in float32, or float64 if the
+    logits are. `weight` is the weight of this term in the training loss."""
     if class_weights is None and are_rows_faster(logits):
         loss, num_correct = RowwiseCrossEntropy.apply(logits, labels)
     else:

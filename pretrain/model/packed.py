@@ -11,16 +11,14 @@ from pretrain.model.replacements import REPLACEMENTS, aligned_linear
 
 class PackedModel:
     """Batch -> losses by name: a mixin for a pretrained model of transformers. A family is one file
-    (see roberta.py) and one line in `loading.FAMILIES`. It provides `transform`, and overrides the
-    attributes below that differ. An encoder that is not built like BERT's also overrides `layers`,
-    `replace_attention` and `encode`; a family with an NSP head has `next_sentence_logits`. Class
-    and weight names stay the stock ones: files go both ways."""
+    (see roberta.py) with `transform` and whatever differs from BERT, and one line in
+    `loading.FAMILIES`. Class and weight names stay stock: transformers reads the files."""
 
-    parts: dict[str, str] = {}  # prefix of weights -> what starts fresh if they are missing
+    parts: dict[str, str] = {}  # weight prefix -> name of the part, which starts fresh if missing
     pair_parts: tuple[str, ...] = ()  # modules that only the NSP loss trains; (): no NSP head
-    position_offset = 0  # of the first token's position
-    head_may_differ = False  # in size from the checkpoint's; it then starts fresh
-    nsp_weight: float | None = None  # of the NSP loss; None: MLM alone
+    position_offset = 0  # position id of the first token
+    head_may_differ = False  # in size from the checkpoint, and then starts fresh
+    nsp_weight: float | None = None  # of the NSP loss; None: MLM only
     attention = SDPA  # or VARLEN
 
     def post_init(self) -> None:
@@ -40,26 +38,27 @@ class PackedModel:
             layer.attention.self = PackedSelfAttention(layer.attention.self)
 
     @property
-    def max_length(self) -> int:  # tokens that a sequence may have
+    def max_length(self) -> int:  # tokens per sequence
         return self.config.max_position_embeddings - self.position_offset
 
     def length_problems(self, max_length: int) -> list[str]:
         """What is wrong with sequences of `max_length` tokens."""
-        problem = f"{max_length}: the model has {self.max_length} positions; expected at most that"
-        return [problem] if max_length > self.max_length else []
+        if max_length <= self.max_length:
+            return []
+        return [f"{max_length}: too long for the model; expected at most {self.max_length}"]
 
     def pair_problems(self, objective: str) -> list[str]:
-        """What is wrong with `objective`, one that needs pairs of texts."""
+        """What is wrong with `objective`, which needs pairs of texts."""
         if not self.pair_parts:
             family = self.config.model_type
-            return [f"{objective}: the family {family} has no NSP head; expected mlm"]
+            return [f"{objective}: {family} models have no NSP head; expected mlm"]
         if self.config.type_vocab_size < 2:
-            return [f"{objective}: the model has one token type; expected a model with 2, or mlm"]
+            return [f"{objective}: the model has one token type, not two; expected mlm"]
         return []
 
     def use_pairs(self, weight: float | None) -> None:
-        """Compute the NSP loss with this weight. None: MLM alone, with what only NSP trains frozen,
-        because DDP expects a gradient for every trainable parameter."""
+        """Compute the NSP loss with this weight. None: MLM only, with `pair_parts` frozen, because
+        DDP expects a gradient for every trainable parameter."""
         assert weight is None or self.pair_parts, f"{type(self).__name__} has no NSP head"
         self.nsp_weight = weight
         for name in self.pair_parts:
@@ -69,8 +68,8 @@ class PackedModel:
         return self.losses(self.encode(batch), batch)
 
     def encode(self, batch: Batch) -> Tensor:
-        """[T, width]: the last hidden states. Not by the encoder's own forward, whose pooler reads
-        the first token of the pack only."""
+        """[T, width]: the last hidden states. Does not use the encoder's own forward, whose pooler
+        reads only the first token of the pack."""
         encoder, attend = self.base_model, attention_over(batch, self.attention)
         ids, types = batch.input_ids[None], batch.token_type_ids[None]
         positions = batch.position_ids[None] + self.position_offset
@@ -78,8 +77,8 @@ class PackedModel:
         return encoder.encoder(hidden, attend=attend).last_hidden_state[0]
 
     def losses(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
-        """The terms of the training loss by name: add yours here. Multiply by a mask instead of
-        indexing with one, which makes a GPU wait and breaks a compiled graph."""
+        """The terms of the training loss by name: add yours here. Multiply by masks: indexing with
+        them makes the host wait for a GPU and breaks compiled graphs."""
         logits = self.masked_lm_logits(hidden, batch)
         losses = {"mlm": cross_entropy(logits, batch.labels["mlm"])}
         if self.nsp_weight is not None:
@@ -88,10 +87,10 @@ class PackedModel:
         return losses
 
     def masked_lm_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[M, vocabulary], in the precision of the products: transform -> tied decoder + bias, at
-        masked positions only. The others carry no loss (transformers #3294)."""
+        """[M, vocabulary], in autocast's precision: transform -> tied decoder + bias, at masked
+        positions only. The others have no loss (transformers #3294)."""
         masked = self.transform(hidden[batch.masked_positions])
-        decoder = self.get_output_embeddings()  # its weight is that of the word embeddings
+        decoder = self.get_output_embeddings()  # shares its weight with the word embeddings
         if masked.device.type == "cpu" or type(decoder) is not nn.Linear:  # wrapped, as by LoRA
             return decoder(masked)
         return aligned_linear(masked, decoder)
@@ -101,14 +100,14 @@ class PackedModel:
         raise NotImplementedError
 
     def first_tokens(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[N, width]: the hidden state of each sequence's first token; of the last token of the
-        pack for a dummy without tokens."""
+        """[N, width]: the hidden state of each sequence's first token; for an empty dummy, that of
+        the last token of the pack."""
         return hidden[batch.cu_seqlens[:-1].clamp(max=len(hidden) - 1).long()]
 
     @torch.no_grad()
     def add_vectors(self, size: int, pieces: dict[int, list[int]], from_pieces: bool) -> None:
-        """Make room for `size` tokens in embeddings, decoder and bias. With `from_pieces` a new
-        token starts at the mean of the tokens that stood for it; otherwise it stays random."""
+        """Grow embeddings, decoder and bias to `size` tokens. With `from_pieces` a new token starts
+        at the mean of the tokens that it replaces; otherwise it starts random."""
         if size > self.config.vocab_size:
             self.resize_token_embeddings(size, mean_resizing=False)
         decoder = self.get_output_embeddings()
@@ -119,9 +118,9 @@ class PackedModel:
 
 
 def count_flops(model: PackedModel, batch: Batch) -> float:
-    """Floating-point operations of a forward and backward pass over the real tokens: 6 for each
-    encoder weight and token, 12 x layers x width for each pair of tokens that attend, 6 for each
-    weight of the MLM head and masked position."""
+    """FLOPs of a forward and backward pass over the real tokens: 6 per encoder weight and token,
+    12 x layers x width per pair of tokens that attend, 6 per MLM head weight and masked position.
+    """
     config = model.config
     encoder = sum(weight.numel() for weight in model.layers.parameters() if weight.ndim == 2)
     head = config.hidden_size * (config.hidden_size + config.vocab_size)

@@ -1,7 +1,7 @@
-"""Stock modules with the same results in less time.
+"""Faster versions of stock modules, with the same results.
 
-Beside matrix products, a GPU mostly reads and writes hidden states. In a compiled graph, dropout
-and GELU add only cheap arithmetic, which the backward pass repeats.
+Besides matrix products, a GPU mostly reads and writes hidden states. In a compiled graph, dropout
+and GELU here only add cheap arithmetic, which the backward pass repeats.
 """
 
 import math
@@ -21,7 +21,7 @@ ALIGNMENT = 64  # scores; a GPU's products are fast at multiples of this
 
 
 class Dropout(nn.Dropout):
-    """Dropout that is fast on CPU, where torch's takes 13 % of a step of a small encoder."""
+    """Fast dropout; on CPU, torch's takes 13 % of a step of a small encoder."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` with a share p of zeros; the others are scaled up."""
@@ -35,8 +35,8 @@ class Dropout(nn.Dropout):
 
 class _HashedDropout(torch.autograd.Function):
     """Dropout by a hash of an element's index and two seeds. The backward pass repeats the hash
-    instead of reading a mask: a quarter of the operations of torch's generator, which takes longer
-    than reading and writing the numbers."""
+    instead of reading a mask. The hash takes a quarter of the operations of torch's generator,
+    which is slower than reading and writing the tensor."""
 
     @staticmethod
     def forward(ctx, input: Tensor, p: float) -> Tensor:
@@ -55,8 +55,8 @@ class _HashedDropout(torch.autograd.Function):
 
 
 def drop_by_hash(input: Tensor, bits: Tensor, seed: Tensor, p: float) -> Tensor:
-    """`input` with zeros where `bits` (int32), mixed, are in the lowest share p; others scaled."""
-    # Sums and products wrap around. No bitwise operations: the compiler would save their results.
+    """`input` scaled up, with zeros where the hash of `bits` (int32) is in the lowest share p."""
+    # Sums and products wrap around. The compiler would save the results of bitwise operations.
     for shift, summand in ((16, HASH_SUMMANDS[0]), (15, seed), (16, HASH_SUMMANDS[1])):
         bits = bits * (bits + bits + 1) + summand
         bits = bits + (bits >> shift)
@@ -65,12 +65,12 @@ def drop_by_hash(input: Tensor, bits: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 class Gelu(GELUActivation):
-    """x times the standard normal CDF. CUDA's erf takes longer than reading and writing x; formula
-    7.1.26 of Abramowitz and Stegun (1964), exact to 1.5e-7, shares its exponential with the
-    derivative."""
+    """x times the standard normal CDF, by formula 7.1.26 of Abramowitz and Stegun (1964). It is
+    accurate to 1.5e-7 and shares its exponential with the derivative. CUDA's erf is slower than
+    reading and writing x."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As F.gelu."""
+        """Same as F.gelu."""
         reduced = input.dtype in (torch.bfloat16, torch.float16)
         return _Gelu.apply(input) if reduced and torch.compiler.is_compiling() else F.gelu(input)
 
@@ -102,11 +102,11 @@ def _cdf_and_pdf(x: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Statistics in float32, the result in the precision of autocast. Autocast would leave it in
-    float32, and so all that is read and written of hidden states."""
+    """Computes statistics in float32 and returns the precision of autocast. Stock autocast returns
+    float32, so that hidden states take twice the memory traffic."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., width] in any precision -> [..., width]; without autocast it is the stock one."""
+        """[..., width] in any precision -> [..., width]; without autocast, same as stock."""
         device = input.device.type
         if not torch.is_autocast_enabled(device):
             return super().forward(input)
@@ -116,8 +116,8 @@ class LayerNorm(nn.LayerNorm):
 
 def aligned_linear(hidden: Tensor, linear: nn.Linear, multiple: int = ALIGNMENT) -> Tensor:
     """[M, width] -> [M, classes]: `linear`, as a view whose rows begin at multiples of `multiple`.
-    Few vocabularies have such a size. A GPU takes three times as long for rows that do not begin at
-    multiples of 16 bytes."""
+    Few vocabularies have such a size, and a GPU takes three times as long for rows that do not
+    begin at multiples of 16 bytes."""
     missing = -linear.out_features % multiple
     weight = linear.weight.to(hidden.dtype)  # as autocast would, but before the copy
     bias = linear.bias.to(hidden.dtype)

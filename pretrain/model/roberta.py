@@ -8,21 +8,20 @@ from pretrain.model.packed import PackedModel
 
 
 class PackedRoberta(PackedModel):
-    """What the family does differently."""
+    """What these families do differently from BERT."""
 
     parts = {"lm_head": "MLM head"}
 
     @property
     def position_offset(self) -> int:
-        """Positions start after that of padding, as in fairseq."""
+        """Positions start after the padding id, as in fairseq."""
         return self.config.pad_token_id + 1
 
     def transform(self, hidden: Tensor) -> Tensor:
-        """Dense, GELU, LayerNorm."""
         return self.lm_head.layer_norm(F.gelu(self.lm_head.dense(hidden)))
 
     def set_output_embeddings(self, decoder: nn.Linear) -> None:
-        """Called when the vocabulary grows: decoder and head keep one bias."""
+        """Called when the vocabulary grows; keeps one bias for decoder and head."""
         self.lm_head.decoder, self.lm_head.bias = decoder, decoder.bias
 
 

@@ -1,5 +1,4 @@
-"""Folders that are whole or absent: written aside, synced, read back and renamed, with a hash of
-every file.
+"""Folders that are whole or absent: written aside, synced, read back and renamed, all files hashed.
 
 A checkpoint is one with model and tokenizer (`save_pretrained`) and the training state: state dicts
 in `training_state.pt`, read without unpickling, and plain values in `training_state.json`.
@@ -24,13 +23,13 @@ from pretrain.files import markdown_table, read_json, sha256_of, sync, write_jso
 from pretrain.runtime.sharding import map_tensors
 from pretrain.schema import Form, Rule, integer, misfit, one_of
 
-RUN_ENTRY = (  # all that may be overwritten
+RUN_ENTRY = (  # what a run writes; nothing else may be overwritten
     r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*"
     r"|test_predictions\.csv|confusion\.png|\.?(best|final|checkpoint-\d+)(\.\w+)?"
     r"|.*\.(tmp|partial)|\.lock"
 )
 CHECKSUMS = "checksums.json"
-FACTS = "pretraining.json"  # scripts/evaluate.py takes its defaults from it
+FACTS = "pretraining.json"  # has the defaults of scripts/evaluate.py
 FACTS_FORM = {
     "objective": one_of(*OBJECTIVES),
     "max_length": integer(8, 1 << 16),
@@ -40,16 +39,16 @@ FACTS_FORM = {
 STATE_FORMAT = 2
 STATE_FORMAT_RULE = Rule(
     lambda value: value == STATE_FORMAT,
-    f"{STATE_FORMAT}; another version of this program wrote it: start a new run from its model",
+    f"{STATE_FORMAT} (another version of this program wrote it; start a new run from its model)",
 )
 STATE_JSON, STATE_TENSORS = "training_state.json", "training_state.pt"
-# torch.save and safetensors raise errors of their own on a full disk.
+# torch.save and safetensors raise their own errors on a full disk.
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a new folder, which replaces `folder` once it has been read back. UserError
-    if the disk is full or not writable; the old folder is intact then."""
+    if the disk is full or not writable; the old folder is then intact."""
     partial, previous = (_aside(folder, suffix) for suffix in ("partial", "previous"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,26 +67,26 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         put_back(folder)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        expected = "expected free space and permission to write; what was there before is intact"
+        expected = "expected free space and permission to write; its old content is intact"
         raise UserError(f"{folder}: cannot be written ({reason}); {expected}") from error
 
 
 def _seal(folder: Path) -> None:
-    """Write size and hash of every file, and see that all of it has reached the disk."""
+    """Write the size and hash of every file, and verify that all of it reached the disk."""
     sums = _sums(folder)
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
     for name in [*sums, CHECKSUMS, ""]:
         sync(folder / name)
     problem = problem_of(folder, needed=())
     if problem:
-        raise OSError(f"read back, {problem}")
+        raise OSError(f"after writing, {problem}")
 
 
 def _sums(folder: Path) -> dict[str, dict]:
     """Size and hash of every file in `folder`."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     paths = [path for path in paths if path != folder / CHECKSUMS]
-    with ThreadPoolExecutor() as pool:  # a resumed run waits for this
+    with ThreadPoolExecutor() as pool:  # resuming waits for this
         hashes = list(pool.map(sha256_of, paths))
     return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
@@ -100,16 +99,16 @@ def _aside(folder: Path, suffix: str) -> Path:
 
 
 def put_back(folder: Path) -> None:
-    """Put back what an interrupted `write_folder` moved aside."""
+    """Restore what an interrupted `write_folder` moved aside."""
     previous = _aside(folder, "previous")
     if previous.exists() and not folder.exists():
         previous.rename(folder)
 
 
 def problem_of(folder: Path, needed: tuple[str, ...] = (STATE_JSON, STATE_TENSORS)) -> str | None:
-    """What is wrong with a folder of `write_folder`, with the file; None if all hashes agree."""
+    """What is wrong with a folder of `write_folder`, and in which file; None if hashes match."""
     path = folder / CHECKSUMS
-    if not path.is_file():  # else a pipe of that name would be waited for
+    if not path.is_file():  # opening a pipe of that name would block
         return f"{path} is missing"
     try:
         expected, found = read_json(path), _sums(folder)
@@ -124,26 +123,26 @@ def problem_of(folder: Path, needed: tuple[str, ...] = (STATE_JSON, STATE_TENSOR
 def check_output(
     output: Path, overwrite: bool, ways: str | None = "a new folder", entries: str = RUN_ENTRY
 ) -> None:
-    """UserError if `output` is a file, is not empty, or would be overwritten and holds more than
-    `entries`. `ways` says what to do about a folder that is not empty; None: it may stay."""
+    """UserError if `output` is a file, is not empty, or has more than `entries` to overwrite.
+    `ways` says what to do about a folder that is not empty; None: that is fine."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; expected a folder")
     names = {entry.name for entry in output.iterdir()} - {".lock"} if output.is_dir() else set()
-    strange = sorted(name for name in names if not re.fullmatch(entries, name))
-    if overwrite and strange:
-        expected = "expected the folder of a run to overwrite"
-        raise UserError(f"{output}: holds {strange[0]}, which no run wrote; {expected}")
+    foreign = sorted(name for name in names if not re.fullmatch(entries, name))
+    if overwrite and foreign:
+        expected = "expected a run folder to overwrite"
+        raise UserError(f"{output}: contains {foreign[0]}, which no run wrote; {expected}")
     if names and not overwrite and ways is not None:
         raise UserError(f"{output}: is not empty; expected {ways}")
 
 
 def make_output(output: Path, overwrite: bool, has_result: bool) -> Path | None:
-    """Make the folder of a run. With `overwrite` the old one is moved aside; returned is its path,
-    to be removed once the new run has a result. One without a result replaces nothing."""
+    """Create a run folder. With `overwrite`, moves the old run aside and returns where, so that it
+    can be deleted once the new run has a result. A run without a result replaces nothing."""
     replaced = _aside(output, "replaced")
     if overwrite and output.is_dir():
-        worthless = replaced if has_result or not replaced.exists() else output
-        shutil.rmtree(worthless, ignore_errors=True)
+        discarded = replaced if has_result or not replaced.exists() else output
+        shutil.rmtree(discarded, ignore_errors=True)
         if output.exists():
             output.rename(replaced)
     output.mkdir(parents=True, exist_ok=True)
@@ -164,8 +163,8 @@ def step_of(folder: Path) -> int:
 
 
 def newest_good(output: Path) -> Path | None:
-    """The newest checkpoint that verifies, None if there are none; damaged ones are reported.
-    UserError if there are only damaged ones: a run never starts over silently."""
+    """The newest intact checkpoint, None if there are none; prints damaged ones. UserError if there
+    are only damaged ones: a run never silently starts over."""
     found = checkpoints(output)
     for folder in found:
         problem = problem_of(folder)
@@ -178,7 +177,7 @@ def newest_good(output: Path) -> Path | None:
 
 
 def set_aside_after(output: Path, step: int) -> None:
-    """Rename checkpoints beyond `step`, which are damaged: they must not count as the newest."""
+    """Rename the checkpoints after `step`, which are damaged and must not count as the newest."""
     for folder in checkpoints(output):
         if step_of(folder) > step:
             shutil.rmtree(_aside(folder, "damaged"), ignore_errors=True)
@@ -186,14 +185,14 @@ def set_aside_after(output: Path, step: int) -> None:
 
 
 def prune(output: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, renamed first: no half of one is ever found."""
+    """Delete all but the newest `keep` checkpoints, renamed first: none is ever found in part."""
     for folder in checkpoints(output)[keep:]:
         folder.rename(_aside(folder, "removed"))
     remove_leftovers(output)
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove what an interrupted save or removal left behind."""
+    """Delete what an interrupted save or removal left behind."""
     for suffix in ("partial", "removed", "previous"):
         for leftover in output.glob(f".*.{suffix}"):
             if leftover.is_dir():
@@ -203,7 +202,7 @@ def remove_leftovers(output: Path) -> None:
 
 
 def check_finite(values: object) -> None:
-    """UserError if a tensor in `values`, at any depth, is not finite: it must not be saved."""
+    """UserError if a tensor in `values`, at any depth, is not finite."""
 
     def check(tensor: Tensor, label: str) -> None:
         if not tensor.isfinite().all():
@@ -226,8 +225,11 @@ def write_model(
     rows = [[name.replace("_", " "), value] for name, value in shown.items()]
     autos = "`AutoModelForPreTraining`, `AutoModelForMaskedLM`, `AutoModel`"
     opens_with = f'{autos} and `pipeline("fill-mask")` of transformers.'
-    named = model.named_parameters()
-    frozen = {name.rpartition(".")[0] for name, weight in named if not weight.requires_grad}
+    frozen = {
+        name.rpartition(".")[0]
+        for name, weight in model.named_parameters()
+        if not weight.requires_grad
+    }
     if frozen:
         opens_with += f"\n\nNot trained: `{'`, `'.join(sorted(frozen))}`."
     family = model.config.model_type
@@ -237,19 +239,19 @@ def write_model(
 
 
 def read_facts(folder: Path) -> dict:
-    """The facts of `write_model` without garbled ones; {} for a folder of another program."""
+    """The facts of `write_model`, except invalid ones; {} if another program wrote the folder."""
     try:
         facts = read_json(folder / FACTS)
     except UserError:
         return {}
-    garbled = {name for name, rule in FACTS_FORM.items() if misfit(facts.get(name), rule)}
-    return {name: value for name, value in facts.items() if name not in garbled}
+    invalid = {name for name, rule in FACTS_FORM.items() if misfit(facts.get(name), rule)}
+    return {name: value for name, value in facts.items() if name not in invalid}
 
 
 def model_card(
     task: str, tags: list[str], title: str, opens_with: str, rows: list[list[object]]
 ) -> str:
-    """README.md of a model folder, as the hub reads it."""
+    """README.md of a model folder, in the hub's format."""
     listed = "".join(f"- {tag}\n" for tag in tags)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n{listed}---\n\n"
@@ -258,8 +260,8 @@ def model_card(
 
 
 def write_state(folder: Path, states: dict[str, dict], values: dict) -> None:
-    """Training state into a checkpoint under construction: state dicts by name, plain values.
-    UserError if a tensor is not finite, or something cannot be read back without unpickling."""
+    """Write the training state into a new checkpoint: state dicts by name, and plain values.
+    UserError if a tensor is not finite or something cannot be read without unpickling."""
     check_finite(states)
     torch.save(states, folder / STATE_TENSORS)
     read_states(folder)
@@ -268,7 +270,7 @@ def write_state(folder: Path, states: dict[str, dict], values: dict) -> None:
 
 
 def read_values(folder: Path, form: Form) -> dict:
-    """The plain values of a training state, which fit `form`."""
+    """The plain values of a training state; UserError if they do not fit `form`."""
     return read_json(folder / STATE_JSON, {"format": STATE_FORMAT_RULE, **form})
 
 
@@ -277,5 +279,5 @@ def read_states(folder: Path) -> dict[str, dict]:
     path = folder / STATE_TENSORS
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a dozen kinds
+    except Exception as error:  # torch raises a dozen types
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error

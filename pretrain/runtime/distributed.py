@@ -1,5 +1,6 @@
-"""One path for one process and for many: with one, every helper is a no-op. torchrun's variables
-are read here and nowhere else."""
+"""One path for one process and for many: with one, every helper is a no-op.
+
+torchrun's environment variables are read only here."""
 
 import contextlib
 import ctypes
@@ -22,33 +23,33 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.errors import UserError
-from pretrain.signals import STOP_SIGNALS, signal_at_parents_end
+from pretrain.signals import STOP_SIGNALS, signal_on_parent_exit
 
-SILENCE = timedelta(minutes=30)  # then a process counts as lost; one that dies is noticed at once
-PREPARATION = timedelta(days=1)  # the main process prepares the text while the others wait
+TIMEOUT = timedelta(minutes=30)  # for a process that hangs; one that dies is noticed at once
+PREPARATION_TIMEOUT = timedelta(days=1)  # the main process prepares text while the others wait
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-MAX_GRAPHS = 64  # torch stops compiling after 8
-NEW_PORT = "port of this start"  # key in torchrun's store
+MAX_GRAPHS = 64  # by default torch stops compiling after 8
+NEW_PORT = "port of this launch"  # key in torchrun's store
 
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among those that torchrun started."""
+    """This process among those that torchrun started."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def is_main(self) -> bool:  # it writes logs, checkpoints and messages
+    def is_main(self) -> bool:  # writes logs, checkpoints and messages
         return self.rank == 0
 
 
 def start(device: str, alone: str = "") -> tuple[World, torch.device]:
     """(world, device) of this process, which joins the others if torchrun started it. `device` is
-    auto, cpu, cuda or cuda:N. `alone` names work that one process must do."""
+    auto, cpu, cuda or cuda:N. `alone` names work that must run in one process."""
     world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if alone and world.size > 1:
-        raise UserError(f"{device}: {alone} runs in one process; start it without torchrun")
+        raise UserError(f"{device}: {alone} runs in one process; expected no torchrun")
     chosen = _choose_device(device, world)
     if platform.libc_ver()[0] == "glibc":
         # Keep freed memory for the next tensors. glibc would give large blocks back to the kernel,
@@ -60,13 +61,13 @@ def start(device: str, alone: str = "") -> tuple[World, torch.device]:
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if world.size > 1 and not dist.is_initialized():
-        signal_at_parents_end(signal.SIGTERM)  # a killed torchrun must not leave processes behind
-        meeting = {}
+        signal_on_parent_exit(signal.SIGTERM)  # a killed torchrun must not leave processes behind
+        arguments = {}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            meeting = {"store": _fresh_store(world), "rank": world.rank, "world_size": world.size}
-        # Agreements are made on the host, by gloo: none waits for a GPU. NCCL moves gradients.
+            arguments = {"store": _fresh_store(world), "rank": world.rank, "world_size": world.size}
+        # Small messages go through gloo on the host, so none waits for a GPU; gradients, NCCL.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=SILENCE, **meeting)
+        dist.init_process_group(backend, timeout=TIMEOUT, **arguments)
     if not world.is_main:  # one process prints; errors still go to stderr
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return world, chosen
@@ -88,19 +89,19 @@ def _choose_device(name: str, world: World) -> torch.device:
 
 
 def _fresh_store(world: World) -> dist.TCPStore:
-    """Where the processes of this start meet. torchrun's store outlives its restarts, and some
-    would read the addresses of dead processes (pytorch #135712): it only holds the new port."""
+    """A store for this launch. torchrun's own outlives restarts, so processes could read addresses
+    of dead ones there (pytorch #135712); it is used only to pass on the port of the new one."""
     host = os.environ["MASTER_ADDR"]
-    torchruns = dist.TCPStore(host, int(os.environ["MASTER_PORT"]))
+    torchrun_store = dist.TCPStore(host, int(os.environ["MASTER_PORT"]))
     if world.is_main:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        torchruns.set(NEW_PORT, str(store.port))
+        torchrun_store.set(NEW_PORT, str(store.port))
     while not world.is_main:
-        port = int(torchruns.get(NEW_PORT))
-        with contextlib.suppress(dist.DistError):  # nobody listens at the port of an earlier start
+        port = int(torchrun_store.get(NEW_PORT))
+        with contextlib.suppress(dist.DistError):  # the port of an earlier launch is closed
             store = dist.TCPStore(host, port, timeout=timedelta(seconds=3), wait_for_workers=False)
             break
-    store.set_timeout(SILENCE)
+    store.set_timeout(TIMEOUT)
     return store
 
 
@@ -111,21 +112,21 @@ def stop() -> None:
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether `error` means that another process is gone."""
-    is_of_network = isinstance(error, dist.DistError) or re.search("gloo|Connection", str(error))
-    return dist.is_initialized() and bool(is_of_network)
+    """Whether `error` means that another process died."""
+    is_network = isinstance(error, dist.DistError) or re.search("gloo|Connection", str(error))
+    return dist.is_initialized() and bool(is_network)
 
 
 def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """`tensor`, on the CPU, summed (or another operation) over all processes in place."""
+    """`tensor`, on the CPU, reduced in place over all processes."""
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)
     return tensor
 
 
 def sum_counts(counts: dict[str, float]) -> dict[str, float]:
-    """`counts` summed over all processes; infinity instead of 0: what is divided by it, a term
-    without any label in this step, changes nothing."""
+    """`counts` summed over all processes; infinity instead of 0, since they are denominators: a term
+    without any label in this step changes nothing."""
     sums = all_reduce(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist()
     return {name: count or math.inf for name, count in zip(counts, sums)}
 
@@ -141,27 +142,27 @@ def any_rank(flag: bool) -> bool:
 
 
 def wait_for_all() -> None:
-    """Return once every process is here."""
+    """Return once every process has called this."""
     max_over_ranks(0)
 
 
 @contextlib.contextmanager
 def main_first(world: World) -> Iterator[None]:
-    """The main process runs the block first: the others find what it wrote to disk."""
+    """The main process runs the block first; the others then find what it wrote to disk."""
     if not world.is_main:
         dist.barrier(_patient_group())
     yield
-    if world.is_main and world.size > 1:  # not if the block failed: that ends the others, too
+    if world.is_main and world.size > 1:  # not if the block failed, which ends the others, too
         dist.barrier(_patient_group())
 
 
 @functools.cache
 def _patient_group() -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo", timeout=PREPARATION)
+    return dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
 
 
 def gather(value: object) -> list:
-    """`value` of every process in rank order; tensors in it are on the CPU."""
+    """`value` of every process, in rank order; tensors in it must be on the CPU."""
     values: list = [value]
     if dist.is_initialized():
         values *= dist.get_world_size()
@@ -175,9 +176,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def wrap(model: nn.Module, compiled: bool, has_fixed_shapes: bool = True) -> nn.Module:
-    """`model`, compiled if asked, in DDP if there are several processes and each has all weights.
-    Each phase gets a graph of its own fixed shapes; torch would make the second one for any shape,
-    slower for all."""
+    """`model`, compiled on request, in DDP if there are several processes and it is not sharded.
+    Each phase gets a graph for its fixed shapes; torch's second graph would be dynamic and slow."""
     trained = model
     if compiled:
         _start_compilers()
@@ -192,11 +192,11 @@ def wrap(model: nn.Module, compiled: bool, has_fixed_shapes: bool = True) -> nn.
 
 
 def _start_compilers() -> None:
-    """Start torch's compile workers with stop signals blocked: one to the whole group would end
-    them, and the run, which finishes its step, would wait for them forever."""
+    """Start torch's compile workers with stop signals blocked. A signal to the whole group would
+    end them, and the run would wait for them forever while it finishes its step."""
     if importlib.util.find_spec("triton") is None:  # a CPU build of torch has none
         return
-    from torch._inductor.async_compile import AsyncCompile  # takes a second
+    from torch._inductor.async_compile import AsyncCompile  # slow to import
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit this
     AsyncCompile.warm_pool()
@@ -204,8 +204,8 @@ def _start_compilers() -> None:
 
 
 def gradient_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Context of a micro-batch: DDP sums gradients in the last one of a step only. Sharded ones
-    travel each time, since no process has room for whole ones."""
+    """Context of a micro-batch: DDP sums gradients only in the last one of a step. Sharded
+    gradients are summed every time, since no process has room for whole ones."""
     if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

@@ -1,4 +1,4 @@
-"""Failures that a run cannot fix, as one-line errors, and a trial of its largest step."""
+"""Failures that a run cannot fix, as one-line errors, and a trial of its largest micro-batch."""
 
 import contextlib
 import gc
@@ -17,7 +17,7 @@ FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # of the host
 @contextlib.contextmanager
 def explained(micro_batch: str = "micro-batch", workers: str = "workers") -> Iterator[None]:
     """Turn full memory, a lost worker and a lost process into a UserError. The arguments name what
-    the user can lower, as an option and its value."""
+    the user can lower, as an option with its value."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -25,29 +25,28 @@ def explained(micro_batch: str = "micro-batch", workers: str = "workers") -> Ite
         if is_full(error):
             advice = "start a new run with a smaller one, or turn on gradient checkpointing"
             problem = f"{micro_batch}: memory is full ({reason}); {advice}"
-        # A worker that hangs, or died: a signal handler reports that wherever the process is. Not
-        # an error raised in a worker.
+        # A worker hangs or died, which a signal handler reports at any line. Errors raised in a
+        # worker say "Caught".
         elif "DataLoader" in text and "Caught " not in text:
             advice = "free memory, open more files (ulimit -n) or use fewer workers"
             problem = f"{workers}: {reason}; {advice}"
         elif is_lost_peer(error):
-            problem = f"another process of this run is gone ({reason}); resume the run"
+            problem = f"another process of this run died ({reason}); resume the run"
         else:
             raise
         raise UserError(f"{problem}. Saved checkpoints are intact") from error
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether `error` means that memory is full; torch has no class for that of the host."""
+    """Whether `error` means that memory is full; torch has no error class for host memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
 
 
 def micro_batch_fits(model: nn.Module, batch: Batch, context: torch.autocast) -> bool:
-    """Whether the memory holds what a step needs at once, from its second micro-batch on: `batch`
-    forward and backward beside gradients and two optimizer states a weight, as AdamW has them.
-    Nothing stays."""
+    """Whether forward and backward of `batch` fit in memory next to gradients and two optimizer
+    states per weight, as in AdamW: what a step needs from its second micro-batch on."""
     was_training, fits = model.training, True
     try:
         model.train()
@@ -67,7 +66,7 @@ def micro_batch_fits(model: nn.Module, batch: Batch, context: torch.autocast) ->
         fits = False
     model.train(was_training)
     model.zero_grad(set_to_none=True)
-    gc.collect()  # frees what an error kept alive
+    gc.collect()  # an error may keep tensors alive
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return fits

@@ -1,5 +1,5 @@
-"""What a run shows: progress (a bar, or lines if stderr is not a terminal), TensorBoard, and the
-same numbers in metrics.jsonl."""
+"""What a run shows: progress (a bar, or lines if stderr is not a terminal), TensorBoard and
+metrics.jsonl."""
 
 import json
 import math
@@ -24,14 +24,14 @@ SHOWN = {
     "speed/tokens_per_second": "tokens/s {:,.0f}",
 }
 PERPLEXITIES = ["train/perplexity", "eval/perplexity", "eval/unigram_perplexity"]
-# TensorBoard's custom scalars. Each loss gets a chart of its own besides.
+# TensorBoard's custom scalars. Each loss also gets a chart of its own.
 PRETRAINING_CHARTS = {"perplexity": {"training and held-out": ["Multiline", PERPLEXITIES]}}
 
 
 class Monitor:
-    """Writes the numbers of a run that starts at step 0 or resumes at `start_step`. Rows and events
-    after that step are cut; so is its evaluation, unless it is `evaluated`. With `active` off
-    (processes other than the main one) nothing is done; `quiet` hides the bar and the numbers."""
+    """Writes the numbers of a run from `start_step` on. Deletes rows and events after that step,
+    and its evaluation unless `evaluated`. Does nothing unless `active` (the main process); `quiet`
+    hides the bar and the numbers."""
 
     def __init__(
         self,
@@ -50,11 +50,11 @@ class Monitor:
             return
         self.start_step, self.total_steps, self.quiet = start_step, total_steps, quiet
         self.path = output / "metrics.jsonl"
-        kept = _cut(self.path, start_step, evaluated)
+        kept = _trim_rows(self.path, start_step, evaluated)
         self.file = self.path.open("a", encoding="utf-8")
         first_cut = start_step + 1 if evaluated and start_step else start_step
         self.writer = SummaryWriter(str(output), purge_step=first_cut)
-        self.charts = None if kept else charts  # those to add with the first numbers
+        self.charts = None if kept else charts  # to add with the first numbers
         for row in kept:
             if row["step"] >= first_cut:  # purged with the evaluation of the same step
                 self._add_scalars(row)
@@ -68,8 +68,8 @@ class Monitor:
         self.bar = tqdm(total=total_steps, initial=start_step, disable=quiet or None, **BAR)
 
     def log(self, step: int, values: dict[str, float | str]) -> None:
-        """Write the values of `step`: finite numbers as one row of metrics.jsonl and a point of
-        their curves, strings as panels of TensorBoard's text tab."""
+        """Write the values of `step`: finite numbers to metrics.jsonl and TensorBoard's curves,
+        strings to its text tab."""
         row = {"step": step}
         for name, value in values.items():
             if isinstance(value, str):
@@ -88,21 +88,21 @@ class Monitor:
         self.bar.update()
 
     def say(self, message: str) -> None:
-        """A line for the user on stderr, above the progress bar."""
+        """Print a line to stderr, above the progress bar."""
         tqdm.write(message, file=sys.stderr)
 
     def flush(self) -> None:
-        """Write everything so far to the disk, before a checkpoint. UserError if the run's folder
-        was moved or removed."""
+        """Write everything so far to disk, before a checkpoint. UserError if the run folder was
+        moved or removed."""
         opened = os.fstat(self.file.fileno())
         if not self.path.is_file() or not os.path.samestat(self.path.stat(), opened):
-            problem = "was moved or removed during the run; resume it at its new place"
+            problem = "was moved or removed during the run; resume it in its new location"
             raise UserError(f"{self.path.parent}: {problem}")
         self.writer.flush()
         os.fsync(self.file.fileno())
 
     def close(self, metrics: dict[str, float]) -> None:
-        """Write the options with the run's last `metrics`, and close the files."""
+        """Write the options with the run's last `metrics`, then close the files."""
         self._hyperparameters(metrics)
         for opened in (self.bar, self.writer, self.file):
             opened.close()
@@ -116,12 +116,12 @@ class Monitor:
                 self.writer.add_scalar(name, value, row["step"])
 
     def _hyperparameters(self, metrics: dict[str, float]) -> None:
-        # As SummaryWriter.add_hparams, which would add a second event file and show the run twice.
+        # SummaryWriter.add_hparams would add a second event file and show the run twice.
         for summary in hparams(self.options, metrics):
             self.writer.file_writer.add_summary(summary)
 
     def _show(self, row: dict[str, float]) -> None:
-        """Scores of an evaluation in a line, numbers of training in the bar or a line at times."""
+        """Evaluation scores as a line; training numbers in the bar, or a line now and then."""
         step, scores = row["step"], []
         for name, value in row.items():
             if name.startswith("eval/") and not name.endswith("loss"):
@@ -134,13 +134,13 @@ class Monitor:
         now = time.monotonic()
         if self.bar.disable and shown and now - self.last_line >= LINE_SECONDS:
             self.last_line = now
-            seconds_a_step = (now - self.begin) / max(1, step - self.start_step)
-            minutes = seconds_a_step * (self.total_steps - step) / 60
+            seconds_per_step = (now - self.begin) / max(1, step - self.start_step)
+            minutes = seconds_per_step * (self.total_steps - step) / 60
             self.say(f"step {step}/{self.total_steps}: {shown}, {minutes:.1f} min left")
 
 
 def _layout(charts: dict, names: Iterable[str]) -> dict:
-    """`charts`, and one for each loss among `names`."""
+    """`charts`, and one more for each loss in `names`."""
     loss_charts = {}
     for loss in sorted({name.partition("/")[2] for name in names if name.endswith("_loss")}):
         title = f"{loss.removesuffix('_loss').upper()}, training and held-out"
@@ -148,9 +148,9 @@ def _layout(charts: dict, names: Iterable[str]) -> dict:
     return charts | {"loss": loss_charts} if loss_charts else charts
 
 
-def _cut(path: Path, start_step: int, evaluated: bool) -> list[dict]:
-    """Cut the rows after `start_step`, its evaluation unless it is `evaluated`, and rows that a
-    crash cut short. Returns the rest; of a run that starts over, none."""
+def _trim_rows(path: Path, start_step: int, evaluated: bool) -> list[dict]:
+    """Delete the rows after `start_step`, its evaluation unless `evaluated`, and partial rows.
+    Returns the rows that are left: none if the run starts over."""
     kept = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines(keepends=True):

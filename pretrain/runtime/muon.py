@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): momentum SGD with an orthogonalized update of each matrix.
 
-The update of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, here for matrices of one shape at
-once, for sharded weights, and with a device-side skip of steps that are not finite.
+The update of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, but it handles matrices of one
+shape together, supports sharded weights and skips non-finite steps without a host wait.
 """
 
 import math
@@ -17,12 +17,12 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration
 ITERATIONS = 5
 EPSILON = 1e-7
 ADAMW_RMS = 0.2  # of an update, so that one learning rate serves both (arXiv 2502.16982)
-MAX_ELEMENTS = 1 << 26  # of the matrices computed together; bounds the memory
+MAX_ELEMENTS = 1 << 26  # of the matrices handled together; bounds the memory
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices [rows, columns], orthogonalized in `dtype`; decay is decoupled, as in AdamW. A
-    step with `found_inf` (float scalar, set by the caller) of 1 changes nothing."""
+    """For matrices [rows, columns], orthogonalized in `dtype`; decay is decoupled, as in AdamW. If
+    the caller sets `found_inf` (float scalar) to 1, a step changes nothing."""
 
     _step_supports_amp_scaling = True  # as in torch's fused optimizers: reads found_inf
     found_inf: Tensor | None = None
@@ -68,8 +68,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """[count, rows, columns] -> each about U V' of its singular value decomposition U S V'. Five
-    Newton-Schulz steps x <- a x + (b x x' + c (x x')^2) x; S ends between 0.7 and 1.2."""
+    """[count, rows, columns] -> for each, about U V' of its singular value decomposition U S V'.
+    Newton-Schulz steps x <- a x + (b x x' + c (x x')^2) x bring S between 0.7 and 1.2."""
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices

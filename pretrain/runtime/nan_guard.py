@@ -1,5 +1,6 @@
-"""Steps whose gradients are not finite: the optimizer skips them (`optim.step_if`); here they are
-counted and reported, and a run that only skips is stopped."""
+"""Steps with gradients that are not finite: counts and reports them, and stops a run of only such.
+
+The optimizer skips them, see `optim.step_if`."""
 
 import math
 from collections.abc import Callable
@@ -17,8 +18,8 @@ Rebuild = Callable[[int, object], str]
 
 class NanGuard:
     """Reads the finite flag of a step one step later, when the device has long computed it.
-    `report` gets a line for each skipped step. `rebuild` returns the command that shows the data of
-    a step again, from the step and its data position; "" if there is none."""
+    `report` prints a line per skipped step. `rebuild(step, data position)` returns the command that
+    shows the data of a step, or ""."""
 
     state_form = {"skipped": integer(), "skipped_in_a_row": integer()}
 
@@ -28,24 +29,24 @@ class NanGuard:
         self._pending: tuple[Tensor, torch.cuda.Event | None, int, object] | None = None
 
     def observe(self, finite: Tensor, step: int, position: object = None) -> None:
-        """Keep the flag (bool scalar) of this step, and act on that of the step before. UserError
-        after MAX_SKIPPED_IN_A_ROW steps in a row that were not finite."""
+        """Keep the flag (bool scalar) of this step and check that of the step before. UserError
+        after MAX_SKIPPED_IN_A_ROW skipped steps in a row."""
         copied = None
-        if finite.is_cuda:  # copied now, so that reading it waits for this step alone
+        if finite.is_cuda:  # copied now, so that reading it waits for this step only
             finite, copied = finite.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
-        self._settle()
+        self._read_pending()
         self._pending = (finite, copied, step, position)
 
     def state_dict(self) -> dict[str, int]:
-        """The counts, with the flag of the last step. Waits for the device."""
-        self._settle()
+        """The counts, including the flag of the last step. Waits for the device."""
+        self._read_pending()
         return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
 
-    def _settle(self) -> None:
+    def _read_pending(self) -> None:
         if self._pending is None:
             return
         (finite, copied, step, position), self._pending = self._pending, None
@@ -68,13 +69,13 @@ class NanGuard:
 
 
 class ScaleWatch:
-    """Reports an fp16 gradient scale below 1: gradients overflow above it and vanish below it."""
+    """Reports when the scale of fp16 gradients falls below 1: they overflow even unscaled."""
 
     def __init__(self, scaler: torch.amp.GradScaler, report: Report = print):
         self.scaler, self.report, self._last = scaler, report, math.inf
 
     def logged(self) -> dict[str, float]:
-        """The scale at a logged step, for the log. Waits for the device; {} without a scaler."""
+        """The scale, for the log; {} without a scaler. Waits for the device."""
         if not self.scaler.is_enabled():
             return {}
         before, self._last = self._last, self.scaler.get_scale()

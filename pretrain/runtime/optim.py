@@ -15,16 +15,15 @@ from pretrain.runtime.muon import Muon
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 READ_FOUND_INF = (torch.optim.Adam, torch.optim.AdamW, Muon)
 WSD_DECAY_SHARE = 0.1  # of the run, at its end
-# TFLOP/s of dense matrices in bf16 or fp16, from datasheets; the longest name that fits counts.
+# TFLOP/s of dense matrices in bf16 or fp16, from datasheets; the longest matching name counts.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10": 125, "A40": 149.7}
 PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "V100": 125, "T4": 65, "RTX 4090": 165.2, "RTX 3090": 71}
 
 
 def make_optimizers(model: nn.Module, options: OptimizationOptions) -> list[torch.optim.Optimizer]:
-    """The optimizers of --optimizer. "adamw": AdamW for all; "muon": Muon for the encoder's
-    matrices and AdamW for the rest (embeddings, norms, biases, heads). Decay is on matrices only,
-    as in BERT. Any torch optimizers without a closure work here. A group may have a "rate_scale",
-    by which `train_step` multiplies its learning rate."""
+    """AdamW; or Muon for the encoder's matrices and AdamW for the rest. Only matrices decay, as in
+    BERT. Any torch optimizers without a closure work here. `train_step` multiplies the learning
+    rate of a group by its "rate_scale", if it has one."""
     rate, decay = options.learning_rate, options.weight_decay
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     matrices = []  # of the encoder
@@ -51,8 +50,8 @@ def groups_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[dict]:
 
 def step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.step()` if `finite` (bool scalar on the device), else nothing. Fused Adam and
-    AdamW and our Muon read `found_inf` on the device; for any other optimizer the host waits here,
-    once a step. Fused SGD reads it too, but a first step leaves garbage behind."""
+    AdamW and our Muon read `found_inf` on the device. For others the host waits here once per step,
+    also for fused SGD, where a skipped first step leaves garbage behind."""
     is_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
     if is_on_device and type(optimizer) in READ_FOUND_INF:
         optimizer.found_inf = (~finite).float()
@@ -62,8 +61,7 @@ def step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Raise some error if an optimizer cannot use the state that it was given: a skipped step,
-    which changes nothing, shows that."""
+    """Raise an error if an optimizer cannot use its loaded state: take a step without effect."""
     for optimizer in optimizers:
         for weight in optimizer.state:
             weight.grad = torch.zeros_like(weight)
@@ -76,8 +74,8 @@ def check_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
 def make_schedule(
     schedule: str, peak: float, warmup: float, total_steps: int
 ) -> Callable[[int], float]:
-    """Learning rate by update (1 is the first), a pure function; above 0 in every step of the run.
-    `warmup` is a share of the run if below 1, else a number of steps."""
+    """The learning rate by update (1 is the first), above 0 in every step of the run. `warmup` is a
+    share of the run if below 1, else a number of steps."""
     warmup_steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
     decay_steps = max(1, round(WSD_DECAY_SHARE * total_steps))
 
@@ -98,8 +96,8 @@ def make_schedule(
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """The precision for `precision`: "auto" becomes bf16 where the device multiplies it fast.
-    UserError for a precision that the device cannot train in."""
+    """`precision`, or for "auto" bf16 where the device is fast at it. UserError for a precision
+    that the device cannot train in."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -116,7 +114,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast context of a precision; a no-op for fp32."""
+    """The autocast context of a precision; a no-op for fp32."""
     return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
 

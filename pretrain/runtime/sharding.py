@@ -1,7 +1,7 @@
 """State that fits any number of processes: weights, optimizer state, random states.
 
-A sharded model (FSDP2) has a part of every weight on each process. What is saved is whole, by
-parameter name, and is cut again on load. All processes call these functions together.
+A sharded model (FSDP2) has a part of every weight on each process. Saved state is whole, by
+parameter name, and split again on load. All processes must call these functions together.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,16 +16,16 @@ from pretrain.runtime.distributed import World, gather, is_sharded
 
 
 def place(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
-    """`model` on `device`; with `shard`, cut over the processes layer by layer (FSDP2)."""
+    """`model` on `device`; with `shard`, split over the processes layer by layer (FSDP2)."""
     if not shard or not dist.is_initialized():
         return model.to(device)
-    from torch.distributed.device_mesh import init_device_mesh  # takes a second
+    from torch.distributed.device_mesh import init_device_mesh  # slow to import
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in [*model.layers, model]:
         fully_shard(layer, mesh=mesh)
-    register_fsdp_forward_method(model, "encode")  # sample predictions call it beside forward
+    register_fsdp_forward_method(model, "encode")  # sample predictions call it directly
     return model
 
 
@@ -35,12 +35,12 @@ def is_part(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """`tensor`, put together from the parts of all processes if it is sharded."""
+    """`tensor`, gathered from all processes if it is sharded."""
     return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def part_like(weight: Tensor, tensor: Tensor) -> Tensor:
-    """The whole `tensor`, cut as `weight` is if that is sharded."""
+    """The whole `tensor`, split like `weight` if that is sharded."""
     if not is_part(weight):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -50,24 +50,24 @@ def part_like(weight: Tensor, tensor: Tensor) -> Tensor:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of `model`. That of a sharded one is whole on the main process, else empty."""
+    """State dict of `model`; if sharded, it is whole on the main process and empty on others."""
     weights = model.state_dict()
     if not is_sharded(model):
         return weights
     weights = {name: _on_main(weight) for name, weight in weights.items()}
     if dist.get_rank() != 0:
         return {}
-    tied = model.all_tied_weights_keys.items()  # one tensor again, not two
+    tied = model.all_tied_weights_keys.items()  # one tensor each, not two
     return weights | {name: weights[same] for name, same in tied}
 
 
 def _on_main(tensor: Tensor) -> Tensor | None:
-    together = whole(tensor)
-    return together.cpu() if dist.get_rank() == 0 else None
+    gathered = whole(tensor)
+    return gathered.cpu() if dist.get_rank() == 0 else None
 
 
 def map_tensors(change: Callable[[Tensor, str], object], value: object, name: str) -> object:
-    """`value` with `change(tensor, its name)` in place of each tensor in it, at any depth."""
+    """`value` with each tensor in it, at any depth, replaced by `change(tensor, its name)`."""
     if isinstance(value, Tensor):
         return change(value, name)
     if isinstance(value, dict):
@@ -80,7 +80,7 @@ def map_tensors(change: Callable[[Tensor, str], object], value: object, name: st
 
 class OptimizerState:
     """State of a model's optimizers, of any kind and number, by parameter name. Each weight belongs
-    to at most one optimizer. One without state, being frozen so far, has an empty entry. Make this
+    to at most one optimizer; one without state, frozen so far, has an empty entry. Create this
     before the first forward pass, while sharded weights are in place."""
 
     def __init__(self, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]):
@@ -96,7 +96,7 @@ class OptimizerState:
 
     def state_dict(self) -> dict:
         """{"weights": {parameter name: its state}, "groups": [[values of a group] by optimizer]}.
-        UserError for state that belongs to no weight, or cannot be sharded as its weight is."""
+        UserError for state that belongs to no weight or cannot be sharded like its weight."""
         weights, groups = {}, []
         known = {weight for weight, *_ in self._owned.values()}
         for optimizer in self.optimizers:
@@ -109,22 +109,22 @@ class OptimizerState:
         return {"weights": weights, "groups": groups}
 
     def load_state_dict(self, state: dict) -> None:
-        """The counterpart of `state_dict`; some error if `state` does not fit the model."""
-        strange = state["weights"].keys() ^ self._owned.keys()
-        if strange:
-            raise UserError(f"optimizer state: only it or the model has {min(strange)}")
+        """Restore the result of `state_dict`; raises an error if it does not fit the model."""
+        unmatched = state["weights"].keys() ^ self._owned.keys()
+        if unmatched:
+            raise UserError(f"optimizer state: it or the model has no weight {min(unmatched)}")
         for optimizer, saved_groups in zip(self.optimizers, state["groups"], strict=True):
             for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
                 load = partial(_copied, group["params"][0].device)
                 group.update(map_tensors(load, _without_params(saved), "group"))
         for name, (weight, optimizer, group) in self._owned.items():
             is_on_device = group.get("fused") or group.get("capturable")
-            # Fused kernels do not check shapes: another one would corrupt memory.
-            is_trusted = getattr(optimizer, "_step_supports_amp_scaling", False)
+            # Fused kernels do not check shapes: a wrong one would corrupt memory.
+            is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)
             for key, value in state["weights"][name].items():
                 # As in torch: the step count is on the CPU unless the optimizer is fused.
                 device = "cpu" if key == "step" and not is_on_device else weight.device
-                load = partial(_loaded, weight, device, is_trusted)
+                load = partial(_loaded, weight, device, is_fused)
                 optimizer.state[weight][key] = map_tensors(load, value, f"{name} {key}")
 
 
@@ -139,8 +139,8 @@ def _saved(weight: Tensor, tensor: Tensor, name: str) -> Tensor | None:
     return _on_main(tensor)
 
 
-def _loaded(weight: Tensor, device, is_trusted: bool, tensor: Tensor, name: str) -> Tensor:
-    if is_trusted or is_part(weight):
+def _loaded(weight: Tensor, device, is_fused: bool, tensor: Tensor, name: str) -> Tensor:
+    if is_fused or is_part(weight):
         _check(name, not tensor.ndim or tensor.shape == weight.shape)
     if tensor.ndim and is_part(weight):
         return part_like(weight, tensor)
@@ -158,7 +158,7 @@ def _check(name: str, fits: bool) -> None:
 
 
 class RandomState:
-    """The random streams that dropout draws from, of all processes."""
+    """The random states that dropout draws from, of all processes."""
 
     def __init__(self, device: torch.device, world: World):
         self._device, self._world = device, world
@@ -171,8 +171,8 @@ class RandomState:
         return {"processes": gather(states)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore this process's state. With another number of processes, draw a new seed from that
-        of the first process."""
+        """Restore this process's state; if the number of processes changed, draw a new seed from
+        the state of the first."""
         processes, rank = state["processes"], self._world.rank
         is_same = len(processes) == self._world.size
         states = processes[rank if is_same else 0]

@@ -1,4 +1,4 @@
-"""What ends a run early, a signal or the time limit: the step is finished and saved first."""
+"""Stops a run early, on a signal or at the time limit: its step is finished and saved first."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from pretrain.signals import STOP_SIGNALS
 
 class StopFlag:
     """Notes SIGTERM, SIGINT and SIGUSR1 inside a `with`; a second SIGINT kills the process.
-    `max_minutes` (0: no limit) counts from here; `limit` is its name in `reason`."""
+    `max_minutes` (0: no limit) counts from construction; `limit` is its name in `reason`."""
 
     signal = 0  # the first that any process received; 0: none
 
@@ -33,11 +33,11 @@ class StopFlag:
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         self.signal = self.signal or number
-        message = f"\n{signal.Signals(number).name}: stopping after this step, which is saved"
+        message = f"\n{signal.Signals(number).name}: finishing and saving this step, then stopping"
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             message += "; press Ctrl-C again to stop at once"
-        with contextlib.suppress(OSError):  # the reader may be gone. Not print, which may be busy
+        with contextlib.suppress(OSError):  # stderr may be closed. No print: this may be in one
             os.write(2, f"{message}\n".encode())
 
     def signaled(self) -> int:
@@ -46,8 +46,8 @@ class StopFlag:
         return self.signal
 
     def agreed(self) -> bool:
-        """Whether all processes stop now. The loop calls this before each step; the first call
-        ignores the time limit, so that a run restarted again and again makes progress."""
+        """Whether all processes stop now; the loop calls this before each step. The first call
+        ignores the time limit, so a run that is restarted repeatedly advances."""
         self._num_calls += 1
         if not self.signaled() and self._seconds and self._num_calls > 1:
             self._is_out_of_time = any_rank(time.monotonic() - self._begin >= self._seconds)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pretrain.errors import UserError, first_line
 from pretrain.files import write_json
-from pretrain.signals import signal_at_parents_end
+from pretrain.signals import signal_on_parent_exit
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 STOP_SECONDS = 5.0  # that a killed process may take to end
@@ -127,7 +127,7 @@ class Command(Process):
 
 def _call(log: Path, turns: Connection, call: Callable, values: tuple) -> None:
     os.setsid()
-    signal_at_parents_end(signal.SIGKILL)
+    signal_on_parent_exit(signal.SIGKILL)
     sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
