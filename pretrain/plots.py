@@ -1,4 +1,4 @@
-"""Plots made for reading: the title says what is shown, and curves differ in a gray print, too."""
+"""Plots: each title says what is shown, and curves can be told apart in grayscale."""
 
 from pathlib import Path
 
@@ -7,19 +7,19 @@ import numpy as np
 from pretrain.data.tokenizer import is_unspaced
 from pretrain.errors import require
 
-# Okabe and Ito's palette, which is safe for the color-blind, from dark to light.
+# Okabe and Ito's palette, safe for color-blind readers, from dark to light.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 MARKERS, LINES = ("o", "s", "^", "D", "v"), ("-", "--", "-.", ":", "-")
 CHINESE_FONTS = (
     "Noto Sans CJK SC, Noto Sans CJK JP, Source Han Sans SC, WenQuanYi Zen Hei, "
     "WenQuanYi Micro Hei, SimHei, Microsoft YaHei, PingFang SC, Arial Unicode MS"
 )
-MAX_NUMBERED, MAX_NAMED = 30, 60  # classes: a matrix of more has no numbers, not all names
-MAX_MARKED = 30  # points: a curve of more has no markers
+MAX_NUMBERED, MAX_NAMED = 30, 60  # classes up to which a matrix shows numbers, and all names
+MAX_MARKED = 30  # points up to which a curve has markers
 
 
 def chinese_fonts() -> list[str]:
-    """The installed fonts with Chinese characters."""
+    """The installed fonts that have Chinese characters."""
     from matplotlib.font_manager import get_font_names
 
     installed = set(get_font_names())
@@ -27,7 +27,7 @@ def chinese_fonts() -> list[str]:
 
 
 def _figure(width: float, height: float, columns: int = 1):
-    """(figure, its axes), without a window; sizes in inches."""
+    """(figure, axes) without a window; sizes in inches."""
     require("matplotlib", "plots")
     from matplotlib import rcParams
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def _figure(width: float, height: float, columns: int = 1):
 
 
 def _heat_maps(title: str, panels: dict[str, tuple], names: list[str], label: str):
-    """Figure with matrices side by side: by name, (shares within 0..1, text of each cell)."""
+    """Figure of matrices side by side, by name: (shares in 0..1, text of each cell)."""
     shown = names
     if any(map(is_unspaced, "".join(names))) and not chinese_fonts():
         print("no font with Chinese characters, such as Noto Sans CJK: plots number Chinese names")
@@ -64,13 +64,13 @@ def _heat_maps(title: str, panels: dict[str, tuple], names: list[str], label: st
 
 
 def confusion(path: Path, title: str, matrices: dict[str, list[list[int]]], classes: list[str]):
-    """Confusion matrices side by side: share of each true class, and rows; returns the figure."""
+    """Confusion matrices side by side, as shares of the true class and rows; returns the figure."""
     panels = {}
     for name, matrix in matrices.items():
         counts = np.array(matrix)
         shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
         panels[name] = shares, np.vectorize("{:.0%}\n{:,}".format)(shares, counts)
-    figure = _heat_maps(title, panels, classes, "share of the true class's rows")
+    figure = _heat_maps(title, panels, classes, "share of rows of the true class")
     figure.supxlabel("predicted class", fontsize=10)
     figure.supylabel("true class", fontsize=10)
     figure.savefig(path)
@@ -78,7 +78,7 @@ def confusion(path: Path, title: str, matrices: dict[str, list[list[int]]], clas
 
 
 def overlap(path: Path, names: list[str], shares: np.ndarray, num_words: int) -> None:
-    """Heat map of the words that texts share, float [texts, texts] in 0..1."""
+    """Heat map of the shares of words in common, float [texts, texts] in 0..1."""
     title = f"Share of the {num_words:,} most frequent words\nthat two texts have in common"
     panels = {"without stop words": (shares, np.vectorize("{:.0%}".format)(shares))}
     _heat_maps(title, panels, names, "shared words").savefig(path)
@@ -89,12 +89,12 @@ def curves(
 ) -> None:
     """Curves, each (x, y, deviation of y or None), and horizontal lines, all by name.
 
-    `labels` are those of the axes; `log_axis` is "x" or "y"."""
+    `labels` name the axes; `log_axis` is "x", "y" or ""."""
     figure, (axis,) = _figure(7, 4.4)
     axis.set_prop_cycle(color=COLORS, marker=MARKERS, linestyle=LINES)
     for number, (name, (x, y, deviation)) in enumerate(series.items()):
         plain = {"marker": ""} if len(x) > MAX_MARKED else {}
-        if deviation is not None:  # error bars at the same x would hide one another
+        if deviation is not None:  # error bars at the same x would overlap
             x = np.array(x) * (1 + 0.015 * number)
         axis.errorbar(x, y, deviation, label=name, capsize=3, **plain)
     for name, level in levels.items():

@@ -1,9 +1,9 @@
-"""Measure the speeds of this machine beside their peers; scripts/README.md describes the parts."""
+"""Runs the benchmark in scripts/benchmark/, which --help and scripts/README.md describe."""
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `pretrain` finds a script
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` finds a script
 
 from pretrain.cli import run_command  # noqa: E402
 from scripts.benchmark.command import main  # noqa: E402

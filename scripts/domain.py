@@ -1,9 +1,9 @@
-"""Compare texts by their words, and with a tokenizer. See `pretrain/commands/domain.py`."""
+"""Runs the command in pretrain/commands/domain.py, which --help describes."""
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` finds a script
 
 from pretrain.cli import run_command  # noqa: E402
 from pretrain.commands.domain import main  # noqa: E402

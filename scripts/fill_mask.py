@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else a script may be `pretrain`
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` finds a script
 
 from pretrain.cli import run_command  # noqa: E402
 from pretrain.commands.fill_mask import main  # noqa: E402

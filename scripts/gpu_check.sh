@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in two commands of at most 8 and 5 minutes, the most valuable parts first:
+# Tests and measures what needs a GPU, in two commands of at most 8 and 5 minutes, the most important
+# parts first:
 #
 #     bash scripts/gpu_check.sh first
 #     bash scripts/gpu_check.sh second
 #
-# Each part has a time limit and leaves $OUT/NAME.json; all output goes to $OUT/log-COMMAND.txt. scripts/README.md,
-# "On a GPU", describes the parts. Needs torch, transformers, accelerate, tensorboard and pytest, and no network.
+# Each part has a time limit and writes $OUT/NAME.json; all output goes to $OUT/log-COMMAND.txt.
+# "On a GPU" in scripts/README.md describes the parts. Needs torch, transformers, accelerate,
+# tensorboard and pytest, and no network.
 set -u
 cd "$(dirname "$0")/.."
 
@@ -14,7 +16,7 @@ case $command in
     first) limit=${GPU_CHECK_LIMIT:-480} ;;
     second) limit=${GPU_CHECK_LIMIT:-300} ;;
     *)
-        echo "error: expected one command, first or second" >&2
+        echo "error: command '$command': expected first or second" >&2
         exit 2
         ;;
 esac
@@ -22,16 +24,20 @@ esac
 python=${PYTHON:-python3}
 out=${OUT:-runs/gpu_check}
 scratch=${GPU_CHECK_SCRATCH:-/tmp/gpu_check}
-if [ "${GPU_CHECK_SIZE:-full}" = tiny ]; then # to try the check itself, on a CPU too
-    device=${GPU_CHECK_DEVICE:-cpu} base=tiny large=tiny small=tiny lengths=(${GPU_CHECK_LENGTHS:-16 32})
-    tokens=128 steps=1 resume_steps=9 fp16_steps=40 vocabulary=120 tests=tests/test_cuda.py override=()
-else # the embedded text has too few words for a vocabulary of full size: the model gets it all the same
-    device=${GPU_CHECK_DEVICE:-cuda} base=base large=large small=mini lengths=(${GPU_CHECK_LENGTHS:-128 512})
+if [ "${GPU_CHECK_SIZE:-full}" = tiny ]; then # to try the check itself, also on a CPU
+    device=${GPU_CHECK_DEVICE:-cpu} base=tiny large=tiny small=tiny
+    lengths=(${GPU_CHECK_LENGTHS:-16 32})
+    tokens=128 steps=1 resume_steps=9 fp16_steps=40 vocabulary=120 tests=tests/test_cuda.py
+    override=()
+else
+    device=${GPU_CHECK_DEVICE:-cuda} base=base large=large small=mini
+    lengths=(${GPU_CHECK_LENGTHS:-128 512})
     tokens=32768 steps=40 resume_steps=60 fp16_steps=300 vocabulary=30522 tests=tests
-    override=(--config-override vocab_size=30522)
+    override=(--config-override vocab_size=30522) # the embedded text has too few words for it
 fi
 
-if ! { mkdir -p "$out" "$scratch/tmp" && out=$(cd "$out" && pwd) && scratch=$(cd "$scratch" && pwd) && [ -w "$out" ]; }; then
+if ! { mkdir -p "$out" "$scratch/tmp" && out=$(cd "$out" && pwd) &&
+    scratch=$(cd "$scratch" && pwd) && [ -w "$out" ]; }; then
     echo "error: OUT=$out GPU_CHECK_SCRATCH=$scratch: expected folders with write permission" >&2
     exit 2
 fi
@@ -39,13 +45,14 @@ log=$out/log-$command.txt
 : > "$log"
 export TMPDIR=$scratch/tmp HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 # Compiled kernels are kept: several parts compile the same model.
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
 
 SECONDS=0
 summary=""
 failed=0
 running=""
-# `timeout` and what it runs are in the background, so a signal ends them at once.
+# `timeout` runs in the background, so a signal can end it at once.
 trap 'trap - INT TERM; [ -n "$running" ] && kill -TERM "$running"; wait; exit 130' INT TERM
 
 # part NAME SECONDS PYTHON_ARGUMENT...
@@ -55,7 +62,7 @@ part() {
     rm -f "$out/$name.json" "$out/$name.txt"
     [ "$seconds" -gt "$left" ] && seconds=$left
     if [ "$seconds" -lt 15 ]; then
-        echo "$name: left out, no time" | tee -a "$log"
+        echo "$name: skipped, no time left" | tee -a "$log"
         summary+="$name skipped 0"$'\n'
         return 1
     fi
@@ -74,10 +81,11 @@ part() {
 measure() {
     local name=$1 seconds=$2 model=$3 length=$4
     shift 4
-    part "$name" "$seconds" scripts/benchmark.py --device "$device" --cache "$scratch/cache" --json "$out/$name.json" \
-        --vocab-size "$vocabulary" "${override[@]}" ${GPU_CHECK_TRAIN:+--train "$GPU_CHECK_TRAIN" --format sentences} \
-        --model "$model" --max-length "$length" --batch-size $((tokens / length)) --micro-batch-size $((tokens / length)) \
-        --steps "$steps" "$@"
+    part "$name" "$seconds" scripts/benchmark.py --device "$device" --cache "$scratch/cache" \
+        --json "$out/$name.json" --vocab-size "$vocabulary" "${override[@]}" \
+        ${GPU_CHECK_TRAIN:+--train "$GPU_CHECK_TRAIN" --format sentences} \
+        --model "$model" --max-length "$length" --steps "$steps" \
+        --batch-size $((tokens / length)) --micro-batch-size $((tokens / length)) "$@"
 }
 
 fp16() {
@@ -85,7 +93,7 @@ fp16() {
 }
 
 short=${lengths[0]}
-long=${lengths[1]:-} # without it, what needs it is left out
+long=${lengths[1]:-} # if empty, its parts are skipped
 model=$scratch/cache/benchmark/fp16/run/final
 if [ "$command" = first ]; then
     part tests 120 -m pytest -m gpu -q -p no:cacheprovider "$tests" && tail -n 1 "$log" > "$out/tests.txt"
@@ -97,7 +105,7 @@ if [ "$command" = first ]; then
     fp16
 else
     measure variants 145 "$base" "$short" --parts variants --minutes 2.2
-    [ -d "$model" ] || fp16 # the first command may not have come that far
+    [ -d "$model" ] || fp16 # the first command may have stopped earlier
     measure use 50 "$model" "$short" --parts use
     measure "large-$short" 130 "$large" "$short" --parts train
     [ -n "$long" ] && measure "large-$long" 130 "$large" "$long" --parts train

@@ -1,4 +1,4 @@
-"""Show the examples and masks of a run; see pretrain/commands/show_masks.py."""
+"""Runs the command in pretrain/commands/show_masks.py, which --help describes."""
 
 import sys
 from pathlib import Path

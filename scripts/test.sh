@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All set-up, then the linter, the formatter and the tests. Options are those of pytest.
+# Sets up .venv, then runs the linter, the formatter check and the tests. Takes options of pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh test

@@ -1,5 +1,5 @@
-"""Shared by all tests: a small text, tokenizers and a corpus made of it, and runs of a command's
-`main` in this process; everything offline and on one thread."""
+"""Shared by all tests: a small text, tokenizers and a corpus made from it, and functions that run
+the `main` of a command in this process. Everything is offline and on one thread."""
 
 import contextlib
 import importlib.util
@@ -154,7 +154,7 @@ SHORT_RUN = """--model tiny --batch-size 16 --learning-rate 1e-3 --precision fp3
 
 
 def ten_steps(text_file, cache, micro_batch_size) -> list[str]:
-    """Options of a run of ten steps with dropout, accumulation, whole words and NSP."""
+    """Options of a ten-step run with dropout, accumulation, whole-word masks and NSP."""
     more = f"--vocab-size 120 --masking word --max-length 32 --micro-batch-size {micro_batch_size}"
     files = ["--train", text_file, "--cache", cache]
     return arguments_of(files, SHORT_RUN, SIZES, more)
@@ -173,7 +173,7 @@ def output(tmp_path) -> Path:
 
 
 def rows(output):
-    """Rows of metrics.jsonl, one a step, without what depends on the clock and the machine."""
+    """Rows of metrics.jsonl, one per step, without numbers that depend on clock or machine."""
     by_step = {}
     for line in (output / "metrics.jsonl").read_text().splitlines():
         numbers = json.loads(line)
@@ -186,7 +186,7 @@ def rows(output):
 
 
 def leaves(value, name="") -> dict:
-    """By its place: every tensor and plain value in `value`."""
+    """Every tensor and plain value in `value`, by its place."""
     if not isinstance(value, (dict, list, tuple)):
         return {name: value}
     found = {}
@@ -228,7 +228,7 @@ def interrupted_copy(finished, output, step):
 
 
 def refusal(main, argv, capsys) -> str:
-    """The messages of a command that refuses: exit code 2, and nothing but messages."""
+    """The messages of a command that refuses its input, with exit code 2 and no other output."""
     capsys.readouterr()
     assert run_command(main, [str(part) for part in argv]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -238,7 +238,7 @@ def refusal(main, argv, capsys) -> str:
 
 @contextlib.contextmanager
 def observed_steps():
-    """A list that gets the micro-batches of every step that is trained inside."""
+    """A list that collects the micro-batches of every training step inside the context."""
     from pretrain import train
 
     seen, original = [], train.train_step
@@ -254,13 +254,13 @@ def observed_steps():
 
 @pytest.fixture
 def steps_seen():
-    """The micro-batches of every step that the test trains."""
+    """The micro-batches of every training step of the test."""
     with observed_steps() as seen:
         yield seen
 
 
 def _run_child(folder, main, argv, rank, variables, prepare) -> None:
-    """The command in a forked process, which this ends."""
+    """Run the command in a forked process, then end the process."""
     # After a fork the threads of the tokenizers library are gone, and it would wait for them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     code = 1
@@ -268,7 +268,7 @@ def _run_child(folder, main, argv, rank, variables, prepare) -> None:
         os.environ.update(variables)
         sys.stdout = (folder / f"out-{rank}").open("w", buffering=1)
         sys.stderr = (folder / f"err-{rank}").open("w", buffering=1)
-        os.dup2(sys.stderr.fileno(), 2)  # what is written past Python
+        os.dup2(sys.stderr.fileno(), 2)  # for output that bypasses Python
         prepare(rank)
         code = run_command(main, [str(part) for part in argv])
     except BaseException:
@@ -283,7 +283,7 @@ def in_processes(
 ) -> list[tuple[int, str]]:
     """(exit code, stderr) of the command in each of `count` forked processes, which find one
     another as under torchrun; a negative code is the signal that ended one. `prepare(rank)` is
-    called in each before: what is to go wrong there."""
+    called in each one first, to inject a fault."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,5 +1,5 @@
-"""References for the tests: small models with weights that matter, and packed batches turned into
-padded ones for stock classes."""
+"""References for the tests: small models with noise on all weights, and packed batches as padded
+ones for stock classes."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def small_stock(family: str, head: str, vocab_size: int, **settings) -> PreTrain
 
 
 def roughen(model: torch.nn.Module, seed: int = 11) -> torch.nn.Module:
-    """The model with noise on every weight: one left out would not show among fresh biases of 0
-    and LayerNorms of 1."""
+    """The model with noise on every weight: with fresh biases of 0 and LayerNorms of 1, a missing
+    one would not show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -105,7 +105,7 @@ def cut(corpus, vocabulary, sizes: list[int]) -> list[Batch]:
 
 
 def pad(batch: Batch, pad_id: int = 0) -> dict[str, Tensor]:
-    """The arguments of a stock model for the real sequences of a batch: one row each, padded."""
+    """Arguments of a stock model for the real sequences of a batch: one padded row each."""
     packed = {
         "input_ids": (batch.input_ids, pad_id),
         "token_type_ids": (batch.token_type_ids, 0),
@@ -159,5 +159,5 @@ def dense_attention(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def offsets(lengths) -> Tensor:
-    """int32 [N + 1]: where sequences of `lengths` begin and end."""
+    """int32 [N + 1]: bounds of sequences of `lengths`."""
     return torch.tensor([0, *lengths]).cumsum(0).int()

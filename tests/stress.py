@@ -91,7 +91,7 @@ def family_of(pid):
 
 
 def disturb(command, number, seconds):
-    """Start the command and send it a signal after some seconds, SIGKILL to all its processes; its
+    """Start the command and send it a signal after some seconds (SIGKILL to all processes); its
     exit code, None if it ended before."""
     output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, env=ENVIRONMENT, **output)
@@ -115,7 +115,7 @@ def assert_one_curve(output):
 
 
 def assert_same_result(whole, parts, steps):
-    """Both runs ended alike. A finished fine-tuning has no checkpoint left."""
+    """Both runs have the same result. A finished fine-tuning has no checkpoints."""
     if (whole / f"checkpoint-{steps}").exists():
         assert_same_run(whole, parts, steps)
     else:

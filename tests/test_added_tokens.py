@@ -1,5 +1,5 @@
-"""Tokens added to the vocabulary of a checkpoint: each is whole in the text, its vectors are the
-mean of what it replaces, the weights grow together and stay tied, special ones are never masked,
+"""Tokens added to the vocabulary of a checkpoint: each stays whole, its vectors are the mean of the
+pieces it replaces, the weights grow together and stay tied, special ones are never masked,
 and the run resumes without the file that named them."""
 
 import json
@@ -68,7 +68,7 @@ def base(request, tiny_tokenizer, roberta_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def arguments(text, cache):
-    """Options of a short run; at the default rate its first step leaves the weights as they are."""
+    """Options of a short run; at the default rate, its first step barely changes the weights."""
 
     def make(output, *more, steps=1, rate="1e-30", train=text, roles=ROLES) -> list[str]:
         task = ["--train", train, "--objective", "mlm", "--max-length", 64, "--precision", "fp32"]
@@ -82,7 +82,7 @@ def arguments(text, cache):
 
 @pytest.fixture
 def run(arguments, words, tmp_path):
-    """Trains with the new tokens; the run folder."""
+    """Train with the new tokens; returns the run folder."""
 
     def train(model, *more, output=tmp_path / "run", **settings):
         given = ["--model", model, "--add-tokens", words, *more]
@@ -114,7 +114,7 @@ def counts_of(output) -> dict[str, int]:
 def test_new_vectors_and_biases_are_the_mean_of_the_pieces_and_old_ones_stay(
     base, run, new_vectors
 ):
-    """And the model opens with the stock class at its new size."""
+    """The model also opens with the stock class at its new size."""
     kind, folder = base
     output = run(folder, "--new-vectors", new_vectors)
     before, after = AutoTokenizer.from_pretrained(folder), final_tokenizer(output)

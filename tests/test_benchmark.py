@@ -28,7 +28,7 @@ SMALL = "--model tiny --max-length 32 --batch-size 4 --micro-batch-size 2 --voca
 
 @pytest.fixture(autouse=True)
 def short_measures(monkeypatch):
-    """Short measures, on one thread in every process."""
+    """Short measurements, on one thread in every process."""
     monkeypatch.setattr(data, "SAMPLE_CHARACTERS", 1 << 14)
     monkeypatch.setattr(data, "LOADER_SECONDS", 0.02)
     monkeypatch.setattr(steps, "MIN_BLOCKS", 1)
@@ -77,7 +77,7 @@ def test_the_peer_trains_on_the_very_same_pairs(run):
         assert (row["input_ids"], row["token_type_ids"]) == (ids.tolist(), types.tolist())
 
 
-def test_its_collator_masks_ordinary_tokens_and_keeps_the_rest(run):
+def test_the_peers_collator_masks_only_ordinary_tokens(run):
     rows, is_special = same_examples(run, 200), run.phases[0].collator.vocabulary.is_special
     masks = describe(run, rows).masks
     batch = transformers.DataCollatorForLanguageModeling(run.tokenizer, **masks)(rows)
@@ -105,7 +105,7 @@ def test_blocks_are_the_documents_end_to_end(run):
 
 
 def test_untimed_steps_come_before_the_timed_ones(run, tmp_path, monkeypatch):
-    """Tokens of a block are those of its timed steps, on both sides."""
+    """On both sides, the tokens of a block are the ones of its timed steps."""
     rows, answers = same_examples(run, 6 * 4), []
     lengths = torch.tensor([len(row["input_ids"]) for row in rows]).view(6, 4).sum(1)
     turns = SimpleNamespace(recv=lambda: (), send=answers.append)
@@ -142,7 +142,7 @@ def test_parts_report_their_figures(arguments, tmp_path, capsys):
         assert f"{sides['ratio']:.4g}" in table
     figures = ("token_masks", "word_masks", "span_masks", "0_workers", "1_workers", "2_workers")
     assert all(found["data"][name]["ours"] > 0 for name in figures)
-    assert found["data"]["token_masks"]["goal"] == data.GOAL
+    assert found["data"]["token_masks"]["goal"] == data.CORE_GOAL
     assert found["data"]["word_masks"]["peer"] == found["data"]["token_masks"]["ours"]
     for name in ("seconds_to_first_step", "seconds_to_resume", "peak_gib"):
         assert min(found["start"][name]["ours"], found["start"][name]["peer"]) > 0
@@ -151,7 +151,7 @@ def test_parts_report_their_figures(arguments, tmp_path, capsys):
     assert found["machine"]["torch"] == torch.__version__ and ", cores " in table
 
 
-def test_what_a_report_holds_is_printed(capsys):
+def test_a_report_is_printed(capsys):
     train = {"peak_gib": {"ours": 2.0, "peer": 3.0}, "micro_batch_size": 8}
     train |= {"rows": [{"failed": "peer: no memory"}], "failed": {"peer": "no luck"}}
     found = {"train": train, "profile": {"kernels": [{"share": 0.5, "name": "gemm"}], "waits": 2}}
@@ -167,7 +167,7 @@ def test_what_a_report_holds_is_printed(capsys):
 
 
 class HungryRows(list):
-    """Rows for whose micro-batches the peer has no memory."""
+    """Rows for which the peer runs out of memory in large micro-batches."""
 
     def __getitem__(self, index):
         if isinstance(index, int):
@@ -180,7 +180,7 @@ def hungry_rows(run, number):
     return HungryRows(rows) if run.micro_batch_size > 1 else rows
 
 
-def test_a_side_without_memory_makes_both_take_half(bench):
+def test_both_sides_halve_if_one_runs_out_of_memory(bench):
     *_, found = steps.measure_both(bench, hungry_rows)
     assert found["micro_batch_size"] == 1 and found["failed"] == {}
     assert found["tokens_per_second"].keys() == {"ours", "peer"}
@@ -266,7 +266,7 @@ def test_a_process_is_watched_to_its_end(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-def test_a_process_dies_with_the_one_that_started_it(tmp_path):
+def test_a_process_dies_with_its_parent(tmp_path):
     parent, pid = Process(tmp_path, "parent", sleep, tmp_path), tmp_path / "pid"
     end = time.monotonic() + 20
     while not (pid.is_file() and pid.read_text()) and time.monotonic() < end:
@@ -286,7 +286,7 @@ def test_a_process_dies_with_the_one_that_started_it(tmp_path):
     ("resumed", "start", "problem"),
     [
         ({1: 4.04, 2: 3.0, 3: 2.02}, 2, ""),
-        ({1: 4.0, 2: 3.0, 3: 2.2}, 2, "differ by 10.00%"),
+        ({1: 4.0, 2: 3.0, 3: 2.2}, 2, "differs by 10.00%"),
         ({1: 4.0, 2: 3.0}, 2, "2 of 3"),
         ({1: 4.0, 2: 3.0, 3: 2.0}, 0, "from step 0"),
     ],

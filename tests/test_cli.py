@@ -29,7 +29,7 @@ VALUES = {
 
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from([Config, FinetuneOptions, AdaptOptions]))
-def test_a_command_means_the_options_that_it_was_made_of(data, kind):
+def test_a_command_parses_to_its_options(data, kind):
     hints, changes = typing.get_type_hints(kind), {}
     for entry in data.draw(st.lists(st.sampled_from(dataclasses.fields(kind)), max_size=6)):
         if {"phases", "max_length"} & changes.keys() and entry.name in ("phases", "max_length"):
@@ -61,7 +61,7 @@ def in_file(tmp_path):
     return write
 
 
-def test_what_was_typed_overrides_the_file_which_overrides_the_defaults(in_file):
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(in_file):
     argv = in_file("batch-size: 8\nkeep: 5\nlowercase: off\nshard: true\nvalid: [a, b]\n")
     with_defaults = read_command_line([*argv, "--keep", "7", "--no-shard"], Config, "")
     config = with_defaults({"batch_size": 4, "mask_rate": [0.3, 0.1], "lexicon": None})
@@ -71,7 +71,7 @@ def test_what_was_typed_overrides_the_file_which_overrides_the_defaults(in_file)
 
 
 @pytest.mark.parametrize("typed", [["--phases", "32:1"], ["--max-length", "64"]])
-def test_what_is_typed_takes_the_place_of_what_excludes_it(typed, in_file):
+def test_a_typed_option_replaces_one_that_it_excludes(typed, in_file):
     other = {"max_length": 16} if typed[0] == "--phases" else {"phases": ["16:1"]}
     argv = in_file(other | {"seed": 3})
     for config in (
@@ -108,7 +108,7 @@ def test_a_file_that_cannot_be_read_is_named_and_an_empty_one_is_none(in_file, t
     assert parse(in_file(""), Config, "") == Config()
 
 
-def test_a_file_may_hold_options_of_the_command_that_it_is_passed_over_from(in_file):
+def test_a_file_may_hold_options_of_another_command(in_file):
     argv = in_file({"eval_tokens": 5, "seed": 2})
     assert parse(argv, FinetuneOptions, "", ignored=Config).seed == 2
     with pytest.raises(UserError, match="eval_tokens"):

@@ -123,7 +123,7 @@ def test_defaults_have_no_problem_and_cannot_be_changed(kind):
         options.output = "elsewhere"
 
 
-def test_what_a_command_cannot_do_without_is_named():
+def test_missing_options_are_named():
     def named(options):
         return [problem.split(":")[0] for problem in missing(options)]
 

@@ -51,7 +51,7 @@ def filled_batches(corpus, vocabulary, length=64, count=1):
 
 
 class Trainer:
-    """Updates of `model`; `compiled` is called in its place."""
+    """Takes steps with `model`; calls `compiled` in its place if given."""
 
     def __init__(self, model, precision, scaler=None, compiled=None):
         self.model, self.trained = model, model if compiled is None else compiled
@@ -66,12 +66,12 @@ class Trainer:
         return train_step(self.trained, batches, optimizers, *made)
 
     def losses(self, batches, steps):
-        """Mean masked loss of each of some steps, over the micro-batches in turn."""
+        """Mean masked loss of each step, with the micro-batches in turn."""
         results = [self.step(batches[number % len(batches)]) for number in range(steps)]
         return [result.losses.read(self.device).means()["mlm_loss"] for result in results]
 
     def state(self):
-        """Weights and everything that the optimizer keeps."""
+        """Weights and optimizer state."""
         states = self.optimizer.state.values()
         kept = [value.clone() for state in states for value in state.values()]
         return [weight.detach().clone() for weight in self.model.parameters()] + kept
@@ -88,7 +88,7 @@ def are_equal(left, right):
 )
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_a_kernel_equals_dense_attention(kernel, dtype, lengths, head_dim):
-    """Also before dummies without tokens: the gradients there are finite and right."""
+    """Even before dummies without tokens, where the gradients are finite and right."""
     generator = torch.Generator().manual_seed(1)
     qkv = torch.randn(sum(lengths), 3, 2, head_dim, generator=generator)
     qkv = qkv.to(GPU, dtype).requires_grad_()
@@ -104,7 +104,9 @@ def test_a_kernel_equals_dense_attention(kernel, dtype, lengths, head_dim):
 
 @pytest.mark.parametrize("length", SEQUENCES)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_losses_and_gradients_are_near_float32_on_the_cpu(length, precision, corpus, vocabulary):
+def test_losses_and_gradients_are_close_to_float32_on_the_cpu(
+    length, precision, corpus, vocabulary
+):
     loop, kernel = twins(vocabulary.size, length)
     (batch,) = filled_batches(corpus, vocabulary, length)
     expected = loop(batch)
@@ -117,13 +119,13 @@ def test_losses_and_gradients_are_near_float32_on_the_cpu(length, precision, cor
     wanted = gradients(loop)
     largest = max(gradient.norm() for gradient in wanted.values())
     for name, gradient in gradients(kernel).items():
-        # A bias of the keys has a gradient of 0: it moves all scores of a query alike.
+        # A bias of the keys has a gradient of 0: it shifts all scores of a query equally.
         size = wanted[name].norm().clamp(min=1e-2 * largest)
         assert (gradient.cpu() - wanted[name]).norm() < 0.05 * size, name
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_steps_follow_those_of_float32_on_the_cpu(precision, corpus, vocabulary):
+def test_steps_follow_float32_on_the_cpu(precision, corpus, vocabulary):
     loop, kernel = twins(vocabulary.size)
     batches = filled_batches(corpus, vocabulary, count=2)
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
@@ -147,7 +149,7 @@ def test_dropout_of_a_compiled_graph_has_its_share_and_its_gradient():
 
 
 def test_a_compiled_step_equals_the_eager_one_and_waits_for_nothing(corpus, vocabulary):
-    """One graph without a break for batches of any lengths, at either length of two phases."""
+    """One graph without a break for batches of any lengths, in each of two phases."""
     torch._dynamo.reset()
     counters.clear()
     _, eager = twins(vocabulary.size, 512)
@@ -170,7 +172,7 @@ def test_a_compiled_step_equals_the_eager_one_and_waits_for_nothing(corpus, voca
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_that_is_not_finite_changes_nothing(corpus, vocabulary):
+def test_a_non_finite_step_changes_nothing(corpus, vocabulary):
     _, model = twins(vocabulary.size)
     trainer, (batch,) = Trainer(model, "bf16"), filled_batches(corpus, vocabulary)
     assert trainer.step(batch).finite
@@ -195,9 +197,9 @@ def test_the_scaler_skips_what_overflows_and_lowers_its_scale(corpus, vocabulary
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
-def test_a_run_is_resumed_near_the_uninterrupted_one(compiled, text_file, cache, tmp_path):
-    """Its logged peak of memory is that of its steps, not of what was freed before, such as the
-    trial micro-batch."""
+def test_a_resumed_run_is_close_to_the_uninterrupted_one(compiled, text_file, cache, tmp_path):
+    """Its logged peak memory is that of its steps, without earlier ones such as the trial
+    micro-batch."""
     main, whole, resumed = script("pretrain").main, tmp_path / "whole", tmp_path / "resumed"
     options = [*ten_steps(text_file, cache, 8), *ON_GPU, "--compile", compiled]
     held = torch.empty(1 << 30, dtype=torch.uint8, device=GPU)
@@ -213,7 +215,7 @@ def test_a_run_is_resumed_near_the_uninterrupted_one(compiled, text_file, cache,
 
 
 def test_a_signal_while_kernels_are_compiled(text_file, cache, tmp_path):
-    """It goes to the whole group, and so to the processes that compile; the run saves its step."""
+    """It also reaches the processes that compile; the run still saves after its step."""
     output, kernels, log = tmp_path / "run", tmp_path / "kernels", tmp_path / "log"
     options = [*ten_steps(text_file, cache, 8), *ON_GPU, "--compile", "on", "--workers", "2"]
     options += ["--valid-fraction", "0", "--output", str(output)]

@@ -173,7 +173,7 @@ def samples_of(model, validation, tokenizer):
 
 @pytest.mark.parametrize("fill", [False, True], ids=["exact", "filled"])
 @pytest.mark.parametrize("objective", ["mlm+nsp", "mlm"])
-def test_sample_predictions_are_those_of_the_stock_model(
+def test_sample_predictions_equal_the_stock_model(
     objective, fill, make, vocabulary, tiny_tokenizer, tmp_path
 ):
     model = small_model(vocabulary.size, objective, hidden_dropout_prob=0.5)

@@ -1,7 +1,7 @@
-"""The edits of README's "Change it", each made on a copy of the project as a reader would make it.
+"""The edits of "Change it" in the README, each applied to a copy of the project.
 
-An edited project trains, survives a step that is not finite, and a run that is killed and resumed
-ends like one that was not interrupted, bit for bit."""
+An edited project trains, survives a non-finite step, and a run that is killed and resumed ends like
+an uninterrupted one, bit for bit."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def apply(diff, folder):
 
 
 def edited(folder, kill_at):
-    """main() of pretrain.py under `folder`, for a process of its own: gradients of step SKIPPED are
+    """main() of pretrain.py under `folder`, for a separate process: gradients of step SKIPPED are
     not finite, and the process is killed after `kill_at` steps (0: never)."""
 
     def main(argv):
@@ -125,7 +125,7 @@ def test_an_edit_of_the_readme_trains_and_resumes(title, corpus, tmp_path, tiny_
 
 
 def has_term(name, weight):
-    """The term is logged, in evaluation too, and its mean is a part of the loss."""
+    """The term is logged, also in evaluation, and its mean is part of the loss."""
 
     def check(run, training):
         assert sum(f"eval/{name}_loss" in row for row in rows(run)) == 3

@@ -1,6 +1,6 @@
-"""Whatever happens to the process, the numbers, the memory or the disk: a run resumes as if nothing
-had happened, or stops with a message and keeps what it saved. tests/README.md lists the faults;
-stress.py does the same many times at random moments."""
+"""Whatever happens to processes, numbers, memory or disk, a run resumes as if nothing had happened,
+or stops with a message and keeps its checkpoints. tests/README.md lists the faults; stress.py kills
+a run many times at random moments."""
 
 import json
 import math
@@ -110,7 +110,7 @@ def small_memory(tokens):
 
 
 def nan_losses(*steps):
-    """The losses of these steps, from 1 on, are NaN."""
+    """The losses of these steps (counted from 1) are NaN."""
 
     def patch():
         losses, begun = PackedModel.losses, []
@@ -146,7 +146,7 @@ def start(output, *options, count=1, fault=None, victim=None, ends_with=0):
 
 
 def printed(output):
-    """What the first process printed."""
+    """The output of the first process."""
     return (output.parent / "out-0").read_text()
 
 
@@ -157,7 +157,7 @@ def options(text_file, cache):
 
 @pytest.fixture(scope="module")
 def undisturbed(options, tmp_path_factory):
-    """The run that nothing disturbs, by optimizer, number of processes and more options."""
+    """The undisturbed run, by optimizer, number of processes and more options."""
     work = tmp_path_factory.mktemp("undisturbed")
 
     def run(optimizer="adamw", count=1, *more):
@@ -223,7 +223,7 @@ KILLS += [(place, "muon") for place in (*OF_MUON, "step", ",".join(EARLY))]
 
 @pytest.mark.parametrize(("places", "optimizer"), KILLS)
 def test_killed_anywhere_then_resumed(undisturbed, options, output, places, optimizer):
-    """Once or, before the first checkpoint, again and again."""
+    """Killed once, or repeatedly before the first checkpoint."""
     whole = undisturbed(optimizer)
     if places == "restart":
         interrupted_copy(whole, output, 4)
@@ -245,7 +245,7 @@ def test_killed_anywhere_then_resumed(undisturbed, options, output, places, opti
 
 
 def test_killed_with_workers_in_the_second_epoch(options, output, tmp_path):
-    """The first batch after a restart is the next one of the middle of an epoch."""
+    """The first batch after a restart is the next one, in the middle of an epoch."""
     text = write_documents(tmp_path / "text.txt", make_documents(10))
     more = ["--train", text, "--max-steps", 14, "--eval-every", 60, "--optimizer", "muon"]
     whole = resume(tmp_path / "whole", options, more)
@@ -257,7 +257,7 @@ def test_killed_with_workers_in_the_second_epoch(options, output, tmp_path):
 
 
 def test_a_restart_loop_ends(finished, output):
-    """On a finished run --resume says so, and changes nothing; also without its checkpoints."""
+    """On a finished run, --resume says so and changes nothing, even without its checkpoints."""
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     start(finished, "--resume")
     assert f"{finished} is finished, at step 10" in printed(finished)
@@ -269,7 +269,7 @@ def test_a_restart_loop_ends(finished, output):
 
 
 @pytest.mark.parametrize("name", ["best", "final"])
-def test_a_damaged_model_folder_is_made_again(finished, output, name, capsys):
+def test_a_damaged_model_folder_is_rewritten(finished, output, name, capsys):
     if name == "best":  # of step 8 at the earliest, then
         interrupted_copy(finished, output, 6)
     else:
@@ -282,7 +282,7 @@ def test_a_damaged_model_folder_is_made_again(finished, output, name, capsys):
         assert f"{output / name / 'model.safetensors'} is " in capsys.readouterr().out
 
 
-def test_the_model_of_a_run_that_was_extended_is_the_last(finished, output):
+def test_an_extended_run_writes_final_again(finished, output):
     """Killed between the last checkpoint and the new `final/`."""
     shutil.copytree(finished, output)
     resume(output, "--max-steps 12")
@@ -302,7 +302,7 @@ def test_options_come_from_a_checkpoint_if_config_json_is_lost(finished, output,
     assert_same_run(finished, output)
 
 
-# Training states that somebody else made: their hashes fit.
+# Training states from someone else: their hashes match.
 
 
 def change_state(output, name, change):
@@ -321,7 +321,7 @@ def change_state(output, name, change):
 
 @settings(FUZZ, max_examples=25)
 @given(mutate=mutations(), name=st.sampled_from([ckpt.STATE_JSON, ckpt.STATE_TENSORS]))
-def test_a_training_state_of_any_content(finished, tmp_path, mutate, name):
+def test_a_mutated_training_state(finished, tmp_path, mutate, name):
     """The run continues, here for a step, or a message says why not."""
     output, threads = tmp_path / "hostile", torch.get_num_threads()
     shutil.rmtree(output, ignore_errors=True)
@@ -369,10 +369,10 @@ SIGNALS = [
 
 
 @pytest.mark.parametrize(("count", "target", "name", "call", "step", "number", "kind"), SIGNALS)
-def test_a_signal_saves_and_leaves(
+def test_a_signal_saves_and_exits(
     undisturbed, options, output, count, target, name, call, step, number, kind
 ):
-    """A signal to one process stops all of them, by agreement."""
+    """A signal to one process stops all of them after the same step."""
     fault = {"fault": at(target, name, call, send(number)), "victim": count - 1}
     code = 128 + number
     for text in start(output, options, ["--optimizer", kind], count=count, **fault, ends_with=code):
@@ -386,7 +386,7 @@ def test_a_signal_saves_and_leaves(
 
 
 def close_stderr(*given):
-    """As where Ctrl-C ends `tee`, too."""
+    """As when Ctrl-C also ends `tee`."""
     reader, writer = os.pipe()
     os.dup2(writer, 2)
     os.close(reader)
@@ -394,7 +394,7 @@ def close_stderr(*given):
 
 
 def signal_to_group(*given):
-    """As a job scheduler sends it, and a terminal."""
+    """As from a job scheduler or a terminal."""
     os.killpg(0, TERM)
 
 
@@ -419,7 +419,7 @@ ENDS = {  # the fault, more options, the exit code, the newest checkpoint
 
 @pytest.mark.parametrize("name", ENDS)
 def test_how_a_signal_ends_the_run(finished, options, output, name):
-    """A second SIGINT at once; the others after the step, whoever else got the signal."""
+    """A second SIGINT ends it at once; others after the step, whoever else gets the signal."""
     fault, more, code, step = ENDS[name]
     start(output, options, more, fault=fault, ends_with=code)
     assert newest(output) == step
@@ -442,7 +442,7 @@ def spoil_state(part):
 
 
 def lose_a_write(folder, **named):
-    """A disk that loses what it has accepted, before the save of step 6 is read back."""
+    """A disk loses an accepted write, before the save of step 6 is read back."""
     path = folder / "model.safetensors"
     if folder.name == ".checkpoint-6.partial":
         path.write_bytes(path.read_bytes()[:-8] + bytes(8))
@@ -483,10 +483,10 @@ def test_a_failure_is_reported_and_the_run_resumes(undisturbed, options, output,
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(("count", "more"), [(1, ""), (2, ""), (2, "--shard")])
-def test_a_step_that_is_not_finite_keeps_its_number_and_its_data(
+def test_a_non_finite_step_keeps_its_number_and_its_data(
     undisturbed, options, output, optimizer, count, more
 ):
-    """And changes nothing on any process, if one of them finds it."""
+    """It changes nothing on any process, even if only one of them finds it."""
     changes = ["--optimizer", optimizer, "--save-every", 1, "--max-steps", 4]
     fault = {"fault": nan_losses(3), "victim": count - 1}
     messages = start(output, options, changes, more, count=count, **fault)
@@ -526,7 +526,7 @@ def test_a_run_that_only_skips_stops_and_shows_how_to_see_the_batch(options, out
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved(options, output, tmp_path):
-    """The command of such a run resumes it."""
+    """The command of such a run also resumes it."""
     asked = resume(tmp_path / "asked", options, "--micro-batch-size 2 --max-steps 4")
     command = [*options, "--resume", "--max-steps", 4, "--micro-batch-size"]
     start(output, command, "8", fault=small_memory(70))
@@ -538,7 +538,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved(options, output, tmp_path):
     assert "--micro-batch-size 4" in start(output, command, "4", ends_with=2)[0]
 
 
-def test_all_processes_halve_a_micro_batch_that_one_has_no_room_for(options, output):
+def test_all_processes_halve_a_micro_batch_that_does_not_fit_one(options, output):
     more = "--max-steps 2 --micro-batch-size 8"
     start(output, options, more, count=2, fault=small_memory(140), victim=1)
     assert printed(output).count("--micro-batch-size 8") == 1
@@ -576,7 +576,7 @@ main(sys.argv[1:])
 """
 
 
-def test_address_space_that_is_too_small(options, output):
+def test_too_small_an_address_space(options, output):
     """ulimit -v, in a new process, whose heap has nothing to spare: PyTorch then raises no
     OutOfMemoryError."""
     sizes = "--max-length 512 --config-override hidden_size=128 --max-steps 1"
@@ -641,7 +641,7 @@ def test_workers_of_a_killed_process_do_not_hold_its_lock(tmp_path):
 
 
 def test_only_the_folder_itself_is_writable(finished, options, output, monkeypatch):
-    """As a volume that is mounted into a container: the lock lies in it."""
+    """As a volume mounted into a container: the lock file is inside."""
     output.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != output.parent)
     resume(output, options)
@@ -662,8 +662,8 @@ def test_a_run_whose_folder_is_moved_away_stops(finished, options, output, tmp_p
     assert_same_run(finished, moved)
 
 
-def test_a_damaged_tokenizer_of_the_cache_is_made_again(finished, options, output, tmp_path):
-    """One letter changed: valid, and another vocabulary."""
+def test_a_damaged_cached_tokenizer_is_retrained(finished, options, output, tmp_path):
+    """One letter is changed, which gives another valid vocabulary."""
     more = ["--cache", tmp_path / "cache"]
     start(tmp_path / "first", options, more, "--max-steps 1")
     (path,) = tmp_path.glob("cache/tokenizer-*/tokenizer.json")
@@ -687,7 +687,7 @@ def test_a_process_that_dies_takes_the_run_down(undisturbed, options, output, vi
     assert_same_run(undisturbed(optimizer, 2), output)
 
 
-def test_an_error_of_the_first_process_ends_the_others_that_wait_for_it(options, output):
+def test_an_error_of_the_first_process_ends_the_waiting_ones(options, output):
     absent = output.parent / "absent"
     text, _ = start(output, options, ["--train", absent], count=2, ends_with=2)
     assert text.startswith(f"error: --train {absent}: ")
@@ -749,7 +749,9 @@ def test_a_run_continues_with_another_number_of_processes(
 
 
 @pytest.mark.parametrize(("objective", "optimizer"), [("mlm+nsp", "adamw"), ("mlm", "muon")])
-def test_sharded_weights_train_alike_and_are_saved_whole(options, tmp_path, objective, optimizer):
+def test_sharded_weights_train_the_same_and_are_saved_in_full(
+    options, tmp_path, objective, optimizer
+):
     more = ["--objective", objective, "--optimizer", optimizer, "--max-steps", 4, *NO_DROPOUT]
     one, sharded = (tmp_path / name for name in ("one", "sharded"))
     start(one, options, more)
@@ -766,7 +768,7 @@ def test_sharded_weights_train_alike_and_are_saved_whole(options, tmp_path, obje
 
 
 def test_gradients_travel_once_a_step(options, tmp_path):
-    """However many micro-batches a process has in it."""
+    """However many micro-batches a process has in a step."""
 
     def travel(_, bucket):
         with path.open("a") as file:

@@ -1,4 +1,4 @@
-"""fill_mask.py shows what transformers' own model predicts."""
+"""fill_mask.py shows the predictions of the stock model."""
 
 import shutil
 

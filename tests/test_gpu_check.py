@@ -1,5 +1,5 @@
-"""scripts/gpu_check.sh: on a CPU, with tiny sizes, every part leaves its figures; a part that fails
-or has no time stops nothing."""
+"""scripts/gpu_check.sh on a CPU, with tiny sizes: every part reports its figures, and a part that
+fails or has no time does not stop the next one."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def make_python(folder, script):
 
 
 def start(command, folder, **environment):
-    """A command of the check, in a folder of its own."""
+    """Start a command of the check, in its own folder."""
     variables = {
         "PYTHON": sys.executable,
         "OUT": folder / "out",
@@ -61,9 +61,9 @@ def start(command, folder, **environment):
 
 @pytest.fixture
 def check(text_file, tmp_path, monkeypatch):
-    """Measures what a command of the check asks for, in this process: else imports take most of the
-    time. Returns the reports by part, and what the command prints with them. `second` asks for fp16
-    at first, which makes the model for `use`."""
+    """Measure the parts of a command in this process, since imports would take most of the time.
+
+    Returns the reports by part, and the printed summary. `second` runs fp16 first, for `use`."""
     monkeypatch.setattr(steps, "MIN_BLOCKS", 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
@@ -149,13 +149,13 @@ def test_a_part_that_fails_does_not_stop_the_next(tmp_path):
 
 def test_parts_without_time_are_left_out(tmp_path):
     printed = start("first", tmp_path, GPU_CHECK_LIMIT=20).communicate()[0]
-    assert printed.count("left out, no time") == 6 and "s of 20" in printed
+    assert printed.count("skipped, no time left") == 6 and "s of 20" in printed
 
 
 def test_bad_input_is_refused(tmp_path):
     (tmp_path / "file").touch()
     unknown, no_folder = start("third", tmp_path), start("first", tmp_path, OUT=tmp_path / "file")
-    assert "expected one command" in unknown.communicate()[0] and unknown.returncode == 2
+    assert "expected first or second" in unknown.communicate()[0] and unknown.returncode == 2
     assert "error: OUT=" in no_folder.communicate()[0] and no_folder.returncode == 2
 
 

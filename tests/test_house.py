@@ -1,5 +1,5 @@
-"""The house: which module may import which, who names an option or reads the environment, how large
-the loop is, a docstring on everything public, and a help line for every option."""
+"""House rules: which module may import which, which may name an option or read the environment, the
+size of the loop, a docstring on everything public, and a help line for every option."""
 
 import ast
 import configparser
@@ -48,7 +48,7 @@ TREES = {
 
 
 def option_classes():
-    """Every dataclass of options, of the package and of the benchmark."""
+    """Every dataclass of options in the package and the benchmark."""
     found = [*vars(config).values(), *vars(importlib.import_module(*BENCHMARK)).values()]
     for name in MODULES:
         if name.startswith("pretrain.commands."):
@@ -64,7 +64,7 @@ def option_classes():
 
 
 def imports_of(tree):
-    """Modules of the package that a tree imports, anywhere in it."""
+    """Modules of the package that are imported anywhere in a tree."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -91,7 +91,7 @@ def test_imports_point_down(module):
         assert len(wings) < 2, f"{module} imports from another wing: {name}"
 
 
-def test_no_two_modules_need_each_other():
+def test_imports_have_no_cycle():
     graph = {name: imports_of(TREES[name]) for name in MODULES}
     try:
         TopologicalSorter(graph).prepare()
@@ -101,9 +101,9 @@ def test_no_two_modules_need_each_other():
     assert "pretrain.train" in graph["pretrain.commands.pretrain"]  # imported in a function
 
 
-def test_tests_need_no_optional_package_to_be_collected():
-    """As on a machine with a GPU: what setup.cfg names as an extra is imported in a test, or by
-    `pytest.importorskip`."""
+def test_test_collection_needs_no_optional_package():
+    """On a GPU machine they may be missing: tests import the extras of setup.cfg inside functions,
+    or by `pytest.importorskip`."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     extras = " ".join(settings["options.extras_require"].values()).split()
@@ -123,7 +123,7 @@ def test_tests_need_no_optional_package_to_be_collected():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_only_commands_and_builders_name_options(module):
-    """In a message: a wing says what is wrong with a value, its caller adds the option."""
+    """In messages: a wing says what is wrong with a value, and its caller adds the option."""
     docstrings = {node.value for node in ast.walk(TREES[module]) if isinstance(node, ast.Expr)}
     named = [
         f"line {node.lineno}: {node.value}"
@@ -178,8 +178,8 @@ def test_no_line_is_longer_than_100_columns():
 
 
 def public_definitions(tree):
-    """Public classes, functions, and methods of more than one statement: a name says what one
-    does."""
+    """Public classes, functions, and methods of more than one statement (for one statement, the
+    name is enough)."""
     for node in tree.body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue
@@ -196,7 +196,7 @@ def test_everything_public_has_a_docstring(name):
         assert ast.get_docstring(node), f"{name}: {getattr(node, 'name', 'module')}"
 
 
-def test_the_table_of_faults_names_tests_that_there_are():
+def test_the_table_of_faults_names_existing_tests():
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "README.md").read_text("utf-8")))
     sources = [path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
     written = {name for text in sources for name in re.findall(r"^def (test_\w+)", text, re.M)}
@@ -249,7 +249,7 @@ assert not {"torch", "transformers"} & sys.modules.keys()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_shows_every_option_and_does_not_wait_for_torch(name):
+def test_help_shows_every_option_without_importing_torch(name):
     command = [sys.executable, "-c", HELP, str(SCRIPTS[name])]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     main = f"pretrain.commands.{name}" if name in COMMANDS else next(iter(BENCHMARK))

@@ -1,4 +1,4 @@
-"""What is logged: means of losses with their own counts and weights, speed, and totals that survive
+"""Logged numbers: means of losses with their own counts and weights, speed, and totals that survive
 a restart."""
 
 import math
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def losses(mlm=30.0, nsp=4.0, z=5.0):
-    """Terms with accuracies and without, one with the count of another."""
+    """Terms with and without accuracies, one with the count of another."""
     return {
         "mlm": Loss(torch.tensor(mlm), torch.tensor(2)),
         "nsp": Loss(torch.tensor(nsp), torch.tensor(6), weight=0.5),
@@ -44,7 +44,7 @@ def test_perplexity_stays_finite():
     assert means["mlm_loss"] == 1e6 and math.isfinite(means["perplexity"])
 
 
-def test_a_term_that_nothing_was_counted_for_has_no_mean():
+def test_a_term_with_count_0_has_no_mean():
     means = LossTotals.of(losses(), {"mlm": 10, "nsp": 0}).read(CPU).means()
     assert means["loss"] == pytest.approx(3.05)
     assert not {"nsp_loss", "nsp_accuracy"} & means.keys()
@@ -64,14 +64,14 @@ def test_totals_add_up_in_double_precision_without_a_graph():
     assert total.read(CPU).counts == {"mlm": 9, "nsp": 3}
 
 
-def test_totals_that_are_not_kept_are_zeros_even_if_not_finite():
+def test_discarded_totals_are_zeros_even_if_not_finite():
     total = LossTotals.of(losses(mlm=math.nan), {"mlm": 3, "nsp": 1}).where(torch.tensor(False))
     assert total.sums == {"mlm": 0, "nsp": 0, "z": 0} and total.counts == {"mlm": 0, "nsp": 0}
     assert total.read(CPU).means() == {}
 
 
 class SmallBatch:
-    """What the meter reads of a batch."""
+    """The part of a batch that the meter reads."""
 
     num_tokens, num_sequences, shortfall = 30, 2, 1
     input_ids = torch.zeros(32)
@@ -86,7 +86,7 @@ def fill(meter, steps):
         meter.add(totals, {"optim/grad_norm": torch.tensor(0.5)}, [SmallBatch()], flops=10.0)
 
 
-def test_a_meter_that_is_restored_counts_on():
+def test_a_restored_meter_continues():
     """Saved between two logged steps, loaded into a new one: the log and the totals are the same,
     except for the clock."""
     straight, begun, resumed = (Meter(CPU, World(), 1e12) for _ in range(3))
@@ -112,8 +112,8 @@ def test_a_meter_that_is_restored_counts_on():
         assert summary["train_mlm_loss"] == 6.0
 
 
-def test_only_the_first_process_takes_over_the_sums():
-    """The state holds the sums of all processes: each of them loading it would multiply them."""
+def test_only_the_first_process_restores_the_sums():
+    """The state holds the sums of all processes; loading it in each would multiply them."""
     first, second = Meter(CPU, World(0, 2), 1.0), Meter(CPU, World(1, 2), 1.0)
     fill(first, 1)
     state = first.state_dict()

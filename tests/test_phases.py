@@ -1,6 +1,6 @@
 """--phases: one phase is a run of its length; each phase reads what a run of its length would, and
-no text twice in an epoch; interrupted anywhere equals uninterrupted; numbers are those of
-evaluate.py at the phase's length; what does not fit is refused."""
+no text twice in an epoch; interrupted anywhere equals uninterrupted; scores equal evaluate.py at
+the phase's length; bad phases are refused."""
 
 import dataclasses
 import json
@@ -86,7 +86,7 @@ def finished(arguments, tmp_path_factory):
 
 
 def position_after(output, step):
-    """Where the data of a run stood after a step."""
+    """The data position of a run after a step."""
     return DataPosition(*ckpt.read_states(output / f"checkpoint-{step}")["data"]["position"])
 
 
@@ -95,7 +95,7 @@ def config_of(arguments, output):
 
 
 def evaluated(folder, source, capsys):
-    """The numbers of evaluate.py."""
+    """The output of evaluate.py."""
     files = ["--model", folder, "--input", source.folder]
     evaluate.main(arguments_of(files, "--valid-fraction 0.05 --precision fp32"))
     return json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -116,8 +116,8 @@ def test_one_phase_is_a_run_of_its_length(of_one_length, tmp_path):
     assert_same_run(phases, pretrain_into(tmp_path / "length", options, "--max-length 32"), 4)
 
 
-def test_micro_batches_are_those_of_a_run_of_the_length_with_the_same_tokens(finished, source):
-    """From the first shard on that the phase before has not begun. 256 tokens are 8 sequences of
+def test_micro_batches_equal_a_run_of_that_length(finished, source):
+    """From the first shard that the previous phase has not begun. 256 tokens are 8 sequences of
     32, or 3.2 of 80."""
     output = finished.output
     before, after = position_after(output, SWITCH), position_after(output, SWITCH + 2)
@@ -150,7 +150,7 @@ def test_two_processes_read_the_same(arguments, tmp_path):
         assert right == pytest.approx(left, rel=1e-4)
 
 
-def test_the_mask_rate_goes_on_from_phase_to_phase(arguments, output, steps_seen):
+def test_the_mask_rate_continues_across_phases(arguments, output, steps_seen):
     pretrain_into(output, arguments, "--mask-rate 0.2 0.6")
     assert len(steps_seen) == 10
     for step, batches in enumerate(steps_seen):
@@ -192,15 +192,15 @@ def test_killed_then_resumed(finished, arguments, tmp_path, output, monkeypatch,
 
 
 def test_more_steps_move_the_phases(finished, output, steps_seen, capsys):
-    """At step 10 the run was in its second phase. Of 20 steps the first has 12: two steps of that
-    come next."""
+    """At step 10 the run was in its second phase. Of 20 steps, the first phase has 12, so two of
+    its steps come next."""
     shutil.copytree(finished.output, output)
     resume(output, "--max-steps 20 --save-every 11 --eval-every 7")
     lengths = [{batch.max_length for batch in batches} for batches in steps_seen]
     assert lengths == [{32}] * 2 + [{80}] * 8
     told = capsys.readouterr().err
-    assert "step 11: from here on sequences of 32 tokens" in told
-    assert "step 13: from here on sequences of 80 tokens" in told
+    assert "step 11: from here on, sequences of 32 tokens" in told
+    assert "step 13: from here on, sequences of 80 tokens" in told
     facts = ckpt.read_facts(output / "checkpoint-11")  # the scores are still those of step 10
     assert (facts["held_out_step"], facts["max_length"]) == (10, 80)
     logged = {row["step"]: row for row in rows(output)}
@@ -212,7 +212,7 @@ def test_more_steps_move_the_phases(finished, output, steps_seen, capsys):
 # Numbers.
 
 
-def test_numbers_are_those_of_the_phase(finished, source, capsys):
+def test_scores_are_at_the_length_of_the_phase(finished, source, capsys):
     logged = {row["step"]: row for row in rows(finished.output)}
     lengths = {step: row.get("train/max_length") for step, row in logged.items()}
     assert lengths == {0: None, 1: 32, 3: 32, 4: None, 6: 32, 8: None, 9: 80, 10: 80}
@@ -226,7 +226,7 @@ def test_numbers_are_those_of_the_phase(finished, source, capsys):
 
 
 @pytest.mark.parametrize("lengths", [(32, 80), (80, 32)])
-def test_patience_and_best_are_those_of_the_last_phase(of_one_length, output, lengths):
+def test_patience_and_best_use_the_last_phase(of_one_length, output, lengths):
     """Nothing is learned: in the last phase the first evaluation is the best, and two more end the
     run, whatever came before."""
     more = "--micro-batch-size 16 --eval-every 1 --patience 2 --learning-rate 1e-30"
@@ -269,7 +269,7 @@ def test_each_phase_has_one_graph(corpus, vocabulary, monkeypatch):
     torch._dynamo.reset()
 
 
-def test_the_trial_is_of_each_phase(arguments, output, monkeypatch):
+def test_memory_is_tried_for_each_phase(arguments, output, monkeypatch):
     tried = []
 
     def fits(model, batch, context):
@@ -297,7 +297,7 @@ def test_a_model_from_scratch_has_positions_for_the_longest_phase(arguments, out
 
 
 @pytest.mark.parametrize(("step", "number"), [(2, "1"), (8, "2")])
-def test_the_data_of_a_step_is_shown_again(
+def test_show_masks_repeats_the_data_of_a_step(
     finished, arguments, step, number, tmp_path, monkeypatch
 ):
     run = build.build(config_of([*arguments, "--resume"], finished.output))
@@ -323,7 +323,7 @@ def test_the_embedded_text_takes_phases(tmp_path, output, documents, monkeypatch
     assert [row.get("train/max_length") for row in rows(output)] == [None, 32, 48]
 
 
-def test_what_is_planned_is_told(arguments, output, capsys):
+def test_the_plan_is_printed(arguments, output, capsys):
     print_plan(build.build(config_of(arguments, output)))
     told = capsys.readouterr().out
     assert "phase 1: steps 1 to 6, sequences of 32 tokens, 8 " in told
@@ -355,6 +355,6 @@ def test_other_phases_are_refused_on_resume(finished, more, capsys):
     assert "--phases 32:0.6" in told.removeprefix(more)
 
 
-def test_a_phase_that_there_is_not_cannot_be_shown(capsys):
+def test_a_missing_phase_cannot_be_shown(capsys):
     argv = arguments_of("--phases 32:0.5 64:0.5 --phase 3")
     assert refusal(show_masks.main, argv, capsys).startswith("--phase 3: ")

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: pretrain.py from text to checkpoints, resumed, and refused."""
+"""pretrain.py as a user runs it: from text to checkpoints, resumed, and with bad input."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def to_continue(arguments):
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory):
-    """The uninterrupted run that others are compared with."""
+    """The uninterrupted run, for comparison."""
     return pretrain_into(tmp_path_factory.mktemp("pretrain") / "finished", arguments)
 
 
@@ -83,7 +83,7 @@ def steps_of(output):
     return [ckpt.step_of(folder) for folder in ckpt.checkpoints(output)]
 
 
-def test_a_run_leaves_what_it_promises(finished):
+def test_a_run_writes_all_documented_files(finished):
     names = {path.name for path in finished.iterdir()}
     assert {"final", "best", "config.json", "metrics.jsonl", "summary.json"} <= names
     assert steps_of(finished) == [10, 8, 6, 4, 2]
@@ -125,7 +125,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, output, step, more, 
 
 
 @pytest.mark.parametrize("more", ["--precision bf16", "--optimizer muon", "--valid-fraction 0"])
-def test_workers_and_what_computes_change_nothing_about_resuming(more, arguments, tmp_path, output):
+def test_resuming_works_with_other_workers_and_options(more, arguments, tmp_path, output):
     whole = pretrain_into(output, arguments, more, "--max-steps 4")
     resume(interrupted_copy(whole, tmp_path / "parts", 2), "--workers 1")
     assert_same_run(whole, tmp_path / "parts", step=4)
@@ -160,8 +160,8 @@ def test_max_minutes_stops_and_resumes(finished, arguments, output):
 
 
 @pytest.mark.parametrize(("more", "kept"), [("", [10, 8, 6, 4, 2]), ("--keep 1", [10])])
-def test_damaged_checkpoint_is_passed_over(more, kept, finished, output, capsys):
-    """It does not count as the newest, so it never outlives good ones."""
+def test_a_damaged_checkpoint_is_skipped(more, kept, finished, output, capsys):
+    """It does not count as the newest, so good ones are not pruned in its favor."""
     interrupted_copy(finished, output, 8)
     weights = output / "checkpoint-8" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -172,7 +172,7 @@ def test_damaged_checkpoint_is_passed_over(more, kept, finished, output, capsys)
 
 
 def test_a_checkpoint_of_another_format_is_refused(finished, output, capsys):
-    """As one of before the format had a number."""
+    """As from a version without format numbers."""
     interrupted_copy(finished, output, 8)
     checkpoint = output / "checkpoint-8"
 
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_another_format_is_refused(finished, output, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
-def test_a_longer_run_is_told_and_a_changed_one_refused(finished, output, capsys):
+def test_a_longer_run_is_reported_and_a_changed_one_refused(finished, output, capsys):
     shutil.copytree(finished, output)
     line = ["--resume", "--output", output]
     told = refusal(main, [*line, "--seed", 1, "--batch-size", 32, "--objective", "mlm"], capsys)
@@ -250,7 +250,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(
 def test_patience_stops_early_and_stays_stopped_until_there_are_more_steps(
     arguments, output, capsys
 ):
-    """At a rate at which nothing is learned, the validation perplexity never falls."""
+    """At a very low rate nothing is learned, so the validation perplexity never falls."""
     pretrain_into(output, arguments, "--learning-rate 1e-30 --eval-every 1 --patience 2")
     assert summary_of(output)["steps"] == 2 and (output / "final").is_dir()
     resume(output)
@@ -299,7 +299,7 @@ def test_few_documents_hold_out_their_tails(arguments, tmp_path, output, documen
 
 
 def test_embedded_default(output, tmp_path, capsys, monkeypatch):
-    """Without text: there is some, precision and steps follow the machine, masks are filled."""
+    """Without options, it uses the embedded text, fits the machine, and fills masks at the end."""
     for name, value in (("MIN_STEPS", 2), ("MAX_STEPS", 2), ("MAX_MODULE_BYTES", 4000)):
         monkeypatch.setattr(f"pretrain.demo.{name}", value)
     pretrain_into(output, "--vocab-size 500 --eval-tokens 5000 --cache", [tmp_path])
@@ -336,7 +336,7 @@ def test_a_small_batch_needs_no_second_option(arguments, output):
     assert summary_of(output)["steps"] == 2
 
 
-def test_documents_of_one_sentence_train_without_pairs(arguments, wrong, output):
+def test_single_sentence_documents_train_without_pairs(arguments, wrong, output):
     pretrain_into(output, arguments, f"--train {wrong}/lines.txt --objective mlm --max-steps 1")
 
 
@@ -344,7 +344,7 @@ def test_documents_of_one_sentence_train_without_pairs(arguments, wrong, output)
 
 
 def ordinary_tokens(batch, vocabulary):
-    """How many tokens of a batch may be masked."""
+    """Number of tokens in a batch that may be masked."""
     before, number = batch.input_ids.clone(), batch.counts["mlm"]  # what follows is filling
     before[batch.masked_positions[:number]] = batch.labels["mlm"][:number]
     return int((~torch.from_numpy(vocabulary.is_special)[before]).sum())
@@ -447,8 +447,8 @@ def test_every_masking_and_every_objective_trains(
 
 
 def test_a_schedule_and_entities_beyond_the_rate_fit_filled_batches(arguments, marked, tmp_path):
-    """As on a GPU, where batches are filled: the fixed sizes hold at the higher rate and beyond
-    the rate."""
+    """As on a GPU, where batches are filled: the fixed sizes suffice for the highest rate, and for
+    entities beyond it."""
     task = f"--masking entity --lexicon {marked['lexicon']} --mask-rate 0.05 0.5 --max-steps 4"
     more = "--entity-probability 1 --entity-budget 1"
     options = arguments_of(arguments, task, more, SIZES, "hidden_dropout_prob=0")
@@ -498,7 +498,7 @@ def test_validation_text_needs_no_entities(arguments, marked, tmp_path):
 
 
 @pytest.mark.parametrize("budget", ["0.05", "1"])
-def test_entities_that_never_fit_are_told(budget, arguments, marked, output, capsys):
+def test_entities_that_never_fit_are_reported(budget, arguments, marked, output, capsys):
     task = f"--train {marked['spans']} --masking entity --entity-budget {budget}"
     pretrain_into(output, arguments, task, "--max-length 16 --max-steps 1")
     assert ("--entity-budget" in capsys.readouterr().out) is (budget != "1")
@@ -539,7 +539,7 @@ def test_a_runs_config_json_starts_the_same_run(arguments, marked, tmp_path):
 
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory, text_file, finished):
-    """Files that do not fit."""
+    """Files that are wrong in some way."""
     folder = tmp_path_factory.mktemp("wrong")
     lines = [line for line in text_file.read_text().splitlines() if line]
     files = {"lines.txt": "\n".join(lines), "special.txt": "[MASK] [SEP]\n[CLS] [MASK]\n\n" * 60}
@@ -626,7 +626,7 @@ def test_the_default_micro_batch_divides_the_step_and_keeps_the_device_busy(
     assert plan.default_micro_batch_size(config, torch.device(device), world) == expected
 
 
-def test_a_batch_that_no_good_micro_batch_divides_is_told(capsys):
+def test_a_batch_that_no_good_micro_batch_divides_is_reported(capsys):
     cpu = torch.device("cpu")
     assert plan.default_micro_batch_size(Config(batch_size=37), cpu, World()) == 1
     assert capsys.readouterr().out.startswith("--batch-size 37: ")
@@ -640,7 +640,7 @@ def test_a_batch_that_no_good_micro_batch_divides_is_told(capsys):
     ("more", "beginning"),
     [("", "--batch-size 16: "), ("--micro-batch-size 8", "3 processes: ")],
 )
-def test_processes_that_cannot_share_a_step_are_told_before_text_is_read(
+def test_processes_that_cannot_share_a_step_are_refused_early(
     more, beginning, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("pretrain.build.start", lambda device: (World(0, 3), torch.device("cpu")))

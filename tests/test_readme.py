@@ -1,5 +1,5 @@
-"""The commands of the README: those of "Your text", "Your masks" and "Does it help?" run, on small
-files of the names that they use; the others parse."""
+"""The commands in the README: those in "Your text", "Your masks" and "Does it help?" run on small
+files with the names in the commands; the others parse."""
 
 import gzip
 import json
@@ -55,7 +55,7 @@ def save(folder, model, tokenizer):
 
 
 def write_models(folder, english, chinese, roberta_tokenizer):
-    """bert-base-uncased, bert-base-chinese and roberta-base, all of them small."""
+    """Small models named bert-base-uncased, bert-base-chinese and roberta-base."""
     for name, text in (("bert-base-uncased", english), ("bert-base-chinese", chinese)):
         tokenizer = tokenizers.train(lambda text=text: text.splitlines(), 200)
         model = BertForPreTraining(BertConfig(vocab_size=len(tokenizer), **SMALL))
@@ -66,7 +66,7 @@ def write_models(folder, english, chinese, roberta_tokenizer):
 
 @pytest.fixture(scope="module")
 def home(documents, roberta_tokenizer, tmp_path_factory):
-    """A folder with the files and models that the commands name, all of them small."""
+    """A folder with the files and models that the commands name, all small."""
     folder = tmp_path_factory.mktemp("readme")
     rows = ["\n".join(document) for document in documents]
     text = "\n\n".join(rows)
@@ -114,7 +114,7 @@ def home(documents, roberta_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def run(home, monkeypatch):
-    """Runs a command of the README in `home`, as a shell would."""
+    """Run a command of the README in `home`, as a shell would."""
     monkeypatch.chdir(home)
 
     def run(line):
@@ -163,7 +163,7 @@ def test_each_command_of_does_it_help_runs(line, home, run, capsys):
         "adapt": "report.html",
         "finetune": "mean of the classes",
         "predict": "10 rows in predictions.csv",
-        "domain": "pieces each",
+        "domain": "pieces per word",
     }
     assert expected[name] in capsys.readouterr().out
 

@@ -1,6 +1,6 @@
-"""Folders of others: damage anywhere in a corpus is found and the file named. Nothing in a folder
-runs, leads out of it or makes something enormous. Whatever its JSON says, a command works or prints
-what is wrong."""
+"""Untrusted folders: damage anywhere in a corpus is found and the file named. Nothing in a folder
+runs, escapes it or allocates too much. Whatever its JSON says, a command works or prints what is
+wrong."""
 
 import copy
 import functools
@@ -49,7 +49,7 @@ def places(value, at=()):
 
 
 def put(value, place, new):
-    """`value` with something new at a place, or with that dropped."""
+    """`value` with a new item at a place, or without the item there."""
     if not place:
         return new
     *above, last = place
@@ -118,7 +118,7 @@ def corpus_copy(source, tmp_path):
 
 
 def read_all(folder):
-    """All that commands read of a corpus, by every way that they read it."""
+    """Read everything in a corpus, in all ways that commands read it."""
     corpus, vocabulary = Corpus(folder), tokenizers.describe(load_tokenizer(folder))
     open_corpus(folder, vocabulary)
     shards = [part.select(1000) for part in (corpus, *corpus.split(0.3)) if part.count()]
@@ -130,7 +130,7 @@ def read_all(folder):
 
 
 def damaged(raw):
-    """What becomes of a file, by the damage."""
+    """The content of a file after some damage."""
     ways = {"removed": None, "empty": b"", "half": raw[: len(raw) // 2]}
     ways |= {"cut short": raw[:-1], "longer": raw + b"\0"}
     flips = ((0, 1), (9, 8), (len(raw) // 3, 64), (len(raw) // 2, 1), (len(raw) - 1, 16))
@@ -141,7 +141,7 @@ def damaged(raw):
 
 
 def test_damage_to_any_file_of_a_corpus_is_named(source, corpus_copy):
-    """A bit of a blank in the manifest does not matter; any other damage is found."""
+    """Changed white space in the manifest does not matter; any other damage is found."""
     files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
     expected, harmless = read_all(source), []
     assert len(files) > 10 and Path("tokenizer/tokenizer.json") in files
@@ -164,7 +164,7 @@ COUNTED = ["documents", "tokens", "smallest_hashes", "vocab_size", "words", "fin
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_a_changed_number_in_the_manifest_is_found(corpus_copy, name):
+def test_a_changed_number_in_the_manifest_is_detected(corpus_copy, name):
     path = corpus_copy / "corpus.json"
     change_json(path, lambda info: {**info, name: info[name] * 2})
     refused(Corpus, corpus_copy, names=path)
@@ -172,7 +172,7 @@ def test_a_changed_number_in_the_manifest_is_found(corpus_copy, name):
 
 @pytest.fixture
 def rewrite(corpus_copy):
-    """Changes the manifest as somebody would who knows the checksum; returns its path."""
+    """Change the manifest and its checksum, as an attacker would; returns its path."""
     path = corpus_copy / "corpus.json"
     original = path.read_text()
 
@@ -190,7 +190,7 @@ BAD_NAMES = ["../corpus/shard-00000", "/etc/passwd", "..", "", "a/b", "a\0b", 7,
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 @pytest.mark.parametrize("entry", ["shards", "tokenizer_files"])
-def test_no_name_in_a_manifest_leads_out_of_the_folder(corpus_copy, rewrite, name, entry):
+def test_no_name_in_a_manifest_escapes_the_folder(corpus_copy, rewrite, name, entry):
     path = rewrite(lambda info: info[entry][0].update(name=name))
     assert f"{entry}[0].name" in refused(Corpus, corpus_copy, names=path)
 
@@ -236,8 +236,8 @@ def test_a_file_that_is_not_an_array(corpus_copy, rewrite, tmp_path):
 
 @FUZZ
 @given(mutate=mutations())
-def test_a_manifest_of_any_content(source, corpus_copy, mutate):
-    """With a checksum that fits."""
+def test_a_mutated_manifest(source, corpus_copy, mutate):
+    """With a matching checksum."""
     info = seal(mutate(json.loads((source / "corpus.json").read_text())))
     (corpus_copy / "corpus.json").write_text(json.dumps(info))
     try:
@@ -247,7 +247,7 @@ def test_a_manifest_of_any_content(source, corpus_copy, mutate):
 
 
 @pytest.mark.parametrize("raw", ["{", "{}", None])
-def test_commands_name_a_manifest_that_is_not_good(corpus_copy, model, tmp_path, raw, capsys):
+def test_commands_name_a_bad_manifest(corpus_copy, model, tmp_path, raw, capsys):
     path = corpus_copy / "corpus.json"
     path.write_text(raw) if raw else path.unlink()
     common = ["--cache", tmp_path / "cache", "--device", "cpu", "--max-length", 64]
@@ -277,7 +277,7 @@ def model_copy(model, tmp_path):
 
 @FUZZ
 @given(mutate=mutations())
-def test_a_config_of_any_content(model, model_copy, mutate):
+def test_a_mutated_config(model, model_copy, mutate):
     config = mutate(json.loads((model / "config.json").read_text()))
     (model_copy / "config.json").write_text(json.dumps(config))
     loaders = (from_checkpoint, tokenizers.load, lambda name: load_classifier(name, ["a", "b"]))
@@ -304,7 +304,7 @@ WRONG_VALUES = {
 
 
 @pytest.mark.parametrize("field", WRONG_VALUES)
-def test_a_wrong_size_is_named_before_it_is_made(model, model_copy, field, monkeypatch):
+def test_a_wrong_size_is_reported_before_allocation(model, model_copy, field, monkeypatch):
     monkeypatch.setattr(BertForPreTraining, "__init__", None)
     config = json.loads((model / "config.json").read_text())
     path = model_copy / "config.json"
@@ -340,13 +340,13 @@ def test_pickled_code_in_weights_does_not_run(model_copy, tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["../model/model.safetensors", "/etc/passwd", 7])
-def test_no_index_of_weights_leads_out_of_the_folder(model_copy, name):
+def test_no_weight_index_escapes_the_folder(model_copy, name):
     path = model_copy / "model.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {}, "weight_map": {"x": name}}))
     assert "weight_map" in refused(from_checkpoint, str(model_copy), names=path)
 
 
-def test_code_of_a_folder_is_not_asked_for_and_does_not_run(model_copy, tmp_path, monkeypatch):
+def test_code_in_a_model_folder_does_not_run(model_copy, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", None)  # a question would fail
     code = f"import os; os.mkdir({str(tmp_path / 'mark')!r})\nclass C: pass\n"
     (model_copy / "code.py").write_text(code)
@@ -368,7 +368,7 @@ def test_code_of_a_folder_is_not_asked_for_and_does_not_run(model_copy, tmp_path
 
 @FUZZ
 @given(mutate=mutations(), name=st.sampled_from(["tokenizer.json"] * 2 + ["tokenizer_config.json"]))
-def test_a_tokenizer_of_any_content(model, model_copy, mutate, name):
+def test_a_mutated_tokenizer(model, model_copy, mutate, name):
     for other in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model / other, model_copy / other)
     change_json(model_copy / name, mutate)
@@ -414,7 +414,7 @@ def test_half_a_tokenizer(model_copy):
 
 
 def test_a_panic_becomes_a_message_and_an_interruption_does_not():
-    class PanicException(BaseException):  # as that of the tokenizers library
+    class PanicException(BaseException):  # as in the tokenizers library
         pass
 
     def work(error):
@@ -434,7 +434,7 @@ def test_a_panic_becomes_a_message_and_an_interruption_does_not():
 
 @FUZZ
 @given(mutate=mutations())
-def test_facts_of_any_content(tmp_path, mutate):
+def test_mutated_facts(tmp_path, mutate):
     facts = {"objective": "mlm", "max_length": 64, "eval_tokens": 1000, "eval_batch_size": 8}
     (tmp_path / FACTS).write_text(json.dumps(mutate({**facts, "precision": "fp32"})))
     found = read_facts(tmp_path)
@@ -454,6 +454,6 @@ def test_facts_of_any_content(tmp_path, mutate):
         ({"a": 1, "b": [{"c": 10**400}]}, r"b\[0\].c is 10+"),
     ],
 )
-def test_where_a_value_departs_from_a_form(value, where):
+def test_a_misfit_is_located(value, where):
     problem = misfit(value, {"a": integer(0, 9), "b": [{"c": number(0, 9)}]})
     assert problem == where or re.match(f"{where}; expected ", problem)

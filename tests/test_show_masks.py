@@ -33,7 +33,7 @@ def files(tmp_path_factory, tiny_tokenizer) -> dict[str, str]:
 
 @pytest.fixture
 def show(text_file, cache, files, capsys):
-    """What the command prints with more options, some of which name `files`."""
+    """The output of the command with more options, some of which name `files`."""
 
     def printed(more: str) -> list[str]:
         SHOW_MASKS.main([*base, *more.format(**files).split()])
@@ -59,7 +59,7 @@ def collated(monkeypatch) -> list:
 
 
 def masked_places(batch) -> set[int]:
-    """Without those that only fill the batch."""
+    """Masked places, without the ones that only fill the batch."""
     return set(batch.masked_positions[batch.labels["mlm"] != IGNORED].tolist())
 
 
@@ -78,7 +78,7 @@ def units_of(flags, begins, continues) -> list[list[int]]:
 
 
 def slow_counts(collated, tokenizer, by_similar: bool) -> Counter:
-    """The numbers, one token at a time."""
+    """The counts, one token at a time."""
     special, mask_id = set(tokenizer.all_special_ids), tokenizer.mask_token_id
     words = {*TABLE, *chain.from_iterable(TABLE.values())}
     ids = {word: tokenizer.encode(word, add_special_tokens=False) for word in words}
@@ -176,8 +176,8 @@ def test_the_batches_are_those_that_a_run_trains_on(show, collated, tmp_path):
 
 
 def test_the_table_of_a_run_has_no_special_token(tiny_tokenizer, vocabulary, tmp_path):
-    """Neither what the tokenizer does not know nor what it takes for one of its own: it would be
-    drawn in place of words."""
+    """Neither unknown words nor text that is read as a special token may be drawn in place of
+    words."""
     path = tmp_path / "similar.tsv"
     lines = ["a\t\u2603\t[MASK]\tb", "\u2603\tb", "b\t[SEP]\tc", "[MASK]\tc"]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -190,13 +190,13 @@ def test_the_table_of_a_run_has_no_special_token(tiny_tokenizer, vocabulary, tmp
 
 
 @pytest.mark.parametrize("number", [0, 5, 40])
-def test_as_many_examples_are_shown_as_asked_for(number, show, collated):
+def test_the_number_of_examples(number, show, collated):
     told = show(f"--examples {number} --sampled 3")
     shown = sum(line.startswith("[CLS]") for line in told)
     assert shown == min(number, sum(batch.num_sequences for _, batch in collated))
 
 
-def test_an_example_shows_what_stood_there_and_what_is_read(show, files, collated):
+def test_an_example_shows_tokens_and_replacements(show, files, collated):
     """Without color: a mask after its token, another token in brackets, [=] if it stays, an entity
     between < and >."""
     entities = "--masking entity --lexicon {lexicon} --mask-split 0.4 0.3 0.3"
@@ -221,8 +221,8 @@ def test_an_example_shows_what_stood_there_and_what_is_read(show, files, collate
 
 # The output is not a terminal here.
 @pytest.mark.parametrize("color, expected", [("on", True), ("off", False), ("auto", False)])
-def test_color_codes_stand_where_they_are_asked_for(color, expected, show):
-    options = "--masking entity --lexicon {lexicon} --examples 9 --sampled 1 --colour"
+def test_color_codes_follow_the_option(color, expected, show):
+    options = "--masking entity --lexicon {lexicon} --examples 9 --sampled 1 --color"
     show(f"{options} off")  # the corpus is in the cache from now on
     told, plain = "\n".join(show(f"{options} {color}")), show(f"{options} off")
     assert bool(ANSI.search(told)) is expected
@@ -250,7 +250,7 @@ def test_without_text_the_embedded_one_is_shown(cache, text_file, capsys, monkey
         ("--phase 2", "--phase 2: "),
         ("--position 0 1", "--position 0.0 1.0: "),
         ("--position 0 0.5 0", "--position 0.0 0.5 0.0: "),
-        ("--colour blue", "--colour: invalid choice: 'blue'"),
+        ("--color blue", "--color: invalid choice: 'blue'"),
         ("--mask-rate 0.1 0.9", "--mask-rate 0.1 0.9: "),
         ("--replace similar", "--replace similar: "),
         ("--masking entity", "--masking entity: "),

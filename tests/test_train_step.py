@@ -45,7 +45,7 @@ def model(vocabulary):
 
 
 def adamw(model, **options):
-    """The optimizers of the default options, one AdamW, or of other options."""
+    """The optimizers of the default options (one AdamW), or of other options."""
     return make_optimizers(model, replace(Config(), learning_rate=RATE, **options))
 
 
@@ -54,7 +54,7 @@ def muon(model):
 
 
 def two_of_torch(model):
-    """Optimizers that know nothing of a non-finite step: matrices and the rest."""
+    """Two torch optimizers that do not handle non-finite steps: for matrices and for the rest."""
     weights = list(model.parameters())
     return [
         torch.optim.SGD([w for w in weights if w.ndim == 2], lr=RATE, momentum=0.9),
@@ -96,7 +96,7 @@ def weights_of(model):
 
 
 def state_of(model, optimizers):
-    """Weights and everything that the optimizers keep."""
+    """Weights and the state of all optimizers."""
     state = weights_of(model)
     for optimizer in optimizers:
         for number, weight in enumerate(model.parameters()):
@@ -114,8 +114,8 @@ def norm_of(tensors):
 
 
 class Poisoned(nn.Module):
-    """The model, its MLM loss multiplied by `factor` in the micro-batch `number` that it sees. With
-    `logged_only` the model learns from another, finite term."""
+    """The model, with its MLM loss multiplied by `factor` in micro-batch `number`. With `logged_only`
+    the model learns from another, finite term."""
 
     def __init__(self, model, number, factor, logged_only=False):
         super().__init__()
@@ -238,7 +238,7 @@ def test_a_gradient_scaler_gives_the_same_update(make, sequences, model):
 @pytest.mark.parametrize(
     "poison", [(0, math.nan), (3, math.inf), (1, math.nan, True), (2, -math.inf, True)], ids=str
 )
-def test_a_micro_batch_that_is_not_finite_changes_nothing(poison, make, sequences, model):
+def test_a_non_finite_micro_batch_changes_nothing(poison, make, sequences, model):
     optimizers, twin = make(model), copy.deepcopy(model)
     step(model, sequences["4x8"], optimizers)
     before = state_of(model, optimizers)
@@ -257,7 +257,7 @@ def test_a_micro_batch_that_is_not_finite_changes_nothing(poison, make, sequence
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_step_that_is_not_finite_lowers_the_scale(make, sequences, model):
+def test_a_non_finite_step_lowers_the_scale(make, sequences, model):
     optimizers, scaler = make(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
     step(model, sequences["2x16"], optimizers, scaler)
     before = state_of(model, optimizers)
@@ -296,7 +296,7 @@ def test_another_model_with_another_loss_trains(sequences):
     assert means[-1]["segment_loss"] < 0.8 * math.log(2) and means[-1]["segment_accuracy"] > 0.7
 
 
-def test_a_process_without_any_of_a_loss_adds_nothing_to_its_count(sequences, monkeypatch):
+def test_a_process_without_labels_adds_nothing_to_the_count(sequences, monkeypatch):
     """With 0 pairs here and 5 on another process, the step has 5."""
     monkeypatch.setattr(
         train, "sum_counts", lambda counts: {name: count + 5 for name, count in counts.items()}

@@ -1,7 +1,7 @@
-"""Is a difference of scores more than chance?
+"""Is a difference between scores more than chance?
 
-The difference between two encoders is that of their mean scores over the seeds. Its 95 % interval
-is that of a paired bootstrap over test rows and seeds: each draw takes the same rows and seeds for
+Two encoders are compared by their mean scores over the seeds. The 95 % interval of the difference
+comes from a paired bootstrap over test rows and seeds: each draw uses the same rows and seeds for
 both encoders (Efron and Tibshirani 1993, chapter 13).
 """
 
@@ -25,7 +25,7 @@ def scores_of(
     for predicted in predictions:
         num_right = weights @ (is_class[truth] * (predicted == truth)[:, None])
         total = num_true + weights @ is_class[predicted]
-        f1 = np.full_like(total, np.nan)  # a class that occurs nowhere does not enter the mean
+        f1 = np.full_like(total, np.nan)  # a class that never occurs is left out of the mean
         np.divide(2 * num_right, total, out=f1, where=total > 0)
         scores.append(np.nanmean(f1, axis=1))
     return np.stack(scores, axis=1)
@@ -34,7 +34,7 @@ def scores_of(
 def bootstrap(
     truth: np.ndarray, left: np.ndarray, right: np.ndarray, metric: str, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of the mean score of `right` minus that of `left`, both int [seeds, rows]."""
+    """95 % interval of mean score of `right` minus mean score of `left`, both int [seeds, rows]."""
     rng = np.random.default_rng(seed)
     num_seeds, num_rows = left.shape
     differences = []

@@ -1,4 +1,4 @@
-"""A checked experiment and its folder: everything is read and compared before any work starts."""
+"""A checked experiment and its folder: everything is read and checked before any work starts."""
 
 import json
 import shlex
@@ -27,12 +27,12 @@ from pretrain.schema import flag
 
 LABEL_OPTIONS = tuple(entry.name for entry in fields(config.LabelOptions))
 RUN_OPTIONS = ("model", "output", "overwrite", "resume", "max_minutes")
-SET_HERE = {  # options of the two commands that the experiment sets itself
+SET_HERE = {  # options of the two commands that only the experiment may set
     "pretrain": (*RUN_OPTIONS, "train", "valid", "patience"),
     "finetune": (*RUN_OPTIONS, "label_budget", "seed", "save_model", *LABEL_OPTIONS),
 }
 TRAINED_ON = {"adapted": "text", "control": "control"}  # encoder -> text
-ENTRIES = (  # of the folder of an experiment
+ENTRIES = (  # names in the folder of an experiment
     r"experiment\.json|parts|adapted|control|finetune|report\.(md|html)|\w+\.(png|jsonl)"
     r"|\..*\.(partial|lock)"
 )
@@ -47,12 +47,12 @@ class Experiment:
     finetuning: FinetuneOptions
     rows: dict[str, LabeledRows]
     classes: list[str]
-    budgets: dict[str, int]  # name -> number of rows, the smallest first
+    budgets: dict[str, int]  # name -> number of rows, smallest first
     texts: dict[str, TextFiles]  # "text" and, if there is one, "control"
-    fresh_parts: list[str]  # heads that the model lacks
+    fresh_parts: list[str]  # heads that the model does not have
     output: Path
-    seconds: dict[str, float] = field(default_factory=dict)  # that each part took
-    replaced: Path | None = None  # the old experiment under --overwrite, until there is a report
+    seconds: dict[str, float] = field(default_factory=dict)  # by part
+    replaced: Path | None = None  # under --overwrite, the old folder, kept until the new report
 
     @property
     def encoders(self) -> dict[str, str]:
@@ -67,7 +67,7 @@ class Experiment:
         return self.output / "parts" / f"{name}.json"
 
     def part(self, name: str, work: Callable[..., dict], *arguments: object) -> dict:
-        """The saved result of a part, else that of `work(self, *arguments)` with its seconds."""
+        """The saved result of a part, or else the result of `work(self, *arguments)`, timed."""
         path = self.part_file(name)
         if path.is_file():
             result = read_json(path, {}, "a result; remove the file to run the part again")
@@ -122,11 +122,11 @@ def _passed_on(options: AdaptOptions, name: str, kind: type):
 def naming(options: AdaptOptions, name: str) -> Iterator[None]:
     """Put --pretrain or --finetune before each problem with the options of that command.
 
-    A line that starts with an option of the experiment itself, such as --train, stays."""
+    A line that starts with an option of the experiment itself, such as --train, is kept."""
     own = {flag(entry.name) for entry in fields(options)}
     try:
         yield
-    except ValueError as error:  # UserError, and shlex's
+    except ValueError as error:  # UserError, or from shlex
         lines = str(error).splitlines()
         for number, line in enumerate(lines):
             if line.split(" ")[0].rstrip(":") not in own:
@@ -137,7 +137,7 @@ def naming(options: AdaptOptions, name: str) -> Iterator[None]:
 def _count_budgets(options: AdaptOptions, num_classes: int, num_rows: int) -> dict[str, int]:
     names = options.label_budgets
     budgets = {name: num_rows if name == "all" else int(name) for name in names}
-    bounds = f"{num_classes}, a row of each class, to {num_rows}, the rows of --train"
+    bounds = f"{num_classes} (one row per class) to {num_rows} (all rows of --train)"
     wrong = [name for name, count in budgets.items() if not num_classes <= count <= num_rows]
     check([f"--label-budgets {name}: expected {bounds}, or all" for name in wrong])
     return dict(sorted(budgets.items(), key=lambda item: item[1]))
@@ -151,12 +151,12 @@ def _read_texts(options: AdaptOptions, pretraining: Config) -> dict[str, TextFil
             texts[name] = read_text(paths, flag(name), pretraining, pretraining.masking)
     if len({content_key(text.sources) for text in texts.values()}) < len(texts):
         shown = typed(options, "control")
-        raise UserError(f"{shown}: is the text of --text; expected text of another domain")
+        raise UserError(f"{shown}: same text as --text; expected text from another domain")
     return texts
 
 
 def open_experiment(experiment: Experiment) -> None:
-    """Make the folder, or resume in it; one that has trained with other options is refused."""
+    """Create the folder, or resume in it; UserError if it has trained with other options."""
     options, output = experiment.options, experiment.output
     lock(output)
     record, path = _record_of(experiment), output / "experiment.json"
@@ -176,7 +176,7 @@ def open_experiment(experiment: Experiment) -> None:
 
 
 def _record_of(experiment: Experiment) -> dict[str, dict]:
-    """Everything that decides the results, as experiment.json keeps it."""
+    """Everything that decides the results, in the form of experiment.json."""
     options, pretraining = experiment.options, experiment.pretraining
     files = expand([*options.train, *options.valid, *options.test])
     model = Path(model_folder(options.model))
@@ -184,8 +184,8 @@ def _record_of(experiment: Experiment) -> dict[str, dict]:
     files += filter(None, [pretraining.lexicon, pretraining.similar, pretraining.add_tokens])
     values, changeable = asdict(options), config.may_change(AdaptOptions)
     texts = {}
-    for name, of in experiment.texts.items():
-        texts[name] = content_key(of.sources, of.text_format, of.markup.key)
+    for name, text in experiment.texts.items():
+        texts[name] = content_key(text.sources, text.text_format, text.markup.key)
     record = {
         "options": {name: value for name, value in values.items() if name not in changeable},
         "pretrain": asdict(pretraining),
@@ -197,7 +197,7 @@ def _record_of(experiment: Experiment) -> dict[str, dict]:
 
 
 def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
-    """What the experiment was started with and is different now."""
+    """What has changed since the experiment was started."""
     commands = {"options": "", "pretrain": "--pretrain ", "finetune": "--finetune "}
     found = []
     for kind, values in now.items():

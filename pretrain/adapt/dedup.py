@@ -1,11 +1,11 @@
-"""Text to pretrain on, without the texts that the task is tested on."""
+"""Pretraining text without the test texts of the task."""
 
 import json
 from bisect import bisect_left
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 
-from pretrain.data.sentences import Sentence, as_record
+from pretrain.data.sentences import Sentence, as_record, documents
 from pretrain.files import write_aside
 from pretrain.inputs import TextFiles
 
@@ -13,19 +13,17 @@ from pretrain.inputs import TextFiles
 def write_cleaned(
     text: TextFiles, test_texts: list[tuple[str, ...]], more: list[tuple[str, ...]], target: Path
 ) -> dict[str, int]:
-    """Write the documents of `text`, then one for each of `more`, without copies of `test_texts`.
+    """Write the documents of `text` and one for each of `more`, without copies of `test_texts`.
 
-    `target` gets JSON lines as pretrain/data/formats.py reads them, one document in memory at a
-    time. Returns the counts of documents written, copies removed, and `more`."""
+    Writes the JSON lines that pretrain/data/formats.py reads, with one document in memory. Returns
+    the numbers of documents written, copies removed, and texts in `more`."""
     copies = sorted({_squeeze(part) for parts in test_texts for part in parts})
     counts = {"documents": 0, "removed": 0, "task_texts": len(more)}
-    groups = groupby(text.sentences(), key=lambda item: item is None)
-    documents = (list(items) for is_end, items in groups if not is_end)
     added = ([(part, ()) for part in parts] for parts in more)
 
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as out:
-            for document in chain(documents, added):
+            for document in chain(documents(text.sentences()), added):
                 kept, removed = without_copies(document, copies)
                 counts["removed"] += removed
                 if kept:
@@ -37,15 +35,15 @@ def write_cleaned(
 
 
 def _squeeze(text: str) -> str:
-    """A text without white space: two texts are copies if they agree so."""
+    """A text without white space: texts are copies if these are equal."""
     return "".join(text.split())
 
 
 def without_copies(sentences: list[Sentence], copies: list[str]) -> tuple[list[Sentence], int]:
-    """(what is left of a document, number of copies removed).
+    """(remaining sentences of a document, number of copies removed).
 
-    A copy is the longest run of whole sentences that equals one of `copies`, which are squeezed and
-    sorted: a run that none of them starts with need not be extended."""
+    A copy is the longest run of whole sentences that equals one of `copies`. These are squeezed and
+    sorted, so a run is extended only while one of them starts with it."""
     squeezed = [_squeeze(text) for text, _ in sentences]
     kept, num_removed, start = [], 0, 0
     while start < len(sentences):

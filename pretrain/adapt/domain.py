@@ -1,8 +1,8 @@
-"""How far texts are from one another, and from a tokenizer: shared words, pieces per word.
+"""How much texts differ, and how well a tokenizer fits them: shared words, pieces per word.
 
-Overlap as in "Don't Stop Pretraining" (Gururangan et al. 2020): the share of their most frequent
-words, without stop words, that two texts have in common. A text is read once, into word counts;
-memory grows with the distinct words only, up to a bound.
+Overlap as in "Don't Stop Pretraining" (Gururangan et al. 2020): the share of the most frequent
+words, without stop words, that two texts have in common. A text is read once, into word counts, so
+memory grows only with the number of distinct words, up to a bound.
 """
 
 import unicodedata
@@ -28,8 +28,8 @@ WORD = regex.compile(
     rf"{HAN_CLASS}|[\p{{L}}\p{{N}}--{HAN_CLASS}][\p{{L}}\p{{N}}\p{{M}}--{HAN_CLASS}]*", regex.V1
 )
 SEGMENTED_WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*")
-MAX_DISTINCT = 2_000_000  # counted words; beyond that the rarer half is dropped
-MIN_COUNT = 5  # of a candidate token
+MAX_DISTINCT = 2_000_000  # words to count; above this, the rarer half is dropped
+MIN_COUNT = 5  # occurrences of a candidate token
 CHINESE_STOP_WORDS = """的 了 在 是 我 有 和 就 不 人 都 一 一个 上 也 很 到 说 要 去 你 会 着
     没有 看 自己 这 那 他 她 它 我们 你们 他们 这个 那个 与 及 而 或 被 把 对 对于 从 以 为 因为
     所以 但 但是 如果 还 还是 又 并 等 中 个 之 其 于 由 比 让 使 能 可以 得 地 吧 吗 呢 啊 什么
@@ -39,17 +39,17 @@ CHINESE_STOP_WORDS = """的 了 在 是 我 有 和 就 不 人 都 一 一个 �
 def read_text(
     paths: tuple[str, ...], option: str, options: TextOptions, masking: str = "word"
 ) -> TextFiles:
-    """The checked text of `paths`; UserError for a prepared corpus, whose words are gone."""
+    """The checked text of `paths`; UserError for a prepared corpus, which no longer has words."""
     text = check_text(paths, option, options, World(), masking)
     if text.is_corpus:
-        raise UserError(f"{text.name}: is a prepared corpus; expected text")
+        raise UserError(f"{text.name}: already a prepared corpus; expected text")
     return text
 
 
 def count_words(text: TextFiles) -> Counter[str]:
-    """How often each word occurs, as it is written, without numbers.
+    """Number of occurrences of each word as written, without numbers.
 
-    The text's markup says where Chinese words end: rjieba, spaces, or after each character."""
+    The text's markup decides how Chinese is split: by rjieba, at spaces, or into characters."""
     words_of = SEGMENTED_WORD.findall if text.markup.words == "spaces" else WORD.findall
     if text.markup.words == "jieba":
         jieba = require("rjieba", "Chinese words")
@@ -75,7 +75,7 @@ def stop_words(name: str) -> set[str]:
 
 
 def frequent_words(counts: Counter[str], ignored: set[str]) -> list[str]:
-    """Lower-case words of two or more letters (one if not ASCII), by falling count, then A to Z."""
+    """Lower-case words, most frequent first, then A to Z; of two letters or more if ASCII."""
     lower: Counter[str] = Counter()
     for word, count in counts.items():
         lower[word.lower()] += count
@@ -84,23 +84,22 @@ def frequent_words(counts: Counter[str], ignored: set[str]) -> list[str]:
 
 
 def overlap(ranked: dict[str, list[str]], top: int) -> tuple[dict[str, dict[str, float]], int]:
-    """({text: {text: share within 0..1}}, number of words compared).
+    """({text: {text: share in 0..1}}, number of words compared).
 
-    Each share is of the first `top` words of both texts; if one text has fewer, of as many words of
-    every text, so that the shares compare."""
+    Compares the first `top` words of all texts; if any text has fewer, as many words as it has."""
     for name, words in ranked.items():
         if not words:
-            raise UserError(f"{name}: has no words but stop words; expected text")
+            raise UserError(f"{name}: has only stop words; expected text")
     num_words = min([top, *map(len, ranked.values())])
     chosen = {name: set(words[:num_words]) for name, words in ranked.items()}
     shares = {}
     for one, words in chosen.items():
-        shares[one] = {other: len(words & of) / num_words for other, of in chosen.items()}
+        shares[one] = {other: len(words & chosen[other]) / num_words for other in chosen}
     return shares, num_words
 
 
 def draw_overlap(path: Path, facts: dict, names: list[str]) -> str:
-    """The shared words as a table in Markdown, and as a picture in `path`; `facts` of `compare`."""
+    """Table of shared words in Markdown; also drawn to `path`. `facts` come from `compare`."""
     shares = [list(row.values()) for row in facts["overlap"].values()]
     plots.overlap(path, names, np.array(shares), facts["words_compared"])
     rows = [[name, *map("{:.0%}".format, row)] for name, row in zip(names, shares)]
@@ -110,15 +109,15 @@ def draw_overlap(path: Path, facts: dict, names: list[str]) -> str:
 def fragmentation(
     counts: Counter[str], tokenizer: PreTrainedTokenizerBase, ignored: set[str]
 ) -> tuple[dict[str, float], list[tuple[str, int, int]]]:
-    """(pieces per word and unknown share of all words, words that break or are unknown).
+    """(pieces per word and share of unknown words, words that are split or unknown).
 
-    Of these there are (word as the tokenizer reads it, count, pieces), by falling count x pieces,
-    if they occur MIN_COUNT times and are not `ignored`."""
+    The latter are (normalized word, count, pieces), by descending count x pieces, without rare
+    (MIN_COUNT) and `ignored` words."""
     backend, vocabulary = tokenizers.without_limits(tokenizer), tokenizers.describe(tokenizer)
     normalizer = backend.normalizer if vocabulary.starts_word is not None else None
     read: Counter[str] = Counter()
     for word, count in counts.items():
-        if normalizer is not None:  # which may put spaces around Chinese characters
+        if normalizer is not None:  # it may put spaces around Chinese characters
             word = normalizer.normalize_str(word).replace(" ", "")
         read[word] += count
     read.pop("", None)
@@ -145,16 +144,16 @@ def compare(
     top: int,
     ignored: set[str],
 ) -> tuple[dict, dict[str, list[tuple[str, int, int]]]]:
-    """(facts as domain.json keeps them, by text the words that the tokenizer breaks).
+    """(facts in the form of domain.json, the words of each text that the tokenizer splits).
 
     Compares the `top` most frequent words that are not `ignored`."""
     counts = {name: count_words(text) for name, text in texts.items()}
-    ranked = {name: frequent_words(of, ignored) for name, of in counts.items()}
+    ranked = {name: frequent_words(counter, ignored) for name, counter in counts.items()}
     shares, num_words = overlap(ranked, top)
     facts, broken = {}, {}
-    for name, of in counts.items():
-        facts[name] = {"words": of.total(), "distinct_words": len(of)}
+    for name, counter in counts.items():
+        facts[name] = {"words": counter.total(), "distinct_words": len(counter)}
         if tokenizer:
-            pieces, broken[name] = fragmentation(of, tokenizer, ignored)
+            pieces, broken[name] = fragmentation(counter, tokenizer, ignored)
             facts[name] |= pieces
     return {"words_compared": num_words, "overlap": shares, "texts": facts}, broken

@@ -1,8 +1,8 @@
 """The experiment: does further pretraining on this text help this task, and by how much?
 
 The texts are cleaned and compared, the encoder is pretrained on each, perplexities are measured,
-and every encoder is fine-tuned for every label budget and seed. Each part leaves its result in
-`parts/`, so that an interrupted experiment resumes where it was.
+and every encoder is fine-tuned for every label budget and seed. Each part saves its result in
+`parts/`, so an interrupted experiment resumes where it stopped.
 """
 
 import csv
@@ -28,7 +28,7 @@ from pretrain.runtime.checkpoint import checkpoints
 from pretrain.runtime.optim import autocast
 from pretrain.train import train
 
-# How the files that `clean` writes are read, whatever was asked for the text itself.
+# How the files written by `clean` are read, whatever the options for the original text.
 CLEANED = {"format": "jsonl", "max_documents": 0}
 CLEANED |= dict.fromkeys(("text_field", "entity_field", "split_sentences"))
 COMPARED_WORDS = 10_000
@@ -64,12 +64,12 @@ def run_experiment(experiment: Experiment) -> dict:
     facts["perplexity"] = part("perplexity", measure_perplexity)
     for budget, seed, name in runs:
         run = f"finetune-{name}-{budget}-{seed}"
-        found = ", found" if experiment.part_file(run).is_file() else ""
+        is_saved = experiment.part_file(run).is_file()
         result = part(run, fine_tune, name, budget, seed)
         facts["scores"][name][budget].append(result)
         score = f"{metric.replace('_', ' ')} {result['test'][metric]:.3f}"
-        seconds = f"{result['wall_seconds']:.0f} s{found}"
-        print(f"{name}, {budgets[budget]:,} labels, seed {seed}: {score} ({seconds})")
+        took = "already done" if is_saved else f"{result['wall_seconds']:.0f} s"
+        print(f"{name}, {budgets[budget]:,} labels, seed {seed}: {score} ({took})")
     return facts
 
 
@@ -77,19 +77,19 @@ def run_experiment(experiment: Experiment) -> dict:
 
 
 def clean(experiment: Experiment) -> dict:
-    """Write each text without copies of test texts to NAME.jsonl; --task-text adds the task's."""
+    """Write each text to NAME.jsonl without copies of test texts; --task-text adds task texts."""
     counts, rows = {}, experiment.rows
     for name, text in experiment.texts.items():
         more = rows["train"].texts if experiment.options.task_text and name == "text" else []
         path = experiment.output / f"{name}.jsonl"
         counts[name] = write_cleaned(text, rows["test"].texts, more, path)
         if not counts[name]["documents"]:
-            raise UserError(f"--{name}: has only copies of test texts; expected other text")
+            raise UserError(f"--{name}: contains only copies of test texts; expected other text")
     return counts
 
 
 def compare(experiment: Experiment) -> dict:
-    """What scripts/domain.py finds in the texts of pretraining and of the task."""
+    """The facts of scripts/domain.py about the pretraining texts and the task."""
     records = [{"text": "\n".join(parts)} for parts in experiment.rows["train"].texts]
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_text(experiment.output / "task.jsonl", "".join(lines))
@@ -106,7 +106,7 @@ def compare(experiment: Experiment) -> dict:
 
 
 def _run_of(experiment: Experiment, name: str, **changes: object) -> PretrainingRun:
-    """A pretraining run; what is wrong with its options is wrong with --pretrain."""
+    """A pretraining run; problems with its options are reported under --pretrain."""
     text, output = experiment.output / f"{TRAINED_ON[name]}.jsonl", experiment.output / name
     settings = CLEANED | {"train": (str(text),), "output": str(output), "resume": True} | changes
     config = replace(experiment.pretraining, model=experiment.options.model, **settings)
@@ -115,9 +115,9 @@ def _run_of(experiment: Experiment, name: str, **changes: object) -> Pretraining
 
 
 def pretrain(experiment: Experiment, name: str, steps: int = 0) -> dict:
-    """Pretrain on a text, for `steps` if given; the run's summary."""
+    """Pretrain on a text, for `steps` if given; returns the summary of the run."""
     if name == "adapted" and "control" in experiment.texts:
-        _run_of(experiment, "control")  # its text is checked before hours are spent
+        _run_of(experiment, "control")  # to check its text before hours are spent
     run = _run_of(experiment, name, max_steps=steps or experiment.pretraining.max_steps)
     run.open_output()
     print_plan(run)
@@ -130,9 +130,9 @@ def pretrain(experiment: Experiment, name: str, steps: int = 0) -> dict:
 
 
 def measure_perplexity(experiment: Experiment) -> dict:
-    """Validation perplexities of the domain's text before and after pretraining on each text.
+    """Perplexities on validation documents of the domain, before and after each pretraining.
 
-    All are at the length of the last phase. {} without a validation set."""
+    All are measured at the length of the last phase. {} without a validation set."""
     run = _run_of(experiment, "adapted")
     validation, precision = run.phases[-1].validation, autocast(run.device, run.precision)
     if not validation:
@@ -148,7 +148,7 @@ def measure_perplexity(experiment: Experiment) -> dict:
             curve.append([row["step"], row["eval/perplexity"]])
         if "train/perplexity" in row:
             training.append([row["step"], row["train/perplexity"]])
-    if curve[0][0] > 0:  # the run was evaluated at its start, but at the length of its first phase
+    if curve[0][0] > 0:  # the first evaluation was at the length of the first phase
         untrained = _run_of(experiment, "adapted", output=str(experiment.output / "untrained"))
         curve.insert(0, [0, perplexity_of(untrained.model)])
     result = {
@@ -166,13 +166,13 @@ def measure_perplexity(experiment: Experiment) -> dict:
 
 
 def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict:
-    """Fine-tune an encoder; the run's summary and the class that each test row got."""
+    """Fine-tune an encoder; returns the summary of the run and the class of each test row."""
     model, label_budget = experiment.encoders[name], 0 if budget == "all" else int(budget)
     options = replace(experiment.finetuning, model=model, seed=seed, label_budget=label_budget)
     output = experiment.output / "finetune" / f"{name}-{budget}-{seed}"
     resume = bool(checkpoints(output))
-    here = replace(options, output=str(output), resume=resume, overwrite=not resume)
-    run = finetuning.build(here, keep_head=False, quiet=True)
+    in_folder = replace(options, output=str(output), resume=resume, overwrite=not resume)
+    run = finetuning.build(in_folder, keep_head=False, quiet=True)
     run.open_output()
     summary = train(run)
     with (output / "test_predictions.csv").open(encoding="utf-8", newline="") as rows:

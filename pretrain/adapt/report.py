@@ -1,7 +1,7 @@
-"""The report that answers "did it help?": verdict, tables and plots, as Markdown and as one page.
+"""The report that answers "did it help?": verdict, tables and plots, as Markdown and HTML.
 
-What flows in are the facts that the parts of an experiment have left (pretrain/adapt/pipeline.py);
-the prose is in report_template.md, whose fields are facts and functions of this module.
+The facts of an experiment flow in (pretrain/adapt/pipeline.py). The prose is in report_template.md,
+whose fields are these facts and the tables made here.
 """
 
 import base64
@@ -22,7 +22,7 @@ from pretrain.adapt.domain import draw_overlap
 from pretrain.files import markdown_table, write_text
 
 TEMPLATE = Path(__file__).with_name("report_template.md")
-FEW_ROWS, MANY_UNKNOWN, OWN_TEXT = 100, 0.05, 0.95  # limits of the warnings
+FEW_ROWS, MANY_UNKNOWN, OWN_TEXT = 100, 0.05, 0.95  # limits for warnings
 ENCODERS = {
     "base": "original encoder",
     "adapted": "pretrained on your text",
@@ -33,11 +33,11 @@ TEXTS_HEADER = ["text", "documents", "copies removed", "training rows added"]
 PIECES_HEADER = ["text", "words", "pieces per word", "unknown words"]
 METRICS = {"macro_f1": "macro F1", "accuracy": "accuracy"}
 MEANING = {
-    "accuracy": "Accuracy is the share of test rows that get the right class.",
-    "macro_f1": "F1 combines recall, the share of a class's rows that are found, and precision, "
-    "the share of the rows given that class that are right; macro F1 is the mean of the classes.",
+    "accuracy": "Accuracy is the share of test rows that are classified correctly.",
+    "macro_f1": "F1 combines recall (the share of a class's rows that are found) and precision "
+    "(the share of predictions of a class that are right); macro F1 is the mean over classes.",
 }
-Difference = tuple[float, float, float]  # of two mean scores, and the ends of its 95 % interval
+Difference = tuple[float, float, float]  # between two mean scores, and its 95 % interval
 
 
 def write_report(output: Path, facts: dict) -> str:
@@ -76,7 +76,7 @@ def write_report(output: Path, facts: dict) -> str:
 
 
 def _difference(facts: dict, other: str, budget: str) -> Difference:
-    """By how much the adapted encoder is better than another."""
+    """How much better the adapted encoder is than another."""
     left, right = (facts["scores"][name][budget] for name in (other, "adapted"))
     gain = np.mean(_scores_of(right, facts)) - np.mean(_scores_of(left, facts))
     predictions = [np.array([run["predicted"] for run in runs]) for runs in (left, right)]
@@ -91,20 +91,20 @@ def _scores_of(runs: list[dict], facts: dict) -> list[float]:
 
 
 def cell(text: object) -> str:
-    """Text of any content on one line, safe in Markdown and in HTML."""
+    """Any text on one line, escaped for Markdown and HTML."""
     escaped = re.sub(r"([\\`*_\[\]!])", r"\\\1", html.escape(str(text), quote=False))
     return escaped.replace("\n", " ")
 
 
 def table(header: list[object], rows: Iterable[Sequence[object]], *formats: str) -> str:
-    """A table that shows its cells as they are, numbers in the `formats` of the last columns."""
+    """A table with escaped cells; `formats` are for the last columns."""
     formats = [""] * (len(header) - len(formats)) + [*formats]
-    shown = [[cell(format(value, of)) for value, of in zip(row, formats)] for row in rows]
+    shown = [[cell(format(value, spec)) for value, spec in zip(row, formats)] for row in rows]
     return markdown_table(list(map(cell, header)), shown)
 
 
 def to_html(text: str, folder: Path) -> str:
-    """The Markdown as one page, with the plots of `folder` inside."""
+    """The Markdown as one HTML page that contains the plots of `folder`."""
     import markdown  # comes with tensorboard
 
     def embed(found: re.Match) -> str:
@@ -126,9 +126,9 @@ def _change(difference: Difference) -> str:
 def verdict(
     differences: dict[str, dict[str, Difference]], budgets: dict[str, int], metric: str
 ) -> str:
-    """The answer: "yes" only for the budgets whose interval lies above 0.
+    """The answer: "yes" only for budgets whose interval lies above 0.
 
-    `differences` are those of the adapted encoder from "base" and, if it ran, from "control"."""
+    `differences`: adapted encoder minus "base" and, if it ran, minus "control"."""
     gains, over_control = differences["base"], differences.get("control")
 
     def numbers(found: dict[str, Difference], names: Iterable[str]) -> str:
@@ -143,7 +143,7 @@ def verdict(
     hurt = [name for name, (_, _, high) in gains.items() if high < 0]
     unclear = [name for name in gains if name not in helped + hurt]
     effects = {"helped": helped, "hurt": hurt, "made no clear difference to": unclear}
-    found = [f"{of} this task: {numbers(gains, names)}" for of, names in effects.items() if names]
+    found = [f"{did} this task: {numbers(gains, names)}" for did, names in effects.items() if names]
     answer = f"Yes{only(helped)}" if helped else "No"
     text = f"**{answer}**: further pretraining on this text {'. It '.join(found)}"
     if over_control:
@@ -158,7 +158,7 @@ def verdict(
 
 
 def caveats(facts: dict) -> str:
-    """What qualifies the verdict; "" if nothing does."""
+    """Warnings about the verdict, or ""."""
     perplexity, rows, seen = facts["perplexity"], facts["rows"]["test"], facts["seen_in_training"]
     unknown = max(text["unknown_share"] for text in facts["overlap"]["texts"].values())
     shared = facts["overlap"]["overlap"]["text"]["task"]
@@ -177,7 +177,7 @@ def caveats(facts: dict) -> str:
 
 
 def _guess(facts: dict) -> float:
-    """The score of always giving the most frequent class of the test rows."""
+    """The score of always predicting the most frequent class of the test rows."""
     counts = np.unique(facts["truth"], return_counts=True)[1]
     share = counts.max() / counts.sum()
     return {"accuracy": share, "macro_f1": 2 * share / (1 + share) / len(counts)}[facts["metric"]]
@@ -204,10 +204,10 @@ def _compare_scores(output: Path, facts: dict, differences: dict) -> str:
     plots.curves(path, title, labels, curves, levels, "x" if len(budgets) > 1 else "")
 
     header = ["labeled rows", *curves]
-    for name, of in differences.items():
+    for name, by_budget in differences.items():
         header.append(f"your text minus {name.replace('base', 'original')} (95 % interval)")
         for budget, row in rows.items():
-            row.append(_change(of[budget]))
+            row.append(_change(by_budget[budget]))
     return table(header, rows.values())
 
 
@@ -218,7 +218,7 @@ def _compare_classes(output: Path, facts: dict) -> str:
         tests = [run["test"] for run in facts["scores"][name][budget]]
         matrices[ENCODERS[name]] = np.sum([test["confusion"] for test in tests], axis=0)
         f1.append([np.mean([test["classes"][label]["f1"] for test in tests]) for label in classes])
-    title = f"Predicted classes with {count:,} labeled rows, seeds added up"
+    title = f"Predicted classes with {count:,} labeled rows, summed over seeds"
     plots.confusion(output / "confusion.png", title, matrices, classes)
     num_rows = [tests[0]["classes"][label]["rows"] for label in classes]
     rows = zip(classes, num_rows, *f1, np.subtract(f1[1], f1[0]))
@@ -236,7 +236,7 @@ def _compare_perplexities(output: Path, facts: dict) -> str:
         points = [point for point in perplexity[name] if point[0] >= warmup]
         curves[label] = (*zip(*(points or perplexity[name][-1:])), None)
     if warmup:
-        rows[0][0] = f"before, which means nothing: the encoder had no {missing}"
+        rows[0][0] = f"before (meaningless: the encoder had no {missing})"
         steps, values, _ = curves["validation set"]
         rows.append([f"at step {steps[0]}, the first evaluation after warm-up", values[0]])
     path, labels = output / "perplexity.png", ("optimizer step", "perplexity (logarithmic)")
@@ -252,17 +252,17 @@ def _compare_perplexities(output: Path, facts: dict) -> str:
 
 
 def _text_rows(texts: dict[str, dict], *keys: str) -> list[list[object]]:
-    return [[TEXTS[name], *map(of.get, keys)] for name, of in texts.items() if name in TEXTS]
+    return [[TEXTS[name], *map(facts.get, keys)] for name, facts in texts.items() if name in TEXTS]
 
 
 def _time_table(facts: dict) -> str:
     minutes: Counter[str] = Counter()
     for name, seconds in facts["seconds"].items():
-        minutes[" ".join(name.split("-")[:2])] += seconds / 60  # all runs of an encoder
+        minutes[" ".join(name.split("-")[:2])] += seconds / 60  # all fine-tuning runs of an encoder
     return table(["part", "minutes"], [*minutes.items(), ("total", minutes.total())], ",.1f")
 
 
 def _commands(facts: dict) -> str:
-    fine = [of[budget][0] for budget in facts["budgets"] for of in facts["scores"].values()]
-    runs = [facts, *facts["pretraining"].values(), facts["overlap"], *fine]
+    tuned = [runs[budget][0] for budget in facts["budgets"] for runs in facts["scores"].values()]
+    runs = [facts, *facts["pretraining"].values(), facts["overlap"], *tuned]
     return "\n".join(run["command"] for run in runs)

@@ -1,4 +1,4 @@
-"""Does further pretraining on your text help your task? Runs the experiment and reports."""
+"""Find out whether further pretraining on your text helps your task; writes a report."""
 
 import shlex
 import shutil
@@ -8,7 +8,7 @@ from pretrain.config import AdaptOptions
 
 
 def main(argv: list[str]) -> None:
-    """Parse, run what has no result yet, write the report, print the verdict."""
+    """Parse, run the parts that have no result yet, write the report, print the verdict."""
     options = parse(_join_quoted(argv), AdaptOptions, __doc__)
 
     from pretrain.adapt.checks import build_experiment, open_experiment
@@ -24,12 +24,12 @@ def main(argv: list[str]) -> None:
     if experiment.replaced:
         shutil.rmtree(experiment.replaced, ignore_errors=True)
     print(f"\n{answer.replace('**', '')}\n")
-    print(f"report: {output / 'report.html'} (the same as {output / 'report.md'})")
+    print(f"report: {output / 'report.html'} (also as {output / 'report.md'})")
 
 
 def _join_quoted(argv: list[str]) -> list[str]:
-    """`argv` with --pretrain="--max-steps=5" as one word: argparse would take a second word that
-    starts with dashes for an option of its own."""
+    """`argv` with --pretrain and its value as one word: argparse would read a separate value that
+    starts with dashes as another option."""
     joined: list[str] = []
     for word in argv:
         if joined and joined[-1] in ("--pretrain", "--finetune"):

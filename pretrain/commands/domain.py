@@ -1,4 +1,4 @@
-"""Compare texts by their words, and with a tokenizer: shared words, pieces per word, new tokens."""
+"""Compare texts: the words they share; with --tokenizer, pieces per word and candidate tokens."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pretrain.config import COUNT, ON_OFF, TextOptions, missing, validate
 from pretrain.errors import check, option_named, require
 from pretrain.schema import each, option, pattern
 
-NAMED_PATHS = each(pattern(r"[^=/]+=.+", "NAME=PATH, a name without a slash", "NAME=PATH"))
+NAMED_PATHS = each(pattern(r"[^=/]+=.+", "NAME=PATH, no slash in the name", "NAME=PATH"))
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,15 @@ class DomainOptions(TextOptions):
     """Comparison: all options of domain.py."""
 
     input: tuple[str, ...] = option(
-        (), "texts to compare; one NAME may have several paths", NAMED_PATHS, required=True
+        (), "texts to compare; a NAME may have several paths", NAMED_PATHS, required=True
     )
-    tokenizer: str | None = option(None, "folder, vocab.txt or hub name to break words with")
+    tokenizer: str | None = option(None, "folder, vocab.txt or hub name, to split words with")
     lowercase: str = option("on", "lower-case and strip accents, for a bare vocab.txt", ON_OFF)
-    top: int = option(10_000, "most frequent words that are compared", COUNT)
-    stop_words: str = option("auto", "words to leave out: auto (English, Chinese), none, or a file")
+    top: int = option(10_000, "number of most frequent words to compare", COUNT)
+    stop_words: str = option("auto", "words to ignore: auto (English and Chinese), none, or a file")
     candidates: int = option(1000, "words in each file of candidates for --add-tokens", COUNT)
     output: str = option(
-        "runs/domain", "folder of the results; files of the same name are replaced"
+        "runs/domain", "folder for the results; files of the same name are replaced"
     )
 
 
@@ -42,15 +42,15 @@ def main(argv: list[str]) -> None:
     from pretrain.data import tokenizer as tokenizers
     from pretrain.files import write_json, write_text
 
-    require("matplotlib", "the plot of the overlap")
+    require("matplotlib", "the overlap plot")
     with option_named("--stop-words"):
         ignored = domain.stop_words(options.stop_words)
     with option_named("--tokenizer"):
         lowercase = options.lowercase == "on"
         tokenizer = tokenizers.load(options.tokenizer, lowercase) if options.tokenizer else None
-    texts = {
-        name: domain.read_text(tuple(of), f"--input {name}", options) for name, of in paths.items()
-    }
+    texts = {}
+    for name, named_paths in paths.items():
+        texts[name] = domain.read_text(tuple(named_paths), f"--input {name}", options)
     with option_named("--input"):
         facts, broken = domain.compare(texts, tokenizer, options.top, ignored)
     output = Path(options.output)
@@ -58,17 +58,18 @@ def main(argv: list[str]) -> None:
     if len(texts) > 1:
         table = domain.draw_overlap(output / "overlap.png", facts, list(texts))
         num_words = facts["words_compared"]
-        print(f"shared by the {num_words:,} most frequent words of two texts:\n{table}")
+        print(f"share of the {num_words:,} most frequent words in common:\n{table}")
         write_text(output / "overlap.md", f"{table}\n")
-    for name, of in facts["texts"].items():
-        line = f"{name}: {of['words']:,} words, {of['distinct_words']:,} distinct"
+    for name, counts in facts["texts"].items():
+        line = f"{name}: {counts['words']:,} words, {counts['distinct_words']:,} distinct"
         if tokenizer:
             path = output / f"candidates-{name}.txt"
             candidates = [f"{word}\n" for word, _, _ in broken[name][: options.candidates]]
             write_text(path, "".join(candidates))
             worst = [f"{word} ({count:,} x {pieces})" for word, count, pieces in broken[name][:8]]
-            line += f", {of['pieces_per_word']:.2f} pieces each, {of['unknown_share']:.2%} unknown"
-            line += f"; the words that break most: {', '.join(worst)}; {path}"
+            line += f", {counts['pieces_per_word']:.2f} pieces per word"
+            line += f", {counts['unknown_share']:.2%} unknown"
+            line += f"; most fragmented: {', '.join(worst)}; {path}"
         print(line)
     write_json(output / "domain.json", facts)
     print(json.dumps(facts, ensure_ascii=False))

@@ -1,6 +1,6 @@
 """Validation perplexity, MLM and NSP accuracy of any BERT checkpoint on any text.
 
-For a model of a run, the numbers are those of the run."""
+For the model of a run, the numbers equal those of the run."""
 
 import json
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ DEFAULT = {"objective": "mlm+nsp", "max_length": 128, "eval_tokens": 200_000, "e
 
 @dataclass(frozen=True)
 class EvaluateOptions(config.DeviceOptions, config.TextOptions):
-    """Evaluation: options of evaluate.py; by default those of the run that made the model."""
+    """Evaluation: options of evaluate.py; the defaults come from the run that made the model."""
 
     model: str | None = option(None, "BERT checkpoint: folder or hub name", required=True)
     input: tuple[str, ...] = option(
         (), "text: files, folders, globs, or one prepared corpus", PATHS, required=True
     )
     valid_fraction: float = option(
-        0.0, "only the part that pretrain.py validates on at this share (0: all)", number(0, 0.5)
+        0.0, "use only the documents that pretrain.py holds out (0: all)", number(0, 0.5)
     )
-    # By default the run's, else those of DEFAULT.
+    # By default the run's values, else those of DEFAULT.
     objective: str | None = option(None, "the run's, else mlm+nsp", one_of(*OBJECTIVES))
     max_length: int | None = option(None, "tokens in a sequence (the run's, else 128)", LENGTH)
-    eval_tokens: int | None = option(None, "tokens at most (the run's, else 200000)", COUNT)
+    eval_tokens: int | None = option(None, "limit of tokens (the run's, else 200000)", COUNT)
     eval_batch_size: int | None = option(
         None, "sequences of max-length in a micro-batch (the run's, else 32)", COUNT_OR_0
     )
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         check(model.pair_problems(options.objective) if pairs else [])
     model.use_pairs(1.0 if pairs else None)
     if fresh:
-        print(f"{options.model} lacks {', '.join(fresh)}: these numbers mean nothing")
+        print(f"{options.model} has no {', '.join(fresh)}: these numbers are meaningless")
     corpus = open_or_prepare(text, tokenizer, vocabulary, Path(options.cache), world)
     if options.valid_fraction:
         corpus = corpus.split(options.valid_fraction)[1]

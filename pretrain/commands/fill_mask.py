@@ -1,4 +1,4 @@
-"""Fill the [MASK] of a sentence: the most probable tokens, and the sentence with each of them."""
+"""Fill the [MASK] in a sentence: the most probable tokens, and the sentence with each of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,21 +42,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 def open_pipeline(name: str):
-    """transformers' own fill-mask pipeline, which also shows that the folder opens there."""
+    """The fill-mask pipeline of transformers, which also shows that the folder opens there."""
     import transformers
 
     from pretrain.data.tokenizer import describe, load
 
-    transformers.utils.logging.set_verbosity_error()  # the pipeline leaves the NSP head out
+    transformers.utils.logging.set_verbosity_error()  # the pipeline ignores the NSP head
     tokenizer = load(name)
-    describe(tokenizer)  # refuses one without [MASK]
+    describe(tokenizer)  # raises UserError without [MASK]
     settings = {"tokenizer": tokenizer, "device": "cpu", "trust_remote_code": False}
-    with refusing(f"{name}: does not open in transformers", "expected a whole checkpoint"):
+    with refusing(f"{name}: does not open in transformers", "expected a complete checkpoint"):
         return transformers.pipeline("fill-mask", model=model_folder(name), **settings)
 
 
 def fill_masks(fill, text: str, top: int, max_length: int) -> list[list[tuple[str, float, str]]]:
-    """For each [MASK] of the text the `top` (token, probability, text with the token in it)."""
+    """For each [MASK], the `top` rows of (token, probability, text with the token filled in)."""
     mask = fill.tokenizer.mask_token
     parts = text.replace(mask, "[MASK]").split("[MASK]")
     masked = mask.join(parts)

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         lock(output)
     path = output / "summary.json"
     if resumes and path.is_file() and read_json(path).get("state", FINISHED) == FINISHED:
-        prune(output, keep=0)  # a kill may have left checkpoints
+        prune(output, keep=0)  # if a kill left checkpoints
         print(f"{output} is finished; its scores are in {path}")
         return
     run = build(options)
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     summary, output, numbers = train(run), run.output, {}
     for name in ("valid", "test"):
         if scores := summary.pop(name, None):
-            print(f"\n--{name}, the model of step {summary['best_step']}:\n{score_table(scores)}")
+            print(f"\n--{name}, model of step {summary['best_step']}:\n{score_table(scores)}")
             numbers |= numbers_of(scores, f"{name}_")
     if summary["state"] != FINISHED:
         print(f"\nresume: python scripts/finetune.py --resume --output {output}")

@@ -1,4 +1,4 @@
-"""Labels and probabilities for the rows of a file, in order, and scores if the rows have labels."""
+"""Predict labels and probabilities for the rows of a file; print scores if they have labels."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from pretrain.config import COUNT, FILES, LENGTH, ColumnOptions, DeviceOptions, 
 from pretrain.errors import UserError, check, option_named
 from pretrain.schema import option, pattern
 
-TABLE = pattern(r".*\.(csv|jsonl)", "a name in .csv or .jsonl", "FILE")
+TABLE = pattern(r".*\.(csv|jsonl)", "a name that ends in .csv or .jsonl", "FILE")
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class PredictOptions(DeviceOptions, ColumnOptions):
     model: str | None = option(None, "classifier or its run: folder or hub name", required=True)
     input: tuple[str, ...] = option((), "rows: CSV, TSV, JSONL or Parquet", FILES, required=True)
     output: str | None = option(
-        None, "the rows with predicted_label and a probability of each class", TABLE, required=True
+        None, "file for rows, labels and probabilities: .csv or .jsonl", TABLE, required=True
     )
     max_length: int | None = option(None, "tokens in a row (default: as in fine-tuning)", LENGTH)
-    batch_size: int = option(64, "rows that the device processes at once", COUNT)
+    batch_size: int = option(64, "rows per forward pass", COUNT)
     overwrite: bool = option(False, "replace the file --output")
 
 

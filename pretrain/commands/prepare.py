@@ -1,4 +1,4 @@
-"""Prepare text into a corpus folder that `pretrain.py --train DIR` opens: token ids, tokenizer."""
+"""Convert text into a corpus folder (token ids, tokenizer) that `pretrain.py --train` opens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ class PrepareOptions(TextOptions, TokenizerOptions):
 
     input: tuple[str, ...] = option((), "text: files, folders, globs", PATHS, required=True)
     output: str | None = option(
-        None, "corpus folder to write (default: in the cache, found again for the same text)"
+        None, "corpus folder to write (default: in the cache, where the same text is found again)"
     )
     workers: int | None = option(
         None,
-        "processes that share the text, 0: none (default: one per core, at most one per 64 MB)",
+        "worker processes (default: one per core, at most one per 64 MB)",
         integer(0, 256),
     )
     ray: str | None = option(
         None,
-        "share the text on a Ray cluster, whose machines must find it and --output under the same "
-        "path: its address, auto, or local for one on this machine (default: off)",
+        "use a Ray cluster: its address, auto, or local to start one here; all machines must see "
+        "the text and --output under the same paths (default: off)",
         excludes="workers",
         nargs="?",
         const="local",
@@ -44,21 +44,22 @@ def main(argv: Sequence[str]) -> None:
     if options.ray:
         require("ray", typed(options, "ray"))
 
-    from pretrain.data import parallel, tokenizer
+    from pretrain.data import parallel
+    from pretrain.data.tokenizer import describe
     from pretrain.inputs import add_tokens, check_text, make_tokenizer, open_or_prepare
     from pretrain.runtime.distributed import World
 
     world = World()
     text = check_text(options.input, "--input", options, world, masking="any")
     if text.is_corpus:
-        check([f"{text.name}: is already a prepared corpus; expected text"])
-    made = make_tokenizer(options, text, world)
-    add_tokens(made, options)
+        check([f"{text.name}: already a prepared corpus; expected text"])
+    tokenizer = make_tokenizer(options, text, world)
+    add_tokens(tokenizer, options)
     if options.ray:
         with option_named("--ray"):
             parallel.connect(options.ray)
-    vocabulary, cache = tokenizer.describe(made), Path(options.cache)
+    vocabulary, cache = describe(tokenizer), Path(options.cache)
     output = Path(options.output) if options.output else None
-    how = {"output": output, "workers": options.workers, "on_cluster": options.ray is not None}
-    corpus = open_or_prepare(text, made, vocabulary, cache, world, **how)
-    print(f"train on it:  python scripts/pretrain.py --train {corpus.folder}")
+    settings = {"workers": options.workers, "on_cluster": options.ray is not None}
+    corpus = open_or_prepare(text, tokenizer, vocabulary, cache, world, output=output, **settings)
+    print(f"to train on it: python scripts/pretrain.py --train {corpus.folder}")

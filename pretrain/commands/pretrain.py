@@ -1,6 +1,6 @@
 """Pretrain BERT with MLM and NSP on your own text, from scratch or from a checkpoint.
 
-Without arguments: trains a tiny BERT on embedded English text in about three minutes."""
+Without arguments, trains a tiny BERT on embedded English text in about three minutes."""
 
 import os
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ EXAMPLES = (
     "Return [MASK] if the path exists, False otherwise.",
     "This is the end of [MASK] file.",
 )
-HINT = "--resume continues from the newest checkpoint, if there is one: checkpoints stay whole"
+HINT = "--resume continues from the newest checkpoint, if there is one"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,10 +34,10 @@ def main(argv: Sequence[str]) -> None:
     if is_demo and asked.model != Config.model:
         raise UserError(f"--model {asked.model}: no text to train on; expected --train PATHS")
     if saved and (output / "final").is_dir() and not list(output.glob("checkpoint-*")):
-        print(f"{output} is finished, its checkpoints are gone; the model is {output / 'final'}")
+        print(f"{output} is finished and has no checkpoints; the model is {output / 'final'}")
         return
 
-    if is_demo:  # before torch is imported: waiting threads sleep then (scripts/README.md)
+    if is_demo:  # before torch is imported; waiting threads then sleep (see scripts/README.md)
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from pretrain import demo
     from pretrain.build import build
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_saved(output: Path) -> dict | None:
-    """Options of the run in a folder: from config.json, or if that is lost from the newest
+    """Options of the run in `output`: from config.json or, if that is lost, from the newest
     checkpoint; None without a run."""
     config, states = output / "config.json", output.glob("checkpoint-*/training_state.json")
     newest_first = sorted(states, key=lambda path: path.stat().st_mtime, reverse=True)
@@ -83,7 +83,7 @@ def read_saved(output: Path) -> dict | None:
 
 
 def report(output: Path, summary: dict) -> None:
-    """Print the summary, and where everything is."""
+    """Print the summary and where to find the results."""
     rows = dict(summary)
     if summary["state"] == "finished":
         rows["model"] = str(output / "final")

@@ -1,7 +1,7 @@
-"""Show what the model will read: a dozen examples with their masks in color, and what the masking
-strategy does in numbers.
+"""Show what the model will read: some examples with their masks in color, and statistics of the
+masking strategy.
 
-Takes the data and task options of pretrain.py; nothing is trained."""
+Takes the data and task options of pretrain.py; trains nothing."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from pretrain.cli import parse
 from pretrain.errors import check
 from pretrain.schema import Rule, option
 
-KINDS = {  # what the model reads for a masked token -> the color in a terminal (bold), the name
+KINDS = {  # what the model reads for a masked token -> terminal color, name
     "mask": ("1;31", "[MASK]"),
     "random": ("1;35", "a random token"),
     "similar": ("1;34", "a similar word"),
@@ -41,19 +41,19 @@ class ShowMasksOptions(
 ):
     """Display: options of show_masks.py."""
 
-    model: str = option("base", "model whose tokenizer is used, or a size, as pretrain.py's")
+    model: str = option("base", "model whose tokenizer is used, or a size, as in pretrain.py")
     examples: int = option(12, "sequences to show", config.COUNT_OR_0)
-    sampled: int = option(100, "micro-batches to take the numbers from", config.COUNT)
+    sampled: int = option(100, "micro-batches to compute the statistics from", config.COUNT)
     micro_batch_size: int = option(32, "sequences of max-length in a micro-batch", config.COUNT)
-    seed: int = option(0, "seed of pairs and masks, as pretrain.py's", config.SEED)
+    seed: int = option(0, "seed of pairs and masks, as in pretrain.py", config.SEED)
     position: tuple[float, ...] = option(
-        (), "data position to begin at, as a run prints it (default: 0 0 0)", POSITION
+        (), "data position to start at, as a run prints it (default: 0 0 0)", POSITION
     )
-    phase: int = option(1, "phase of --phases to show, from 1 on", config.COUNT)
+    phase: int = option(1, "number of the phase of --phases to show", config.COUNT)
     save: str | None = option(
-        None, "file for the tensors, for torch.load (default: none)", config.FILE
+        None, "file to save the tensors to, for torch.load (default: none)", config.FILE
     )
-    colour: str = option(
+    color: str = option(
         "auto", "color: auto (if the output is a terminal), on or off", config.AUTO_ON_OFF
     )
 
@@ -72,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     from pretrain.data.loader import DataPosition
 
     dataset, collator, tokenizer = open_data(options)
-    in_color = options.colour == "on"
-    if options.colour == "auto":
+    in_color = options.color == "on"
+    if options.color == "auto":
         in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     start, end_epoch = DataPosition(0, 0, 0, options.mask_rate[0]), 1
     if options.position:
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def open_data(options: ShowMasksOptions) -> tuple:
-    """(dataset, collator, tokenizer) of the run with these options, which stand for a Config."""
+    """(dataset, collator, tokenizer) of a run; `options` take the place of its Config."""
     from pretrain import build, demo, plan
     from pretrain.data import tokenizer as tokenizers
     from pretrain.data.collate import Collator
@@ -121,7 +121,7 @@ def open_data(options: ShowMasksOptions) -> tuple:
 
 
 def kinds_of(packed, batch, collator, mask_rate: float) -> np.ndarray:
-    """str [T]: what became of each token, see KINDS; "" if it is not masked."""
+    """str [T]: the kind of each masked token (see KINDS), "" for all others."""
     from pretrain.data.masking import draw_masks, similar_ids
 
     budget = collator.task.budget(packed.count(packed.maskable), mask_rate)
@@ -136,7 +136,7 @@ def kinds_of(packed, batch, collator, mask_rate: float) -> np.ndarray:
 
 
 def count(packed, kinds: np.ndarray) -> Counter:
-    """Numbers of a micro-batch: tokens by kind; words and entities, touched and as a whole."""
+    """Counts in a micro-batch: tokens by kind; words and entities, masked in part and whole."""
     masked = kinds != ""
     counts = Counter(kinds[masked].tolist(), tokens=len(kinds), masked=int(masked.sum()))
     counts["maskable"] = int(packed.maskable.sum())
@@ -154,8 +154,8 @@ def count(packed, kinds: np.ndarray) -> Counter:
 
 
 def print_example(tokenizer, packed, batch, kinds, number: int, in_color: bool) -> None:
-    """A sequence: each token and, if it was replaced, in brackets what the model reads. Entities
-    are underlined, or between < and >."""
+    """Print a sequence: each token and, if it is masked, what the model reads. Entities are
+    underlined, or between < and >."""
     tokens = np.flatnonzero(packed.sequence == number)
     old = tokenizer.convert_ids_to_tokens(packed.ids[tokens].tolist())
     new = tokenizer.convert_ids_to_tokens(batch.input_ids[tokens].tolist())
@@ -176,7 +176,7 @@ def print_example(tokenizer, packed, batch, kinds, number: int, in_color: bool) 
 
 
 def print_numbers(counts: Counter, options: ShowMasksOptions) -> None:
-    """The statistics of the strategy."""
+    """Print the statistics of the strategy."""
 
     def share(part: str, whole: str) -> str:
         return f"{counts[part] / max(1, counts[whole]):.1%}"
@@ -187,7 +187,7 @@ def print_numbers(counts: Counter, options: ShowMasksOptions) -> None:
     word_length = counts["maskable"] / max(1, counts["words"])
     task = f"masking {options.masking} at {rate} (shown: the first), {options.objective}"
     print(f"{task}, {counts['tokens']:,} tokens")
-    shortfall = f"shortfall {share('shortfall', 'masked')} of the masked"
+    shortfall = f"shortfall {share('shortfall', 'masked')} of the masked tokens"
     print(f"masked           {share('masked', 'maskable')} of the ordinary tokens; {shortfall}")
     print(f"replaced by      {', '.join(kinds)}")
     print(f"in a row         {run_length:.2f} tokens on average")

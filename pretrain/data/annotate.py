@@ -1,7 +1,7 @@
-"""What is marked in text beside its tokens: where words start, and entities; the flags of a corpus.
+"""The flags of a corpus: where words start, and which tokens belong to entities.
 
-Words are the tokenizer's, except that Chinese characters are joined as `rjieba` or the spaces of
-segmented text say. Entities are the spans of the records, and lexicon terms where they occur.
+Words are the tokenizer's, except that Chinese characters are joined by `rjieba`, or by the spaces
+of segmented text. Entities are the spans given with the text and the lexicon terms found in it.
 """
 
 import re
@@ -20,28 +20,28 @@ from pretrain.errors import UserError, require
 from pretrain.files import key_of
 
 HAN_CLASS = "[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in HAN) + "]"
-CHINESE_SHARE = 0.05  # of the letters; from here on the Chinese words of a text matter
-SEGMENTED_SHARE = 0.2  # spaces for each Chinese character in text whose words are set apart
+CHINESE_SHARE = 0.05  # of the letters; above this, the Chinese words of a text matter
+SEGMENTED_SHARE = 0.2  # spaces per Chinese character; above this, text counts as segmented
 BLANK, ALONE, LETTER, DIGIT, MARK = range(5)  # kinds of characters
 
 
 @dataclass(frozen=True)
 class Markup:
-    """How text is cut and marked when it is prepared; part of the key of a corpus."""
+    """How text is split and marked when it is prepared; part of the key of a corpus."""
 
-    language: str = ""  # of sentence splitting; "" is off
+    language: str = ""  # for sentence splitting; "" turns it off
     words: str = "tokenizer"  # or "jieba", "spaces"
-    lexicon: tuple[str, ...] = ()  # terms
-    ignore_case: bool = False  # of the terms
+    lexicon: tuple[str, ...] = ()  # terms to mark as entities
+    ignore_case: bool = False  # when terms are matched
 
     @property
     def key(self) -> list:
-        """What identifies the markup, in JSON."""
+        """JSON values that identify the markup."""
         return [self.language, self.words, key_of(self.lexicon), self.ignore_case]
 
     @property
     def cut(self) -> Cut | None:
-        """Divides a line into sentences; None if lines are sentences."""
+        """Splits a line into sentences; None if lines are sentences."""
         if not self.language:
             return None
         segment = require("sentencex", "splitting sentences").segment
@@ -58,14 +58,14 @@ class Markup:
         return engine.AhoCorasick([self._folded(term) for term in self.lexicon])
 
     def _folded(self, text: str) -> str:
-        """The text without case, of the same length: a character that would become two stays."""
+        """Lower-case text of the same length: a character that would become two is kept."""
         folded = text.lower() if self.ignore_case else text
         if len(folded) == len(text):
             return folded
         return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
     def find(self, text: str, known: tuple[tuple[int, int], ...] = ()) -> list[tuple[int, int]]:
-        """`known` spans and whole lexicon terms beside them; the longest first, none overlap."""
+        """`known` spans and the lexicon terms between them, longest first, without overlap."""
         spans = list(known)
         if not self.lexicon:
             return spans
@@ -82,16 +82,16 @@ class Markup:
 
 
 def _inside_word(text: str, place: int) -> bool:
-    around = text[place - 1 : place + 1] if place else ""  # two characters, but at the ends
+    around = text[place - 1 : place + 1] if place else ""  # fewer than two at the ends
     joined = all(c.isalnum() or unicodedata.category(c)[0] == "M" for c in around)
     return len(around) == 2 and joined and not any(map(is_unspaced, around))
 
 
 def read_terms(path: str) -> tuple[str, ...]:
-    """The terms of a lexicon, one a line; blank lines do not count."""
+    """The terms of a lexicon, one per line; blank lines are ignored."""
     terms = tuple(dict.fromkeys(line for line in read_lines(path) if line))
     if not terms:
-        raise UserError(f"{path}: no terms; expected one on each line")
+        raise UserError(f"{path}: no terms; expected one per line")
     return terms
 
 
@@ -101,13 +101,13 @@ def _codes(text: str) -> np.ndarray:
 
 
 def is_han(text: str) -> np.ndarray:
-    """bool [characters]: whether it is a Chinese character."""
+    """bool [characters]: which characters are Chinese."""
     codes = _codes(text)
     return np.logical_or.reduce([(codes >= low) & (codes <= high) for low, high in HAN])
 
 
 def describe_script(sample: str) -> tuple[float, bool]:
-    """(share of Chinese characters among letters, whether spaces set their words apart)."""
+    """(share of Chinese characters among letters, whether spaces separate their words)."""
     num_han, num_letters = int(is_han(sample).sum()), sum(map(str.isalpha, sample))
     gaps = len(re.findall(f"(?<={HAN_CLASS}) +(?={HAN_CLASS})", sample))
     return num_han / max(1, num_letters), gaps > SEGMENTED_SHARE * max(1, num_han)
@@ -116,9 +116,9 @@ def describe_script(sample: str) -> tuple[float, bool]:
 def mark(
     sentences: list[Sentence], encodings: list, starts_word: np.ndarray | None, words: str
 ) -> np.ndarray:
-    """uint8 [T]: flags of the tokens of `sentences`; `encodings` have offsets.
+    """uint8 [T]: flags of the tokens of `sentences`, whose `encodings` have offsets.
 
-    `starts_word` bool [T] says which tokens start a word; None: the characters tell."""
+    `starts_word`, bool [T], says which tokens start a word; None: decided by their characters."""
     text = "".join(sentence for sentence, _ in sentences)
     bases = np.cumsum([0] + [len(sentence) for sentence, _ in sentences])
     offsets = [encoding.offsets for encoding in encodings]
@@ -149,7 +149,7 @@ def mark(
 
 
 def _next_place(holds: np.ndarray) -> np.ndarray:
-    """int64 [characters]: the first place from each one on that `holds`, else the last place."""
+    """int64 [characters]: the next place (or this one) that `holds`, else the last place."""
     places = np.where(holds, np.arange(len(holds)), len(holds) - 1)
     return np.minimum.accumulate(places[::-1])[::-1]
 
@@ -157,14 +157,14 @@ def _next_place(holds: np.ndarray) -> np.ndarray:
 def _starts_by_characters(text: str, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
     """bool [T]: which tokens, from character `begin` to `end`, start a word.
 
-    A word starts where letters, digits and marks change over, and at each character of a script
-    without spaces; a space before a word that is a token of its own starts it."""
+    A word starts where the kind of character changes, and at each character of a script without
+    spaces. A token that is only the space before a word starts that word."""
     codes, inverse = np.unique(_codes(text), return_inverse=True)
     kinds = np.array([*map(_kind, map(chr, codes.tolist())), BLANK])[np.append(inverse, len(codes))]
     starts = np.append(True, kinds[1:] != kinds[:-1]) | (kinds == ALONE)
     place = _next_place(kinds != BLANK)[begin]
     is_blank = place > end
-    # The token before holds some bytes of the same character, or its space.
+    # The previous token holds some bytes of the same character, or the space before it.
     continues = (place[1:] <= end[:-1]) | is_blank[:-1]
     return is_blank | (starts[place] & ~np.append(False, continues))
 
@@ -179,7 +179,7 @@ def _kind(character: str) -> int:
 
 
 def _continues_word(text: str, bases: np.ndarray, words: str, sentences: list) -> np.ndarray:
-    """bool [characters + 1]: Chinese characters in one word with the character before."""
+    """bool [characters + 1]: Chinese characters in the same word as the previous character."""
     starts = np.zeros(len(text) + 1, bool)
     starts[bases] = True
     if words == "jieba":

@@ -13,7 +13,7 @@ from pretrain.data.masking import Masking, Packed, draw_masks, fill_in
 from pretrain.data.pairs import Plan, Task, count_up
 from pretrain.data.tokenizer import Vocabulary
 
-MASKS = 7  # stream of random numbers of an example; the plan draws from those below
+MASKS = 7  # stream of random numbers; the plan of an example uses streams 0 to 6
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def pack(examples: Examples, vocabulary: Vocabulary) -> Packed:
     lengths = plan.lengths
     sequence, position_ids = count_up(lengths)
     token_type_ids = (position_ids > plan.a_length[sequence] + 1).astype(np.int64)
-    # Where each token lies in the shard. [CLS] and [SEP] read something and are overwritten.
+    # Where each token lies in the shard. [CLS] and [SEP] read any token and are overwritten.
     a_offset, b_offset = plan.a_start - 1, plan.b_start - plan.a_length - 2
     source = np.where(token_type_ids, b_offset[sequence], a_offset[sequence]) + position_ids
     source = np.minimum(np.maximum(source, 0), len(shard.ids) - 1)
@@ -42,8 +42,8 @@ def pack(examples: Examples, vocabulary: Vocabulary) -> Packed:
     ids[starts] = vocabulary.cls_id
     ids[ends - 1] = ids[first_separators] = vocabulary.sep_id
     flags[starts] = flags[ends - 1] = flags[first_separators] = WORD_START
-    # A word or an entity that is cut off at the beginning of a segment begins there: ENTITY_INSIDE
-    # becomes ENTITY_START, the bit below it.
+    # A word or entity that a segment cuts into begins at the segment: ENTITY_INSIDE becomes
+    # ENTITY_START, the bit below it.
     begins = np.concatenate([starts, first_separators]) + 1
     inside = flags[begins] & ENTITY_INSIDE
     flags[begins] = WORD_START | (flags[begins] - inside) | (inside >> 1)
@@ -54,15 +54,15 @@ def pack(examples: Examples, vocabulary: Vocabulary) -> Packed:
 
 @dataclass(frozen=True)
 class Collator:
-    """Packs and masks a micro-batch and fills it up: with `fill` to the fixed shapes that one
-    compiled graph serves; else its tokens to a multiple of `multiple`, its masked positions to one
-    of half of that. A CPU likes few shapes, too: matrix products cache code and memory for each."""
+    """Packs, masks and fills a micro-batch: with `fill` to fixed shapes, so one compiled graph
+    serves all; else tokens to a multiple of `multiple`, masked positions to a multiple of half of
+    it, because matrix products on a CPU cache code and memory for each shape."""
 
     task: Task
     vocabulary: Vocabulary
     masking: Masking
     fill: bool = False
-    multiple: int = 1  # 1: as they are
+    multiple: int = 1  # 1: no filling
 
     def __call__(self, examples: Examples) -> Batch:
         """The Batch of `examples`."""
@@ -95,37 +95,37 @@ class Collator:
         )
 
     def labels(self, examples: Examples, packed: Packed, masked: np.ndarray) -> tuple[dict, dict]:
-        """Labels of each loss, {name: int64}: one for each masked position, or for each sequence;
-        IGNORED does not count. Add yours here: filling and counting follow."""
+        """Labels of each loss, {name: int64}: per masked position, and per sequence.
+
+        IGNORED labels do not count. Add your own here: filling and counting follow."""
         by_mask = {"mlm": packed.ids[masked]}  # [M]
         by_sequence = {"nsp": examples.plan.label}  # [N]
         return by_mask, by_sequence
 
     def _filling(self, lengths: np.ndarray, num_masked: int) -> tuple[np.ndarray, int]:
-        """(lengths of dummy sequences, masked positions after filling)."""
+        """(lengths of dummy sequences, number of masked positions after filling)."""
         task = self.task
         if not self.fill:
             half = max(1, self.multiple // 2)
             return self._cover(-int(lengths.sum()) % self.multiple), -(-num_masked // half) * half
-        # The kernel wants every token inside a sequence (tokens beyond the last offset give NaN
-        # gradients, pytorch #176793), so dummies of [PAD] cover the tail. Empty ones follow, up to
-        # one of few numbers, since each costs a compiled graph. Text of full sequences needs a
-        # little more than `slots`.
+        # Tokens beyond the last offset get NaN gradients from the kernel (pytorch #176793), so
+        # dummies of [PAD] cover the tail. Empty ones follow, so that the number of sequences takes
+        # few values: each one costs a compiled graph.
         tail = self._cover(task.token_limit - int(lengths.sum()))
         num_sequences = 2 * task.slots
         while num_sequences < len(lengths) + len(tail):
             num_sequences *= 2
         empty = np.zeros(num_sequences - len(lengths) - len(tail), np.int64)
-        # Entities may exceed the rate, and a word its budget: then the next of few sizes.
+        # Entities may exceed the mask rate, and a word its budget: then take the next size.
         size = max(64, task.masked_limit // 8 // 64 * 64)
         return np.append(tail, empty), -(-max(task.masked_limit, num_masked) // size) * size
 
     def _cover(self, tail: int) -> np.ndarray:
-        """int64: lengths of the fewest sequences that cover `tail` tokens."""
+        """int64: lengths of the fewest sequences with `tail` tokens in all."""
         full, rest = divmod(tail, self.task.max_length)
         return np.array([self.task.max_length] * full + [rest] * (rest > 0), np.int64)
 
 
 def _extend(array: np.ndarray, size: int, value: int) -> Tensor:
-    """`array` followed by `value`, up to `size` in all."""
+    """`array`, filled with `value` up to `size`."""
     return torch.from_numpy(np.append(array, np.full(size - len(array), value, array.dtype)))

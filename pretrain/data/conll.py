@@ -1,6 +1,6 @@
 """Tagged tokens (CoNLL: a token and its tag on each line) -> sentences and their entities.
 
-Tags are BIO, BIOES or BMES. Tokens are words, characters, or characters with their place in a word.
+Tags are BIO, BIOES or BMES. Tokens are words, characters, or characters numbered within a word.
 """
 
 import re
@@ -11,9 +11,9 @@ from pathlib import Path
 from pretrain.data.sentences import Sentence
 from pretrain.errors import UserError
 
-NUMBERED = re.compile(r"(.)(\d+)")  # a character and its place in its word
+NUMBERED = re.compile(r"(.)(\d+)")  # a character and its position in a word
 MAX_STRAY_SHARE = 0.02  # of the entities of a file
-SAMPLED_TOKENS = 2000  # that tell how the tokens of a file are joined
+SAMPLED_TOKENS = 2000  # from which the way to join tokens is detected
 # Prefixes of tags that begin an entity, continue it, and leave it open.
 BEGIN, CONTINUE, OPEN = ("B", "S"), ("I", "M", "E"), ("B", "I", "M")
 
@@ -25,7 +25,7 @@ def read_tagged(path: Path) -> Iterator[list[Sentence]]:
 
     A few I- tags without a B- before them are read as B-; UserError if there are more."""
     separator = _separator(path)
-    strays: list[tuple[int, str]] = []  # (line, tag) of such I- tags
+    strays: list[tuple[int, str]] = []  # (line, tag) of I- tags without a B-
     document: list[Sentence] = []
     num_entities, has_documents = 0, None
     for rows, starts_document in _blocks(path):
@@ -44,11 +44,11 @@ def read_tagged(path: Path) -> Iterator[list[Sentence]]:
         share = f"{len(strays)} of {num_entities} in the file"
         if len(strays) > MAX_STRAY_SHARE * num_entities:
             raise UserError(f"{problem} ({share}); expected B- at the first token of each entity")
-        print(f"{problem} ({share}): read as a first token")
+        print(f"{problem} ({share}): read as B-")
 
 
 def _blocks(path: Path) -> Iterator[tuple[list[Row], bool]]:
-    """(rows up to a blank line, whether a document starts with them)."""
+    """(rows up to a blank line, whether they start a document)."""
     rows, starts_document = [], False
     with path.open(encoding="utf-8-sig", newline="\n") as handle:
         for number, line in enumerate(chain(handle, [""]), start=1):
@@ -68,12 +68,12 @@ def _blocks(path: Path) -> Iterator[tuple[list[Row], bool]]:
 
 
 def _separator(path: Path) -> str | None:
-    """What joins the tokens of a file: a space, nothing, or None if digits tell where words end."""
+    """What joins the tokens of a file: " ", "", or None if the tokens are numbered characters."""
     rows = chain.from_iterable(rows for rows, _ in _blocks(path))
     tokens = [token for _, token, _ in islice(rows, SAMPLED_TOKENS)]
     if sum(bool(NUMBERED.fullmatch(token)) for token in tokens) > 0.98 * len(tokens):
-        shown = f"tokens such as {tokens[0]!r} are a character and its place in its word"
-        print(f"{path}: {shown}; words are joined by spaces")
+        shown = f"tokens such as {tokens[0]!r} are a character and its position in a word"
+        print(f"{path}: {shown}; words are joined with spaces")
         return None
     return "" if sum(len(token) == 1 for token in tokens) > 0.9 * len(tokens) else " "
 
@@ -81,7 +81,7 @@ def _separator(path: Path) -> str | None:
 def _sentence(
     rows: list[Row], separator: str | None, path: Path, strays: list[tuple[int, str]]
 ) -> Sentence:
-    """The tokens of a sentence, joined; adds the tags that continue nothing to `strays`."""
+    """The tokens of a sentence, joined; I- tags without a B- are added to `strays`."""
     text, spans, open_type = "", [], None
     for line, token, tag in rows:
         gap = separator

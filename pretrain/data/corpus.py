@@ -6,9 +6,9 @@ text), `tokenizer/` and, for each piece of text, five arrays:
     flags      uint8  [tokens]         bit 0: starts a word; 1: starts an entity; 2: inside one
     sentences  int64  [sentences + 1]  token offsets
     documents  int64  [documents + 1]  sentence offsets
-    hashes     uint64 [documents]      of a document's text, by which validation text is chosen
+    hashes     uint64 [documents]      of the text, by which validation documents are chosen
 The folder is written under another name and renamed, so a half-written corpus is never read.
-Nothing in it is trusted: it may be damaged, or come from somebody else.
+Nothing in it is trusted: it may be damaged, or come from someone else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pretrain.schema import FILE_NAME, TEXT, integer, misfit
 
 FORMAT_VERSION = 3
 WORD_START, ENTITY_START, ENTITY_INSIDE = 1, 2, 4  # bits of `flags`
-LAYOUT = {  # type (None: by the vocabulary), what is counted, and one more for offsets
+LAYOUT = {  # type (None: depends on the vocabulary), what is counted, extra items
     "ids": (None, "tokens", 0),
     "flags": (np.uint8, "tokens", 0),
     "sentences": (np.int64, "sentences", 1),
@@ -38,10 +38,10 @@ LAYOUT = {  # type (None: by the vocabulary), what is counted, and one more for 
 ARRAYS = tuple(LAYOUT)
 HASH_RANGE = 2**64
 ADVICE = "remove the folder and prepare the corpus again"
-FEW_DOCUMENTS = 4  # fewer cannot give two sides of two
-OPEN_SHARDS = 4  # that a process keeps mapped
+FEW_DOCUMENTS = 4  # with fewer, training and validation cannot both have two
+OPEN_SHARDS = 4  # kept mapped by a process
 
-# Of a shard, and of a corpus; the first three are at least 1.
+# Counted in a shard and in a corpus; the first three are at least 1.
 COUNTS = ("documents", "sentences", "tokens", "unknown_tokens", "words", "entities")
 _COUNTS = {name: integer(int(name in COUNTS[:3])) for name in COUNTS}
 _FILE = {"bytes": integer(), "sha256": TEXT}
@@ -58,7 +58,7 @@ _FORM = {
 
 @dataclass(frozen=True)
 class Shard:
-    """The arrays of a shard, as the head of this module describes them; mapped or in memory."""
+    """The arrays of a shard, described at the top of this module; mapped or in memory."""
 
     ids: np.ndarray
     flags: np.ndarray
@@ -74,11 +74,11 @@ class Shard:
 class Corpus:
     """A corpus folder, open for reading, or a part of it (see `split`).
 
-    The manifest and the sizes of files are checked here, hashes and content of a shard when a
-    process first reads it. Small to pickle: each process maps its shards itself."""
+    The manifest and file sizes are checked here, hashes and content of a shard when a process
+    first reads it. A pickled corpus is small: each process maps its own shards."""
 
-    # The part: documents whose hash lies in [low, high). With `tail`, of each document the last
-    # share of its sentences (`is_tail`), or the rest.
+    # The part: documents whose hash lies in [low, high). With `tail`, the last `tail` of each
+    # document's sentences (if `is_tail`), or the rest.
     low, high, tail, is_tail = 0, HASH_RANGE, 0.0, False
 
     def __init__(self, folder: str | Path):
@@ -92,7 +92,7 @@ class Corpus:
         for path, file in files:
             found = path.stat().st_size if path.is_file() else "missing"
             if found != file["bytes"]:
-                raise UserError(f"{path}: {found}; expected {file['bytes']} bytes, {ADVICE}")
+                raise UserError(f"{path}: {found}; expected {file['bytes']} bytes; {ADVICE}")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}, "_verified": set()}
@@ -106,7 +106,7 @@ class Corpus:
         return self.info["fingerprint"]
 
     def _files(self, index: int) -> dict[str, tuple[Path, dict]]:
-        """(path, size and hash) of the arrays of a shard."""
+        """(path, size and hash) of each array of a shard."""
         entry = self.info["shards"][index]
         path = self.folder / entry["name"]
         return {name: (Path(f"{path}.{name}.npy"), entry["arrays"][name]) for name in ARRAYS}
@@ -128,7 +128,7 @@ class Corpus:
         return self._map(index)
 
     def _map(self, index: int) -> Shard:
-        """Shard `index`, mapped but not verified: enough to count. The last few stay open."""
+        """Shard `index`, mapped but not verified, for counting. The last few stay open."""
         if index not in self._open:
             entry, files = self.info["shards"][index], self._files(index)
             id_type = np.uint16 if self.info["vocab_size"] <= 1 << 16 else np.uint32
@@ -145,7 +145,7 @@ class Corpus:
         return self._open[index]
 
     def documents(self, index: int) -> np.ndarray:
-        """int64: the documents of shard `index` that belong to the part."""
+        """int64: the documents of shard `index` that belong to this part."""
         shard = self._map(index)
         if self.tail:
             halves = np.arange(int(self.is_tail), len(shard.hashes), 2)
@@ -154,13 +154,13 @@ class Corpus:
         return np.flatnonzero(above & (shard.hashes <= np.uint64(self.high - 1)))
 
     def tokens(self, index: int) -> np.ndarray:
-        """The ids of those documents, one after the other; a copy."""
+        """The ids of those documents, end to end; a copy."""
         shard = self.shard(index)
         belongs = np.isin(np.arange(len(shard.hashes)), self.documents(index))
         return shard.ids[np.repeat(belongs, shard.document_tokens)]
 
     def count(self, at_most: int | None = None) -> int:
-        """Documents in the part; stops counting at `at_most`."""
+        """Number of documents in this part; stops counting at `at_most`."""
         found = 0
         for index in range(self.num_shards):
             if at_most is None or found < at_most:
@@ -168,10 +168,10 @@ class Corpus:
         return found
 
     def split(self, fraction: float) -> tuple[Corpus, Corpus]:
-        """(training, validation): about `fraction` of the documents, at least two distinct ones.
+        """(training, validation): validation gets about `fraction` of the documents, at least two.
 
-        Copies of a document have one hash, so they stay on one side, whatever the seed and the
-        order of files. Of fewer than FEW_DOCUMENTS, the last sentences of each are taken."""
+        Copies of a document share a hash, so they stay on one side, whatever the seed or file
+        order. With fewer than FEW_DOCUMENTS, validation gets the last sentences of each."""
         if self.info["documents"] < FEW_DOCUMENTS:
             return self._part(tail=fraction), self._part(tail=fraction, is_tail=True)
         least = [value + 1 for value in self.info["smallest_hashes"]]
@@ -179,13 +179,13 @@ class Corpus:
         return self._part(low=bound), self._part(high=bound)
 
     def _part(self, **bounds: float) -> Corpus:
-        part = copy.copy(self)  # opens its shards itself
+        part = copy.copy(self)  # opens its own shards
         vars(part).update(bounds, _verified=self._verified)
         return part
 
     def select(self, max_tokens: int) -> Shard:
-        """The documents of lowest hash until they hold `max_tokens`, at least two, in memory."""
-        columns = []  # of each document: hash, tokens, place, shard
+        """The documents of lowest hash, up to `max_tokens` but at least two, in memory."""
+        columns = []  # per document: hash, tokens, place, shard
         for index in range(self.num_shards):
             shard, places = self._map(index), self.documents(index)
             owners = np.full(len(places), index)
@@ -217,12 +217,12 @@ def _map_array(path: Path, kind: type, length: int) -> np.ndarray:
     with refusing(f"{path}: cannot be read", expected):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.memmap) or (array.dtype, array.shape) != (kind, (length,)):
-        raise UserError(f"{path}: holds something else; {expected}")
-    return np.asarray(array)  # indexing a np.memmap costs 40 us more each time
+        raise UserError(f"{path}: another type or length; {expected}")
+    return np.asarray(array)  # indexing an np.memmap costs 40 us more each time
 
 
 def _split_tails(shard: Shard, share: float) -> Shard:
-    """Each document as two: its beginning, and its last sentences, at least one of several."""
+    """Each document as two: its beginning and its last sentences (none of a single sentence)."""
     first, last = shard.documents[:-1], shard.documents[1:]
     tails = np.maximum(1, np.round((last - first) * share)).astype(np.int64)
     cut = last - np.where(last - first > 1, tails, 0)
@@ -249,10 +249,10 @@ def concatenate(parts: list[Shard]) -> Shard:
 
 
 def is_corpus(path: str | Path) -> bool:
-    """Whether `path` is the folder of a prepared corpus; UserError if it was one."""
+    """Whether `path` is a corpus folder; UserError if only its manifest is missing."""
     manifest = Path(path) / "corpus.json"
     if not manifest.is_file() and any(manifest.parent.glob("shard-*.ids.npy")):
-        raise UserError(f"{manifest}: is missing beside shards of a corpus; {ADVICE}")
+        raise UserError(f"{manifest}: missing, but there are shards of a corpus; {ADVICE}")
     return manifest.is_file()
 
 
@@ -262,7 +262,7 @@ def open_corpus(folder: str | Path, vocabulary: Vocabulary) -> Corpus:
     own = f"{corpus.info['tokenizer']} ({corpus.info['vocab_size']:,} ids)"
     given = f"{vocabulary.fingerprint} ({vocabulary.size:,} ids)"
     if own != given:
-        expected = f"expected the tokenizer {corpus.folder / 'tokenizer'}, or the text itself"
+        expected = f"expected the tokenizer in {corpus.folder / 'tokenizer'}, or the text itself"
         raise UserError(f"{folder}: prepared with the tokenizer {own}, not {given}; {expected}")
     return corpus
 
@@ -287,7 +287,7 @@ def _read_manifest(folder: Path) -> dict:
         raise UserError(f"{path}: not a corpus of format {FORMAT_VERSION}; {ADVICE}")
     with refusing(f"{path}: cannot be read", ADVICE):
         is_sealed = info == seal(info)
-    problem = misfit(info, _FORM) if is_sealed else "its checksum does not fit its content"
+    problem = misfit(info, _FORM) if is_sealed else "its checksum does not match its content"
     for name in () if problem else COUNTS:
         if info[name] != sum(entry[name] for entry in info["shards"]):
             problem = f"{name} is not the sum over the shards"

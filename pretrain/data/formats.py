@@ -1,9 +1,9 @@
-"""Every format but plain UTF-8 text -> JSON lines in the cache; the data wing reads nothing else.
+"""Every format except plain UTF-8 text -> JSON lines in the cache; nothing else is read later.
 
-    {"text": "its lines are its sentences", "entities": [[start, end], ...]}   in characters of text
+    {"text": "one sentence per line", "entities": [[start, end], ...]}   offsets in characters
 
-Tables, saved data sets and the hub (pretrain/data/tables.py), tagged tokens, and all of these or
-plain text compressed. Columns, spans and tags are checked here; messages name file and line.
+Reads tables, saved data sets and the hub (pretrain/data/tables.py), tagged tokens, and compressed
+files. Columns, spans and tags are checked here; messages name the file and line.
 """
 
 import glob
@@ -24,33 +24,33 @@ from pretrain.errors import UserError, refusing, require
 from pretrain.files import key_of, write_aside
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
-CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages for those that Python lacks
+CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages for what Python cannot read
 SPAN_KEYS = ("start end", "start_offset end_offset", "start_pos end_pos", "begin end")
 SPAN_FORMS = '[start, end, ...] or {"start": 0, "end": 4}, in characters'
-VERSION = 1  # of what this module writes
+VERSION = 1  # of the converted files
 
 Opened = tuple[list[Source], str]  # text files, their format
 
 
 class _Columns(NamedTuple):
-    text: str | None  # None: found by `choose_field`
+    text: str | None  # None: `choose_field` finds it
     entities: str | None = None  # None: not read
-    needs_entities: bool = False  # the user named the column, so every record must have it
+    needs_entities: bool = False  # the user named the column: every record must have it
 
 
 def open_files(paths: tuple[str, ...], options: TextOptions, read_entities: bool) -> Opened:
     """(text files that `paths` name, their format); "jsonl" is the format of converted text.
 
-    Plain text stays where it is unless it is compressed, mixed with tables, or cut by
-    max_documents. UserError for what cannot be read; nothing is left half-written."""
-    given_as = {}  # file -> entry that holds it
+    Plain text is read in place unless it is compressed, mixed with tables, or limited by
+    max_documents. UserError if a file cannot be read; nothing is left half-written."""
+    given_as = {}  # file -> entry that the user named
     for entry in expand(paths):
         is_packed = Path(entry).suffix.lower() in COMPRESSED
         files = _unpack(entry, Path(options.cache)) if is_packed else [entry]
         given_as |= dict.fromkeys(files, entry)
     try:
         return _open_unpacked(list(given_as), options, read_entities)
-    except UserError as error:  # name the files as the user knows them
+    except UserError as error:  # unpacked files go by the name that the user gave
         message = str(error)
         for file, entry in given_as.items():
             if file != entry:
@@ -79,7 +79,7 @@ def _open_unpacked(entries: list[str], options: TextOptions, read_entities: bool
     key = key_of([VERSION, states, *columns, options.max_documents])
     target = cache / f"converted-{key}.jsonl"
     if not target.is_file():
-        print(f"{_shown(entries)}: converting into {target} (remove it to read them again)")
+        print(f"{_shown(entries)}: converting into {target} (remove it to convert again)")
         write_aside(target, lambda path: _convert(inputs, columns, options.max_documents, path))
     return check_files([target], index), "jsonl"
 
@@ -89,17 +89,17 @@ def _shown(entries: list) -> str:
 
 
 def _states(entry: str) -> list[tuple]:
-    """What changes when an input does; nothing for the hub."""
+    """What changes when an input changes; [] for the hub."""
     path = Path(entry)
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _unpack(entry: str, cache: Path) -> list[str]:
-    """The files in a compressed file, unpacked into the cache."""
+    """The files of a compressed file, unpacked into the cache."""
     path, suffix = Path(entry), Path(entry).suffix.lower()
     if Path(path.stem).suffix == ".tar":
-        raise UserError(f"{entry}: a tar archive; expected its files (tar -xf), or a .zip")
+        raise UserError(f"{entry}: is a tar archive; expected its files (tar -xf), or a .zip")
     if suffix in CODECS:
         require(CODECS[suffix], entry)
     import fsspec  # comes with torch, and finds the codec
@@ -119,16 +119,16 @@ def _unpack(entry: str, cache: Path) -> list[str]:
             try:
                 write_aside(folder, unpack)
             except OSError:
-                if not folder.is_dir():  # else another process was faster
+                if not folder.is_dir():  # otherwise another process was faster
                     raise
     files = sorted(map(str, files_of(folder)))
     if not files:
-        raise UserError(f"{entry}: no files in it; expected text")
+        raise UserError(f"{entry}: contains no files; expected text")
     return files
 
 
 def _convert(inputs: list[tuple[str, str]], columns: _Columns, limit: int, target: Path) -> None:
-    """Write the documents of `inputs` to `target`, a record on each line."""
+    """Write the documents of `inputs` to `target`, one JSON record per line."""
     num_documents = num_blank = num_entities = 0
     records = chain.from_iterable(_records(entry, kind, columns) for entry, kind in inputs)
     with target.open("w", encoding="utf-8") as out:
@@ -143,16 +143,16 @@ def _convert(inputs: list[tuple[str, str]], columns: _Columns, limit: int, targe
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
     shown = _shown([entry for entry, _ in inputs])
     if not num_documents:
-        raise UserError(f"{shown}: holds no text; expected at least one document")
+        raise UserError(f"{shown}: has no text; expected at least one document")
     if columns.needs_entities and not num_entities:
         raise UserError(f"{shown}: no entities in {columns.entities!r}; expected some spans")
     marked = f" with {num_entities:,} entities" if num_entities else ""
-    left_out = f", {num_blank:,} without text left out" if num_blank else ""
-    print(f"{shown}: {num_documents:,} documents{marked}{left_out}")
+    skipped = f"; skipped {num_blank:,} without text" if num_blank else ""
+    print(f"{shown}: {num_documents:,} documents{marked}{skipped}")
 
 
 def _records(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
-    """The documents of an input as `as_record` makes them."""
+    """The documents of an input, in the form of `as_record`."""
     if kind == "conll":
         return map(as_record, read_tagged(Path(entry)))
     if kind in PLAIN_FORMATS:
@@ -162,7 +162,7 @@ def _records(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
 
 
 def _rows(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
-    """Text and spans of each row of a table, a saved data set or one of the hub."""
+    """Text and spans of each row of a table, a saved data set, or a data set on the hub."""
     field = columns.text
     for where, row in read_rows(entry, kind):
         field = field or choose_field(row, where)
@@ -175,30 +175,29 @@ def _rows(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
             text = "\n".join(text)
         if text is not None and not isinstance(text, str):
             raise UserError(f"{where}: {field} is {str(text)[:40]!r}; expected text")
-        text = (
-            (text or "").encode("utf-8", "replace").decode()
-        )  # JSON may hold half a surrogate pair
+        # JSON may hold half a surrogate pair.
+        text = (text or "").encode("utf-8", "replace").decode()
         spans = _spans(row.get(columns.entities), text, where) if columns.entities else []
         yield {"text": text, "entities": spans} if spans else {"text": text}
 
 
 def _spans(value: object, text: str, where: str) -> list[tuple[int, int]]:
-    """The entities of a record, sorted: a list of spans, or one span."""
+    """The sorted entities of a record, which holds a list of spans or a single span."""
     if isinstance(value, str):  # a cell of a table
         with refusing(f"{where}: {value[:40]!r} is not JSON", "expected [[start, end], ...]"):
             value = json.loads(value or "[]")
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
-        value = [dict(zip(value, row)) for row in zip(*value.values())]  # a list by its columns
+        value = [dict(zip(value, row)) for row in zip(*value.values())]  # columns to rows
     if value is None:
         return []
     items = value if isinstance(value, list) else [value]
     spans = sorted({_span(item, where) for item in items})
-    end_before = 0
+    previous_end = 0
     for start, end in spans:
-        if not end_before <= start < end <= len(text):
-            expected = f"spans within the {len(text)} characters that do not overlap"
-            raise UserError(f"{where}: the span [{start}, {end}]; expected {expected}")
-        end_before = end
+        if not previous_end <= start < end <= len(text):
+            expected = f"spans within the {len(text)} characters, without overlap"
+            raise UserError(f"{where}: bad span [{start}, {end}]; expected {expected}")
+        previous_end = end
     return spans
 
 

@@ -1,4 +1,4 @@
-"""Stateless random numbers: hashed counters. Any example can be drawn again without a history.
+"""Stateless random numbers: hashed counters. Any draw can be repeated without the ones before it.
 
 The mixing function is the finalizer of SplitMix64 (Steele, Lea, Flood 2014).
 """
@@ -9,7 +9,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """uint64 of the same shape: each value hashed; a bijection."""
+    """uint64 of the same shape: each value, hashed by a bijection."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -17,7 +17,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def key(*counters: int) -> np.uint64:
-    """One uint64 that stands for the sequence of `counters`."""
+    """The uint64 key of a sequence of `counters`."""
     value = np.zeros(1, np.uint64)
     for counter in counters:
         value = mix(derive(value, counter & (2**64 - 1)))
@@ -36,6 +36,6 @@ def uniform(keys: np.ndarray) -> np.ndarray:
 
 
 def integers(keys: np.ndarray, bounds: np.ndarray | int) -> np.ndarray:
-    """int64 in [0, bounds), bounds below 2**32. The bias is under bounds / 2**32."""
+    """int64 in [0, bounds), for bounds below 2**32. The bias is below bounds / 2**32."""
     products = (keys >> np.uint64(32)) * np.asarray(bounds, np.uint64)
     return (products >> np.uint64(32)).astype(np.int64)

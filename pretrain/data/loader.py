@@ -1,7 +1,7 @@
-"""The custom Dataset (a data position -> the examples of one micro-batch) and the iterator over the
-micro-batches of each optimizer step, which alone knows step, position, phase and mask rate.
+"""The Dataset (data position -> examples of a micro-batch), and the iterator over optimizer steps,
+which owns the step, position, phase and mask rate of the data.
 
-A micro-batch is a pure function of its position, so a checkpoint saves three numbers, and 1, 2 or 8
+A micro-batch is a pure function of its position. So a checkpoint saves three numbers, and 1, 2 or 8
 processes, with or without workers, train on the same batches.
 """
 
@@ -28,18 +28,18 @@ from pretrain.errors import UserError
 from pretrain.schema import integer
 
 SHARD_ORDER, EXAMPLES = 0, 1  # streams of random numbers
-SILENCE_SECONDS = 300  # after which a worker process counts as stuck
+SILENCE_SECONDS = 300  # until a silent worker process counts as stuck
 
 
 class DataPosition(NamedTuple):
-    """A micro-batch: by number, in the shard at a place in the epoch's order of shards."""
+    """The position of a micro-batch; `place` is a shard's place in the order of the epoch."""
 
     epoch: int
     place: int
     micro_batch: int
-    mask_rate: float | None = None  # under a schedule; it does not decide which text this is
+    mask_rate: float | None = None  # under a schedule; does not affect the text
 
-    def __str__(self) -> str:  # as show_masks.py takes it
+    def __str__(self) -> str:  # the form that show_masks.py takes
         return " ".join(str(number) for number in self if number is not None)
 
 
@@ -58,7 +58,7 @@ class PretrainingDataset(Dataset):
         return int(_shard_order(self.task.seed, epoch, self.source.num_shards)[place])
 
     def plan(self, epoch: int, place: int) -> Plan:
-        """Plan of the shard at a place; the last two stay in memory."""
+        """Plan of the shard at a place; the last two plans stay in memory."""
         if (epoch, place) not in self._plans:
             if len(self._plans) >= 2:
                 del self._plans[next(iter(self._plans))]
@@ -76,7 +76,7 @@ class PretrainingDataset(Dataset):
         return Examples(shard, plan.take(slice(first, last)), position.mask_rate)
 
     def fullest(self) -> DataPosition:
-        """The micro-batch with the most tokens in the first epoch's first shard that has any."""
+        """The micro-batch with the most tokens, in the first shard that has any."""
         epoch, place, *_ = next(self.positions(DataPosition(0, 0, 0)))
         plan = self.plan(epoch, place)
         num_tokens = np.add.reduceat(plan.lengths, plan.bounds[:-1])
@@ -85,7 +85,7 @@ class PretrainingDataset(Dataset):
     def positions(
         self, start: DataPosition, end_epoch: int | None = None
     ) -> Iterator[DataPosition]:
-        """Positions from `start` on, without end or up to the beginning of `end_epoch`."""
+        """Positions from `start` on, endless or up to the beginning of `end_epoch`."""
         epoch, place, first, _ = start
         while epoch != end_epoch:
             while place < self.source.num_shards:
@@ -99,7 +99,7 @@ class PretrainingDataset(Dataset):
         return next(islice(self.positions(position), count, None))
 
 
-@lru_cache(maxsize=4)  # a large corpus has 50,000, and each micro-batch asks
+@lru_cache(maxsize=4)  # each micro-batch asks, and a large corpus has 50,000 shards
 def _shard_order(seed: int, epoch: int, num_shards: int) -> np.ndarray:
     keys = derive(key(seed, epoch, SHARD_ORDER), np.arange(num_shards))
     return np.argsort(keys, kind="stable")
@@ -109,14 +109,14 @@ def _shard_order(seed: int, epoch: int, num_shards: int) -> np.ndarray:
 class TrainData(Iterator[list[Batch]]):
     """Iterator over optimizer steps: each item is a list of this process's micro-batches.
 
-    UserError if a shard is damaged, also if one of `workers` finds it."""
+    UserError if a shard is damaged, even if a worker process finds it."""
 
     phases: Sequence[tuple[PretrainingDataset, Collator]]
-    phase_ends: Sequence[int]  # the last step of each phase; the last phase does not end
-    micro_batches: int  # of a step, over all processes
+    phase_ends: Sequence[int]  # the last step of each phase; ignored for the last phase
+    micro_batches: int  # in a step, over all processes
     rank: int = 0
     world_size: int = 1
-    mask_rate: Callable[[int], float | None] = lambda step: None  # from step 0 on; None: the task's
+    mask_rate: Callable[[int], float | None] = lambda step: None  # from step 0; None: the task's
     workers: int = 0
     pin_memory: bool = False
 
@@ -145,7 +145,7 @@ class TrainData(Iterator[list[Batch]]):
             self._loader = self._open()
         try:
             batches = list(islice(self._loader, self.micro_batches // self.world_size))
-        except UserError as error:  # of a worker: the message follows a traceback
+        except UserError as error:  # from a worker: the message follows a traceback
             raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
         self.position = self._next._replace(mask_rate=self.mask_rate(self.step))
         self._next = self.phases[phase][0].advance(self._next, self.micro_batches)
@@ -153,7 +153,7 @@ class TrainData(Iterator[list[Batch]]):
         return batches
 
     def logged(self) -> dict[str, float]:
-        """What the log shows of the last step."""
+        """Numbers to log for the last step."""
         numbers = {}
         if self.position.mask_rate is not None:
             numbers["optim/mask_rate"] = self.position.mask_rate
@@ -162,21 +162,21 @@ class TrainData(Iterator[list[Batch]]):
         return numbers
 
     def _begin_phase(self, phase: int) -> None:
-        """Pass over the rest of the begun shard. All phases read the shards in the same order, but
-        a position inside one means nothing at another length, and no text may come twice."""
+        """Skip the rest of the current shard. All phases read the shards in the same order, but a
+        position inside a shard depends on the length, and no text may be read twice."""
         dataset, _ = self.phases[phase]
-        self.phase, self._loader = phase, None  # the workers of the old loader end
+        self.phase, self._loader = phase, None  # ends the old loader's workers
         epoch, place, micro_batch, _ = self._next
         whole = DataPosition(epoch, place + (micro_batch > 0), 0)
         self._next = dataset.advance(whole, 0)  # of the next epoch if that was the last shard
         if self.rank == 0:
             length = dataset.task.max_length
-            change = f"from here on sequences of {length} tokens, data position {self._next}"
+            change = f"from here on, sequences of {length} tokens; data position {self._next}"
             tqdm.write(f"step {self.step + 1:,}: {change}", file=sys.stderr)
 
     def _open(self) -> Iterator[Batch]:
-        """Batches of this process from the next step on. They do not refer to this object, with
-        whose last reference the workers end."""
+        """Batches of this process from the next step on. They hold no reference to this object, so
+        the workers end when it is deleted."""
         dataset, collator = self.phases[self.phase]
         step, micro_batches, mask_rate = self.step, self.micro_batches, self.mask_rate
         numbered = enumerate(dataset.positions(self._next))
@@ -195,7 +195,7 @@ class TrainData(Iterator[list[Batch]]):
             sampler=positions,
             collate_fn=collator,
             pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # the global stream is for dropout
+            generator=torch.Generator(),  # the global one is for dropout
             **options,
         )
         return iter(loader)

@@ -1,10 +1,10 @@
 """Masks: one draw for all strategies.
 
 A strategy cuts the text into units; units get random keys and are taken in key order within the
-budget of their sequence. A unit that does not fit is passed over, and smaller ones fill the rest.
-Shares of what is taken become [MASK] (or a similar word), a random ordinary token, or stay: drawn
-for each token as in BERT (Devlin et al. 2019), but once for a span (Joshi et al. 2020), an entity
-or a similar word (MacBERT, Cui et al. 2020).
+budget of their sequence. A unit that does not fit is skipped, and smaller ones fill the rest. A
+masked token becomes [MASK] (or a similar word), becomes a random ordinary token, or stays. This is
+drawn per token as in BERT (Devlin et al. 2019), but once per span (Joshi et al. 2020), entity, or
+similar word (MacBERT, Cui et al. 2020).
 """
 
 from collections.abc import Callable, Iterable
@@ -17,28 +17,28 @@ from pretrain.data.hash_rng import derive, integers, uniform
 from pretrain.data.pairs import count_up
 from pretrain.data.tokenizer import Vocabulary
 
-SPAN_SHARE, MAX_SPAN = 0.2, 10  # of the geometric distribution of a span's words: the mean is 3.8
+SPAN_SHARE, MAX_SPAN = 0.2, 10  # geometric distribution of words per span: the mean is 3.8
 SPAN_LENGTHS = np.cumsum(SPAN_SHARE * (1 - SPAN_SHARE) ** np.arange(MAX_SPAN))
 SPAN_LENGTHS /= 1 - (1 - SPAN_SHARE) ** MAX_SPAN
 
-# Streams of random numbers of a token's key; of a unit, its first token's.
+# Streams of random numbers of a token's key; a unit uses the key of its first token.
 SPLIT, RANDOM_ID, SPAN_LENGTH, ENTITY_CHOICE, SIMILAR_WORD = range(1, 6)
 
 
 @dataclass(frozen=True)
 class SimilarWords:
-    """Words that may replace others of as many tokens. A word is looked up by a hash of its ids."""
+    """Words that may replace others with as many tokens. A word is found by a hash of its ids."""
 
     hashes: np.ndarray  # uint64 [words], ascending
     sizes: np.ndarray  # int64 [words]: tokens of each
     counts: np.ndarray  # int64 [words]: choices for each
-    starts: np.ndarray  # int64 [words]: of the first choice in `ids`; choices follow one another
-    ids: np.ndarray  # int64
+    starts: np.ndarray  # int64 [words]: where the choices of each start in `ids`
+    ids: np.ndarray  # int64: choices, end to end
 
 
 @dataclass(frozen=True)
 class Masking:
-    """Options of the draw, named as on the command line."""
+    """Options of the draw, with the names they have on the command line."""
 
     masking: str = "token"
     mask_split: tuple[float, ...] = (0.8, 0.1, 0.1)
@@ -53,12 +53,12 @@ class Packed:
     """Examples laid end to end: T tokens of N sequences."""
 
     ids: np.ndarray  # int64 [T]
-    flags: np.ndarray  # uint8 [T], as in a corpus; [CLS] and [SEP] are words of their own
+    flags: np.ndarray  # uint8 [T], as in a corpus; [CLS] and [SEP] each start a word
     maskable: np.ndarray  # bool [T]; False for special tokens
     sequence: np.ndarray  # int64 [T], ascending
     position_ids: np.ndarray  # int64 [T]
     token_type_ids: np.ndarray  # int64 [T]
-    keys: np.ndarray  # uint64 [T]: of each token's random numbers
+    keys: np.ndarray  # uint64 [T]: for each token's random numbers
     lengths: np.ndarray  # int64 [N]
 
     @property
@@ -66,7 +66,7 @@ class Packed:
         return (self.flags & WORD_START).astype(bool)
 
     @property
-    def entities(self) -> np.ndarray:  # bool [T]: where they begin, and each token outside
+    def entities(self) -> np.ndarray:  # bool [T]: where entities begin; also all tokens outside
         return ~(self.flags & ENTITY_INSIDE).astype(bool)
 
     @property
@@ -74,25 +74,25 @@ class Packed:
         return (self.flags & (ENTITY_START | ENTITY_INSIDE)).astype(bool)
 
     def count(self, chosen: np.ndarray) -> np.ndarray:
-        """int64 [N]: the `chosen` tokens in each sequence; bool [T], or (faster) their places."""
+        """int64 [N]: `chosen` tokens per sequence; given as bool [T] or, faster, as places."""
         return np.bincount(self.sequence[chosen], minlength=len(self.lengths))
 
 
 @dataclass(frozen=True)
 class Units:
-    """One way to cut a text, and how units are taken."""
+    """One way to cut a text, and how its units are taken."""
 
-    starts: np.ndarray  # bool [T]: where units begin, the first token among them
-    # bool [T]: where units begin of which all tokens are replaced alike; None: each by itself.
-    alike: np.ndarray | None = None
-    among: np.ndarray | bool = True  # bool [T]: the only tokens that may be taken
-    budget: np.ndarray | None = None  # int64 [N]; None: what is left of the sequence's
+    starts: np.ndarray  # bool [T]: where units begin; the first token is one
+    # bool [T]: where runs begin that share one 80/10/10 draw; None: each token has its own.
+    shared_draws: np.ndarray | None = None
+    eligible: np.ndarray | bool = True  # bool [T]: tokens that may be taken
+    budget: np.ndarray | None = None  # int64 [N]; None: the rest of the sequence's budget
     late: np.ndarray | None = None  # bool [T]: units that start there come after the others
 
 
-# A strategy returns the units of one pass after the other; the last pass fills the budget. A unit
-# must not reach into the next sequence. To add yours, write it here, and name it in STRATEGIES and
-# among the choices of --masking (pretrain/config.py).
+# A strategy returns the units of each pass in turn; the last pass fills the budget. A unit must not
+# cross into the next sequence. To add one, write it here, and name it in STRATEGIES and among the
+# choices of --masking (pretrain/config.py).
 
 
 def by_token(packed: Packed, options: Masking) -> list[Units]:
@@ -101,27 +101,27 @@ def by_token(packed: Packed, options: Masking) -> list[Units]:
 
 
 def by_word(packed: Packed, options: Masking) -> list[Units]:
-    """Whole words. A similar word replaces a word as one."""
+    """Whole words. A similar word replaces all tokens of a word."""
     words = packed.words
-    return [Units(words, alike=words if options.similar else None)]
+    return [Units(words, shared_draws=words if options.similar else None)]
 
 
 def by_span(packed: Packed, options: Masking) -> list[Units]:
-    """Runs of words of random length, then words."""
+    """Spans of a random number of words, then words."""
     (words,) = by_word(packed, options)
     spans = span_starts(words.starts, packed.maskable, packed.keys)
-    return [Units(spans, alike=words.starts if options.similar else spans), words]
+    return [Units(spans, shared_draws=words.starts if options.similar else spans), words]
 
 
 def by_entity(packed: Packed, options: Masking) -> list[Units]:
-    """Random entities within a budget of their own, then words or tokens, those outside first."""
+    """Random entities within their own budget, then words or tokens, outside entities first."""
     entities, in_entity = packed.entities, packed.in_entity
     is_chosen = uniform(derive(packed.keys, ENTITY_CHOICE)) < options.entity_probability
-    among = in_entity & is_chosen[first_of_unit(entities)]
+    eligible = in_entity & is_chosen[first_of_unit(entities)]
     budget = np.floor(options.entity_budget * packed.count(packed.maskable) + 1e-9)
     (rest,) = (by_token if options.entity_fill == "token" else by_word)(packed, options)
     return [
-        Units(entities, alike=entities, among=among, budget=budget.astype(np.int64)),
+        Units(entities, shared_draws=entities, eligible=eligible, budget=budget.astype(np.int64)),
         replace(rest, late=in_entity),
     ]
 
@@ -132,7 +132,7 @@ STRATEGIES = {"token": by_token, "word": by_word, "span": by_span, "entity": by_
 def draw_masks(packed: Packed, budget: np.ndarray, options: Masking) -> tuple[np.ndarray, ...]:
     """(masked places int64 [M], leader int64 [T]: the token whose key decides how to replace each).
 
-    budget: int64 [N]. A sequence where no unit fits takes its smallest one."""
+    budget: int64 [N]. A sequence in which no unit fits takes its smallest one."""
     free, leader = packed.maskable.copy(), np.arange(len(packed.ids))
     masked = np.zeros(0, np.int64)
     passes = STRATEGIES[options.masking](packed, options)
@@ -140,31 +140,30 @@ def draw_masks(packed: Packed, budget: np.ndarray, options: Masking) -> tuple[np
         num_masked = packed.count(masked)
         left = budget - num_masked if units.budget is None else units.budget
         needs_one = (num_masked == 0) & (units is passes[-1])
-        taken = take(packed, units, free & units.among, left, needs_one)
-        if units.alike is not None:
-            leader[taken] = first_of_unit(units.alike)[taken]
+        taken = take(packed, units, free & units.eligible, left, needs_one)
+        if units.shared_draws is not None:
+            leader[taken] = first_of_unit(units.shared_draws)[taken]
         free[taken] = False
         masked = np.concatenate([masked, taken])
     return np.flatnonzero(packed.maskable & ~free), leader
 
 
 def first_of_unit(starts: np.ndarray) -> np.ndarray:
-    """int64 [T]: the first token of the unit of each."""
+    """int64 [T]: the first token of each token's unit."""
     return np.flatnonzero(starts)[np.cumsum(starts) - 1]
 
 
 def take(
     packed: Packed, units: Units, free: np.ndarray, budget: np.ndarray, needs_one: np.ndarray | bool
 ) -> np.ndarray:
-    """int64: the `free` tokens (bool [T]) of the units that one pass takes. For each sequence:
+    """int64: the `free` tokens (bool [T]) of the units that one pass takes. In each sequence,
     for unit in sorted(units, key=first token's key): if unit.size <= budget: take, budget -= size.
-
-    Sequences that `needs_one`, bool [N], take their smallest unit if all exceed the budget."""
+    Where `needs_one`, bool [N], the smallest unit is taken if all exceed the budget."""
     first = np.flatnonzero(units.starts)
     unit = np.cumsum(units.starts) - 1  # [T]
     sizes = np.bincount(unit[free], minlength=len(first))
     owner = packed.sequence[first]
-    # Sorting sequence number + random fraction is much faster than a lexsort; 39 bits of key stay.
+    # Sorting sequence number + random fraction is much faster than a lexsort; it keeps 39 key bits.
     ranks = (owner.astype(np.uint64) << np.uint64(40)) | (packed.keys[first] >> np.uint64(25))
     if units.late is not None:
         ranks |= units.late[first].astype(np.uint64) << np.uint64(39)
@@ -172,28 +171,29 @@ def take(
     candidates = np.flatnonzero((sizes > 0) & (sizes <= gap[owner]))
     candidates = candidates[np.argsort(ranks[candidates], kind="stable")]
     while len(candidates):
-        who, size = owner[candidates], sizes[candidates]
+        sequence, size = owner[candidates], sizes[candidates]
         filled = np.cumsum(size)
-        begins = np.flatnonzero(np.append(True, who[1:] != who[:-1]))
+        begins = np.flatnonzero(np.append(True, sequence[1:] != sequence[:-1]))
         base = np.zeros(len(budget), np.int64)
-        base[who[begins]] = filled[begins] - size[begins]
-        fits = filled - base[who] <= gap[who]  # a prefix of each sequence's candidates
+        base[sequence[begins]] = filled[begins] - size[begins]
+        fits = filled - base[sequence] <= gap[sequence]  # a prefix of each sequence's candidates
         taken[candidates[fits]] = True
-        gap -= np.bincount(who[fits], weights=size[fits], minlength=len(budget)).astype(np.int64)
+        used = np.bincount(sequence[fits], weights=size[fits], minlength=len(budget))
+        gap -= used.astype(np.int64)
         candidates = candidates[~fits]
-        # What exceeds the gap now never fits: the gap only shrinks.
+        # The gap only shrinks, so what exceeds it now never fits.
         candidates = candidates[sizes[candidates] <= gap[owner[candidates]]]
-    for lonely in np.flatnonzero(needs_one & (gap == budget) & (budget > 0)):
-        members = np.flatnonzero((owner == lonely) & (sizes > 0))
+    for empty in np.flatnonzero(needs_one & (gap == budget) & (budget > 0)):
+        members = np.flatnonzero((owner == empty) & (sizes > 0))
         taken[members[np.lexsort((ranks[members], sizes[members]))[:1]]] = True
     return np.flatnonzero(taken[unit] & free)
 
 
 def span_starts(words: np.ndarray, maskable: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """bool [T]: where the spans begin that cover the text, each of a random number of words.
+    """bool [T]: where spans begin, each of a random number of words; together they cover the text.
 
     For each segment: place = 0; while place < number of words: begin a span; place += its length.
-    All segments at once: the places that 1, 2, 4 ... steps reach."""
+    All segments at once, by doubling: the places reached in 1, 2, 4 ... steps."""
     first = np.flatnonzero(words)
     is_text = np.logical_or.reduceat(maskable, first)  # [CLS], [SEP], unknown words end segments
     draw = uniform(derive(keys[first], SPAN_LENGTH))
@@ -215,7 +215,7 @@ def span_starts(words: np.ndarray, maskable: np.ndarray, keys: np.ndarray) -> np
 def fill_in(
     packed: Packed, masked: np.ndarray, leader: np.ndarray, options: Masking, vocabulary: Vocabulary
 ) -> np.ndarray:
-    """int64 [M]: what the model reads at the places `masked`, int64 [M]; `leader` as drawn."""
+    """int64 [M]: what the model reads at the places `masked`; both arrays are from `draw_masks`."""
     kept, keys, split = packed.ids[masked], packed.keys[masked], options.mask_split
     choice = integers(derive(keys, RANDOM_ID), len(vocabulary.ordinary_ids))
     random_ids = vocabulary.ordinary_ids[choice].astype(np.int64)
@@ -231,13 +231,13 @@ def fill_in(
 def similar_ids(
     packed: Packed, masked: np.ndarray, leader: np.ndarray, table: SimilarWords
 ) -> np.ndarray:
-    """int64 [M]: a similar word for each masked one (tokens of one leader), -1 if there is none."""
+    """int64 [M]: tokens of a similar word for each masked word (one per leader), or -1."""
     if not len(masked):
         return masked
     leaders = leader[masked]
     begins = np.flatnonzero(np.append(True, leaders[1:] != leaders[:-1]))
     sizes = np.diff(np.append(begins, len(masked)))
-    word, place = count_up(sizes)  # the place is that in the word
+    word, place = count_up(sizes)  # [M]: the word of each token, and the place in it
     hashes = np.add.reduceat(derive(packed.ids[masked].astype(np.uint64), place), begins)
     row = np.minimum(np.searchsorted(table.hashes, hashes), len(table.hashes) - 1)
     known = ((table.hashes[row] == hashes) & (table.sizes[row] == sizes))[word]
@@ -247,8 +247,8 @@ def similar_ids(
 
 
 def read_similar(lines: Iterable[str], encode: Callable[[str], list[int]]) -> SimilarWords | None:
-    """Table of lines "word<TAB>similar<TAB>similar..."; similar words of another number of tokens
-    do not count. None if no word has any."""
+    """Table from lines "word<TAB>similar<TAB>similar..."; similar words with another number of
+    tokens are ignored. None if nothing is left."""
     table: dict[tuple[int, ...], list[list[int]]] = {}
     for line in lines:
         word, *others = (encode(part.strip()) for part in line.split("\t"))

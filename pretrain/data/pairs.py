@@ -1,8 +1,8 @@
 """Pairs: all examples of one shard in one epoch, planned at once as arrays.
 
-A plan is a pure function of (seed, epoch, shard) and the task: a resumed run plans one shard again
-and replays nothing. Segment pairs follow BERT's create_pretraining_data (Devlin et al. 2019) and
-ALBERT's sentence order (Lan et al. 2020), but all documents are walked in lockstep.
+A plan is a pure function of (seed, epoch, shard) and the task, so a resumed run plans one shard
+again and replays nothing. Segment pairs follow BERT's create_pretraining_data (Devlin et al. 2019)
+and ALBERT's sentence order (Lan et al. 2020), but all documents are walked in lockstep.
 """
 
 from __future__ import annotations
@@ -16,45 +16,45 @@ from pretrain.batch import IGNORED
 from pretrain.data.corpus import Shard
 from pretrain.data.hash_rng import derive, integers, uniform
 
-SHORT_TARGET_SHARE = 0.1  # of the pairs aim at a random shorter length, as in BERT
-LANE_SEQUENCES = 128  # a longer document is walked in several places at once, so a book is fast
-SEQUENCES_PER_SLOT = 4  # a micro-batch has at most this many sequences for each full one
+SHORT_TARGET_SHARE = 0.1  # of pairs that get a random shorter target length, as in BERT
+LANE_SEQUENCES = 128  # a longer document (a book) is walked in several places at once
+SEQUENCES_PER_SLOT = 4  # the most sequences in a micro-batch for each full one
 
-# Streams of random numbers of an example's key. 7 draws the masks.
+# Streams of random numbers of an example's key. Stream 7 draws the masks.
 IS_SHORT, SHORT_TARGET, SPLIT, TRUNCATION, OTHER_DOCUMENT, OTHER_SENTENCE, ORDER = range(7)
-SWAP = OTHER_DOCUMENT  # no task draws both
-WINDOW_KEYS = 1 << 32  # a stream of the plan's key, beyond those of its documents
+SWAP = OTHER_DOCUMENT  # no task uses both
+WINDOW_KEYS = 1 << 32  # a stream of the plan's key, above the ones of its documents
 
 
 @dataclass(frozen=True)
 class Task:
-    """What decides the examples and the micro-batches: any change to it changes the data."""
+    """Everything that decides examples and micro-batches: any change to it changes the data."""
 
-    pairs: str | None  # half have a "random" B, or A and B "swapped"; None: no pairs
+    pairs: str | None  # half have a "random" B, or have A and B "swapped"; None: no pairs
     max_length: int
-    micro_batch_size: int  # full sequences in a micro-batch, of max_length or of `counted_length`
+    micro_batch_size: int  # full sequences (of counted_length) in a micro-batch
     mask_rate: float  # the highest of the run
     seed: int
-    counted_length: int | None = None  # of the run's first phase: all phases have its token limit
+    counted_length: int | None = None  # length of the run's first phase; None: max_length
 
     @property
-    def max_tokens(self) -> int:  # of text: [CLS] A [SEP] B [SEP], or [CLS] A [SEP] without pairs
+    def max_tokens(self) -> int:  # of text in [CLS] A [SEP] B [SEP], or in [CLS] A [SEP]
         return self.max_length - (3 if self.pairs else 2)
 
     @property
-    def token_limit(self) -> int:  # of a micro-batch, specials included
+    def token_limit(self) -> int:  # of a micro-batch, including special tokens
         return self.micro_batch_size * (self.counted_length or self.max_length)
 
     @property
-    def slots(self) -> int:  # full sequences that begin in a micro-batch; one may end beyond it
+    def slots(self) -> int:  # full sequences that begin within the token limit
         return -(-self.token_limit // self.max_length)
 
     @property
-    def masked_limit(self) -> int:  # of a micro-batch, with room to round up in each full sequence
+    def masked_limit(self) -> int:  # of a micro-batch; each full sequence may round up
         return int(self.mask_rate * self.token_limit) + self.slots
 
     def budget(self, num_maskable: np.ndarray, mask_rate: float | None = None) -> np.ndarray:
-        """int64: how many of so many maskable tokens to mask, at the task's rate or a lower one."""
+        """int64: how many of the maskable tokens to mask, at the task's rate or a lower one."""
         rate = self.mask_rate if mask_rate is None else mask_rate
         rounded = np.maximum(1, np.floor(rate * num_maskable + 0.5))
         return np.minimum(rounded, num_maskable).astype(np.int64)
@@ -69,11 +69,11 @@ class Plan:
     b_start: np.ndarray
     b_length: np.ndarray  # 0: no B
     label: np.ndarray  # int64: 0 next or in order, 1 random or swapped, IGNORED without a pair
-    keys: np.ndarray  # uint64: of the example's random numbers
+    keys: np.ndarray  # uint64: for the example's random numbers
     bounds: tuple[int, ...] = ()  # micro-batch m is examples bounds[m]:bounds[m + 1]
 
     @property
-    def lengths(self) -> np.ndarray:  # int64: tokens of each example, specials included
+    def lengths(self) -> np.ndarray:  # int64: tokens of each example, including special ones
         return self.a_length + self.b_length + 2 + (self.b_length > 0)
 
     @property
@@ -81,16 +81,16 @@ class Plan:
         return len(self.bounds) - 1
 
     def take(self, chosen: np.ndarray | slice) -> Plan:
-        """The plan of some examples, without bounds."""
+        """The plan of the chosen examples, without bounds."""
         *columns, _ = vars(self).values()
         return Plan(*(column[chosen] for column in columns))
 
 
 def make_plan(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
     """Plan of `documents` (int64, ascending, places in `shard`), shuffled and cut into
-    micro-batches; `key` stands for (seed, epoch, shard)."""
+    micro-batches; `key` is derived from (seed, epoch, shard)."""
     plan = (plan_pairs if task.pairs else plan_windows)(shard, documents, task, key)
-    # Not in the order of the keys themselves: their bits have decided the labels.
+    # Not in the order of the keys themselves: their bits also decide the labels.
     plan = plan.take(np.argsort(derive(plan.keys, ORDER), kind="stable"))
     return replace(plan, bounds=micro_batch_bounds(plan, task))
 
@@ -102,8 +102,8 @@ def count_up(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plan_windows(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
-    """MLM alone: each document as consecutive windows of max_tokens, the first one cut at a random
-    place; nothing is dropped."""
+    """MLM alone: consecutive windows of max_tokens over each document, the first one shortened to
+    a random length; nothing is dropped."""
     width = task.max_tokens
     starts = shard.sentences[shard.documents[documents]]
     lengths = shard.sentences[shard.documents[documents + 1]] - starts
@@ -129,11 +129,10 @@ def plan_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) 
 
 
 def whole_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
-    """Pairs before truncation. Sentences fill a target length and are split into A and B.
+    """Pairs before truncation: sentences fill a target length and are split into A and B.
 
-    With random pairs, B comes from another document for half of them, and always where a target
-    leaves one sentence alone, as in BERT; the sentences that it displaces go back. Otherwise such a
-    sentence is an example without a pair."""
+    With random pairs, half of the Bs come from another document, as does the B of a single
+    sentence (as in BERT); unused sentences go back. Otherwise a single sentence has no pair."""
     edges, first, last = _sentences(shard, documents, task.max_tokens)
     start, split, end, target, is_random, document, keys = _walk(edges, first, last, task, key)
     a_start, a_length = edges[start], edges[split] - edges[start]
@@ -153,8 +152,8 @@ def whole_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64)
 
 
 def truncate(plan: Plan, max_tokens: int) -> Plan:
-    """`plan` with pairs of at most `max_tokens`: the longer side is cut until both are alike, then
-    both are; each side at a random end."""
+    """`plan` with pairs of at most `max_tokens`: the longer side is cut until both are equally
+    long, then both; each side at a random end."""
     b_length = np.minimum(plan.b_length, np.maximum(max_tokens // 2, max_tokens - plan.a_length))
     a_length = np.minimum(plan.a_length, max_tokens - b_length)
     coins = derive(plan.keys, TRUNCATION)
@@ -165,8 +164,8 @@ def truncate(plan: Plan, max_tokens: int) -> Plan:
 
 def _sentences(shard: Shard, documents: np.ndarray, max_tokens: int) -> tuple[np.ndarray, ...]:
     """(edges, first, last): sentence s is tokens edges[s]:edges[s + 1], document d is sentences
-    first[d]:last[d]. A sentence longer than `max_tokens` is cut into pieces of half of that, so
-    that two of them fill a sequence and none is truncated."""
+    first[d]:last[d]. A sentence longer than `max_tokens` is cut into pieces of half that length, so
+    two of them fill a sequence and none is truncated."""
     edges = np.asarray(shard.sentences)
     first, last = shard.documents[documents], shard.documents[documents + 1]
     lengths = np.diff(edges)
@@ -182,8 +181,8 @@ def _sentences(shard: Shard, documents: np.ndarray, max_tokens: int) -> tuple[np
 def _lanes(
     edges: np.ndarray, first: np.ndarray, last: np.ndarray, lane_tokens: int
 ) -> tuple[np.ndarray, ...]:
-    """(start, end, document) of the lanes, as sentences: a document is one, or several if it is
-    longer than `lane_tokens`."""
+    """(start, end, document) of the lanes, in sentences: a document is one lane, or several if it
+    is longer than `lane_tokens`."""
     owner, number = count_up(-(-(edges[last] - edges[first]) // lane_tokens))
     start = np.searchsorted(edges, edges[first][owner] + number * lane_tokens)
     end = np.minimum(np.append(start[1:], last[-1:]), last[owner])
@@ -194,11 +193,9 @@ def _lanes(
 def _walk(
     edges: np.ndarray, first: np.ndarray, last: np.ndarray, task: Task, key: np.uint64
 ) -> tuple[np.ndarray, ...]:
-    """(start, split, end, target, is_random, document, key) of runs of sentences, one for each
-    example: A is start:split; B is split:end unless random. All lanes are walked in lockstep.
-
-    For one document: take sentences until they reach the target (tokens) and split them; continue
-    after the split if B is random, otherwise after the end."""
+    """(start, split, end, target, is_random, document, key) of the sentences of each example: A is
+    start:split; B is split:end unless random. For one document: take sentences up to the target
+    (in tokens), split them, and continue after the split if B is random, else after the end."""
     may_be_random = task.pairs == "random" and len(first) > 1
     lanes = _lanes(edges, first, last, LANE_SEQUENCES * task.max_length)
     lanes = (*lanes, derive(key, lanes[0]))

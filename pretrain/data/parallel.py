@@ -1,7 +1,7 @@
-"""A function over many tasks: in worker processes of this machine, or on a Ray cluster.
+"""Run a function over many tasks, in worker processes on this machine or on a Ray cluster.
 
-`function(shared, *task)` must be pure, of a module, and return little. Both ways yield (number of
-the task, result) as results come, and end all workers at an error.
+`function(shared, *task)` must be a pure module-level function with a small result. Both ways yield
+(task number, result) as results arrive, and end all workers after an error.
 """
 
 import multiprocessing
@@ -18,12 +18,12 @@ from typing import Any
 
 from pretrain.errors import UserError, first_line, require
 
-ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}  # of a worker: each one has a core
+ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}  # in a worker, which has one core
 ADVICE = "finished pieces are kept, and the same command resumes"
 
 
 def choose_workers(workers: int | None, sizes: Sequence[int], worthwhile: int) -> int:
-    """How many processes share pieces of these sizes; by default one per core and `worthwhile`."""
+    """Number of processes for pieces of `sizes`; by default one per core and `worthwhile` bytes."""
     if workers is None:
         has_affinity = hasattr(os, "sched_getaffinity")
         cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
@@ -34,8 +34,8 @@ def choose_workers(workers: int | None, sizes: Sequence[int], worthwhile: int) -
 def in_processes(
     function: Callable, shared: object, tasks: Sequence[tuple], workers: int
 ) -> Iterator[tuple[int, Any]]:
-    """In `workers` processes; close the iterator (contextlib.closing) to end them at once."""
-    # A forked process would lack the threads that the tokenizer has started.
+    """Run in `workers` processes; close the iterator (contextlib.closing) to end them at once."""
+    # A forked process would lack the threads of the tokenizer.
     context = multiprocessing.get_context("spawn")
     lifeline, held = context.Pipe(duplex=False)
     with ProcessPoolExecutor(workers, context, _start_worker, (lifeline,)) as pool:
@@ -59,7 +59,7 @@ def in_processes(
 
 
 def _start_worker(lifeline: Connection) -> None:
-    """End this process when nobody holds the other end: closed, or killed in any way."""
+    """End this process when the other end is closed, even by SIGKILL of the parent."""
     os.environ.update(ENVIRONMENT)
     threading.Thread(target=lambda: (lifeline.poll(None), os._exit(1)), daemon=True).start()
 
@@ -67,23 +67,23 @@ def _start_worker(lifeline: Connection) -> None:
 def connect(address: str) -> None:
     """Connect to the Ray cluster at `address` ("local" starts one here), and send it this package.
 
-    UserError if none answers."""
+    UserError if it does not answer."""
     ray = require("ray", address)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     environment = {"py_modules": [str(Path(__file__).parents[1])], "env_vars": ENVIRONMENT}
     try:
-        if host and port.isdecimal():  # Ray alone would try for minutes
+        if host and port.isdecimal():  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), 10).close()
         ray.init(address, runtime_env=environment, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError) as error:
-        problem = f"{address}: no cluster answers ({first_line(error)})"
+        problem = f"{address}: no answer from a cluster ({first_line(error)})"
         raise UserError(f"{problem}; expected the address of a cluster, or local") from error
 
 
 def on_cluster(
     function: Callable, shared: object, tasks: Sequence[tuple]
 ) -> Iterator[tuple[int, Any]]:
-    """On the cluster that `connect` has connected to; disconnects at the end."""
+    """Run on the cluster that `connect` has opened; disconnects at the end."""
     ray = require("ray", "a cluster")
     try:
         run, sent = ray.remote(function), ray.put(shared)

@@ -1,6 +1,6 @@
 """Pieces of text -> shards of a corpus, in constant memory; an interrupted preparation resumes.
 
-One piece makes one shard, whoever prepares it. The manifest is written last.
+One piece makes one shard, whichever process prepares it. The manifest is written last.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from pretrain.data.tokenizer import Vocabulary, describe, without_limits
 from pretrain.errors import UserError
 from pretrain.files import exclusive, sha256_of, sync, write_json
 
-BATCH_CHARACTERS = 1 << 20  # of text that the tokenizer gets at once
+BATCH_CHARACTERS = 1 << 20  # of text in a call of the tokenizer
 
 
 @dataclass(frozen=True)
@@ -52,30 +52,30 @@ def prepare(
     workers: int | None = None,
     on_cluster: bool = False,
 ) -> Corpus:
-    """Write the corpus of `sources` into `folder`, or open it if it is there. Resumes by piece.
+    """Write the corpus of `sources` into `folder`, or open it if it exists. Resumes by piece.
 
-    `workers` processes share the pieces (0 or 1: this one; None: by the cores and the text), or
-    the connected Ray cluster does. UserError if the tokenizer finds no token in the text."""
+    `workers` processes share the pieces (0 or 1: this one; None: chosen by cores and size), or the
+    connected Ray cluster does. UserError if the text has no token."""
     if is_corpus(folder):
         return Corpus(folder)
     vocabulary = describe(tokenizer)
-    # Absolute: the processes of a cluster have other working folders.
+    # Absolute: processes on a cluster have other working folders.
     partial = folder.absolute().with_name(f"{folder.name}.partial")
     with exclusive(partial):
-        if is_corpus(folder):  # another process has written it while this one waited
+        if is_corpus(folder):  # another process wrote it while this one waited
             return Corpus(folder)
         settings = [vocabulary.fingerprint, piece_bytes, corpora.FORMAT_VERSION, markup.key]
         _start_folder(partial, content_key(sources, text_format, *settings))
         files = [Path(source.path) for source in sources]
         pieces = cut_into_pieces(files, text_format, piece_bytes)
-        # A new markup: the engine that has found terms cannot be sent to workers.
+        # A fresh copy: once a markup has matched terms, it cannot be pickled.
         engine = without_limits(tokenizer)
         recipe = _Recipe(partial, text_format, engine, vocabulary, replace(markup))
         entries = _write_pieces(recipe, pieces, workers, on_cluster)
         entries = _join_small(recipe, [entry for entry in entries if entry["documents"]])
         if not entries:
-            problem = f"{sources[0].path}: the tokenizer finds no token in the text"
-            raise UserError(f"{problem}; expected text in its script")
+            problem = f"{sources[0].path}: the tokenizer finds no token in this text"
+            raise UserError(f"{problem}; expected text in a script that it knows")
         tokenizer.save_pretrained(partial / "tokenizer")
         _write_manifest(recipe, sources, entries)
         _finish_folder(partial, folder, entries)
@@ -103,7 +103,7 @@ def _write_manifest(recipe: _Recipe, sources: list[Source], entries: list[dict])
 
 
 def _start_folder(folder: Path, key: str) -> None:
-    """Make the folder; remove what an interrupted preparation of another text left in it."""
+    """Create the folder; remove what an interrupted preparation of other text left there."""
     folder.mkdir(exist_ok=True)
     label = folder / "content.key"
     if not label.is_file() or label.read_text(encoding="utf-8") != key:
@@ -113,14 +113,14 @@ def _start_folder(folder: Path, key: str) -> None:
 
 
 def _finish_folder(partial: Path, folder: Path, entries: list[dict]) -> None:
-    """Rename the corpus. Synced first: after a power failure it is whole or absent."""
+    """Rename the corpus, after a sync: a power failure leaves it complete or absent."""
     kept = {f"{entry['name']}.{array}.npy" for entry in entries for array in ARRAYS}
-    for path in partial.iterdir():  # joined shards, notes, and leftovers of interruptions
+    for path in partial.iterdir():  # joined shards, piece notes, and leftovers of interruptions
         if path.is_file() and path.name not in kept | {"corpus.json"}:
             path.unlink()
     for path in [*partial.rglob("*"), partial]:
         sync(path)
-    if folder.exists():  # without manifest and shards: somebody has begun to remove it
+    if folder.exists():  # without manifest and shards: a removal was interrupted
         shutil.rmtree(folder)
     partial.rename(folder)
     sync(folder.absolute().parent)
@@ -131,7 +131,7 @@ def _write_pieces(
 ) -> list[dict]:
     sizes = [sum(span.end - span.start for span in piece) for piece in pieces]
     tasks = [(f"shard-{number:05d}", piece) for number, piece in enumerate(pieces)]
-    # One process tokenizes on all cores: it is as good for less than two whole pieces.
+    # A single process tokenizes on all cores: for less than two full pieces it is as fast.
     workers = parallel.choose_workers(workers, sizes, PIECE_BYTES)
     entries: list[dict] = [{}] * len(pieces)
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="preparing", disable=None) as bar:
@@ -142,7 +142,7 @@ def _write_pieces(
         else:
             results = ((n, _write_piece(recipe, *task, bar.update)) for n, task in enumerate(tasks))
         finished = 0
-        with closing(results):  # else an interruption would leave the workers at work
+        with closing(results):  # otherwise workers would outlive an interruption
             for number, entry in results:
                 entries[number] = entry
                 finished += sizes[number]
@@ -153,7 +153,7 @@ def _write_pieces(
 def _write_piece(
     recipe: _Recipe, name: str, piece: list[Span], advance: Callable[[int], object] = int
 ) -> dict:
-    """Write the shard of a piece, unless it is there and whole; its entry of `corpus.json`.
+    """Write the shard of a piece, unless it is complete; returns its entry in `corpus.json`.
 
     `advance` gets the number of bytes done."""
     note = recipe.folder / f"{name}.piece.json"
@@ -167,18 +167,18 @@ def _write_piece(
 
 
 def _make_shard(recipe: _Recipe, piece: list[Span], advance: Callable[[int], object]) -> Shard:
-    """The shard of a piece, without sentences and documents that hold no token."""
+    """The shard of a piece, without sentences and documents that have no token."""
     vocabulary, num_sentences = recipe.vocabulary, 0
     id_type = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
     parts = [(np.zeros(0, id_type), np.zeros(0, np.uint8), np.zeros(0, np.int64))]
     ends, hashes, hasher = [0], [], hashlib.blake2b(digest_size=8)  # of the open document
-    for batch, found, by_character, encodings in _ahead(_encode(recipe, piece)):
+    for batch, marked, by_character, encodings in _ahead(_encode(recipe, piece)):
         pieces = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
         ids = np.fromiter(chain.from_iterable(pieces), id_type, int(lengths.sum()))
         starts_word = None if vocabulary.starts_word is None else vocabulary.starts_word[ids]
         if by_character:
-            flags = mark(found, encodings, starts_word, recipe.markup.words)
+            flags = mark(marked, encodings, starts_word, recipe.markup.words)
         else:
             flags = starts_word.astype(np.uint8) * WORD_START
         parts.append((ids, flags, lengths))
@@ -187,37 +187,37 @@ def _make_shard(recipe: _Recipe, piece: list[Span], advance: Callable[[int], obj
                 ends.append(num_sentences)
                 hashes.append(int.from_bytes(hasher.digest(), "little"))
                 hasher = hashlib.blake2b(digest_size=8)
-            else:  # without white space: the same however sentences are cut
+            else:  # without white space: the same however sentences are split
                 num_sentences += 1
                 hasher.update("".join(item[0].split()).encode())
-        advance(len("\n".join(text for text, _ in found).encode()))
+        advance(len("\n".join(text for text, _ in marked).encode()))
     ids, flags, lengths = map(np.concatenate, zip(*parts))
     sentences = np.append(0, np.cumsum(lengths)[lengths > 0])
-    filled = np.append(0, np.cumsum(lengths > 0))  # sentences with a token, up to each one
+    filled = np.append(0, np.cumsum(lengths > 0))  # number of sentences with a token so far
     documents, places = np.unique(filled[ends], return_index=True)
     return Shard(ids, flags, sentences, documents, np.array(hashes, np.uint64)[places[1:] - 1])
 
 
 def _encode(recipe: _Recipe, piece: list[Span]) -> Iterator[tuple]:
-    """(batch, its sentences with their entities, whether characters matter, encodings).
+    """(batch, its sentences with entities, whether characters matter, encodings).
 
-    A batch is a list of sentences, and of None where a document ends."""
+    A batch is a list of sentences, with None where a document ends."""
     tokenizer, vocabulary, markup = recipe.tokenizer, recipe.vocabulary, recipe.markup
     stream = sentences(piece, recipe.text_format, markup.cut)
     for batch in _batches(_spaced(stream) if vocabulary.needs_space else stream):
-        found = [item for item in batch if item is not None]
+        marked = [item for item in batch if item is not None]
         if markup.lexicon:
-            found = [(text, markup.find(text, spans)) for text, spans in found]
-        # If characters do not matter, the encoder need not track them, which is a third faster.
+            marked = [(text, markup.find(text, spans)) for text, spans in marked]
+        # If characters do not matter, the encoder does not track offsets, which is a third faster.
         has_words = vocabulary.starts_word is not None and markup.words == "tokenizer"
-        by_character = not has_words or any(spans for _, spans in found)
+        by_character = not has_words or any(spans for _, spans in marked)
         encode = tokenizer.encode_batch if by_character else tokenizer.encode_batch_fast
-        encodings = encode([text for text, _ in found], add_special_tokens=False)
-        yield batch, found, by_character, encodings
+        encodings = encode([text for text, _ in marked], add_special_tokens=False)
+        yield batch, marked, by_character, encodings
 
 
 def _ahead(stream: Iterator[tuple]) -> Iterator[tuple]:
-    """Make the next item in a thread: the tokenizer releases Python's lock."""
+    """Make the next item in a thread; the tokenizer releases the GIL."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, stream, None)
         while (item := following.result()) is not None:
@@ -226,7 +226,7 @@ def _ahead(stream: Iterator[tuple]) -> Iterator[tuple]:
 
 
 def _spaced(stream: Stream) -> Stream:
-    """Put a space before all sentences of a document but the first: byte-level tokens have it."""
+    """Put a space before all but the first sentence of a document: byte-level tokens include it."""
     is_first = True
     for item in stream:
         if item is not None and not is_first:
@@ -249,7 +249,7 @@ def _batches(stream: Stream) -> Iterator[list[Sentence | None]]:
 
 
 def _write_shard(recipe: _Recipe, name: str, shard: Shard) -> dict:
-    """Write a shard; its entry of `corpus.json`."""
+    """Write a shard; returns its entry in `corpus.json`."""
     for array in ARRAYS:
         np.save(recipe.folder / f"{name}.{array}.npy", getattr(shard, array), allow_pickle=False)
     return {
@@ -274,7 +274,7 @@ def _describe_file(path: Path) -> dict:
 
 
 def _join_small(recipe: _Recipe, entries: list[dict]) -> list[dict]:
-    """Join each shard of one document to a neighbor: a random next sentence needs another one."""
+    """Join each shard of one document to a neighbor: random pairs need a second document."""
 
     def is_small(group: list[dict]) -> bool:
         return sum(entry["documents"] for entry in group) < 2

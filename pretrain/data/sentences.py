@@ -1,7 +1,7 @@
 """Text files -> pieces of about PIECE_BYTES -> a stream of sentences, in constant memory.
 
-A stream has each sentence with its entities, and None where a document ends: documents may have any
-size."""
+A stream yields each sentence with its entities, and None where a document ends, so a document may
+be of any size."""
 
 import codecs
 import json
@@ -13,13 +13,13 @@ from itertools import groupby
 from pathlib import Path
 
 PIECE_BYTES = 64 << 20  # one piece becomes one shard of the corpus
-MAX_LINE_BYTES = 1 << 20  # a longer line is read in parts, cut at white space if it has any
-SAMPLED_FILES, SAMPLED_BYTES = 16, 1 << 18  # from which the format is detected
+MAX_LINE_BYTES = 1 << 20  # a longer line is read in parts, cut at white space if possible
+SAMPLED_FILES, SAMPLED_BYTES = 16, 1 << 18  # to detect the format
 SMALL_FILE_BYTES = 1 << 17
 
 Sentence = tuple[str, tuple[tuple[int, int], ...]]  # text, (start, end) of entities in characters
 Stream = Iterator[Sentence | None]  # None ends a document
-Cut = Callable[[str], list[str]]  # divides a line into sentences that make the line when joined
+Cut = Callable[[str], list[str]]  # splits a line into sentences; joined, they are the line
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Span:
 
 
 def detect_format(files: list[Path]) -> tuple[str, str]:
-    """(format, why) of plain text files, from the beginnings of some of them."""
+    """(format, reason) of plain text files, detected from the beginnings of some of them."""
     sample = files[:: max(1, len(files) // SAMPLED_FILES)][:SAMPLED_FILES]
     num_groups = num_lines = 0
     for file in sample:
@@ -53,7 +53,7 @@ def detect_format(files: list[Path]) -> tuple[str, str]:
 def cut_into_pieces(
     files: list[Path], text_format: str, piece_bytes: int = PIECE_BYTES
 ) -> list[list[Span]]:
-    """The files in order, in pieces: small files are grouped, large ones cut at document ends."""
+    """Pieces of the files, in order: small files are grouped, large ones cut between documents."""
     pieces: list[list[Span]] = [[]]
     filled = 0
     for file in files:
@@ -86,9 +86,9 @@ def _cut_file(file: Path, text_format: str, piece_bytes: int) -> list[Span]:
 
 
 def sentences(piece: list[Span], text_format: str, cut: Cut | None = None) -> Stream:
-    """The sentences of a piece, stripped and never empty; None after the last of a document.
+    """The sentences of a piece, stripped and never empty; None after the last one of a document.
 
-    The format is one of plain text, or "jsonl": a record on each line, as `as_record` makes it."""
+    The format is one of plain text, or "jsonl": one record of `as_record` per line."""
     for span in piece:
         if text_format != "jsonl":
             yield from _sentences_of_lines(span, text_format, cut)
@@ -136,27 +136,27 @@ def _sentences_of_lines(span: Span, text_format: str, cut: Cut | None) -> Stream
 
 
 def _lines(span: Span) -> Iterator[tuple[str, bool]]:
-    """(text, whether its line ends); a line beyond MAX_LINE_BYTES comes in several parts."""
+    """(text, whether its line ends); a line above MAX_LINE_BYTES comes in several parts."""
     with open(span.path, "rb") as handle:
         handle.seek(span.start)
         if span.start == 0 and handle.read(3) != codecs.BOM_UTF8:
             handle.seek(0)
         rest = b""
-        place = handle.tell()  # counted from here on: asking takes longer than reading a line
+        place = handle.tell()  # then counted: tell() takes longer than reading a line
         while place < span.end:
             part = handle.readline(MAX_LINE_BYTES)
             raw, rest, place = rest + part, b"", place + len(part)
             ends = raw.endswith(b"\n") or place >= span.end
             if not ends:
                 cut = max(raw.rfind(b" "), raw.rfind(b"\t")) + 1
-                if cut == 0:  # no white space: between two characters
+                if cut == 0:  # no white space: cut between two characters
                     cut = len(raw) - next(back for back in range(1, 5) if raw[-back] & 0xC0 != 0x80)
                 raw, rest = raw[:cut], raw[cut:]
             yield raw.decode("utf-8"), ends
 
 
 def _cut_record(text: str, entities: list[list[int]], cut: Cut | None) -> Iterator[Sentence]:
-    """Sentences of a text: its lines, and their parts under `cut`, but none ends in an entity."""
+    """Sentences of a text: its lines, or their parts under `cut`; none ends inside an entity."""
     ends, place = [], 0
     for line in text.split("\n"):
         for part in (cut(line) if cut else ()) or (line,):
@@ -166,7 +166,7 @@ def _cut_record(text: str, entities: list[list[int]], cut: Cut | None) -> Iterat
     assert ends[-1] == len(text), (ends[-1], len(text))
     first = begin = 0
     for end in ends:
-        last = bisect_right(entities, end, lo=first, key=lambda span: span[1])  # over before `end`
+        last = bisect_right(entities, end, lo=first, key=lambda span: span[1])  # ends by `end`
         if last < len(entities) and entities[last][0] < end:
             continue
         part = text[begin:end]
@@ -174,7 +174,7 @@ def _cut_record(text: str, entities: list[list[int]], cut: Cut | None) -> Iterat
         spans = []
         for start, stop in entities[first:last]:
             span = max(start - offset, 0), min(stop - offset, len(sentence))
-            if span[0] < span[1]:  # an entity of white space alone is dropped
+            if span[0] < span[1]:  # drops entities of only white space
                 spans.append(span)
         if sentence:
             yield sentence, tuple(spans)

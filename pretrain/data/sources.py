@@ -1,4 +1,4 @@
-"""Text files, from the paths that a user gives: found, checked once, identified by their bytes."""
+"""Text files: found from paths, checked once, identified by their bytes."""
 
 import codecs
 import glob
@@ -12,12 +12,12 @@ from pathlib import Path
 from pretrain.errors import UserError, check, refusing
 from pretrain.files import key_of, read_json, write_json
 
-SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # mark a folder of save_to_disk
+SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # in a folder of save_to_disk
 
 
 @dataclass(frozen=True)
 class Source:
-    """A text file as it was when it was checked; `sha256` is that of its bytes."""
+    """A text file at the time of its check; `sha256` is the hash of its bytes."""
 
     path: str
     size: int
@@ -28,7 +28,7 @@ class Source:
 def expand(paths: Iterable[str]) -> list[str]:
     """The files that `paths` (files, folders, globs) name: absolute, sorted, each once.
 
-    hub:NAME stays as it is, and a folder of save_to_disk is one entry."""
+    hub:NAME is kept as is, and a folder of save_to_disk is one entry."""
     files, problems = set(), []
     for path in paths:
         if path.startswith("hub:"):
@@ -45,7 +45,7 @@ def expand(paths: Iterable[str]) -> list[str]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file itself, or the files in a folder that are not hidden."""
+    """A file itself, or all files in a folder that are not hidden."""
     if path.is_file() or any((path / name).is_file() for name in SAVED_DATASET):
         return [path]
     shown = [file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path)}"]
@@ -55,11 +55,11 @@ def files_of(path: Path) -> list[Path]:
 def check_files(files: Iterable[Path], index: Path | None = None) -> list[Source]:
     """Read every file once; a UserError names all that are empty, blank, binary or not UTF-8.
 
-    `index` is a JSON file of earlier results: a file is not read again if its path, size and mtime
-    are unchanged."""
+    `index` is a JSON file of earlier results: a file with the same path, size and mtime is not
+    read again."""
     known, sources, problems = {}, [], []
     if index:
-        with suppress(UserError, TypeError):  # missing or damaged: it only saves time
+        with suppress(UserError, TypeError):  # it may be missing or damaged: it only saves time
             known = {path: Source(**entry) for path, entry in read_json(index).items()}
     for file in files:
         try:
@@ -80,12 +80,12 @@ def _check_file(file: Path, earlier: Source | None) -> Source:
             return earlier
         sha256 = _scan(file)
     if earlier and earlier.sha256 != sha256:
-        print(f"{file} has changed since it was last read")
+        print(f"{file}: has changed since it was last read")
     return Source(str(file), status.st_size, status.st_mtime_ns, sha256)
 
 
 def _scan(file: Path) -> str:
-    """SHA-256 of a file of UTF-8 text; UserError if it is anything else, or blank."""
+    """SHA-256 of a UTF-8 text file; UserError if it is anything else, or blank."""
     digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     offset, is_blank, chunk = 0, True, None
     with file.open("rb") as handle:
@@ -93,9 +93,9 @@ def _scan(file: Path) -> str:
             chunk = handle.read(1 << 20)
             digest.update(chunk)
             if b"\0" in chunk:
-                problem = f"a NUL byte at offset {offset + chunk.index(0)}: binary or UTF-16"
+                problem = f"NUL byte at offset {offset + chunk.index(0)}: binary or UTF-16"
                 raise UserError(f"{file}: {problem}; expected UTF-8 text")
-            start = offset - len(decoder.getstate()[0])  # a character may begin in the last chunk
+            start = offset - len(decoder.getstate()[0])  # a character may span two chunks
             try:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
@@ -104,7 +104,7 @@ def _scan(file: Path) -> str:
             is_blank = is_blank and not text.replace("\ufeff", "").strip()
             offset += len(chunk)
     if is_blank:
-        raise UserError(f"{file}: empty, or only white space; expected text")
+        raise UserError(f"{file}: empty or only white space; expected text")
     return digest.hexdigest()
 
 
@@ -116,5 +116,5 @@ def read_lines(path: str) -> list[str]:
 
 
 def content_key(sources: list[Source], *more: object) -> str:
-    """16 hexadecimal digits that identify this content, in this order, and `more`."""
+    """16 hexadecimal digits that identify the content of `sources`, in order, and `more`."""
     return key_of([[source.sha256 for source in sources], *more])

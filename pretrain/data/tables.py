@@ -1,4 +1,4 @@
-"""Rows of JSONL, CSV and TSV, and by `datasets` of Parquet, Arrow, saved data sets and the hub."""
+"""Rows of JSONL, CSV and TSV files, and of everything that the package `datasets` reads."""
 
 import csv
 import glob
@@ -32,7 +32,7 @@ def format_of(entry: str, wanted: str = "auto") -> str:
 def open_tables(paths: Iterable[str]) -> Iterator[tuple[str, dict]]:
     """(file and line, record) of each row of the tables that `paths` name, in order.
 
-    UserError before the first row if a file is of another format, or is not UTF-8."""
+    UserError before the first row if a file has another format, or is not UTF-8."""
     entries = [entry for path in paths for entry in expand([path])]
     others = [entry for entry in entries if format_of(entry) not in TABLES]
     check([f"{entry}: not a table; expected {', '.join(TABLES)}" for entry in others])
@@ -41,7 +41,7 @@ def open_tables(paths: Iterable[str]) -> Iterator[tuple[str, dict]]:
 
 
 def read_rows(entry: str, kind: str) -> Iterator[tuple[str, dict]]:
-    """(file and line, record) of each row of an input of a format."""
+    """(file and line, record) of each row of `entry`, an input of format `kind`."""
     unit = "line" if kind in UTF8_FORMATS else "row"
     if kind == "jsonl":
         rows = _json_rows(entry)
@@ -54,7 +54,7 @@ def read_rows(entry: str, kind: str) -> Iterator[tuple[str, dict]]:
 
 
 def choose_field(record: dict, where: str) -> str:
-    """The column that holds the text: "text", or the only one that holds words."""
+    """The column of the text: "text", or the only column of words."""
     if "text" in record:
         return "text"
     texts = [field for field, value in record.items() if isinstance(value, str)]
@@ -65,14 +65,14 @@ def choose_field(record: dict, where: str) -> str:
 
 
 def no_column(record: dict, where: str, name: str, field: str) -> UserError:
-    """What to raise for a record without the column `name` of the text, the label or so."""
+    """The error for a record without the column `name`; `field` is text, label or the like."""
     columns = ", ".join(map(str, record))
     return UserError(f"{where}: no column {name!r}; expected the {field} field among {columns}")
 
 
 def _json_rows(path: str) -> Iterator[tuple[int, dict]]:
-    """Objects of a file: one a line, or those of one array, which are numbered by item."""
-    expected = "expected an object on each line, or one array"
+    """The objects of a file, numbered: one per line, or the items of one array."""
+    expected = "expected one object per line, or one array"
     with open(path, encoding="utf-8-sig", newline="\n") as handle:
         is_array = handle.read(1 << 10).lstrip().startswith("[")
         handle.seek(0)
@@ -97,9 +97,9 @@ def _delimited_rows(path: str, kind: str) -> Iterator[tuple[int, dict]]:
                 shown = ", ".join(header)
                 raise UserError(f"{path}, line 1: columns {shown}; expected unique names")
             for row in reader:
-                if None in row or None in row.values():  # a field too many or too few
+                if None in row or None in row.values():  # too many or too few fields
                     expected = f"expected {len(header)} fields, as in the header"
-                    raise UserError(f"{path}, line {reader.line_num}: a bad row; {expected}")
+                    raise UserError(f"{path}, line {reader.line_num}: bad row; {expected}")
                 yield reader.line_num, row
         except csv.Error as error:
             problem = f"{path}, line {reader.reader.line_num}: not {kind.upper()} ({error})"
@@ -107,8 +107,8 @@ def _delimited_rows(path: str, kind: str) -> Iterator[tuple[int, dict]]:
 
 
 def _dialect(path: str, kind: str) -> dict:
-    """Spreadsheets write semicolons in half of Europe. Many TSV files are not quoted: there a
-    quote that spans a tab or never closes is a character."""
+    """Arguments for csv.reader. Spreadsheets in much of Europe write semicolons. Many TSV files are
+    not quoted: a quote that spans a tab or never closes is then an ordinary character."""
     with open(path, encoding="utf-8-sig", newline="") as handle:
         if kind == "csv":
             header = handle.readline()
@@ -122,16 +122,16 @@ def _dialect(path: str, kind: str) -> dict:
 
 
 def _dataset_rows(entry: str, kind: str) -> Iterator[dict]:
-    """Rows of what `datasets` reads, streamed, so that nothing is copied."""
+    """Rows that `datasets` reads, streamed so that nothing is copied."""
     datasets = require("datasets", entry)
-    with refusing(f"{entry}: cannot be read as {kind}", "expected whole files, or a known name"):
+    with refusing(f"{entry}: cannot be read as {kind}", "expected complete files, or a known name"):
         if kind == "saved":
             table = datasets.load_from_disk(entry)
             table = table["train"] if isinstance(table, dict) else table
         elif kind == "hub":
             name, config, split, *more = entry.removeprefix("hub:").split(":") + ["", "", ""]
             if not name or any(more):
-                raise UserError(f"{entry}: not a data set's name; expected {HUB_FORMS}")
+                raise UserError(f"{entry}: not the name of a data set; expected {HUB_FORMS}")
             split = split or "train"
             table = datasets.load_dataset(name, config or None, split=split, streaming=True)
         else:

@@ -1,6 +1,6 @@
-"""Tokenizers: loaded, or trained on the text; new tokens in them; what masks must know of them.
+"""Tokenizers: loading, training, adding tokens, and what masking must know about them.
 
-`Vocabulary` holds the facts of a tokenizer as numpy arrays, so the rest of the data wing is
+`Vocabulary` holds the facts of a tokenizer as numpy arrays, so the other data modules are
 vectorized, and a worker process receives a few kilobytes instead of a tokenizer.
 """
 
@@ -17,24 +17,24 @@ from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedTok
 from pretrain.errors import UserError, refusing
 from pretrain.files import key_of, model_folder, read_json
 
-# Workers fork after the tokenizer has used its threads; unless this is set, each fork warns.
+# Workers fork after the tokenizer has used its threads; without this, each fork prints a warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-NEEDED = ("pad", "cls", "sep", "mask")  # special tokens without which there is no pretraining
-# Chinese characters of Unicode 16, and Japanese syllables.
+NEEDED = ("pad", "cls", "sep", "mask")  # special tokens that pretraining needs
+# Chinese characters in Unicode 16, and Japanese syllables.
 HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 KANA = (0x3040, 0x30FF)
 ENCODED_TOGETHER = 10_000  # texts
-MAX_IDS = 1 << 24  # the state of the engine grows with the ids
-PASSING_STATE = ("truncation", "padding")  # changes as a tokenizer is used; not part of what it is
+MAX_IDS = 1 << 24  # the memory of the engine grows with the ids
+PASSING_STATE = ("truncation", "padding")  # changes when a tokenizer is used
 EXPECTED_FILES = "tokenizer.json, tokenizer_config.json or vocab.txt"
-FREE_NAMES = ("bos_token", "eos_token")  # special tokens that BERT does not use
+FREE_NAMES = ("bos_token", "eos_token")  # roles that BERT does not use
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What packing and masking need of a tokenizer. Arrays are indexed by token id."""
+    """What packing and masking need from a tokenizer. Arrays are indexed by token id."""
 
     size: int
     pad_id: int
@@ -43,17 +43,17 @@ class Vocabulary:
     mask_id: int
     unknown_id: int  # -1 if it has none
     is_special: np.ndarray  # bool [size]
-    # bool [size]: False for "##" pieces. None: only the text tells (BPE, SentencePiece).
+    # bool [size]: False for "##" pieces. None: depends on the text (BPE, SentencePiece).
     starts_word: np.ndarray | None
-    ordinary_ids: np.ndarray  # uint32 [size - specials]: random replacements are drawn from these
+    ordinary_ids: np.ndarray  # uint32 [size - specials]: for random replacements
     fingerprint: str
-    needs_space: bool = False  # the token of a word in running text includes its space
+    needs_space: bool = False  # in running text, the token of a word includes the space before it
 
 
 def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a vocab.txt (or a folder with nothing but one) or a hub name.
+    """The tokenizer in a folder, in a vocab.txt (or a folder with only that), or on the hub.
 
-    `lowercase` counts for a bare vocab.txt only. UserError if it cannot be loaded or used."""
+    `lowercase` applies only to a bare vocab.txt. UserError if it cannot be loaded or used."""
     path = Path(model_folder(str(Path(name).expanduser())))
     saved = ("tokenizer.json", "tokenizer_config.json")
     if path.is_dir() and not any((path / file).is_file() for file in saved):
@@ -62,23 +62,23 @@ def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
             raise UserError(f"{name}: no tokenizer in this folder; expected {EXPECTED_FILES}")
     if path.is_file():
         return from_vocabulary(read_vocabulary(path), lowercase)
-    if (path / "config.json").is_file():  # determines the class of the tokenizer
+    if (path / "config.json").is_file():  # it decides the class of the tokenizer
         read_json(path / "config.json", expected="the config of a model")
     source = str(path) if path.is_dir() else name
-    problem = f"{name}: no whole tokenizer in a folder, on the hub or in its cache"
+    problem = f"{name}: no complete tokenizer in a folder, on the hub or in its cache"
     with refusing(problem, f"offline, expected a folder with {EXPECTED_FILES}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if not getattr(tokenizer, "is_fast", False):
             kind = type(tokenizer).__name__
-            raise UserError(f"{name}: {kind} is written in Python; expected one of `tokenizers`")
+            raise UserError(f"{name}: {kind} is implemented in Python; expected a fast tokenizer")
         _try_out(tokenizer)
     return tokenizer
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise anything if the tokenizer fails on a text, or has no vocabulary or impossible ids."""
+    """Raise any error if the tokenizer fails on a text, or has no vocabulary or invalid ids."""
     entries, limit = tokenizer.get_vocab(), tokenizer.model_max_length
-    if entries.keys() <= set(tokenizer.all_special_tokens):  # the file of the vocabulary is gone
+    if entries.keys() <= set(tokenizer.all_special_tokens):  # the vocabulary file is missing
         raise ValueError("it has no vocabulary")
     size = max(entries.values()) + 1
     if size > MAX_IDS or not limit >= 1:
@@ -87,7 +87,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
     backend, text = without_limits(tokenizer), "A b, 1\u00e9\u4eac\U0010fffd"
     used = [*tokenizer.all_special_ids, *backend.encode(text).ids, *backend.encode(text, text).ids]
     if not all(0 <= number < size for number in used):
-        raise ValueError(f"it uses ids that it does not have: {used}")
+        raise ValueError(f"it uses ids beyond its vocabulary: {used}")
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
@@ -97,7 +97,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     vocabulary = {entry.removesuffix("\r"): number for number, entry in enumerate(entries)}
     missing = ", ".join(token for token in SPECIAL_TOKENS if token not in vocabulary)
     if missing:
-        raise UserError(f"{path}: no {missing}; expected a vocabulary of BERT, an entry a line")
+        raise UserError(f"{path}: no {missing}; expected a BERT vocabulary, one entry per line")
     return vocabulary
 
 
@@ -111,13 +111,14 @@ def train(
 ) -> PreTrainedTokenizerBase:
     """A WordPiece tokenizer of at most `vocab_size` entries, trained on the texts of `read()`.
 
-    Memory grows with the distinct words only. The text is read twice: the trainer numbers single
-    characters in the order of a hash table, which differs between processes, and breaks ties by
-    number; entries that it gets as special tokens keep their order."""
-    # A limit on single characters keeps rare ones from crowding out words, and Chinese whole.
+    Memory grows only with the number of distinct words. The text is read twice."""
+    # The trainer numbers single characters in the order of a hash table, which differs between
+    # processes, and breaks ties by number. Entries passed as special tokens keep their order, so
+    # the first pass finds the characters and the second gets them sorted.
+    # The limit on characters keeps rare ones from crowding out words, but leaves room for Chinese.
     limits = {"show_progress": False, "limit_alphabet": max(256, vocab_size * 6 // 10)}
     entries: dict[str, int] = {}
-    for size in (0, vocab_size):  # size 0 gives the single characters alone
+    for size in (0, vocab_size):  # size 0 gives only the single characters
         first = SPECIAL_TOKENS + sorted(entries.keys() - set(SPECIAL_TOKENS))
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -137,13 +138,13 @@ def without_limits(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def encode_together(backend: Tokenizer, texts: Sequence, **more: bool) -> Iterator[Encoding]:
-    """The encodings of `texts`, in order, by all threads of the engine; a part in memory."""
+    """The encodings of `texts`, in order, on all threads, a part at a time in memory."""
     for start in range(0, len(texts), ENCODED_TOGETHER):
         yield from backend.encode_batch_fast(texts[start : start + ENCODED_TOGETHER], **more)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hexadecimal digits that identify what the tokenizer does, whatever limits are set."""
+    """16 hexadecimal digits that identify what the tokenizer does, apart from its limits."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return key_of({key: value for key, value in state.items() if key not in PASSING_STATE})
 
@@ -155,12 +156,12 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     if not missing and list(ids.values()).count(ids["mask_id"]) > 1:
         missing = "[MASK]"
     if missing:
-        problem = f"{tokenizer.name_or_path or 'the tokenizer'}: has no {missing} token"
+        problem = f"{tokenizer.name_or_path or 'the tokenizer'}: no {missing} token"
         raise UserError(f"{problem}; expected a tokenizer for masked language modeling")
     entries, unknown_id = tokenizer.get_vocab(), tokenizer.unk_token_id
     size = max(entries.values()) + 1
     starts_word, is_special = np.ones(size, bool), np.ones(size, bool)
-    for entry, number in entries.items():  # an id without an entry stays special: never drawn
+    for entry, number in entries.items():  # ids without an entry stay special: they are never drawn
         is_special[number] = False
         starts_word[number] = not entry.startswith("##")
     is_special[tokenizer.all_special_ids] = True
@@ -189,7 +190,7 @@ def _split_name(entry: str) -> tuple[str, str]:
 
 
 def word_problems(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[str]:
-    """What is wrong with `words` as new tokens; each problem begins with the line of the word."""
+    """What is wrong with `words` as new tokens; each problem starts with the line of the word."""
     backend, vocabulary = without_limits(tokenizer), tokenizer.get_vocab()
     normalize = backend.normalizer.normalize_str if backend.normalizer else str
     space, seen, problems = _space_before(tokenizer), set(), []
@@ -198,7 +199,7 @@ def word_problems(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[
         pieces = backend.encode(space + word, add_special_tokens=False).ids
         is_piece = len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id
         if not word or is_piece or word in vocabulary or read in seen:
-            problem = f"line {line}: {word!r} is blank, repeated, or a token already"
+            problem = f"line {line}: {word!r} is blank, repeated, or already a token"
             problems.append(f"{problem}; expected a new token")
         seen.add(read)
     return problems
@@ -207,18 +208,18 @@ def word_problems(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[
 def special_problems(
     tokenizer: PreTrainedTokenizerBase, specials: Sequence[str], words: list[str]
 ) -> list[str]:
-    """What is wrong with `specials` (TOKEN or NAME=TOKEN) as new tokens beside `words`; each
-    problem begins with the entry."""
+    """What is wrong with `specials` (TOKEN or NAME=TOKEN) as new tokens in addition to `words`;
+    each problem starts with the entry."""
     vocabulary, taken = tokenizer.get_vocab(), set(words)
     free_names, problems = set(FREE_NAMES), []
     for entry in specials:
         name, token = _split_name(entry)
-        is_known = not name and token in vocabulary  # a name may be given to a known token
+        is_known = not name and token in vocabulary  # a known token may get a name
         if name and name not in free_names:
-            expected = f"{' or '.join(FREE_NAMES)} as the name, each once, or none"
+            expected = f"{' or '.join(FREE_NAMES)} as the name, each once, or no name"
             problems.append(f"{entry}: the name {name} is taken; expected {expected}")
         elif not token.strip() or token in taken or is_known:
-            problem = f"{entry}: {token!r} is blank, repeated, or a token already"
+            problem = f"{entry}: {token!r} is blank, repeated, or already a token"
             problems.append(f"{problem}; expected a new token")
         taken.add(token)
         free_names.discard(name)
@@ -228,10 +229,10 @@ def special_problems(
 def add_tokens(
     tokenizer: PreTrainedTokenizerBase, words: list[str], specials: Sequence[str]
 ) -> dict[int, list[int]]:
-    """Make `words` and `specials` one token each, in place; returns the ids each new one replaces.
+    """Make each of `words` and `specials` a token; returns the ids that each new one replaces.
 
-    Both must be without problems (see above). Words are matched before the tokenizer's own rules,
-    so they stay whole, and only as words in scripts that write spaces."""
+    Both must have no problems (see above). Words are matched before the tokenizer's own rules, so
+    they stay whole; in scripts with spaces, only whole words match."""
     backend, size, space = without_limits(tokenizer), len(tokenizer), _space_before(tokenizer)
     entries = [_split_name(entry) for entry in specials]
     texts = {word: space + word for word in words} | {token: token for _, token in entries}
@@ -241,7 +242,7 @@ def add_tokens(
     added, strips = [], bool(space)
     for word in words:
         is_single = not (is_unspaced(word[0]) or is_unspaced(word[-1]))
-        # Where characters are set apart, the tokenizer would keep a normalized token as " X  Y ".
+        # A tokenizer that puts spaces around characters would normalize this token to " X  Y ".
         is_normalized = not any(map(is_unspaced, word))
         settings = {"single_word": is_single, "normalized": is_normalized, "lstrip": strips}
         added.append(AddedToken(word, **settings))
@@ -256,5 +257,5 @@ def add_tokens(
 
 
 def is_unspaced(character: str) -> bool:
-    """Whether its script writes words without spaces: Chinese characters and kana."""
+    """Whether the script of a character has no spaces: Chinese characters and kana."""
     return any(low <= ord(character) <= high for low, high in (KANA, *HAN))

@@ -1,8 +1,8 @@
-"""Worker processes of the DataLoader: they leave signals to their parent, and none outlives it.
+"""Worker processes of the DataLoader: they leave signals to their parent and never outlive it.
 
-A terminal or a job scheduler signals the whole group. The parent then finishes its step and saves,
-and needs its workers for that. So they ignore SIGTERM, with which the DataLoader and
-multiprocessing would end them before waiting: they are killed instead.
+A terminal or job scheduler signals the whole process group. The parent then finishes its step,
+which needs the workers, and saves. So workers ignore stop signals, and since the DataLoader and
+multiprocessing end workers by SIGTERM, they are killed instead.
 """
 
 import copy
@@ -17,7 +17,7 @@ from pretrain.signals import ignore_stop_signals, signal_on_parent_exit
 
 
 class Worker(multiprocessing.Process):
-    """A process that is killed by `terminate`, and when this process exits."""
+    """A process that is killed by `terminate`, and when its parent exits."""
 
     terminate = multiprocessing.Process.kill
 
@@ -28,7 +28,7 @@ class Worker(multiprocessing.Process):
 
 
 def _kill_workers() -> None:
-    """Some are left at exit if a traceback, for example, still refers to their iterator."""
+    """At exit, some remain if, for example, a traceback still refers to their iterator."""
     workers = [child for child in multiprocessing.active_children() if isinstance(child, Worker)]
     if workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would raise here
@@ -41,20 +41,19 @@ multiprocessing.util.Finalize(None, _kill_workers, exitpriority=0)
 
 
 def worker_context() -> BaseContext:
-    """A multiprocessing context that starts `Worker`s, by the start method of this process."""
+    """A multiprocessing context that starts `Worker`s with the start method of this process."""
     context = copy.copy(multiprocessing.get_context())
     context.Process = Worker
     return context
 
 
 def begin_worker(number: int = 0) -> None:
-    """The DataLoader's worker_init_fn: the worker ends when its parent does.
-
-    To the kernel the parent is the thread that forked, so the kernel is asked only if that is the
-    main thread, which lasts. Under forkserver the kernel's parent is the server."""
+    """The DataLoader's worker_init_fn: the worker ends when its parent does."""
+    # To the kernel, the parent is the thread that forked, so its signal is used only if that is the
+    # main thread, which lasts. Under forkserver the kernel's parent is the server.
     ignore_stop_signals()
     parent, worker = multiprocessing.parent_process(), multiprocessing.current_process()
     is_killed = worker.by_main_thread and signal_on_parent_exit(signal.SIGKILL)
-    if not is_killed or os.getppid() != parent.pid:  # another's child, or an orphan already
-        # With code 0: to the DataLoader any other is a failure, also while it ends its workers.
+    if not is_killed or os.getppid() != parent.pid:  # forkserver's child, or already an orphan
+        # Exit code 0: to the DataLoader any other is a failure, even while it ends its workers.
         threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()

@@ -1,8 +1,8 @@
 """Text classification on a pretrained encoder: from options to a `FinetuningRun` for `train`.
 
-Labeled rows flow in. What comes out is a folder: the best model in `final/`, which opens with
-AutoModelForSequenceClassification, its scores, its predictions for the test rows, and a picture of
-the confusion matrix.
+Labeled rows flow in. A run folder comes out: the best model in `final/`, which opens with
+AutoModelForSequenceClassification, its scores, its predictions for the test rows, and a plot of the
+confusion matrix.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ from pretrain.runtime.monitor import Monitor
 from pretrain.schema import TEXT
 
 MAX_LENGTH = 512  # tokens, unless --max-length is given
-MAX_CURVES = 30  # of single classes
+MAX_CURVES = 30  # classes whose F1 is logged
 FINETUNING_FORM = SAVED_FORM | {"rows": TEXT}  # of training_state.json
 
 
@@ -47,11 +47,11 @@ FINETUNING_FORM = SAVED_FORM | {"rows": TEXT}  # of training_state.json
 class FinetuningRun(Run):
     """Fine-tuning: the model of the best evaluation becomes `final/`.
 
-    Until then its weights are in memory, and in every checkpoint beside those of the step."""
+    Until then its weights are kept in memory and in every checkpoint."""
 
     classes: list[str]
     rows: dict[str, LabeledRows]  # train, valid and, if given, test
-    datasets: dict[str, LabeledDataset]  # likewise
+    datasets: dict[str, LabeledDataset]  # with the same keys
     best_weights: dict[str, Tensor] = field(default_factory=dict)  # on the CPU
     test_scores: dict = field(default_factory=dict)
 
@@ -72,11 +72,11 @@ class FinetuningRun(Run):
         return self.config.metric, "loss"
 
     def validate(self, step: int, stop: Callable[[], int], monitor: Monitor) -> dict | None:
-        """Scores on the validation rows, as `Tally.scores`."""
+        """Scores on the validation rows, as returned by `Tally.scores`."""
         return self.score_rows("valid", stop)[1]
 
     def score_rows(self, name: str, stop=lambda: 0) -> tuple[np.ndarray | None, dict | None]:
-        """(probabilities, scores) of the rows `name`; two times None if `stop` cut it short."""
+        """(probabilities, scores) of the rows `name`; (None, None) if `stop` cut it short."""
         dataset, size = self.datasets[name], self.micro_batch_size
         probabilities = predict(self.model, dataset, size, self.autocast(), stop)
         if probabilities is None:
@@ -86,35 +86,35 @@ class FinetuningRun(Run):
         return probabilities, tally.scores()
 
     def logged(self, scores: dict) -> dict[str, float]:
-        """The numbers, and the F1 of the first classes."""
+        """The scores that are numbers, and the F1 of the first classes."""
         classes = list(scores.get("classes", {}).items())[:MAX_CURVES]
-        f1 = {f"eval_f1/{label}": of["f1"] for label, of in classes}
+        f1 = {f"eval_f1/{label}": class_scores["f1"] for label, class_scores in classes}
         return numbers_of(scores, "eval/") | f1
 
     def keep_best(self, state) -> None:
         self.load_state_dict(self.model.state_dict())
 
     def best_problem(self) -> str | None:
-        """None: the weights are part of the checkpoint."""
+        """None: the best weights are part of the checkpoint."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.best_weights
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy: the model is trained further, and a checkpoint will be removed."""
-        for name, of in self.model.state_dict().items():
-            self.best_weights[name] = state[name].to("cpu", copy=True).view_as(of)
+        """Keep a copy of the weights: training continues, and checkpoints are removed."""
+        for name, weight in self.model.state_dict().items():
+            self.best_weights[name] = state[name].to("cpu", copy=True).view_as(weight)
 
     def finish(self, state) -> None:
-        """Score the best model on the test rows; write predictions, picture and model."""
+        """Score the best model on the test rows; write predictions, plot and model."""
         self.model.load_state_dict(self.best_weights)
-        state.scores = scores = state.best_scores  # those of `final/`
+        state.scores = scores = state.best_scores  # the scores of `final/`
         name, classes = "validation", self.classes
         if "test" in self.datasets:
             name, (probabilities, scores) = "test", self.score_rows("test")
             self.test_scores = scores
             rows = zip(self.rows["test"].labels, probabilities)
-            cells = ({"label": label} | new_cells(of, classes) for label, of in rows)
+            cells = ({"label": label} | new_cells(row, classes) for label, row in rows)
             write_rows(self.output / "test_predictions.csv", cells, as_csv=True)
         title = f"Predictions for the {name} rows of each class"
         plots.confusion(self.output / "confusion.png", title, {"": scores["confusion"]}, classes)
@@ -122,7 +122,7 @@ class FinetuningRun(Run):
             super().finish(state)
 
     def complete_summary(self, state, summary: dict) -> None:
-        """The best scores, and those of the test rows."""
+        """Add the best validation scores and the test scores."""
         summary.pop("mask_shortfall", None)
         summary["train_rows"] = len(self.datasets["train"])
         if state.best_scores:
@@ -131,7 +131,7 @@ class FinetuningRun(Run):
             summary["test"] = self.test_scores
 
     def clean_up(self) -> None:
-        """Checkpoints have no use beside the result."""
+        """Remove all checkpoints: the result replaces them."""
         super().clean_up()
         ckpt.prune(self.output, keep=0)
 
@@ -144,7 +144,7 @@ class FinetuningRun(Run):
             ["started from", self.config.model],
             ["classes", ", ".join(self.classes)],
             ["training rows", len(self.datasets["train"])],
-            ["tokens of an example", self.tokenizer.model_max_length],
+            ["tokens per example", self.tokenizer.model_max_length],
             ["step of the best model", state.best_step],
             ["seed", self.config.seed],
         ]
@@ -158,11 +158,11 @@ class FinetuningRun(Run):
 
 
 def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False) -> FinetuningRun:
-    """Check everything, read the rows, load the model; UserError names what does not fit.
+    """Check everything, read the rows, load the model; UserError names what is wrong.
 
-    A head for the same classes is kept only with `keep_head`; `quiet` prints nothing."""
+    With `keep_head`, a head for the same classes is kept; with `quiet`, nothing is printed."""
     check(validate(options))
-    require("matplotlib", "the picture of the confusion matrix")
+    require("matplotlib", "the plot of the confusion matrix")
     with option_named("--device"):
         world, device = start(options.device, alone="fine-tuning")
     output = run_folder(options.output, "finetune-")
@@ -171,10 +171,10 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
 
     rows = read_rows(options)
     classes = rows["train"].classes
-    rows_key = key_of({name: [of.texts, of.labels] for name, of in rows.items()})
+    rows_key = key_of({name: [part.texts, part.labels] for name, part in rows.items()})
     if saved and saved["rows"] != rows_key:
         problem = "the rows have changed since the run started"
-        expected = "restore the files, or start a new run"
+        expected = "expected the same files, or a new run"
         raise UserError(f"--train {' '.join(options.train)}: {problem}; {expected}")
     torch.manual_seed(options.seed)
     source = str(checkpoint or options.model)
@@ -182,7 +182,7 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     tokenizer, model = load_model(source, options, device, precision, classes, keep_head)
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    datasets = {name: LabeledDataset(of, tokenizer) for name, of in rows.items()}
+    datasets = {name: LabeledDataset(part, tokenizer) for name, part in rows.items()}
     train = datasets["train"]
     if options.class_weights == "balanced":
         train.class_weights = len(train) / (len(classes) * np.bincount(train.labels))
@@ -192,7 +192,7 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     data = LabeledSteps(train, options.batch_size, size, options.seed, pin_memory=on_gpu)
     epoch = data.steps_per_epoch
     total_steps = options.max_steps or max(1, round(options.epochs * epoch))
-    torch.manual_seed(options.seed)  # for dropout, whatever the head drew
+    torch.manual_seed(options.seed)  # for dropout, independent of the draws for the head
     run = FinetuningRun(
         config=options,
         world=world,
@@ -223,9 +223,9 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
 def load_model(
     name: str, options, device: torch.device, precision: str, classes=None, keep_head: bool = True
 ) -> tuple[PreTrainedTokenizerBase, PackedClassifier]:
-    """(tokenizer, classifier as by `load_classifier`), checked; `options` of either command.
+    """(tokenizer, model of `load_classifier`), checked; `options` of finetune.py or predict.py.
 
-    The tokenizer's `model_max_length` is that of the options, where a pipeline cuts as well."""
+    The tokenizer's `model_max_length` is set, so that a pipeline cuts at the same length."""
     with option_named("--model"):
         tokenizer = tokenizers.load(name)
         model = load_classifier(name, classes, keep_head)
@@ -248,7 +248,7 @@ def load_model(
 
 
 def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
-    """The rows by option, those of --train within --label-budget."""
+    """The rows of each option; the rows of --train are limited by --label-budget."""
     rows, classes = {}, None
     for name in ("train", "valid", "test"):
         if paths := getattr(options, name):
@@ -260,15 +260,16 @@ def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
         return rows
     least, most = len(classes), len(train.labels)
     if not least <= budget <= most:
-        expected = f"{least}, a row of each class, to {most}, the rows of --train"
+        expected = f"{least} (one row per class) to {most} (all rows of --train)"
         raise UserError(f"--label-budget {budget}: expected {expected}")
     chosen = budget_rows(train.labels, budget, options.seed).tolist()
-    texts, labels = ([of[row] for row in chosen] for of in (train.texts, train.labels))
+    texts = [train.texts[row] for row in chosen]
+    labels = [train.labels[row] for row in chosen]
     return rows | {"train": LabeledRows(texts, labels, classes)}
 
 
 def print_rows(run: FinetuningRun) -> None:
-    """Print the rows of each class, how many are cut, and how many texts are also trained on."""
+    """Print the rows per class, how many are cut, and how many texts are also in --train."""
     seen = set(run.rows["train"].texts)
     for name, dataset in run.datasets.items():
         counts = np.bincount(dataset.labels, minlength=len(run.classes))
@@ -283,9 +284,9 @@ def print_rows(run: FinetuningRun) -> None:
 
 
 def print_plan(run: FinetuningRun) -> None:
-    """Every derived number, before training starts."""
+    """Print every derived number, before training starts."""
     settings, length = run.model.config, run.tokenizer.model_max_length
     size = f"{settings.model_type} {settings.num_hidden_layers}x{settings.hidden_size}"
-    print(f"model: {size} on {run.device} in {run.precision}, at most {length} tokens an example")
+    print(f"model: {size} on {run.device} in {run.precision}, at most {length} tokens per example")
     steps = f"{run.total_steps:,} steps of {run.config.batch_size} examples"
     print(f"run: {steps}, evaluation every {run.eval_every:,}; {run.output}")

@@ -1,7 +1,7 @@
 """Labeled texts for classification: rows of tables -> checked texts and labels -> packed batches.
 
-A row has one text or two, and a label: a name or a whole number. Classes are in the order of the
-numbers or of the alphabet.
+A row has one or two texts and a label, which is a name or a whole number. Classes are sorted by
+number or alphabetically.
 """
 
 import re
@@ -31,7 +31,7 @@ Example = tuple[np.ndarray, np.ndarray, int]  # token ids, token types, label
 
 @dataclass(frozen=True)
 class LabeledRows:
-    """Texts, each of one or two parts, their labels, and the labels that a model chooses from."""
+    """Texts of one or two parts each, their labels, and the labels that a model chooses from."""
 
     texts: list[tuple[str, ...]]
     labels: list[str]
@@ -39,9 +39,9 @@ class LabeledRows:
 
 
 def choose_columns(record: dict, where: str, options: ColumnOptions) -> tuple[str, ...]:
-    """The columns of the text or the two texts, by the first row; UserError if it lacks one."""
+    """The columns of the one or two texts, from the first row; UserError if it lacks one."""
     pair = options.text_pair_field
-    rest = {name: of for name, of in record.items() if name not in (options.label_field, pair)}
+    rest = {name: record[name] for name in record if name not in (options.label_field, pair)}
     columns = (options.text_field or choose_field(rest, where), *([pair] if pair else []))
     for column, field in zip(columns, ("text", "text pair")):
         if column not in record:
@@ -50,9 +50,9 @@ def choose_columns(record: dict, where: str, options: ColumnOptions) -> tuple[st
 
 
 def read_texts(paths: Sequence[str], options: ColumnOptions, problems: list[str]) -> Iterator[Row]:
-    """The rows of tables, in order; one without a text goes to `problems` instead.
+    """The rows of tables, in order; a row without text is reported in `problems` instead.
 
-    UserError if there is none, or if the first lacks a column."""
+    UserError if there are no rows, or if the first one lacks a column."""
     columns = None
     for where, record in open_tables(paths):
         columns = columns or choose_columns(record, where, options)
@@ -60,25 +60,25 @@ def read_texts(paths: Sequence[str], options: ColumnOptions, problems: list[str]
         for column in columns:
             text = record.get(column)
             if isinstance(text, str) and text.strip():
-                # JSON may have half a surrogate pair.
+                # JSON may hold half a surrogate pair.
                 texts.append(text.encode("utf-8", "replace").decode("utf-8"))
             else:
                 problems.append(f"{where}: column {column} has {_shown(text)}; expected text")
         if len(texts) == len(columns):
             yield where, record, tuple(texts)
     if columns is None:
-        raise UserError(f"{' '.join(paths)}: no rows; expected rows below a header")
+        raise UserError(f"{' '.join(paths)}: no rows; expected rows after a header")
 
 
 def label_of(value: object) -> str:
-    """The label in a cell, "" if it is blank."""
+    """The label in a cell, "" if the cell is blank."""
     if isinstance(value, bool):
         return str(value).lower()
     return "" if value is None else str(value).strip()
 
 
 def _kind_of(value: object) -> str | None:
-    """The kind of label in a cell, None if there is none."""
+    """The kind of label in a cell, None if it is not a label."""
     label = label_of(value)
     if not label or not isinstance(value, (str, int)) or FRACTION.fullmatch(label):
         return None
@@ -94,8 +94,8 @@ def read_labeled(
 ) -> LabeledRows:
     """The rows of files, in order.
 
-    UserError lists every row without a text or a label, or with a label that is not in `classes`.
-    Without `classes`, labels must be of one kind: some names and some numbers are a mistake."""
+    UserError lists every row without text or label, or with a label that is not in `classes`.
+    Without `classes`, all labels must be of one kind: a mix of names and numbers is a mistake."""
     all_texts, labels, problems, kinds = [], [], [], {}
     source, field, expected = " ".join(paths), options.label_field, "a name or a whole number"
     if classes:
@@ -103,7 +103,7 @@ def read_labeled(
     for where, record, texts in read_texts(paths, options, problems):
         if field not in record:
             problems.append(str(no_column(record, where, field, "label")))
-            break  # in the next rows as well
+            break  # the next rows would only repeat it
         label, kind = label_of(record[field]), _kind_of(record[field])
         if not kind or (classes and label not in classes):
             found = _shown(record[field])
@@ -119,13 +119,13 @@ def read_labeled(
 
 
 def classes_of(labels: list[str], source: str) -> list[str]:
-    """The labels in order; UserError if `source` has only one, or nearly as many as rows."""
+    """The sorted labels; UserError if there is only one, or if there are too many for the rows."""
     classes, num_rows = sorted(set(labels)), len(labels)
     if all(map(WHOLE_NUMBER.fullmatch, classes)):
         classes.sort(key=int)
     first = f"{source}: {classes[0]!r}"
     if len(classes) < 2:
-        raise UserError(f"{first} is the label of all {num_rows:,} rows; expected two labels")
+        raise UserError(f"{first} is the only label in {num_rows:,} rows; expected two or more")
     if len(classes) > min(MAX_CLASSES, num_rows / 2 + 1):
         expected = f"at most {MAX_CLASSES}, with several rows each (is it the right label field?)"
         found = f"{first} and others are {len(classes):,} labels in {num_rows:,} rows"
@@ -134,8 +134,8 @@ def classes_of(labels: list[str], source: str) -> list[str]:
 
 
 def budget_rows(labels: list[str], budget: int, seed: int) -> np.ndarray:
-    """int64 [budget]: rows to train on, drawn by `seed`, each class in proportion and at least one
-    of it. The rows of a smaller budget are the first of a larger one."""
+    """int64 [budget]: rows to train on, drawn by `seed`, with every class in proportion and at
+    least once. A smaller budget takes the first rows of a larger one."""
     _, number = np.unique(labels, return_inverse=True)
     shuffled = np.argsort(derive(key(seed), np.arange(len(labels))), kind="stable")
     rank = np.empty(len(labels))  # of a row within its class, as a share of the class
@@ -169,7 +169,7 @@ class LabeledDataset:
         return len(self.examples)
 
     def micro_batches(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
-        """The rows, packed by `size`."""
+        """The rows, packed in micro-batches of `size`."""
         for start in range(0, len(rows), size):
             examples = [self.examples[row] for row in rows[start : start + size]]
             yield pack(examples, self.max_length, self.class_weights)
@@ -178,7 +178,7 @@ class LabeledDataset:
 def pack(
     examples: Sequence[Example], max_length: int, class_weights: np.ndarray | None = None
 ) -> Batch:
-    """The examples end to end. Their loss is divided by the sum of the weights of their labels."""
+    """The examples, end to end. The loss is divided by the sum of the weights of the labels."""
     ids, type_ids, labels = zip(*examples)
     lengths, labels = np.array([len(part) for part in ids]), np.array(labels, np.int64)
     ends = np.cumsum(lengths)
@@ -198,7 +198,7 @@ def pack(
     )
 
 
-@lru_cache(maxsize=1)  # most steps are in the epoch of the step before
+@lru_cache(maxsize=1)  # most steps are in the same epoch as the previous one
 def _order_of(epoch: int, num_rows: int, seed: int) -> list[int]:
     keys = derive(key(seed, epoch), np.arange(num_rows))
     return np.argsort(keys, kind="stable").tolist()
@@ -208,8 +208,8 @@ def _order_of(epoch: int, num_rows: int, seed: int) -> list[int]:
 class LabeledSteps:
     """Iterator over optimizer steps: each item is a list of micro-batches.
 
-    The rows of a step are a pure function of the seed and the number of the step. Every epoch has
-    an order of its own; its last step takes what is left."""
+    The rows of a step are a pure function of seed and step number. Every epoch has its own order;
+    its last step takes the remaining rows."""
 
     dataset: LabeledDataset
     batch_size: int
@@ -218,7 +218,7 @@ class LabeledSteps:
     pin_memory: bool = False
     step: int = 0  # steps handed out
 
-    position = None  # of the data, in a message: the number of the step says it
+    position = None  # data position in messages: the step number is enough
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,4 +1,4 @@
-"""Text classification on packed batches: transformers' own classes, under their own names."""
+"""Text classification on packed batches: the classes of transformers, under the same names."""
 
 import torch
 import transformers
@@ -17,12 +17,12 @@ ONE_CLASS = "single_label_classification"
 class PackedClassifier(PackedModel):
     """Batch -> losses by name; the head reads the first token of each sequence."""
 
-    class_weights: Tensor | None = None  # float32 [classes]; None: all weigh alike
+    class_weights: Tensor | None = None  # float32 [classes]; None: equal weights
     head_may_differ = True
 
     def label_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """float32 [N, classes]."""
-        # [N, 1, width]: the pooler, or a head without one, takes token 0.
+        # [N, 1, width]: a pooler, or a head without pooler, reads token 0.
         first = self.first_tokens(hidden, batch)[:, None]
         pooler = getattr(self.base_model, "pooler", None)
         if pooler is not None:
@@ -30,13 +30,13 @@ class PackedClassifier(PackedModel):
         return self.classifier(first).float()
 
     def losses(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
-        """The terms of the training loss by name: add yours here."""
+        """The terms of the training loss, by name. Add your own here."""
         logits, labels = self.label_logits(hidden, batch), batch.labels["label"]
         return {"label": cross_entropy(logits, labels, class_weights=self.class_weights)}
 
 
 def _packed(stock: type, family: type[PackedModel] = PackedModel) -> type[PackedClassifier]:
-    """`stock` on packed batches, under its own name, which `save_pretrained` writes."""
+    """`stock` on packed batches, under the same name, which `save_pretrained` writes."""
     return type(stock.__name__, (PackedClassifier, family, stock), {})
 
 
@@ -51,8 +51,9 @@ CLASSIFIERS = {
 def load_classifier(
     name: str, classes: list[str] | None = None, keep_head: bool = True
 ) -> PackedClassifier:
-    """The classifier in a checkpoint; with `classes`, one of those labels over its encoder. A head
-    of the same labels is kept; a fresh one is drawn last from the global random numbers."""
+    """The classifier in a checkpoint or, given `classes`, a classifier for them on its encoder.
+
+    A head for the same labels is kept; a fresh head is drawn with the global seed."""
     config = load_config(name)
     chooses_one = config.num_labels > 1 and config.problem_type in (None, ONE_CLASS)
     keep_head &= chooses_one and classes in (None, list(config.id2label.values()))
@@ -66,11 +67,11 @@ def load_classifier(
     model, missing = load_weights(CLASSIFIERS[config.model_type], name, config)
     has_head = not any(key.startswith("classifier") for key in missing)
     if classes is None and not (has_head and chooses_one):
-        expected = "a classifier, such as finetune.py makes"
-        raise UserError(f"{name}: has no head that chooses one of several; expected {expected}")
-    if not (keep_head and has_head):  # also if the sizes happen to agree
-        torch.manual_seed(torch.initial_seed())  # whatever else was missing has drawn numbers
+        expected = "a classifier, such as one from finetune.py"
+        raise UserError(f"{name}: no head that chooses one of several classes; expected {expected}")
+    if not (keep_head and has_head):  # even if the sizes happen to match
+        torch.manual_seed(torch.initial_seed())  # other missing weights may have drawn numbers
         for weight in model.classifier.parameters():
-            weight._is_hf_initialized = False  # transformers skips what the checkpoint had
+            weight._is_hf_initialized = False  # transformers skips loaded weights
         model.classifier.apply(model._init_weights)
     return model

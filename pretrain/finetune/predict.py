@@ -1,6 +1,6 @@
-"""Labels and probabilities of texts, in order.
+"""Predicted labels and probabilities of texts, in order.
 
-Rows stream: a file of any size is read, predicted and written a chunk at a time.
+Rows stream: a file of any size is read, predicted and written in chunks.
 """
 
 import csv
@@ -25,7 +25,7 @@ def predict(
     model: PackedClassifier, dataset: LabeledDataset, batch_size: int, precision, stop=lambda: 0
 ) -> np.ndarray | None:
     """float32 [rows, classes]: probabilities, in the order of the dataset; None if `stop` (a
-    signal) cut it short. `precision` is an autocast."""
+    signal) cut it short. `precision` is an autocast context."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     logits = []
@@ -42,7 +42,7 @@ def predict(
 
 
 def new_cells(probabilities: np.ndarray, classes: list[str]) -> dict[str, object]:
-    """The cells that a prediction adds to its row, from the probabilities [classes]."""
+    """The cells that a prediction adds to a row, from its probabilities [classes]."""
     cells = {"predicted_label": classes[int(probabilities.argmax())]}
     for label, probability in zip(classes, probabilities):
         cells[f"probability_{label}"] = round(float(probability), 6)
@@ -50,11 +50,11 @@ def new_cells(probabilities: np.ndarray, classes: list[str]) -> dict[str, object
 
 
 def check_rows(paths: Sequence[str], options: ColumnOptions, classes: list[str]) -> None:
-    """UserError lists the rows without a text, and the new columns that a row has already."""
+    """UserError lists the rows without text, and new columns that a row already has."""
     problems, taken, added = [], {}, new_cells(np.zeros(len(classes)), classes)
     for where, record, _ in read_texts(paths, options, problems):
         for name in sorted(added.keys() & record.keys()):
-            taken.setdefault(name, f"{where}: has a column {name!r}; expected none")
+            taken.setdefault(name, f"{where}: column {name!r} exists; expected another name")
     problems += taken.values()
     check(problems)
 
@@ -66,13 +66,14 @@ def predict_rows(
     rows = iter(rows)
     while chunk := list(islice(rows, CHUNK)):
         labels = [label_of(record.get(label_field)) for _, record, _ in chunk]
-        probabilities = predict_chunk(LabeledRows([of for *_, of in chunk], labels, classes))
-        for (_, record, _), of_row in zip(chunk, probabilities):
-            yield record | new_cells(of_row, classes)
+        texts = [text for *_, text in chunk]
+        probabilities = predict_chunk(LabeledRows(texts, labels, classes))
+        for (_, record, _), row in zip(chunk, probabilities):
+            yield record | new_cells(row, classes)
 
 
 def write_rows(path: Path, rows: Iterable[dict], as_csv: bool) -> None:
-    """Write `rows` as CSV, with the columns of the first, or as JSON lines."""
+    """Write `rows` as CSV, with the columns of the first row, or as JSON lines."""
     with path.open("w", encoding="utf-8", newline="") as out:
         if not as_csv:
             out.writelines(f"{_as_json(row)}\n" for row in rows)
@@ -85,7 +86,7 @@ def write_rows(path: Path, rows: Iterable[dict], as_csv: bool) -> None:
             for name, value in row.items():
                 if isinstance(value, (list, dict)):
                     cells[name] = _as_json(value)
-            with refusing(f"row {number} has other columns than the first", "expected .jsonl"):
+            with refusing(f"row {number} has different columns from the first", "expected .jsonl"):
                 writer.writerow(cells)
 
 

@@ -1,21 +1,21 @@
-"""How good predictions are: loss, accuracy, precision, recall and F1, and the confusion matrix."""
+"""Scores of predictions: loss, accuracy, precision, recall, F1, and the confusion matrix."""
 
 import numpy as np
 
 from pretrain.batch import IGNORED
 
 NAMES = ("precision", "recall", "f1")
-SMALLEST = 1e-30  # of a probability, whose logarithm is finite
+SMALLEST = 1e-30  # probability, so that its logarithm is finite
 
 
 class Tally:
-    """Counts of predictions that `add` sums up, and the scores that follow from them."""
+    """Counts predictions in `add`, and computes `scores` from the counts."""
 
     def __init__(self, classes: list[str]):
         self.classes = classes
         self.confusion = np.zeros((len(classes), len(classes)), np.int64)  # a row per true class
         self.loss_sum = 0.0
-        self.unlabeled = 0  # rows that are not scored
+        self.unlabeled = 0  # rows without a known label, not scored
 
     def add(self, labels: np.ndarray, probabilities: np.ndarray) -> None:
         """Count `labels` int64 [rows], IGNORED if unknown, and `probabilities` [rows, classes]."""
@@ -27,39 +27,39 @@ class Tally:
         self.loss_sum -= float(np.log(np.maximum(of_label, SMALLEST)).sum())
 
     def scores(self) -> dict:
-        """Loss, accuracy, macro averages over the classes that occur or are predicted, the numbers
-        of each class (0 for a ratio without rows), and the confusion matrix."""
+        """Loss, accuracy, macro averages over the classes that occur or are predicted, the scores
+        of each class (0 if a ratio has no rows), and the confusion matrix."""
         right = np.diag(self.confusion)
         rows, predicted = self.confusion.sum(1), self.confusion.sum(0)
         counts = {"precision": predicted, "recall": rows, "f1": (rows + predicted) / 2}
-        of_class = {name: right / np.maximum(count, 1) for name, count in counts.items()}
+        by_class = {name: right / np.maximum(count, 1) for name, count in counts.items()}
         present = rows + predicted > 0
         classes = {}
         for number, label in enumerate(self.classes):
-            classes[label] = {name: float(of[number]) for name, of in of_class.items()}
+            classes[label] = {name: float(score[number]) for name, score in by_class.items()}
             classes[label]["rows"] = int(rows[number])
         return {
             "loss": float(self.loss_sum / rows.sum()),
             "accuracy": float(right.sum() / rows.sum()),
-            **{f"macro_{name}": float(of[present].mean()) for name, of in of_class.items()},
+            **{f"macro_{name}": float(score[present].mean()) for name, score in by_class.items()},
             "classes": classes,
             "confusion": self.confusion.tolist(),
         }
 
 
 def numbers_of(scores: dict, prefix: str = "") -> dict[str, float]:
-    """The scores that are one number."""
-    return {f"{prefix}{name}": of for name, of in scores.items() if isinstance(of, float)}
+    """The scores that are single numbers."""
+    return {f"{prefix}{name}": x for name, x in scores.items() if isinstance(x, float)}
 
 
 def score_table(scores: dict) -> str:
-    """The scores as text, a line per class."""
-    total = sum(of["rows"] for of in scores["classes"].values())
+    """The scores as text, one line per class."""
+    total = sum(row["rows"] for row in scores["classes"].values())
     mean = {name: scores[f"macro_{name}"] for name in NAMES} | {"rows": total}
     rows = scores["classes"] | {"mean of the classes": mean}
     width = max(map(len, rows)) + 2
     lines = [f"{'':{width}}{'precision':>10}{'recall':>10}{'F1':>10}{'rows':>8}"]
-    for label, of in rows.items():
-        numbers = "".join(f"{of[name]:10.3f}" for name in NAMES)
-        lines.append(f"{label:{width}}{numbers}{of['rows']:8,}")
+    for label, row in rows.items():
+        numbers = "".join(f"{row[name]:10.3f}" for name in NAMES)
+        lines.append(f"{label:{width}}{numbers}{row['rows']:8,}")
     return "\n".join([*lines, f"accuracy {scores['accuracy']:.3f}"])

@@ -125,7 +125,7 @@ def all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> 
 
 
 def sum_counts(counts: dict[str, float]) -> dict[str, float]:
-    """`counts` summed over all processes; infinity instead of 0, since they are denominators: a term
+    """`counts` summed over all processes, as denominators: infinity instead of 0, so that a term
     without any label in this step changes nothing."""
     sums = all_reduce(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist()
     return {name: count or math.inf for name, count in zip(counts, sums)}

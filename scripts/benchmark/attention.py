@@ -1,4 +1,4 @@
-"""One layer's attention on a GPU over a packed micro-batch: which kernel is the fastest?"""
+"""Which attention kernel is the fastest? One layer on a GPU over a packed micro-batch."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,16 +14,16 @@ from pretrain.model.attention import KERNELS, packed_varlen
 
 HEADS, WIDTH = 12, 64  # of BERT-base
 TOKENS, MAX_LENGTHS = 1 << 15, (128, 512)
-SLOTS = 2  # sequences, with dummies, that a filled micro-batch has for each one of full length
-SHORT_SHARE = 0.1  # of the sequences aim at a shorter length, as in a run
+SLOTS = 2  # sequences, including dummies, per full-length sequence of a filled micro-batch
+SHORT_SHARE = 0.1  # of sequences that get a shorter target length, as in a run
 TIMED_SECONDS = 0.2
 
 
 def measure_attention(bench) -> Iterator[dict]:
-    """Milliseconds, forward and with backward, and peak memory of each kernel at each length; the
-    error of one that fails."""
+    """Milliseconds (forward, forward and backward) and peak memory of each kernel at each length,
+    or its error."""
     if bench.device_type == "cpu":
-        yield {"needs": "a GPU: there is no variable-length kernel elsewhere"}
+        yield {"needs": "a GPU, for variable-length kernels"}
         return
     rows, versions = [], {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
     for max_length in MAX_LENGTHS:
@@ -31,7 +31,7 @@ def measure_attention(bench) -> Iterator[dict]:
             row = {"max_length": max_length, "kernel": kernel, "layout": layout}
             try:
                 row |= _measure(attend, inputs)
-            except Exception as error:  # a backend may refuse; compilers raise their own kinds
+            except Exception as error:  # backends and compilers raise errors of any class
                 row["error"] = first_line(error)
             rows.append(row)
             yield {"tokens": TOKENS, **versions, "rows": rows}
@@ -40,7 +40,7 @@ def measure_attention(bench) -> Iterator[dict]:
 def _variants(max_length: int) -> Iterator[tuple[str, str, Callable[..., Tensor], list[Tensor]]]:
     """(kernel, layout, function, its inputs): packed, as our layers call it, then padded."""
     real = _draw_lengths(max_length)
-    # As a micro-batch is filled: dummies cover the tail, empty ones follow.
+    # As in a filled micro-batch: dummies cover the tail, empty ones follow.
     full, rest = divmod(TOKENS - sum(real), max_length)
     filled = [*real, *[max_length] * full, rest]
     filled += [0] * (SLOTS * TOKENS // max_length - len(filled))
@@ -58,7 +58,7 @@ def _variants(max_length: int) -> Iterator[tuple[str, str, Callable[..., Tensor]
 
 
 def _draw_lengths(max_length: int) -> list[int]:
-    """Of real sequences that fill a micro-batch, 0.85 of `max_length` in the mean."""
+    """Lengths of real sequences that fill a micro-batch, 0.85 of `max_length` on average."""
     generator, lengths = np.random.default_rng(0), []
     while True:
         lowest = 5 if generator.random() < SHORT_SHARE else int(0.8 * max_length)

@@ -1,4 +1,4 @@
-"""Commands of this project, as a user runs them: do they end well, and do their numbers agree?"""
+"""Runs the commands of this project as a user does, and checks exit codes and numbers."""
 
 import random
 import re
@@ -13,18 +13,18 @@ from pretrain.runtime.checkpoint import checkpoints, step_of
 from scripts.benchmark.processes import Command, training_rows
 
 POLL_SECONDS = 0.05
-FREQUENT_WORDS, WORDS_PER_ROW = 200, 12  # few words: each occurs in some training row
+FREQUENT_WORDS, WORDS_PER_ROW = 200, 12  # few words, so each one occurs in the training rows
 NUM_ROWS = {"train": 512, "valid": 128, "test": 128}
 FINETUNING_STEPS = 60
 MASKED_TEXT = "Return True [MASK] the object is a string."
-LEAST_F1 = 0.9  # on rows that a word tells apart
-F1_TOLERANCE = 0.02  # of bf16 beside bf16 in other batches
+MIN_F1 = 0.9  # on rows in which each word shows the class
+F1_TOLERANCE = 0.02  # between bf16 results in different batches
 RESUMED_TOLERANCE = 0.02  # of a logged loss, in bf16 with atomic sums
-LEAST_FALL = 0.05  # of the loss, in a run of some hundred steps
+MIN_DECREASE = 0.05  # of the loss, in a run of a few hundred steps
 
 
 def _while(is_running: Callable[[], bool], rows: Callable[[], dict]) -> Iterator[dict]:
-    """`rows()` again and again, so that a check that is interrupted leaves its last ones."""
+    """`rows()`, repeated so that an interrupted check leaves its latest result."""
     while is_running():
         time.sleep(POLL_SECONDS)
         yield rows()
@@ -36,8 +36,8 @@ def _losses_of(output: Path) -> dict[int, float]:
 
 
 def measure_resume(bench) -> Iterator[dict]:
-    """Losses of a run of --steps steps beside those of one that is killed after two thirds of them
-    and resumed. Both start at the same time."""
+    """Compare the losses of two runs of --steps steps that start at the same time; one is killed
+    after two thirds of its steps and resumed."""
     every = max(1, bench.options.steps // 3)
     changed = {"max_steps": bench.options.steps, "save_every": str(every), "log_every": 1}
     outputs = {name: bench.folder / f"{name}-run" for name in ("whole", "killed")}
@@ -49,10 +49,10 @@ def measure_resume(bench) -> Iterator[dict]:
     def losses(start: int) -> dict:
         return compare(start, *map(_losses_of, outputs.values()))
 
-    def goes_on() -> bool:
+    def is_before_kill() -> bool:
         return killed.is_running() and max(training_rows(outputs["killed"]), default=0) < 2 * every
 
-    yield from _while(goes_on, partial(losses, 0))
+    yield from _while(is_before_kill, partial(losses, 0))
     killed.stop()
     start = max(map(step_of, checkpoints(outputs["killed"])), default=0)
     again = {"resume": True, "output": str(outputs["killed"])}
@@ -61,8 +61,8 @@ def measure_resume(bench) -> Iterator[dict]:
 
 
 def compare(start: int, whole: dict[int, float], resumed: dict[int, float]) -> dict:
-    """Losses of two runs by step, side by side, and their largest relative difference up to the
-    checkpoint `start` and after it."""
+    """Losses of two runs by step, and their largest relative difference before and after the
+    checkpoint at step `start`."""
     losses, before, after, failed = [], [], [], {}
     for step, loss in sorted(whole.items()):
         losses.append({"step": step, "loss": loss, "loss_resumed": resumed.get(step)})
@@ -71,15 +71,15 @@ def compare(start: int, whole: dict[int, float], resumed: dict[int, float]) -> d
     largest = {"before": max(before, default=0.0), "after": max(after, default=0.0)}
     num_compared = len(before) + len(after)
     if not start or not after or num_compared < len(whole):
-        failed["losses"] = f"{num_compared} of {len(whole)} to compare, from step {start}"
+        failed["losses"] = f"only {num_compared} of {len(whole)} steps compared, from step {start}"
     elif largest["after"] > max(RESUMED_TOLERANCE, 2 * largest["before"]):
-        failed["losses"] = f"of the resumed run differ by {largest['after']:.2%}"
+        failed["losses"] = f"the resumed run differs by {largest['after']:.2%}"
     differences = {f"difference_{when}": value for when, value in largest.items()}
     return {"resumed_from": start, "losses": losses, "failed": failed, **differences}
 
 
 def measure_fp16(bench) -> Iterator[dict]:
-    """Losses, loss scales and skipped steps of a run in fp16; in fp32 on a CPU."""
+    """Losses, loss scales and skipped steps of a run in fp16 (in fp32 on a CPU)."""
     output, steps = bench.folder / "run", bench.options.steps
     precision = "fp16" if bench.device_type == "cuda" else "fp32"
     changed = {"output": str(output), "precision": precision, "max_steps": steps}
@@ -99,36 +99,27 @@ def measure_fp16(bench) -> Iterator[dict]:
     if run.process.exitcode == 0:
         yield {"skipped_steps": read_json(output / "summary.json")["skipped_steps"]}
         first, last = found["losses"][0]["loss"], found["losses"][-1]["loss"]
-        if not last < (1 - LEAST_FALL) * first:  # a loss that is not finite is not logged
-            yield {"failed": {"loss": f"does not fall: from {first:.4f} to {last:.4f}"}}
+        if not last < (1 - MIN_DECREASE) * first:  # a loss that is not finite is not logged
+            yield {"failed": {"loss": f"does not decrease: {first:.4f} to {last:.4f}"}}
 
 
 def measure_use(bench) -> Iterator[dict]:
-    """Fine-tuning, then prediction with its model; evaluation and filled masks beside them.
-
-    --model is a model that was pretrained on the text."""
+    """Run finetune.py, then predict.py with its model; at the same time, evaluate.py and
+    fill_mask.py. --model must be pretrained on the text."""
     folder, options, text = bench.folder, bench.options, bench.options.train[0]
     rows = {name: str(folder / f"{name}.tsv") for name in NUM_ROWS}
     for name, path in rows.items():
         _write_rows(Path(text), Path(path), NUM_ROWS[name])
-    tuned, model, device = (
-        str(folder / "tuned"),
-        {"model": options.model},
-        {"device": options.device},
-    )
+    tuned = str(folder / "tuned")
+    model, device = {"model": options.model}, {"device": options.device}
     finetuning = {"max_steps": FINETUNING_STEPS, "eval_every": str(FINETUNING_STEPS // 2)}
     finetuning |= {"learning_rate": 5e-4, "output": tuned, **model, **device}
     finetuning |= {name: [path] for name, path in rows.items()}
-    evaluation = {
-        "input": [text],
-        "format": options.format,
-        "eval_tokens": 20_000,
-        **model,
-        **device,
-    }
+    evaluation = {"input": [text], "format": options.format, "cache": options.cache}
+    evaluation |= {"eval_tokens": 20_000, **model, **device}
     prediction = {"model": tuned, "input": [rows["test"]], **device}
     finetune = Command(folder, "finetune", finetuning)
-    others = [Command(folder, "evaluate", evaluation | {"cache": options.cache})]
+    others = [Command(folder, "evaluate", evaluation)]
     others.append(Command(folder, "fill_mask", model, MASKED_TEXT))
     finetune.process.join()
     predict = Command(folder, "predict", prediction | {"output": str(folder / "predictions.csv")})
@@ -137,13 +128,13 @@ def measure_use(bench) -> Iterator[dict]:
     results = [command.outcome().get("result", {}) for command in (finetune, predict)]
     if all(results):
         scores = (results[0]["test_macro_f1"], results[1]["macro_f1"])
-        told = "{:.4f} by finetune, {:.4f} by predict".format(*scores)
-        is_bad = min(scores) < LEAST_F1 or max(scores) - min(scores) > F1_TOLERANCE
-        yield {"macro_f1": told, "failed": {"macro_f1": told} if is_bad else {}}
+        shown = "{:.4f} by finetune, {:.4f} by predict".format(*scores)
+        is_bad = min(scores) < MIN_F1 or max(scores) - min(scores) > F1_TOLERANCE
+        yield {"macro_f1": shown, "failed": {"macro_f1": shown} if is_bad else {}}
 
 
 def _write_rows(text: Path, path: Path, count: int) -> None:
-    """Labeled rows of frequent words of a text, each of which belongs to one class only."""
+    """Write labeled rows of frequent words from a text; each word belongs to a single class."""
     words = Counter(re.findall(r"[a-z]{3,}", text.read_text(encoding="utf-8").lower()))
     frequent = [word for word, _ in words.most_common(FREQUENT_WORDS)]
     generator, lines = random.Random(path.name), ["text\tlabel"]

@@ -1,4 +1,4 @@
-"""The one loop that times both sides. Like the peer, it imports nothing of ours."""
+"""The clock that times both sides. Like the peer, it imports nothing from `pretrain`."""
 
 import time
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from torch._dynamo.utils import counters
 
 @dataclass(frozen=True)
 class Pace:
-    """How the sides take turns on a kind of device, in steps."""
+    """How the sides take turns on a type of device; numbers of steps."""
 
-    timed: int  # of a side in a row: a GPU queues the next one while it computes, as in a run
-    untimed: int  # before them: between its blocks a side gives its free memory back to the GPU
-    steady: int  # of ours alone, so that no batch was prepared in the other side's time
+    timed: int  # in a row, for each side: a GPU queues the next step while it computes, as in a run
+    untimed: int  # before the timed ones: after a turn, a side has freed its cached memory
+    steady: int  # by our side alone, so no batch was prepared during the peer's turn
     patience: float  # seconds for a block of the peer; the first one compiles
 
 
@@ -22,7 +22,7 @@ PACE = {"cpu": Pace(1, 0, 2, 1800), "cuda": Pace(8, 1, 32, 90)}
 
 
 def begin_clock(device: torch.device) -> float:
-    """The time, once the device is idle; its peak memory counts from here on."""
+    """The time, once the device is idle; resets its peak memory."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -30,15 +30,15 @@ def begin_clock(device: torch.device) -> float:
 
 
 def end_clock(device: torch.device, begin: float) -> dict[str, float]:
-    """Seconds since `begin`, peak memory of a GPU, and what torch.compile did so far.
+    """Seconds since `begin`, peak memory of a GPU, and the work of torch.compile so far.
 
-    Memory that no tensor uses goes back to the GPU, for the other side."""
+    Frees cached GPU memory for the other side."""
     peak = 0
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
     seconds = time.perf_counter() - begin
-    torch.cuda.empty_cache()  # nothing on a CPU
+    torch.cuda.empty_cache()  # a no-op on a CPU
     return {
         "seconds": seconds,
         "peak_bytes": peak,
@@ -48,14 +48,14 @@ def end_clock(device: torch.device, begin: float) -> dict[str, float]:
 
 
 class Clock:
-    """Times the steps of a side in blocks; each block is a turn, which the side waits for."""
+    """Times the steps of a side in blocks; before each block the side waits for its turn."""
 
     def __init__(self, turns: Connection, device: torch.device, pace: Pace, side: object = None):
         self.turns, self.device, self.pace, self.side = turns, device, pace, side
         self._wait()
 
     def _wait(self) -> None:
-        """Until the next turn, answer with methods of the side."""
+        """Answer calls of methods of the side until the next turn."""
         while message := self.turns.recv():
             method, *values = message
             self.turns.send(getattr(self.side, method)(*values))
@@ -63,7 +63,7 @@ class Clock:
         self.first_begin = self.begin = begin_clock(self.device)
 
     def end_step(self, tokens: int, flops: float = 0.0) -> None:
-        """Call this after each step, with its real tokens and floating-point operations."""
+        """Must be called after each step, with its real tokens and floating-point operations."""
         untimed = self.pace.untimed
         self.steps.append((tokens, flops))
         if len(self.steps) == untimed:

@@ -1,11 +1,11 @@
-"""Measure the speeds of this machine beside their peers, both sides in one run.
+"""Measure speeds on this machine and compare them with a peer in the same run.
 
-Only real tokens count, never padding. prepare: text to token ids, beside the tokenizer alone. data:
-plan, pairs, packing and masks. train: whole steps, beside transformers.Trainer on the same pairs.
-profile: what a step consists of. blocks: MLM alone, beside Trainer on blocks without padding.
-start: seconds to the first step, from nothing and from a checkpoint. largest: the largest
-micro-batch. numerics: the device beside fp32 on the CPU. Parts of the GPU check
-(scripts/gpu_check.sh): attention, variants, resume, fp16, use.
+Only real tokens count, never padding. prepare: text to token ids, compared with the tokenizer
+alone. data: plan, pairs, packing and masks. train: whole steps, compared with transformers.Trainer
+on the same pairs. profile: operators or kernels of a step. blocks: MLM alone, compared with Trainer
+on blocks without padding. start: seconds to the first step, from scratch and from a checkpoint.
+largest: the largest micro-batch. numerics: the device compared with fp32 on the CPU. Parts of the
+GPU check (scripts/gpu_check.sh): attention, variants, resume, fp16, use.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from scripts.benchmark.processes import Command, Process, ProcessError, send_row
 from scripts.benchmark.report import add_ratios, print_report
 
 CHECKS = ("attention", "variants", "resume", "fp16", "use")
-PARTS = {  # part: its module, in the order in which they run
+PARTS = {  # part -> module, in the order of the runs
     "attention": "attention",
     "variants": "steps",
     **dict.fromkeys(("resume", "fp16", "use"), "checks"),
@@ -37,7 +37,7 @@ PARTS = {  # part: its module, in the order in which they run
     **dict.fromkeys(("largest", "numerics"), "limits"),
 }
 SPEEDS = tuple(part for part in PARTS if part not in CHECKS)
-COMPUTING = ("attention", "prepare", "data", "largest", "numerics")  # the others start processes
+COMPUTING = ("attention", "prepare", "data", "largest", "numerics")  # others start processes
 QUICK = {"model": "mini", "max_length": 128, "batch_size": 16, "micro_batch_size": 16, "steps": 4}
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
 
@@ -58,12 +58,12 @@ class BenchmarkOptions(
     )
     workers: int | None = option(None, "processes that prepare batches, as in pretrain.py")
     batch_size: int = option(64, "sequences of max-length in an optimizer step", integer(1))
-    micro_batch_size: int = option(32, "sequences that go through the device at once", integer(1))
+    micro_batch_size: int = option(32, "sequences per forward pass", integer(1))
     steps: int = option(10, "timed steps of each side; on a GPU, in blocks of 8", integer(1))
     parts: tuple[str, ...] = option(SPEEDS, "what to measure", choices=SPEEDS + CHECKS)
-    quick: bool = option(False, "all parts in two minutes on two cores: small sizes, few steps")
+    quick: bool = option(False, "small sizes and few steps: two minutes for all parts on two cores")
     minutes: float = option(7.5, "time limit of the part variants", number(0, above=True))
-    json: str | None = option(None, "file for the report, after each part", metavar="FILE")
+    json: str | None = option(None, "file for the report, updated after each part", metavar="FILE")
 
 
 @dataclasses.dataclass
@@ -75,11 +75,11 @@ class Bench:
     device_type: str
 
     @property
-    def repeats(self) -> int:  # after one that warms up
+    def repeats(self) -> int:  # after one warm-up
         return 3 if self.options.quick else 5
 
     def run_options(self, **changed: object) -> dict:
-        """Options of pretrain.py, with some changed, for a run without validation."""
+        """Options of pretrain.py, with the given changes, for a run without validation."""
         known = {entry.name for entry in dataclasses.fields(config.Config)}
         values = dataclasses.asdict(self.options) | {"valid_fraction": 0.0} | changed
         return {name: value for name, value in values.items() if name in known}
@@ -92,16 +92,16 @@ class Bench:
 
 
 def main(argv: list[str]) -> int:
-    """Measure, print a table, and JSON on the last line; 1 if a part of the GPU check failed.
+    """Measure; print a table, and JSON on the last line. Returns 1 if a GPU check failed.
 
-    Of the other parts, a side that fails is reported, and the other one is still measured."""
+    In the other parts, a side that fails is reported and the other one is still measured."""
     with_defaults = read_command_line(argv, BenchmarkOptions, __doc__)
     options = with_defaults()
     if options.quick:
         options = with_defaults(QUICK)
     problems = config.validate(options)
     if options.phases:
-        problems.append("--phases: the benchmark measures one length; use --max-length")
+        problems.append("--phases: the benchmark measures one length; expected --max-length")
     check(problems)
     if not options.train and set(options.parts) != {"attention"}:
         from pretrain.demo import write_text
@@ -113,12 +113,13 @@ def main(argv: list[str]) -> int:
     device_type = "cuda" if machine["gpus"] and options.device != "cpu" else "cpu"
     Process.method = "spawn" if machine["gpus"] else "fork"
     if device_type == "cuda" and machine["gpus"] > 1:
-        raise UserError(f"--device {options.device}: expected CUDA_VISIBLE_DEVICES=0, one GPU")
+        problem = f"--device {options.device}: {machine['gpus']} GPUs are visible"
+        raise UserError(f"{problem}; expected one (set CUDA_VISIBLE_DEVICES=0)")
     try:
         for part in PARTS:
             if part in options.parts:
                 measure(part, Bench(options, folder / part, device_type), report)
-    finally:  # also what a part measured before it was interrupted
+    finally:  # an interrupted part reports what it has measured
         Process.stop_all()
         save(report)
         print_report(report)
@@ -127,9 +128,9 @@ def main(argv: list[str]) -> int:
 
 
 def measure(part: str, bench: Bench, report: dict) -> None:
-    """Let a part fill its place in the report, which is saved with each figure. The files of a
-    check stay until its next run."""
-    if part != "profile":  # which goes on with our side of `train`
+    """Run a part; the report is saved after each figure. Files of a check stay until its next
+    run."""
+    if part != "profile":  # it continues our side of `train`
         Process.stop_all()
     found = report[part] = {"failed": {part: "did not finish"}}
     save(report)
@@ -138,7 +139,7 @@ def measure(part: str, bench: Bench, report: dict) -> None:
     module = importlib.import_module(f"scripts.benchmark.{PARTS[part]}")
     rows_of = getattr(module, f"measure_{part}")
     rows = rows_of(bench)
-    if part in COMPUTING and Process.method == "fork":  # this process stays as it started
+    if part in COMPUTING and Process.method == "fork":  # this process must not compute
         rows = iter(Process(bench.folder, part, send_rows, rows_of, bench).ask, None)
     try:
         for values in rows:
@@ -165,7 +166,7 @@ def save(report: dict) -> None:
 
 
 def describe_machine() -> dict:
-    """What the numbers are measured on. A load far above 0 means that others use the machine."""
+    """The machine that is measured. A load far above 0 means that others use it."""
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")

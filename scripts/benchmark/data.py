@@ -1,4 +1,4 @@
-"""Speeds of the data side, in real tokens: preparing text, and what comes from a corpus."""
+"""Speed of the data pipeline in real tokens: preparing text, and reading from a corpus."""
 
 import time
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ from pretrain.data.sources import check_files
 from pretrain.errors import UserError
 from pretrain.inputs import check_text
 
-GOAL = 8e6  # tokens/s of a core, so that few workers feed any GPU
-EATEN = 1e6  # tokens/s that BERT-base takes on an H200
-SAMPLE_CHARACTERS = 8 << 20  # of `prepare`: what a corpus costs once weighs little then
-EPOCH_SHARDS = 2  # of a larger corpus, so many shards are walked
-LOADER_SECONDS = 0.7  # of each measure; a worker's few batches in advance weigh little then
+CORE_GOAL = 8e6  # tokens/s per core, so that few workers feed any GPU
+LOADER_GOAL = 1e6  # tokens/s; above the speed of BERT-base on an H200
+SAMPLE_CHARACTERS = 8 << 20  # for `prepare`: enough to make fixed costs small
+EPOCH_SHARDS = 2  # of a corpus, at most
+LOADER_SECONDS = 0.7  # per measurement: enough to make prefetched batches negligible
 
 
 def measure_prepare(bench) -> Iterator[dict]:
-    """Tokens/s of `prepare`, and of `encode_batch_fast` alone over the same sentences, in turns."""
+    """Tokens/s of `prepare`, and of `encode_batch_fast` alone on the same sentences, in turns."""
     run = bench.make_run()
     text = check_text(bench.options.train, "--train", bench.options, run.world)
     if text.is_corpus:
-        raise UserError(f"{text.name}: a prepared corpus; omit prepare from --parts")
+        raise UserError(f"{text.name}: is a corpus; expected text, or --parts without prepare")
     lines = sample_of(text.sentences())
     sentences = [line for line in lines if line]
     sample, seconds = bench.folder / "sample.txt", {"ours": [], "peer": []}
@@ -47,7 +47,7 @@ def measure_prepare(bench) -> Iterator[dict]:
 
 
 def sample_of(sentences: Iterator) -> list[str]:
-    """The first sentences, "" between documents; text that is too short is repeated."""
+    """The first sentences, with "" between documents; short text is repeated."""
     lines, num_characters = [], 0
     for sentence in sentences:
         lines.append(sentence[0] if sentence else "")
@@ -58,10 +58,10 @@ def sample_of(sentences: Iterator) -> list[str]:
 
 
 def measure_data(bench) -> Iterator[dict]:
-    """Tokens/s of planning, packing and masking an epoch on one thread, by masking strategy, in
-    turns; and through the DataLoader, by number of workers.
+    """Tokens/s of planning, packing and masking an epoch on one thread, by masking strategy; and
+    through the DataLoader, by number of workers. All take turns.
 
-    Entities need text that has some, similar words a table (--similar)."""
+    Entity masks need text with entities; similar words need --similar."""
     run = bench.make_run()
     dataset, collator = run.phases[0].dataset, run.phases[0].collator
     strategies = {
@@ -75,8 +75,8 @@ def measure_data(bench) -> Iterator[dict]:
     workers = {f"{number}_workers": number for number in sorted({0, 1, 2, run.data.workers})}
     rates = {name: [] for name in (*strategies, *workers)}
     unplanned = partial(PretrainingDataset, dataset.source, dataset.task)
-    torch.set_num_threads(1)  # numpy's work here is on one anyway
-    for epoch in range(bench.repeats + 1):  # each has other pairs
+    torch.set_num_threads(1)  # numpy uses one here, too
+    for epoch in range(bench.repeats + 1):  # each has different pairs
         for name, masking in strategies.items():
             rate = collate_epoch(unplanned(), replace(collator, masking=masking), epoch)
             rates[name].append(rate)
@@ -85,7 +85,7 @@ def measure_data(bench) -> Iterator[dict]:
             rates[name].append(read_data(data))
     found = {name: {"ours": median(kept[1:])} for name, kept in rates.items()}
     for name, sides in found.items():
-        sides["goal"] = EATEN if name in workers else GOAL
+        sides["goal"] = LOADER_GOAL if name in workers else CORE_GOAL
         if name in strategies and name != "token_masks":
             sides["peer"] = found["token_masks"]["ours"]
     yield found
@@ -102,11 +102,11 @@ def collate_epoch(dataset: PretrainingDataset, collator: Collator, epoch: int) -
 
 
 def read_data(data: TrainData) -> float:
-    """Tokens/s that reach the loop; the clock starts at the first batch."""
+    """Tokens/s that reach the loop; the clock starts after the first step."""
     next(data)
     tokens, seconds, begin = 0, 0.0, time.perf_counter()
     while seconds < LOADER_SECONDS:
         tokens += sum(batch.num_tokens for batch in next(data))
         seconds = time.perf_counter() - begin
-    data.load_state_dict(data.state_dict())  # ends its workers
+    data.load_state_dict(data.state_dict())  # ends the workers
     return tokens / seconds

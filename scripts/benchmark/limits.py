@@ -1,4 +1,4 @@
-"""Limits of the device: the largest micro-batch, and the distance from fp32 on the CPU."""
+"""Limits of the device: the largest micro-batch, and the difference from fp32 on the CPU."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -19,16 +19,16 @@ from pretrain.train import train_step
 from scripts.benchmark.peer import describe
 from scripts.benchmark.rows import blocks
 
-MAX_MICRO_BATCH = 1 << 14  # that is tried on a GPU
-EXACTNESS = 16  # the answer is at most a 16th too low
+MAX_MICRO_BATCH = 1 << 14  # tried on a GPU
+EXACTNESS = 16  # the answer is at most 1/16 too low
 NUMERICS_SEQUENCES = 8
 TOLERANCE = 0.02  # relative, of bf16
 
 
 def measure_largest(bench) -> Iterator[dict]:
-    """Sequences of max_length that fit the device at once, in eager mode with AdamW's state.
+    """The number of max_length sequences that fit the device, in eager mode with AdamW's state.
 
-    On a CPU up to twice the micro-batch: that tries the search, not the memory."""
+    On a CPU, at most twice the micro-batch: that tests the search, not the memory."""
     run, sequences = bench.make_run(), {}
     cap = MAX_MICRO_BATCH if run.device.type == "cuda" else 2 * run.micro_batch_size
     for side, fits in (("ours", ours_fits), ("peer", partial(peer_fits, folder=bench.folder))):
@@ -48,20 +48,20 @@ def largest(fits: Callable[[int], bool], cap: int) -> int:
 
 
 def ours_fits(run, size: int) -> bool:
-    """Whether a run would take a micro-batch of `size`, as full as the text fills it."""
+    """Whether a run accepts a micro-batch of `size`, as full as the text can fill it."""
     batch = fullest_batch(run, size, run.phases[0].collator.fill).to(run.device)
     return micro_batch_fits(run.model, batch, autocast(run.device, run.precision))
 
 
 def peer_fits(run, size: int, folder: Path) -> bool:
-    """Whether a Trainer has memory for two steps (the second has AdamW's state) of `size`
-    sequences, all as long as max_length."""
+    """Whether a Trainer has memory for two steps (the second one with AdamW's state) of `size`
+    sequences of max_length."""
     label = {"next_sentence_label": 0} if run.phases[0].dataset.task.pairs else {}
     rows = [row | label for row in blocks(run, 2 * size)]
     eager = {"torch_compile": False, "dataloader_num_workers": 0}
     batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
-    gc.collect()  # cycles may keep what came before
-    torch.cuda.empty_cache()  # nothing on a CPU
+    gc.collect()  # cycles may keep the previous trainer
+    torch.cuda.empty_cache()  # a no-op on a CPU
     try:
         describe(run, rows).train(str(folder), 2, **eager, **batch)
     except (RuntimeError, MemoryError) as error:
@@ -72,7 +72,7 @@ def peer_fits(run, size: int, folder: Path) -> bool:
 
 
 def fullest_batch(run, size: int, fill: bool) -> Batch:
-    """The micro-batch of the run with the most tokens, if it had `size` sequences."""
+    """The micro-batch with the most tokens if the run had micro-batches of `size` sequences."""
     phase = run.phases[0]
     task = replace(phase.dataset.task, micro_batch_size=size)
     dataset = PretrainingDataset(phase.dataset.source, task)
@@ -92,9 +92,9 @@ def measure_numerics(bench) -> Iterator[dict]:
         set_up_model(model.to(device).train(), run.config, device, precision)
         batch = fullest_batch(run, NUMERICS_SEQUENCES, fill=model.attention == VARLEN)
         optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)]
-        made = (torch.amp.GradScaler(enabled=False), autocast(device, precision), 0.0, 1.0, device)
+        scaler, context = torch.amp.GradScaler(enabled=False), autocast(device, precision)
         trained = torch.compile(model) if is_compiled else model
-        result = train_step(trained, [batch], optimizers, *made)
+        result = train_step(trained, [batch], optimizers, scaler, context, 0.0, 1.0, device)
         loss = result.losses.read(device).means()["mlm_loss"]
         numbers.append((loss, float(result.logged["optim/grad_norm"])))
     for name, value, reference in zip(("loss", "grad_norm"), *numbers):

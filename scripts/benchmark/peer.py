@@ -1,6 +1,6 @@
-"""The peer of the benchmark: transformers.Trainer with the stock model, set as fast as it goes.
+"""The peer of the benchmark: transformers.Trainer with the stock model, at its fastest settings.
 
-Imports nothing of ours that its users would not: its process starts as quickly as one of theirs."""
+Imports nothing from `pretrain`, so its process starts as fast as that of a Trainer user."""
 
 import copy
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from scripts.benchmark.clock import Clock, Pace
 
-LOADER_WORKERS = 8  # on a GPU: its collator is Python, and one process would hold the device up
+LOADER_WORKERS = 8  # on a GPU: the collator is in Python, and one process would be too slow
 
 
 @dataclass(frozen=True)
 class Peer:
-    """All that a Trainer needs; small enough to travel to a process of its own."""
+    """Everything that a Trainer needs; small enough to send to another process."""
 
     rows: list[dict]
     config: PreTrainedConfig
@@ -45,19 +45,19 @@ class Peer:
         return model
 
     def train(self, folder: str, steps: int, *callbacks, resume=None, **changed: object) -> None:
-        """Train and print nothing; `changed` are TrainingArguments."""
+        """Train without output; `changed` are TrainingArguments."""
         values = {"save_strategy": "no", **self.arguments, "max_steps": steps, **changed}
         arguments = TrainingArguments(folder, **values)
         collator = DataCollatorForLanguageModeling(self.tokenizer, **self.masks)
-        made = (self.make_model(), arguments, collator, self.rows)
-        trainer = Trainer(*made, callbacks=list(callbacks))
+        model, callbacks = self.make_model(), list(callbacks)
+        trainer = Trainer(model, arguments, collator, self.rows, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume)
 
     def train_in_turns(
         self, turns: Connection, folder: str, steps: int, pace: Pace, more: dict
     ) -> None:
-        """Train in a process of its own, a block of steps each turn; `more` goes to `train`."""
+        """Train in a separate process, one block of steps per turn; `more` goes to `train`."""
         rows, batch = self.rows, self.arguments["per_device_train_batch_size"]
         batch *= self.arguments["gradient_accumulation_steps"]
 
@@ -73,10 +73,10 @@ class Peer:
 
 
 def describe(run, rows: list[dict]) -> Peer:
-    """The peer of `run` over `rows`: the same batch, accumulation, precision and rate.
+    """The peer of `run` on `rows`: the same batch, accumulation, precision and learning rate.
 
-    On a GPU it is compiled and padded to one length, which is its best there; elsewhere padded to
-    the longest sequence of a batch."""
+    On a GPU it is compiled and padded to one length, its fastest way; elsewhere it is padded to the
+    longest sequence of a batch."""
     config, on_gpu = run.config, run.device.type == "cuda"
     is_fixed = on_gpu and run.compile
     arguments = {
@@ -93,7 +93,7 @@ def describe(run, rows: list[dict]) -> Peer:
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
         "dataloader_num_workers": LOADER_WORKERS if on_gpu else run.data.workers,
-        "logging_nan_inf_filter": False,  # it would wait for the device in every step
+        "logging_nan_inf_filter": False,  # it would wait for the device at every step
         "logging_strategy": "no",
         "eval_strategy": "no",
         "report_to": "none",

@@ -20,8 +20,8 @@ from pretrain.files import write_json
 from pretrain.signals import signal_on_parent_exit
 
 SCRIPTS = Path(__file__).resolve().parents[1]
-STOP_SECONDS = 5.0  # that a killed process may take to end
-LOG_LINES = 30  # in the report, of a command that failed
+STOP_SECONDS = 5.0  # for a killed process to end
+LOG_LINES = 30  # of a failed command, in the report
 
 
 class ProcessError(Exception):
@@ -29,12 +29,11 @@ class ProcessError(Exception):
 
 
 class Process:
-    """`call(turns, *values)` in a session of its own, which dies with this process. Its output goes
-    to a log. It waits for a message with `turns.recv()` and answers with `turns.send`.
+    """Runs `call(turns, *values)` in a new session that ends with this process. Output goes to a
+    log. The call waits for a message with `turns.recv()` and answers with `turns.send`."""
 
-    A fork starts at once and is as good as a new Python, since this process never computes. But a
-    process that has asked for a GPU cannot be forked, and only a new one shows how it starts."""
-
+    # A fork starts fast, and is as good as a new Python because this process never computes. But a
+    # process that has queried a GPU cannot be forked, and start-up times need a new Python.
     method = "fork"  # "spawn": a new Python
     running: dict[str, Process] = {}  # by name
     patience: float | None = None  # seconds for an answer
@@ -43,24 +42,24 @@ class Process:
     def __init__(self, folder: Path, name: str, call: Callable, *values: object, method: str = ""):
         self.log, self.begin, self.is_working = folder / f"{name}.log", time.perf_counter(), False
         self.log.touch()
-        # What it leaves when it is killed, multiprocessing removes; it need not warn.
+        # multiprocessing removes what a killed process leaves; no need for a warning.
         os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
         context = multiprocessing.get_context(method or self.method)
-        self.turns, theirs = context.Pipe()
-        self.process = context.Process(target=_call, args=(self.log, theirs, call, values))
+        self.turns, child_end = context.Pipe()
+        self.process = context.Process(target=_call, args=(self.log, child_end, call, values))
         self.process.start()
         self.is_running = self.process.is_alive
-        theirs.close()
+        child_end.close()
         self.running[name] = self
 
     def send(self, *message: object) -> None:
-        """Let it begin a turn."""
+        """Start a turn."""
         self.is_working = True
-        with contextlib.suppress(OSError):  # it is gone, as `ask` reports
+        with contextlib.suppress(OSError):  # it has ended; `ask` reports that
             self.turns.send(message)
 
     def ask(self, *message: object) -> object:
-        """The answer of a turn, which begins now unless it did; ProcessError if there is none."""
+        """The answer of a turn; starts one unless `send` did. ProcessError if none comes."""
         if not self.is_working:
             self.send(*message)
         seconds = self.patience
@@ -79,18 +78,18 @@ class Process:
         return answer
 
     def end(self) -> str:
-        """How it ended, and the last line of its output."""
+        """How the process ended, and the last line of its output."""
         code = self.process.exitcode
         how = "did not end" if code is None else f"ended with {code}"
         return f"{how}: {self.tail()}"
 
     def tail(self, lines: int = 1) -> str:
-        """The end of its output."""
+        """The last lines of its output."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
         return "\n".join(text.strip().splitlines()[-lines:]) or "no output"
 
     def stop(self) -> None:
-        """Kill it and what it started. A stop signal would make a run save first."""
+        """Kill it and its children. A stop signal would make a run save first."""
         self.running.pop(self.log.stem, None)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -105,7 +104,7 @@ class Process:
 
 
 class Command(Process):
-    """`python scripts/SCRIPT.py`, with `options` in a file, and `more` arguments."""
+    """`python scripts/SCRIPT.py` with `options` from a file, and `more` arguments."""
 
     def __init__(self, folder: Path, script: str, options: dict, *more: str, name: str = "", **how):
         name = name or script
@@ -114,8 +113,8 @@ class Command(Process):
         super().__init__(folder, name, _run_script, script, ["--config", str(path), *more], **how)
 
     def outcome(self) -> dict:
-        """Exit code (None: it still runs), seconds until now, and the JSON of its last line or, of
-        one that failed, the end of its log."""
+        """Exit code (None: still running), seconds so far, and the JSON on its last line or, if it
+        failed, the end of its log."""
         code = self.process.exitcode
         found = {"exit_code": code, "seconds": time.perf_counter() - self.begin}
         if code != 0:
@@ -133,7 +132,7 @@ def _call(log: Path, turns: Connection, call: Callable, values: tuple) -> None:
     os.dup2(sys.stdout.fileno(), 2)
     try:
         call(turns, *values)
-    except Exception as error:  # the log may end with what other libraries printed since
+    except Exception as error:  # sent, as the log may end with output of other libraries
         traceback.print_exc()
         is_known = isinstance(error, UserError)
         turns.send(error if is_known else ProcessError(first_line(error)))
@@ -146,7 +145,7 @@ def _run_script(turns: None, name: str, arguments: list[str]) -> None:
 
 
 def send_rows(turns: Connection, rows: Callable[..., Iterator], *values: object) -> None:
-    """Send each of `rows(*values)` in its turn, then None."""
+    """Send each of `rows(*values)` in turn, then None."""
     for row in rows(*values):
         turns.recv()
         turns.send(row)
@@ -154,7 +153,7 @@ def send_rows(turns: Connection, rows: Callable[..., Iterator], *values: object)
 
 
 def training_rows(output: Path) -> dict[int, dict]:
-    """What a run has logged of its training, by step; a line that is being written is left out."""
+    """Training rows that a run has logged, by step; skips a line that is still being written."""
     path = output / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]

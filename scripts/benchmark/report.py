@@ -1,4 +1,4 @@
-"""The report of a benchmark as a table, and the summary of the GPU check."""
+"""Prints the report of a benchmark as a table, and the summary of the GPU check."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ COLUMNS = ("ours", "peer", "ratio", "goal")
 
 
 def add_ratios(report: dict) -> None:
-    """Put beside each figure its ratio to the peer, or to the goal if there is no peer."""
+    """Add to each figure its ratio to the peer, or to the goal if there is no peer."""
     for part in report.values():
         for sides in part.values():
             if isinstance(sides, dict) and isinstance(sides.get("ours"), (int, float)):
@@ -18,7 +18,7 @@ def add_ratios(report: dict) -> None:
 
 
 def print_report(report: dict, brief: bool = False) -> None:
-    """Every part; if `brief`, without the machine, and without lists other than rows."""
+    """Print every part; if `brief`, without the machine and without lists other than rows."""
     for part, found in report.items():
         if part != "options" and not (brief and part == "machine"):
             _print_part(part, found, brief)
@@ -49,7 +49,7 @@ def _short(value: object) -> str:
 
 
 def print_summary(folder: Path) -> None:
-    """What the parts of the GPU check left in `folder`; stdin has name, exit code and seconds."""
+    """Print the results of the GPU check in `folder`; stdin has name, exit code and seconds."""
     for line in sys.stdin:
         name, code, seconds = line.split()
         print(f"== {name}: exit code {code}, {seconds} s")

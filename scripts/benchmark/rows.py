@@ -1,6 +1,6 @@
-"""What the peer trains on: the very pairs of a run, without masks, or blocks as run_mlm.py cuts.
+"""Training rows of the peer: the same pairs as a run, before masking, or blocks as in run_mlm.py.
 
-A row is lists of numbers, as a tokenized data set gives it."""
+A row holds lists of numbers, as in a tokenized data set."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -37,8 +37,8 @@ def same_examples(run, number: int) -> list[dict]:
 
 
 def blocks(run, number: int) -> list[dict]:
-    """Documents, each between [CLS] and [SEP], laid end to end and cut into `number` blocks of
-    max_length: nothing is padding."""
+    """Documents, each between [CLS] and [SEP], end to end and cut into `number` blocks of
+    max_length, without padding."""
     width, vocabulary = run.phases[0].max_length, run.phases[0].collator.vocabulary
     documents, parts, num_tokens = _documents(run.phases[0].dataset.source), [], 0
     while num_tokens < number * width:
@@ -49,7 +49,7 @@ def blocks(run, number: int) -> list[dict]:
 
 
 def _documents(corpus: Corpus) -> Iterator[np.ndarray]:
-    """Token ids of each document of the corpus, again and again."""
+    """Token ids of each document of the corpus, endlessly."""
     for number in count():
         index = number % corpus.num_shards
         shard = corpus.shard(index)

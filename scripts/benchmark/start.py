@@ -1,4 +1,4 @@
-"""Processes of one side alone, from their start: seconds to the first step, and peak memory."""
+"""Seconds from the start of a process to its first step, and peak memory, of one side at a time."""
 
 import contextlib
 import re
@@ -14,14 +14,14 @@ from scripts.benchmark.rows import same_examples
 from scripts.benchmark.steps import serve
 
 METHOD = "spawn"  # a new Python
-STEPS = 3  # then a checkpoint is written; a resumed process makes one more
+STEPS = 3  # until a checkpoint; a resumed process runs one more
 POLL_SECONDS = 0.01
 RESUME_GOAL = 5.0  # seconds
 
 
 def measure_start(bench) -> Iterator[dict]:
-    """Both sides in turns, with their text prepared: seconds to the end of the first step, from
-    nothing and from a checkpoint; peak memory of the former, until it has saved."""
+    """Both sides in turns, on prepared text: seconds to the end of the first step, from scratch
+    and from a checkpoint; peak memory from scratch until the checkpoint is saved."""
     ours = Process(bench.folder, "ours", serve, bench.run_options())
     given = ours.ask("describe_peer", same_examples, STEPS + 1)
     ours.stop()
@@ -42,12 +42,13 @@ def measure_start(bench) -> Iterator[dict]:
         if not is_resumed:
             values["peak_gib"][side].append(peak / 2**30)
     values["seconds_to_resume"]["goal"] = [RESUME_GOAL]
-    for name, kept in values.items():
-        yield {name: {side: median(of) for side, of in kept.items() if of}, "failed": failed}
+    for name, by_side in values.items():
+        medians = {side: median(measured) for side, measured in by_side.items() if measured}
+        yield {name: medians, "failed": failed}
 
 
 def _our_run(bench, folder: Path, given: dict, is_resumed: bool) -> tuple[float, int]:
-    """(seconds to the first step, peak bytes) of pretrain.py, from its start or from --resume."""
+    """(seconds to the first step, peak bytes) of pretrain.py, from scratch or with --resume."""
     output, first = folder / "ours", STEPS + 1 if is_resumed else 1
     changed = {"output": str(output), "resume": is_resumed, "max_steps": STEPS + is_resumed}
     changed |= {"save_every": str(STEPS), "log_every": 1, **given["facts"]}
@@ -59,13 +60,13 @@ def _our_run(bench, folder: Path, given: dict, is_resumed: bool) -> tuple[float,
 
 
 def _peer_run(bench, folder: Path, given: dict, is_resumed: bool) -> tuple[float, int]:
-    """The same of a Trainer, from its start or from `resume_from_checkpoint`."""
+    """The same for a Trainer, from scratch or with `resume_from_checkpoint`."""
     steps, pace = STEPS + is_resumed, PACE["cpu"]  # a block is one step
     more = {"resume": is_resumed, "save_strategy": "steps", "save_steps": steps}
     values = (given["peer"].train_in_turns, str(folder / "peer"), steps, pace, more)
     process = Process(folder, "peer", *values, method=METHOD)
     for _ in range(steps + 1):
-        process.send()  # so that it never waits
+        process.send()  # in advance, so it never waits
     seconds, peak = watch(process, process.turns.poll)
     if bench.device_type == "cuda":
         blocks = [process.turns.recv() for _ in range(1 if is_resumed else steps)]
@@ -74,7 +75,7 @@ def _peer_run(bench, folder: Path, given: dict, is_resumed: bool) -> tuple[float
 
 
 def watch(process: Process, is_done: Callable[[], bool]) -> tuple[float, int]:
-    """(seconds until `is_done`, peak of private memory until the end); ProcessError if it fails."""
+    """(seconds until `is_done`, peak private memory until the end); ProcessError if it fails."""
     seconds, peak, is_running = 0.0, 0, True
     while is_running:
         is_running, peak = process.is_running(), max(peak, _private_bytes(process.process.pid))
@@ -88,9 +89,9 @@ def watch(process: Process, is_done: Callable[[], bool]) -> tuple[float, int]:
 
 
 def _private_bytes(pid: int) -> int:
-    """Memory of a process that no file backs, RssAnon of Linux; 0 on other systems."""
+    """Memory of a process that is not backed by files (RssAnon); 0 if not on Linux."""
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-        found = re.search(r"RssAnon:\s+(\d+)", status)  # none when it has ended
+        found = re.search(r"RssAnon:\s+(\d+)", status)  # missing once it has ended
         return 1024 * int(found[1]) if found else 0
     return 0

@@ -1,4 +1,4 @@
-"""Training steps: both sides in turns, variants of ours, and what one of ours consists of."""
+"""Training steps: both sides in turns, variants of our side, and a profile of one step."""
 
 import time
 import warnings
@@ -25,29 +25,29 @@ from scripts.benchmark.peer import describe
 from scripts.benchmark.processes import Process, ProcessError
 from scripts.benchmark.rows import blocks, same_examples
 
-WARM_UP_BLOCKS = 2  # of each side; the first one compiles
-MIN_BLOCKS = 3  # timed, of each side
-PEER_MEMORY = 2  # times ours that the peer may need: 1.3 to 1.7 were measured
+WARM_UP_BLOCKS = 2  # per side; the first one compiles
+MIN_BLOCKS = 3  # timed blocks per side
+PEER_MEMORY = 2  # upper bound of the peer's memory over ours; 1.3 to 1.7 were measured
 SHOWN_KERNELS = 30
-DATA_WAIT_GOAL = 0.02  # of the time, at most
+DATA_WAIT_GOAL = 0.02  # share of time, at most
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from a run with the options as they are."""
+    """Changes to a run with the given options."""
 
     name: str = ""
-    micro_batch: int = 1  # times the option
-    batch: int = 1  # likewise
+    micro_batch: int = 1  # factor for --micro-batch-size
+    batch: int = 1  # factor for --batch-size
     options: dict = field(default_factory=dict)
     mode: str | None = None  # of torch.compile
-    in_group: bool = False  # of one process
-    bf16_weights: bool = False  # gathered by FSDP2
-    needs_gpu: bool = False  # on a CPU nothing is compiled, and autocast does not suit bf16 weights
+    in_group: bool = False  # in a process group of one process
+    bf16_weights: bool = False  # gathered by FSDP2 in bf16
+    needs_gpu: bool = False  # for torch.compile, or for autocast with bf16 weights
 
 
 SHARDED = {"compile": "off", "shard": True}
-VARIANTS = (  # what may take longest is last
+VARIANTS = (  # those that may take longest are last
     Variant("as it is"),
     Variant("micro-batch twice as large", micro_batch=2, batch=2),
     Variant("two micro-batches a step", batch=2),
@@ -58,11 +58,11 @@ VARIANTS = (  # what may take longest is last
     Variant("compile mode reduce-overhead", mode="reduce-overhead", needs_gpu=True),
     Variant("compile mode max-autotune", mode="max-autotune-no-cudagraphs", needs_gpu=True),
 )
-GROUP = 3  # that warm up together, since most of that is compiling
+GROUP = 3  # variants that warm up together, which is mostly compiling
 
 
 class Ours:
-    """Our side: each `step` is an optimizer step as `train` makes it."""
+    """Our side: each `step` is one optimizer step, as in `train`."""
 
     def __init__(self, run):
         self.run, self.device, config = run, run.device, run.config
@@ -76,24 +76,24 @@ class Ours:
         self.guard, self.wait_seconds = NanGuard(), 0.0
 
     def step(self) -> tuple[int, float]:
-        """Real tokens and floating-point operations of one step; a GPU has queued it, not done."""
+        """(real tokens, floating-point operations) of one step; a GPU may not have finished it."""
         begin = time.perf_counter()
         batches = next(self.loader)
         self.wait_seconds += time.perf_counter() - begin
         result = train_step(self.model, batches, self.optimizers, *self.settings)
-        # Reads the flag of the step before: the host is one step ahead, no more.
+        # Reads the flag of the previous step, so the host is at most one step ahead.
         self.guard.observe(result.finite, self.loader.step)
         return sum(batch.num_tokens for batch in batches), self.run.flops(batches)
 
     def facts(self) -> dict:
-        """Added to each block. Others may take a part of the machine for a while, so the matrix
-        rate is measured each time."""
+        """Facts added to each block. The matrix rate is measured each time, since others may use
+        the machine for a while."""
         matrix_flops = peak_flops(self.device, self.run.precision)
         return {"matrix_flops": matrix_flops, "micro_batch_size": self.run.micro_batch_size}
 
     def describe_peer(self, rows_of: Callable, num_steps: int) -> dict:
-        """The peer that trains on the same text, and whether a GPU is too small for both sides at
-        once, from the peak of an eager step of ours."""
+        """The peer on the same text, and whether the GPU is too small for both sides at once,
+        judged by the peak of one eager step of ours."""
         run, is_tight = self.run, False
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -107,8 +107,8 @@ class Ours:
         return {"peer": peer, "is_tight": is_tight, "facts": facts}
 
     def profile(self, num_steps: int) -> dict:
-        """What one step consists of, how long nothing is computed, the share of the time that waits
-        for data, and places where the host waits for the device (none is wanted)."""
+        """Operators or kernels of one step, share of idle time and of waiting for data, and places
+        where the host waits for the device (there should be none)."""
         for _ in range(2):  # the first one may compile
             self.step()
         self.wait_seconds, begin = 0.0, begin_clock(self.device)
@@ -136,7 +136,7 @@ class Ours:
         }
 
     def _kernels(self) -> tuple[float, dict[str, tuple[float, int]]]:
-        """Seconds of a profiled step; seconds and count of each of its kernels or operators."""
+        """(seconds of a profiled step, {kernel or operator: (seconds, count)})."""
         kind = self.device.type.upper()
         with torch.profiler.profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
             begin = begin_clock(self.device)
@@ -144,7 +144,7 @@ class Ours:
             seconds = end_clock(self.device, begin)["seconds"]
         kernels = {}
         for event in profiler.key_averages():
-            # Ranges that the program names, as the optimizer does, hold kernels counted already.
+            # Annotated ranges, as in the optimizer, contain kernels that are counted already.
             if event.device_type.name == kind and not event.is_user_annotation:
                 on_gpu = kind == "CUDA"
                 took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -165,18 +165,18 @@ class Ours:
 
 
 def serve(turns: Connection, options: dict, variant: Variant = Variant()) -> None:
-    """Our side in a process of its own: it trains in turns and answers with methods of `Ours`."""
+    """Our side in a separate process: trains in turns and answers calls of methods of `Ours`."""
     if variant.in_group:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if variant.bf16_weights:  # `place` has no option for it
+    if variant.bf16_weights:  # `sharding.place` has no option for it
         policy = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         fsdp.fully_shard = partial(fsdp.fully_shard, mp_policy=policy)
     options = options | variant.options
     options["batch_size"] *= variant.batch
     options["micro_batch_size"] *= variant.micro_batch
     run = build(Config(**options))
-    if variant.name:  # what cannot be compiled must not pass for compiled
+    if variant.name:  # a variant that does not compile must fail
         torch._dynamo.config.suppress_errors = False
     ours = Ours(run)
     if variant.mode:
@@ -187,24 +187,24 @@ def serve(turns: Connection, options: dict, variant: Variant = Variant()) -> Non
 
 
 def take_turns(sides: dict[str, Process], order: list[str]) -> Iterator[tuple[dict, dict]]:
-    """A block of a side after the other; after each, all blocks and failures by side.
+    """Run blocks in `order`; after each, yield all blocks and failures so far, by side.
 
     A side that fails is stopped, and the others are still measured."""
-    taken, failed = {side: [] for side in sides}, {}
+    measured, failed = {side: [] for side in sides}, {}
     for side in order:
         if side in failed:
             continue
         try:
-            taken[side].append(sides[side].ask())
+            measured[side].append(sides[side].ask())
         except ProcessError as error:
             failed[side] = str(error)
             sides[side].stop()
-        yield taken, failed
+        yield measured, failed
 
 
 def figures_of(blocks: list[dict], timed_steps: int, same_work: list[dict]) -> dict[str, float]:
-    """Medians of the timed blocks of a side; the share of the matrix rate, if blocks of ours do the
-    same work; what a GPU and torch.compile add. Nothing before the first timed block."""
+    """Medians of the timed blocks of a side, the share of the matrix rate (from blocks of ours that
+    do the `same_work`), and figures of the GPU and torch.compile. {} during warm-up."""
     warm_up, timed = blocks[:WARM_UP_BLOCKS], blocks[WARM_UP_BLOCKS:]
     if not timed:
         return {}
@@ -229,24 +229,23 @@ def figures_of(blocks: list[dict], timed_steps: int, same_work: list[dict]) -> d
 
 
 def measure_train(bench) -> Iterator[dict]:
-    """Real tokens/s of both sides on the same pairs. Leaves our side to the part profile."""
+    """Real tokens/s of both sides on the same pairs. Our side keeps running for `profile`."""
     return measure_both(bench, same_examples)
 
 
 def measure_blocks(bench) -> Iterator[dict]:
-    """Real tokens/s of MLM alone, beside the peer on blocks without padding."""
+    """Real tokens/s of MLM alone, and of the peer on blocks without padding."""
     return measure_both(bench, blocks, objective="mlm")
 
 
 def measure_profile(bench) -> Iterator[dict]:
-    """`Ours.profile`, alone."""
+    """`Ours.profile`, without the peer."""
     ours = Process.running.get("ours") or Process(bench.folder, "ours", serve, bench.run_options())
     yield ours.ask("profile", PACE[bench.device_type].steady)
 
 
 def measure_both(bench, rows_of: Callable, **changed: object) -> Iterator[dict]:
-    """Both sides with the largest micro-batch for which they have memory, over rows of `rows_of`:
-    if one has not, both take half."""
+    """Both sides on rows of `rows_of`. If one runs out of memory, both halve the micro-batch."""
     pace, size = PACE[bench.device_type], bench.options.micro_batch_size
     num_blocks = WARM_UP_BLOCKS + max(MIN_BLOCKS, -(-bench.options.steps // pace.timed))
     num_steps = num_blocks * (pace.untimed + pace.timed)
@@ -265,12 +264,12 @@ def measure_both(bench, rows_of: Callable, **changed: object) -> Iterator[dict]:
         if given["is_tight"]:
             order.sort()
         else:
-            peer.send()  # it warms up while ours does
-        for taken, failed in take_turns({"ours": ours, "peer": peer}, order):
+            peer.send()  # to warm up at the same time as ours
+        for measured, failed in take_turns({"ours": ours, "peer": peer}, order):
             found = {**given["facts"], "rows": too_large, "failed": failed}
-            same_work = taken["ours"] if rows_of is same_examples else []
-            for side, kept in taken.items():
-                for name, value in figures_of(kept, pace.timed, same_work).items():
+            same_work = measured["ours"] if rows_of is same_examples else []
+            for side, side_blocks in measured.items():
+                for name, value in figures_of(side_blocks, pace.timed, same_work).items():
                     found.setdefault(name, {})[side] = value
             yield found
         peer.stop()
@@ -284,7 +283,7 @@ def measure_both(bench, rows_of: Callable, **changed: object) -> Iterator[dict]:
 
 
 def measure_variants(bench) -> Iterator[dict]:
-    """A row with the figures of each variant, or its error; none takes longer than --minutes."""
+    """A row per variant, with its figures or its error; all end within --minutes."""
     pace, deadline = PACE[bench.device_type], time.monotonic() + 60 * bench.options.minutes
     rows = {variant.name: {"variant": variant.name} for variant in VARIANTS}
     for first in range(0, len(VARIANTS), GROUP):
@@ -300,11 +299,11 @@ def measure_variants(bench) -> Iterator[dict]:
             process.deadline = deadline
             process.send()
             sides[variant.name] = process
-        for taken, failed in take_turns(sides, list(sides) * (WARM_UP_BLOCKS + MIN_BLOCKS)):
-            for name, kept in taken.items():
-                rows[name] |= figures_of(kept, pace.timed, kept)
-                if kept:
-                    rows[name]["micro_batch_size"] = kept[-1]["micro_batch_size"]
+        for measured, failed in take_turns(sides, list(sides) * (WARM_UP_BLOCKS + MIN_BLOCKS)):
+            for name, side_blocks in measured.items():
+                rows[name] |= figures_of(side_blocks, pace.timed, side_blocks)
+                if side_blocks:
+                    rows[name]["micro_batch_size"] = side_blocks[-1]["micro_batch_size"]
                 if name in failed:
                     rows[name]["error"] = failed[name]
             yield {"rows": list(rows.values())}

@@ -1,7 +1,7 @@
-"""Pretraining text without the texts of the test.
+"""Pretraining text without test texts.
 
-What is removed equals a slow search over all runs of sentences, entities stay at their words, and
-the counts are right.
+Removals equal a slow search over all runs of sentences, entities keep their words, and the counts
+are right.
 """
 
 import json
@@ -20,7 +20,7 @@ COPIES = ["a", "b", "ab", "aab", "abb", "bab", "abab", "baba", "ａ"]
 
 
 def slow_copy_at(texts, start, copies):
-    """The end of the longest run from `start` on that is a copy, by joining every run anew."""
+    """The end of the longest run from `start` on that is a copy; joins every run from scratch."""
     ends = range(start + 1, len(texts) + 1)
     found = [end for end in ends if "".join("".join(texts[start:end]).split()) in copies]
     return max(found, default=start)
@@ -71,7 +71,7 @@ def test_entities_stay_at_their_words(drawn):
 
 @pytest.fixture
 def clean(tmp_path):
-    """Cleans documents of (sentence, spans); (documents read again, counts)."""
+    """Clean documents of (sentence, spans); returns (documents read back, counts)."""
 
     def run(documents, test_texts, more=()):
         source, target = tmp_path / "text.jsonl", tmp_path / "out" / "clean.jsonl"
@@ -102,7 +102,7 @@ def test_documents_their_entities_and_counts(clean):
 
 
 def test_each_text_of_a_pair_is_a_copy_and_so_are_task_texts(clean):
-    """None reaches over the end of a document."""
+    """No copy extends beyond the end of a document."""
     left, counts = clean(
         [[("premise .", ()), ("middle", ()), ("hypothesis .", ())], [("next .", ())]],
         [("premise .", "hypothesis ."), ("hypothesis .\nnext .",)],

@@ -1,7 +1,7 @@
 """Texts compared by their words.
 
-Counts equal a slow form, overlap equals set arithmetic, pieces equal those of transformers for each
-word by itself, and --add-tokens takes the candidates as they are.
+Counts equal a slow loop, overlap equals set arithmetic, pieces equal the tokens of transformers for
+each single word, and --add-tokens accepts the candidates unchanged.
 """
 
 import json
@@ -34,7 +34,7 @@ SEGMENTED = "今天 心情 很 好 ， 我们 去 公园 散步 。\n他 在 北
 
 @pytest.fixture
 def text_of(tmp_path, cache):
-    """The checked text of some content, as the command checks it."""
+    """Some content as checked text, as in the command."""
 
     def make(content, **options):
         path = tmp_path / "text.txt"
@@ -50,7 +50,7 @@ def is_word(text):
 
 
 def slow_count(content, words):
-    """One character after the other; `words` as --words says it."""
+    """Counts words character by character; `words` is the value of --words."""
     counts = Counter()
     for line in unicodedata.normalize("NFC", content).split("\n"):
         spaced = ""
@@ -80,8 +80,8 @@ def test_word_counts_equal_a_slow_form(content, words, chosen, some, text_of):
     assert {word: counts[word] for word in some} == some and not counts.keys() & {"2024", "½", "٣"}
 
 
-def test_marks_belong_to_their_word_and_alone_are_none(text_of):
-    """An emoji is mostly a sign and a selector, which is a mark."""
+def test_combining_marks_belong_to_their_word(text_of):
+    """A mark alone is no word: many emoji are a symbol and a selector, which is a mark."""
     lines = ["हिन्दी भाषा", "สวัสดี", "مُحَمَّد", "\u2764\ufe0f good", "\u0301 good"]
     words = ["हिन्दी", "भाषा", "สวัสดี", "مُحَمَّد", "good", "good"]
     assert domain.count_words(text_of("\n".join(lines) + "\n")) == Counter(words)
@@ -99,7 +99,7 @@ def test_words_of_any_line_are_those_of_the_slow_form(characters, words):
 
 
 def test_the_bound_on_distinct_words_keeps_the_frequent_ones(text_of, monkeypatch):
-    """Rare words come and go; those that are frequent throughout keep their counts to the end."""
+    """Rare words come and go; words that are frequent throughout keep their counts."""
     rare = [f"{chr(97 + number % 26)}{chr(97 + number // 26)}rare" for number in range(300)]
     text = text_of("".join(f"often always {word}\n" for word in rare))
     everything = domain.count_words(text)
@@ -113,7 +113,7 @@ def test_the_bound_on_distinct_words_keeps_the_frequent_ones(text_of, monkeypatc
 # Stop words and the order of words.
 
 
-def test_stop_words_are_none_both_lists_or_those_of_a_file(tmp_path):
+def test_stop_words_come_from_the_lists_or_a_file(tmp_path):
     both = domain.stop_words("auto")
     assert {"the", "and", "的", "我们", "没有"} <= both and not both & {"bank", "银行", ""}
     (tmp_path / "stop.txt").write_text("Bank\n  river \n", encoding="utf-8")
@@ -152,9 +152,7 @@ COUNTS["moneyermoney"] = 11
 
 
 @pytest.mark.parametrize("kind", ["lower-casing", "cased", "byte-level"])
-def test_pieces_equal_those_of_each_word_by_itself(
-    kind, documents, tiny_tokenizer, roberta_tokenizer
-):
+def test_pieces_equal_each_word_tokenized_alone(kind, documents, tiny_tokenizer, roberta_tokenizer):
     tokenizer = {"lower-casing": tiny_tokenizer, "byte-level": roberta_tokenizer}.get(kind)
     if kind == "cased":
         lines = [sentence.title() for document in documents for sentence in document]
@@ -198,8 +196,8 @@ def test_pieces_equal_those_of_each_word_by_itself(
         ("whole words", {"北京": 9, "北海": 9}),
     ],
 )
-def test_candidates_of_other_tokenizers_are_taken_too(kind, counts, request, tmp_path):
-    """Except a word whose letters are a piece inside of words, which breaks at the start of one.
+def test_candidates_of_other_tokenizers(kind, counts, request, tmp_path):
+    """Except a word whose letters are a piece inside words, but not at the start of a word.
 
     Of two forms that a normalizer of SentencePiece makes one, there is one."""
     if kind == "whole words":
@@ -242,7 +240,7 @@ def home(documents, tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def compare(home, cache, tmp_path, capsys):
-    """Runs the command; (JSON on its last line, what it printed, its folder)."""
+    """Run the command; returns (JSON on its last line, its output, its folder)."""
 
     def run(line):
         output = tmp_path / "out"
@@ -287,7 +285,7 @@ def test_the_command_prints_writes_and_draws_what_it_compares(compare, home):
         ("zh", "tokenizer", {"北京大学"}),
     ],
 )
-def test_candidates_are_taken_by_add_tokens_as_they_are(text, name, some, compare, home):
+def test_add_tokens_accepts_the_candidates(text, name, some, compare, home):
     _, _, output = compare(f"--input text=HOME/{text}.txt --tokenizer HOME/{name}")
     words = read_lines(str(output / "candidates-text.txt"))
     assert some <= set(words) and len(set(words)) == len(words)
@@ -327,7 +325,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
     assert message.startswith(named) and "\n" not in message and not (tmp_path / "out").exists()
 
 
-def test_all_that_is_bad_is_told_at_once(capsys):
+def test_all_problems_are_reported_at_once(capsys):
     words = "--input one=a.txt {} --top 0 --candidates 0"
     for wrong in ("text.txt", "a=", "=x.txt", "a/b=x.txt"):
         lines = refusal(DOMAIN, words.format(wrong).split(), capsys).splitlines()

@@ -1,7 +1,7 @@
 """The experiment from end to end on a tiny encoder.
 
-Its report shows what its parts have left, the parts are what the single commands give, an
-interrupted, extended or restarted experiment ends as one that was not, and bad input is refused.
+The report shows the results of the parts, the parts equal the single commands, an interrupted,
+extended or restarted experiment gives the same result, and bad input is refused.
 """
 
 import base64
@@ -51,7 +51,7 @@ def write_rows(path, texts):
 def place(documents, tmp_path_factory):
     """An encoder, texts and labeled rows.
 
-    The first test row and the last, which has two sentences, are copied in both texts."""
+    Both texts contain the first test row and the last one, which has two sentences."""
     folder = tmp_path_factory.mktemp("adapt")
     drawn = [sentence for document in make_documents(60, 5) for sentence in document]
     sentences = [sentence for sentence in drawn if 3 < len(sentence.split()) < 15]
@@ -74,7 +74,7 @@ def place(documents, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(place, cache):
-    """Options without a control, with one budget and one seed."""
+    """Options with one budget, one seed and no control."""
     files = {"text": "text.txt", "train": "train.csv", "valid": "valid-*.csv", "test": "test.csv"}
     return {
         "model": place / "model",
@@ -93,7 +93,7 @@ def whole(small, place):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Plots and intervals have their own tests (test_report.py): here their names are enough."""
+    """Skips plots and intervals, which test_report.py tests."""
     with pytest.MonkeyPatch.context() as context:
         context.setattr(bootstrap, "DRAWS", 400)
         for name in ("overlap", "curves", "confusion"):
@@ -102,7 +102,7 @@ def quick():
 
 
 def argv(options, output, **more):
-    """The command line of these options; True is a switch."""
+    """The command line for these options; True is a switch."""
     words = []
     for name, value in (options | more | {"output": output}).items():
         words.append(f"--{name.replace('_', '-')}")
@@ -112,14 +112,14 @@ def argv(options, output, **more):
 
 
 def adapt(options, output, **more):
-    """Run an experiment; its folder."""
+    """Run an experiment; returns its folder."""
     ADAPT(argv(options, output, **more))
     return output
 
 
 @pytest.fixture(scope="module")
 def finished(whole, place):
-    """The uninterrupted experiment that others are compared with."""
+    """The uninterrupted experiment, for comparison."""
     return adapt(whole, place / "finished")
 
 
@@ -133,12 +133,12 @@ def part(folder, name):
 
 
 def report_of(folder):
-    """The report without the times, the machine and the commands, which name the folder."""
+    """The report without times, machine and commands (which name the folder)."""
     return (folder / "report.md").read_text(encoding="utf-8").split("## Time")[0]
 
 
 def tables(text):
-    """[[cells as text]] of every table, without the rule below its head."""
+    """[[cells as text]] of every table, without the line below its header."""
     found = []
     for lines in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
         cells = [re.split(r"(?<!\\)\|", row)[1:-1] for row in lines.strip().split("\n")]
@@ -147,7 +147,7 @@ def tables(text):
 
 
 def fine_tunings(monkeypatch):
-    """The names of the fine-tuning runs that are started from here on."""
+    """A list that collects the names of fine-tuning runs as they start."""
     names, original = [], pipeline.train
 
     def observed(run):
@@ -160,7 +160,7 @@ def fine_tunings(monkeypatch):
 
 
 def interrupted(arguments, module, name, number):
-    """Run the experiment with Ctrl-C at the `number`-th call of `module.name`."""
+    """Run the experiment with Ctrl-C at call `number` of `module.name`."""
     calls, original = [], getattr(module, name)
 
     def observed(*more):
@@ -175,7 +175,7 @@ def interrupted(arguments, module, name, number):
 
 
 def forbid_work(monkeypatch):
-    """Fail as soon as the experiment cleans a text, trains or fine-tunes."""
+    """Fail if the experiment cleans a text, trains or fine-tunes."""
     for name in ("write_cleaned", "train"):
         monkeypatch.setattr(pipeline, name, lambda *_, name=name: pytest.fail(f"{name} is called"))
 
@@ -183,7 +183,7 @@ def forbid_work(monkeypatch):
 # What it leaves.
 
 
-def test_numbers_of_the_report_are_those_of_the_parts(finished):
+def test_report_numbers_match_the_parts(finished):
     _, scores, classes, *_ = tables(report_of(finished))
     runs = {}
     for name, budget in product(ENCODERS, BUDGETS):
@@ -207,7 +207,7 @@ def test_numbers_of_the_report_are_those_of_the_parts(finished):
         assert row == [label.replace("|<b>", "\\|&lt;b&gt;"), *numbers]
 
 
-def test_every_section_shows_what_there_is(finished, place):
+def test_every_section_of_the_report(finished, place):
     text, page = ((finished / f"report.{kind}").read_text("utf-8") for kind in ("md", "html"))
     labels = [row["label"] for row in read_rows(place / "test.csv")]
     most = [max(LABELS, key=labels.count)] * len(labels)
@@ -237,8 +237,8 @@ def test_every_section_shows_what_there_is(finished, place):
     assert not re.search(r'https?://|<link|<script|src="(?!data:image/png)|file:', page)
 
 
-def test_the_encoders_share_rows_and_seeds_and_scores_are_of_predictions(finished, whole):
-    """Options decide the rows of a budget: those of the encoders differ in the model alone."""
+def test_encoders_share_rows_and_seeds(finished, whole):
+    """Options decide the rows of a budget; between encoders, only the model differs."""
     models = {name: str(finished / name / "final") for name in ENCODERS} | {"base": whole["model"]}
     others = set()
     for encoder, budget, seed in product(ENCODERS, BUDGETS, (0, 1)):
@@ -257,10 +257,10 @@ def test_the_encoders_share_rows_and_seeds_and_scores_are_of_predictions(finishe
 
 
 @pytest.mark.parametrize("phases, steps", [("", [0, 1, 2, 3]), ("16:0.4 32:0.6", [0, 2, 3])])
-def test_perplexities_are_those_of_evaluate_at_the_last_length(
+def test_perplexities_equal_evaluate_at_the_last_length(
     phases, steps, finished, whole, place, cache, tmp_path, capsys
 ):
-    """With phases the encoder before training is evaluated again, at the last length."""
+    """With phases, the untrained encoder is evaluated again, at the last length."""
     output = finished
     if phases:
         options = whole["pretrain"].replace("--max-length 32", f"--phases {phases}")
@@ -280,9 +280,7 @@ def test_perplexities_are_those_of_evaluate_at_the_last_length(
     assert shown == [f"{saved[name]:,.1f}" for name in (*found, "unigram")]
 
 
-def test_the_control_has_the_steps_and_the_options_of_the_adapted_run(
-    finished, small, place, tmp_path
-):
+def test_the_control_run_has_the_same_steps_and_options(finished, small, place, tmp_path):
     runs = [json.loads((finished / name / "config.json").read_text()) for name in ENCODERS[1:]]
     assert {name for name in runs[0] if runs[0][name] != runs[1][name]} == {"train"}
     names = ("text", "control")
@@ -359,10 +357,10 @@ def test_a_finished_experiment_trains_nothing_and_rewrites_the_report(
 @pytest.mark.parametrize(
     "number, left", [(2, (2, 2)), (8, (0, 1))], ids=["pretraining", "fine-tuning"]
 )
-def test_an_interrupted_experiment_ends_as_the_uninterrupted_one(
+def test_an_interrupted_experiment_gives_the_same_result(
     number, left, finished_small, small, tmp_path, monkeypatch, steps_seen
 ):
-    """Three steps each: pretraining, fine-tuning the base, fine-tuning the adapted encoder."""
+    """Three steps each: pretraining, fine-tuning of the base and of the adapted encoder."""
     arguments = argv(small, tmp_path / "out")
     interrupted(arguments, train, "train_step", number)
     assert not (tmp_path / "out" / "report.md").exists()
@@ -378,7 +376,7 @@ def test_an_interrupted_experiment_ends_as_the_uninterrupted_one(
 
 
 def test_more_seeds_and_budgets_run_only_what_is_new(finished_small, small, tmp_path, monkeypatch):
-    """An option that means the same in other words is not another."""
+    """An option that says the same in other words is no change."""
     output = shutil.copytree(finished_small, tmp_path / "out")
     names = fine_tunings(monkeypatch)
     again = f"--seed=0 --patience 3 {FINE}"
@@ -390,7 +388,7 @@ def test_more_seeds_and_budgets_run_only_what_is_new(finished_small, small, tmp_
         assert part(output, name) == part(finished_small, name)
 
 
-def test_overwrite_starts_over_and_the_old_stays_until_there_is_a_report(
+def test_overwrite_keeps_the_old_experiment_until_the_new_report(
     finished_small, small, tmp_path, monkeypatch
 ):
     output, aside = shutil.copytree(finished_small, tmp_path / "out"), tmp_path / ".out.replaced"
@@ -403,8 +401,8 @@ def test_overwrite_starts_over_and_the_old_stays_until_there_is_a_report(
     assert part(output, "finetune-base-12-0")["steps"] == 2
 
 
-def test_before_any_training_the_options_may_change(small, place, tmp_path):
-    """To: a model without heads, the task's texts except a copy of a test text, fewer steps."""
+def test_options_may_change_before_training(small, place, tmp_path):
+    """Changes to a model without heads, to --task-text, and to fewer steps."""
     train_texts, (copy, *_) = (
         [row["text"] for row in read_rows(place / f"{name}.csv")] for name in ("train", "test")
     )
@@ -432,8 +430,10 @@ def test_before_any_training_the_options_may_change(small, place, tmp_path):
 # What is refused.
 
 
-def test_checkpoints_of_other_options_are_not_resumed(small, place, tmp_path, monkeypatch, capsys):
-    """Two of three steps are done: to end on another text would mix the two."""
+def test_checkpoints_from_other_options_are_not_resumed(
+    small, place, tmp_path, monkeypatch, capsys
+):
+    """Two of three steps are done: finishing on another text would mix the two."""
     output = tmp_path / "out"
     interrupted(argv(small, output), train, "train_step", 3)
     forbid_work(monkeypatch)
@@ -480,7 +480,7 @@ def test_other_options_are_refused(more, values, finished_small, small, place, c
     ],
 )
 def test_a_changed_file_is_refused(name, added, finished_small, small, place, monkeypatch, capsys):
-    """`added` None removes the file, b"" flips its last byte."""
+    """`added`: None removes the file, b"" flips its last byte."""
     forbid_work(monkeypatch)
     path, parts = place / name, sorted(finished_small.rglob("*"))
     before = path.read_bytes()
@@ -497,7 +497,7 @@ def test_a_changed_file_is_refused(name, added, finished_small, small, place, mo
     assert sorted(finished_small.rglob("*")) == parts
 
 
-def test_a_folder_with_something_else_is_refused(small, tmp_path, capsys):
+def test_a_folder_with_other_files_is_refused(small, tmp_path, capsys):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("precious")
@@ -551,7 +551,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_missing_is_told_at_once(capsys):
+def test_missing_options_are_reported_at_once(capsys):
     lines = refusal(ADAPT, [], capsys).splitlines()
     names = {line.partition(":")[0] for line in lines}
     assert names == {"--model", "--text", "--train", "--valid", "--test"}

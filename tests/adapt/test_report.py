@@ -1,8 +1,8 @@
-"""The page that answers.
+"""The report of an experiment.
 
-Its scores equal sklearn's on repeated rows, its intervals a slow bootstrap's, its verdict says yes
-only where an interval lies above 0, and its plots are plots. test_pipeline.py compares its tables
-with the parts of an experiment.
+Scores equal sklearn's on repeated rows, intervals equal a slow bootstrap, the verdict is "yes" only
+if an interval lies above 0, and all plots are drawn. test_pipeline.py compares the tables with the
+parts of an experiment.
 """
 
 import re
@@ -25,14 +25,14 @@ METRICS = ("macro_f1", "accuracy")
 
 
 def sklearn_score(truth, predicted, metric):
-    """Without a list of classes sklearn leaves out those that occur nowhere."""
+    """Without a list of classes, sklearn leaves out classes that never occur."""
     if metric == "accuracy":
         return metrics.accuracy_score(truth, predicted)
     return metrics.f1_score(truth, predicted, average="macro", zero_division=0)
 
 
 def slow_score(truth, predicted, metric):
-    """In three lines."""
+    """The metric in three lines."""
     if metric == "accuracy":
         return np.mean(truth == predicted)
     f1 = []
@@ -69,13 +69,13 @@ def test_weighted_scores_equal_sklearns_on_repeated_rows(num_classes, seeds, dat
 
 
 def predictions_right(rng, truth, share, seeds, num_classes=3):
-    """int [seeds, rows]: each right with this chance."""
+    """int [seeds, rows]: predictions that are each right with this probability."""
     wrong = (truth + rng.integers(1, num_classes, (seeds, len(truth)))) % num_classes
     return np.where(rng.random((seeds, len(truth))) < share, truth, wrong)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_clear_difference_excludes_0_and_turns_with_the_sides(metric):
+def test_a_clear_difference_excludes_0_and_flips_sign(metric):
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 3, 200)
     worse, better = (predictions_right(rng, truth, share, 3) for share in (0.5, 0.8))
@@ -107,7 +107,7 @@ def test_intervals_agree_with_a_slow_paired_bootstrap(metric):
     expected = np.percentile(differences, [2.5, 97.5])
     found = bootstrap.bootstrap(truth, left, right, metric)
     assert found == pytest.approx(expected, abs=0.025)
-    # Paired: if two encoders err alike, their difference is surer than that of separate draws.
+    # Paired: if two encoders make the same errors, their difference is more certain.
     alike = left.copy()
     alike[:, :6] = truth[:6]
     low, high = bootstrap.bootstrap(truth, left, alike, metric)
@@ -138,7 +138,7 @@ PAIRS = st.tuples(*2 * [st.sampled_from(KINDS) | BOUNDS])
 @settings(max_examples=400, deadline=None)
 @given(PAIRS, st.none() | PAIRS, st.sampled_from(METRICS))
 def test_the_verdict_says_what_the_intervals_say(differences, control, metric):
-    """Yes only where an interval lies above 0."""
+    """It is "yes" only if an interval lies above 0."""
     found = {"base": dict(zip(BUDGETS, differences))}
     if control:
         found["control"] = dict(zip(BUDGETS, control))
@@ -168,7 +168,7 @@ def test_the_verdict_says_what_the_intervals_say(differences, control, metric):
 
 
 def body_of(page):
-    """The elements of a page, which is well-formed inside of its body."""
+    """The elements of a page, whose body must be well-formed."""
     return ElementTree.fromstring(re.search("<body>.*</body>", page, re.DOTALL)[0])
 
 
@@ -177,7 +177,7 @@ NAMES += ["|", "a||b|", "1 < 2 > 0", "*urgent*", "__init__", "`code`", "a\\|b", 
 NAMES += ["[a](http://b.c)", "![a](http://b.c/d.png)"]
 
 
-def test_cells_read_as_they_were_in_the_page(tmp_path):
+def test_the_page_shows_cells_verbatim(tmp_path):
     shown = report.table(["class", "number"], [[name, n] for n, name in enumerate(NAMES)], ".1f")
     body = body_of(report.to_html(shown, tmp_path))
     rows = [["".join(cell.itertext()) for cell in row] for row in body.iter("tr")]
@@ -189,7 +189,7 @@ def test_cells_read_as_they_were_in_the_page(tmp_path):
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=12))
-def test_a_cell_never_opens_a_cell_a_line_or_a_tag(text):
+def test_a_cell_never_starts_a_cell_a_line_or_a_tag(text):
     assert not re.search(r"[<>\n]", report.cell(text))
     header = report.table([text, "b"], []).split("\n")[0]
     assert len(re.findall(r"(?<!\\)\|", header)) == 3
@@ -208,7 +208,7 @@ def test_a_cell_never_opens_a_cell_a_line_or_a_tag(text):
         ({"task": 0.96}, "96%"),
     ],
 )
-def test_the_verdict_tells_what_qualifies_it(change, named):
+def test_the_verdict_includes_warnings(change, named):
     facts = {"seeds": 2, "rows": {"test": 500}, "seen_in_training": 0, "unknown_share": 0.015}
     facts |= {"perplexity": {"after": 21.5, "unigram": 100.0}, "task": 0.5} | change
     texts = {"text": {"unknown_share": 0.0}, "task": {"unknown_share": facts["unknown_share"]}}
@@ -227,7 +227,7 @@ def is_plot(path):
 
 
 @pytest.mark.parametrize("names", [["正面", "负面"], ["$^$", "b"]])
-def test_plots_are_plots_whatever_the_names(names, tmp_path, capsys):
+def test_plots_work_with_any_names(names, tmp_path, capsys):
     paths = [tmp_path / f"{number}.png" for number in range(4)]
     points = [[1, 10, 30], [400.0, 80.0, 20.0], None]
     with warnings.catch_warnings():
@@ -243,9 +243,7 @@ def test_plots_are_plots_whatever_the_names(names, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("classes", [["<$100", "$100-$500"], ["$^$", "b"], list("abcdefg")])
-def test_classes_are_named_as_they_are_and_of_very_many_every_second(
-    classes, tmp_path, monkeypatch
-):
+def test_class_labels_are_verbatim_and_thinned_if_many(classes, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "MAX_NUMBERED", 3)
     monkeypatch.setattr(plots, "MAX_NAMED", 6)
     path = tmp_path / "confusion.png"

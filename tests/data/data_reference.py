@@ -1,4 +1,4 @@
-"""A vocabulary, shards and plans made by hand for the tests of pairs, masks and batches."""
+"""Handmade vocabulary, shards and plans for the tests of pairs, masks and batches."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from pretrain.data.tokenizer import Vocabulary
 
 PAIRS = ["random", "swapped", None]
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)
-SIZE = 60  # of the vocabulary; ids from 40 on are "##" pieces, and 50 is a special token amid them
+SIZE = 60  # of the vocabulary; ids from 40 on are "##" pieces, except 50, a special token
 SPECIAL = np.isin(np.arange(SIZE), [PAD, UNKNOWN, CLS, SEP, MASK, 50])
 ORDINARY = np.flatnonzero(~SPECIAL).astype(np.uint32)
 STARTS_WORD = np.arange(SIZE) < 40
@@ -22,7 +22,7 @@ VOCABULARY = Vocabulary(
 
 
 def shard_of(documents: list[list[int]], ids=None, flags=None) -> Shard:
-    """A shard whose documents have sentences of these lengths; without `ids`, token t has id t."""
+    """A shard with documents of sentences of these lengths; without `ids`, token t has id t."""
     lengths = [length for document in documents for length in document]
     sentences = np.cumsum([0, *lengths])
     ids = np.arange(sentences[-1], dtype=np.uint32) if ids is None else np.array(ids, np.uint16)
@@ -47,7 +47,7 @@ def make_shard(
     specials: bool = True,
     entities: bool = True,
 ) -> Shard:
-    """Random tokens, half of them of few kinds; about a third in entities."""
+    """Random tokens, half of them from a few ids; about a third in entities."""
     source = np.random.default_rng(seed)
     lengths = random_lengths(documents, sentences, longest, seed)
     count = sum(map(sum, lengths))
@@ -96,7 +96,7 @@ def micro_batches(
 
 
 def contents(batch: Batch) -> dict:
-    """All that a batch holds, as lists: two batches are equal if their contents are."""
+    """Everything in a batch, as lists: batches are equal if their contents are."""
     parts = {**vars(batch), **{f"labels of {name}": part for name, part in batch.labels.items()}}
     del parts["labels"]
     return {
@@ -106,7 +106,7 @@ def contents(batch: Batch) -> dict:
 
 
 def example_of(batch: Batch, number: int) -> dict:
-    """What a batch holds of sequence `number`, as lists; masked places from its [CLS] on."""
+    """Sequence `number` of a batch, as lists; masked places count from its [CLS]."""
     start, end = batch.cu_seqlens[number : number + 2].tolist()
     places, labels = batch.masked_positions, batch.labels["mlm"]
     inside = (places >= start) & (places < end) & (labels != IGNORED)

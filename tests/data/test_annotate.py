@@ -115,12 +115,12 @@ def test_flags_spelled_out(tokenizer):
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from(CHINESE + "ab1 ,。\r\t\u3000😀\x01"), max_size=20))
 def test_jieba_keeps_every_character(text):
-    """What `mark` relies on."""
+    """`mark` relies on this."""
     assert "".join(rjieba.cut(text)) == text
 
 
 def slow_find(text: str, terms, known, ignore_case: bool) -> list[tuple[int, int]]:
-    """Longest first, then from the left, where nothing is yet: tried at every place."""
+    """Tries every place: longest terms first, then from the left, without overlap."""
 
     def letter(character: str) -> bool:
         return character.isalnum() and not ("\u3040" <= character <= "\u9fff")

@@ -1,5 +1,5 @@
 """Collating: the packed batch and its flags against examples built one by one; masks that do not
-depend on what else is in the micro-batch; a rate that changes masks alone; labels of another loss;
+depend on the rest of the micro-batch; a rate that changes only masks; labels of another loss;
 and filling to fixed shapes, which changes nothing real."""
 
 import math
@@ -122,7 +122,7 @@ def test_batches_against_examples_built_one_by_one(shard, task, name, fill):
 
 
 def test_one_example_by_hand():
-    """Every draw stays itself (split 0, 0, 1), so that the batch shows the layout alone."""
+    """All masked tokens stay (split 0, 0, 1), so the batch shows only the layout."""
     shard = shard_of([[10], [10]], range(10, 30))
     columns = ([3, 12], [2, 3], [15, 0], [1, 0], [1, IGNORED])
     plan = Plan(*map(np.array, columns), np.array([7, 8], np.uint64))
@@ -150,8 +150,8 @@ def test_types_of_the_arrays(fill):
 
 @settings(max_examples=40, deadline=None)
 @given(shard=SHARDS, task=TASKS)
-def test_flags_are_those_of_the_corpus_except_at_the_beginning_of_segments(shard, task):
-    """A cut word or entity begins there; [CLS] and [SEP] are words outside entities."""
+def test_flags_equal_the_corpus_except_at_segment_starts(shard, task):
+    """A word or entity that is cut begins there; [CLS] and [SEP] are words outside entities."""
     plan, expected = plan_of(shard, task), []
     packed = pack(Examples(shard, plan), VOCABULARY)
     rows = zip(plan.a_start, plan.a_length, plan.b_start, plan.b_length)
@@ -169,7 +169,7 @@ def test_flags_are_those_of_the_corpus_except_at_the_beginning_of_segments(shard
     assert np.array_equal(packed.maskable, ~SPECIAL[packed.ids])
 
 
-def test_an_entity_cut_off_at_the_beginning_of_a_segment_is_one_of_its_own():
+def test_an_entity_cut_by_a_segment_start_is_a_new_entity():
     """Of an entity of six tokens the last four are A and the first two B: each is masked whole or
     not, independently."""
     flags = np.array([WORD_START | ENTITY_START] + [ENTITY_INSIDE] * 5 + [WORD_START] * 4, np.uint8)
@@ -195,7 +195,7 @@ def test_an_entity_cut_off_at_the_beginning_of_a_segment_is_one_of_its_own():
 @settings(max_examples=40, deadline=None)
 @given(shard=SHARDS, task=TASKS, name=NAMES, fill=st.booleans(), data=st.data())
 def test_masks_do_not_depend_on_the_rest_of_the_micro_batch(shard, task, name, fill, data):
-    """The same examples in micro-batches cut elsewhere, in another order, of another size."""
+    """The same examples in micro-batches of another size, cut and order."""
     plan = plan_of(shard, task)
     count = len(plan.keys)
     other_plan = plan.take(np.array(data.draw(st.permutations(range(count)))))
@@ -213,9 +213,9 @@ def test_masks_do_not_depend_on_the_rest_of_the_micro_batch(shard, task, name, f
 
 @settings(max_examples=40, deadline=None)
 @given(shard=SHARDS, task=TASKS, name=NAMES, fill=st.booleans(), share=st.floats(0.05, 1))
-def test_another_rate_changes_masks_alone(shard, task, name, fill, share):
-    """To those of a task of that rate. At a lower rate, single tokens are some of those at a higher
-    one, and replaced alike."""
+def test_another_rate_changes_only_masks(shard, task, name, fill, share):
+    """Masks equal those of a task with that rate. At a lower rate, masked tokens are a subset, with
+    the same replacements."""
     plan, rate = plan_of(shard, task), share * task.mask_rate
     collator = Collator(task, VOCABULARY, MASKINGS[name], fill)
     rates = (task.mask_rate, None, rate)
@@ -233,14 +233,14 @@ def test_another_rate_changes_masks_alone(shard, task, name, fill, share):
 
 
 def masks_removed(batch: Batch) -> dict:
-    """The contents that masks do not decide."""
+    """The contents that do not depend on masks."""
     decided = {"input_ids", "masked_positions", "labels of mlm", "counts", "shortfall"}
     return {name: part for name, part in contents(batch).items() if name not in decided}
 
 
 @pytest.mark.parametrize("fill", [False, True])
 def test_labels_of_another_loss_are_counted_and_filled(monkeypatch, fill):
-    """One for each masked position, and one for each sequence."""
+    """One label per masked position, and one per sequence."""
     original = Collator.labels
 
     def labels(collator, examples, packed, masked):
@@ -304,14 +304,14 @@ def assert_extended(filled: torch.Tensor, real: torch.Tensor, value: int) -> Non
 
 
 def sizes_of(task: Task) -> set[int]:
-    """Numbers of sequences that a filled micro-batch may have."""
+    """The possible numbers of sequences in a filled micro-batch."""
     return {factor * task.slots for factor in (2, 4, 8)}
 
 
 @pytest.mark.parametrize("pairs", PAIRS)
 @pytest.mark.parametrize("longest", [1, 12])
-def test_shapes_are_few_through_epochs(pairs, longest):
-    """They differ in the number of sequences alone, by factors of two, also in the last micro-batch
+def test_shapes_stay_few_over_epochs(pairs, longest):
+    """Only the number of sequences differs, by factors of two, even in the last micro-batch
     of an epoch. The smallest size serves text whose sequences are full."""
     shard, task = make_shard(40, 30, longest), Task(pairs, 64, 4, 0.15, 0)
     shapes, sizes, few = set(), set(), 0

@@ -21,7 +21,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def make_tokenizer(*more: str):
-    """WordPiece over letters and a few stems; unlike a trained one the same everywhere."""
+    """WordPiece over letters and a few stems; the same on every machine, unlike a trained one."""
     pieces = [*LETTERS, ".", *(f"##{letter}" for letter in f"{LETTERS}.")]
     entries = [*SPECIAL_TOKENS, *pieces, "bank", "river", "model", "##ing", "##ation", *more]
     return from_vocabulary({entry: number for number, entry in enumerate(entries)}, True)
@@ -34,7 +34,7 @@ def tokenizer():
 
 @pytest.fixture
 def make(tokenizer, tmp_path):
-    """Prepares documents into a corpus."""
+    """Prepare documents into a corpus."""
 
     def make_corpus(documents, name="corpus", piece_bytes=1 << 30, tokenizer=tokenizer) -> Corpus:
         sources = write_documents(tmp_path / f"{name}.txt", documents)
@@ -60,7 +60,7 @@ def sentences_of(shard: Shard, place: int) -> list[list[int]]:
 
 
 def documents_of(corpus: Corpus) -> list[list[list[int]]]:
-    """Ids by document and sentence, of the documents in the part of the corpus."""
+    """Ids by document and sentence, for the documents in a part of the corpus."""
     shards = [(corpus.shard(index), corpus.documents(index)) for index in range(corpus.num_shards)]
     return [sentences_of(shard, place) for shard, places in shards for place in places.tolist()]
 
@@ -86,7 +86,7 @@ def copy(many_shards, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 3000, 8000, 1 << 30])
-def test_text_comes_back_from_the_shards(documents, make, tokenizer, piece_bytes):
+def test_shards_hold_the_text(documents, make, tokenizer, piece_bytes):
     corpus = make(documents, piece_bytes=piece_bytes)
     expected = expected_documents(documents, tokenizer)
     assert documents_of(corpus) == expected
@@ -114,7 +114,7 @@ def test_arrays_are_plain_and_small(many_shards):
     assert tokens == flat(documents_of(many_shards.split(0.3)[0]))[: len(tokens)]
 
 
-def test_a_large_vocabulary_is_kept_in_four_bytes(make):
+def test_a_large_vocabulary_uses_four_bytes(make):
     tokenizer = make_tokenizer(*(f"[u{number}]" for number in range(65_540)), "zebra")
     corpus, zebra = make([["zebra a"], ["a"]], tokenizer=tokenizer), len(tokenizer) - 1
     assert corpus.shard(0).ids.dtype == np.uint32 and zebra > 65_536
@@ -139,7 +139,7 @@ def test_a_tokenizer_set_to_truncate_and_pad_changes_nothing(documents, make, ma
 
 
 def test_the_fingerprints(documents, make, many_shards, tokenizer):
-    """Of the tokenizer, which is kept in the corpus, and of the text."""
+    """Fingerprints of the tokenizer (saved in the corpus) and of the text."""
     found = corpora.load_tokenizer(many_shards.folder)
     assert fingerprint(found) == fingerprint(tokenizer) == many_shards.info["tokenizer"]
     assert expected_documents(documents[:2], found) == expected_documents(documents[:2], tokenizer)
@@ -152,7 +152,7 @@ def test_the_fingerprints(documents, make, many_shards, tokenizer):
     [[1, 1], [1, 1, 1], [2, 1], [1, 2], [3, 1, 1], [1, 3, 1], [1] * 5, [2, 0, 1, 2], [0, 1, 0]],
 )
 def test_shards_of_fewer_than_two_documents_are_joined(tokenizer, tmp_path, counts):
-    """A file is a piece of so many documents; one without a token gives no shard."""
+    """Each file is a piece with that many documents; a file without tokens gives no shard."""
     sources, expected = [], []
     for number, count in enumerate(counts):
         names = [f"file {LETTERS[number]} text {LETTERS[place]}" for place in range(count)]
@@ -167,7 +167,7 @@ def test_shards_of_fewer_than_two_documents_are_joined(tokenizer, tmp_path, coun
     assert sum(on_disk) == corpus.info["tokens"]  # what was joined is not left behind
 
 
-def test_a_corpus_that_is_there_is_opened(copy, sources, tokenizer):
+def test_an_existing_corpus_is_opened(copy, sources, tokenizer):
     """Without reading the text."""
     before = content(copy)
     gone = [replace(source, path="/gone") for source in sources]
@@ -175,7 +175,7 @@ def test_a_corpus_that_is_there_is_opened(copy, sources, tokenizer):
     assert corpus.num_shards > 2 and content(copy) == before
 
 
-def test_what_cannot_be_read_or_written_is_named(documents, make, sources, tokenizer, tmp_path):
+def test_unreadable_and_unwritable_files_are_named(documents, make, sources, tokenizer, tmp_path):
     gone = [replace(sources[0], path=str(tmp_path / "gone.txt"))]
     assert "gone.txt" in refused(prepare, gone, "sentences", tokenizer, tmp_path / "corpus")
     (tmp_path / "file").write_text("not a folder")
@@ -187,7 +187,7 @@ def test_what_cannot_be_read_or_written_is_named(documents, make, sources, token
 @pytest.mark.parametrize("name", ARRAYS)
 @pytest.mark.parametrize("how", ["cut", "gone", "bit"])
 def test_a_damaged_shard_is_named(copy, name, how):
-    """A wrong size when the corpus is opened, a wrong content when the shard is."""
+    """Wrong sizes are found when the corpus is opened, wrong contents when the shard is."""
     shard = json.loads((copy / "corpus.json").read_text())["shards"][1]["name"]
     path = copy / f"{shard}.{name}.npy"
     raw = path.read_bytes()
@@ -211,7 +211,7 @@ def test_a_damaged_manifest_is_named(copy, raw):
     path = copy / "corpus.json"
     path.write_text(raw) if raw else path.unlink()
     assert refused(Corpus, copy).startswith(f"{path}: ")
-    if raw is None:  # beside shards
+    if raw is None:  # missing next to shards
         assert refused(is_corpus, copy).startswith(f"{path}: ")
         assert not is_corpus(copy.parent)
 
@@ -225,8 +225,8 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(many_shards, tokeni
     assert "(62 ids)" in refused(open_corpus, folder, replace(own, size=62))
 
 
-def test_a_shard_is_read_whole_only_once_in_a_process(many_shards, monkeypatch):
-    """It is hashed when it is first opened; opened again later, it is only mapped."""
+def test_a_shard_is_verified_once_per_process(many_shards, monkeypatch):
+    """It is hashed when first opened; later it is only mapped."""
     hashed, sha256_of = [], corpora.sha256_of
     monkeypatch.setattr(corpora, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
     corpus = Corpus(many_shards.folder)
@@ -253,7 +253,7 @@ def sides(corpus: Corpus, fraction: float) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.05, 0.3, 0.5])
-def test_split_is_disjoint_and_whole(many_shards, fraction):
+def test_split_is_disjoint_and_complete(many_shards, fraction):
     training, validation = sides(many_shards, fraction)
     assert sorted(training + validation) == texts(documents_of(many_shards))
     assert not set(training) & set(validation)
@@ -289,7 +289,7 @@ def test_a_larger_fraction_takes_more_of_the_same(many_shards):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_of_few_documents_the_tails_are_taken(make, tokenizer, count):
+def test_few_documents_are_split_by_their_tails(make, tokenizer, count):
     documents = [[f"model {LETTERS[n]}" for n in range(length)] for length in [20, 1, 3][:count]]
     corpus = make(documents)
     training, validation = corpus.split(0.25)

@@ -30,7 +30,7 @@ datasets.disable_progress_bars()
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """Makes a fresh folder each time it is called."""
+    """A function that creates a fresh folder each time."""
     root, numbers = tmp_path_factory.mktemp("formats"), itertools.count()
 
     def make() -> Path:
@@ -42,7 +42,7 @@ def scratch(tmp_path_factory):
 
 
 def read(*paths, need_entities: bool = False, cache: Path | None = None, **options) -> list[list]:
-    """Documents as lists of (sentence, entities), by way of the cache."""
+    """Documents as lists of (sentence, entities), read through the cache."""
     cache = cache or Path(paths[0]).parent / "cache"
     options = TextOptions(cache=str(cache), **options)
     need_entities = need_entities or options.entity_field is not None
@@ -52,7 +52,7 @@ def read(*paths, need_entities: bool = False, cache: Path | None = None, **optio
 
 
 def entities(documents: list[list]) -> list[list[str]]:
-    """What the spans of each document cover."""
+    """The texts that the spans of each document cover."""
     return [
         [sentence[start:end] for sentence, spans in document for start, end in spans]
         for document in documents
@@ -60,7 +60,7 @@ def entities(documents: list[list]) -> list[list[str]]:
 
 
 def message(*paths, **options) -> str:
-    """Of the UserError; it must leave no converted or half-written file in the cache."""
+    """The message of the UserError, which must leave no converted file in the cache."""
     cache = options.get("cache") or Path(paths[0]).parent / "cache"
     before = set(cache.rglob("*"))
     text = refused(read, *paths, **options)
@@ -125,7 +125,7 @@ def test_a_format_gives_the_documents_of_the_plain_text(scratch, kind, suffix):
     @settings(max_examples=30 if kind in ("txt", "jsonl", "csv", "tsv") else 5, deadline=None)
     @given(documents=DOCUMENTS)
     def compare(documents):
-        if kind == "tsv":  # a tab in a cell is no tab of its row
+        if kind == "tsv":  # a tab inside a cell does not separate cells
             documents = [[line.replace("\t", "_") for line in document] for document in documents]
         folder = scratch()
         plain = folder / "plain.txt"
@@ -156,7 +156,7 @@ def test_a_format_gives_the_documents_of_the_plain_text(scratch, kind, suffix):
     bom=st.sampled_from(["", "\ufeff"]),
     end=st.sampled_from([['"Ah', '"Oh" said he'], ['"Open', "middle", 'close"', "last"]]),
 )
-def test_a_tsv_without_quoting_is_read_as_it_stands(scratch, documents, newline, bom, end):
+def test_a_tsv_without_quoting_is_read_verbatim(scratch, documents, newline, bom, end):
     """Its last rows have a quote that never closes, or closes in another row."""
     path = scratch() / "table.tsv"
     rows = ["id\ttext", *(f"1\t{document}" for document in [*documents, *end])]
@@ -198,7 +198,7 @@ def test_a_list_of_strings_is_the_sentences(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet", "arrow", "saved"])
 def test_the_text_column(scratch, kind):
-    """The given one, else text, else the only one that holds words."""
+    """The given one, else `text`, else the only one with words."""
 
     def table(**columns) -> Path:
         rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
@@ -221,14 +221,14 @@ def test_the_text_column(scratch, kind):
         assert "title, body" in told
 
 
-def test_blank_rows_are_left_out_and_counted(tmp_path, capsys):
+def test_blank_rows_are_skipped_and_counted(tmp_path, capsys):
     rows = [{"text": text} for text in ("a", "", " \n\t", None, [], "b")]
     assert texts(read(lines(tmp_path / "a.jsonl", *rows))) == [["a"], ["b"]]
     told = capsys.readouterr().out
     assert "2 documents" in told and "4 without text" in told
 
 
-def test_a_given_format_wins_over_the_name(tmp_path):
+def test_the_format_option_overrides_the_file_name(tmp_path):
     path = lines(tmp_path / "a.txt", {"text": "a"}, {"text": "b"})
     assert texts(read(path, format="jsonl")) == [["a"], ["b"]]
     assert texts(read(path, format="lines")) == [['{"text": "a"}'], ['{"text": "b"}']]
@@ -264,7 +264,7 @@ def test_a_name_with_brackets_is_that_file(tmp_path, kind):
 
 
 def test_plain_text(tmp_path):
-    """It stays where it is, unless --max-documents cuts it."""
+    """It is read in place, unless --max-documents limits it."""
     files = [tmp_path / "1.txt", tmp_path / "2.txt"]
     for file, text in zip(files, ("a\nb\n\nc\n", "d\n\ne\nf")):
         file.write_text(text)
@@ -350,7 +350,7 @@ WORD = st.tuples(st.sampled_from(["a", "é", "中文", "😀", "x,"]), st.boolea
 
 @settings(max_examples=60, deadline=None)
 @given(documents=st.lists(st.lists(WORD, min_size=1, max_size=4), max_size=3))
-def test_entities_of_jsonl_come_back(scratch, documents):
+def test_entities_of_jsonl_are_read(scratch, documents):
     records, expected = [], []
     for document in documents:
         text, spans = "", []
@@ -365,7 +365,7 @@ def test_entities_of_jsonl_come_back(scratch, documents):
 
 
 def test_the_entities_column_is_read_if_needed(tmp_path):
-    """`datasets` may give a list of spans by its columns."""
+    """`datasets` may return a list of spans as columns."""
     columns = {"start": [3, 0], "end": [5, 2], "label": ["x", "y"]}
     path = lines(
         tmp_path / "a.jsonl",
@@ -404,10 +404,10 @@ SENTENCES = st.lists(st.lists(CHUNK, min_size=1, max_size=4), min_size=1, max_si
     newline=st.sampled_from(["\n", "\r\n"]),
     dash=st.sampled_from("-_"),
 )
-def test_tagged_tokens_come_back(
+def test_tagged_tokens_are_read(
     scratch, documents, scheme, gap, with_starts, separator, newline, dash
 ):
-    """Words joined by spaces, or characters by nothing; without -DOCSTART- a sentence each."""
+    """Words are joined by spaces, characters are not; without -DOCSTART-, each is a sentence."""
     rows, expected, covered = [], [], []
     for document in documents:
         rows += ["-DOCSTART- -X- O", ""] if with_starts else []
@@ -531,7 +531,7 @@ def test_an_entity_field_without_a_span_is_named(tmp_path):
 
 @pytest.mark.parametrize("raw", [b"", b"\n\n", b"\xef\xbb\xbf", LATIN], ids=str)
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv", "conll", "parquet", "arrow"])
-def test_an_empty_file_or_one_of_another_encoding_is_named(tmp_path, kind, raw):
+def test_empty_and_non_utf8_files_are_named(tmp_path, kind, raw):
     path = tmp_path / f"a.{kind}"
     path.write_bytes(raw)
     assert message(path).startswith(f"{path}: ")
@@ -542,7 +542,7 @@ def test_an_empty_file_or_one_of_another_encoding_is_named(tmp_path, kind, raw):
 
 
 def test_damaged_tables_are_named(tmp_path):
-    """A header alone, a Parquet file that is cut, a data set without a part."""
+    """Only a header, a truncated Parquet file, a data set without a file."""
     parquet, saved = tmp_path / "a.parquet", tmp_path / "b"
     WRITERS["parquet"](parquet, [{"text": "a"}] * 50)
     parquet.write_bytes(parquet.read_bytes()[:-9])
@@ -575,7 +575,7 @@ def test_a_compressed_file_is_unpacked_once(tmp_path):
 
 
 def test_archives(tmp_path):
-    """All files of a zip are read, but hidden ones; tar is refused."""
+    """All files of a zip are read except hidden ones; tar is refused."""
     both, empty, tar = (tmp_path / name for name in ("both.zip", "empty.zip", "files.tar.gz"))
     with zipfile.ZipFile(both, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.jsonl", '{"text": "a\\nb"}\n')
@@ -601,7 +601,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, kind, package):
     assert text.startswith(f"{path}: ") and text.endswith(f"pip install {package}")
 
 
-def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interruption_leaves_no_files(tmp_path, monkeypatch):
     def load(*_, **__):
         yield {"text": "a"}
         raise KeyboardInterrupt

@@ -34,7 +34,7 @@ STEPS, ENDS, MICRO_BATCHES = 20, (4, 14, 20), 8  # the third phase is the first 
 
 @pytest.fixture(scope="module")
 def source(text_file, tiny_tokenizer, tmp_path_factory) -> Corpus:
-    """More shards than a process keeps open."""
+    """A corpus with more shards than a process keeps open."""
     folder = tmp_path_factory.mktemp("dataset") / "corpus"
     sources = reading.check_files([text_file])
     made = prepare(sources, "sentences", tiny_tokenizer, folder, piece_bytes=12_000)
@@ -85,8 +85,8 @@ def test_advance_counts_positions(dataset, uninterrupted):
     assert dataset.advance(START, len(uninterrupted)) == DataPosition(2, 0, 0)
 
 
-def test_a_rate_does_not_decide_the_place(dataset, uninterrupted, collator):
-    """Positions have none of their own; None means the task's."""
+def test_the_mask_rate_does_not_affect_positions(dataset, uninterrupted, collator):
+    """Positions have no rate of their own; None means the rate of the task."""
     position = uninterrupted[9]
     assert position.mask_rate is None
     rated = position._replace(mask_rate=0.05)
@@ -97,7 +97,7 @@ def test_a_rate_does_not_decide_the_place(dataset, uninterrupted, collator):
     assert contents(whole) == contents(same) and low.counts["mlm"] < whole.counts["mlm"]
 
 
-def test_the_fullest_micro_batch_is_that_of_the_first_shard_with_text(source):
+def test_the_fullest_micro_batch_is_in_the_first_shard_with_text(source):
     """A small validation set has none in most shards."""
     dataset = PretrainingDataset(source.split(0.0001)[1], TASK)
     first = next(dataset.positions(START))
@@ -107,7 +107,7 @@ def test_the_fullest_micro_batch_is_that_of_the_first_shard_with_text(source):
     assert any(not dataset.plan(0, place).num_micro_batches for place in range(source.num_shards))
 
 
-def test_every_epoch_reads_every_shard_in_an_order_of_its_own(dataset, source):
+def test_every_epoch_reads_all_shards_in_its_own_order(dataset, source):
     other = PretrainingDataset(source, Task("random", 64, 4, 0.15, 12))
     places = range(source.num_shards)
     orders, others = (
@@ -152,7 +152,7 @@ def test_a_part_of_the_corpus_gives_only_its_documents(source):
 
 
 def test_batches_are_a_function_of_the_position(source, collator, dataset, uninterrupted):
-    """Asked for in any order, by a dataset that has planned nothing or everything else."""
+    """In any order, from a dataset that has planned nothing or everything else."""
     chosen = np.random.default_rng(0).permutation(len(uninterrupted))[:25].tolist()
     in_order = {number: collator(dataset[uninterrupted[number]]) for number in sorted(chosen)}
     fresh = PretrainingDataset(Corpus(source.folder), TASK)
@@ -161,7 +161,7 @@ def test_batches_are_a_function_of_the_position(source, collator, dataset, unint
 
 
 def test_no_two_examples_share_a_key(dataset, source):
-    """In no two shards, epochs or seeds: equal keys would be equal pairs and masks."""
+    """Across shards, epochs and seeds: equal keys would give equal pairs and masks."""
     datasets = [dataset, PretrainingDataset(source, Task("random", 64, 4, 0.15, 12))]
     places = product(datasets, range(2), range(source.num_shards))
     keys = np.concatenate([made.plan(epoch, place).keys for made, epoch, place in places])
@@ -176,7 +176,7 @@ def rate_of(step: int) -> float:
 
 
 def train_data(source, collator, **more) -> TrainData:
-    """What a process that starts anew reads: the task, then LONG, then the task again."""
+    """The data of a new process: phases of the task, then LONG, then the task again."""
     phases = []
     for task in (TASK, LONG, TASK):
         made = Collator(task, collator.vocabulary, collator.masking)
@@ -187,13 +187,13 @@ def train_data(source, collator, **more) -> TrainData:
 @pytest.fixture(scope="module")
 def steps(source, collator) -> list[tuple[int, DataPosition, list[dict]]]:
     """(phase, first position, contents of the micro-batches) of each step, the slow way: one
-    micro-batch after the other, from the list of all positions of each phase."""
+    micro-batch at a time, from the list of all positions of each phase."""
     phases, found = train_data(source, collator).phases, []
     walks = [list(dataset.positions(START, 3)) for dataset, _ in phases]
     phase = index = 0
     for step in range(STEPS):
         dataset, collate = phases[phase]
-        if step in ENDS:  # from the first shard on of which nothing has been read
+        if step in ENDS:  # from the first shard that is still unread
             epoch, place, micro_batch, _ = walks[phase][index]
             phase += 1
             dataset, collate = phases[phase]
@@ -216,7 +216,7 @@ def take_steps(data: TrainData, count: int) -> list[list[dict]]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_steps_are_those_of_the_slow_loop(source, collator, steps, world_size, workers):
+def test_steps_equal_the_slow_loop(source, collator, steps, world_size, workers):
     """Rank r of n reads micro-batches r, r + n ... of each step."""
     ranks = range(world_size) if workers == 0 else [world_size - 1]
     for rank in ranks:
@@ -232,8 +232,8 @@ def resumed(source, collator, state: dict, **more) -> TrainData:
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 4, 5, 11, 14, 19])
-def test_a_resumed_run_sees_the_rest(source, collator, steps, step):
-    """With the same number of processes, or another one."""
+def test_a_resumed_run_reads_the_remaining_steps(source, collator, steps, step):
+    """With the same or another number of processes."""
     data = train_data(source, collator, rank=1, world_size=2)
     take_steps(data, step)
     state = data.state_dict()
@@ -246,7 +246,7 @@ def test_a_resumed_run_sees_the_rest(source, collator, steps, step):
     assert half.state_dict() == data.state_dict()
 
 
-def test_what_is_known_of_the_last_step(source, collator, steps, capsys):
+def test_facts_about_the_last_step(source, collator, steps, capsys):
     """Step, phase, the position that rebuilds its data, and what the log shows. One line on stderr
     says where the length changes."""
     data = train_data(source, collator, rank=0)
@@ -268,7 +268,7 @@ def test_what_is_known_of_the_last_step(source, collator, steps, capsys):
 
 
 def test_one_phase_without_a_schedule(dataset, collator, uninterrupted):
-    """As the benchmark reads: no end, nothing to log."""
+    """As in the benchmark: no end, nothing to log."""
     data = TrainData([(dataset, collator)], (), 3)
     for step in range(2):
         for batch, position in zip(next(data), uninterrupted[3 * step :], strict=False):
@@ -291,7 +291,7 @@ def test_the_workers_of_a_phase_end_with_it(source, collator):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_global_random_streams_are_left_alone(source, collator, workers):
-    """Dropout draws from them: a loader that did would make a resumed run differ."""
+    """Dropout draws from them; if the loader did too, a resumed run would differ."""
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
     take_steps(train_data(source, collator, workers=workers), STEPS)
     assert torch.equal(torch.get_rng_state(), before)
@@ -300,7 +300,7 @@ def test_global_random_streams_are_left_alone(source, collator, workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damage_is_one_message(source, collator, tmp_path, workers):
-    """Also if a worker finds it, whose errors come with a traceback."""
+    """Even from a worker, whose errors come with a traceback."""
     copy = Corpus(shutil.copytree(source.folder, tmp_path / "corpus"))
     paths = sorted(copy.folder.glob("*.ids.npy"))
     for path in paths:
@@ -332,7 +332,7 @@ def test_two_plans_stay_in_memory(dataset, source):
     assert dataset.plan(0, 0) is not plans[0]
 
 
-def test_a_batch_travels_between_processes_as_it_is(dataset, collator):
+def test_a_batch_is_sent_between_processes_unchanged(dataset, collator):
     batch = collator(dataset[START])
     sent = pickle.loads(pickle.dumps(batch))
     assert type(sent) is Batch and contents(sent) == contents(batch)

@@ -46,7 +46,7 @@ IN_ENTITY = ENTITY_START | ENTITY_INSIDE
 
 
 def to_ids(text: str) -> list[int]:
-    """In place of a tokenizer: words are written as their ids."""
+    """Replaces a tokenizer: words are written as their ids."""
     return [int(number) for number in text.split()]
 
 
@@ -82,7 +82,7 @@ OPTIONS = {
 
 
 def packed_of(flags, sequence, keys, maskable=True, ids=PAD) -> Packed:
-    """A text of tokens that are maskable and of one id unless told otherwise."""
+    """A text of maskable tokens with one id, unless arguments say otherwise."""
     flags, zeros = np.array(flags, np.uint8), np.zeros(len(flags), np.int64)
     return Packed(
         ids=zeros + ids,
@@ -97,7 +97,7 @@ def packed_of(flags, sequence, keys, maskable=True, ids=PAD) -> Packed:
 
 
 def uniform_text(num: int, size: int, flags=None, seed: int = 9) -> Packed:
-    """`num` sequences of `size` maskable words of a token each, unless `flags` say otherwise."""
+    """`num` sequences of `size` maskable one-token words, unless `flags` say otherwise."""
     flags = np.full(num * size, WORD_START) if flags is None else flags
     keys = derive(key(seed), np.arange(num * size))
     return packed_of(flags, np.repeat(np.arange(num), size), keys)
@@ -247,9 +247,9 @@ def without_entities(packed: Packed) -> Packed:
 @pytest.mark.parametrize("name", OPTIONS)
 @settings(max_examples=120, deadline=None)
 @given(text=texts())
-def test_the_draw_is_that_of_the_slow_loop(name, text):
-    """Whether entities are marked or not matters to the strategy alone that masks them: a corpus
-    may be prepared with a lexicon and masked in another way."""
+def test_the_draw_equals_the_slow_loop(name, text):
+    """Marked entities affect only the entity strategy: a corpus may be prepared with a lexicon and
+    masked in another way."""
     options, (packed, budget) = OPTIONS[name], text
     plain = packed if options.masking == "entity" else without_entities(packed)
     expected = {}
@@ -270,13 +270,13 @@ def test_the_draw_is_that_of_the_slow_loop(name, text):
 
 
 def test_a_strategy_is_a_function_and_a_name(monkeypatch):
-    """Pairs of words, as one: half of them replaced by [MASK], half as they are."""
+    """Pairs of words as units: half of them become [MASK], half stay."""
 
     def by_word_pair(packed, options):
         number = np.cumsum(packed.words)
         first = number[packed.position_ids == 0][packed.sequence]
         starts = packed.words & ((number - first) % 2 == 0)
-        return [Units(starts, alike=starts)]
+        return [Units(starts, shared_draws=starts)]
 
     monkeypatch.setitem(masking.STRATEGIES, "word-pair", by_word_pair)
     options, shown = Masking("word-pair", (0.5, 0.0, 0.5)), []
@@ -299,7 +299,7 @@ def test_every_strategy_is_a_choice():
 
 @pytest.mark.parametrize("name", ["token", "word"])
 def test_choice_is_uniform_over_tokens(name):
-    """Every place is as probable as every other."""
+    """All places are equally probable."""
     num, size, budget = 6000, 20, 3
     masked, _ = drawn(uniform_text(num, size), budget, Masking(name))
     masked = masked.reshape(num, size)
@@ -327,7 +327,7 @@ def test_lengths_of_spans():
 
 
 def test_spans_are_masked_whole_until_words_fill():
-    """Words of one token, so that spans and words reach every budget; most masks lie in runs."""
+    """Words have one token, so every budget is reached; most masks lie in runs."""
     num, size, budget = 2000, 60, 12
     packed = uniform_text(num, size)
     packed.maskable[::size] = False  # [CLS]
@@ -347,7 +347,7 @@ def test_spans_are_masked_whole_until_words_fill():
 
 
 def entities_of(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(first token, size) of each entity, and the number of the entity of each token in one."""
+    """(first token, size) of each entity, and the entity number of each token in an entity."""
     first = np.flatnonzero(packed.flags & ENTITY_START)
     number = np.cumsum(packed.flags & ENTITY_START > 0)[packed.in_entity] - 1
     return first, np.bincount(number), number
@@ -426,7 +426,7 @@ def drawn_uniformly(ids: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("split", [(0.8, 0.1, 0.1), (1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0)])
 def test_shares_of_replacements(split):
-    """Which tokens become random says nothing about what they become."""
+    """Whether a token is replaced at random is independent of its replacement."""
     packed, places = uniform_text(1, 60_000), np.arange(60_000)
     shown = fill_in(packed, places, places, Masking(mask_split=split), VOCABULARY)
     kinds = kinds_of(shown)
@@ -434,8 +434,8 @@ def test_shares_of_replacements(split):
 
 
 @pytest.mark.parametrize("name", ["token", "word", "span", "entity", "entity, tokens"])
-def test_what_is_drawn_together(name):
-    """One draw for a span or an entity; one for each token that fills, and of tokens and words."""
+def test_draws_are_shared_within_a_unit(name):
+    """One draw per span or entity; one per token for tokens, words and fillers."""
     packed = entity_text(2000, 40)
     packed.flags[1::2] &= ~np.uint8(WORD_START)  # words of two tokens
     packed.flags[::40] |= WORD_START
@@ -462,7 +462,7 @@ def test_what_is_drawn_together(name):
 
 
 def replaced_words(words: list[list[int]], num: int, options: Masking) -> list[tuple[int, ...]]:
-    """What replaces `num` sequences, each one of `words` in turn and masked whole."""
+    """Replacements of `num` sequences, each one of `words` in turn, fully masked."""
     chosen = [words[number % len(words)] for number in range(num)]
     sizes = np.array([len(word) for word in chosen])
     flags = np.concatenate([[WORD_START] + [0] * (size - 1) for size in sizes])
@@ -475,9 +475,9 @@ def replaced_words(words: list[list[int]], num: int, options: Masking) -> list[t
 
 
 @pytest.mark.parametrize("word", [(5,), (5, 40), (5, 6)])
-def test_similar_words_stand_where_a_mask_would(word):
-    """Eight tenths are words of the table, all alike; a tenth is random; a tenth stays. One draw
-    for a word."""
+def test_similar_words_replace_masks(word):
+    """80 % are words of the table, equally often; 10 % are random; 10 % stay. One draw per
+    word."""
     num, choices = 12_000, TABLE[word]
     found = replaced_words([list(word)], num, Masking("word", similar=SIMILAR))
     assert all(len(row) == len(word) and MASK not in row for row in found)
@@ -493,7 +493,7 @@ def rows_of(table) -> list[tuple[int, list[int]]]:
     return sorted((n, table.ids[start : start + n * count].tolist()) for n, count, start in columns)
 
 
-def test_a_table_holds_what_its_lines_say():
+def test_a_table_equals_its_lines():
     table = read_similar(["5 40\t6 41\t 9 42 \n", "7\t8\r\n", "6\t5\t5\t6\t8 8\t9"], to_ids)
     assert rows_of(table) == [(1, [5, 5, 9]), (1, [8]), (2, [6, 41, 9, 42])]
     assert table.hashes.dtype == np.uint64 and (np.diff(table.hashes.astype(object)) > 0).all()
@@ -505,7 +505,7 @@ LINES = ["", "   ", "\t", "\t5", "5", "5\t", "5\t5", "5\t6 7", "5 6\t6\t7 8 9\t"
 
 
 @pytest.mark.parametrize("line", [*LINES, " 5 \t 5 "])
-def test_a_line_without_a_similar_word_does_not_count(line):
+def test_a_line_without_a_similar_word_is_ignored(line):
     assert read_similar([line], to_ids) is None and read_similar([], to_ids) is None
     assert rows_of(read_similar([line, "8\t9", line], to_ids)) == [(1, [9])]
 
@@ -554,7 +554,7 @@ def word_starts(text: list[int]) -> list[bool]:
 
 @pytest.mark.parametrize("pairs", PAIRS)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_masks_of_examples_are_those_of_the_slow_loop(pairs, name):
+def test_masks_of_examples_equal_the_slow_loop(pairs, name):
     """Sequences built token by token from the corpus. An entity or a word that is cut off at the
     beginning of a segment begins there."""
     shard, options, cut_off = make_shard(16, 8, 40), OPTIONS[name], 0
@@ -586,7 +586,7 @@ def test_a_sequence_of_specials_has_no_mask():
     assert [len(example["masked"]) for example in examples] == [0, 0]
 
 
-def test_masks_are_the_same_when_drawn_again_and_others_in_each_epoch():
+def test_masks_are_repeatable_and_differ_between_epochs():
     """Without pairs, short documents make the same sequences in every epoch, not the same masks."""
     shard, task = make_shard(60, 2, 12), Task(None, 64, 4, 0.3, 0)
     shown = []
@@ -611,7 +611,7 @@ def many_pairs(request) -> list[dict]:
 
 
 @pytest.mark.parametrize("what", ["label", "order", "a_start", "a_length", "b_start"])
-def test_masks_say_nothing_else(many_pairs, what):
+def test_masks_are_independent_of_other_draws(many_pairs, what):
     """Masks, labels, order and segments come from one key: an example whose place 4 is masked must
     be swapped, first or long no more often than any other."""
     values = np.arange(len(many_pairs), dtype=float)

@@ -25,7 +25,7 @@ def task(pairs="random", max_length=32, micro_batch_size=4, mask_rate=0.15, coun
 
 
 def document_of(shard: Shard, tokens: np.ndarray) -> np.ndarray:
-    """int64: the document that each of `tokens`, places in the shard, lies in."""
+    """int64: the document of each of `tokens`, which are places in the shard."""
     return np.searchsorted(shard.sentences[shard.documents], tokens, side="right") - 1
 
 
@@ -65,7 +65,7 @@ def slow_lanes(pieces: list[list[int]], places: list[int], lane_tokens: int) -> 
 
 
 def slow_truncate(a: list[int], b: list[int], max_tokens: int, draw: np.uint64) -> None:
-    """BERT's truncate_seq_pair, but each side loses its tokens at one end only, drawn once."""
+    """BERT's truncate_seq_pair, but each side is cut only at one end, drawn once."""
     coins = int(derive(draw, np.uint64(3)))
     while len(a) + len(b) > max_tokens:
         side, at_front = (a, coins & 1) if len(a) > len(b) else (b, coins & 2)
@@ -149,7 +149,7 @@ def some_documents(data, shard: Shard) -> np.ndarray:
 
 @settings(max_examples=150, deadline=None)
 @given(SHARDS, PAIR_TASKS, st.integers(0, 2**64 - 1), st.sampled_from([1, 2, 128]), st.data())
-def test_pairs_are_those_of_the_slow_loop(shard, task, seed, lane_sequences, data):
+def test_pairs_equal_the_slow_loop(shard, task, seed, lane_sequences, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "LANE_SEQUENCES", lane_sequences)
         assert_equal_to_slow(shard, some_documents(data, shard), task, seed)
@@ -157,7 +157,7 @@ def test_pairs_are_those_of_the_slow_loop(shard, task, seed, lane_sequences, dat
 
 @pytest.mark.parametrize("pairs", ["random", "swapped"])
 @pytest.mark.parametrize("max_length", [32, 128])
-def test_pairs_of_a_larger_shard_are_those_of_the_slow_loop(pairs, max_length):
+def test_pairs_of_a_larger_shard_equal_the_slow_loop(pairs, max_length):
     shard = shard_of(random_lengths(60, 40, 60))
     assert_equal_to_slow(shard, np.flatnonzero(np.arange(60) % 3), task(pairs, max_length), 5)
 
@@ -167,7 +167,7 @@ def test_pairs_of_a_larger_shard_are_those_of_the_slow_loop(pairs, max_length):
 
 @settings(max_examples=60, deadline=None)
 @given(SHARDS, PAIR_TASKS, st.integers(0, 1000), st.data())
-def test_every_pair_fits_and_is_what_its_label_says(shard, task, seed, data):
+def test_every_pair_fits_and_matches_its_label(shard, task, seed, data):
     chosen = some_documents(data, shard)
     plan = plan_pairs(shard, chosen, task, key(seed))
     a_document = document_of(shard, plan.a_start)
@@ -231,7 +231,7 @@ def test_a_shard_without_chosen_documents_has_an_empty_plan(pairs):
 
 
 @pytest.mark.parametrize("pairs", PAIRS)
-def test_each_epoch_has_examples_of_its_own(pairs):
+def test_each_epoch_has_different_examples(pairs):
     shard = shard_of(random_lengths(20, 30, 9))
     first, second, again = (plan_of(shard, task(pairs), epoch) for epoch in (0, 1, 0))
     segments = set(rows_of(first))
@@ -331,7 +331,7 @@ TASKS = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(task=TASKS, data=st.data())
-def test_micro_batches_are_those_of_a_greedy_loop(task, data):
+def test_micro_batches_equal_a_greedy_loop(task, data):
     size = st.integers(1, task.max_tokens) | st.integers(1, 3) | st.just(task.max_tokens)
     sizes = data.draw(st.lists(size, max_size=60))
     has_b = [bool(task.pairs) and size > 1 and data.draw(st.booleans()) for size in sizes]
@@ -367,7 +367,7 @@ def test_each_limit_closes_a_micro_batch(size, mask_rate, counts):
 
 @pytest.mark.parametrize("rate", [0.01, 0.15, 0.3, 0.8])
 def test_budget_against_rounding(rate):
-    """At the task's rate, or at a lower one than that for which micro-batches are planned."""
+    """At the rate of the task, or at a lower rate than planned for."""
     expected = [0] + [max(1, math.floor(rate * count + 0.5)) for count in range(1, 600)]
     for found in (
         task(mask_rate=rate).budget(np.arange(600)),

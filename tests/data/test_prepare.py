@@ -58,7 +58,7 @@ def sources(documents, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(sources, tiny_tokenizer):
-    """Prepares the sources into a folder; the lexicon has an engine that cannot be sent."""
+    """Prepare the sources into a folder; the lexicon has an engine that cannot be pickled."""
     markup = Markup(lexicon=("bank", "water"))
     assert markup.find("a bank")
     return partial(
@@ -68,7 +68,7 @@ def make(sources, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def whole(make, tmp_path_factory) -> dict[str, bytes]:
-    """What one process writes, undisturbed."""
+    """The corpus that a single undisturbed process writes."""
     corpus = make(tmp_path_factory.mktemp("corpus") / "whole", workers=1)
     names = [entry["name"] for entry in corpus.info["shards"]]
     assert len(names) > 10 and any(name.endswith("-joined") for name in names)
@@ -88,8 +88,8 @@ def test_ray_changes_no_byte(make, whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size, expected", [(1, 1), (127, 1), (128, 2), (1000, 3)])
-def test_workers_by_the_cores_and_the_text(tmp_path, monkeypatch, size, expected):
-    """Less than two whole pieces are not worth the start of a process."""
+def test_the_number_of_workers_follows_cores_and_text(tmp_path, monkeypatch, size, expected):
+    """Less than two full pieces are not worth starting a process."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     pieces = [min(64, size - start) << 20 for start in range(0, size, 64)]
     assert parallel.choose_workers(None, pieces, 64 << 20) == expected
@@ -97,7 +97,7 @@ def test_workers_by_the_cores_and_the_text(tmp_path, monkeypatch, size, expected
 
 
 def test_a_killed_worker_is_reported():
-    """The tasks exceed what a pipe holds: one that waits to be sent must not delay the end."""
+    """The tasks do not fit into a pipe: one that waits to be sent must not delay the end."""
 
     def kill():
         await_(multiprocessing.active_children)
@@ -111,7 +111,7 @@ def test_a_killed_worker_is_reported():
 
 
 def test_a_task_that_fails_ends_the_others():
-    """Its own error is raised, though the other worker would run on: the test would not end."""
+    """Its own error is raised, and the other worker, which would run forever, is ended."""
     tasks = [({"sign": os.devnull, "seconds": seconds},) for seconds in (3600, 0, 3600)]
     with pytest.raises(ZeroDivisionError):
         dict(parallel.in_processes(eval, SLEEP, tasks, 2))
@@ -119,7 +119,7 @@ def test_a_task_that_fails_ends_the_others():
 
 
 def in_child(function) -> int:
-    """The process id of a fork, a group of its own, that runs `function` and ends."""
+    """Run `function` in a forked process with its own process group; returns the process id."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
@@ -142,7 +142,7 @@ def lives(group: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_parent(tmp_path, number):
-    """Ctrl-C reaches all of the group, SIGKILL the parent alone."""
+    """Ctrl-C reaches the whole group, SIGKILL only the parent."""
 
     def run():
         with (tmp_path / "told").open("w") as told:
@@ -169,7 +169,7 @@ def test_workers_end_with_their_parent(tmp_path, number):
 
 
 def kill_before(operation: int, folder: Path) -> None:
-    """Have this process killed before its file operation of that number in `folder`."""
+    """Kill this process before file operation `number` in `folder`."""
     left = [operation]
 
     def count(event, arguments):
@@ -182,8 +182,8 @@ def kill_before(operation: int, folder: Path) -> None:
     sys.addaudithook(count)
 
 
-def test_killed_anywhere_and_started_again(documents, tiny_tokenizer, tmp_path):
-    """Of two single documents, which are joined, and two together."""
+def test_a_killed_preparation_writes_the_same_corpus(documents, tiny_tokenizer, tmp_path):
+    """From two single documents, which are joined, and a pair."""
     sources = write_files(tmp_path / "text", documents[:2], 1)
     sources += write_files(tmp_path / "more", documents[2:4], 2)
 
@@ -213,7 +213,7 @@ class Interruption(Exception):
 
 
 def interrupted(prepare, folder: Path, ending: str) -> Path:
-    """The folder of a preparation that is interrupted once a file of that ending is written."""
+    """The folder of a preparation interrupted when a file with that suffix is written."""
     save = np.save
 
     def save_and_stop(path, array, **named):
@@ -235,7 +235,7 @@ def interrupted(prepare, folder: Path, ending: str) -> Path:
     + [("hashes.npy", "gone"), *(("piece.json", how) for how in ("cut", "zeros", "bit", "gone"))],
 )
 def test_an_interrupted_preparation_resumes_by_piece(make, whole, tmp_path, torn, how):
-    """Interrupted at the third piece; a power failure may have torn the second one, too."""
+    """Interrupted at the third piece; a power failure may have torn the second one."""
     folder = interrupted(make, tmp_path / "corpus", "shard-00002.ids.npy")
     arrays = {n: folder / f"shard-{n:05d}.ids.npy" for n in range(3)}
     if torn:
@@ -279,7 +279,7 @@ def test_pieces_of_another_preparation_are_not_used(
     assert content(found.folder) == content(fresh.folder)
 
 
-def test_a_folder_that_was_a_corpus_is_replaced(make, whole, tmp_path):
+def test_an_incomplete_corpus_folder_is_replaced(make, whole, tmp_path):
     folder = make(tmp_path / "corpus").folder
     for path in [folder / "corpus.json", *folder.glob("*.npy")]:
         path.unlink()
@@ -295,7 +295,7 @@ def arguments(text_file, tiny_tokenizer, tmp_path) -> list:
 
 
 def test_the_command_prepares_once(arguments, tmp_path, capsys):
-    """Into the cache, where it is found again, or into --output."""
+    """It writes to the cache, where it finds the corpus again, or to --output."""
     made = []
     for more in ([], [], ["--workers", "0", "--output", tmp_path / "corpus"]):
         PREPARE.main([str(part) for part in [*arguments, *more]])

@@ -1,6 +1,6 @@
 """Text files: what a document is in each format, against a slow reading of the whole text at once;
 lines beyond the limit; pieces, which never change a document; the detected format; every bad file
-with its name; and the index, which spares reading a file again."""
+with its name; and the index, which avoids reading a file again."""
 
 import codecs
 import json
@@ -85,7 +85,7 @@ CASES = {
 
 @pytest.mark.parametrize("text_format", FORMATS)
 @pytest.mark.parametrize("raw", CASES.values(), ids=CASES.keys())
-def test_documents_are_those_of_the_slow_reading(path, monkeypatch, raw, text_format):
+def test_documents_equal_the_slow_reading(path, monkeypatch, raw, text_format):
     path.write_bytes(raw)
     expected = reference_documents(raw, text_format)
     assert read_documents([whole(path)], text_format) == expected
@@ -105,7 +105,7 @@ def test_formats_spelled_out(path):
 
 
 def cut_at_stops(line: str) -> list[str]:
-    """A sentence ends after each "." and the spaces behind it; the parts make the line."""
+    """A sentence ends after each "." and the spaces after it; joined, the parts are the line."""
     return re.findall(r"[^.]*\.\s*|[^.]+", line)
 
 
@@ -314,7 +314,7 @@ def test_bad_text_is_named_with_its_offset(path, raw):
 
 
 @pytest.mark.parametrize("raw", [b"a" * (MIB - 1) + "中文".encode(), b"\n" * MIB + b"a"])
-def test_good_text_across_a_mib(path, raw):
+def test_good_text_across_a_chunk_boundary(path, raw):
     path.write_bytes(raw)
     assert check_files([path])[0].size == len(raw)
 
@@ -373,7 +373,7 @@ def test_small_files_are_read_by_line(path, tmp_path):
         assert refused(read_lines, str(file)).startswith(f"{file}: ")
 
 
-def test_the_index_spares_reading_until_a_file_changes(path, tmp_path, capsys):
+def test_the_index_avoids_reading_until_a_file_changes(path, tmp_path, capsys):
     index = tmp_path / "deep" / "index.json"
 
     def check(text: str, later_ns: int):

@@ -85,7 +85,7 @@ def test_lowercase_on_and_off():
 
 
 def test_a_trained_vocabulary_has_the_size_and_all_characters(documents):
-    """The same each time: a run that trains its tokenizer can be repeated exactly."""
+    """It is the same each time, so a run that trains its tokenizer can be repeated exactly."""
     texts = sum(documents, [])
     made = train(lambda: texts, 150)
     vocabulary = made.get_vocab()
@@ -272,7 +272,7 @@ def starts_of(vocabulary, encoding, text: str) -> np.ndarray:
 
 
 def words_of(made, text: str, vocabulary=None) -> list[str]:
-    """The characters of each word, without white space around it."""
+    """The characters of each word, stripped."""
     encoding = made.backend_tokenizer.encode(text, add_special_tokens=False)
     starts = starts_of(vocabulary or describe(made), encoding, text)
     assert starts[:1].all()
@@ -323,8 +323,8 @@ def tokens_of(kind: str, text: str) -> list[tuple[int, int, bool]]:
 @pytest.mark.parametrize("kind", MAKERS)
 @settings(max_examples=150, deadline=None)
 @given(parts=st.lists(st.sampled_from([*MIXED, *"aéñ😀한カ—1.ß\u0301"]), max_size=10))
-def test_a_word_starts_at_each_chinese_character_and_behind_it(kind, parts):
-    """Wherever a token does; its bytes stay together. SentencePiece's unknown ones have no kind."""
+def test_a_word_starts_at_each_chinese_character_and_after_it(kind, parts):
+    """If a token starts there; its bytes stay together. Unknown SentencePieces have no kind."""
     text, reached = "".join(parts).replace("龘", "模" if kind == "sentencepiece" else "龘"), 0
     for start, end, begins in tokens_of(kind, text):
         is_beside = start > 0 and re.search("[\u4e00-\u9fff]", text[start - 1 : start + 1])
@@ -426,7 +426,7 @@ def test_a_special_token_may_take_a_name(tmp_path):
 
 @pytest.mark.parametrize("kind, space", [("byte-level", "\u0120"), ("sentencepiece", "\u2581")])
 def test_words_that_are_pieces_already(kind, space):
-    """Behind its space a piece is the word; without it, it stands inside other words only."""
+    """After a space, a piece is the word; without a space, it occurs only inside other words."""
     made = MAKERS[kind]()
     vocabulary = made.get_vocab()
     words = [entry for entry in vocabulary if re.fullmatch(f"{space}?[a-z]{{2,}}", entry)]

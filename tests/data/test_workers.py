@@ -1,4 +1,4 @@
-"""Worker processes end with the run, however it ends. Each run here is a process of its own."""
+"""Worker processes end with the run, however it ends. Each run here is a separate process."""
 
 import json
 import os
@@ -135,15 +135,15 @@ def run(server, text_file, cache, tmp_path):
     ],
     ids=["step", "step-call", "data", "worker", "start"],
 )
-def test_an_error_that_nobody_expects_ends_the_process(run, fault, way):
+def test_an_unexpected_error_ends_the_process(run, fault, way):
     """A process that waits for its workers never exits."""
     code, told = run(fault, way)
     assert code == 1 and "Traceback" in told and "RuntimeError: nobody expects this" in told, told
     assert "is killed by signal" not in told and "workers are left" not in told
 
 
-def test_an_error_that_was_shown_keeps_nothing_alive(capsys):
-    """Its traceback refers to the frames, and here a frame refers back to it."""
+def test_a_printed_error_keeps_no_worker_alive(capsys):
+    """The traceback refers to the frames, and here a frame refers back to it."""
     held = []
 
     def main(argv):
@@ -158,14 +158,14 @@ def test_an_error_that_was_shown_keeps_nothing_alive(capsys):
     assert told.startswith("Traceback") and told.endswith("RuntimeError: nobody expects this\n")
 
 
-def test_a_worker_that_is_stuck_does_not_hold_up_the_end(run):
+def test_a_stuck_worker_does_not_delay_the_exit(run):
     code, told = run(WORKER_IS_STUCK, BY_COMMAND, workers=1)
     assert code == 2 and "DataLoader timed out" in told and "Traceback" not in told, told
 
 
 @pytest.mark.parametrize("method, workers", [("fork", 2), ("forkserver", 1), ("spawn", 1)])
 def test_no_worker_outlives_a_killed_run(run, method, workers):
-    """They would wait forever for room in a pipe that nobody reads."""
+    """They would wait forever to write to a pipe that nobody reads."""
     filled = ("--max-length", 512, "--batch-size", 32, "--micro-batch-size", 32)
     begin = f"multiprocessing.set_start_method({method!r})"
     code, told = run(begin, "train.train_step = kill", BY_COMMAND, workers=workers, more=filled)
@@ -173,7 +173,7 @@ def test_no_worker_outlives_a_killed_run(run, method, workers):
 
 
 def test_workers_outlive_the_thread_that_started_them(corpus, vocabulary):
-    """The thread that reads the first batch starts them; to Linux, it is their parent."""
+    """The thread that reads the first batch starts them and is their parent to Linux."""
     task = Task("random", 64, 4, 0.15, 11)
     dataset, collator = PretrainingDataset(corpus, task), Collator(task, vocabulary, Masking())
     data = TrainData([(dataset, collator)], (), 1, workers=2)

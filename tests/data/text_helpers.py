@@ -1,4 +1,4 @@
-"""What the tests of the text side of the data wing share."""
+"""Shared by the tests that read and prepare text."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Labeled texts: columns and labels as they stand in tables; ids and token types equal those of
-transformers' tokenizers; a label budget by a slow definition; every epoch has every example once;
-how a step is cut into micro-batches does not matter, also with class weights."""
+"""Labeled texts: columns and labels of tables; ids and token types equal the tokenizers of
+transformers; a label budget equals a slow definition; every epoch has every example once; the
+micro-batch size does not change a step, even with class weights."""
 
 import copy
 import csv
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 
 def write(path, rows):
-    """Rows as CSV, TSV, JSONL or Parquet, by the name; the path."""
+    """Write rows as CSV, TSV, JSONL or Parquet, by suffix; returns the path."""
     if path.suffix == ".parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
         return str(path)
@@ -80,7 +80,7 @@ def problems(call, *arguments, **options):
     ],
     ids=["names", "numbers", "spellings", "booleans", "case"],
 )
-def test_labels_are_read_alike_in_every_format(labels, read_as, classes, suffix, tmp_path):
+def test_labels_are_the_same_in_every_format(labels, read_as, classes, suffix, tmp_path):
     rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
     if labels[0] is True and suffix in (".csv", ".tsv"):  # written as Python does
         read_as, classes = [of.title() for of in read_as], [of.title() for of in classes]
@@ -106,7 +106,7 @@ def test_a_label_is_a_name_or_a_whole_number(tmp_path):
         assert [line.partition(":")[0] for line in found] == expected
 
 
-def test_columns_are_those_asked_for_or_the_one_of_words():
+def test_columns_are_named_or_the_only_one_with_words():
     record = {"id": "7", "title": "a title", "body": "a body", "label": "x", "kind": "y"}
 
     def chosen(record, **options):
@@ -152,7 +152,7 @@ def test_a_missing_label_column_is_reported_once(tmp_path):
 @pytest.mark.parametrize(
     "labels, wheres", [(["x", "3", "4", "y"], [1, 2]), ([True, False, 0, 1], [1, 3])]
 )
-def test_kinds_of_labels_mix_nowhere_in_train(labels, wheres, tmp_path):
+def test_mixed_kinds_of_labels_are_refused(labels, wheres, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "one", "label": label} for label in labels])
     (line,) = problems(read, path)
     shown = [number for number in range(1, 5) if f"({path}, line {number})" in line]
@@ -173,7 +173,7 @@ def test_kinds_of_labels_mix_nowhere_in_train(labels, wheres, tmp_path):
     ],
     ids=["one", "rows", "too many", "two", "three", "many"],
 )
-def test_classes_are_several_and_fewer_than_rows(labels, shown):
+def test_the_number_of_classes_is_checked(labels, shown):
     if shown is None:
         assert len(classes_of(labels, "here")) == len(set(labels))
     else:
@@ -190,7 +190,7 @@ LABELS = st.lists(st.sampled_from("aaaaabbc"), min_size=2, max_size=60).filter(
 
 @settings(max_examples=80, deadline=None)
 @given(labels=LABELS, seed=st.integers(0, 2**40), data=st.data())
-def test_a_budget_is_in_proportion_nested_and_of_its_seed(labels, seed, data):
+def test_a_budget_is_proportional_nested_and_seeded(labels, seed, data):
     """Row for row it takes the class of which the smallest share is taken, so no class is ahead of
     another by more than a row."""
     sizes = Counter(labels)
@@ -210,7 +210,7 @@ def test_a_budget_is_in_proportion_nested_and_of_its_seed(labels, seed, data):
         assert share - len(sizes) * size / len(labels) <= taken[one] <= share + 1
 
 
-def test_budgets_of_other_seeds_are_other_rows_and_every_row_has_its_chance():
+def test_other_seeds_draw_other_rows():
     labels, drawn = ["a"] * 30 + ["b"] * 10, Counter()
     for seed in range(200):
         rows = budget_rows(labels, 8, seed)
@@ -225,7 +225,7 @@ def test_budgets_of_other_seeds_are_other_rows_and_every_row_has_its_chance():
 
 @pytest.fixture(scope="module")
 def texts(documents):
-    """Texts of 1 to some 300 tokens."""
+    """Texts of 1 to about 300 tokens."""
     sentences = [sentence for document in documents for sentence in document]
     joined = [" ".join(sentences[start : start + 1 + start % 3])[:500] for start in range(24)]
     return [*joined, "bank", "河流 bank 银行", "Bank's  RIVER\n\tmoney?", "zzz 🙂"]
@@ -275,7 +275,7 @@ def test_a_tokenizer_that_cuts_on_the_left_cuts_there(tiny_tokenizer):
 
 
 class Rows(list):
-    """Numbers of rows in place of a dataset, and of their micro-batches."""
+    """Replaces a dataset: its examples are row numbers."""
 
     def micro_batches(self, rows, size):
         return [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -288,7 +288,7 @@ class Rows(list):
     seed=st.integers(0, 2**40),
     data=st.data(),
 )
-def test_each_epoch_has_every_row_once_and_its_last_step_the_rest(num_rows, batch_size, seed, data):
+def test_each_epoch_has_every_row_once(num_rows, batch_size, seed, data):
     rows, per_epoch = Rows(range(num_rows)), -(-num_rows // batch_size)
     whole = LabeledSteps(rows, batch_size, 3, seed)
     steps = [sum(next(whole), []) for _ in range(3 * per_epoch)]
@@ -369,7 +369,7 @@ def norm_of(result):
 
 
 @pytest.mark.parametrize("weights", [None, [0.3, 1.0, 4.0]], ids=["plain", "weighted"])
-def test_the_update_is_that_of_torchs_mean_however_the_step_is_cut(weights, checkpoint):
+def test_the_update_equals_torchs_mean_for_any_micro_batch_size(weights, checkpoint):
     """A mean of the micro-batches' means differs: their classes, and so their weights, do."""
     examples = make_examples()
     whole, whole_result, _ = step(checkpoint, examples, 32, weights)

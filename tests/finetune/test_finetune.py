@@ -1,6 +1,6 @@
 """Fine-tuning and prediction, from files to files: a toy task is learned, the best model is kept
-and is the same in stock transformers, scores are scikit-learn's, an interrupted run resumes bit for
-bit, and what does not fit is reported before anything is written."""
+and gives the same results in transformers, scores equal scikit-learn's, an interrupted run resumes
+bit for bit, and bad input is reported before anything is written."""
 
 import contextlib
 import csv
@@ -54,7 +54,7 @@ RUN_FILES = {"config.json", "summary.json", "metrics.jsonl", "events.out", "conf
 
 
 def make_rows(count, seed, weights=(3, 2, 1), noise=0.0):
-    """Rows of 4 to 20 words, two of the class; a share of `noise` has a random label."""
+    """Rows of 4 to 20 words, two of them from the class; a share of `noise` has a random label."""
     source, rows = random.Random(seed), []
     for number in range(count):
         name = source.choices(list(CLASSES), weights)[0] if number > 2 else list(CLASSES)[number]
@@ -93,7 +93,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(encoder, files):
-    """Options that say what is trained on what."""
+    """Options for the model and its data."""
     return ["--model", encoder, "--train", files["train"], "--valid", files["valid"]]
 
 
@@ -109,7 +109,7 @@ def run_of(output, *argv):
 
 
 def printed(main, *argv):
-    """What a command prints."""
+    """The output of a command."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         main(arguments_of(*argv))
@@ -121,12 +121,12 @@ def summary_of(output):
 
 
 def metrics(output, part):
-    """Rows of metrics.jsonl with a number `part`."""
+    """Rows of metrics.jsonl with numbers under `part`."""
     return [row for row in read(output / "metrics.jsonl") if any(part in name for name in row)]
 
 
 def stock_probabilities(folder, texts, **more):
-    """float [texts, classes] by transformers' own model, a text at a time."""
+    """float [texts, classes] from the stock model, one text at a time."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
@@ -140,13 +140,13 @@ def sklearn_report(labels, predicted):
 
 
 def sklearn_loss(truth, probabilities, **options):
-    """In float64: a row of float32 does not sum to 1."""
+    """In float64, since a float32 row does not sum to 1."""
     found = np.asarray(probabilities, np.float64)
     return sklearn_metrics.log_loss(truth, found / found.sum(1, keepdims=True), **options)
 
 
 def assert_stock_pipeline(found, folder, rows):
-    """Predicted labels and probabilities are those of transformers' pipeline."""
+    """Predicted labels and probabilities equal the pipeline of transformers."""
     settings = {"top_k": None, "truncation": True, "device": "cpu"}
     classify = pipeline("text-classification", model=str(folder), **settings)
     for mine, scores in zip(found, classify([row["text"] for row in rows]), strict=True):
@@ -158,7 +158,7 @@ def assert_stock_pipeline(found, folder, rows):
 
 @pytest.fixture(scope="session")
 def finished(data, files, tmp_path_factory):
-    """(run folder, what the command printed)."""
+    """(run folder, output of the command)."""
     output = tmp_path_factory.mktemp("finished") / "run"
     more = "--epochs 10 --log-every 20 --patience 0 --max-length 24"
     paths = ["--test", files["test"], "--output", output]
@@ -239,7 +239,7 @@ def test_predictions_and_picture_are_those_of_the_stock_pipeline(finished, files
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000
 
 
-def test_the_folder_opens_with_stock_transformers_and_says_what_it_is(finished):
+def test_the_folder_opens_in_transformers_and_has_a_model_card(finished):
     folder, summary = finished[0] / "final", summary_of(finished[0])
     stock = AutoModelForSequenceClassification
     model, info = stock.from_pretrained(folder, output_loading_info=True)
@@ -248,14 +248,14 @@ def test_the_folder_opens_with_stock_transformers_and_says_what_it_is(finished):
     assert list(model.config.id2label.values()) == list(CLASSES)
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 24, "a pipeline cuts there"
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "pipeline_tag: text-classification" in card and "| tokens of an example | 24 |" in card
+    assert "pipeline_tag: text-classification" in card and "| tokens per example | 24 |" in card
     assert "| classes | finance, nature, school |" in card
     assert f"| test macro f1 | {summary['test']['macro_f1']:.4f} |" in card
     assert model_folder(str(finished[0])) == str(folder)
 
 
 def test_another_seed_gives_another_run(data, tmp_path):
-    """The same seed gives the same: interrupted runs below are compared with whole ones."""
+    """The same seed gives the same run: below, interrupted runs are compared with whole ones."""
     losses = set()
     for seed in "78":
         options = "--max-steps 2 --no-save-model --seed", [seed]
@@ -263,8 +263,8 @@ def test_another_seed_gives_another_run(data, tmp_path):
     assert len(losses) == 2
 
 
-def test_how_a_step_goes_through_the_device_does_not_matter(data, tmp_path):
-    """Except for dropout, which is drawn for each micro-batch; so it is off."""
+def test_micro_batches_and_checkpointing_do_not_change_the_result(data, tmp_path):
+    """Dropout is off, since it is drawn per micro-batch."""
     quiet = tmp_path / "encoder"
     shutil.copytree(data[1], quiet)
     config = json.loads((quiet / "config.json").read_text()) | {"hidden_dropout_prob": 0.0}
@@ -280,7 +280,7 @@ def test_how_a_step_goes_through_the_device_does_not_matter(data, tmp_path):
 # The best model.
 
 
-def test_the_saved_model_is_that_of_the_best_evaluation(whole):
+def test_the_saved_model_is_from_the_best_evaluation(whole):
     options, output = whole["adamw"]
     summary, evaluated = summary_of(output), metrics(output, "eval/")
     best = max(evaluated, key=lambda row: (row["eval/macro_f1"], -row["eval/loss"]))
@@ -297,7 +297,7 @@ def test_the_saved_model_is_that_of_the_best_evaluation(whole):
 
 
 @pytest.mark.parametrize("metric, other", [("macro_f1", "accuracy"), ("accuracy", "macro_f1")])
-def test_better_is_the_metric_and_then_the_loss(metric, other, data):
+def test_the_best_is_by_metric_then_by_loss(metric, other, data):
     run = build(data, FAST, ["--metric", metric])
     state, taken = train.TrainState(), []
     series = [(0.5, 2.0), (0.5, 2.0), (0.5, 1.5), (0.4, 0.1), (0.6, 9.0), (0.6, 9.5), (0.1, 0.0)]
@@ -308,7 +308,7 @@ def test_better_is_the_metric_and_then_the_loss(metric, other, data):
 
 
 @pytest.mark.parametrize("patience, steps", [(0, 5), (1, 2), (3, 4)])
-def test_it_stops_after_evaluations_without_gain(patience, steps, data, output, monkeypatch):
+def test_patience_stops_the_run(patience, steps, data, output, monkeypatch):
     shares = iter(np.linspace(0.5, 0.1, 9))
     worse = lambda *_: np.array([[0.5, next(shares), 0]] * 40)  # noqa: E731
     monkeypatch.setattr(module, "predict", worse)  # the same classes each time, with a larger loss
@@ -343,8 +343,7 @@ def assert_same_result(left, right):
 
 @pytest.fixture(scope="session")
 def whole(encoder, files, tmp_path_factory):
-    """optimizer -> (options, folder) of a run that nothing interrupts; its best model is not the
-    last."""
+    """optimizer -> (options, folder) of an uninterrupted run whose best model is not the last."""
     runs, folder = {}, tmp_path_factory.mktemp("whole")
     rows = [make_rows(48, 35, noise=0.5), make_rows(60, 5, noise=0.4)]
     paths = [write(folder / f"{name}.csv", of) for name, of in zip(("train", "valid"), rows)]
@@ -359,7 +358,7 @@ def whole(encoder, files, tmp_path_factory):
 
 
 def interrupting(monkeypatch, target, name, call, number):
-    """What sends the signal `number` to this process at a call of a function."""
+    """A patch that sends signal `number` to this process at a call of a function."""
     original, calls = getattr(target, name), []
 
     def watched(*arguments, **options):
@@ -421,7 +420,7 @@ def test_a_run_resumed_at_every_step_is_the_same(whole, output):
         (signal.SIGTERM, train, "train_step", 10, 10),
     ],
 )
-def test_a_signal_saves_and_leaves(
+def test_a_signal_saves_and_exits(
     number, target, name, call, step, whole, output, monkeypatch, capsys
 ):
     options, undisturbed = whole["adamw"]
@@ -437,7 +436,7 @@ def test_a_signal_saves_and_leaves(
     assert_same_result(output, undisturbed)
 
 
-def test_a_signal_costs_no_result_and_a_finished_run_says_so(whole, output, monkeypatch):
+def test_a_signal_at_the_end_keeps_the_result(whole, output, monkeypatch):
     options, undisturbed = whole["adamw"]
     with monkeypatch.context() as patch:
         interrupting(patch, module, "predict", 5, signal.SIGTERM)(0)  # of the test rows
@@ -574,7 +573,7 @@ def failing(error):
 
 
 @pytest.mark.parametrize("more", ["", "--no-save-model"], ids=["model", "scores"])
-def test_a_result_is_replaced_once_another_is_whole(more, data, tmp_path, monkeypatch):
+def test_a_result_is_replaced_once_the_new_one_is_complete(more, data, tmp_path, monkeypatch):
     output, aside = tmp_path / "run", tmp_path / ".run.replaced"
     options = output, data, "--max-steps 2", more
     run_of(*options)
@@ -639,7 +638,7 @@ GOOD = "".join(f"words {number},{'ab'[number % 2]}\n" for number in range(8))
 
 
 def refused(main, argv, option, capsys):
-    """The command refuses in one line about the option; the rest of the line."""
+    """The command must exit with one line about the option; returns the rest of the line."""
     text = refusal(main, argv, capsys)
     assert text.startswith(option) and "\n" not in text, text
     return text.removeprefix(option)
@@ -691,7 +690,7 @@ def test_bad_options_of_finetune_are_one_line(more, option, data, files, output,
     assert not output.exists()
 
 
-def test_what_is_missing_and_what_is_wrong_is_reported_at_once(capsys):
+def test_missing_and_wrong_options_are_reported_at_once(capsys):
     lines = refusal(FINETUNE.main, ["--epochs", "0"], capsys).splitlines()
     options = [line.partition(":")[0] for line in lines]
     assert sorted(options) == ["--epochs 0.0", "--model", "--train", "--valid"]
@@ -700,7 +699,7 @@ def test_what_is_missing_and_what_is_wrong_is_reported_at_once(capsys):
 
 @pytest.fixture
 def misfits(encoder, finished, vocabulary, tmp_path):
-    """name -> folder of a model that does not fit its tokenizer, or has none."""
+    """name -> folder of a model that does not match its tokenizer, or has no tokenizer."""
     stock = AutoModelForSequenceClassification.from_config
     for name, size, settings in (
         ("bare", vocabulary.size, {}),
@@ -735,7 +734,7 @@ def test_several_processes_are_refused(data, finished, files, tmp_path, capsys, 
 
 
 def test_a_run_starts_from_a_fine_tuned_run_with_its_head(data, finished, tmp_path):
-    """A run folder stands for its model; the same labels, the same head, if it is wanted."""
+    """A run folder stands for its model; with the same labels, the head is kept if wanted."""
     argv = ["--model", finished[0], *data[2:], *FAST, "--output", tmp_path / "run"]
     run, fresh = build(argv), build(argv, keep_head=False)
     weights = load_file(finished[0] / "final" / "model.safetensors")
@@ -829,7 +828,7 @@ def test_without_a_single_known_label_there_is_no_score(more, predict_argv, tmp_
     assert second.startswith("not scored: 3 rows")
 
 
-def test_several_files_other_columns_pairs_and_a_cut(finished, predict_argv, tmp_path):
+def test_several_files_other_columns_pairs_and_truncation(finished, predict_argv, tmp_path):
     rows = [{"body": of["text"], "kind": of["label"], "second": "slow"} for of in make_rows(7, 3)]
     rows[0]["body"] += " bank" * 40
     rows[3]["more"] = [1]
@@ -847,9 +846,7 @@ def test_several_files_other_columns_pairs_and_a_cut(finished, predict_argv, tmp
         assert [row.get("more") for row in found] == [None] * 3 + [[1]] + [None] * 3
 
 
-def test_a_file_replaces_another_or_its_own_input_once_it_is_whole(
-    predict_argv, tmp_path, capsys, monkeypatch
-):
+def test_output_may_replace_a_file_or_its_own_input(predict_argv, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(predict, "CHUNK", 4)
     rows, path, folder = make_rows(11, 7), tmp_path / "rows.csv", tmp_path / "folder.csv"
     write(path, rows)

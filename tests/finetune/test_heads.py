@@ -1,6 +1,6 @@
-"""Classifiers: packed logits, losses and gradients equal those of transformers' own classes on the
-same texts padded; folders open with AutoModelForSequenceClassification under their labels' names; a
-head is kept where the labels are its own and starts fresh elsewhere."""
+"""Classifiers: packed logits, losses and gradients equal the stock classes of transformers on the
+same texts, padded; folders open with AutoModelForSequenceClassification and keep their labels; a
+head is kept if the labels match and starts fresh otherwise."""
 
 import json
 import re
@@ -87,7 +87,7 @@ def test_logits_loss_and_gradients_equal_the_stock_model_padded(saved):
 
 
 @BOTH
-def test_the_head_drops_in_training_alone(saved, tmp_path):
+def test_head_dropout_is_only_on_in_training(saved, tmp_path):
     stock_classifier(saved[0], classifier_dropout=0.5).save_pretrained(tmp_path)
     model, batch = load_classifier(str(tmp_path)), make_batch()
     hidden = model.encode(batch)
@@ -117,7 +117,7 @@ def test_a_saved_folder_opens_with_the_auto_class_under_the_names_of_its_labels(
 
 
 @BOTH
-def test_a_head_is_kept_where_the_labels_are_its_own(saved):
+def test_a_head_is_kept_if_the_labels_match(saved):
     stock = stock_class(saved[0], HEAD).from_pretrained(saved[1])
     for classes in (None, CLASSES):
         model = load_classifier(saved[1], classes)
@@ -136,8 +136,8 @@ def test_a_head_is_kept_where_the_labels_are_its_own(saved):
     ],
     ids=["as many", "in another order", "more", "the same, asked for"],
 )
-def test_a_head_starts_fresh_where_the_labels_differ(classes, keep_head, saved):
-    """Even if the sizes agree: what the old head knows of "calm" says nothing of "a"."""
+def test_a_head_starts_fresh_if_the_labels_differ(classes, keep_head, saved):
+    """Even if the sizes match: the old head knows "calm", not "a"."""
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -165,7 +165,7 @@ def refused(value):
 @pytest.mark.parametrize(
     "family, head", [*((family, "ForMaskedLM") for family in FAMILIES), ("bert", "Model")]
 )
-def test_a_pretrained_encoder_gets_a_head_and_without_one_is_no_classifier(family, head, tmp_path):
+def test_a_pretrained_encoder_is_a_classifier_only_with_a_new_head(family, head, tmp_path):
     stock = stock_classifier(family, head, classes=["LABEL_0", "LABEL_1"])
     stock.save_pretrained(tmp_path)
     with refused(tmp_path):
@@ -178,7 +178,7 @@ def test_a_pretrained_encoder_gets_a_head_and_without_one_is_no_classifier(famil
 
 
 def test_encoders_with_and_without_a_pooler_get_the_same_head(tmp_path):
-    """A missing pooler is drawn, too; the comparison of encoders must not hang on their heads."""
+    """A missing pooler is drawn, too; a comparison of encoders must not depend on their heads."""
     heads = []
     for head in ("Model", "ForMaskedLM", HEAD):
         stock_classifier("bert", head, classes=["x", "y"]).save_pretrained(tmp_path / head)
@@ -191,7 +191,7 @@ def test_encoders_with_and_without_a_pooler_get_the_same_head(tmp_path):
 @pytest.mark.parametrize(
     "settings", [{"problem_type": "multi_label_classification"}, {"classes": ["x"]}], ids=str
 )
-def test_a_head_of_several_labels_or_of_a_number_is_none_and_the_encoder_serves(settings, tmp_path):
+def test_multi_label_and_regression_heads_are_not_used(settings, tmp_path):
     stock_classifier("bert", **settings).save_pretrained(tmp_path)
     with refused(tmp_path):
         load_classifier(str(tmp_path))
@@ -199,7 +199,7 @@ def test_a_head_of_several_labels_or_of_a_number_is_none_and_the_encoder_serves(
     assert config.problem_type == "single_label_classification"
 
 
-def test_twelve_labels_stand_in_the_order_of_their_numbers(tmp_path):
+def test_twelve_labels_are_in_numeric_order(tmp_path):
     """Even if the config sorts its keys as strings ("0", "1", "10", "2"), as some on the hub do."""
     classes = [f"label {number}" for number in range(12)]
     stock_classifier("bert", classes=classes).save_pretrained(tmp_path)

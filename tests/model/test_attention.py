@@ -27,7 +27,7 @@ EACH_OBJECTIVE = pytest.mark.parametrize("objective", OBJECTIVES)
 
 @pytest.fixture
 def with_mask(monkeypatch):
-    """`dense_attention` in place of the kernel."""
+    """A model with `dense_attention` in place of the kernel."""
 
     def dense(qkv, cu_seqlens, **_):
         return dense_attention(qkv, cu_seqlens)
@@ -46,7 +46,7 @@ def twins(vocab_size, **settings):
 
 
 def run(model, batch, compiled=None):
-    """(losses, gradients) of one batch; `compiled` is called in place of the model it wraps."""
+    """(losses, gradients) of one batch; `compiled`, if given, is called in place of the model."""
     model.zero_grad()
     output = (model if compiled is None else compiled)(batch)
     sum(loss.sum for loss in output.values()).backward()
@@ -80,7 +80,7 @@ def test_packed_sdpa_equals_dense_attention_with_a_block_diagonal_mask(lengths, 
     sharpness=st.sampled_from([1.0, 3.0]),
     seed=st.integers(0, 99),
 )
-def test_gradients_by_groups_are_those_of_float64(lengths, heads, scores, sharpness, seed):
+def test_gradients_by_groups_equal_float64(lengths, heads, scores, sharpness, seed):
     """In bf16 on CPU, for groups of one, a few and all sequences, and for sharp heads."""
     generator = torch.Generator().manual_seed(seed)
     qkv = sharpness * torch.randn(sum(lengths), 3, heads, 16, generator=generator)
@@ -106,8 +106,8 @@ def test_long_sequences_and_float32_keep_torchs_own_gradients(dtype, lengths):
     assert "Grouped" not in type(packed_sdpa(qkv, lengths).grad_fn).__name__
 
 
-def test_what_wraps_a_projection_is_called(corpus, vocabulary):
-    """As LoRA does; and the stock way of calling the encoder fails in words."""
+def test_a_wrapped_projection_is_called(corpus, vocabulary):
+    """As with LoRA. The stock way to call the encoder raises a clear error."""
     model, batch = small_model(vocabulary.size), make_batches(corpus, vocabulary)[0]
     before, layer = model.encode(batch), model.layers[0].attention.self
     stock = layer.value
@@ -120,9 +120,7 @@ def test_what_wraps_a_projection_is_called(corpus, vocabulary):
 
 
 @EACH_OBJECTIVE
-def test_filled_batch_gives_the_losses_and_gradients_of_the_exact_one(
-    objective, corpus, vocabulary
-):
+def test_a_filled_batch_has_the_same_losses_and_gradients(objective, corpus, vocabulary):
     model = small_model(vocabulary.size, objective)
     exact, filled = (
         make_batches(corpus, vocabulary, objective, fill=fill, count=4)[-1]
@@ -158,7 +156,7 @@ def test_the_kernels_path_through_the_model_equals_the_loop(
 def test_filled_batches_compile_once_for_each_number_of_sequences_without_a_graph_break(
     fill, corpus, vocabulary, with_mask
 ):
-    """Exact ones compile more often: that is what filling is for."""
+    """Batches that are not filled compile more often."""
     eager, model = twins(vocabulary.size)
     batches, counter = make_batches(corpus, vocabulary, fill=fill, count=3), CompileCounter()
     for name in ("lengths", "num_tokens"):
@@ -178,7 +176,7 @@ CHOICES += [(AMPERE, "fp32", SDPA), (AMPERE, "fp16", VARLEN), (("cuda", (9, 0)),
 
 
 @pytest.mark.parametrize("device, precision, expected", CHOICES)
-def test_attention_is_the_kernel_on_cuda_if_it_has_one(device, precision, expected, monkeypatch):
+def test_cuda_uses_the_kernel_if_it_has_one(device, precision, expected, monkeypatch):
     name, capability = device
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert choose_attention(torch.device(name), precision) == expected

@@ -1,5 +1,5 @@
-"""The Triton kernels against dense attention, by Triton's interpreter, which needs no GPU;
-tests/test_cuda.py has them on one."""
+"""The Triton kernels against dense attention in Triton's interpreter, without a GPU;
+tests/test_cuda.py runs them on one."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
-"""Every family: packed losses, logits and gradients equal those of transformers' own classes on the
-same examples padded, and folders go both ways."""
+"""Every family: packed losses, logits and gradients equal the stock classes of transformers on
+the same examples, padded, and folders go both ways."""
 
 import json
 
@@ -57,7 +57,7 @@ def saved_stock(family, vocabulary, folder, head=None, **settings):
 def test_logits_losses_and_gradients_equal_stock_model_padded(
     family, objective, pad_id, batches, vocabulary, tmp_path
 ):
-    """Ours reads what the stock class has written, and the other way around."""
+    """Our model loads what the stock class has saved, and vice versa."""
     batch = batches[objective]
     saved_stock(family, vocabulary, tmp_path / "stock", pad_token_id=pad_id)
     model, fresh = from_checkpoint(str(tmp_path / "stock"))
@@ -104,7 +104,7 @@ def test_logits_losses_and_gradients_equal_stock_model_padded(
     assert gradients(model).keys() == trainable
 
 
-def test_gradients_of_bf16_are_near_those_of_float32(batches, vocabulary):
+def test_bf16_gradients_are_close_to_float32(batches, vocabulary):
     """With hidden states in bf16, too: LayerNorm's sums are in float32."""
     torch.manual_seed(0)
     off = ["hidden_dropout_prob=0"]
@@ -119,7 +119,7 @@ def test_gradients_of_bf16_are_near_those_of_float32(batches, vocabulary):
     exact, rounded = found
     largest = max(gradient.norm() for gradient in exact.values())
     for name, gradient in exact.items():
-        # A bias of the keys has a gradient of 0: it moves all scores of a query alike.
+        # A bias of the keys has a gradient of 0: it shifts all scores of a query equally.
         size = gradient.norm().clamp(min=1e-3 * largest)
         assert (rounded[name] - gradient).norm() < 0.025 * size, name
 
@@ -134,9 +134,7 @@ def test_examples_in_a_pack_do_not_see_one_another(vocabulary, corpus):
 
 
 @pytest.mark.parametrize("kind, drops", [("attention_probs", False), ("hidden", True)])
-def test_hidden_states_are_dropped_and_attention_probabilities_never(
-    kind, drops, vocabulary, batches
-):
+def test_dropout_is_on_hidden_states_only(kind, drops, vocabulary, batches):
     model = small_model(vocabulary.size, **{f"{kind}_dropout_prob": 0.5})
     trained = model(batches["mlm+nsp"])["mlm"].sum
     assert torch.equal(trained, model.eval()(batches["mlm+nsp"])["mlm"].sum) is not drops
@@ -159,7 +157,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, vocabulary, bat
 
 
 @EACH_FAMILY
-def test_counted_flops_equal_those_of_torchs_counter(family, vocabulary, corpus, tmp_path):
+def test_counted_flops_equal_torchs_counter(family, vocabulary, corpus, tmp_path):
     """6 for a weight and token is exact for matrices; torch counts the same products one by one."""
     saved_stock(family, vocabulary, tmp_path)
     model = from_checkpoint(str(tmp_path))[0]
@@ -259,7 +257,7 @@ def test_mlm_alone_freezes_pooler_and_nsp_head(vocabulary, batches):
     "family, token_types, takes_pairs",
     [("bert", 2, True), ("bert", 1, False), ("roberta", 1, False)],
 )
-def test_lengths_and_pairs_that_a_model_takes(
+def test_lengths_and_pairs_that_a_model_accepts(
     family, token_types, takes_pairs, vocabulary, tmp_path
 ):
     saved_stock(family, vocabulary, tmp_path, type_vocab_size=token_types)

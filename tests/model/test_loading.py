@@ -1,5 +1,5 @@
-"""Models from scratch and from checkpoints: every size, config field and override is taken as it
-is, or refused before anything is made."""
+"""Models from scratch and from checkpoints: every size, config field and override is used as
+given, or refused before anything is created."""
 
 import json
 import re
@@ -28,12 +28,12 @@ def saved(vocabulary, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy of a model's folder; its name means nothing."""
+    """A copy of a model folder with a meaningless name."""
     return shutil.copytree(saved, tmp_path / "chinese-roberta-wwm-ext")
 
 
 def refused(value):
-    """UserErrors that begin with the value; the caller puts the option before it."""
+    """The call raises a UserError that starts with the value; the caller adds the option."""
     return pytest.raises(UserError, match=f"^{re.escape(str(value))}: ")
 
 
@@ -115,7 +115,7 @@ def test_another_family_is_refused_with_those_that_work(family, folder):
     assert all(name in str(error.value) for name in (family, *FAMILIES))
 
 
-def test_name_that_cannot_be_had_offline():
+def test_a_name_that_is_unavailable_offline():
     with refused("nobody/nothing") as error:
         from_checkpoint("nobody/nothing")
     assert all(size in str(error.value) for size in MODEL_SIZES)
@@ -153,5 +153,5 @@ def test_overrides_reach_the_model_and_must_fit_the_weights(folder):
         from_checkpoint(str(folder), config)
 
 
-def test_transformers_shows_no_bars_of_its_own():
+def test_transformers_shows_no_progress_bars():
     assert not transformers.utils.logging.is_progress_bar_enabled()

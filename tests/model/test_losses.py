@@ -1,4 +1,4 @@
-"""Cross-entropy by rows against torch's over all scores at once; a term of one's own beside it."""
+"""Cross-entropy by rows against torch's over all scores at once, alone and with another term."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_loss_gradient_and_right_answers(rows, classes, ignored, scale, dtype, a
     torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=3 * tolerance)
 
 
-def test_many_scores_go_by_rows_and_few_weighted_or_double_ones_do_not():
+def test_only_many_unweighted_scores_go_by_rows():
     weights = torch.full((1000,), 2.0)
     assert "Rowwise" in name_of_backward(torch.randn(MANY))
     assert "Rowwise" not in name_of_backward(torch.randn(FEW))
@@ -70,7 +70,7 @@ def test_a_label_beyond_the_vocabulary_is_refused(label):
 
 
 def test_a_second_backward_pass_is_refused():
-    """The gradient is scaled in place: after the first pass it is no longer that of the loss."""
+    """The gradient is scaled in place, so it is wrong after the first pass."""
     logits = torch.randn(MANY, requires_grad=True)
     loss = cross_entropy(logits, torch.zeros(70, dtype=torch.int64)).sum
     loss.backward(retain_graph=True)
@@ -87,7 +87,7 @@ def z_loss(logits, labels):
 
 
 class WithZLoss(BertForPreTraining):
-    """What a researcher would add to `losses`; the scores are computed once more here."""
+    """A term that a researcher might add to `losses`; computes the scores again."""
 
     def losses(self, hidden, batch):
         logits = self.masked_lm_logits(hidden, batch)
@@ -96,12 +96,12 @@ class WithZLoss(BertForPreTraining):
 
 
 def objective(terms, counts):
-    """What the update minimizes."""
+    """The loss that the update minimizes."""
     return sum(term.sum * term.weight / counts[term.count or name] for name, term in terms.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_term_beside_the_cross_entropy_changes_neither_its_value_nor_its_gradient(dtype):
+def test_an_extra_term_does_not_change_the_cross_entropy(dtype):
     torch.manual_seed(0)
     logits = (3 * torch.randn(MANY)).to(dtype).requires_grad_()
     labels = torch.randint(1000, (70,))
@@ -123,7 +123,7 @@ def test_a_term_beside_the_cross_entropy_changes_neither_its_value_nor_its_gradi
 
 
 def test_a_compiled_model_gives_one_graph_with_any_terms(corpus, vocabulary):
-    """Backward, too; inductor would add a quarter of a minute of compiling C++ to this."""
+    """Backward, too. Without inductor, which would spend 15 seconds on compiling C++."""
     torch._dynamo.reset()
     (batch,) = make_batches(corpus, vocabulary, fill=True)
     model = roughen(WithZLoss(small_config(vocabulary.size)))

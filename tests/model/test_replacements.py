@@ -1,4 +1,4 @@
-"""What replaces stock modules computes the same: dropout (shares, mean, independence, gradient and
+"""Replacements of stock modules compute the same: dropout (shares, mean, independence, gradient and
 random state), LayerNorm, GELU and the decoder of an aligned vocabulary."""
 
 import pytest
@@ -34,7 +34,7 @@ BOTH_WAYS = pytest.mark.parametrize("way", ["eager", "compiled"])
 
 
 def make(p, way="eager"):
-    """A dropout module; the graph of a compiled one runs as it was traced."""
+    """A dropout module; if compiled, its graph runs as traced."""
     torch._dynamo.reset()
     torch.manual_seed(3)
     module = Dropout(p)
@@ -42,7 +42,7 @@ def make(p, way="eager"):
 
 
 def z_score(zeros, p):
-    """Deviations by which the number of zeros differs from that of independent ones."""
+    """Standard deviations between the number of zeros and the expected number if independent."""
     return (zeros.double().mean() - p) / (p * (1 - p) / zeros.numel()) ** 0.5
 
 
@@ -76,7 +76,7 @@ def test_zeros_are_independent_of_one_another(p, way):
 
 
 def test_the_hash_mixes_both_seeds_well():
-    """Zeros of seeds that differ in one place or one bit have nothing to do with one another."""
+    """Zeros of seeds that differ in one place or one bit are unrelated."""
     places, numbers, p = torch.arange(1 << 20, dtype=torch.int32), torch.ones(1 << 20), 0.1
 
     def zeros(first, second):
@@ -92,7 +92,7 @@ def test_the_hash_mixes_both_seeds_well():
 
 
 @BOTH_WAYS
-def test_torchs_generator_decides_and_the_gradient_is_that_of_what_was_kept(way):
+def test_dropout_follows_torchs_generator_and_has_the_right_gradient(way):
     drop, numbers = make(0.3, way), torch.randn(64, 64, requires_grad=True)
     first, state, second = drop(numbers), torch.get_rng_state(), drop(numbers)
     assert not torch.equal(first, second)
@@ -102,7 +102,7 @@ def test_torchs_generator_decides_and_the_gradient_is_that_of_what_was_kept(way)
     torch.testing.assert_close(numbers.grad * numbers, second)
 
 
-def test_where_nothing_everything_or_float64_is_dropped_it_is_torchs():
+def test_edge_cases_of_dropout_equal_torchs():
     for p in (0.0, 1.0):
         assert torch.equal(make(p)(torch.ones(5)), torch.full((5,), 1.0 - p))
     assert 0.4 < (make(0.5)(torch.ones(1000, dtype=torch.float64)) == 0).double().mean() < 0.6
@@ -141,7 +141,7 @@ def test_layer_norm_has_float32_statistics_and_the_precision_of_autocast(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gelu_of_a_compiled_graph_is_as_near_as_the_stock_one(dtype):
+def test_compiled_gelu_is_as_accurate_as_the_stock_one(dtype):
     torch._dynamo.reset()
     torch.manual_seed(0)
     numbers = torch.cat([torch.linspace(-12, 12, 4801), 3 * torch.randn(4000)])

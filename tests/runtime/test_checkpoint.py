@@ -1,5 +1,5 @@
-"""Folders that are whole or absent: a write that fails leaves what was there, damage of any kind is
-found and the file named, and a run resumes from the newest checkpoint that verifies."""
+"""Folders are complete or absent: a failed write leaves the old one, any damage is found and the
+file named, and a run resumes from the newest checkpoint that verifies."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ FILES = [
 
 @pytest.fixture(scope="module")
 def checkpoint(vocabulary, tiny_tokenizer, tmp_path_factory):
-    """A checkpoint as a run writes it."""
+    """A checkpoint as written by a run."""
     folder, model = tmp_path_factory.mktemp("run") / "checkpoint-7", small_model(vocabulary.size)
 
     def write(target):
@@ -48,7 +48,7 @@ def content(folder):
 
 
 def write_text(text):
-    """A writer of one file, with what makes a folder count as a checkpoint."""
+    """Writes one file, and the training state that makes a folder a checkpoint."""
 
     def write(folder):
         (folder / "text").write_text(text)
@@ -73,7 +73,7 @@ def test_a_folder_has_size_and_hash_of_every_file(tmp_path):
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
-    """Whatever a killed write left behind."""
+    """Whatever a killed write has left behind."""
     for leftover in (".best.partial", ".best.previous"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "text").write_text("half")
@@ -123,7 +123,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
     assert content(tmp_path) == before
 
 
-def test_what_a_kill_between_two_renames_moved_aside_is_put_back(tmp_path):
+def test_a_folder_moved_aside_by_a_killed_save_is_put_back(tmp_path):
     best, previous = tmp_path / "best", tmp_path / ".best.previous"
     ckpt.write_folder(best, write_text("old"))
     best.rename(previous)
@@ -137,7 +137,7 @@ def test_what_a_kill_between_two_renames_moved_aside_is_put_back(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-def test_write_json_replaces_at_once_or_not_at_all(tmp_path):
+def test_write_json_is_atomic(tmp_path):
     path = tmp_path / "summary.json"
     write_json(path, {"name": "Übung 北京"})
     with pytest.raises(TypeError):
@@ -151,7 +151,7 @@ def test_write_json_replaces_at_once_or_not_at_all(tmp_path):
 
 @settings(max_examples=4, deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True))
-def test_damage_of_any_file_is_found_and_the_file_named(checkpoint, tmp_path_factory, where):
+def test_damage_to_any_file_is_found_and_named(checkpoint, tmp_path_factory, where):
     folder = tmp_path_factory.mktemp("damaged") / "checkpoint-7"
     shutil.copytree(checkpoint, folder)
     assert content(folder).keys() == {*FILES, ckpt.CHECKSUMS}
@@ -177,7 +177,7 @@ LEAD_OUT = [
 
 
 @pytest.mark.parametrize("sums", [*GARBLED, *LEAD_OUT])
-def test_checksums_that_are_garbled_or_lead_out_of_the_folder(sums, tmp_path):
+def test_garbled_checksums_and_checksums_outside_the_folder(sums, tmp_path):
     folder = tmp_path / "checkpoint-1"
     ckpt.write_folder(folder, write_text("new"))
     (folder / ckpt.CHECKSUMS).unlink()
@@ -200,7 +200,7 @@ def test_a_plain_model_folder_is_not_a_checkpoint(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder with checkpoints 5, 9, 10 and 100, and what else lies there."""
+    """A run folder with checkpoints 5, 9, 10 and 100, and other entries."""
     for step in (9, 100, 10, 5):
         ckpt.write_folder(tmp_path / f"checkpoint-{step}", write_text(str(step)))
     others = ("best", "final", "checkpoint-", "checkpoint-x", "checkpoint-7b")
@@ -209,7 +209,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_the_newest_good_checkpoint_is_taken_and_damaged_ones_are_named(run, capsys):
+def test_the_newest_good_checkpoint_is_used_and_damaged_ones_are_named(run, capsys):
     assert [ckpt.step_of(folder) for folder in ckpt.checkpoints(run)] == [100, 10, 9, 5]
     assert ckpt.newest_good(run).name == "checkpoint-100"
     assert capsys.readouterr().out == ""
@@ -276,7 +276,7 @@ def test_facts_that_are_garbled_or_absent_are_left_out(tmp_path):
     assert ckpt.read_facts(tmp_path) == {}
 
 
-def test_training_state_goes_there_and_back(tmp_path):
+def test_training_state_round_trip(tmp_path):
     states = {"a": {"b": [torch.arange(3), 1.5, None]}, "c": {"d": (1, "text")}}
     ckpt.write_state(tmp_path, states, {"step": 3, "position": [0, 2, 5]})
     values = ckpt.read_values(tmp_path, FORM)
@@ -286,7 +286,7 @@ def test_training_state_goes_there_and_back(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_not_saved(bad, tmp_path):
+def test_non_finite_numbers_are_not_saved(bad, tmp_path):
     state = {"weights": {"decoder": {"exp_avg": torch.tensor([1.0, bad])}}}
     with pytest.raises(UserError, match="optimizer weights decoder exp_avg"):
         ckpt.write_state(tmp_path, {"optimizer": state}, {})
@@ -307,7 +307,7 @@ BAD_STATES += [f'{{"format": {ckpt.STATE_FORMAT}, "step": -3}}']
 
 
 @pytest.mark.parametrize("text", BAD_STATES)
-def test_values_that_are_not_as_expected_are_refused(text, tmp_path):
+def test_unexpected_values_are_refused(text, tmp_path):
     if text:
         (tmp_path / ckpt.STATE_JSON).write_text(text)
     with pytest.raises(UserError, match=f"{tmp_path / ckpt.STATE_JSON}: "):

@@ -1,4 +1,4 @@
-"""What a run shows: TensorBoard's curves equal the rows of metrics.jsonl, a resumed run has one
+"""Logs of a run: TensorBoard's curves equal the rows of metrics.jsonl, a resumed run has one
 unbroken curve and no row twice, and a process other than the main one writes nothing."""
 
 import json
@@ -38,8 +38,8 @@ def evaluation(step):
 
 
 def write(output, first, last, evaluated=True, close=True):
-    """A process that resumes at `first`, logs each step up to `last`, evaluates every second one,
-    and ends with or without closing its files."""
+    """Resume at `first`, log each step up to `last`, evaluate every second one, and end with or
+    without closing the files."""
     monitor = Monitor(output, first, 10, OPTIONS, evaluated=evaluated)
     for step in range(first, last + 1):
         if step > first:
@@ -74,7 +74,7 @@ def read_events(output):
 
 
 def assert_one_curve(output, last):
-    """All rows, once, and each number is one point of its curve, in order."""
+    """Each row occurs once, and each number is one point of its curve, in order."""
     assert rows(output) == expected_rows(last)
     events, points = read_events(output), {}
     for row in expected_rows(last):
@@ -95,7 +95,7 @@ def test_a_resumed_run_has_one_unbroken_curve(close, tmp_path):
     assert_one_curve(tmp_path, 10)
 
 
-def test_a_step_that_was_not_evaluated_keeps_its_training_row_alone(tmp_path):
+def test_a_step_without_evaluation_keeps_only_its_training_row(tmp_path):
     write(tmp_path, 0, 6, evaluated=False, close=False)
     monitor = Monitor(tmp_path, 4, 10, OPTIONS, evaluated=False)
     assert rows(tmp_path)[-1] == {"step": 4, **training(4)}
@@ -134,7 +134,7 @@ def charts_of(output):
 
 
 def test_every_loss_gets_a_chart(tmp_path):
-    """Also one that a researcher adds; a chart of a name that is never logged would stay empty."""
+    """Even one that a researcher adds; a chart of a name that is never logged would be empty."""
     monitor = Monitor(tmp_path, 0, 10, OPTIONS)
     losses = {"eval/loss": 1.0, "eval/mlm_loss": 1.0, "eval/nsp_loss": 1.0, "eval/z_loss": 1.0}
     monitor.log(0, losses)
@@ -178,7 +178,7 @@ def test_options_are_in_the_one_run(tmp_path):
     assert "_hparams_/session_end_info" in plugin
 
 
-def test_texts_are_panels_and_numbers_that_are_not_finite_are_left_out(tmp_path):
+def test_texts_become_panels_and_non_finite_numbers_are_skipped(tmp_path):
     monitor = Monitor(tmp_path, 0, 10, OPTIONS)
     monitor.log(1, {"train/loss": math.nan, "train/x": 1.0, "held-out predictions": "| a |"})
     monitor.log(2, {"only text": "text"})

@@ -17,7 +17,7 @@ def make_weights():
 
 
 def take_steps(weights, optimizer, count=5, first=0):
-    """Steps with gradients that depend on the step alone."""
+    """Take steps with gradients that depend only on the step."""
     for number in range(first, first + count):
         torch.manual_seed(100 + number)
         for weight in weights:
@@ -27,7 +27,7 @@ def take_steps(weights, optimizer, count=5, first=0):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-6), (torch.float32, 2e-3)])
 def test_muon_equals_torchs(dtype, tolerance):
-    """Which orthogonalizes in bf16, matrix by matrix."""
+    """torch's orthogonalizes in bf16, one matrix at a time."""
     ours, theirs = make_weights(), make_weights()
     take_steps(ours, Muon(ours, RATE, DECAY, momentum=0.9, dtype=dtype))
     settings = {"momentum": 0.9, "weight_decay": DECAY, "adjust_lr_fn": "match_rms_adamw"}
@@ -37,7 +37,7 @@ def test_muon_equals_torchs(dtype, tolerance):
         assert (left - start).abs().max() > 100 * tolerance or dtype == torch.float32
 
 
-def test_matrices_computed_together_equal_one_by_one(monkeypatch):
+def test_batched_matrices_equal_single_ones(monkeypatch):
     together, alone = make_weights(), make_weights()
     take_steps(together, Muon(together, RATE, DECAY))
     monkeypatch.setattr(muon, "MAX_ELEMENTS", 1)
@@ -46,8 +46,8 @@ def test_matrices_computed_together_equal_one_by_one(monkeypatch):
         torch.testing.assert_close(left, right, atol=1e-6, rtol=0.0)
 
 
-def test_an_update_is_near_the_orthogonal_factor():
-    """U V' of the singular value decomposition, but for singular values about 1."""
+def test_an_update_is_close_to_the_orthogonal_factor():
+    """It is U V' of the singular value decomposition, with singular values close to 1."""
     matrices = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(2))
     u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
     inner = u.mT @ orthogonalized(matrices) @ vt.mT

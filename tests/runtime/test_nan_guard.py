@@ -1,4 +1,4 @@
-"""Steps that are not finite are counted and reported one step later, and a run that only skips is
+"""Non-finite steps are counted and reported one step later, and a run that only skips steps is
 stopped."""
 
 import pytest
@@ -10,7 +10,7 @@ from pretrain.runtime.nan_guard import MAX_SKIPPED_IN_A_ROW, NanGuard, ScaleWatc
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
 
 
-def test_a_step_that_is_not_finite_is_reported_one_step_later():
+def test_a_non_finite_step_is_reported_one_step_later():
     lines = []
     guard = NanGuard(lines.append)
     expected = []
@@ -50,9 +50,9 @@ def test_a_run_that_only_skips_is_stopped_and_shows_how_to_see_its_data():
     assert len(lines) == 2 * MAX_SKIPPED_IN_A_ROW - 2
 
 
-def test_a_scale_of_fp16_that_collapses_is_told_once():
+def test_a_collapsing_fp16_scale_is_reported_once():
     class Scaler:
-        """Gives one scale after another."""
+        """Returns the given scales in turn."""
 
         scales = iter((4.0, 1.0, 0.25, 0.0625, 0.25, 1.0, 0.5))
 

@@ -1,5 +1,5 @@
-"""Optimizers, schedule, precision: rates against closed forms, decay on matrices only, a step that
-is not finite changes nothing, and what a device cannot do is refused."""
+"""Optimizers, schedule, precision: rates equal closed forms, decay is on matrices only, non-finite
+steps change nothing, and unsupported precisions are refused."""
 
 import math
 from dataclasses import replace
@@ -98,7 +98,7 @@ def test_groups_of_a_model(name, vocabulary):
         assert (id(weight) in of_muon) == (in_encoder and name == "muon"), key
 
 
-def test_the_update_is_that_of_torchs_adamw_with_the_options():
+def test_the_update_equals_torchs_adamw():
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
     settings = {"lr": 0.01, "betas": BETAS, "eps": OPTIONS.adam_epsilon}
@@ -126,8 +126,8 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_that_is_not_finite_changes_nothing(name, poison):
-    """First or later: weights and optimizer state are those of a run without it."""
+def test_a_non_finite_step_changes_nothing(name, poison):
+    """The first or a later step: weights and optimizer state equal those of a run without it."""
 
     def train(values):
         weight = nn.Parameter(torch.ones(3, 2))
@@ -187,8 +187,8 @@ UNKNOWN = ["NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA L40", "NVIDIA T400", 
 
 
 @pytest.mark.parametrize("name", [*PEAKS, *UNKNOWN])
-def test_peak_of_a_gpu_is_that_of_its_datasheet_or_measured(name, monkeypatch):
-    """Never that of a similar name."""
+def test_gpu_peak_is_from_the_datasheet_or_measured(name, monkeypatch):
+    """Never from a GPU with a similar name."""
 
     def measure(*_, **__):
         raise InterruptedError  # stands for the measurement, which needs a GPU

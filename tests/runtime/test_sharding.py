@@ -30,7 +30,7 @@ FROZEN = "bert.pooler"  # weights that get no gradient in the first steps
 
 
 class Odd(torch.optim.Optimizer):
-    """Keeps a list, a number, integers and bf16 in its state, and a count in its group."""
+    """An optimizer with a list, a number, integers and bf16 in its state, a count in its group."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr, "count": 0})
@@ -72,7 +72,7 @@ def make(kind):
 
 
 def take_steps(model, optimizers, steps):
-    """Gradients depend on the step and the weight alone; those of FROZEN come from step 2 on."""
+    """Gradients depend only on the step and the weight; FROZEN gets them from step 2 on."""
     for step in steps:
         for number, (name, weight) in enumerate(model.named_parameters()):
             generator = torch.Generator().manual_seed(1000 * step + number)
@@ -128,14 +128,14 @@ def test_a_state_that_does_not_fit_is_refused(place, value):
         state.load_state_dict(put(good, place, value))
 
 
-def test_state_of_no_weight_is_refused_when_saving():
+def test_state_without_a_weight_is_refused_when_saving():
     model, optimizers = make("sgd")
     optimizers[0].state["total"] = {"sum": torch.zeros(3)}
     with pytest.raises(UserError, match="total"):
         OptimizerState(model, optimizers).state_dict()
 
 
-def test_a_weight_of_two_optimizers_is_a_mistake():
+def test_a_weight_in_two_optimizers_is_refused():
     model, optimizers = make("sgd")
     with pytest.raises(AssertionError):
         OptimizerState(model, optimizers * 2).state_dict()
@@ -145,8 +145,8 @@ def test_a_weight_of_two_optimizers_is_a_mistake():
 
 
 def sharded_run(folder, kind):
-    """In two processes, sharded: steps 0 and 1, or 2 and 3 after what is in folder/"state"; what
-    they end as is in folder/"result"."""
+    """In two sharded processes: steps 0 and 1, or 2 and 3 after loading folder/"state".
+    Saves the outcome in folder/"result"."""
 
     def main(argv):
         world, device = start("cpu")
@@ -195,7 +195,7 @@ def test_sharded_state_fits_one_process_and_back(kind, tmp_path):
 
 
 def test_state_that_cannot_be_sharded_is_refused_by_name(tmp_path):
-    """When saving, and when a state from one process is cut."""
+    """When saving, and when a state from one process is sharded."""
     for _ in ("save", "load"):
         ended = sharded_run(tmp_path, "odd")
         assert [code for code, _ in ended] == [2, 2], ended
@@ -209,7 +209,7 @@ def test_state_that_cannot_be_sharded_is_refused_by_name(tmp_path):
 # Random states.
 
 
-def test_random_states_go_there_and_back(tmp_path):
+def test_random_states_round_trip(tmp_path):
     state = RandomState(CPU, World())
     saved = through_a_file(state.state_dict(), tmp_path / "state")
     expected = torch.rand(3)

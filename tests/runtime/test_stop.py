@@ -1,4 +1,4 @@
-"""What ends a run early: a signal to any process, or the time limit, but never before one step."""
+"""A signal to any process or the time limit ends a run early, but never before one step."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def test_the_first_signal_counts():
 
 
 def test_the_time_limit_counts_from_the_second_call(monkeypatch):
-    """After one step: a run that is restarted again and again makes progress."""
+    """After one step, so that a run that is restarted again and again makes progress."""
     clock = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     flag = StopFlag(max_minutes=2, limit="limit")
