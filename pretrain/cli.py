@@ -19,6 +19,8 @@ from pretrain.errors import UserError, refusing
 from pretrain.schema import flag
 from pretrain.signals import STOP_SIGNALS, Interrupted
 
+FORMER_NAMES = {"--colour": "--color"}  # still accepted, in no help
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
@@ -130,7 +132,11 @@ def _known(values: dict, options: type, ignored: type) -> dict:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict:
-    values = vars(parser.parse_args(list(argv)))
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words.append(FORMER_NAMES.get(name, name) + equals + value)
+    values = vars(parser.parse_args(words))
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 

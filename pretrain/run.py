@@ -161,8 +161,8 @@ class Run:
         wait_for_all()
 
     def write_model(self, name: str, state, weights: dict[str, Tensor] | None = None) -> None:
-        """Write the model folder `name`, by default with the model's own weights. All processes must
-        call this together."""
+        """Write the model folder `name`, by default with the model's own weights. All processes
+        must call this together."""
         if weights is None:
             weights = whole_weights(self.model)
         if self.world.is_main:

@@ -225,6 +225,7 @@ def test_color_codes_follow_the_option(color, expected, show):
     options = "--masking entity --lexicon {lexicon} --examples 9 --sampled 1 --color"
     show(f"{options} off")  # the corpus is in the cache from now on
     told, plain = "\n".join(show(f"{options} {color}")), show(f"{options} off")
+    assert show(f"{options.replace('--color', '--colour')} off") == plain, "the former name"
     assert bool(ANSI.search(told)) is expected
     numbers = [line for line in plain if not line.startswith("[CLS]")]
     uncolored = ANSI.sub("", told).splitlines()

@@ -114,8 +114,8 @@ def norm_of(tensors):
 
 
 class Poisoned(nn.Module):
-    """The model, with its MLM loss multiplied by `factor` in micro-batch `number`. With `logged_only`
-    the model learns from another, finite term."""
+    """The model, with its MLM loss multiplied by `factor` in micro-batch `number`. With
+    `logged_only` the model learns from another, finite term."""
 
     def __init__(self, model, number, factor, logged_only=False):
         super().__init__()
