@@ -128,7 +128,9 @@ def check_output(
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; expected a folder")
     names = {entry.name for entry in output.iterdir()} - {".lock"} if output.is_dir() else set()
-    foreign = sorted(name for name in names if not re.fullmatch(entries, name))
+    # A sealed folder is ours, too: an edited loop may write others than `best` and `final`.
+    ours = {name for name in names if (output / name / CHECKSUMS).is_file()}
+    foreign = sorted(name for name in names - ours if not re.fullmatch(entries, name))
     if overwrite and foreign:
         expected = "expected a run folder to overwrite"
         raise UserError(f"{output}: contains {foreign[0]}, which no run wrote; {expected}")
