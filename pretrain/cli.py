@@ -63,7 +63,7 @@ def _add_option(group: argparse._ArgumentGroup, entry: Field, hint: object) -> N
         if "choices" not in arguments:
             arguments.setdefault("metavar", kinds[0].__name__.upper())
     text = entry.metadata["help"].replace("%", "%%")
-    if "default:" not in text and default != ():
+    if "default:" not in text and default not in ((), None, False, ""):
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{text} (default: {shown})"
     group.add_argument(name, help=text, **arguments)
@@ -186,7 +186,7 @@ def run_command(
         message, code = "\n".join(f"error: {line}" for line in str(error).splitlines()), 2
     except OSError as error:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        expected = "expected a path that exists, room on the disk and permission to read and write"
+        expected = "expected an existing path, free disk space, and permission to read and write"
         message, code = f"error: {what}; {expected}{hint}", 2
     except KeyboardInterrupt as stop:
         message = f"{str(stop) or 'interrupted'}{hint}"

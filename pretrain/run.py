@@ -358,7 +358,12 @@ def _find_checkpoint(output: Path, config) -> Path | None:
     for previous in output.glob(".*.previous"):  # left by an interrupted save
         ckpt.put_back(previous.with_name(previous.name[1:].removesuffix(".previous")))
     with option_named("--resume --output"):
-        return ckpt.newest_good(output)
+        checkpoint = ckpt.newest_good(output)
+    if checkpoint:
+        print(f"continuing from {checkpoint}")
+    elif (output / "metrics.jsonl").exists():
+        print(f"--resume --output {output}: has no checkpoint; the run starts again")
+    return checkpoint
 
 
 def portable_options(config) -> dict:
@@ -411,12 +416,13 @@ def print_plan(run: PretrainingRun) -> None:
     length, size = run.phases[0].max_length, run.micro_batch_size
     accumulation = config.batch_size // size // world.size
     processes = f"{world.size} process{'es' if world.size > 1 else ''}"
+    micro_batches = f"{accumulation} micro-batch{'es' if accumulation > 1 else ''}"
     print(
         f"model: {settings.num_hidden_layers}x{settings.hidden_size}, {weights / 1e6:.1f} M "
         f"weights, vocabulary {settings.vocab_size:,}, on {run.device} in {run.precision}, "
         f"attention by {run.model.attention}{', compiled' if run.compile else ''}\n"
         f"step: {config.batch_size} x {length} = {config.batch_size * length:,} tokens, in "
-        f"{accumulation} micro-batches of {size} x {length} on each of {processes}\n"
+        f"{micro_batches} of {size} x {length} on each of {processes}\n"
         f"run: {steps:,} steps, {steps / epoch:.1f} epochs of {epoch:,} steps; evaluation every "
         f"{run.eval_every:,}, checkpoint every {run.save_every:,}; {run.output}"
     )

@@ -225,6 +225,13 @@ def test_a_run_is_started_again_from_another_directory(
     assert rows(tmp_path / "copy") == expected
 
 
+def test_a_run_of_another_command_is_not_resumed(output, capsys):
+    output.mkdir()
+    (output / "config.json").write_text('{"label_field": "label"}')
+    told = refusal(main, ["--resume", "--output", output], capsys)
+    assert str(output / "config.json") in told and "label_field" in told
+
+
 def test_overwrite_replaces_nothing_but_runs(arguments, output, capsys):
     output.mkdir()
     (output / "thesis.tex").write_text("years")

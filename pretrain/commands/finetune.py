@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     options = with_defaults()
     output, resumes = Path(options.output or ""), options.resume and options.output
     if resumes:
-        options = with_defaults(read_saved(output))
+        options = with_defaults(read_saved(output, FinetuneOptions))
     check(missing(options) + validate(options))
 
     from pretrain.files import lock, read_json

@@ -4,7 +4,7 @@ Without arguments, trains a tiny BERT on embedded English text in about three mi
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from pretrain.cli import read_command_line, read_options
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse, prepare, train, report."""
     with_defaults = read_command_line(argv, Config, __doc__)
     asked = with_defaults()
-    saved = read_saved(Path(asked.output)) if asked.resume and asked.output else None
+    saved = read_saved(Path(asked.output), Config) if asked.resume and asked.output else None
     is_demo = not asked.train and not saved
     config = with_defaults(EMBEDDED_DEFAULTS if is_demo and not asked.resume else saved)
     check(validate(config))
@@ -65,9 +65,9 @@ def main(argv: Sequence[str]) -> None:
     stop()
 
 
-def read_saved(output: Path) -> dict | None:
+def read_saved(output: Path, options: type) -> dict | None:
     """Options of the run in `output`: from config.json or, if that is lost, from the newest
-    checkpoint; None without a run."""
+    checkpoint; None without a run. UserError if the run has others than the dataclass `options`."""
     config, states = output / "config.json", output.glob("checkpoint-*/training_state.json")
     newest_first = sorted(states, key=lambda path: path.stat().st_mtime, reverse=True)
     problems = []
@@ -75,7 +75,12 @@ def read_saved(output: Path) -> dict | None:
         try:
             values = read_options(path)
             if values:
-                return values if path == config else dict(values["options"])
+                values = values if path == config else dict(values["options"])
+                foreign = sorted(values.keys() - {entry.name for entry in fields(options)})
+                if not foreign:
+                    return values
+                expected = "expected a run of this command and version"
+                problems.append(f"{path}: has the unknown option {foreign[0]}; {expected}")
         except (UserError, KeyError, TypeError) as error:
             problems.append(f"{path}: {error}")
     check(problems)
