@@ -148,7 +148,7 @@ def test_parts_report_their_figures(arguments, tmp_path, capsys):
         assert min(found["start"][name]["ours"], found["start"][name]["peer"]) > 0
     assert found["start"]["seconds_to_resume"]["goal"] == start.RESUME_GOAL
     assert found["largest"]["sequences"] == {"ours": 4, "peer": 4, "ratio": 1.0}
-    assert found["machine"]["torch"] == torch.__version__ and ", cores " in table
+    assert torch.__version__.startswith(found["machine"]["torch"]) and ", cores " in table
 
 
 def test_a_report_is_printed(capsys):
