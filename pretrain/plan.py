@@ -89,8 +89,8 @@ def count_epoch(dataset: PretrainingDataset, config: Config) -> int:
         shards = [corpus.shard(dataset.shard_at(0, place)) for place in counted]
         num_long = sum(int((np.diff(each.sentences) > task.max_tokens).sum()) for each in shards)
         if num_long:
-            problem = f"{round(num_long / share):,} sentences exceed {task.max_tokens} tokens"
-            print(f"{problem}: they are cut into pieces of half that length")
+            count = f"{round(num_long / share):,}"
+            print(f"sentences over {task.max_tokens} tokens, cut into pieces of half that: {count}")
     num_tokens = sum(int(plan.lengths.sum()) for plan in plans)
     step_tokens = config.batch_size * task.counted_length
     if num_tokens < step_tokens and share == 1:

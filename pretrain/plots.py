@@ -1,4 +1,4 @@
-"""Plots: each title says what is shown, and curves can be told apart in grayscale."""
+"""Plots: each title says what is shown, and curves stay distinct in grayscale."""
 
 from pathlib import Path
 

@@ -91,8 +91,8 @@ class Units:
 
 
 # A strategy returns the units of each pass in turn; the last pass fills the budget. A unit must not
-# cross into the next sequence. To add one, write it here, and name it in STRATEGIES and among the
-# choices of --masking (pretrain/config.py).
+# cross into the next sequence. To add one, write it here, and name it in STRATEGIES and in MASKING
+# of pretrain/config.py.
 
 
 def by_token(packed: Packed, options: Masking) -> list[Units]:
