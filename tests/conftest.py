@@ -2,6 +2,7 @@
 the `main` of a command in this process. Everything is offline and on one thread."""
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers  # noqa: E402
+from torch.utils.benchmark import Timer  # noqa: E402
 from transformers import RobertaTokenizer, XLMRobertaTokenizer  # noqa: E402
 
 from pretrain.cli import run_command  # noqa: E402
@@ -28,13 +30,35 @@ from pretrain.data import tokenizer  # noqa: E402
 from pretrain.data.prepare import prepare  # noqa: E402
 from pretrain.data.sources import check_files  # noqa: E402
 from pretrain.runtime import checkpoint as ckpt  # noqa: E402
+from pretrain.runtime import optim  # noqa: E402
 
+os.fsync = lambda handle: None  # no power fails here, and each run would wait 100 times
 torch.set_num_threads(1)  # the tensors are small, and bit-equality is promised per thread count
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--config-override", "hidden_size=32", "intermediate_size=64", "num_attention_heads=2"]
 STEMS = "bank river money water teach learn train model token mask sentence quick slow"
 ENDINGS = ["", "s", "ed", "ing", "er", "ation", "ization", "ally"]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the collector out of what is imported: each run asks it to free memory."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rate_of_this_machine():
+    """It is measured once; each run of a test would spend a fifth of its time on it."""
+    measured, measure = [], Timer.blocked_autorange
+
+    def measure_once(timer, **more):
+        measured[:] = measured or [measure(timer, **more)]
+        return measured[0]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Timer, "blocked_autorange", measure_once)
+        optim.peak_flops(torch.device("cpu"), "fp32")
+        yield
 
 
 def make_documents(count: int = 60, seed: int = 7) -> list[list[str]]:

@@ -9,7 +9,7 @@ import typing
 import weakref
 
 import pytest
-from conftest import refusal
+from conftest import refusal, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,6 +115,23 @@ def test_a_file_may_hold_options_of_another_command(in_file):
         parse(argv, FinetuneOptions, "")
 
 
+MISSING = {
+    "adapt": "--train --valid --test --model --text",
+    "domain": "--input",
+    "evaluate": "--input --model",
+    "fill_mask": "--model TEXT",
+    "finetune": "--train --valid --model",
+    "predict": "--input --output --model",
+    "prepare": "--input",
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_missing_options_are_reported_at_once(name, capsys):
+    lines = refusal(script(name).main, [], capsys).splitlines()
+    assert sorted(line.partition(":")[0] for line in lines) == sorted(MISSING[name].split())
+
+
 # Exit codes.
 
 
@@ -158,21 +175,23 @@ def test_exit_code_and_messages(main, argv, code, said, capsys):
 
 
 def test_frames_of_an_unexpected_error_are_freed(capsys):
-    class Held:
-        pass
-
-    seen = []
+    """What they hold may own worker processes, which end with it. The traceback refers to the
+    frames, and here a frame refers back to it."""
+    held = []
 
     def main(argv):
-        held = Held()
-        seen.append(weakref.ref(held))
+        data = {1}
+        held.append(weakref.ref(data))
         try:
             raise ValueError("cause")
         except ValueError as error:
-            raise RuntimeError("effect") from error
+            effect = RuntimeError("nobody expects this")
+            raise effect from error
 
-    assert run_command(main, []) == 1 and seen[0]() is None
-    assert "cause" in capsys.readouterr().err
+    assert run_command(main, []) == 1 and held[0]() is None
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback") and told.endswith("RuntimeError: nobody expects this\n")
+    assert "ValueError: cause" in told
 
 
 def test_an_unknown_or_shortened_option_is_refused(capsys):

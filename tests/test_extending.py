@@ -90,9 +90,7 @@ def electra(folder, tokenizer):
 @pytest.mark.parametrize("title", EDITS)
 def test_an_edit_of_the_readme_trains_and_resumes(title, corpus, tmp_path, tiny_tokenizer):
     for name in ("pretrain", "scripts"):
-        shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "benchmark")
-        )
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("benchmark"))
     apply(EDITS[title], tmp_path)
     argv = ["--train", corpus.folder, "--max-length", 32, "--precision", "fp32"]
     argv += ["--batch-size", 16, "--micro-batch-size", 8, "--max-steps", LAST, "--save-every", 2]

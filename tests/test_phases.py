@@ -4,10 +4,8 @@ the phase's length; bad phases are refused."""
 
 import dataclasses
 import json
-import os
 import shlex
 import shutil
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +16,6 @@ from conftest import (
     arguments_of,
     assert_same,
     assert_same_run,
-    in_processes,
-    interrupted_copy,
     leaves,
     observed_steps,
     pretrain_into,
@@ -28,8 +24,7 @@ from conftest import (
     rows,
     write_documents,
 )
-from packed_reference import dense_attention, small_model
-from torch._dynamo.testing import CompileCounter
+from test_faults import KILL, at, send, start
 
 from pretrain import build, train
 from pretrain.cli import parse
@@ -45,10 +40,8 @@ from pretrain.data.sources import check_files
 from pretrain.data.tokenizer import describe, load
 from pretrain.errors import UserError
 from pretrain.files import read_json
-from pretrain.model import attention
 from pretrain.run import print_plan
 from pretrain.runtime import checkpoint as ckpt
-from pretrain.runtime import distributed
 
 SWITCH = 6  # steps of the first phase of `finished`
 
@@ -124,7 +117,7 @@ def test_micro_batches_equal_a_run_of_that_length(finished, source):
     assert before.micro_batch > 0 and after[:2] > before[:2]
     second_start = DataPosition(before.epoch, before.place + 1, 0)
     training, vocabulary = source.split(0.05)[0], describe(load(str(output / "final")))
-    for length, start, steps in (
+    for length, first, steps in (
         (32, DataPosition(0, 0, 0), finished.steps[:SWITCH]),
         (80, second_start, finished.steps[SWITCH:]),
     ):
@@ -132,7 +125,7 @@ def test_micro_batches_equal_a_run_of_that_length(finished, source):
         dataset = PretrainingDataset(training, task)
         collator = Collator(task, vocabulary, Masking(), multiple=build.SHAPE_MULTIPLE)
         found = [batch for batches in steps for batch in batches]
-        for batch, position in zip(found, dataset.positions(start)):
+        for batch, position in zip(found, dataset.positions(first)):
             expected = collator(dataset[position])
             assert_same(leaves(dataclasses.asdict(batch)), leaves(dataclasses.asdict(expected)))
             assert batch.max_length == length and batch.num_tokens <= 256
@@ -140,54 +133,14 @@ def test_micro_batches_equal_a_run_of_that_length(finished, source):
     assert max(max(batch.lengths[: batch.num_sequences]) for batch in found) > 32
 
 
-def test_two_processes_read_the_same(arguments, tmp_path):
-    options = arguments_of(arguments, "--max-steps 4", SIZES, "hidden_dropout_prob=0")
-    one = pretrain_into(tmp_path / "one", options)
-    ended = in_processes(tmp_path, main, [*options, "--output", tmp_path / "two"], count=2)
-    assert [code for code, _ in ended] == [0, 0]
-    assert [told.count("sequences of 80 tokens") for _, told in ended] == [1, 0]
-    for left, right in zip(rows(one), rows(tmp_path / "two"), strict=True):
-        assert right == pytest.approx(left, rel=1e-4)
-
-
-def test_the_mask_rate_continues_across_phases(arguments, output, steps_seen):
-    pretrain_into(output, arguments, "--mask-rate 0.2 0.6")
-    assert len(steps_seen) == 10
-    for step, batches in enumerate(steps_seen):
-        masked = sum(batch.counts["mlm"] for batch in batches)
-        ordinary = 0
-        for batch in batches:
-            num_pairs = int((batch.labels["nsp"] >= 0).sum())
-            ordinary += batch.num_tokens - 2 * batch.num_sequences - num_pairs
-        assert masked / ordinary == pytest.approx(0.2 + 0.4 * step / 9, abs=0.02), step
-
-
 # Interrupted.
 
 
-@pytest.mark.parametrize(("step", "workers"), [(2, 0), (SWITCH, 2), (8, 0)])
-def test_resumed_equals_uninterrupted_bit_for_bit(finished, output, step, workers):
-    resume(interrupted_copy(finished.output, output, step), f"--workers {workers}")
-    assert_same_run(finished.output, output)
-
-
-@pytest.mark.parametrize("call", [3, SWITCH + 1])
-def test_killed_then_resumed(finished, arguments, tmp_path, output, monkeypatch, call):
-    original, seen = train.train_step, []
-
-    def deadly(*more):
-        seen.append(None)
-        if len(seen) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*more)
-
-    def prepare(rank):
-        monkeypatch.setattr(train, "train_step", deadly)
-
-    command = [*arguments, "--resume", "--output", output]
-    ((code, _),) = in_processes(tmp_path, main, command, prepare=prepare)
-    assert code == -signal.SIGKILL
-    resume(output, arguments)
+@pytest.mark.parametrize(("call", "workers"), [(3, 0), (SWITCH + 1, 2), (SWITCH + 3, 0)])
+def test_killed_then_resumed(finished, arguments, output, call, workers):
+    kill = at(train, "train_step", call, send(KILL))
+    start(output, arguments, "--resume", fault=kill, ends_with=-KILL)
+    resume(output, arguments, f"--workers {workers}")
     assert_same_run(finished.output, output)
 
 
@@ -238,35 +191,6 @@ def test_patience_and_best_use_the_last_phase(of_one_length, output, lengths):
 
 
 # Shapes.
-
-
-def test_each_phase_has_one_graph(corpus, vocabulary, monkeypatch):
-    """Three lengths, each seen twice: by default the second would make one graph of any shape, and
-    the third would have none."""
-
-    def dense(qkv, cu_seqlens, **more):
-        return dense_attention(qkv, cu_seqlens)
-
-    counter, compile_with = CompileCounter(), torch.compile
-
-    def counted_compile(*more, **options):
-        return compile_with(*more, backend=counter, **options)
-
-    monkeypatch.setattr(attention, "packed_varlen", dense)
-    monkeypatch.setattr(torch, "compile", counted_compile)
-    torch._dynamo.reset()
-    model = small_model(vocabulary.size)
-    model.attention = attention.VARLEN
-    compiled, batches = distributed.wrap(model, True), []
-    for length in (16, 24, 40):
-        task = Task("random", length, 8, 0.15, 0, counted_length=16)
-        dataset = PretrainingDataset(corpus, task)
-        collator = Collator(task, vocabulary, Masking(), fill=True)
-        batches += [collator(dataset[DataPosition(0, 0, number)]) for number in range(2)]
-    for batch in [*batches, *batches]:
-        compiled(batch)
-    assert counter.frame_count == 3
-    torch._dynamo.reset()
 
 
 def test_memory_is_tried_for_each_phase(arguments, output, monkeypatch):

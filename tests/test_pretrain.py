@@ -208,11 +208,6 @@ def test_a_longer_run_is_reported_and_a_changed_one_refused(finished, output, ca
     assert rows(output)[-1]["step"] == 13 and read_json(output / "config.json")["max_steps"] == 0
 
 
-def test_resume_on_an_empty_folder_starts(arguments, output):
-    resume(output, arguments, "--max-steps 1")
-    assert (output / "final").is_dir()
-
-
 def test_a_run_is_started_again_from_another_directory(
     arguments, text_file, tmp_path, output, monkeypatch
 ):

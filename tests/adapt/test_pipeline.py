@@ -551,12 +551,6 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_options_are_reported_at_once(capsys):
-    lines = refusal(ADAPT, [], capsys).splitlines()
-    names = {line.partition(":")[0] for line in lines}
-    assert names == {"--model", "--text", "--train", "--valid", "--test"}
-
-
 def test_text_with_only_copies_of_test_texts_is_refused(small, place, tmp_path, capsys):
     copies = "\n\n".join(row["text"] for row in read_rows(place / "test.csv"))
     (tmp_path / "copies.txt").write_text(copies + "\n")

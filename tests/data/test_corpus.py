@@ -184,29 +184,23 @@ def test_unreadable_and_unwritable_files_are_named(documents, make, sources, tok
     assert text.startswith(f"{folder}.partial: ")
 
 
-@pytest.mark.parametrize("name", ARRAYS)
-@pytest.mark.parametrize("how", ["cut", "gone", "bit"])
-def test_a_damaged_shard_is_named(copy, name, how):
-    """Wrong sizes are found when the corpus is opened, wrong contents when the shard is."""
+def test_damage_is_named_when_it_can_be_seen(copy):
+    """Wrong sizes when the corpus is opened, wrong contents when the shard is; the others are good.
+    test_safety.py damages every file."""
     shard = json.loads((copy / "corpus.json").read_text())["shards"][1]["name"]
-    path = copy / f"{shard}.{name}.npy"
+    path = copy / f"{shard}.ids.npy"
     raw = path.read_bytes()
-    path.write_bytes(raw[:-1] + (bytes([raw[-1] ^ 1]) if how == "bit" else b""))
-    if how == "gone":
-        path.unlink()
-    if how == "bit":
-        corpus = Corpus(copy)
-        assert len(corpus.shard(0).ids)  # the others are good
-        text = refused(corpus.shard, 1)
-    else:
-        text = refused(Corpus, copy)
-    assert text.startswith(f"{path}: ")
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    corpus = Corpus(copy)
+    assert len(corpus.shard(0).ids) and refused(corpus.shard, 1).startswith(f"{path}: ")
+    path.write_bytes(raw[:-1])
+    assert refused(Corpus, copy).startswith(f"{path}: ")
 
 
 VERSIONS = [f'{{"format_version": {version}}}' for version in (1, 2, 3, 99)]
 
 
-@pytest.mark.parametrize("raw", ["{", "3", "{}", "[" * 9999, *VERSIONS, None])
+@pytest.mark.parametrize("raw", ["3", "[" * 9999, *VERSIONS, None])
 def test_a_damaged_manifest_is_named(copy, raw):
     path = copy / "corpus.json"
     path.write_text(raw) if raw else path.unlink()

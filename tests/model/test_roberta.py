@@ -4,12 +4,12 @@ import json
 import math
 
 import pytest
-import torch
 from conftest import assert_same_run, interrupted_copy, refusal, rows, script
 from packed_reference import small_stock, stock_class
+from test_fill_mask import assert_stock_scores
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-PRETRAIN, EVALUATE, FILL_MASK = script("pretrain"), script("evaluate"), script("fill_mask")
+PRETRAIN, EVALUATE = script("pretrain"), script("evaluate")
 OPTIONS = (
     "--objective mlm --masking word --max-length 64 --batch-size 16 --micro-batch-size 8 "
     "--max-steps 6 --save-every 2 --eval-every 3 --keep 9 --eval-tokens 600 "
@@ -94,18 +94,7 @@ def test_evaluate_gives_the_numbers_of_the_run(finished, text_file, cache, capsy
 
 
 def test_masks_are_filled_where_the_text_says_MASK(finished, capsys):
-    FILL_MASK.main(["--model", str(finished / "final"), "--top", "3", "quick [MASK] learn ."])
-    head, *shown = capsys.readouterr().out.strip().splitlines()
-    tokenizer = AutoTokenizer.from_pretrained(finished / "final")
-    model = AutoModelForMaskedLM.from_pretrained(finished / "final")
-    inputs = tokenizer(f"quick {tokenizer.mask_token} learn .", return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**inputs).logits[inputs.input_ids == tokenizer.mask_token_id]
-    scores, ids = logits.softmax(-1)[0].topk(3)
-    assert head.split() == ["token", "score", "sentence"] and len(shown) == 3
-    for line, score, number in zip(shown, scores.tolist(), ids.tolist()):
-        assert line.startswith(tokenizer.decode([number])) and line.endswith(" learn .")
-        assert f"{score:8.4f}  quick" in line
+    assert_stock_scores(finished / "final", ["quick [MASK] learn ."], capsys)
 
 
 @pytest.mark.parametrize(
