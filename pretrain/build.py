@@ -39,7 +39,7 @@ from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
 from pretrain.model.packed import PackedModel
 from pretrain.run import PRETRAINING_FORM, Phase, PretrainingRun, resume_point, run_folder
-from pretrain.runtime.distributed import any_rank, start
+from pretrain.runtime.distributed import World, any_rank, start
 from pretrain.runtime.memory import explained, micro_batch_fits
 from pretrain.runtime.optim import autocast, choose_precision
 from pretrain.runtime.sharding import place
@@ -85,22 +85,12 @@ def build(config: Config) -> PretrainingRun:
     occurrences = _report_added(training, added, tokenizer)
     set_up_model(model, config, device, precision)
     model = place(model, device, config.shard)
-    fill = model.attention == VARLEN
-
-    while True:
-        datasets = [PretrainingDataset(training, task) for task in plan.make_tasks(config, size)]
-        epoch = saved.get("steps_per_epoch")
-        if not epoch:  # the first length counts, but every phase is checked
-            epoch = [plan.count_epoch(dataset, config) for dataset in datasets][0]
-        total_steps = plan.count_steps(config, saved, epoch)
-        ends = phase_ends(config, total_steps)  # UserError if a phase has no steps
-        phases = []
-        for dataset in datasets:
-            collator = Collator(dataset.task, vocabulary, masks, fill, SHAPE_MULTIPLE)
-            phases.append(_make_phase(config, dataset, collator, validation))
-        if saved or _all_fit(model, phases, autocast(device, precision), config.shard):
-            break
-        size = plan.smaller_micro_batch_size(config, size, device, world)
+    corpora = (training, validation)
+    size, epoch, ends, phases = fit_micro_batch(
+        config, saved, size, world, model, precision, corpora, vocabulary, masks
+    )
+    total_steps = ends[-1]
+    plan.report_ineffective(config, total_steps, world, has_validation=validation is not None)
     if config.masking == "entity":
         _report_long_entities(config, phases, vocabulary)
     torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
@@ -143,6 +133,36 @@ def build(config: Config) -> PretrainingRun:
         },
         added_tokens=occurrences,
     )
+
+
+def fit_micro_batch(
+    config: Config,
+    saved: dict,
+    size: int,
+    world: World,
+    model: PackedModel,
+    precision: str,
+    corpora: tuple[Corpus, Corpus | None],
+    vocabulary: Vocabulary,
+    masks: masking.Masking,
+) -> tuple[int, int, list[int], list[Phase]]:
+    """(micro-batch size, steps per epoch, last step of each phase, phases): the given size, or the
+    next smaller one with which a full micro-batch of each phase fits in memory."""
+    training, validation = corpora
+    fill = model.attention == VARLEN
+    while True:
+        datasets = [PretrainingDataset(training, task) for task in plan.make_tasks(config, size)]
+        epoch = saved.get("steps_per_epoch")
+        if not epoch:  # the first length counts, but every phase is checked
+            epoch = [plan.count_epoch(dataset, config) for dataset in datasets][0]
+        ends = phase_ends(config, plan.count_steps(config, saved, epoch))
+        phases = []
+        for dataset in datasets:
+            collator = Collator(dataset.task, vocabulary, masks, fill, SHAPE_MULTIPLE)
+            phases.append(_make_phase(config, dataset, collator, validation))
+        if saved or _all_fit(model, phases, autocast(model.device, precision), config.shard):
+            return size, epoch, ends, phases
+        size = plan.smaller_micro_batch_size(config, size, model.device, world)
 
 
 def decide_precision(config, saved: dict, device: torch.device) -> str:
@@ -299,7 +319,7 @@ def make_model(
             model = from_size(config.model, vocabulary.size, length, vocabulary.pad_id, overrides)
     else:
         with option_named("--model"):
-            settings = load_config(config.model)
+            settings = load_config(config.model, or_size=True)
         with option_named("--config-override"):
             override(settings, overrides)
         with option_named("--model"):

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 
-from pretrain.errors import UserError, refusing
+from pretrain.errors import UserError, option_named, refusing
+from pretrain.files import read_text
 from pretrain.schema import flag
 from pretrain.signals import STOP_SIGNALS, Interrupted
 
@@ -60,8 +61,7 @@ def _add_option(group: argparse._ArgumentGroup, entry: Field, hint: object) -> N
     else:
         kinds = [part for part in typing.get_args(hint) if part is not types.NoneType] or [hint]
         arguments["type"] = kinds[0]
-        if "choices" not in arguments:
-            arguments.setdefault("metavar", kinds[0].__name__.upper())
+        arguments.setdefault("metavar", kinds[0].__name__.upper())
     text = entry.metadata["help"].replace("%", "%%")
     if "default:" not in text and default not in ((), None, False, ""):
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
@@ -80,8 +80,10 @@ def read_command_line(
     typed, from_file = _parse(parser, argv), {}
     path = typed.pop("config", None)
     if path is not None:
+        with option_named("--config"):
+            values = read_options(path)
         try:
-            values = _known(read_options(path), options, ignored or options)
+            values = _known(values, options, ignored or options)
             from_file = _parse(parser, _as_flags(values, options))
         except UserError as error:
             raise UserError(f"--config {path}: {error}") from error
@@ -106,19 +108,30 @@ def parse(argv: Sequence[str], options: type, description: str, ignored: type | 
 
 def read_options(path: str | Path) -> dict:
     """The {option: value} of a YAML or JSON file."""
-    with refusing("cannot be read", "expected YAML or JSON"):
-        text = Path(path).read_text(encoding="utf-8")
-        if str(path).endswith(".json"):
+    expected = "expected YAML or JSON"
+    text = read_text(path, "YAML or JSON")
+    if str(path).endswith(".json"):
+        with refusing(f"{path}: is not JSON", expected):
             values = json.loads(text)
-        else:
-            import yaml  # installed with transformers
-
-            values = yaml.safe_load(text)
+    else:
+        values = _parse_yaml(text, str(path))
     if values is None:  # an empty file
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"is {type(values).__name__}; expected a mapping of options to values")
+        found = type(values).__name__
+        raise UserError(f"{path}: is {found}; expected a mapping of options to values")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _parse_yaml(text: str, path: str) -> object:
+    import yaml  # installed with transformers
+
+    with refusing(f"{path}: is not YAML", "expected YAML or JSON"):
+        try:
+            return yaml.safe_load(text)
+        except yaml.MarkedYAMLError as error:  # its text has eight lines
+            line, problem = error.problem_mark.line + 1, error.problem
+            raise UserError(f"{path}, line {line}: {problem}; expected YAML or JSON") from error
 
 
 def _known(values: dict, options: type, ignored: type) -> dict:

@@ -23,22 +23,15 @@ MODEL_SIZES = {  # (layers, width); heads: width / 64, inner width: 4 x width (T
 OBJECTIVES = {"mlm+nsp": "random", "mlm+sop": "swapped", "mlm": None}
 PLAIN_FORMATS = ("sentences", "lines", "text")
 RECORD_FORMATS = ("jsonl", "conll", "csv", "tsv", "parquet", "arrow")
+LANGUAGES = (  # ISO 639-1; sentencex would treat any other code as English
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy "
+    "da de dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu "
+    "hy hz ia id ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb "
+    "lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om "
+    "or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw "
+    "ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
+)
 DEFAULT_LENGTH, MAX_LENGTH = 128, 1 << 16  # tokens in a sequence
-# For pretrain.py without text. At a learning rate of 3e-3 with a short warm-up, some runs never got
-# below the unigram perplexity; with these values, 800 steps reached 0.54 times that.
-EMBEDDED_DEFAULTS = {
-    "model": "tiny",
-    "vocab_size": 4096,
-    "max_length": 64,
-    "batch_size": 32,
-    "micro_batch_size": 32,
-    "learning_rate": 2e-3,
-    "warmup": 0.2,
-    "format": "sentences",
-    "output": "runs/default",
-    "eval_tokens": 60_000,
-    "config_override": ["hidden_dropout_prob=0"],
-}
 
 
 # Bounds of the values.
@@ -61,8 +54,9 @@ def _is_split(shares: tuple[float, ...]) -> bool:
     return all(0 <= share <= 1 for share in shares) and abs(sum(shares) - 1) < 1e-6
 
 
-COUNT = integer(1)
-COUNT_OR_0 = integer(0)
+COUNT = integer(1, 10**12)
+COUNT_OR_0 = integer(0, 10**12)
+EPOCHS = number(0, 10**6, above=True)
 SEED = integer(0, 2**63 - 1)
 LENGTH = integer(8, MAX_LENGTH)
 POSITIVE = number(0, above=True)
@@ -77,7 +71,7 @@ OBJECTIVE = one_of(*OBJECTIVES)
 MASKING = one_of("token", "word", "span", "entity")
 SCHEDULE = one_of("linear", "cosine", "constant", "wsd")
 VECTORS = one_of("mean", "random")
-FILL = one_of("word", "token")
+FILL = one_of("word", "token", "none")
 REPLACE = one_of("mask", "similar")
 OPTIMIZER = one_of("adamw", "muon")
 METRIC = one_of("macro_f1", "accuracy")
@@ -88,7 +82,11 @@ NAME = pattern(r".*\S.*", "a name; omit the option for none", "NAME")
 FILE = pattern(r".*\S.*", "a file; omit the option for none", "FILE")
 FILES = each(FILE)
 PATHS = each(pattern(r".+", "files, folders or globs", "PATH"))
-LANGUAGE = pattern(r"auto|(?!on$|off$)[^\W\d_]{2,3}", "a code such as en, or auto", "LANGUAGE")
+LANGUAGE = Rule(
+    lambda code: code == "auto" or code in LANGUAGES.split(),
+    "a two-letter code such as en or zh (ISO 639-1), or auto",
+    metavar="LANGUAGE",
+)
 INTERVAL = pattern(r"epoch|auto|0*[1-9][0-9]*", "a number of steps above 0, epoch or auto")
 BUDGETS = each(pattern(r"all|[0-9]+", "a number of rows, or all", "N"))
 ASSIGNMENTS = each(pattern(r"[^\W\d]\w*=.*", "KEY=VALUE", "KEY=VALUE"), nargs="*")
@@ -176,7 +174,7 @@ class TaskOptions:
     mask_split: Numbers = option((0.8, 0.1, 0.1), "shares of [MASK], random, unchanged", SPLIT)
     entity_probability: float = option(0.5, "chance that an entity is masked", SHARE)
     entity_budget: float = option(0.2, "maximum share of a sequence to mask as entities", SHARE)
-    entity_fill: str = option("word", "what to mask besides entities, up to --mask-rate", FILL)
+    entity_fill: str = option("word", "also masked, up to --mask-rate; none: entities alone", FILL)
     replace: str = option("mask", "masked tokens become [MASK] or a similar word", REPLACE)
     similar: str | None = option(None, "tab-separated file: a word, then similar words", FILE)
     max_length: int | None = option(
@@ -191,7 +189,7 @@ class OptimizationOptions:
 
     batch_size: int = option(256, "sequences per optimizer step, over all processes", COUNT)
     micro_batch_size: int | None = option(None, "sequences per pass (default: what fits)", COUNT)
-    epochs: float = changeable(3.0, "passes over the text, if --max-steps is 0", POSITIVE)
+    epochs: float = changeable(3.0, "passes over the text, if --max-steps is 0", EPOCHS)
     max_steps: int = changeable(0, "optimizer steps of the run (0: from --epochs)", COUNT_OR_0)
     optimizer: str = option("adamw", "muon: for the encoder's matrices, else AdamW", OPTIMIZER)
     learning_rate: float = option(1e-4, "peak learning rate, for either optimizer", POSITIVE)
@@ -279,7 +277,7 @@ class FinetuneOptions(RunOptions, MachineOptions, OptimizationOptions, LabelOpti
     max_length: int | None = option(None, "tokens per example (default: at most 512)", LENGTH)
     batch_size: int = option(32, "examples per optimizer step", COUNT)
     micro_batch_size: int | None = option(None, "examples per pass", COUNT)
-    epochs: float = changeable(10.0, "passes over the rows, if --max-steps is 0", POSITIVE)
+    epochs: float = changeable(10.0, "passes over the rows, if --max-steps is 0", EPOCHS)
     learning_rate: float = option(5e-5, "peak learning rate, for either optimizer", POSITIVE)
     patience: int = changeable(3, "stop after N evaluations without gain (0: off)", COUNT_OR_0)
     metric: str = option("macro_f1", "score that selects the best model", METRIC)
@@ -409,9 +407,10 @@ def _conflicts(options: object) -> list[str]:
         expected = f"expected at least {min_micro_batch_size(options)}"
         refuse(f"no room for the longest sequence; {expected}", "micro_batch_size", "phases")
     masking, similar, replaces = value("masking"), value("similar"), value("replace") == "similar"
-    if replaces and not (similar and masking != "token"):
-        expected = f"--similar FILE and --masking word, span or entity, not {masking}"
-        refuse(f"expected {expected}", "replace")
+    lacks = ["--similar FILE"] if not similar else []
+    lacks += ["--masking word, span or entity"] if masking == "token" else []
+    if replaces and lacks:
+        refuse(f"expected {' and '.join(lacks)}", "replace")
     if similar and not replaces:
         refuse("has no effect; expected --replace similar", "similar")
     for name in ("lexicon", "entity_field"):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -17,6 +18,7 @@ from pretrain.errors import UserError, first_line
 from pretrain.schema import Form, misfit
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from a file system without locks
+CODE_FIELDS = ("auto_map", "custom_pipelines")  # name code, which is not copied with a model
 _held: dict[Path, TextIO] = {}  # by folder: the locks of this process
 
 
@@ -43,11 +45,39 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
+def file_problem(path: str | Path) -> str | None:
+    """Why `path` is not a regular file. A pipe or a device could be read without end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "does not exist"
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    if stat.S_ISREG(mode):
+        return None
+    return "is a folder" if stat.S_ISDIR(mode) else "is a pipe or a device"
+
+
+def read_text(path: str | Path, expected: str) -> str:
+    """The text of a regular file in UTF-8; UserError if there is none."""
+    problem = file_problem(path)
+    try:
+        text = "" if problem else Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 at byte offset {error.start}"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    if problem:
+        raise UserError(f"{path}: {problem}; expected {expected}")
+    return text
+
+
 def read_json(path: Path, form: Form | None = None, expected: str = "a JSON object") -> dict:
     """The object in a JSON file; UserError if it cannot be read or does not have the form."""
+    text = read_text(path, expected)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         problem = f"cannot be read ({first_line(error)}); expected {expected}"
         raise UserError(f"{path}: {problem}") from error
     if problem := misfit(content, form or {}):
@@ -106,12 +136,32 @@ def exclusive(folder: Path) -> Iterator[None]:
         unlock(folder)
 
 
+def is_path(name: str) -> bool:
+    """Whether `name` can only be a path: a name on the hub has at most one slash, inside."""
+    begins, ends = name.startswith(("/", "./", "../", "~")), name.endswith(("/", ".txt", ".json"))
+    return begins or ends or name in (".", "..") or name.count("/") > 1
+
+
 def model_folder(name: str) -> str:
-    """The model in a run folder: `final`, else `best`; any other name is returned as it is."""
+    """The folder of a model, or of a run's model: `final`, else `best`. A hub name is returned as
+    it is. UserError for a path that does not exist, or for a folder with pipes or devices."""
+    path = os.path.expanduser(name)
+    if is_path(name) and not os.path.exists(path):
+        raise UserError(f"{name}: does not exist; expected a folder or a hub name")
     for part in ("final", "best"):
-        if Path(name, part).is_dir():
-            return str(Path(name, part))
-    return name
+        if os.path.isdir(os.path.join(path, part)):
+            path = os.path.join(path, part)
+            break
+    if os.path.isdir(path):
+        check_regular(Path(path))
+    return path if os.path.exists(path) else name
+
+
+def check_regular(folder: Path) -> None:
+    """UserError if a library that reads `folder` could meet a pipe or a device, and wait."""
+    for path in [*folder.glob("*"), *folder.glob("*/*")]:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: is a pipe or a device; expected regular files and folders")
 
 
 def markdown_table(header: list[object], rows: Iterable[list[object]]) -> str:

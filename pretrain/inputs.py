@@ -116,28 +116,43 @@ def prepare_tokenizer(
     With a checkpoint, its tokenizer and no text."""
     if checkpoint:
         return tokenizers.load(str(checkpoint)), {}, {}
+    tokenizer, added = find_tokenizer(config, config.model), {}
+    if tokenizer:  # before the text, which may take long to convert
+        added = add_tokens(tokenizer, config)
     text = {"train": check_text(config.train, "--train", config, world, config.masking)}
     if config.valid:  # evaluation masks single tokens
         text["valid"] = check_text(config.valid, "--valid", config, world)
-    tokenizer = make_tokenizer(config, text["train"], world, config.model)
-    return tokenizer, text, add_tokens(tokenizer, config)
+    if not tokenizer:
+        tokenizer = make_tokenizer(config, text["train"], world)
+        added = add_tokens(tokenizer, config)
+    return tokenizer, text, added
 
 
-def make_tokenizer(
-    options: TokenizerOptions, text: TextFiles, world: World, model: str = "base"
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of the options, of the model, of a corpus, or one trained on the text."""
+def find_tokenizer(
+    options: TokenizerOptions, model: str = "base"
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the options or of the model; None if the text decides."""
     lowercase = options.lowercase == "on"
+    if model not in MODEL_SIZES:
+        with option_named("--model"):
+            load_config(model, or_size=True)  # so that a wrong name is reported as a wrong model
     if options.tokenizer:
         with option_named("--tokenizer"):
             return tokenizers.load(options.tokenizer, lowercase)
-    if model not in MODEL_SIZES:
-        with option_named("--model"):
-            load_config(model)  # so that a wrong name is reported as a wrong model
-            return tokenizers.load(model, lowercase)
+    if model in MODEL_SIZES:
+        return None
+    with option_named("--model"):
+        return tokenizers.load(model, lowercase)
+
+
+def make_tokenizer(
+    options: TokenizerOptions, text: TextFiles, world: World
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a corpus, or one trained on the text."""
     if text.is_corpus:
         with option_named(text.option):
             return load_tokenizer(text.paths[0])
+    lowercase = options.lowercase == "on"
     key = content_key(text.sources, text.text_format, options.vocab_size, lowercase)
     folder = Path(options.cache) / f"tokenizer-{key}"
     with main_first(world):
@@ -164,15 +179,29 @@ def add_tokens(
     tokenizer: PreTrainedTokenizerBase, options: TokenizerOptions
 ) -> dict[int, list[int]]:
     """Add tokens to the tokenizer; returns the ids that each new one replaces."""
-    path, specials, words = options.add_tokens, options.add_special_tokens, []
-    if path:
-        with option_named("--add-tokens"):
-            words = read_lines(path)
-    found = tokenizers.word_problems(tokenizer, words)
-    problems = [f"--add-tokens {path}, {problem}" for problem in found]
+    specials, words = options.add_special_tokens, []
+    if options.add_tokens:
+        words = _read_new_words(tokenizer, options)
     found = tokenizers.special_problems(tokenizer, specials, words)
-    check(problems + [f"--add-special-tokens {problem}" for problem in found])
+    check([f"--add-special-tokens {problem}" for problem in found])
     return tokenizers.add_tokens(tokenizer, words, specials) if words or specials else {}
+
+
+def _read_new_words(tokenizer: PreTrainedTokenizerBase, options: TokenizerOptions) -> list[str]:
+    """The new words of --add-tokens; prints how many are skipped. UserError if all are blank."""
+    shown = typed(options, "add_tokens")
+    with option_named("--add-tokens"):
+        words = read_lines(options.add_tokens)
+    kept, skipped = tokenizers.new_words(tokenizer, words)
+    if not any(words):
+        raise UserError(f"{shown}: no words; expected one per line")
+    parts = []
+    for reason, found in skipped.items():
+        examples = f" ({', '.join(found[:3])})" if any(found) else ""
+        parts += [f"{len(found):,} {reason}{examples}"] if found else []
+    if parts:
+        print(f"{shown}: {len(kept):,} new words; skipped {', '.join(parts)}")
+    return kept
 
 
 def open_text(

@@ -10,7 +10,14 @@ import numpy as np
 import torch
 
 from pretrain.batch import IGNORED
-from pretrain.config import OBJECTIVES, Config, length_option, min_micro_batch_size, phase_lengths
+from pretrain.config import (
+    OBJECTIVES,
+    Config,
+    length_option,
+    min_micro_batch_size,
+    phase_lengths,
+    typed,
+)
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.pairs import Task
 from pretrain.errors import UserError
@@ -142,6 +149,17 @@ def count_steps(config: Config, saved: dict, steps_per_epoch: int) -> int:
         changed = f"the schedules{' and the phases' if config.phases else ''} change"
         print(f"the run now ends at step {total}, not {saved['total_steps']}: {changed}")
     return total
+
+
+def report_ineffective(config, total_steps: int, world: World, has_validation: bool = True) -> None:
+    """Print which options of pretrain.py or finetune.py do nothing, or less than they say."""
+    if config.warmup > max(1, total_steps):
+        problem = f"longer than the run of {total_steps:,} steps"
+        print(f"{typed(config, 'warmup')}: {problem}; the learning rate does not reach its peak")
+    if getattr(config, "shard", False) and world.size == 1:
+        print("--shard: has no effect in one process; start several with torchrun")
+    if config.eval_every != type(config).eval_every and not has_validation:
+        print(f"{typed(config, 'eval_every')}: has no effect; there is no validation text")
 
 
 def steps_between(every: str, steps_per_epoch: int, auto: int) -> int:

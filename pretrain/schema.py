@@ -39,7 +39,8 @@ def each(rule: Rule, nargs: int | str = "+") -> Rule:
 
 def integer(low: int = 0, high: int = 2**53) -> Rule:
     """A whole number within low..high."""
-    expected = f"a whole number of at least {low}" if high == 2**53 else f"{low} to {high}"
+    most = "2^53" if high == 2**53 else "2^63 - 1" if high == 2**63 - 1 else f"{high:,}"
+    expected = f"a whole number from {low:,} to {most}"
     return Rule(lambda value: type(value) is int and low <= value <= high, expected)
 
 
@@ -53,8 +54,8 @@ def number(low: float = 0.0, high: float = math.inf, above: bool = False) -> Rul
         return (value > low if above else value >= low) and value <= high
 
     least = f"above {low:g}" if above else f"of at least {low:g}"
-    most = "" if high == math.inf else f" and at most {high:g}"
-    return Rule(holds, f"a number {least}{most}")
+    most = "" if high == math.inf else f" and at most {high:,}"
+    return Rule(holds, f"a{' finite' * (high == math.inf)} number {least}{most}")
 
 
 def one_of(*values: object) -> Rule:
@@ -119,7 +120,9 @@ def option(
     `form` is for values other than the default. `may_change`: on resume. `excludes`: an option that
     cannot be combined with it. The rest goes to argparse; `positional` means no flag."""
     arguments = {"nargs": "+"} if isinstance(default, tuple) else {}
-    for name in ("choices", "metavar", "nargs"):
+    if form and form.choices:  # only shown: `validate` reports all wrong values at once
+        arguments["metavar"] = f"{{{','.join(map(str, form.choices))}}}"
+    for name in ("metavar", "nargs"):
         if getattr(form, name, None):
             arguments[name] = getattr(form, name)
     metadata = {

@@ -268,7 +268,8 @@ def test_a_prepared_corpus_trains_like_its_text_if_it_has_the_tokens(
     [
         (None, [], "--add-tokens {words}: "),
         (b"\xff\xfe", [], "--add-tokens {words}: "),
-        (b"", [], "--add-tokens {words}, line 1: "),
+        (b"", [], "--add-tokens {words}: "),
+        (b"\n\n", [], "--add-tokens {words}: "),
         (b"teachbank\n", ["--add-tokens", ""], "--add-tokens : "),
         (b"teachbank\n", ["--new-vectors", "zero"], "--new-vectors"),
     ],
@@ -285,14 +286,32 @@ def test_bad_tokens_are_refused_in_one_message(
 
 @only
 def test_every_bad_token_is_named_at_once(base, arguments, words, tmp_path, capsys):
-    bad = ["bank", "", "[MASK]", "TEACHBANK"]
-    words.write_text("\n".join(["teachbank", *bad, "\u2603"]) + "\n", encoding="utf-8")
-    good = ["[a]", "bos_token=[SEP]", "eos_token=[A]"]
-    bad_specials = ["bank", "[a]", "teachbank", " ", "mask_token=[E]", "king_token=[K]"]
-    bad_specials += ["eos_token=[B]"]
-    roles = ["--add-special-tokens", *good, *bad_specials]
+    """A name with a typo, and tokens between commas, are not taken for new tokens."""
+    good = ["[a]", "bos_token=[SEP]", "eos_token=[A]", "[b=c]", "a,b"]
+    bad = ["bank", "[a]", "teachbank", " ", "mask_token=[E]", "king_token=[K]", "eos_token=[B]"]
+    bad += ["eos_tokn=[EOT]", "eos=[EOT]", "[name],[gender]", "[name] [gender]", "<a>;<b>"]
+    bad += ["[c],eos_token=[D]"]
+    roles = ["--add-special-tokens", *good, *bad]
     given = ["--model", base[1], "--add-tokens", words]
     told = refusal(PRETRAIN.main, arguments(tmp_path / "run", *given, roles=roles), capsys)
-    places = [f"--add-tokens {words}, line {number}" for number in range(2, 6)]
-    places += [f"--add-special-tokens {entry}" for entry in bad_specials]
+    places = [f"--add-special-tokens {entry}" for entry in bad]
     assert [line.partition(": ")[0] for line in told.splitlines()] == places
+
+
+@only
+@pytest.mark.parametrize("new", [["teachbank", "\u2603"], []])
+def test_words_that_are_not_new_are_skipped_and_counted(base, run, words, new, capsys):
+    others = ["bank", "", "[MASK]", ""] + ["TEACHBANK"] * bool(new)
+    words.write_text("\n".join([*new, *others]) + "\n", encoding="utf-8")
+    output = run(base[1], roles=[])
+    added = set(final_tokenizer(output).get_vocab()) - set(
+        AutoTokenizer.from_pretrained(base[1]).get_vocab()
+    )
+    assert added == set(new)
+    (line,) = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(f"--add-tokens {words}: ")
+    ]
+    counts = [int(number) for number in re.findall(r"(?<= )\d+(?= )", line)]
+    assert counts == [len(new), 2, 2] + [1] * bool(new)

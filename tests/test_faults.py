@@ -687,9 +687,10 @@ def test_a_process_that_dies_takes_the_run_down(undisturbed, options, output, vi
 
 
 def test_an_error_of_the_first_process_ends_the_waiting_ones(options, output):
-    absent = output.parent / "absent"
-    text, _ = start(output, options, ["--train", absent], count=2, ends_with=2)
-    assert text.startswith(f"error: --train {absent}: ")
+    binary = output.parent / "binary"
+    binary.write_bytes(b"\0")
+    text, _ = start(output, options, ["--train", binary], count=2, ends_with=2)
+    assert text.startswith(f"error: --train {binary}: ")
 
 
 def test_torchrun_restarts_a_run_from_its_checkpoint(undisturbed, options, output):

@@ -25,13 +25,13 @@ LEVELS = (  # from top to bottom: a module imports from its own level or from be
     ("inputs", "plan"),
     ("evaluate",),
     ("metrics",),
-    ("cli", "plots"),
+    ("cli", "plots", "preflight"),
     ("data", "model", "runtime"),
     ("batch", "config", "schema", "signals", "files", "errors"),
 )
 WINGS = LEVELS[-2]
 NAME_FLAGS = re.compile(
-    r"pretrain\.(config|cli|run|build|plan|inputs|demo|commands\..*|finetune\.build"
+    r"pretrain\.(config|preflight|cli|run|build|plan|inputs|demo|commands\..*|finetune\.build"
     r"|adapt\.(checks|pipeline))"
 )
 MODULES = {

@@ -409,6 +409,7 @@ MASKINGS = {
     "entity by a lexicon": "--lexicon {lexicon}",
     "entity then tokens": "--lexicon {lexicon} --entity-fill token --entity-probability 1 "
     "--entity-budget 0.3",
+    "entity alone": "--train {spans} --entity-fill none",
     "word by similar": "--replace similar --similar {similar}",
     "span by similar": "--replace similar --similar {similar}",
     "entity by similar": "--train {spans} --replace similar --similar {similar}",
@@ -435,7 +436,8 @@ def test_every_masking_and_every_objective_trains(
     whole, cut = 0, 0
     for batch in batches:
         number = batch.counts["mlm"]
-        assert number == (batch.labels["mlm"] != IGNORED).sum() > 0
+        assert number == (batch.labels["mlm"] != IGNORED).sum()
+        assert batch.shortfall == 0 if name == "entity alone" else number > 0
         positions = batch.masked_positions[:number]
         before, masked = batch.input_ids.clone(), set(positions.tolist())
         before[positions] = batch.labels["mlm"][:number]
@@ -446,7 +448,8 @@ def test_every_masking_and_every_objective_trains(
                 is_cut = (place in masked) != (place - 1 in masked)
                 whole += place in masked and not is_cut
                 cut += is_cut
-    assert whole > 0 and (cut > 0) is (name in ("token", "entity then tokens"))
+    assert (whole > 0) is (name != "entity alone")  # its terms are single tokens
+    assert (cut > 0) is (name in ("token", "entity then tokens"))
 
 
 def test_a_schedule_and_entities_beyond_the_rate_fit_filled_batches(arguments, marked, tmp_path):
@@ -564,7 +567,11 @@ BAD = {  # options -> what the messages begin with
     "--device cuda": "--device cuda: ",
     "--precision fp16": "--precision fp16: ",
     "--model enormous": "--model enormous: ",
-    "--tokenizer absent": "--tokenizer absent: ",
+    "--model Tiny": "--model Tiny: ",
+    "--model ./absent --masking phrase --epochs inf": "--masking phrase: |--epochs inf: |"
+    "--model ./absent: ",
+    "--model a/longer/name --valid absent.txt": "--valid absent.txt: |--model a/longer/name: ",
+    "--tokenizer absent": "--tokenizer absent: |--tokenizer absent --vocab-size 120: ",
     "--valid absent.txt": "--valid absent.txt: ",
     "--valid {wrong}/special.txt": "--valid {wrong}/special.txt: ",
     "--format text": "--train {text}: ",  # one document
@@ -572,7 +579,12 @@ BAD = {  # options -> what the messages begin with
     "--config-override width=3": "--config-override width=3: ",
     "--config-override num_hidden_layers=-1": "--config-override num_hidden_layers",
     "--config-override type_vocab_size=1": "--objective mlm+nsp: ",
+    "--replace similar": "--replace similar: ",
+    "--replace similar --masking token --similar {text}": "--replace similar: ",
     "--replace similar --similar absent": "--similar absent: ",
+    "--objective mlm --nsp-weight 0.5": "--objective mlm --nsp-weight 0.5: ",
+    "--entity-fill none --mask-rate 0.2": "--entity-fill none --mask-rate 0.2: |"
+    "--entity-fill none: ",
     "--replace similar --similar {wrong}/same.tsv": "--similar {wrong}/same.tsv: ",
     "--masking entity": "--masking entity: ",
     "--masking entity --train {prepared}": "--masking entity: ",
@@ -583,7 +595,10 @@ BAD = {  # options -> what the messages begin with
     "--max-documents 3: --train {prepared}",
     "--model {finished}/final --config-override --max-length 1024": "--max-length 1024: ",
     "--model {finished}/final --config-override --tokenizer {wrong}/vocab.txt": "--tokenizer "
-    "{wrong}/vocab.txt: ",
+    "{wrong}/vocab.txt --vocab-size 120: ",
+    "--model {finished}/final --config-override --vocab-size 30522 --tokenizer {wrong}/vocab.txt": (
+        "--tokenizer {wrong}/vocab.txt: "
+    ),
 }
 
 
@@ -637,6 +652,30 @@ def test_a_batch_that_no_good_micro_batch_divides_is_reported(capsys):
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match="^--batch-size 7: .* 4$"):
         plan.default_micro_batch_size(Config(batch_size=7), cpu, World(0, 4))
+
+
+@pytest.mark.parametrize(
+    ("more", "total_steps", "processes", "has_validation", "expected"),
+    [
+        (
+            "--warmup 10 --shard --eval-every 2",
+            3,
+            1,
+            False,
+            ["--warmup", "--shard", "--eval-every"],
+        ),
+        ("--warmup 10 --shard --eval-every 2", 10, 2, True, []),
+        ("--warmup 0.5", 1, 1, True, []),
+        ("", 3, 1, False, []),
+    ],
+)
+def test_what_has_no_effect_is_reported(
+    more, total_steps, processes, has_validation, expected, capsys
+):
+    config = parse(more.split(), Config, "")
+    plan.report_ineffective(config, total_steps, World(0, processes), has_validation)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].split()[0] for line in lines] == expected
 
 
 @pytest.mark.parametrize(

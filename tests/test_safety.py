@@ -314,12 +314,87 @@ def test_a_wrong_size_is_reported_before_allocation(model, model_copy, field, mo
             assert f"{path}: {field} is " in refused(load, str(model_copy))
 
 
-def test_a_config_that_describes_more_than_the_weights_hold(model_copy):
-    sizes = {"hidden_size": 1 << 14, "intermediate_size": 1 << 16}
+LARGE = [  # each far above the weights of a small model, with the others as they are
+    {"hidden_size": 1 << 14, "intermediate_size": 1 << 16},
+    {"type_vocab_size": 1 << 20},
+    {"vocab_size": 1 << 20},
+    {"max_position_embeddings": 1 << 20},
+    {"intermediate_size": 1 << 19},
+    {"num_hidden_layers": 512, "intermediate_size": 1 << 10},
+]
+
+
+@pytest.mark.parametrize("sizes", LARGE, ids=lambda sizes: next(iter(sizes)))
+def test_a_config_that_describes_more_than_the_weights_hold(model_copy, sizes):
     change_json(model_copy / "config.json", lambda config: config | sizes)
     text = refused(from_checkpoint, str(model_copy), names=model_copy)
     size = (model_copy / "model.safetensors").stat().st_size
     assert f"{size:,} bytes" in text  # found out before reading them
+
+
+@pytest.mark.parametrize("place", ["in shards", "pickled", "in a subfolder", "on the hub"])
+def test_sizes_are_compared_with_the_weights_wherever_they_lie(
+    model_copy, place, tmp_path, monkeypatch
+):
+    name, weights, config = str(model_copy), model_copy / "model.safetensors", {}
+    size = weights.stat().st_size
+    (model_copy / "ours.bin").write_bytes(bytes(size))  # other files do not count
+    if place == "in shards":
+        weights.rename(model_copy / "one.safetensors")
+        index = {"metadata": {}, "weight_map": {"bert.pooler.dense.bias": "one.safetensors"}}
+        (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif place == "pickled":
+        weights.rename(model_copy / "pytorch_model.bin")
+    elif place == "in a subfolder":
+        (model_copy / "sub").mkdir()
+        weights.rename(model_copy / "sub" / "model.safetensors")
+        config = {"transformers_weights": "sub/model.safetensors"}
+    else:
+        name, cached = "some-body/some-model", tmp_path / "models--some-body--some-model"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(model_copy, cached / "snapshots" / ("0" * 40))
+        model_copy = cached / "snapshots" / ("0" * 40)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    if place not in ("pickled", "in shards", "in a subfolder"):  # they load as they are
+        from_checkpoint(name)
+    change_json(model_copy / "config.json", lambda old: old | config | {"type_vocab_size": 1 << 20})
+    text = refused(from_checkpoint, name, names=name)
+    assert f"{size:,} bytes" in text or "transformers_weights" in text
+
+
+SPECIAL = ["config.json", "tokenizer.json", "vocab.txt", FACTS, "model.safetensors", "sub/x.jinja"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device"])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_pipe_or_a_device_in_a_model_folder_is_not_opened(model_copy, name, kind, capsys):
+    path = model_copy / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/dev/stdin")
+    if kind == "link to a device" and Path("/dev/stdin").is_file():
+        pytest.skip("standard input is a file")
+    for load in (from_checkpoint, load_classifier, tokenizers.load):
+        assert refused(load, str(model_copy), names=path)
+    argv = ["--model", model_copy, "--input", __file__]
+    assert refusal(script("evaluate").main, argv, capsys).startswith(f"--model {path}: ")
+
+
+@pytest.mark.parametrize(
+    "option", ["--lexicon", "--similar", "--add-tokens", "--config", "--tokenizer", "--train"]
+)
+def test_a_pipe_in_place_of_a_file_is_not_opened(option, text_file, tmp_path, capsys):
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    argv = ["--train", text_file, "--model", "tiny", "--output", tmp_path / "run"]
+    argv += ["--masking", "entity"] if option == "--lexicon" else []
+    argv += ["--masking", "word", "--replace", "similar"] if option == "--similar" else []
+    text = refusal(script("pretrain").main, [*argv, option, pipe], capsys)
+    assert text.startswith(f"{option} {pipe}: ")
 
 
 WEIGHTS = {
@@ -341,6 +416,7 @@ def test_pickled_code_in_weights_does_not_run(model_copy, tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["../model/model.safetensors", "/etc/passwd", 7])
 def test_no_weight_index_escapes_the_folder(model_copy, name):
+    (model_copy / "model.safetensors").unlink()  # otherwise no index is read
     path = model_copy / "model.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {}, "weight_map": {"x": name}}))
     assert "weight_map" in refused(from_checkpoint, str(model_copy), names=path)
@@ -361,6 +437,22 @@ def test_code_in_a_model_folder_does_not_run(model_copy, tmp_path, monkeypatch):
     for load in (from_checkpoint, load_classifier, tokenizers.load):
         refused(load, str(model_copy), names=model_copy)
     assert not (tmp_path / "mark").exists()
+
+
+def test_references_to_code_are_not_copied(model_copy, tmp_path):
+    """A run whose model starts from a folder with code does not name that code."""
+    classes = {"AutoModel": "code.C", "AutoTokenizer": ["code.C", "code.C"]}
+    pipelines = {"other": {"impl": "code.C", "pt": ["AutoModel"]}}
+    for name in ("config.json", "tokenizer_config.json"):
+        change_json(
+            model_copy / name,
+            lambda value: value | {"auto_map": classes, "custom_pipelines": pipelines},
+        )
+    model, _ = from_checkpoint(str(model_copy))
+    model.save_pretrained(tmp_path / "final")
+    tokenizers.load(str(model_copy)).save_pretrained(tmp_path / "final")
+    for path in (tmp_path / "final").glob("*.json"):
+        assert "code.C" not in path.read_text(), path.name
 
 
 # Tokenizers.
@@ -411,6 +503,27 @@ def test_half_a_tokenizer(model_copy):
     config_path.write_text(json.dumps(config))
     path.unlink()
     refused(tokenizers.load, str(model_copy), names=model_copy)
+
+
+def test_a_tokenizer_that_fails_on_the_text_ends_in_one_message(
+    model_copy, text_file, tmp_path, capsys
+):
+    """It knows only what is tried out when it is loaded, and has no unknown token."""
+
+    def only_tried_out(state):
+        vocab = dict(list(state["model"]["vocab"].items())[:5])
+        vocab |= {"A b, 1\u00e9\u4eac\U0010fffd": len(vocab)}
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "none"}
+        return state | {"model": model, "normalizer": None, "pre_tokenizer": None}
+
+    change_json(model_copy / "tokenizer.json", only_tried_out)
+    change_json(
+        model_copy / "tokenizer_config.json",
+        lambda config: config | {"tokenizer_class": "PreTrainedTokenizerFast"},
+    )
+    argv = ["--input", text_file, "--tokenizer", model_copy, "--cache", tmp_path]
+    message = refusal(script("prepare").main, argv, capsys)
+    assert "tokenizer" in message and "\n" not in message
 
 
 def test_a_panic_becomes_a_message_and_an_interruption_does_not():

@@ -125,6 +125,7 @@ STRATEGIES = {
     "word": "--masking word --mask-rate 0.3 0.1",
     "span": "--masking span --objective mlm",
     "entity": "--masking entity --lexicon {lexicon} --mask-split 0.5 0.3 0.2",
+    "entity alone": "--masking entity --lexicon {lexicon} --entity-fill none",
     "similar": "--masking word --replace similar --similar {similar} --mask-split 0.9 0 0.1",
 }
 
@@ -144,7 +145,8 @@ def test_numbers_equal_a_slow_count_of_the_batches(name, show, files, collated):
 
     (head,) = (line for line in told if line.startswith("masking "))
     assert f" {counts['tokens']:,} tokens" in head
-    assert (" 0.3 to 0.1 " if name == "word" else " 0.15 ") in head
+    rates = {"word": " 0.3 to 0.1 ", "entity alone": " alone"}
+    assert rates.get(name, " 0.15 ") in head
     assert shares("masked") == expected(("masked", "ordinary"), ("shortfall", "masked"))
     kinds = [kind for kind in ("mask", "random", "similar", "same") if counts[kind]]
     assert shares("replaced by") == expected(*((kind, "masked") for kind in kinds))
@@ -153,8 +155,8 @@ def test_numbers_equal_a_slow_count_of_the_batches(name, show, files, collated):
     assert f" {counts['ordinary'] / counts['words']:.2f} tokens" in lines["words"]
     words = (("touched words", "words"), ("whole words", "touched words"))
     assert shares("words") == expected(*words)
-    assert (counts["entities"] > 0) is ("entities" in lines) is (name == "entity")
-    if name == "entity":
+    assert (counts["entities"] > 0) is ("entities" in lines) is name.startswith("entity")
+    if name.startswith("entity"):
         entities = (("whole entities", "entities"), ("touched entities", "entities"))
         assert f" {counts['entities']:,};" in lines["entities"]
         assert shares("entities") == expected(*entities)
@@ -251,7 +253,10 @@ def test_without_text_the_embedded_one_is_shown(cache, text_file, capsys, monkey
         ("--phase 2", "--phase 2: "),
         ("--position 0 1", "--position 0.0 1.0: "),
         ("--position 0 0.5 0", "--position 0.0 0.5 0.0: "),
-        ("--color blue", "--color: invalid choice: 'blue'"),
+        ("--position 99 99 99", "--position 99 99 99: "),
+        ("--position 0 0 99", "--position 0 0 99: "),
+        ("--position 1e99 0 0", "--position 1e+99 0.0 0.0: "),
+        ("--color blue", "--color blue: "),
         ("--mask-rate 0.1 0.9", "--mask-rate 0.1 0.9: "),
         ("--replace similar", "--replace similar: "),
         ("--masking entity", "--masking entity: "),

@@ -21,6 +21,7 @@ from pretrain.finetune.build import build
 from pretrain.finetune.dataset import LabeledRows
 from pretrain.inputs import TextFiles
 from pretrain.model.loading import from_checkpoint
+from pretrain.preflight import problems_of, start_problems
 from pretrain.runtime.checkpoint import check_output, make_output
 from pretrain.runtime.distributed import start
 from pretrain.schema import flag
@@ -82,7 +83,7 @@ class Experiment:
 
 def build_experiment(options: AdaptOptions) -> Experiment:
     """Read and check everything before any work starts."""
-    check(config.missing(options) + config.validate(options))
+    check(problems_of(options))
     pretraining = _passed_on(options, "pretrain", Config)
     finetuning = _passed_on(options, "finetune", FinetuneOptions)
     labels = {name: getattr(options, name) for name in LABEL_OPTIONS}
@@ -114,7 +115,7 @@ def _passed_on(options: AdaptOptions, name: str, kind: type):
         parsed, default = parse(shlex.split(getattr(options, name)), kind, ""), kind()
         given = [key for key in SET_HERE[name] if getattr(parsed, key) != getattr(default, key)]
         problems = [f"omit {flag(key)}: the experiment sets it" for key in given]
-        check(config.validate(parsed) + problems)
+        check(config.validate(parsed) + start_problems(parsed) + problems)
     return parsed
 
 

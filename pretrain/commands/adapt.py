@@ -2,9 +2,13 @@
 
 import shlex
 import shutil
+from dataclasses import fields
+from itertools import takewhile
 
 from pretrain.cli import parse
 from pretrain.config import AdaptOptions
+from pretrain.errors import UserError
+from pretrain.schema import flag
 
 
 def main(argv: list[str]) -> None:
@@ -30,9 +34,14 @@ def main(argv: list[str]) -> None:
 def _join_quoted(argv: list[str]) -> list[str]:
     """`argv` with --pretrain and its value as one word: argparse would read a separate value that
     starts with dashes as another option."""
-    joined: list[str] = []
-    for word in argv:
+    joined, own = [], {flag(entry.name) for entry in fields(AdaptOptions)}
+    for place, word in enumerate(argv):
         if joined and joined[-1] in ("--pretrain", "--finetune"):
+            name, rest = joined[-1], argv[place + 1 :]
+            values = list(takewhile(lambda other: other.partition("=")[0] not in own, rest))
+            if word.startswith("--") and " " not in word and values:
+                problem = "several words without quotes; expected them in quotes"
+                raise UserError(f'{name} {word}: {problem}: {name} "{" ".join([word, *values])}"')
             joined[-1] += f"={word}"
         else:
             joined.append(word)

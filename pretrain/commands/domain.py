@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.cli import parse
-from pretrain.config import COUNT, ON_OFF, TextOptions, missing, validate
+from pretrain.config import COUNT, ON_OFF, TextOptions
 from pretrain.errors import check, option_named, require
+from pretrain.preflight import problems_of
 from pretrain.schema import each, option, pattern
 
 NAMED_PATHS = each(pattern(r"[^=/]+=.+", "NAME=PATH, no slash in the name", "NAME=PATH"))
@@ -32,7 +33,7 @@ class DomainOptions(TextOptions):
 def main(argv: list[str]) -> None:
     """Parse, count, compare; JSON on the last line."""
     options = parse(argv, DomainOptions, __doc__)
-    check(missing(options) + validate(options))
+    check(problems_of(options))
     paths: dict[str, list[str]] = {}
     for entry in options.input:
         name, _, path = entry.partition("=")

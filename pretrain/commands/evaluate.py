@@ -9,8 +9,9 @@ from pathlib import Path
 
 from pretrain import config
 from pretrain.cli import parse
-from pretrain.config import COUNT, COUNT_OR_0, LENGTH, OBJECTIVES, PATHS, missing, validate
+from pretrain.config import COUNT, COUNT_OR_0, LENGTH, OBJECTIVES, PATHS
 from pretrain.errors import UserError, check, option_named
+from pretrain.preflight import problems_of
 from pretrain.schema import number, one_of, option
 
 DEFAULT = {"objective": "mlm+nsp", "max_length": 128, "eval_tokens": 200_000, "eval_batch_size": 32}
@@ -39,7 +40,7 @@ class EvaluateOptions(config.DeviceOptions, config.TextOptions):
 def main(argv: Sequence[str]) -> None:
     """Parse, evaluate, print the numbers; JSON on the last line."""
     options = parse(argv, EvaluateOptions, __doc__)
-    check(missing(options) + validate(options))
+    check(problems_of(options))
 
     from pretrain import evaluate
     from pretrain.data import tokenizer as tokenizers
@@ -50,7 +51,8 @@ def main(argv: Sequence[str]) -> None:
     from pretrain.runtime.checkpoint import read_facts
     from pretrain.runtime.optim import autocast, choose_precision
 
-    facts = DEFAULT | read_facts(Path(model_folder(options.model)))
+    with option_named("--model"):
+        facts = DEFAULT | read_facts(Path(model_folder(options.model)))
     options = replace(options, **{name: getattr(options, name) or facts[name] for name in DEFAULT})
     with option_named("--device"):
         world, device = distributed.start(options.device)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.cli import parse
-from pretrain.config import COUNT, missing, validate
+from pretrain.config import COUNT
 from pretrain.errors import UserError, check, option_named, refusing
 from pretrain.files import model_folder
+from pretrain.preflight import problems_of
 from pretrain.schema import option
 
 
@@ -24,7 +25,7 @@ class FillMaskOptions:
 def main(argv: Sequence[str]) -> None:
     """Parse, predict, print a table for each mask."""
     options = parse(argv, FillMaskOptions, __doc__)
-    check(missing(options) + validate(options))
+    check(problems_of(options))
 
     from pretrain.model.loading import from_checkpoint
 

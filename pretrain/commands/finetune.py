@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pretrain.cli import read_command_line
 from pretrain.commands.pretrain import read_saved
-from pretrain.config import FinetuneOptions, missing, validate
+from pretrain.config import FinetuneOptions
 from pretrain.errors import check
+from pretrain.preflight import problems_of
 
 HINT = "--resume continues from the newest checkpoint, if there is one"
 
@@ -17,9 +18,10 @@ def main(argv: Sequence[str]) -> None:
     with_defaults = read_command_line(argv, FinetuneOptions, __doc__)
     options = with_defaults()
     output, resumes = Path(options.output or ""), options.resume and options.output
-    if resumes:
-        options = with_defaults(read_saved(output, FinetuneOptions))
-    check(missing(options) + validate(options))
+    saved = read_saved(output, FinetuneOptions) if resumes else None
+    if saved:
+        options = with_defaults(saved)
+    check(problems_of(options, is_new=not saved))
 
     from pretrain.files import lock, read_json
     from pretrain.finetune.build import build, print_plan

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.cli import parse
-from pretrain.config import COUNT, FILES, LENGTH, ColumnOptions, DeviceOptions, missing, validate
+from pretrain.config import COUNT, FILES, LENGTH, ColumnOptions, DeviceOptions
 from pretrain.errors import UserError, check, option_named
+from pretrain.preflight import problems_of
 from pretrain.schema import option, pattern
 
 TABLE = pattern(r".*\.(csv|jsonl)", "a name that ends in .csv or .jsonl", "FILE")
@@ -30,7 +31,7 @@ class PredictOptions(DeviceOptions, ColumnOptions):
 def main(argv: Sequence[str]) -> None:
     """Parse, predict, print the scores; JSON on the last line."""
     options = parse(argv, PredictOptions, __doc__)
-    check(missing(options) + validate(options))
+    check(problems_of(options))
     output = Path(options.output)
     if output.exists() and (output.is_dir() or not options.overwrite):
         raise UserError(f"--output {output}: exists; expected another name, or --overwrite")

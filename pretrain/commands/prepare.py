@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.cli import parse
-from pretrain.config import PATHS, TextOptions, TokenizerOptions, missing, typed, validate
+from pretrain.config import PATHS, TextOptions, TokenizerOptions, typed
 from pretrain.errors import check, option_named, require
+from pretrain.preflight import problems_of
 from pretrain.schema import integer, option
 
 
@@ -37,7 +38,7 @@ class PrepareOptions(TextOptions, TokenizerOptions):
 def main(argv: Sequence[str]) -> None:
     """Parse, tokenize, print what was written."""
     options = parse(argv, PrepareOptions, __doc__)
-    problems = missing(options) + validate(options)
+    problems = problems_of(options)
     if options.output and Path(options.output).exists():
         problems.append(f"{typed(options, 'output')}: already exists; expected a new folder")
     check(problems)
@@ -46,14 +47,21 @@ def main(argv: Sequence[str]) -> None:
 
     from pretrain.data import parallel
     from pretrain.data.tokenizer import describe
-    from pretrain.inputs import add_tokens, check_text, make_tokenizer, open_or_prepare
+    from pretrain.inputs import (
+        add_tokens,
+        check_text,
+        find_tokenizer,
+        make_tokenizer,
+        open_or_prepare,
+    )
     from pretrain.runtime.distributed import World
 
     world = World()
+    tokenizer = find_tokenizer(options)
     text = check_text(options.input, "--input", options, world, masking="any")
     if text.is_corpus:
         check([f"{text.name}: already a prepared corpus; expected text"])
-    tokenizer = make_tokenizer(options, text, world)
+    tokenizer = tokenizer or make_tokenizer(options, text, world)
     add_tokens(tokenizer, options)
     if options.ray:
         with option_named("--ray"):

@@ -9,9 +9,25 @@ from pathlib import Path
 
 from pretrain.cli import read_command_line, read_options
 from pretrain.commands.fill_mask import fill_masks, open_pipeline
-from pretrain.config import EMBEDDED_DEFAULTS, Config, validate
+from pretrain.config import Config
 from pretrain.errors import UserError, check
+from pretrain.preflight import problems_of
 
+# For pretrain.py without text. At a learning rate of 3e-3 with a short warm-up, some runs never got
+# below the unigram perplexity; with these values, 800 steps reached 0.54 times that.
+EMBEDDED_DEFAULTS = {
+    "model": "tiny",
+    "vocab_size": 4096,
+    "max_length": 64,
+    "batch_size": 32,
+    "micro_batch_size": 32,
+    "learning_rate": 2e-3,
+    "warmup": 0.2,
+    "format": "sentences",
+    "output": "runs/default",
+    "eval_tokens": 60_000,
+    "config_override": ["hidden_dropout_prob=0"],
+}
 EXAMPLES = (
     "Return True [MASK] the object is a string.",
     "Return [MASK] if the path exists, False otherwise.",
@@ -26,8 +42,11 @@ def main(argv: Sequence[str]) -> None:
     asked = with_defaults()
     saved = read_saved(Path(asked.output), Config) if asked.resume and asked.output else None
     is_demo = not asked.train and not saved
-    config = with_defaults(EMBEDDED_DEFAULTS if is_demo and not asked.resume else saved)
-    check(validate(config))
+    embedded = dict(EMBEDDED_DEFAULTS)
+    if asked.tokenizer:
+        del embedded["vocab_size"]
+    config = with_defaults(embedded if is_demo and not asked.resume else saved)
+    check(problems_of(config, is_new=not saved))
     output = Path(config.output or "")
     if is_demo and config.resume:
         raise UserError(f"--resume --output {output}: no run to resume; expected --train PATHS")
@@ -81,7 +100,9 @@ def read_saved(output: Path, options: type) -> dict | None:
                     return values
                 expected = "expected a run of this command and version"
                 problems.append(f"{path}: has the unknown option {foreign[0]}; {expected}")
-        except (UserError, KeyError, TypeError) as error:
+        except UserError as error:
+            problems.append(str(error))
+        except (KeyError, TypeError) as error:
             problems.append(f"{path}: {error}")
     check(problems)
     return None

@@ -16,6 +16,7 @@ import numpy as np
 from pretrain import config
 from pretrain.cli import parse
 from pretrain.errors import check
+from pretrain.preflight import problems_of
 from pretrain.schema import Rule, option
 
 KINDS = {  # what the model reads for a masked token -> terminal color, name
@@ -27,7 +28,9 @@ KINDS = {  # what the model reads for a masked token -> terminal color, name
 
 
 def _is_position(numbers: tuple[float, ...]) -> bool:
-    return len(numbers) in (3, 4) and all(number % 1 == 0 <= number for number in numbers[:3])
+    place, rates = numbers[:3], numbers[3:]
+    is_place = len(place) == 3 and all(number % 1 == 0 and number < 2**31 for number in place)
+    return is_place and min(numbers) >= 0 and len(rates) < 2 and max(rates, default=0) <= 1
 
 
 POSITION = Rule(
@@ -61,7 +64,7 @@ class ShowMasksOptions(
 def main(argv: Sequence[str]) -> None:
     """Parse, draw, print."""
     options = parse(argv, ShowMasksOptions, __doc__, ignored=config.Config)
-    problems, num_phases = config.validate(options), max(1, len(options.phases))
+    problems, num_phases = problems_of(options), max(1, len(options.phases))
     if options.phase > num_phases:
         problems.append(f"--phase {options.phase}: expected a phase of --phases, 1 to {num_phases}")
     check(problems)
@@ -79,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
     if options.position:
         place, mask_rate = map(int, options.position[:3]), options.position[3:]
         start, end_epoch = DataPosition(*place, *(mask_rate or options.mask_rate[:1])), None
+        check(position_problems(options, dataset, start))
     counts, saved, left = Counter(), [], options.examples
     for position in islice(dataset.positions(start, end_epoch), options.sampled):
         examples = dataset[position._replace(mask_rate=start.mask_rate)]
@@ -94,6 +98,20 @@ def main(argv: Sequence[str]) -> None:
     if options.save:
         torch.save(saved, options.save)
         print(f"{options.save}: {len(saved)} micro-batches for torch.load")
+
+
+def position_problems(options: ShowMasksOptions, dataset, position) -> list[str]:
+    """What is wrong with --position: the data end before it."""
+    bounds = {"place": dataset.source.num_shards}
+    if position.place < bounds["place"]:
+        plan = dataset.plan(position.epoch, position.place)
+        bounds["micro_batch"] = plan.num_micro_batches
+    return [
+        f"--position {' '.join(f'{number:g}' for number in options.position)}: has {name} "
+        f"{getattr(position, name)}; expected 0 to {count - 1}"
+        for name, count in bounds.items()
+        if getattr(position, name) >= count
+    ]
 
 
 def open_data(options: ShowMasksOptions) -> tuple:
@@ -185,7 +203,8 @@ def print_numbers(counts: Counter, options: ShowMasksOptions) -> None:
     kinds = [f"{text} {share(kind, 'masked')}" for kind, (_, text) in KINDS.items() if counts[kind]]
     run_length = counts["masked"] / max(1, counts["runs"])
     word_length = counts["maskable"] / max(1, counts["words"])
-    task = f"masking {options.masking} at {rate} (shown: the first), {options.objective}"
+    how = f"at {rate} (shown: the first)" if options.entity_fill != "none" else "alone"
+    task = f"masking {options.masking} {how}, {options.objective}"
     print(f"{task}, {counts['tokens']:,} tokens")
     shortfall = f"shortfall {share('shortfall', 'masked')} of the masked tokens"
     print(f"masked           {share('masked', 'maskable')} of the ordinary tokens; {shortfall}")

@@ -69,6 +69,7 @@ class Collator:
         packed = pack(examples, self.vocabulary)
         budget = self.task.budget(packed.count(packed.maskable), examples.mask_rate)
         masked, leader = draw_masks(packed, budget, self.masking)
+        missed = budget - packed.count(masked) if self.masking.fills_budget else 0
         by_mask, by_sequence = self.labels(examples, packed, masked)
         dummies, num_masks = self._filling(packed.lengths, len(masked))
         lengths = np.append(packed.lengths, dummies)
@@ -91,7 +92,7 @@ class Collator:
             max_length=self.task.max_length,
             num_tokens=len(ids),
             num_sequences=len(packed.lengths),
-            shortfall=int(np.maximum(0, budget - packed.count(masked)).sum()),
+            shortfall=int(np.maximum(0, missed).sum()),
         )
 
     def labels(self, examples: Examples, packed: Packed, masked: np.ndarray) -> tuple[dict, dict]:

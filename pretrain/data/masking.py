@@ -47,6 +47,11 @@ class Masking:
     entity_fill: str = "word"
     similar: SimilarWords | None = None
 
+    @property
+    def fills_budget(self) -> bool:
+        """Whether the mask rate decides how much is masked."""
+        return self.masking != "entity" or self.entity_fill != "none"
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -114,16 +119,17 @@ def by_span(packed: Packed, options: Masking) -> list[Units]:
 
 
 def by_entity(packed: Packed, options: Masking) -> list[Units]:
-    """Random entities within their own budget, then words or tokens, outside entities first."""
+    """Random entities within their own budget, then words or tokens, outside entities first; or
+    entities alone."""
     entities, in_entity = packed.entities, packed.in_entity
     is_chosen = uniform(derive(packed.keys, ENTITY_CHOICE)) < options.entity_probability
     eligible = in_entity & is_chosen[first_of_unit(entities)]
     budget = np.floor(options.entity_budget * packed.count(packed.maskable) + 1e-9)
+    whole = Units(entities, shared_draws=entities, eligible=eligible, budget=budget.astype(int))
+    if not options.fills_budget:
+        return [whole]
     (rest,) = (by_token if options.entity_fill == "token" else by_word)(packed, options)
-    return [
-        Units(entities, shared_draws=entities, eligible=eligible, budget=budget.astype(np.int64)),
-        replace(rest, late=in_entity),
-    ]
+    return [whole, replace(rest, late=in_entity)]
 
 
 STRATEGIES = {"token": by_token, "word": by_word, "span": by_span, "entity": by_entity}
@@ -132,14 +138,15 @@ STRATEGIES = {"token": by_token, "word": by_word, "span": by_span, "entity": by_
 def draw_masks(packed: Packed, budget: np.ndarray, options: Masking) -> tuple[np.ndarray, ...]:
     """(masked places int64 [M], leader int64 [T]: the token whose key decides how to replace each).
 
-    budget: int64 [N]. A sequence in which no unit fits takes its smallest one."""
+    budget: int64 [N]. A sequence in which no unit fits takes its smallest one; a sequence without
+    one of the entities that are masked alone has no mask."""
     free, leader = packed.maskable.copy(), np.arange(len(packed.ids))
     masked = np.zeros(0, np.int64)
     passes = STRATEGIES[options.masking](packed, options)
     for units in passes:
         num_masked = packed.count(masked)
         left = budget - num_masked if units.budget is None else units.budget
-        needs_one = (num_masked == 0) & (units is passes[-1])
+        needs_one = (num_masked == 0) & (units is passes[-1] and units.budget is None)
         taken = take(packed, units, free & units.eligible, left, needs_one)
         if units.shared_draws is not None:
             leader[taken] = first_of_unit(units.shared_draws)[taken]

@@ -24,7 +24,7 @@ from pretrain.data.annotate import Markup, mark
 from pretrain.data.corpus import ARRAYS, ENTITY_START, WORD_START, Corpus, Shard, is_corpus
 from pretrain.data.sentences import PIECE_BYTES, Sentence, Span, Stream, cut_into_pieces, sentences
 from pretrain.data.sources import Source, content_key
-from pretrain.data.tokenizer import Vocabulary, describe, without_limits
+from pretrain.data.tokenizer import Vocabulary, describe, refusing_to_encode, without_limits
 from pretrain.errors import UserError
 from pretrain.files import exclusive, sha256_of, sync, write_json
 
@@ -212,7 +212,8 @@ def _encode(recipe: _Recipe, piece: list[Span]) -> Iterator[tuple]:
         has_words = vocabulary.starts_word is not None and markup.words == "tokenizer"
         by_character = not has_words or any(spans for _, spans in marked)
         encode = tokenizer.encode_batch if by_character else tokenizer.encode_batch_fast
-        encodings = encode([text for text, _ in marked], add_special_tokens=False)
+        with refusing_to_encode():
+            encodings = encode([text for text, _ in marked], add_special_tokens=False)
         yield batch, marked, by_character, encodings
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.errors import UserError, check, refusing
-from pretrain.files import key_of, read_json, write_json
+from pretrain.files import file_problem, key_of, read_json, read_text, write_json
 
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # in a folder of save_to_disk
 
@@ -38,7 +38,8 @@ def expand(paths: Iterable[str]) -> list[str]:
         matches = [given] if given.exists() else map(Path, glob.glob(str(given), recursive=True))
         found = [os.path.abspath(file) for match in matches for file in files_of(match)]
         if not found:
-            problems.append(f"{path}: no files; expected a file, a folder with files, or a glob")
+            problem = "no files" if given.is_dir() or not given.exists() else file_problem(given)
+            problems.append(f"{path}: {problem}; expected a file, a folder with files, or a glob")
         files.update(found)
     check(problems)
     return sorted(files)
@@ -110,8 +111,7 @@ def _scan(file: Path) -> str:
 
 def read_lines(path: str) -> list[str]:
     """The lines of a small UTF-8 file, stripped."""
-    with refusing(f"{path}: cannot be read", "expected UTF-8 text"):
-        text = Path(path).read_bytes().decode("utf-8-sig")
+    text = read_text(path, "UTF-8 text")
     return [line.strip() for line in text.removesuffix("\n").split("\n")]
 
 

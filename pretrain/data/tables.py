@@ -11,6 +11,7 @@ from pathlib import Path
 from pretrain.config import RECORD_FORMATS
 from pretrain.data.sources import check_files, expand
 from pretrain.errors import UserError, check, refusing, require
+from pretrain.files import check_regular
 
 ALIASES = {"ndjson": "jsonl", "json": "jsonl", "bio": "conll", "bmes": "conll", "bioes": "conll"}
 TABLES = ("csv", "tsv", "jsonl", "parquet", "arrow")
@@ -126,6 +127,7 @@ def _dataset_rows(entry: str, kind: str) -> Iterator[dict]:
     datasets = require("datasets", entry)
     with refusing(f"{entry}: cannot be read as {kind}", "expected complete files, or a known name"):
         if kind == "saved":
+            check_regular(Path(entry))
             table = datasets.load_from_disk(entry)
             table = table["train"] if isinstance(table, dict) else table
         elif kind == "hub":

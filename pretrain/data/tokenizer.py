@@ -6,7 +6,9 @@ vectorized, and a worker process receives a few kilobytes instead of a tokenizer
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers,
 from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from pretrain.errors import UserError, refusing
-from pretrain.files import key_of, model_folder, read_json
+from pretrain.files import CODE_FIELDS, key_of, model_folder, read_json, read_text
 
 # Workers fork after the tokenizer has used its threads; without this, each fork prints a warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -29,7 +31,9 @@ ENCODED_TOGETHER = 10_000  # texts
 MAX_IDS = 1 << 24  # the memory of the engine grows with the ids
 PASSING_STATE = ("truncation", "padding")  # changes when a tokenizer is used
 EXPECTED_FILES = "tokenizer.json, tokenizer_config.json or vocab.txt"
+NAMED_TOKENS = tuple(f"{name}_token" for name in ("unk", *NEEDED))
 FREE_NAMES = ("bos_token", "eos_token")  # roles that BERT does not use
+MARKED = r"\[.+\]|<.+>|\w+_token=.+"  # how most special tokens are written
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, in a vocab.txt (or a folder with only that), or on the hub.
 
     `lowercase` applies only to a bare vocab.txt. UserError if it cannot be loaded or used."""
-    path = Path(model_folder(str(Path(name).expanduser())))
+    path = Path(model_folder(name))
     saved = ("tokenizer.json", "tokenizer_config.json")
     if path.is_dir() and not any((path / file).is_file() for file in saved):
         path = path / "vocab.txt"
@@ -68,6 +72,8 @@ def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
     problem = f"{name}: no complete tokenizer in a folder, on the hub or in its cache"
     with refusing(problem, f"offline, expected a folder with {EXPECTED_FILES}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        for field in CODE_FIELDS:
+            tokenizer.init_kwargs.pop(field, None)
         if not getattr(tokenizer, "is_fast", False):
             kind = type(tokenizer).__name__
             raise UserError(f"{name}: {kind} is implemented in Python; expected a fast tokenizer")
@@ -92,8 +98,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def read_vocabulary(path: Path) -> dict[str, int]:
     """Entry -> id of a vocab.txt. Split on \\n only: entries may hold other line breaks."""
-    with refusing(f"{path}: cannot be read", "expected a vocabulary in UTF-8"):
-        entries = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
+    entries = read_text(path, "a vocabulary in UTF-8").removesuffix("\n").split("\n")
     vocabulary = {entry.removesuffix("\r"): number for number, entry in enumerate(entries)}
     missing = ", ".join(token for token in SPECIAL_TOKENS if token not in vocabulary)
     if missing:
@@ -140,7 +145,14 @@ def without_limits(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 def encode_together(backend: Tokenizer, texts: Sequence, **more: bool) -> Iterator[Encoding]:
     """The encodings of `texts`, in order, on all threads, a part at a time in memory."""
     for start in range(0, len(texts), ENCODED_TOGETHER):
-        yield from backend.encode_batch_fast(texts[start : start + ENCODED_TOGETHER], **more)
+        with refusing_to_encode():
+            encodings = backend.encode_batch_fast(texts[start : start + ENCODED_TOGETHER], **more)
+        yield from encodings
+
+
+def refusing_to_encode() -> AbstractContextManager:
+    """Turn whatever a tokenizer raises inside into a UserError: one that loads may fail later."""
+    return refusing("the tokenizer fails on this text", "expected a tokenizer that works")
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -186,23 +198,31 @@ def _space_before(tokenizer: PreTrainedTokenizerBase) -> str:
 def _split_name(entry: str) -> tuple[str, str]:
     """(name, token) of NAME=TOKEN, or ("", token)."""
     name, equals, token = entry.partition("=")
-    return (name, token) if equals and name.endswith("_token") else ("", entry)
+    return (name, token) if equals and name.isidentifier() else ("", entry)
 
 
-def word_problems(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[str]:
-    """What is wrong with `words` as new tokens; each problem starts with the line of the word."""
+def new_words(
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """(`words` that are new to the tokenizer, the others by reason)."""
     backend, vocabulary = without_limits(tokenizer), tokenizer.get_vocab()
     normalize = backend.normalizer.normalize_str if backend.normalizer else str
-    space, seen, problems = _space_before(tokenizer), set(), []
-    for line, word in enumerate(words, start=1):
+    space, seen, kept = _space_before(tokenizer), set(), []
+    skipped: dict[str, list[str]] = {"blank": [], "already a token": [], "repeated": []}
+    for word in words:
         read = normalize(word).strip()
         pieces = backend.encode(space + word, add_special_tokens=False).ids
         is_piece = len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id
-        if not word or is_piece or word in vocabulary or read in seen:
-            problem = f"line {line}: {word!r} is blank, repeated, or already a token"
-            problems.append(f"{problem}; expected a new token")
+        if not word:
+            skipped["blank"].append(word)
+        elif is_piece or word in vocabulary:
+            skipped["already a token"].append(word)
+        elif read in seen:
+            skipped["repeated"].append(word)
+        else:
+            kept.append(word)
         seen.add(read)
-    return problems
+    return kept, skipped
 
 
 def special_problems(
@@ -215,9 +235,13 @@ def special_problems(
     for entry in specials:
         name, token = _split_name(entry)
         is_known = not name and token in vocabulary  # a known token may get a name
-        if name and name not in free_names:
+        parts = re.split(r"[,;\s]+", entry)
+        if len(parts) > 1 and all(re.fullmatch(MARKED, part) for part in parts):
+            problems.append(f"{entry}: is a list; expected words of their own: {' '.join(parts)}")
+        elif name and name not in free_names:
+            problem = "taken" if name in {*NAMED_TOKENS, *FREE_NAMES} else "unknown"
             expected = f"{' or '.join(FREE_NAMES)} as the name, each once, or no name"
-            problems.append(f"{entry}: the name {name} is taken; expected {expected}")
+            problems.append(f"{entry}: the name {name} is {problem}; expected {expected}")
         elif not token.strip() or token in taken or is_known:
             problem = f"{entry}: {token!r} is blank, repeated, or already a token"
             problems.append(f"{problem}; expected a new token")

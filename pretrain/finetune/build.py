@@ -31,7 +31,7 @@ from pretrain.finetune.heads import PackedClassifier, load_classifier
 from pretrain.finetune.predict import new_cells, predict, write_rows
 from pretrain.finetune.scores import Tally, numbers_of
 from pretrain.model.attention import choose_attention
-from pretrain.plan import steps_between
+from pretrain.plan import report_ineffective, steps_between
 from pretrain.run import SAVED_FORM, Run, resume_point, run_folder
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import start
@@ -192,6 +192,8 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     data = LabeledSteps(train, options.batch_size, size, options.seed, pin_memory=on_gpu)
     epoch = data.steps_per_epoch
     total_steps = options.max_steps or max(1, round(options.epochs * epoch))
+    if not quiet:
+        report_ineffective(options, total_steps, world)
     torch.manual_seed(options.seed)  # for dropout, independent of the draws for the head
     run = FinetuningRun(
         config=options,

@@ -3,6 +3,7 @@
 A UserError says "VALUE: what is wrong; expected what"; callers add the option.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,18 @@ import torch
 import transformers
 from transformers import AutoConfig, BertConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from pretrain.config import MODEL_SIZES
 from pretrain.errors import UserError, refusing
-from pretrain.files import model_folder, read_json
+from pretrain.files import CODE_FIELDS, model_folder, read_json
 from pretrain.model.bert import BertForPreTraining
 from pretrain.model.packed import PackedModel
 from pretrain.model.roberta import CamembertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
@@ -29,6 +38,7 @@ FAMILIES: dict[str, type[PackedModel]] = {
 
 SIZES = "hidden_size num_attention_heads intermediate_size type_vocab_size max_position_embeddings"
 SHARES = "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout layer_norm_eps"
+NOTHING = Rule(lambda value: value is None, "nothing")
 NO_HUB_CODE = Rule(lambda value: "/" not in str(value), "a name without /: hub code is not run")
 MODEL_FORM = {  # of config.json: what sets sizes, or would fail deep inside the library
     **dict.fromkeys(SIZES.split(), optional(integer(1, 1 << 20))),
@@ -41,11 +51,13 @@ MODEL_FORM = {  # of config.json: what sets sizes, or would fail deep inside the
     "chunk_size_feed_forward": optional(integer(0, 0)),
     "return_dict": optional(one_of(True)),
     "hidden_act": optional(one_of(*ACT2FN)),
-    "per_layer_config": Rule(lambda value: value is None, "nothing"),
+    **dict.fromkeys(("per_layer_config", "transformers_weights"), NOTHING),
     **dict.fromkeys(("attn_implementation", "_attn_implementation"), NO_HUB_CODE),
 }
 INDEX_FORM = {"weight_map": values_of(FILE_NAME, "an object that names files of this folder")}
-FEW_WEIGHTS = 1 << 28  # up to this many are created before the files are found to lack them
+# In the order in which transformers looks for them.
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+FEW_WEIGHTS = 1 << 24  # up to this many are created before the files are found to lack them
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 NOT_OVERRIDDEN = {"model_type", "transformers_version", "_name_or_path"}
 PARSERS = {int: int, float: float, str: str, bool: lambda text: BOOLS[text.lower()]}
@@ -84,20 +96,24 @@ def from_checkpoint(
     return model, [part for prefix, part in model.parts.items() if is_fresh[prefix]]
 
 
-def load_config(name: str) -> PreTrainedConfig:
-    """The config of a checkpoint: the folder of a model or a run, or a hub name."""
+def load_config(name: str, or_size: bool = False) -> PreTrainedConfig:
+    """The config of a checkpoint: the folder of a model or a run, or a hub name. `or_size`: the
+    caller also takes a size, for the message."""
     folder, problem = model_folder(name), "its config.json cannot be used"
     path, expected = Path(folder, "config.json"), "the config of a model"
     if path.is_file():  # checked before a number in it allocates something large
         read_json(path, MODEL_FORM, expected)
     else:
         problem = "cannot be found"
-        expected = f"a size ({', '.join(MODEL_SIZES)}), a folder or a hub name (offline: a folder)"
+        sizes = f"a size ({', '.join(MODEL_SIZES)}), " if or_size else ""
+        expected = f"{sizes}a folder or a hub name (offline: a folder)"
     with refusing(f"{name}: {problem}", f"expected {expected}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in FAMILIES:
         problem = f"has model_type {config.model_type!r} in its config"
         raise UserError(f"{name}: {problem}; expected one of {', '.join(FAMILIES)}")
+    for field in CODE_FIELDS:
+        vars(config).pop(field, None)
     # The file may list labels in any order.
     config.id2label = {number: str(label) for number, label in sorted(config.id2label.items())}
     check_config(config, name)
@@ -135,9 +151,9 @@ def load_weights(
 ) -> tuple[PackedModel, list[str]]:
     """(model in float32, weights missing from the checkpoint); UserError for the encoder's."""
     transformers.utils.logging.set_verbosity_error()  # no table of missing weights
-    _check_files(name, config)
     expected = "expected a complete checkpoint, in safetensors or without pickled code"
     with refusing(f"{name}: its weights cannot be read", expected):
+        _check_files(family, name, config)
         options = {"ignore_mismatched_sizes": family.head_may_differ, "output_loading_info": True}
         model, info = family.from_pretrained(
             model_folder(name), config=config, dtype=torch.float32, **options
@@ -151,15 +167,25 @@ def load_weights(
     return model, missing
 
 
-def _check_files(name: str, config: PreTrainedConfig) -> None:
-    """UserError if an index names files outside the folder, or `config` more weights than in it."""
-    folder, width = Path(model_folder(name)), config.hidden_size
-    for index in folder.glob("*.index.json"):
-        read_json(index, INDEX_FORM, "an index of weights")
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    num_bytes = sum(path.stat().st_size for path in files)
-    layer = 4 * width + 2 * getattr(config, "intermediate_size", 0)  # not all families have it
-    rows = config.vocab_size + config.max_position_embeddings + config.num_hidden_layers * layer
-    if num_bytes and width * rows > max(num_bytes, FEW_WEIGHTS):
-        problem = f"has {num_bytes:,} bytes for the {width * rows:,} weights of its config"
+def _check_files(family: type[PackedModel], name: str, config: PreTrainedConfig) -> None:
+    """UserError if `config` describes more weights than the files hold."""
+    files = _weight_files(model_folder(name))
+    num_bytes = sum(map(os.path.getsize, files))
+    with torch.device("meta"):  # allocates nothing
+        num_weights = sum(weight.numel() for weight in family(config).parameters())
+    if files and num_weights > max(num_bytes, FEW_WEIGHTS):
+        problem = f"has {num_bytes:,} bytes for the {num_weights:,} weights of its config"
         raise UserError(f"{name}: {problem}; expected a complete checkpoint with its own config")
+
+
+def _weight_files(folder: str) -> list[str]:
+    """The files that transformers reads the weights from, fetched if `folder` is a name on the hub.
+    UserError if an index names files outside the folder."""
+    for name in WEIGHT_FILES:
+        path = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+        if path and path.endswith(".index.json"):
+            read_json(Path(path), INDEX_FORM, "an index of weights")
+            return get_checkpoint_shard_files(folder, path)[0]
+        if path:
+            return [path]
+    return []

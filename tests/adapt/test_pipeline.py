@@ -507,6 +507,15 @@ def test_a_folder_with_other_files_is_refused(small, tmp_path, capsys):
     assert (mine / "thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("option", ["--pretrain", "--finetune"])
+@pytest.mark.parametrize("after", [["--seeds", "1"], []])
+def test_options_without_quotes_are_refused_with_the_quotes(option, after, small, place, capsys):
+    words = [*argv(small, place / "x"), option, "--max-steps", "3", "--epochs=2", *after]
+    message = refusal(ADAPT, words, capsys)
+    assert message.startswith(f"{option} --max-steps: ") and "\n" not in message
+    assert f'{option} "--max-steps 3 --epochs=2"' in message
+
+
 OTHERS = {
     "text-field": "--train {place}/train.csv, line 2: ",
     "max-steps": "unrecognized arguments: --max-steps 3",

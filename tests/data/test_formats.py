@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -552,6 +553,15 @@ def test_damaged_tables_are_named(tmp_path):
     for path in (parquet, saved, *headers):
         assert message(path).startswith(f"{path}: ")
     assert message("hub:nobody/nothing", cache=tmp_path).startswith("hub:nobody/nothing: ")
+
+
+@pytest.mark.parametrize("name", ["state.json", "*.arrow"])
+def test_a_pipe_in_a_saved_data_set_is_not_opened(tmp_path, name):
+    WRITERS["saved"](tmp_path / "saved", [{"text": "a"}])
+    (path,) = (tmp_path / "saved").glob(name)
+    path.unlink()
+    os.mkfifo(path)
+    assert str(path) in message(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)

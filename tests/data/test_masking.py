@@ -73,6 +73,8 @@ OPTIONS = {
     "span": Masking("span"),
     "entity": Masking("entity"),
     "entity, tokens": Masking("entity", entity_fill="token"),
+    "entity, alone": Masking("entity", entity_fill="none"),
+    "entity, alone, similar": Masking("entity", (0.8, 0.1, 0.1), 0.7, 0.5, "none", SIMILAR),
     "entity, all": Masking("entity", (0.2, 0.5, 0.3), 1.0, 1.0),
     "word, similar": Masking("word", similar=SIMILAR),
     "span, similar": Masking("span", similar=SIMILAR),
@@ -184,6 +186,8 @@ def slow_masks(options: Masking, flags, maskable, keys, budget: int) -> dict[int
         cap = math.floor(options.entity_budget * len(free) + 1e-9)
         for unit in slow_take(chosen, free, keys, cap):
             masked |= {place: unit[0] for place in free & set(unit)}
+    if options.masking == "entity" and options.entity_fill == "none":
+        return masked
     by_token = options.masking == "token"
     by_token |= options.masking == "entity" and options.entity_fill == "token"
     units = [[place] for place in range(len(flags))] if by_token else words
@@ -371,6 +375,18 @@ def test_share_of_chosen_entities(probability):
         packed.count(masked & part) for part in (packed.in_entity, ~packed.in_entity)
     )
     assert np.array_equal(outside, (inside == 0).astype(int))
+
+
+def test_entities_alone_leave_all_other_tokens():
+    packed, found = entity_text(), []
+    options = Masking("entity", entity_probability=0.5, entity_budget=1.0, entity_fill="none")
+    for budget in (1, 12):  # the mask rate has no effect
+        masked, _ = drawn(packed, budget, options)
+        first, _, number = entities_of(packed)
+        assert not masked[~packed.in_entity].any() and (packed.count(masked) == 0).any()
+        assert np.array_equal(masked[packed.in_entity], masked[first][number])
+        found.append(masked)
+    assert np.array_equal(*found)
 
 
 @pytest.mark.parametrize("entity_budget", [0.0, 0.1, 0.25])

@@ -115,10 +115,12 @@ def test_another_family_is_refused_with_those_that_work(family, folder):
     assert all(name in str(error.value) for name in (family, *FAMILIES))
 
 
-def test_a_name_that_is_unavailable_offline():
+@pytest.mark.parametrize("or_size", [False, True])
+def test_a_name_that_is_unavailable_offline(or_size):
+    """Sizes are named only where one would do."""
     with refused("nobody/nothing") as error:
-        from_checkpoint("nobody/nothing")
-    assert all(size in str(error.value) for size in MODEL_SIZES)
+        load_config("nobody/nothing", or_size)
+    assert [size in str(error.value) for size in MODEL_SIZES] == [or_size] * len(MODEL_SIZES)
 
 
 def without(name, path):
