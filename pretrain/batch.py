@@ -27,7 +27,8 @@ class Batch:
     cu_seqlens: Tensor  # int32 [N + 1]; sequence n is tokens cu_seqlens[n]:cu_seqlens[n + 1]
     masked_positions: Tensor | None = None  # int64 [M]; places in T. None: nothing is masked
     # By loss: int64 [M] (one label per masked position) or [N] (one per sequence).
-    # "mlm": ids [M]; "nsp": 0 is next (or in order), 1 is random (or swapped); "label": a class.
+    # "mlm": ids [M]; "nsp": 0 is next, 1 is random; "sop": 0 is in order, 1 is swapped;
+    # "label": a class.
     labels: dict[str, Tensor]
     # By loss: what its sum is divided by, the number of real labels or the sum of their weights.
     counts: dict[str, float]

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -40,9 +41,25 @@ def write_text(path: Path, text: str) -> None:
     write_aside(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def as_json(content: object, **options: object) -> str:
+    """`content` in strict JSON, which has no NaN and no infinity: these become null. `options` are
+    those of json.dumps."""
+    return json.dumps(_finite(content), allow_nan=False, **options)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value
+
+
 def write_json(path: Path, content: dict) -> None:
     """Replace the content of `path` with `content`, atomically."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
+    write_text(path, as_json(content, indent=1, ensure_ascii=False))
 
 
 def file_problem(path: str | Path) -> str | None:

@@ -86,8 +86,9 @@ def overlap(path: Path, names: list[str], shares: np.ndarray, num_words: int) ->
 
 def curves(
     path: Path, title: str, labels: tuple[str, str], series: dict, levels: dict, log_axis: str = ""
-) -> None:
-    """Curves, each (x, y, deviation of y or None), and horizontal lines, all by name.
+):
+    """Curves, each (x, y, deviation of y or None), and horizontal lines, all by name; returns the
+    figure. x is whole numbers.
 
     `labels` name the axes; `log_axis` is "x", "y" or ""."""
     figure, (axis,) = _figure(7, 4.4)
@@ -100,9 +101,16 @@ def curves(
     for name, level in levels.items():
         axis.axhline(level, color="0.4", marker="", linestyle=(0, (1, 1)), label=name)
     numbers = "{x:,.10g}"  # no powers of ten
-    if log_axis == "x":
+    places = sorted({place for x, _, _ in series.values() for place in x})
+    axis.xaxis.get_major_locator().set_params(integer=True)  # steps or rows
+    if len(places) == 1:
+        margin = max(1, 0.1 * abs(places[0]))
+        axis.set_xlim(places[0] - margin, places[0] + margin)
+        axis.set_xticks(places)
+        axis.xaxis.set_major_formatter(numbers)
+    elif log_axis == "x":
         axis.set_xscale("log")
-        axis.set_xticks(sorted({place for x, _, _ in series.values() for place in x}))
+        axis.set_xticks(places)
         axis.set_xticks([], minor=True)
         axis.xaxis.set_major_formatter(numbers)
     if log_axis == "y":
@@ -113,3 +121,4 @@ def curves(
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path)
+    return figure

@@ -36,6 +36,7 @@ from pretrain.runtime.sharding import whole_weights
 from pretrain.schema import FLAG, FLOAT, TEXT, flag, integer, number, one_of, optional, values_of
 
 PATH_OPTIONS = {"train", "valid", "test", "lexicon", "similar", "add_tokens", "cache"}
+WORST = (-math.inf, -math.inf)
 SAVED_FORM = {  # of training_state.json, see `Run.saved_values`
     "options": {"epochs": number(0, above=True), "max_steps": integer(), "precision": TEXT},
     "step": integer(),
@@ -109,10 +110,12 @@ class Run:
         return autocast(self.device, self.precision)
 
     def sort_key(self, scores: dict) -> tuple[float, float]:
-        """Greater for better scores."""
+        """Greater for better scores; the least for {} and for scores that are not finite."""
+        if not scores:
+            return WORST
         first, second = (scores[name] for name in self.score)
         key = (first if self.higher_is_better else -first, -second)
-        return (-math.inf, -math.inf) if any(map(math.isnan, key)) else key
+        return key if all(map(math.isfinite, key)) else WORST
 
     def phase_at(self, step: int) -> int:
         """Index of the phase of `step`, which counts from 1; step 0 belongs to the first phase."""
@@ -221,6 +224,15 @@ class Run:
 
     def complete_summary(self, state, summary: dict) -> None:
         """Add scores to the summary."""
+
+    def notes(self, state) -> list[str]:
+        """What to know about a finished run besides its numbers."""
+        if state.step >= self.total_steps:
+            return []
+        score, evaluations = self.score[0].replace("_", " "), state.evaluations_without_gain
+        found = f"no better {score} in {evaluations} evaluations since step {state.best_step:,}"
+        stopped = f"stopped early, at step {state.step:,} of {self.total_steps:,}"
+        return [f"{typed(self.config, 'patience')}: {stopped}; {found}"]
 
     def clean_up(self) -> None:  # once the summary of a finished run is written
         self.remove_replaced()

@@ -114,7 +114,7 @@ class TrainState:
         self.evaluated_at, self.evaluated_in, self.scores = step, run.phase_at(step), scores
         if not scores or not run.is_comparable(step):
             return False
-        if self.best_scores and run.sort_key(scores) <= run.sort_key(self.best_scores):
+        if run.sort_key(scores) <= run.sort_key(self.best_scores):
             self.evaluations_without_gain += 1
             return False
         self.best_scores, self.best_step, self.evaluations_without_gain = scores, step, 0
@@ -268,8 +268,11 @@ def conclude(
     skipped = guard.state_dict()["skipped"]
     summary = {"state": outcome, "steps": state.step, **meter.summary(), "skipped_steps": skipped}
     if finished:
+        guard.check_enough(state.step)
         run.finish(state)
     run.complete_summary(state, summary)
+    if finished and (notes := run.notes(state)):
+        summary["notes"] = notes
     monitor.close(run.logged(state.scores) or {"train/loss": math.nan})
     if run.world.is_main:
         write_json(run.output / "summary.json", summary)

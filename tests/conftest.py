@@ -22,7 +22,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers  # noqa: E402
-from torch.utils.benchmark import Timer  # noqa: E402
 from transformers import RobertaTokenizer, XLMRobertaTokenizer  # noqa: E402
 
 from pretrain.cli import run_command  # noqa: E402
@@ -49,14 +48,14 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def rate_of_this_machine():
     """It is measured once; each run of a test would spend a fifth of its time on it."""
-    measured, measure = [], Timer.blocked_autorange
+    measured, measure = [], optim.best_seconds
 
-    def measure_once(timer, **more):
-        measured[:] = measured or [measure(timer, **more)]
+    def measure_once(work, device):
+        measured[:] = measured or [measure(work, device)]
         return measured[0]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Timer, "blocked_autorange", measure_once)
+        patched.setattr(optim, "best_seconds", measure_once)
         optim.peak_flops(torch.device("cpu"), "fp32")
         yield
 

@@ -118,8 +118,8 @@ def pad(batch: Batch, pad_id: int = 0) -> dict[str, Tensor]:
         labels, number = torch.full(batch.input_ids.shape, IGNORED), int(batch.counts["mlm"])
         labels[batch.masked_positions[:number]] = batch.labels["mlm"][:number]
         packed["labels"] = (labels, IGNORED)
-    if "nsp" in batch.labels:
-        others["next_sentence_label"] = batch.labels["nsp"][: batch.num_sequences]
+    for name in batch.labels.keys() & {"nsp", "sop"}:
+        others["next_sentence_label"] = batch.labels[name][: batch.num_sequences]
     rows = list(zip(batch.cu_seqlens, batch.cu_seqlens[1:]))[: batch.num_sequences]
     padded = {
         name: pad_sequence([values[start:end] for start, end in rows], True, filler)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import refusal, script
 from packed_reference import roughen, small_config
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForPreTraining, BertModel
 
 FILL_MASK = script("fill_mask")
@@ -68,6 +69,12 @@ def test_bad_input_is_refused_in_one_message(model, vocabulary, tmp_path, capsys
     headless, bare = tmp_path / "headless", tmp_path / "bare"
     shutil.copytree(model, headless)
     BertModel(small_config(vocabulary.size)).save_pretrained(headless)
+    big, spoiled = (shutil.copytree(model, tmp_path / name) for name in ("big", "spoiled"))
+    for folder, value in ((big, 3e38), (spoiled, torch.nan)):
+        weights = load_file(model / "model.safetensors")
+        weights["cls.predictions.transform.dense.weight"] *= 1e38
+        weights["cls.predictions.bias"][0] = value
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     bare.mkdir()  # without a tokenizer
     for name in ("config.json", "model.safetensors"):
         shutil.copy(model / name, bare)
@@ -77,6 +84,8 @@ def test_bad_input_is_refused_in_one_message(model, vocabulary, tmp_path, capsys
         (["--model", headless, "[MASK]"], f"--model {headless}: "),
         (["--model", bare, "[MASK]"], f"--model {bare}: "),
         (["--model", tmp_path / "absent", "[MASK]"], f"--model {tmp_path / 'absent'}: "),
+        (["--model", big, "bank [MASK]"], f"--model {big}: "),
+        (["--model", spoiled, "bank [MASK]"], f"--model {spoiled}: "),
         (["[MASK]"], "--model: "),
         (["--model", model], "TEXT: "),
         (["--model", model, "--top", "0", "[MASK]"], "--top 0: "),

@@ -118,6 +118,13 @@ def test_test_collection_needs_no_optional_package():
             assert not imported & {*optional, "pyarrow", "triton"}, path.name
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_warns_where_there_is_no_gpu(module):
+    """torch.utils.benchmark imports cpp_extension, which warns if there is nvcc, but no GPU."""
+    source = MODULES[module].read_text(encoding="utf-8")
+    assert not re.search(r"torch\.utils(\.| import )(benchmark|cpp_extension)", source)
+
+
 # Who may do what.
 
 

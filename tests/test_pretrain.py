@@ -28,11 +28,12 @@ from conftest import (
     ten_steps,
     write_documents,
 )
+from safetensors.torch import load_file, save_file
 
 from pretrain import plan
 from pretrain.batch import IGNORED
 from pretrain.build import build
-from pretrain.cli import parse
+from pretrain.cli import parse, run_command
 from pretrain.commands import evaluate, prepare
 from pretrain.commands.pretrain import main
 from pretrain.config import OBJECTIVES, Config
@@ -256,6 +257,8 @@ def test_patience_stops_early_and_stays_stopped_until_there_are_more_steps(
     """At a very low rate nothing is learned, so the validation perplexity never falls."""
     pretrain_into(output, arguments, "--learning-rate 1e-30 --eval-every 1 --patience 2")
     assert summary_of(output)["steps"] == 2 and (output / "final").is_dir()
+    (note,) = summary_of(output)["notes"]
+    assert note.startswith("--patience 2: ") and note in capsys.readouterr().out
     resume(output)
     assert "is finished, at step 2" in capsys.readouterr().out
     resume(output, "--max-steps 20")
@@ -318,6 +321,28 @@ def test_evaluate_gives_the_numbers_of_the_run(finished, text_file, cache, capsy
     last = rows(finished)[-1]
     assert numbers == {name: last[f"eval/{name}"] for name in numbers}
     assert {"perplexity", "nsp_accuracy"} <= numbers.keys()
+
+
+@pytest.mark.parametrize("value", ["nan", "1e30"])
+def test_a_model_that_overflows_is_refused_or_ends_without_a_result(
+    value, finished, text_file, cache, to_continue, output, tmp_path, capsys
+):
+    """A weight that is NaN is found when it is loaded; with weights that are too large, each step
+    is skipped."""
+    folder = shutil.copytree(finished / "final", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if "intermediate.dense.weight" in name or "output.dense.weight" in name:
+            weights[name] *= float(value)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    files = ["--model", folder, "--input", text_file, "--cache", cache]
+    more = ["--precision", "fp32", "--valid-fraction", "0.05"]
+    assert refusal(evaluate.main, [*files, *more], capsys).startswith(f"--model {folder}: ")
+    argv = arguments_of(to_continue, ["--model", folder, "--output", output], "--max-steps 2")
+    assert run_command(main, argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"--model {folder}: " in error if value == "nan" else "2 of the 2 steps" in error
+    assert not (output / "final").exists() and not (output / "best").exists()
 
 
 def test_further_pretraining_from_a_run_or_its_model(finished, to_continue, tmp_path):
@@ -426,7 +451,8 @@ def test_every_masking_and_every_objective_trains(
     last = rows(output)[-1]
     assert last["step"] == 2 and math.isfinite(last["train/loss"])
     assert math.isfinite(last["eval/perplexity"])
-    assert ("train/nsp_loss" in last) is (objective != "mlm")
+    losses = {name for name in last if name.startswith("train/") and name.endswith("_loss")}
+    assert losses == {f"train/{part}_loss" for part in objective.split("+")}
     if masking == "entity":
         assert f", {marked['number']:,} entities (" in capsys.readouterr().out
     tokenizer = load(str(output / "final"))

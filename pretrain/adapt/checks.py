@@ -77,6 +77,7 @@ class Experiment:
             result = work(self, *arguments)
             result["wall_seconds"] = time.monotonic() - begin
             write_json(path, result)
+            result = read_json(path)  # the same now and after an interruption
         self.seconds[name] = result["wall_seconds"]
         return result
 

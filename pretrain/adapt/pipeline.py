@@ -132,7 +132,8 @@ def pretrain(experiment: Experiment, name: str, steps: int = 0) -> dict:
 def measure_perplexity(experiment: Experiment) -> dict:
     """Perplexities on validation documents of the domain, before and after each pretraining.
 
-    All are measured at the length of the last phase. {} without a validation set."""
+    All are measured at the length of the last phase. {} without a validation set, or if none is
+    finite."""
     run = _run_of(experiment, "adapted")
     validation, precision = run.phases[-1].validation, autocast(run.device, run.precision)
     if not validation:
@@ -144,10 +145,12 @@ def measure_perplexity(experiment: Experiment) -> dict:
     lines = (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     curve, training = [], []
     for row in map(json.loads, lines):
-        if "eval/perplexity" in row and run.is_comparable(row["step"]):
+        if row.get("eval/perplexity") is not None and run.is_comparable(row["step"]):
             curve.append([row["step"], row["eval/perplexity"]])
-        if "train/perplexity" in row:
+        if row.get("train/perplexity") is not None:
             training.append([row["step"], row["train/perplexity"]])
+    if not curve:
+        return {}
     if curve[0][0] > 0:  # the first evaluation was at the length of the first phase
         untrained = _run_of(experiment, "adapted", output=str(experiment.output / "untrained"))
         curve.insert(0, [0, perplexity_of(untrained.model)])
@@ -175,6 +178,8 @@ def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict
     run = finetuning.build(in_folder, keep_head=False, quiet=True)
     run.open_output()
     summary = train(run)
+    if "test" not in summary:
+        raise UserError("\n".join(summary["notes"]))  # the outputs are not finite
     with (output / "test_predictions.csv").open(encoding="utf-8", newline="") as rows:
         labels = [row["predicted_label"] for row in csv.DictReader(rows)]
     command = as_command("finetune", replace(options, save_model=True))

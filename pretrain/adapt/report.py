@@ -22,7 +22,7 @@ from pretrain.adapt.domain import draw_overlap
 from pretrain.files import markdown_table, write_text
 
 TEMPLATE = Path(__file__).with_name("report_template.md")
-FEW_ROWS, MANY_UNKNOWN, OWN_TEXT = 100, 0.05, 0.95  # limits for warnings
+FEW_ROWS, MANY_UNKNOWN, OWN_TEXT, MANY_RUNS = 100, 0.05, 0.95, 0.5  # limits for warnings
 ENCODERS = {
     "base": "original encoder",
     "adapted": "pretrained on your text",
@@ -97,9 +97,13 @@ def cell(text: object) -> str:
 
 
 def table(header: list[object], rows: Iterable[Sequence[object]], *formats: str) -> str:
-    """A table with escaped cells; `formats` are for the last columns."""
+    """A table with escaped cells; `formats` are for the last columns. None: not finite."""
     formats = [""] * (len(header) - len(formats)) + [*formats]
-    shown = [[cell(format(value, spec)) for value, spec in zip(row, formats)] for row in rows]
+
+    def text(value: object, spec: str) -> str:
+        return cell("not finite" if value is None else format(value, spec))
+
+    shown = [list(map(text, row, formats)) for row in rows]
     return markdown_table(list(map(cell, header)), shown)
 
 
@@ -162,9 +166,16 @@ def caveats(facts: dict) -> str:
     perplexity, rows, seen = facts["perplexity"], facts["rows"]["test"], facts["seen_in_training"]
     unknown = max(text["unknown_share"] for text in facts["overlap"]["texts"].values())
     shared = facts["overlap"]["overlap"]["text"]["task"]
+    groups = [group for by_budget in facts["scores"].values() for group in by_budget.values()]
+    runs = [run for group in groups for run in group]
+    unfinished = sum(_is_still_improving(run, facts["metric"]) for run in runs)
+    constant = sum(len(set(run["predicted"])) == 1 for run in runs)
     too_short = perplexity.get("after", 0) > perplexity.get("unigram", 0)
     warnings = {
         "there is only one seed": facts["seeds"] == 1,
+        f"in {unfinished} of the {len(runs)} fine-tuning runs the last step was the best, so "
+        "longer ones may score higher": unfinished > MANY_RUNS * len(runs),
+        f"{constant} of the {len(runs)} fine-tuned models choose one class for every row": constant,
         "pretraining was too short: guessing by frequency still beats this model": too_short,
         f"{rows} test rows are few": rows < FEW_ROWS,
         f"{seen:,} of the {rows:,} test texts are also training rows": seen > rows // 20,
@@ -174,6 +185,11 @@ def caveats(facts: dict) -> str:
     }
     found = [text for text, holds in warnings.items() if holds]
     return f" Note that {', and that '.join(found)}." if found else ""
+
+
+def _is_still_improving(run: dict, metric: str) -> bool:
+    """Whether the last step of a fine-tuning run was its best, and not perfect."""
+    return run["best_step"] == run["steps"] and run["valid"][metric] < 1
 
 
 def _guess(facts: dict) -> float:
@@ -201,7 +217,7 @@ def _compare_scores(output: Path, facts: dict, differences: dict) -> str:
     path, labels = output / "learning_curve.png", ("labeled training rows", metric)
     title = f"{metric} on the test rows: mean and deviation over the seeds ({seeds})"
     levels = {"always the most frequent class": _guess(facts)}
-    plots.curves(path, title, labels, curves, levels, "x" if len(budgets) > 1 else "")
+    plots.curves(path, title, labels, curves, levels, "x")
 
     header = ["labeled rows", *curves]
     for name, by_budget in differences.items():
@@ -228,12 +244,12 @@ def _compare_classes(output: Path, facts: dict) -> str:
 def _compare_perplexities(output: Path, facts: dict) -> str:
     perplexity, missing = facts["perplexity"], " and no ".join(facts["fresh_parts"])
     if "curve" not in perplexity:
-        return "There was no validation set, so there is no perplexity."
+        return "There was no validation set, or no finite number, so there is no perplexity."
     curves, rows, warmup = {}, [["before", perplexity["before"]]], 0
     if "MLM head" in facts["fresh_parts"]:
         warmup = max(1, facts["pretraining"]["adapted"]["warmup_steps"])
     for name, label in (("curve", "validation set"), ("training", "training text")):
-        points = [point for point in perplexity[name] if point[0] >= warmup]
+        points = [(x, y) for x, y in perplexity[name] if x >= warmup and y is not None]
         curves[label] = (*zip(*(points or perplexity[name][-1:])), None)
     if warmup:
         rows[0][0] = f"before (meaningless: the encoder had no {missing})"

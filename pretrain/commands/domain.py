@@ -1,6 +1,5 @@
 """Compare texts: the words they share; with --tokenizer, pieces per word and candidate tokens."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> None:
 
     from pretrain.adapt import domain
     from pretrain.data import tokenizer as tokenizers
-    from pretrain.files import write_json, write_text
+    from pretrain.files import as_json, write_json, write_text
 
     require("matplotlib", "the overlap plot")
     with option_named("--stop-words"):
@@ -73,4 +72,4 @@ def main(argv: list[str]) -> None:
             line += f"; most fragmented: {', '.join(worst)}; {path}"
         print(line)
     write_json(output / "domain.json", facts)
-    print(json.dumps(facts, ensure_ascii=False))
+    print(as_json(facts, ensure_ascii=False))

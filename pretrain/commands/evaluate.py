@@ -2,7 +2,7 @@
 
 For the model of a run, the numbers equal those of the run."""
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,12 +44,12 @@ def main(argv: Sequence[str]) -> None:
 
     from pretrain import evaluate
     from pretrain.data import tokenizer as tokenizers
-    from pretrain.files import model_folder
+    from pretrain.files import as_json, model_folder
     from pretrain.inputs import check_text, open_or_prepare
     from pretrain.model.loading import from_checkpoint
     from pretrain.runtime import distributed
     from pretrain.runtime.checkpoint import read_facts
-    from pretrain.runtime.optim import autocast, choose_precision
+    from pretrain.runtime.optim import autocast, choose_precision, overflow_advice
 
     with option_named("--model"):
         facts = DEFAULT | read_facts(Path(model_folder(options.model)))
@@ -88,6 +88,10 @@ def main(argv: Sequence[str]) -> None:
     validation = evaluate.make_validation_set(corpus, pairs, *shape)
     context = autocast(device, precision)
     numbers = evaluate.evaluate(model.to(device), validation, device, context, world)
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if bad:
+        problem = f"{', '.join(bad)} on this text in {precision} is not finite"
+        raise UserError(f"--model {options.model}: {problem}; {overflow_advice(precision)}")
     tokens = sum(batch.num_tokens for batch in validation.batches)
     print(
         f"{options.model} on {tokens:,} tokens of {documents:,} documents, {options.objective} at "
@@ -95,4 +99,4 @@ def main(argv: Sequence[str]) -> None:
     )
     for name, value in numbers.items():
         print(f"{name.replace('_', ' '):16} {value:,.4f}")
-    print(json.dumps(numbers))
+    print(as_json(numbers))

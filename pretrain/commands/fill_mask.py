@@ -1,5 +1,6 @@
 """Fill the [MASK] in a sentence: the most probable tokens, and the sentence with each of them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,5 +71,8 @@ def fill_masks(fill, text: str, top: int, max_length: int) -> list[list[tuple[st
     for place, rows in enumerate(guesses if len(parts) > 2 else [guesses], start=1):
         before, after = "[MASK]".join(parts[:place]), "[MASK]".join(parts[place:])
         tokens = [(row["token_str"], row["score"]) for row in rows]
+        if not all(math.isfinite(score) for _, score in tokens):
+            problem = f"its predictions for {text!r} are not finite; expected another model"
+            raise UserError(f"--model {fill.model.name_or_path}: {problem}")
         tables.append([(token, score, before + token + after) for token, score in tokens])
     return tables

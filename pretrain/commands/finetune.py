@@ -1,6 +1,5 @@
 """Fine-tune an encoder for text classification: best model, scores, confusion matrix."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
         options = with_defaults(saved)
     check(problems_of(options, is_new=not saved))
 
-    from pretrain.files import lock, read_json
+    from pretrain.files import as_json, lock, read_json
     from pretrain.finetune.build import build, print_plan
     from pretrain.finetune.scores import numbers_of, score_table
     from pretrain.runtime.checkpoint import prune
@@ -44,9 +43,11 @@ def main(argv: Sequence[str]) -> None:
         if scores := summary.pop(name, None):
             print(f"\n--{name}, model of step {summary['best_step']}:\n{score_table(scores)}")
             numbers |= numbers_of(scores, f"{name}_")
+    if notes := summary.get("notes"):
+        print("\n" + "\n".join(notes))
     if summary["state"] != FINISHED:
         print(f"\nresume: python scripts/finetune.py --resume --output {output}")
     else:
         print(f"\nmodel: {output / 'final'}" if options.save_model else f"\nscores: {output}")
     print(f"TensorBoard: tensorboard --logdir {output}")
-    print(json.dumps(summary | numbers))
+    print(as_json(summary | numbers))

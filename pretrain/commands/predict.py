@@ -1,6 +1,5 @@
 """Predict labels and probabilities for the rows of a file; print scores if they have labels."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +35,16 @@ def main(argv: Sequence[str]) -> None:
     if output.exists() and (output.is_dir() or not options.overwrite):
         raise UserError(f"--output {output}: exists; expected another name, or --overwrite")
 
+    import numpy as np
+
     from pretrain.build import decide_precision
-    from pretrain.files import write_aside
+    from pretrain.files import as_json, write_aside
     from pretrain.finetune.build import load_model
     from pretrain.finetune.dataset import LabeledDataset, read_texts
     from pretrain.finetune.predict import check_rows, predict, predict_rows, write_rows
-    from pretrain.finetune.scores import Tally, numbers_of, score_table
+    from pretrain.finetune.scores import Tally, numbers_of, only_class, score_table
     from pretrain.runtime.distributed import start
-    from pretrain.runtime.optim import autocast
+    from pretrain.runtime.optim import autocast, overflow_advice
 
     with option_named("--device"):
         _, device = start(options.device, alone="prediction")
@@ -57,6 +58,10 @@ def main(argv: Sequence[str]) -> None:
     def predict_chunk(rows):
         dataset = LabeledDataset(rows, tokenizer)
         probabilities = predict(model, dataset, options.batch_size, context)
+        bad = np.flatnonzero(~np.isfinite(probabilities).all(-1))
+        if len(bad):
+            problem = f"its output in {precision} is not finite for {rows.texts[bad[0]][0][:60]!r}"
+            raise UserError(f"--model {options.model}: {problem}; {overflow_advice(precision)}")
         tally.add(dataset.labels, probabilities)
         return probabilities
 
@@ -69,10 +74,12 @@ def main(argv: Sequence[str]) -> None:
         write_aside(output, write)
     scored, scores = int(tally.confusion.sum()), {}
     print(f"{scored + tally.unlabeled:,} rows in {output}")
+    if only := only_class(tally.predicted, classes):
+        print(f"--model {options.model}: all rows get the label {only}")
     if scored:
         scores = tally.scores()
         print(score_table(scores))
     if tally.unlabeled:
         known = ", ".join(classes[:20])
         print(f"not scored: {tally.unlabeled:,} rows without a label of the model ({known})")
-    print(json.dumps({"rows": scored + tally.unlabeled} | numbers_of(scores)))
+    print(as_json({"rows": scored + tally.unlabeled} | numbers_of(scores)))

@@ -111,6 +111,7 @@ def read_saved(output: Path, options: type) -> dict | None:
 def report(output: Path, summary: dict) -> None:
     """Print the summary and where to find the results."""
     rows = dict(summary)
+    notes = rows.pop("notes", [])
     if summary["state"] == "finished":
         rows["model"] = str(output / "final")
     else:
@@ -119,6 +120,8 @@ def report(output: Path, summary: dict) -> None:
     formats = {float: ",.4f", int: ","}
     for name, value in rows.items():
         print(f"{name.replace('_', ' '):24}{value:{formats.get(type(value), '')}}")
+    for note in notes:
+        print(note)
 
 
 def print_examples(folder: Path) -> None:

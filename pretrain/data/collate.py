@@ -100,7 +100,8 @@ class Collator:
 
         IGNORED labels do not count. Add your own here: filling and counting follow."""
         by_mask = {"mlm": packed.ids[masked]}  # [M]
-        by_sequence = {"nsp": examples.plan.label}  # [N]
+        name = "sop" if self.task.pairs == "swapped" else "nsp"
+        by_sequence = {name: examples.plan.label}  # [N]
         return by_mask, by_sequence
 
     def _filling(self, lengths: np.ndarray, num_masked: int) -> tuple[np.ndarray, int]:

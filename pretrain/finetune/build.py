@@ -5,6 +5,7 @@ AutoModelForSequenceClassification, its scores, its predictions for the test row
 confusion matrix.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pretrain import plots
 from pretrain.build import decide_precision, enable_gradient_checkpointing
-from pretrain.config import FinetuneOptions, validate
+from pretrain.config import FinetuneOptions, typed, validate
 from pretrain.data import tokenizer as tokenizers
 from pretrain.errors import UserError, check, option_named, require
 from pretrain.files import key_of
@@ -29,13 +30,14 @@ from pretrain.finetune.dataset import (
 )
 from pretrain.finetune.heads import PackedClassifier, load_classifier
 from pretrain.finetune.predict import new_cells, predict, write_rows
-from pretrain.finetune.scores import Tally, numbers_of
+from pretrain.finetune.scores import Tally, numbers_of, only_class
 from pretrain.model.attention import choose_attention
 from pretrain.plan import report_ineffective, steps_between
 from pretrain.run import SAVED_FORM, Run, resume_point, run_folder
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import start
 from pretrain.runtime.monitor import Monitor
+from pretrain.runtime.optim import overflow_advice
 from pretrain.schema import TEXT
 
 MAX_LENGTH = 512  # tokens, unless --max-length is given
@@ -106,13 +108,19 @@ class FinetuningRun(Run):
             self.best_weights[name] = state[name].to("cpu", copy=True).view_as(weight)
 
     def finish(self, state) -> None:
-        """Score the best model on the test rows; write predictions, plot and model."""
+        """Score the best model on the test rows; write predictions, plot and model. UserError if no
+        evaluation had finite scores."""
+        if not self.best_weights:
+            problem = "the model's outputs were not finite in any evaluation"
+            expected = f"expected a lower --learning-rate; {overflow_advice(self.precision)}"
+            raise UserError(f"{typed(self.config, 'valid')}: {problem}; {expected}")
         self.model.load_state_dict(self.best_weights)
         state.scores = scores = state.best_scores  # the scores of `final/`
         name, classes = "validation", self.classes
         if "test" in self.datasets:
-            name, (probabilities, scores) = "test", self.score_rows("test")
-            self.test_scores = scores
+            probabilities, self.test_scores = self.score_rows("test")
+        if self.has_test_scores():
+            name, scores = "test", self.test_scores
             rows = zip(self.rows["test"].labels, probabilities)
             cells = ({"label": label} | new_cells(row, classes) for label, row in rows)
             write_rows(self.output / "test_predictions.csv", cells, as_csv=True)
@@ -121,13 +129,33 @@ class FinetuningRun(Run):
         if self.config.save_model:
             super().finish(state)
 
+    def has_test_scores(self) -> bool:
+        """Whether there are test rows, and outputs for them that are finite."""
+        return math.isfinite(self.test_scores.get("loss", math.nan))
+
+    def notes(self, state) -> list[str]:
+        """Also: the best step is the last, one class for all rows, test rows without scores."""
+        found, options = super().notes(state), self.config
+        score = state.best_scores[self.score[0]]
+        if state.best_step == self.total_steps and score < 1:
+            length = typed(options, "max_steps" if options.max_steps else "epochs")
+            found.append(f"{length}: the last step is the best; a longer run may be better")
+        for name, scores in (("valid", state.best_scores), ("test", self.test_scores)):
+            predicted = np.sum(scores.get("confusion", [[0], [0]]), axis=0)
+            if only := only_class(predicted, self.classes):
+                found.append(f"--{name}: the model chooses {only} for every row")
+        if "test" in self.datasets and not self.has_test_scores():
+            problem = f"the outputs in {self.precision} are not finite, so there is no score"
+            found.append(f"{typed(options, 'test')}: {problem}")
+        return found
+
     def complete_summary(self, state, summary: dict) -> None:
         """Add the best validation scores and the test scores."""
         summary.pop("mask_shortfall", None)
         summary["train_rows"] = len(self.datasets["train"])
         if state.best_scores:
             summary |= {"best_step": state.best_step, "valid": state.best_scores}
-        if self.test_scores:
+        if self.has_test_scores():
             summary["test"] = self.test_scores
 
     def clean_up(self) -> None:

@@ -4,7 +4,6 @@ Rows stream: a file of any size is read, predicted and written in chunks.
 """
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from pretrain.config import ColumnOptions
 from pretrain.errors import check, refusing
+from pretrain.files import as_json
 from pretrain.finetune.dataset import LabeledDataset, LabeledRows, Row, label_of, read_texts
 from pretrain.finetune.heads import PackedClassifier
 
@@ -91,4 +91,4 @@ def write_rows(path: Path, rows: Iterable[dict], as_csv: bool) -> None:
 
 
 def _as_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return as_json(value, ensure_ascii=False, default=str)

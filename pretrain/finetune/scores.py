@@ -1,10 +1,14 @@
 """Scores of predictions: loss, accuracy, precision, recall, F1, and the confusion matrix."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 from pretrain.batch import IGNORED
 
 NAMES = ("precision", "recall", "f1")
+FEW_ROWS = 10  # below this, it means nothing if all have one class
 SMALLEST = 1e-30  # probability, so that its logarithm is finite
 
 
@@ -15,21 +19,25 @@ class Tally:
         self.classes = classes
         self.confusion = np.zeros((len(classes), len(classes)), np.int64)  # a row per true class
         self.loss_sum = 0.0
+        self.predicted = np.zeros(len(classes), np.int64)  # rows by predicted class
         self.unlabeled = 0  # rows without a known label, not scored
 
     def add(self, labels: np.ndarray, probabilities: np.ndarray) -> None:
         """Count `labels` int64 [rows], IGNORED if unknown, and `probabilities` [rows, classes]."""
-        known = labels != IGNORED
+        known, best = labels != IGNORED, probabilities.argmax(-1)
+        self.predicted += np.bincount(best, minlength=len(self.classes))
         self.unlabeled += int((~known).sum())
         labels, probabilities = labels[known], probabilities[known]
-        np.add.at(self.confusion, (labels, probabilities.argmax(-1)), 1)
+        np.add.at(self.confusion, (labels, best[known]), 1)
         of_label = probabilities[np.arange(len(labels)), labels]
         self.loss_sum -= float(np.log(np.maximum(of_label, SMALLEST)).sum())
 
     def scores(self) -> dict:
         """Loss, accuracy, macro averages over the classes that occur or are predicted, the scores
-        of each class (0 if a ratio has no rows), and the confusion matrix."""
-        right = np.diag(self.confusion)
+        of each class (0 if a ratio has no rows), and the confusion matrix. All scores are NaN if a
+        probability was: no label follows from it."""
+        is_finite = math.isfinite(self.loss_sum)
+        right = np.diag(self.confusion) if is_finite else np.full(len(self.classes), np.nan)
         rows, predicted = self.confusion.sum(1), self.confusion.sum(0)
         counts = {"precision": predicted, "recall": rows, "f1": (rows + predicted) / 2}
         by_class = {name: right / np.maximum(count, 1) for name, count in counts.items()}
@@ -45,6 +53,13 @@ class Tally:
             "classes": classes,
             "confusion": self.confusion.tolist(),
         }
+
+
+def only_class(predicted: Sequence[int], classes: list[str]) -> str | None:
+    """The class of all predictions, given their number by class; None if there are several classes
+    or few predictions."""
+    most, total = max(predicted), sum(predicted)
+    return classes[list(predicted).index(most)] if most == total >= FEW_ROWS else None
 
 
 def numbers_of(scores: dict, prefix: str = "") -> dict[str, float]:

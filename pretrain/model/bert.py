@@ -14,7 +14,7 @@ POOLER, NSP_HEAD = "bert.pooler", "cls.seq_relationship"
 
 
 class BertForPreTraining(PackedModel, transformers.BertForPreTraining):
-    """Batch -> losses by name: summed MLM and NSP losses."""
+    """Batch -> losses by name: summed MLM and NSP (or SOP) losses."""
 
     parts = {POOLER: "pooler", "cls.predictions": "MLM head", NSP_HEAD: "NSP head"}
     pair_parts = (POOLER, NSP_HEAD)
@@ -24,7 +24,7 @@ class BertForPreTraining(PackedModel, transformers.BertForPreTraining):
         return self.cls.predictions.transform(hidden)
 
     def next_sentence_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """float32 [N, 2]: logits of 0, "is next", and 1, "is random", at each [CLS]."""
+        """float32 [N, 2]: logits of 0, "is next", and 1, "is random" or swapped, at each [CLS]."""
         first = self.first_tokens(hidden, batch)
         pooled = self.bert.pooler(first[:, None])  # the pooler takes token 0 of [N, 1, width]
         return self.cls.seq_relationship(pooled).float()

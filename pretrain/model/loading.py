@@ -149,7 +149,8 @@ def override(config: PreTrainedConfig, entries: Sequence[str]) -> None:
 def load_weights(
     family: type[PackedModel], name: str, config: PreTrainedConfig
 ) -> tuple[PackedModel, list[str]]:
-    """(model in float32, weights missing from the checkpoint); UserError for the encoder's."""
+    """(model in float32, weights missing from the checkpoint). UserError if one of the encoder is
+    missing, or one of any part is not finite."""
     transformers.utils.logging.set_verbosity_error()  # no table of missing weights
     expected = "expected a complete checkpoint, in safetensors or without pickled code"
     with refusing(f"{name}: its weights cannot be read", expected):
@@ -164,6 +165,11 @@ def load_weights(
     if encoder:
         problem = f"{len(encoder)} weights of the encoder are missing, such as {encoder[0]}"
         raise UserError(f"{name}: {problem}; expected a {config.model_type} checkpoint")
+    for key, weight in model.state_dict().items():
+        num_bad = weight.numel() - int(weight.isfinite().sum())
+        if num_bad:
+            problem = f"{num_bad:,} of {weight.numel():,} numbers of {key} are NaN or infinite"
+            raise UserError(f"{name}: {problem}; expected finite weights")
     return model, missing
 
 

@@ -18,7 +18,7 @@ class PackedModel:
     pair_parts: tuple[str, ...] = ()  # modules that only the NSP loss trains; (): no NSP head
     position_offset = 0  # position id of the first token
     head_may_differ = False  # in size from the checkpoint, and then starts fresh
-    nsp_weight: float | None = None  # of the NSP loss; None: MLM only
+    nsp_weight: float | None = None  # of the NSP or SOP loss; None: MLM only
     attention = SDPA  # or VARLEN
 
     def post_init(self) -> None:
@@ -57,8 +57,8 @@ class PackedModel:
         return []
 
     def use_pairs(self, weight: float | None) -> None:
-        """Compute the NSP loss with this weight. None: MLM only, with `pair_parts` frozen, because
-        DDP expects a gradient for every trainable parameter."""
+        """Compute the NSP or SOP loss with this weight. None: MLM only, with `pair_parts` frozen,
+        because DDP expects a gradient for every trainable parameter."""
         assert weight is None or self.pair_parts, f"{type(self).__name__} has no NSP head"
         self.nsp_weight = weight
         for name in self.pair_parts:
@@ -82,8 +82,9 @@ class PackedModel:
         logits = self.masked_lm_logits(hidden, batch)
         losses = {"mlm": cross_entropy(logits, batch.labels["mlm"])}
         if self.nsp_weight is not None:
-            is_random = self.next_sentence_logits(hidden, batch)
-            losses["nsp"] = cross_entropy(is_random, batch.labels["nsp"], weight=self.nsp_weight)
+            name = "sop" if "sop" in batch.labels else "nsp"  # one head for both
+            logits = self.next_sentence_logits(hidden, batch)
+            losses[name] = cross_entropy(logits, batch.labels[name], weight=self.nsp_weight)
         return losses
 
     def masked_lm_logits(self, hidden: Tensor, batch: Batch) -> Tensor:

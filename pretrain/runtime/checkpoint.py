@@ -267,8 +267,7 @@ def write_state(folder: Path, states: dict[str, dict], values: dict) -> None:
     check_finite(states)
     torch.save(states, folder / STATE_TENSORS)
     read_states(folder)
-    content = json.dumps({"format": STATE_FORMAT, **values}, indent=1)
-    (folder / STATE_JSON).write_text(content, encoding="utf-8")
+    write_json(folder / STATE_JSON, {"format": STATE_FORMAT, **values})
 
 
 def read_values(folder: Path, form: Form) -> dict:

@@ -14,7 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from pretrain.errors import UserError
-from pretrain.files import write_text
+from pretrain.files import as_json, write_text
 
 LINE_SECONDS = 5.0  # between lines of progress
 BAR = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05}
@@ -64,27 +64,31 @@ class Monitor:
         }
         if start_step == 0:
             self._hyperparameters({score: math.nan})
-        self.begin, self.last_line = time.monotonic(), 0.0
+        self.unshown, self.last_line = "", -math.inf
+        self.timed_from: tuple[int, float] | None = None  # first logged step and its time
         self.bar = tqdm(total=total_steps, initial=start_step, disable=quiet or None, **BAR)
 
     def log(self, step: int, values: dict[str, float | str]) -> None:
-        """Write the values of `step`: finite numbers to metrics.jsonl and TensorBoard's curves,
-        strings to its text tab."""
+        """Write the values of `step`: numbers to metrics.jsonl (null if not finite) and the finite
+        ones to TensorBoard's curves, strings to its text tab."""
         row = {"step": step}
         for name, value in values.items():
             if isinstance(value, str):
                 self.writer.add_text(name, value, step)
-            elif math.isfinite(value):
-                row[name] = value
+            else:
+                row[name] = value if math.isfinite(value) else None
         if len(row) == 1:
             return
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(as_json(row) + "\n")
         self.file.flush()
         self._add_scalars(row)
         if not self.quiet:
             self._show(row)
 
     def advance(self) -> None:
+        """Count a step in the bar."""
+        if self.bar.n == self.start_step:
+            self.bar.unpause()  # its rate leaves out the first step, which may compile
         self.bar.update()
 
     def say(self, message: str) -> None:
@@ -112,7 +116,7 @@ class Monitor:
             self.writer.add_custom_scalars(_layout(self.charts, row))
             self.charts = None
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self.writer.add_scalar(name, value, row["step"])
 
     def _hyperparameters(self, metrics: dict[str, float]) -> None:
@@ -120,23 +124,37 @@ class Monitor:
         for summary in hparams(self.options, metrics):
             self.writer.file_writer.add_summary(summary)
 
-    def _show(self, row: dict[str, float]) -> None:
-        """Evaluation scores as a line; training numbers in the bar, or a line now and then."""
-        step, scores = row["step"], []
+    def _show(self, row: dict[str, float | None]) -> None:
+        """Evaluation scores as a line; training numbers in the bar, or a line now and then and
+        before each line of scores."""
+        step, now = row["step"], time.monotonic()
+        scores = []
         for name, value in row.items():
             if name.startswith("eval/") and not name.endswith("loss"):
-                scores.append(f"{name.removeprefix('eval/').replace('_', ' ')} {value:.4g}")
+                shown = "not finite" if value is None else f"{value:.4g}"
+                scores.append(f"{name.removeprefix('eval/').replace('_', ' ')} {shown}")
+        numbers = {name: row.get(name) for name in SHOWN}
+        found = [SHOWN[name].format(value) for name, value in numbers.items() if value is not None]
+        if found:
+            self.bar.set_postfix_str(", ".join(found), refresh=False)
+            found += self._time_left(step, now)
+            self.unshown = f"step {step}/{self.total_steps}: {', '.join(found)}"
+        is_due = scores or now - self.last_line >= LINE_SECONDS
+        if self.bar.disable and self.unshown and is_due:
+            self.say(self.unshown)
+            self.unshown, self.last_line = "", now
         if scores:
             self.say(f"step {step}: validation {', '.join(scores)}")
-        shown = ", ".join(text.format(row[name]) for name, text in SHOWN.items() if name in row)
-        if shown:
-            self.bar.set_postfix_str(shown, refresh=False)
-        now = time.monotonic()
-        if self.bar.disable and shown and now - self.last_line >= LINE_SECONDS:
-            self.last_line = now
-            seconds_per_step = (now - self.begin) / max(1, step - self.start_step)
-            minutes = seconds_per_step * (self.total_steps - step) / 60
-            self.say(f"step {step}/{self.total_steps}: {shown}, {minutes:.1f} min left")
+
+    def _time_left(self, step: int, now: float) -> list[str]:
+        """The time left, by the steps after the first logged one: that one may compile."""
+        if self.timed_from is None:
+            self.timed_from = (step, now)
+        first, begin = self.timed_from
+        if step == first:
+            return []
+        minutes = (now - begin) / (step - first) * (self.total_steps - step) / 60
+        return [f"{minutes:.1f} min left"]
 
 
 def _layout(charts: dict, names: Iterable[str]) -> dict:
@@ -164,5 +182,5 @@ def _trim_rows(path: Path, start_step: int, evaluated: bool) -> list[dict]:
         if is_kept and line.endswith("\n"):
             kept.append(row)
     if text:
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(path, "".join(as_json(row) + "\n" for row in kept))
     return kept

@@ -12,6 +12,7 @@ from pretrain.errors import UserError
 from pretrain.schema import integer
 
 MAX_SKIPPED_IN_A_ROW = 20
+MAX_SKIPPED_SHARE = 0.9  # of a run: with so few steps it has learned nothing
 Report = Callable[[str], None]
 Rebuild = Callable[[int, object], str]
 
@@ -43,6 +44,18 @@ class NanGuard:
         self._read_pending()
         return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
+    def check_enough(self, steps: int) -> None:
+        """UserError if nearly all of the `steps` of a run were skipped."""
+        skipped = self.state_dict()["skipped"]
+        if skipped >= max(1, MAX_SKIPPED_SHARE * steps):
+            problem = f"the gradients of {skipped:,} of the {steps:,} steps were not finite"
+            raise UserError(f"{problem}, so there is no final model; {self._advice(steps)}")
+
+    def _advice(self, step: int) -> str:
+        if self.skipped < step:
+            return "start a new run with a lower learning rate, or in fp32"
+        return "no step was finite: start a new run in fp32, or with another model"
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
 
@@ -62,10 +75,9 @@ class NanGuard:
             self.report(f"{where}: the gradients are not finite; the step changed nothing")
             return
         problem = f"the gradients of {self.skipped_in_a_row} steps in a row are not finite"
-        advice = "start a new run with a lower learning rate, or in fp32"
         command = self.rebuild(step, position)
         shown = f". To see its data: {command}" if command else ""
-        raise UserError(f"{where}: {problem}; {advice}{shown}")
+        raise UserError(f"{where}: {problem}; {self._advice(step)}{shown}")
 
 
 class ScaleWatch:

@@ -2,11 +2,11 @@
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from pretrain.config import OptimizationOptions
 from pretrain.errors import UserError
@@ -14,6 +14,7 @@ from pretrain.runtime.muon import Muon
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 READ_FOUND_INF = (torch.optim.Adam, torch.optim.AdamW, Muon)
+MEASURED_SECONDS = 0.05  # in all, to find the fastest of several calls
 WSD_DECAY_SHARE = 0.1  # of the run, at its end
 # TFLOP/s of dense matrices in bf16 or fp16, from datasheets; the longest matching name counts.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10": 125, "A40": 149.7}
@@ -118,6 +119,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
 
+def overflow_advice(precision: str) -> str:
+    """What to do about a model whose weights are finite and whose outputs are not."""
+    return "expected another model" if precision == "fp32" else "expected fp32, or another model"
+
+
 def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s of the device's matrix units: from the datasheet of a known GPU, else measured."""
     if device.type == "cuda" and precision != "fp32":
@@ -127,5 +133,18 @@ def peak_flops(device: torch.device, precision: str) -> float:
             return PEAK_TFLOPS[max(known, key=len)] * 1e12
     size = 8192 if device.type == "cuda" else 1024
     left = torch.randn(size, size, device=device, dtype=AUTOCAST[precision])
-    timer = Timer("left @ left", globals={"left": left}, num_threads=torch.get_num_threads())
-    return 2.0 * size**3 / min(timer.blocked_autorange(min_run_time=0.05).times)
+    return 2.0 * size**3 / best_seconds(lambda: left @ left, device)
+
+
+def best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The time of the fastest of several calls of `work`, including the wait for the device.
+
+    Not with torch's Timer, whose import warns where nvcc is installed and no GPU is found."""
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < MEASURED_SECONDS:
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)

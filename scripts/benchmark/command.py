@@ -11,7 +11,6 @@ GPU check (scripts/gpu_check.sh): attention, variants, resume, fp16, use.
 import dataclasses
 import importlib
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from pretrain import config
 from pretrain.cli import read_command_line
 from pretrain.errors import UserError, check
-from pretrain.files import write_json
+from pretrain.files import as_json, write_json
 from pretrain.schema import integer, number, option
 from scripts.benchmark.processes import Command, Process, ProcessError, send_rows
 from scripts.benchmark.report import add_ratios, print_report
@@ -123,7 +122,7 @@ def main(argv: list[str]) -> int:
         Process.stop_all()
         save(report)
         print_report(report)
-        print(json.dumps(report), flush=True)
+        print(as_json(report), flush=True)
     return int(any(report.get(part, {}).get("failed") for part in CHECKS))
 
 

@@ -183,6 +183,7 @@ def test_the_page_shows_cells_verbatim(tmp_path):
     rows = [["".join(cell.itertext()) for cell in row] for row in body.iter("tr")]
     expected = [[name.replace("\n", " "), f"{n:.1f}"] for n, name in enumerate(NAMES)]
     assert rows == [["class", "number"], *expected]
+    assert "not finite" in report.table(["number"], [[None]], ",.1f")
     tags = {element.tag for element in body.iter()}
     assert not tags & {"script", "b", "em", "strong", "code", "a", "img"}
 
@@ -206,12 +207,21 @@ def test_a_cell_never_starts_a_cell_a_line_or_a_tag(text):
         ({"seen_in_training": 300}, "300 of the 500 test texts"),
         ({"unknown_share": 0.5}, "50%"),
         ({"task": 0.96}, "96%"),
+        ({"best_steps": [9, 9]}, "2 of the 2 fine-tuning runs"),
+        ({"best_steps": [9, 9], "macro_f1": 1.0}, ""),
+        ({"predicted": [1, 1, 1]}, "2 of the 2 fine-tuned models"),
     ],
 )
 def test_the_verdict_includes_warnings(change, named):
     facts = {"seeds": 2, "rows": {"test": 500}, "seen_in_training": 0, "unknown_share": 0.015}
     facts |= {"perplexity": {"after": 21.5, "unigram": 100.0}, "task": 0.5} | change
     texts = {"text": {"unknown_share": 0.0}, "task": {"unknown_share": facts["unknown_share"]}}
+    facts = {"best_steps": [9, 6], "macro_f1": 0.5, "predicted": [0, 1, 1]} | facts
+    runs = [
+        {"steps": 9, "best_step": step, "valid": facts, "predicted": facts["predicted"]}
+        for step in facts["best_steps"]
+    ]
+    facts |= {"metric": "macro_f1", "scores": {"base": {"all": runs}}}
     facts["overlap"] = {"texts": texts, "overlap": {"text": {"task": facts["task"]}}}
     found = report.caveats(facts)
     assert named in found and ", and that" not in found and bool(found) == bool(named)
@@ -255,6 +265,23 @@ def test_class_labels_are_verbatim_and_thinned_if_many(classes, tmp_path, monkey
         assert not any(of.get_parse_math() and is_math_text(of.get_text()) for of in labels)
     assert len(axis.texts) == (len(classes) ** 2 if len(classes) <= 3 else 0)
     assert is_plot(path)
+
+
+@pytest.mark.parametrize("log_axis", ["", "x", "y"])
+def test_one_point_has_one_tick_at_a_whole_number(log_axis, tmp_path):
+    series = {name: ([100], [0.5], [0.0]) for name in "abc"}
+    figure = plots.curves(tmp_path / "c.png", "title", ("x", "y"), series, {"d": 0.3}, log_axis)
+    (axis,) = figure.axes
+    low, high = axis.get_xlim()
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["100"]
+    assert low < 95 and 105 < high < 200 and axis.get_xticks(minor=True).tolist() == []
+
+
+def test_ticks_of_steps_are_whole_numbers(tmp_path):
+    series = {"a": ([0, 2], [0.5, 0.6], None)}
+    figure = plots.curves(tmp_path / "c.png", "title", ("x", "y"), series, {})
+    ticks = figure.axes[0].get_xticks()
+    assert len(ticks) > 2 and (ticks == ticks.round()).all()
 
 
 def test_shades_are_shares_of_the_true_class(tmp_path):

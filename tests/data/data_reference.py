@@ -105,6 +105,12 @@ def contents(batch: Batch) -> dict:
     }
 
 
+def pair_labels(batch: Batch) -> torch.Tensor:
+    """int64 [sequences]: the labels of the pairs, "nsp" or "sop"."""
+    (name,) = batch.labels.keys() - {"mlm"}
+    return batch.labels[name]
+
+
 def example_of(batch: Batch, number: int) -> dict:
     """Sequence `number` of a batch, as lists; masked places count from its [CLS]."""
     start, end = batch.cu_seqlens[number : number + 2].tolist()
@@ -116,7 +122,7 @@ def example_of(batch: Batch, number: int) -> dict:
         "positions": batch.position_ids[start:end].tolist(),
         "masked": (places[inside] - start).tolist(),
         "labels": labels[inside].tolist(),
-        "pair": batch.labels["nsp"][number].item(),
+        "pair": pair_labels(batch)[number].item(),
     }
 
 

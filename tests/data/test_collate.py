@@ -22,6 +22,7 @@ from data_reference import (
     examples_of,
     make_shard,
     micro_batches,
+    pair_labels,
     plan_of,
     replaced,
     restored,
@@ -279,7 +280,7 @@ def test_filling_adds_only_what_is_ignored(shard, task, name, fill, multiple):
         tokens, sequences, masked = len(real.input_ids), real.num_sequences, real.counts["mlm"]
         assert_extended(batch.input_ids, real.input_ids, PAD)
         assert_extended(batch.token_type_ids, real.token_type_ids, 0)
-        assert_extended(batch.labels["nsp"], real.labels["nsp"], IGNORED)
+        assert_extended(pair_labels(batch), pair_labels(real), IGNORED)
         assert_extended(batch.labels["mlm"], real.labels["mlm"], IGNORED)
         assert_extended(batch.masked_positions, real.masked_positions, 0)
         assert batch.position_ids.tolist() == [p for size in batch.lengths for p in range(size)]
@@ -324,7 +325,7 @@ def test_shapes_stay_few_over_epochs(pairs, longest):
             shapes.add((*map(len, tokens), len(batch.masked_positions), len(batch.labels["mlm"])))
             count = len(batch.lengths)
             sizes.add(count)
-            assert count == len(batch.cu_seqlens) - 1 == len(batch.labels["nsp"])
+            assert count == len(batch.cu_seqlens) - 1 == len(pair_labels(batch))
             used = sum(length > 0 for length in batch.lengths)
             assert count < 2 * used or count == min(sizes_of(task))
     assert len(shapes) == 1 and sizes <= sizes_of(task) and few

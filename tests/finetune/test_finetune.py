@@ -19,7 +19,7 @@ import torch
 from conftest import arguments_of, assert_same, in_processes, refusal
 from conftest import rows as exact_rows
 from packed_reference import small_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_dataset import write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, pipeline
@@ -321,12 +321,91 @@ def test_patience_stops_the_run(patience, steps, data, output, monkeypatch):
     options = f"--max-steps 5 --eval-every 1 --patience {patience} --no-save-model"
     summary = run_of(output, data, options)
     assert (summary["steps"], summary["best_step"]) == (steps, 1)
+    named = [note.partition(":")[0] for note in summary["notes"]]
+    assert named == ["--valid"] if steps == 5 else [f"--patience {patience}", "--valid"]
     assert [row["step"] for row in metrics(output, "eval/")] == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize("share, noted", [(0.6, True), (1.0, False)])
+def test_a_run_whose_last_step_is_its_best_says_so(share, noted, data, files, output, monkeypatch):
+    """Unless its score is perfect. The classes are right for a share of the rows."""
+    labels = [list(CLASSES).index(row["label"]) for row in read(files["valid"])]
+    right = np.arange(len(labels)) < share * len(labels)
+    sharper = iter([0.5, 0.6, 0.7])
+
+    def better(*_):
+        most = next(sharper)
+        found = np.full((len(labels), 3), (1 - most) / 2)
+        found[np.arange(len(labels)), np.where(right, labels, 0)] = most
+        return found
+
+    monkeypatch.setattr(module, "predict", better)
+    summary = run_of(output, data, "--max-steps 3 --eval-every 1 --no-save-model")
+    assert summary["best_step"] == 3
+    notes = summary.get("notes", [])
+    assert [note.partition(":")[0] for note in notes] == ["--max-steps 3"] * noted
+
+
+# Numbers that are not finite.
+
+
+def overflowing(folder, copy):
+    """A copy of a model whose weights are finite and whose outputs are not."""
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    for name in weights:
+        if "intermediate.dense.weight" in name or "output.dense.weight" in name:
+            weights[name] *= 1e30
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def strict_json(text):
+    """As parsers read it that know no NaN."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(name))
+
+
+@pytest.mark.parametrize("bad", [{1}, {4}, {1, 2, 3}], ids=["one", "test", "all"])
+def test_outputs_that_are_not_finite_have_no_scores(bad, data, files, output, monkeypatch):
+    """Evaluations 1 to 3, then the test rows. The best of the others counts, if there is one."""
+    original, calls = module.predict, []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        found = original(*arguments)
+        return found * np.nan if len(calls) in bad else found
+
+    monkeypatch.setattr(module, "predict", spoiled)
+    command = data, FAST, "--max-steps 3 --eval-every 1", ["--test", files["test"]]
+    argv = arguments_of(*command, ["--output", output])
+    assert run_command(FINETUNE.main, argv) == (2 if bad == {1, 2, 3} else 0)
+    rows = [strict_json(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {row["step"]: row["eval/macro_f1"] for row in rows if "eval/macro_f1" in row}
+    assert {step for step, score in evaluated.items() if score is None} == bad - {4}
+    assert (output / "final").is_dir() is (len(bad) == 1)
+    if len(bad) == 1:
+        summary = strict_json((output / "summary.json").read_text())
+        assert summary["best_step"] not in bad and summary["valid"]["loss"] > 0
+        assert ("test" in summary) is (output / "test_predictions.csv").exists() is (bad == {1})
+        assert any(note.startswith("--test ") for note in summary["notes"]) is (bad == {4})
+
+
+def test_a_model_that_overflows_gives_a_message_and_no_labels(
+    data, finished, files, output, tmp_path, capsys
+):
+    folder = overflowing(finished[0] / "final", tmp_path / "big")
+    argv = ["--model", folder, "--input", files["test"], "--output", tmp_path / "out.csv", *FP32]
+    refused(PREDICT.main, argv, f"--model {folder}: ", capsys)
+    assert not (tmp_path / "out.csv").exists()
+    argv = ["--model", folder, *data[2:], *FAST, "--max-steps", "3", "--output", output]
+    assert run_command(FINETUNE.main, arguments_of(argv)) == 2
+    assert "3 of the 3 steps" in capsys.readouterr().err.splitlines()[-1]
+    assert not (output / "final").exists() and not (output / "summary.json").exists()
 
 
 def test_a_run_that_only_skips_stops(data, output):
     with pytest.raises(UserError, match="20 steps in a row") as caught:
-        run_of(output, data, "--learning-rate 1e20 --max-steps 40")
+        run_of(output, data, "--learning-rate 1e20 --max-steps 40 --patience 0")
     assert "its data" not in str(caught.value), "the guard has no command that shows it"
 
 
@@ -706,11 +785,16 @@ def misfits(encoder, finished, vocabulary, tmp_path):
         no_tokenizer = shutil.ignore_patterns("tokenizer*") if name == "bare" else None
         shutil.copytree(finished[0] / "final", tmp_path / name, ignore=no_tokenizer)
         stock(small_config(size, **settings)).save_pretrained(tmp_path / name)
+    shutil.copytree(finished[0] / "final", tmp_path / "not finite")
+    weights = load_file(tmp_path / "not finite" / "model.safetensors")
+    weights["classifier.bias"][0] = np.nan
+    save_file(weights, tmp_path / "not finite" / "model.safetensors", metadata={"format": "pt"})
     return {path.name: path for path in tmp_path.iterdir()}
 
 
 def test_models_that_do_not_fit_are_reported(data, finished, misfits, tmp_path, capsys):
     for name, more, option in (
+        ("not finite", [], f"--model {misfits['not finite']}:"),
         ("bare", [], f"--model {misfits['bare']}:"),
         ("small", [], f"--model {misfits['small']}:"),
         ("one type", ["--text-pair-field", "id"], "--text-pair-field id:"),
@@ -824,6 +908,15 @@ def test_without_a_single_known_label_there_is_no_score(more, predict_argv, tmp_
     assert second.startswith("not scored: 3 rows")
 
 
+@pytest.mark.parametrize("words, named", [(["bank money"], True), (["bank", "river"], False)])
+def test_one_class_for_all_rows_is_reported(words, named, predict_argv, tmp_path):
+    rows = [{"text": f"{words[number % len(words)]} quick"} for number in range(12)]
+    text = printed(PREDICT.main, predict_argv(write(tmp_path / "in.csv", rows)))
+    assert any(line.startswith("--model ") for line in text.splitlines()) is named
+    text = printed(PREDICT.main, predict_argv(write(tmp_path / "few.csv", rows[:1]), "one.csv"))
+    assert "--model " not in text, "one row has one class"
+
+
 def test_several_files_other_columns_pairs_and_truncation(finished, predict_argv, tmp_path):
     rows = [{"body": of["text"], "kind": of["label"], "second": "slow"} for of in make_rows(7, 3)]
     rows[0]["body"] += " bank" * 40
@@ -889,7 +982,8 @@ def test_bad_input_of_predict_is_reported_in_one_line(
 ):
     (tmp_path / "rows.txt").write_text("text\nwords\n")
     (tmp_path / "header.csv").write_text("text,label\n")
-    models = [encoder, tmp_path / "absent", *(misfits[of] for of in ("bare", "small", "several"))]
+    models = [encoder, tmp_path / "absent"]
+    models += [misfits[name] for name in ("bare", "small", "several", "not finite")]
     inputs = [tmp_path / name for name in ("header.csv", "rows.txt", "absent.csv")]
     for paths, more, option in (
         *((files["test"], ["--model", model], f"--model {model}:") for model in models),

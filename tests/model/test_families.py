@@ -71,7 +71,8 @@ def test_logits_losses_and_gradients_equal_stock_model_padded(
 
     inputs = pad(batch, pad_id)
     masked = inputs["labels"] != IGNORED
-    labels = {"mlm": inputs["labels"][masked], "nsp": inputs.get("next_sentence_label")}
+    pairs = "sop" if objective == "mlm+sop" else "nsp"
+    labels = {"mlm": inputs["labels"][masked], pairs: inputs.get("next_sentence_label")}
     if family != "bert":
         assert pad_id not in batch.input_ids, "the stock class takes it for padding"
     if objective == "mlm":
@@ -83,8 +84,8 @@ def test_logits_losses_and_gradients_equal_stock_model_padded(
     if objective == "mlm":
         expected = {"mlm": theirs.logits[masked]}
     else:
-        ours["nsp"] = model.next_sentence_logits(hidden, batch)
-        expected = {"mlm": theirs.prediction_logits[masked], "nsp": theirs.seq_relationship_logits}
+        ours[pairs] = model.next_sentence_logits(hidden, batch)
+        expected = {"mlm": theirs.prediction_logits[masked], pairs: theirs.seq_relationship_logits}
     assert_close(ours, expected, atol=1e-5)
 
     terms = model(batch)

@@ -2,6 +2,7 @@
 given, or refused before anything is created."""
 
 import json
+import math
 import re
 import shutil
 
@@ -127,6 +128,23 @@ def without(name, path):
     weights = load_file(path)
     del weights[name]
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def spoil(value, name, path):
+    weights = load_file(path)
+    weights[name].view(-1)[-1] = value
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name", ["bert.encoder.layer.1.output.dense.weight", "cls.predictions.bias"]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value, name, folder):
+    spoil(value, name, folder / "model.safetensors")
+    with refused(folder) as error:
+        from_checkpoint(str(folder))
+    assert name in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -178,13 +178,19 @@ def test_options_are_in_the_one_run(tmp_path):
     assert "_hparams_/session_end_info" in plugin
 
 
-def test_texts_become_panels_and_non_finite_numbers_are_skipped(tmp_path):
+def test_texts_become_panels_and_non_finite_numbers_are_null(tmp_path, capsys):
     monitor = Monitor(tmp_path, 0, 10, OPTIONS)
-    monitor.log(1, {"train/loss": math.nan, "train/x": 1.0, "held-out predictions": "| a |"})
+    numbers = {"train/loss": math.nan, "train/x": 1.0, "eval/perplexity": math.inf}
+    monitor.log(1, {**numbers, "held-out predictions": "| a |"})
     monitor.log(2, {"only text": "text"})
-    assert rows(tmp_path) == [{"step": 1, "train/x": 1.0}], "on disk as soon as it is logged"
+    row = {"step": 1, "train/loss": None, "train/x": 1.0, "eval/perplexity": None}
+    assert rows(tmp_path) == [row], "on disk as soon as it is logged"
     monitor.close({})
-    (panel,) = read_events(tmp_path).Tensors("held-out predictions/text_summary")
+    Monitor(tmp_path, 1, 10, OPTIONS, evaluated=False).close({})  # the row can be read again
+    assert rows(tmp_path) == [{"step": 1, "train/loss": None, "train/x": 1.0}]
+    assert "perplexity not finite" in capsys.readouterr().err
+    assert not {"train/loss", "eval/perplexity"} & set(read_events(tmp_path).Tags()["scalars"])
+    panel = read_events(tmp_path).Tensors("held-out predictions/text_summary")[0]
     assert panel.step == 1 and panel.tensor_proto.string_val[0].decode() == "| a |"
 
 
@@ -206,16 +212,18 @@ def test_lines_replace_the_bar_where_stderr_is_not_a_terminal(quiet, tmp_path, c
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     monitor = Monitor(tmp_path, 0, 100, OPTIONS, quiet=quiet)
     shown = {"train/loss": 6.0, "train/perplexity": 200.0, "speed/tokens_per_second": 12345.6}
-    for step, now in ((1, 1010.0), (2, 1012.0), (20, 1020.0)):
+    for step, now in ((1, 1010.0), (2, 1012.0), (20, 1020.0), (30, 1022.0)):
         clock[0] = now
         monitor.log(step, shown)
     monitor.log(30, {"eval/loss": 5.5, "eval/perplexity": 180.25, "eval/mlm_accuracy": 0.125})
     monitor.say("a line for the user")
     monitor.close({})
-    # Step 2 comes within LINE_SECONDS; at step 20, 20 s for 20 of 100 steps leave 80 s.
+    # Step 2 comes within LINE_SECONDS, and so does step 30, but that has scores, too. The time of
+    # step 1 does not count: at step 20, 10 s for 19 steps leave 42 s.
     lines = [
-        "step 1/100: loss 6, ppl 200, tokens/s 12,346, 16.5 min left",
-        "step 20/100: loss 6, ppl 200, tokens/s 12,346, 1.3 min left",
+        "step 1/100: loss 6, ppl 200, tokens/s 12,346",
+        "step 20/100: loss 6, ppl 200, tokens/s 12,346, 0.7 min left",
+        "step 30/100: loss 6, ppl 200, tokens/s 12,346, 0.5 min left",
         "step 30: validation perplexity 180.2, mlm accuracy 0.125",
         "a line for the user",
     ]

@@ -50,6 +50,19 @@ def test_a_run_that_only_skips_is_stopped_and_shows_how_to_see_its_data():
     assert len(lines) == 2 * MAX_SKIPPED_IN_A_ROW - 2
 
 
+@pytest.mark.parametrize("good, is_enough", [(0, False), (1, False), (2, True)])
+def test_a_short_run_that_nearly_only_skips_has_no_result(good, is_enough):
+    guard, steps = NanGuard(lambda line: None), 10
+    for step in range(1, steps + 1):
+        guard.observe(GOOD if step <= good else BAD, step)
+    if is_enough:
+        guard.check_enough(steps)
+    else:
+        with pytest.raises(UserError, match=f"{steps - good} of the {steps} steps"):
+            guard.check_enough(steps)
+    NanGuard().check_enough(0)  # a run without steps skips none
+
+
 def test_a_collapsing_fp16_scale_is_reported_once():
     class Scaler:
         """Returns the given scales in turn."""
