@@ -34,7 +34,7 @@ from pretrain.data.tokenizer import Vocabulary
 from pretrain.errors import UserError, check, option_named
 from pretrain.evaluate import make_validation_set
 from pretrain.files import lock, sha256_of
-from pretrain.inputs import open_text, prepare_tokenizer
+from pretrain.inputs import open_text, prepare_tokenizer, text_key
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
 from pretrain.model.packed import PackedModel
@@ -59,7 +59,8 @@ def build(config: Config) -> PretrainingRun:
         world, device = start(config.device)
     output = run_folder(config.output)
     if config.output and world.is_main:
-        lock(output)
+        with option_named("--output"):
+            lock(output)
     checkpoint, saved = resume_point(output, config, PRETRAINING_FORM, world)
     config = plan.drop_old_end(config, saved)
     precision = decide_precision(config, saved, device)
@@ -82,6 +83,8 @@ def build(config: Config) -> PretrainingRun:
     folders = {"train": str(training.folder.absolute())}
     if config.valid:
         folders["valid"] = str(validation.folder.absolute())
+    text_keys = saved.get("text")
+    text_keys = text_keys or {name: text_key(getattr(config, name)) for name in folders}
     occurrences = _report_added(training, added, tokenizer)
     set_up_model(model, config, device, precision)
     model = place(model, device, config.shard)
@@ -130,6 +133,7 @@ def build(config: Config) -> PretrainingRun:
             "similar_words": digest,
             "corpus": training.fingerprint,
             "corpus_folders": folders,
+            "text": text_keys,
         },
         added_tokens=occurrences,
     )

@@ -4,7 +4,10 @@ What the options mean is in pretrain/config.py. Nothing here is slow to import.
 """
 
 import argparse
+import errno
+import io
 import json
+import os
 import shlex
 import signal
 import sys
@@ -15,10 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 
-from pretrain.errors import UserError, option_named, refusing
-from pretrain.files import read_text
+from pretrain.errors import UserError, option_named, os_error, refusing, what_it_takes
+from pretrain.files import locks_released, read_text
 from pretrain.schema import flag
-from pretrain.signals import STOP_SIGNALS, Interrupted
+from pretrain.signals import Interrupted, handled
 
 FORMER_NAMES = {"--colour": "--color"}  # still accepted, in no help
 
@@ -101,6 +104,11 @@ def read_command_line(
     return with_defaults
 
 
+def options_of(values: dict, options: type) -> object:
+    """An instance of the dataclass `options` with `values`, as a file has them."""
+    return options(**_parse(build_parser(options, ""), _as_flags(values, options)))
+
+
 def parse(argv: Sequence[str], options: type, description: str, ignored: type | None = None):
     """An instance of the dataclass `options`: its defaults, then --config FILE, then `argv`."""
     return read_command_line(argv, options, description, ignored)()
@@ -145,8 +153,13 @@ def _known(values: dict, options: type, ignored: type) -> dict:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict:
-    words = []
+    words, option = [], ""
     for word in argv:
+        option = word.partition("=")[0] if word.startswith("--") else option
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            shown = word if word.startswith("--") else f"{option} {word}".strip()
+            shown = shown.encode("utf-8", "backslashreplace").decode()
+            raise UserError(f"{shown}: not UTF-8; expected UTF-8 and a locale such as C.UTF-8")
         name, equals, value = word.partition("=")
         words.append(FORMER_NAMES.get(name, name) + equals + value)
     values = vars(parser.parse_args(words))
@@ -183,40 +196,72 @@ def run_command(
 ) -> int:
     """The exit code of `main(argv)`: 2 with messages for a UserError, 1 with a traceback for other
     errors, 128 + its number for a signal. `hint` says how to continue an interrupted command."""
-    hint = f"; {hint}" if hint else ""
-    stops = []
+    hint, stops = f"; {hint}" if hint else "", []
+    _keep_output_open()
 
     def interrupt(number: int, frame: types.FrameType | None) -> typing.NoReturn:
         stops.append(Interrupted(number))
         raise stops[0]
 
-    handlers = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
-    sys.stdout.reconfigure(line_buffering=True)  # keeps the order with stderr in a log file
-    message = ""
-    try:
-        return main(argv) or 0
-    except UserError as error:
-        message, code = "\n".join(f"error: {line}" for line in str(error).splitlines()), 2
-    except OSError as error:
-        what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        expected = "expected an existing path, free disk space, and permission to read and write"
-        message, code = f"error: {what}; {expected}{hint}", 2
-    except KeyboardInterrupt as stop:
-        message = f"{str(stop) or 'interrupted'}{hint}"
-        code = 128 + getattr(stop, "number", signal.SIGINT)
-    except Exception as error:
-        if stops:  # the library it was raised in may have replaced it
-            message, code = str(stops[0]), 128 + stops[0].number
-        else:
-            traceback.print_exc()
-            code = 1
-        _free_frames(error)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with locks_released(), handled(interrupt):
+        message, code = _end_of(main, argv, hint, stops)
     if message:
         print(message, file=sys.stderr)
     return code
+
+
+def _end_of(main: Callable, argv: Sequence[str], hint: str, stops: list) -> tuple[str, int]:
+    """(message, exit code) of `main(argv)`. `stops` receives the signals that it gets."""
+    try:
+        return "", main(argv) or 0
+    except UserError as error:
+        return "\n".join(f"error: {line}" for line in str(error).splitlines()), 2
+    except KeyboardInterrupt as stop:
+        message = f"{str(stop) or 'interrupted'}{hint}"
+        return message, 128 + getattr(stop, "number", signal.SIGINT)
+    except Exception as error:
+        _free_frames(error)
+        if stops:  # the library it was raised in may have replaced it
+            return str(stops[0]), 128 + stops[0].number
+        if reason := os_error(error):
+            what = f"{reason.filename or 'a file'}: {reason.strerror or reason}"
+            return f"error: {what}; {what_it_takes(reason)}{hint}", 2
+        traceback.print_exception(error)
+        return "", 1
+
+
+class _Output(io.FileIO):
+    """A standard stream that drops what nobody can read, after `| head` or in a closed terminal."""
+
+    is_lost = False
+
+    def write(self, data: memoryview) -> int:
+        """Write `data`; returns the number of bytes. Another OSError is raised once."""
+        try:
+            return len(data) if self.is_lost else super().write(data)
+        except OSError as error:
+            self.is_lost = True
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise OSError(error.errno, error.strerror, "the output") from error
+            return len(data)
+
+
+def _keep_output_open() -> None:
+    """Make stdout and stderr outlive their readers, and print characters that their encoding lacks
+    as escapes. Lines come in order in a common log file."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed; the next file that is opened would get the number
+            os.open(os.devnull, os.O_RDWR)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):
+            encoding = stream.encoding if stream else "utf-8"
+            raw = io.BufferedWriter(_Output(number, "w", closefd=False))
+            stream = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, stream)
+    sys.stdout.reconfigure(line_buffering=True)
 
 
 def _free_frames(error: BaseException | None) -> None:

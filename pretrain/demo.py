@@ -37,8 +37,10 @@ def write_text(cache: Path) -> Path:
     """The text as a file in the `sentences` format, written once per version of Python."""
     path = cache / f"python-docs-{platform.python_version()}.txt"
     if not path.is_file():
-        print("collecting the embedded text: Python's language reference and docstrings")
-        files.write_text(path, "\n\n".join("\n".join(document) for document in _documents()) + "\n")
+        with files.exclusive(path):
+            print("collecting the embedded text: Python's language reference and docstrings")
+            text = "\n\n".join("\n".join(document) for document in _documents())
+            files.write_text(path, f"{text}\n")
     return path
 
 

@@ -1,11 +1,20 @@
 """Errors that a user can fix, and helpers that turn other errors into them."""
 
 import contextlib
+import errno
 import importlib
+import os
+import re
 import types
 from collections.abc import Iterator
 
 SHOWN_PROBLEMS = 20
+EXPECTED = {  # by number of an error of the operating system
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "more open files (ulimit -n)"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "permission to read and write"),
+}
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing about the file
 PACKAGES = {"sklearn": "scikit-learn"}  # module -> package, where more than "_" and "-" differ
 
 
@@ -44,7 +53,25 @@ def refusing(message: str, expected: str) -> Iterator[None]:
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
+        reason = os_error(error)
+        if reason and reason.errno in EXPECTED:  # not the fault of a file's content
+            expected = what_it_takes(reason)
         raise UserError(f"{message} ({first_line(error)}); {expected}") from error
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """The error of the operating system that `error` is or reports: the libraries in Rust raise
+    others, with the text "No space left on device (os error 28)"."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def what_it_takes(error: OSError) -> str:
+    """What was expected where `error` was raised."""
+    anything = "an existing path, free disk space, and permission to read and write"
+    return f"expected {EXPECTED.get(error.errno, anything)}"
 
 
 def first_line(error: BaseException) -> str:

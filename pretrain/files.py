@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from pretrain.errors import UserError, first_line
+from pretrain.errors import UserError, os_error, refusing, what_it_takes
 from pretrain.schema import Form, misfit
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from a file system without locks
@@ -24,16 +26,20 @@ _held: dict[Path, TextIO] = {}  # by folder: the locks of this process
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file or folder next to `path`, then rename it to `path`."""
+    """Let `write` make a file or folder next to `path`, then rename it to `path`. Where several
+    processes may write it, call this inside `exclusive`, which removes the parts of killed ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Not the process number: in each container it is 1.
+    partial = path.with_name(_partial_name(path.name, secrets.token_hex(4)))
     try:
         write(partial)
         partial.replace(path)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+        remove(partial)
+
+
+def _partial_name(name: str, token: str) -> str:
+    return f".{name}.{token}.partial"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,79 +84,156 @@ def file_problem(path: str | Path) -> str | None:
 def read_text(path: str | Path, expected: str) -> str:
     """The text of a regular file in UTF-8; UserError if there is none."""
     problem = file_problem(path)
-    try:
-        text = "" if problem else Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8 at byte offset {error.start}"
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
     if problem:
         raise UserError(f"{path}: {problem}; expected {expected}")
-    return text
+    with refusing(f"{path}: cannot be read", f"expected {expected}"):
+        content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 at byte offset {error.start}"
+        raise UserError(f"{path}: {problem}; expected {expected}") from error
 
 
 def read_json(path: Path, form: Form | None = None, expected: str = "a JSON object") -> dict:
     """The object in a JSON file; UserError if it cannot be read or does not have the form."""
     text = read_text(path, expected)
-    try:
+    with refusing(f"{path}: cannot be read", f"expected {expected}"):
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        problem = f"cannot be read ({first_line(error)}); expected {expected}"
-        raise UserError(f"{path}: {problem}") from error
     if problem := misfit(content, form or {}):
         raise UserError(f"{path}: {problem}")
     return content
 
 
-def lock(folder: Path, wait: bool = False) -> None:
+def lock(folder: Path, wait: bool = False) -> bool:
     """Lock `folder` until `unlock` or the end of this process; others wait or get a UserError.
+    False if the file system has no locks.
 
     A POSIX record lock on a file next to the folder: it ends with the process, and forked workers
     do not inherit it (they would inherit flock, which the filelock package uses)."""
+    check_writable(folder)
     folder = Path(os.path.realpath(folder))  # links to one folder share its lock
     if folder in _held:
-        return
+        return True
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    if not path.exists() and not os.access(folder.parent, os.W_OK):
-        path = folder / ".lock"  # a volume mounted into a container, for example
+    path = _lock_file(folder)
     handle = path.open("a+")
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except (BlockingIOError, PermissionError) as error:
-        handle.seek(0)
-        owner = handle.read().strip()
+        has_locks = _acquire(handle, folder, wait)
+    except BaseException:
         handle.close()
-        problem = f"another process ({owner}) is using it; wait, stop it, or use another folder"
-        raise UserError(f"{folder}: {problem}") from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        print(f"{folder}: its file system has no locks; do not start a second process in it")
+        raise
+    if not _is_open(path, handle):  # its last owner removed it while this process waited
+        handle.close()
+        return lock(folder, wait)
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {os.uname().nodename}")
     handle.flush()
     _held[folder] = handle
+    return has_locks
+
+
+def _acquire(handle: TextIO, folder: Path, wait: bool) -> bool:
+    """Lock the open file of `folder`; False if its file system has no locks."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            print(f"{folder}: its file system has no locks; do not start a second process in it")
+            return False
+        if not isinstance(error, (BlockingIOError, PermissionError)):
+            raise
+        handle.seek(0)
+        owner = handle.read().strip()
+        if not wait:
+            problem = f"another process ({owner}) is using it"
+            expected = "wait, stop it, or use another folder"
+            raise UserError(f"{folder}: {problem}; {expected}") from error
+        print(f"{folder}: waiting for another process ({owner})")
+        fcntl.lockf(handle, fcntl.LOCK_EX)
+    return True
+
+
+def _lock_file(folder: Path) -> Path:
+    path = folder.with_name(f".{folder.name}.lock")
+    if not path.exists() and not os.access(folder.parent, os.W_OK) and folder.is_dir():
+        path = folder / ".lock"  # a volume mounted into a container, for example
+    return path
+
+
+def _is_open(path: Path, handle: TextIO) -> bool:
+    """Whether `handle` is open on the file that is now at `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def unlock(folder: Path) -> None:
-    """Release the lock that `lock` took."""
+    """Release the lock that `lock` took, and remove its file."""
     handle = _held.pop(Path(os.path.realpath(folder)), None)
     if handle:
+        with contextlib.suppress(OSError):  # the folder may have been moved away
+            if _is_open(Path(handle.name), handle):
+                os.unlink(handle.name)
         handle.close()
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Lock `folder` inside the block; UserError for a full or read-only disk."""
+def locks_released() -> Iterator[None]:
+    """Release the locks that are taken inside and not released there."""
+    before = set(_held)
     try:
-        lock(folder, wait=True)
         yield
-    except OSError as error:
-        problem = f"cannot be written ({error}); expected free space and permission to write"
-        raise UserError(f"{folder}: {problem}") from error
     finally:
-        unlock(folder)
+        for folder in _held.keys() - before:
+            unlock(folder)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
+    """Lock `path`, a file or folder, inside the block, and remove what killed processes have left
+    of it; UserError for a full or read-only disk."""
+    try:
+        if lock(path, wait):
+            for leftover in path.parent.glob(_partial_name(glob.escape(path.name), "?" * 8)):
+                remove(leftover)
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = os_error(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path}: cannot be written ({reason}); {what_it_takes(reason)}") from error
+    finally:
+        unlock(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what interrupted writes and removals left in `folder`, which no other process uses."""
+    for suffix in ("partial", "removed", "previous"):
+        for leftover in folder.glob(f".*.{suffix}"):
+            remove(leftover)
+
+
+def check_writable(path: str | Path) -> None:
+    """UserError unless a file or folder can be created at `path` or, if it exists, changed."""
+    base = Path(path)
+    while not os.path.exists(base):
+        base = base.parent
+    if base != Path(path) and not os.path.isdir(base):
+        raise UserError(f"{path}: {base} is a file; expected a folder")
+    if not os.access(base, os.W_OK):
+        raise UserError(f"{path}: no permission to write to {base}; expected another place")
 
 
 def is_path(name: str) -> bool:

@@ -3,7 +3,8 @@
 The main process checks and prepares; the others wait and open what it wrote.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -13,17 +14,24 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.config import MODEL_SIZES, OBJECTIVES, Config, TextOptions, TokenizerOptions, typed
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.annotate import CHINESE_SHARE, Markup, describe_script, read_terms
-from pretrain.data.corpus import FORMAT_VERSION, Corpus, is_corpus, load_tokenizer, open_corpus
+from pretrain.data.corpus import (
+    FORMAT_VERSION,
+    Corpus,
+    damage_of,
+    is_corpus,
+    load_tokenizer,
+    open_corpus,
+)
 from pretrain.data.formats import open_files
 from pretrain.data.prepare import prepare
 from pretrain.data.sentences import Span, Stream, sentences
-from pretrain.data.sources import Source, content_key, read_lines
+from pretrain.data.sources import Source, content_key, expand, read_lines, states_of
 from pretrain.data.tokenizer import Vocabulary
 from pretrain.errors import UserError, check, option_named, require
-from pretrain.files import exclusive
+from pretrain.files import exclusive, key_of
 from pretrain.model.loading import load_config
 from pretrain.runtime.checkpoint import problem_of, write_folder
-from pretrain.runtime.distributed import World, main_first
+from pretrain.runtime.distributed import World, gather, main_first
 
 SAMPLED_FILES, SAMPLED_SENTENCES = 16, 1000  # read to detect the script of a text
 
@@ -214,15 +222,20 @@ def open_text(
 ) -> tuple[Corpus, Corpus | None]:
     """(training text, validation text), prepared if necessary; UserError if there is too little.
 
-    A resumed run opens the corpora in its `saved` values; UserError if the training text has
-    changed."""
+    A resumed run opens the corpora in its `saved` values, even if the text was edited since then;
+    UserError if they are gone and the text has changed."""
     opened: dict[str, Corpus] = {}
     folders = saved.get("corpus_folders", {})
     for name in ("train", "valid"):
         option, paths, folder = f"--{name}", getattr(config, name), folders.get(name)
-        if folder and paths and is_corpus(folder):
+        with option_named(option):
+            is_usable = gather(world.is_main and _is_usable(folder, config))[0]
+        if is_usable and paths:
             with option_named(option):
                 opened[name] = open_corpus(folder, vocabulary)
+            if saved.get("text") and saved["text"].get(name) != text_key(paths):
+                kept = f"the run continues on its corpus, {folder}"
+                print(f"{typed(config, name)}: has changed since the run started; {kept}")
         elif paths:
             masking = config.masking if name == "train" else "token"
             files = text.get(name) or check_text(paths, option, config, world, masking)
@@ -244,6 +257,26 @@ def open_text(
                 "use another --format, --objective mlm, --valid or --valid-fraction 0"
             )
     return training, validation
+
+
+def _is_usable(folder: str | None, config: Config) -> bool:
+    """Whether a resumed run can open its corpus in `folder`, or must prepare it again: if it is
+    gone or, in the cache, damaged."""
+    if not folder:
+        return False
+    is_cached = Path(folder).parent == Path(os.path.abspath(config.cache))
+    if is_cached and damage_of(Path(folder)):
+        return False
+    return is_corpus(folder)
+
+
+def text_key(paths: Iterable[str]) -> str:
+    """16 hexadecimal digits that change when a file of `paths` is edited, added or removed."""
+    try:
+        states = [state for entry in expand(paths) for state in states_of(entry)]
+    except UserError:  # all are gone
+        states = []
+    return key_of([[Path(path).name, *state] for path, *state in states])
 
 
 def open_or_prepare(
@@ -270,13 +303,19 @@ def open_or_prepare(
         settings = [text.text_format, vocabulary.fingerprint, FORMAT_VERSION, markup.key]
         folder = output or cache / content_key(text.sources, *settings)
         with main_first(world):
-            if not is_corpus(folder):
+            if not (folder / "corpus.json").is_file():
                 verb = "prepared"
                 found = (markup.find(*item) for item in text.sentences() if item)
                 if (masking == "entity" or markup.lexicon) and not any(found):
                     raise _no_entities(text)
             corpus = prepare(
-                text.sources, text.text_format, tokenizer, folder, markup=markup, **more_arguments
+                text.sources,
+                text.text_format,
+                tokenizer,
+                folder,
+                markup=markup,
+                replace_damaged=not output,  # what is in the cache is ours
+                **more_arguments,
             )
     if vocabulary.is_special[corpus.shard(0).ids[: 1 << 20]].all():
         problem = "only special and unknown tokens, so nothing can be masked"

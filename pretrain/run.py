@@ -24,12 +24,12 @@ from pretrain.batch import Batch
 from pretrain.config import MODEL_SIZES, Config, may_change, typed
 from pretrain.data.collate import Collator
 from pretrain.data.loader import PretrainingDataset, TrainData
-from pretrain.errors import check, option_named
+from pretrain.errors import UserError, check, option_named
 from pretrain.evaluate import ValidationSet, evaluate, sample_predictions
-from pretrain.files import write_json, write_text
+from pretrain.files import lock, read_json, write_json, write_text
 from pretrain.model.packed import PackedModel, count_flops
 from pretrain.runtime import checkpoint as ckpt
-from pretrain.runtime.distributed import World, gather, wait_for_all
+from pretrain.runtime.distributed import World, gather
 from pretrain.runtime.monitor import PRETRAINING_CHARTS, Monitor
 from pretrain.runtime.optim import AUTOCAST, autocast
 from pretrain.runtime.sharding import whole_weights
@@ -52,6 +52,7 @@ PRETRAINING_FORM = SAVED_FORM | {
     "similar_words": optional(TEXT),  # hash of the table
     "corpus": TEXT,  # fingerprint of the training text
     "corpus_folders": {"train": optional(TEXT), "valid": optional(TEXT)},  # by option
+    "text": optional(values_of(TEXT, "text by option")),  # the `text_key` of each option
 }
 
 
@@ -150,8 +151,12 @@ class Run:
         )
 
     def open_output(self) -> None:
-        """Create the run folder; --overwrite moves an old run aside. Call once all is checked."""
+        """Create the run folder, under a free name without --output; --overwrite moves an old run
+        aside. Call once all is checked."""
         if self.world.is_main:
+            if not self.config.output:
+                self.output = ckpt.new_folder(self.output)
+                lock(self.output)
             results = [*ckpt.checkpoints(self.output), *map(self.output.joinpath, self.results)]
             has_result = any(path.exists() for path in results)
             self.replaced = ckpt.make_output(self.output, self.config.overwrite, has_result)
@@ -161,7 +166,7 @@ class Run:
             for name in ("output", "resume", "overwrite"):  # of this launch only
                 del options[name]
             write_json(self.output / "config.json", options)
-        wait_for_all()
+        self.output = gather(self.output)[0]
 
     def write_model(self, name: str, state, weights: dict[str, Tensor] | None = None) -> None:
         """Write the model folder `name`, by default with the model's own weights. All processes
@@ -208,9 +213,16 @@ class Run:
     def keep_best(self, state) -> None:
         self.write_model("best", state)
 
-    def best_problem(self) -> str | None:
-        """What is wrong with `best/` when a run resumes; None if it is intact."""
-        return ckpt.problem_of(self.output / "best", needed=())
+    def best_problem(self, step: int) -> str | None:
+        """What is wrong with `best/`, the model of `step`, when a run resumes; None if it is
+        intact, or a copy of the checkpoint of that step now."""
+        best, source = self.output / "best", self.output / f"checkpoint-{step}"
+        problem = ckpt.problem_of(best, needed=())
+        if problem and source.is_dir() and not ckpt.problem_of(source):
+            print(f"{problem}: written again from {source}")
+            ckpt.write_copy(source, best)
+            return None
+        return problem
 
     def state_dict(self) -> dict[str, Tensor]:
         """The run's own tensors, for a checkpoint."""
@@ -315,7 +327,8 @@ class PretrainingRun(Run):
         """Whether the run is finished and `final/` is its model. All processes must call this."""
         final, has_final = self.output / "final", False
         if self.world.is_main and self.saved.get("finished") and not self.is_extended:
-            is_whole = ckpt.problem_of(final, needed=()) is None
+            folders = [final, self.output / "best"] if self.phases[-1].validation else [final]
+            is_whole = not any(ckpt.problem_of(folder, needed=()) for folder in folders)
             step = ckpt.step_of(self.checkpoint)
             has_final = is_whole and ckpt.read_facts(final).get("step") == step
         return gather(has_final)[0]
@@ -339,7 +352,7 @@ class PretrainingRun(Run):
 
 
 def run_folder(output: str | None, prefix: str = "") -> Path:
-    """The folder of --output; by default runs/DATE-TIME."""
+    """The folder of --output; by default runs/DATE-TIME, or a name like it that is free later."""
     if not output:
         return Path(f"runs/{prefix}{datetime.datetime.now():%Y%m%d-%H%M%S}")
     return Path(os.path.abspath(output)) if output in (".", "..") else Path(output)
@@ -355,7 +368,7 @@ def resume_point(output: Path, config, form: dict, world: World) -> tuple[Path |
         return None, {}
     with option_named("--resume"):
         saved = ckpt.read_values(checkpoint, form)
-    check(_changed_options(config, saved))
+    check(_changed_options(config, saved, output / "config.json"))
     if saved["processes"] == world.size:
         torch.set_num_threads(saved["threads"])
     return checkpoint, saved
@@ -364,7 +377,8 @@ def resume_point(output: Path, config, form: dict, world: World) -> tuple[Path |
 def _find_checkpoint(output: Path, config) -> Path | None:
     ways = "a new folder, --resume to continue its run, or --overwrite to replace it"
     with option_named("--output"):
-        ckpt.check_output(output, config.overwrite, None if config.resume else ways)
+        taken = config.resume or not config.output  # without --output, another name is chosen
+        ckpt.check_output(output, config.overwrite, None if taken else ways)
     if not config.resume:
         return None
     for previous in output.glob(".*.previous"):  # left by an interrupted save
@@ -396,9 +410,14 @@ def _portable(name: str, value: object) -> object:
     return os.path.abspath(os.path.expanduser(value)) if is_path else value
 
 
-def _changed_options(config, saved: dict) -> list[str]:
-    """A problem, with both values, for each option that changed but must not on resume."""
+def _changed_options(config, saved: dict, path: Path) -> list[str]:
+    """A problem, with both values, for each option that changed but must not on resume. It names
+    `path`, the run's config.json, if the value is from there."""
     before, now, problems = saved["options"], portable_options(config), []
+    try:
+        in_file = read_json(path)
+    except UserError:
+        in_file = {}
     changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
     changed -= may_change(type(config))
     if now["micro_batch_size"] == saved["micro_batch_size"]:
@@ -413,9 +432,13 @@ def _changed_options(config, saved: dict) -> list[str]:
         values = before[old] if isinstance(before[old], list) else [before[old]]
         shown = " ".join(map(str, [flag(old), *values]))
         start = "without it" if values in ([], [None]) else f"with {shown}"
+        way = "omit the option"
+        where = ""
+        if name in in_file and in_file[name] == now[name]:
+            where, way = f"{path}: ", "restore the value"
         problems.append(
-            f"{typed(config, name)}: the run started {start}, which a resume cannot change; "
-            "omit the option, or start a new run in another --output"
+            f"{where}{typed(config, name)}: the run started {start}, which a resume cannot change; "
+            f"{way}, or start a new run in another --output"
         )
     return problems
 

@@ -1,10 +1,13 @@
 """The signals that end a run."""
 
+import contextlib
 import ctypes
 import signal
 import sys
+from collections.abc import Callable, Iterator
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SIGHUP: the terminal was closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
@@ -14,6 +17,31 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, message: str = "interrupted by"):
         super().__init__(f"{message} {signal.Signals(number).name}")
         self.number = number
+
+
+@contextlib.contextmanager
+def handled(handler: Callable) -> Iterator[None]:
+    """Handle stop signals by `handler` inside, except a SIGHUP that is ignored, as under nohup."""
+    before = {}
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Block stop signals inside. Processes that are started there inherit this, and leave signals
+    to the whole group to their parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_stop_signals() -> None:

@@ -253,8 +253,11 @@ def restore(run: Run, state: TrainState, parts: dict) -> None:
         raise UserError(f"{run.checkpoint}: {problem}") from error
     if run.is_extended:
         state.evaluations_without_gain = 0
-    damage = run.best_problem() if state.best_scores and run.world.is_main else None
-    if gather(damage)[0]:
+    is_wanted = state.best_scores and run.world.is_main
+    damage = gather(run.best_problem(state.best_step) if is_wanted else None)[0]
+    if damage and state.is_finished(run):
+        print(f"{damage}: the checkpoint of its step is gone, so it cannot be written again")
+    elif damage:
         print(f"{damage}: the next evaluation rewrites best/")
         state.best_scores = {}
 

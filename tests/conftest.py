@@ -2,6 +2,7 @@
 the `main` of a command in this process. Everything is offline and on one thread."""
 
 import contextlib
+import ctypes
 import gc
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import sys
 import time
 import traceback
@@ -259,6 +261,13 @@ def refusal(main, argv, capsys) -> str:
     return "\n".join(line.removeprefix("error: ") for line in lines)
 
 
+def without_privileges() -> None:
+    """From now on this process may open only what its permissions allow, even as root."""
+    if os.getuid() == 0:
+        header = struct.pack("Ii", 0x20080522, 0)  # version 3 of linux/capability.h, this process
+        assert ctypes.CDLL(None).capset(header, bytes(24)) == 0
+
+
 @contextlib.contextmanager
 def observed_steps():
     """A list that collects the micro-batches of every training step inside the context."""
@@ -284,6 +293,7 @@ def steps_seen():
 
 def _run_child(folder, main, argv, rank, variables, prepare) -> None:
     """Run the command in a forked process, then end the process."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if the tests run under nohup
     # After a fork the threads of the tokenizers library are gone, and it would wait for them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     code = 1

@@ -129,7 +129,7 @@ def assert_same_result(whole, parts, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT", "USR1"))
+    parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT", "USR1", "HUP"))
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))

@@ -6,11 +6,13 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import typing
 import weakref
 
 import pytest
-from conftest import refusal, script
+from conftest import ROOT, refusal, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -166,17 +168,54 @@ def kills(number):
         (lambda argv: len(argv), ["a", "b"], 2, ""),
         (raises(UserError("--a 1: x\n--b 2: y")), [], 2, "error: --a 1: x\nerror: --b 2: y\n"),
         (raises(OSError(28, "No space", "disk")), [], 2, "error: disk: No space"),
+        (raises(Exception("Too long (os error 36)")), [], 2, "error: a file: "),
         (raises(KeyboardInterrupt()), [], 130, "interrupted; way on\n"),
         (raises(RuntimeError("unexpected")), [], 1, "Traceback"),
         (kills(signal.SIGTERM), [], 143, "interrupted by SIGTERM; way on\n"),
+        (kills(signal.SIGHUP), [], 129, "interrupted by SIGHUP; way on\n"),
         (kills(signal.SIGUSR1), ["import"], 138, "interrupted by SIGUSR1\n"),
     ],
 )
 def test_exit_code_and_messages(main, argv, code, said, capsys):
     before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     assert run_command(main, argv, "way on") == code
     assert capsys.readouterr().err.startswith(said)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+OUTPUT = r"""
+import sys
+sys.path.insert(0, sys.argv[1])
+from pretrain.cli import run_command
+
+def main(argv):
+    with open(argv[0], "w") as file:  # not the place of a closed stream
+        for number in range(5000):
+            print("\u5317\u4eac", number)
+        print("end", file=file)
+        print("end", file=sys.stderr)
+
+sys.exit(run_command(main, sys.argv[2:]))
+"""
+OUTPUTS = {  # how the shell runs it, the exit code
+    "no reader": ("{} | head -n 1", 0),
+    "no output": ("{} >&- 2>&- <&-", 0),
+    "ascii": ("LC_ALL=C PYTHONUTF8=0 {}", 0),
+    "full disk": ("{} >/dev/full", 2),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_lost_output_costs_nothing_else(name, tmp_path):
+    line, code = OUTPUTS[name]
+    path = tmp_path / "file"
+    command = shlex.join([sys.executable, "-c", OUTPUT, str(ROOT), str(path)])
+    bash = ["bash", "-c", f"set -o pipefail; {line.format(command)}"]
+    ended = subprocess.run(bash, capture_output=True, text=True)
+    assert ended.returncode == code and "Traceback" not in ended.stderr, ended
+    assert path.read_text() == ("end\n" if code == 0 else "")
+    assert ended.stderr.count("\n") == (name != "no output")
 
 
 def test_frames_of_an_unexpected_error_are_freed(capsys):
@@ -200,6 +239,7 @@ def test_frames_of_an_unexpected_error_are_freed(capsys):
 
 
 def test_an_unknown_or_shortened_option_is_refused(capsys):
-    for argv in (["--batch", "8"], ["--width", "3"], ["more"]):
+    for argv in (["--batch", "8"], ["--width", "3"], ["more"], ["--train", "\udce5"]):
         message = refusal(lambda argv: parse(argv, Config, ""), argv, capsys)
-        assert " ".join(argv) in message and "\n" not in message
+        shown = " ".join(argv).encode("utf-8", "backslashreplace").decode()
+        assert shown in message and "\n" not in message

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from multiprocessing import synchronize
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +57,7 @@ from pretrain.runtime import nan_guard
 from pretrain.runtime.monitor import Monitor
 
 KILL, TERM, INT, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+HUP = signal.SIGHUP
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 WEIGHT = "bert.embeddings.word_embeddings.weight"
 
@@ -268,16 +270,30 @@ def test_a_restart_loop_ends(finished, output):
     assert f"{output} is finished" in printed(output) and not ckpt.checkpoints(output)
 
 
-@pytest.mark.parametrize("name", ["best", "final"])
-def test_a_damaged_model_folder_is_rewritten(finished, output, name, capsys):
-    if name == "best":  # of step 8 at the earliest, then
-        interrupted_copy(finished, output, 6)
+@pytest.mark.parametrize(
+    ("name", "step", "kept"),
+    [("best", 6, True), ("best", 6, False), ("best", 10, True), ("best", 10, False)]
+    + [("final", 10, True)],
+)
+def test_a_damaged_model_folder_is_rewritten(finished, output, name, step, kept, capsys):
+    """The best model of a finished run, only if the checkpoint of its step is `kept`."""
+    if step < 10:
+        interrupted_copy(finished, output, step)
     else:
         shutil.copytree(finished, output)
     (output / name / "model.safetensors").write_bytes(b"lost")
+    if not kept:
+        best = ckpt.read_states(ckpt.newest_good(output))["train"]["best_step"]
+        for other in ckpt.checkpoints(output)[1:] if step == 10 else []:
+            shutil.rmtree(other)
+        if best < step:
+            shutil.rmtree(output / f"checkpoint-{best}", ignore_errors=True)
     resume(output)
     assert_same_run(finished, output)
     assert ckpt.problem_of(output / name, needed=()) is None
+    assert (output / name / "model.safetensors").read_bytes() == (
+        finished / name / "model.safetensors"
+    ).read_bytes()
     if name == "best":
         assert f"{output / name / 'model.safetensors'} is " in capsys.readouterr().out
 
@@ -292,14 +308,29 @@ def test_an_extended_run_writes_final_again(finished, output):
     assert ckpt.read_facts(output / "final")["step"] == 12
 
 
-@pytest.mark.parametrize("text", [None, "{"])
-def test_options_come_from_a_checkpoint_if_config_json_is_lost(finished, output, text):
+GARBLED = ["{", "seed", '"learning_rate": 0.001->"learning_rate": "x"', '"/->"-', "word->worf"]
+
+
+@pytest.mark.parametrize("change", [None, *GARBLED])
+def test_options_come_from_a_checkpoint_if_config_json_is_lost(finished, output, change, capsys):
     interrupted_copy(finished, output, 8)
-    (output / "config.json").unlink()
-    if text is not None:
-        (output / "config.json").write_text(text)
+    path = output / "config.json"
+    if change is None:
+        path.unlink()
+    else:
+        old, _, new = change.partition("->")
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
     resume(output)
     assert_same_run(finished, output)
+    assert (str(path) in capsys.readouterr().out) == (change is not None)
+
+
+def test_an_edited_config_json_is_named(stopped):
+    change_json(stopped / "config.json", lambda options: options | {"seed": 1})
+    (text,) = start(stopped, "--resume", ends_with=2)
+    assert text.startswith(f"error: {stopped / 'config.json'}: --seed 1: ")
 
 
 # Training states from someone else: their hashes match.
@@ -359,12 +390,12 @@ def test_tensors_of_a_training_state_that_do_not_fit(stopped, place, value):
 SIGNALS = [
     (1, train, "train_step", 5, 5, TERM, "adamw"),
     (1, train, "train_step", 5, 5, INT, "muon"),
-    (1, train, "train_step", 10, 10, TERM, "adamw"),
+    (1, train, "train_step", 10, 10, HUP, "adamw"),
     (1, train, "save_checkpoint", 1, 3, TERM, "muon"),
     (1, PretrainingRun, "validate", 1, 0, TERM, "adamw"),
     (1, PretrainingRun, "validate", 4, 10, TERM, "muon"),
     (2, train, "train_step", 5, 5, USR1, "adamw"),
-    (2, PretrainingRun, "validate", 2, 4, TERM, "muon"),
+    (2, PretrainingRun, "validate", 2, 4, HUP, "muon"),
 ]
 
 
@@ -393,8 +424,8 @@ def close_stderr(*given):
 
 
 def signal_to_group(*given):
-    """As from a job scheduler or a terminal."""
-    os.killpg(0, TERM)
+    """As from a job scheduler or a closed terminal."""
+    os.killpg(0, HUP)
 
 
 TWICE = [at(train, name, 5, send(INT)) for name in ("train_step", "sum_counts")]
@@ -404,7 +435,7 @@ ENDS = {  # the fault, more options, the exit code, the newest checkpoint
     "workers signaled": (
         all_of(os.setsid, at(train, "train_step", 5, signal_to_group)),
         "--workers 2",
-        128 + TERM,
+        128 + HUP,
         5,
     ),
     "no reader": (
@@ -420,7 +451,9 @@ ENDS = {  # the fault, more options, the exit code, the newest checkpoint
 def test_how_a_signal_ends_the_run(finished, options, output, name):
     """A second SIGINT ends it at once; others after the step, whoever else gets the signal."""
     fault, more, code, step = ENDS[name]
-    start(output, options, more, fault=fault, ends_with=code)
+    (text,) = start(output, options, more, fault=fault, ends_with=code)
+    assert name == "no reader" or "SIG" in text.splitlines()[-1]
+    assert text.count("SIGINT") == (name == "second SIGINT")
     assert newest(output) == step
     resume(output, options)
     assert_same_run(finished, output)
@@ -458,6 +491,12 @@ FAILURES = {  # the fault, more options, what the message names, the newest chec
     "full disk": (at(Monitor, "log", 7, fail(NO_SPACE)), "", "metrics.jsonl: No space left", 4),
     "lost write": (at(ckpt, "problem_of", 0, lose_a_write), "--keep 1", "model.safetensors", 4),
     "dead worker": (in_a_worker(send(KILL)), "--workers 1", "--workers", 0),
+    "no shared memory": (
+        at(synchronize.SemLock, "__init__", 0, fail(OSError(30, "Read-only file system"))),
+        "--workers 1",
+        "--workers",
+        0,
+    ),
     "stuck worker": (stuck_worker, "--workers 1", "--workers", 0),
     "infinite weight": (spoil_state("weight"), "", ".weight", 4),
     "infinite state": (spoil_state("exp_avg"), "", ".weight", 4),
@@ -618,6 +657,40 @@ def test_a_second_run_on_a_folder_is_refused(finished, stopped, options, tmp_pat
     os.waitpid(other, 0)
     resume(stopped)
     assert_same_run(finished, stopped)
+
+
+def test_a_killed_overwrite_keeps_a_finished_run(finished, options, output):
+    """Whose checkpoints were removed, until the new run has one."""
+    interrupted_copy(finished, output, 0)
+    shutil.copytree(finished / "final", output / "final")
+    kill = at(train, "train_step", 1, send(KILL))
+    for _ in range(2):
+        start(output, options, "--overwrite", fault=kill, ends_with=-KILL)
+        assert f"{output.parent / '.run.replaced'}: " in printed(output)
+        assert ckpt.problem_of(output.parent / ".run.replaced" / "final", needed=()) is None
+    resume(output, options)
+    assert_same_run(finished, output)
+    assert not (output.parent / ".run.replaced").exists()
+
+
+def test_a_refusal_leaves_no_lock_file(finished, options):
+    (text,) = start(finished, options, ends_with=2)
+    assert text.startswith(f"error: --output {finished}: ")
+    assert not finished.with_name(f".{finished.name}.lock").exists()
+
+
+def test_a_lock_whose_file_was_removed_while_another_waited(tmp_path):
+    """The one who waited holds the file that is there now."""
+    child = hold_in_child(
+        tmp_path / "run", lambda: (time.sleep(0.2), files.unlock(tmp_path / "run"))
+    )
+    files.lock(tmp_path / "run", wait=True)
+    try:
+        os.waitpid(child, 0)
+        assert str(os.getpid()) in (tmp_path / ".run.lock").read_text()
+    finally:
+        files.unlock(tmp_path / "run")
+    assert not (tmp_path / ".run.lock").exists()
 
 
 def test_workers_of_a_killed_process_do_not_hold_its_lock(tmp_path):

@@ -44,6 +44,8 @@ from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World
 from pretrain.train import train
 
+RUNS = ("whole", "run")
+
 
 @pytest.fixture(scope="module")
 def arguments(cache, text_file):
@@ -219,6 +221,36 @@ def test_a_run_is_started_again_from_another_directory(
     monkeypatch.chdir(tmp_path)
     resume(Path("copy"))
     assert rows(tmp_path / "copy") == expected
+
+
+def test_runs_without_a_name_take_a_free_one(arguments, tmp_path, monkeypatch):
+    """Three in one second, as from a loop."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/20260102-030405", "runs/20260102-030405-2"):
+        assert ckpt.new_folder(Path("runs/20260102-030405")) == Path(name)
+    main([*arguments, "--max-steps", "1"])
+    main([*arguments, "--max-steps", "1"])
+    folders = sorted(Path("runs").glob("*/summary.json"))
+    assert len(folders) == 2
+
+
+def test_a_text_that_was_edited_is_reported_and_the_run_keeps_its_corpus(
+    arguments, text_file, tmp_path, output, capsys
+):
+    text = shutil.copy(text_file, tmp_path / "text.txt")
+    for folder in RUNS:
+        steps = 4 if folder == "whole" else 2
+        more = ["--train", text, "--schedule", "constant", "--max-steps", steps]
+        pretrain_into(tmp_path / folder, arguments, more)
+    with open(text, "a") as file:
+        file.write("\nOne more sentence .\n")
+    capsys.readouterr()
+    resume(output, "--max-steps 4")
+    weights = [(tmp_path / of / "final" / "model.safetensors").read_bytes() for of in RUNS]
+    assert weights[0] == weights[1]
+    assert f"--train {text}: " in capsys.readouterr().out
+    resume(output, "--max-steps 5")
+    assert f"--train {text}: " in capsys.readouterr().out  # each time
 
 
 def test_a_run_of_another_command_is_not_resumed(output, capsys):

@@ -9,6 +9,7 @@ import operator
 import os
 import pickle
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from packed_reference import small_config
 
 from pretrain.data import tokenizer as tokenizers
-from pretrain.data.corpus import ARRAYS, Corpus, load_tokenizer, open_corpus, seal
+from pretrain.data.corpus import ADVICE, ARRAYS, Corpus, load_tokenizer, open_corpus, seal
 from pretrain.data.prepare import prepare
 from pretrain.data.sources import check_files
 from pretrain.errors import UserError, refusing
@@ -138,6 +139,21 @@ def damaged(raw):
         flipped = bytes([raw[place] ^ bit])
         ways[f"bit of byte {place}"] = raw[:place] + flipped + raw[place + 1 :]
     return ways
+
+
+def test_too_few_open_files_are_no_damage(source):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    corpus = Corpus(source)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # more are open
+    try:
+        with pytest.raises((UserError, OSError)) as of_manifest:
+            Corpus(source)
+        with pytest.raises((UserError, OSError)) as of_shard:
+            corpus.select(1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for raised in (of_manifest, of_shard):
+        assert str(source) in str(raised.value) and ADVICE not in str(raised.value)
 
 
 def test_damage_to_any_file_of_a_corpus_is_named(source, corpus_copy):

@@ -160,7 +160,8 @@ def _read_texts(options: AdaptOptions, pretraining: Config) -> dict[str, TextFil
 def open_experiment(experiment: Experiment) -> None:
     """Create the folder, or resume in it; UserError if it has trained with other options."""
     options, output = experiment.options, experiment.output
-    lock(output)
+    with option_named("--output"):
+        lock(output)
     record, path = _record_of(experiment), output / "experiment.json"
     if path.is_file() and not options.overwrite:
         saved = read_json(path, dict.fromkeys(record, {}), "an experiment of adapt.py")

@@ -6,6 +6,7 @@ from pathlib import Path
 from pretrain.cli import parse
 from pretrain.config import COUNT, ON_OFF, TextOptions
 from pretrain.errors import check, option_named, require
+from pretrain.files import as_json, check_writable, write_json, write_text
 from pretrain.preflight import problems_of
 from pretrain.schema import each, option, pattern
 
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> None:
     """Parse, count, compare; JSON on the last line."""
     options = parse(argv, DomainOptions, __doc__)
     check(problems_of(options))
+    with option_named("--output"):
+        check_writable(options.output)
     paths: dict[str, list[str]] = {}
     for entry in options.input:
         name, _, path = entry.partition("=")
@@ -40,7 +43,6 @@ def main(argv: list[str]) -> None:
 
     from pretrain.adapt import domain
     from pretrain.data import tokenizer as tokenizers
-    from pretrain.files import as_json, write_json, write_text
 
     require("matplotlib", "the overlap plot")
     with option_named("--stop-words"):

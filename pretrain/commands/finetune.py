@@ -6,7 +6,7 @@ from pathlib import Path
 from pretrain.cli import read_command_line
 from pretrain.commands.pretrain import read_saved
 from pretrain.config import FinetuneOptions
-from pretrain.errors import check
+from pretrain.errors import check, option_named
 from pretrain.preflight import problems_of
 
 HINT = "--resume continues from the newest checkpoint, if there is one"
@@ -29,7 +29,8 @@ def main(argv: Sequence[str]) -> None:
     from pretrain.train import FINISHED, train
 
     if options.output:
-        lock(output)
+        with option_named("--output"):
+            lock(output)
     path = output / "summary.json"
     if resumes and path.is_file() and read_json(path).get("state", FINISHED) == FINISHED:
         prune(output, keep=0)  # if a kill left checkpoints

@@ -7,6 +7,7 @@ from pathlib import Path
 from pretrain.cli import parse
 from pretrain.config import COUNT, FILES, LENGTH, ColumnOptions, DeviceOptions
 from pretrain.errors import UserError, check, option_named
+from pretrain.files import as_json, check_writable, exclusive, write_aside
 from pretrain.preflight import problems_of
 from pretrain.schema import option, pattern
 
@@ -32,13 +33,14 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv, PredictOptions, __doc__)
     check(problems_of(options))
     output = Path(options.output)
+    with option_named("--output"):
+        check_writable(output)
     if output.exists() and (output.is_dir() or not options.overwrite):
         raise UserError(f"--output {output}: exists; expected another name, or --overwrite")
 
     import numpy as np
 
     from pretrain.build import decide_precision
-    from pretrain.files import as_json, write_aside
     from pretrain.finetune.build import load_model
     from pretrain.finetune.dataset import LabeledDataset, read_texts
     from pretrain.finetune.predict import check_rows, predict, predict_rows, write_rows
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         predicted = predict_rows(rows, options.label_field, classes, predict_chunk)
         write_rows(path, predicted, as_csv=output.suffix == ".csv")
 
-    with option_named(f"--output {output}:"):
+    with option_named("--output"), exclusive(output, wait=False), option_named(f"{output}:"):
         write_aside(output, write)
     scored, scores = int(tally.confusion.sum()), {}
     print(f"{scored + tally.unlabeled:,} rows in {output}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from pretrain.cli import parse
 from pretrain.config import PATHS, TextOptions, TokenizerOptions, typed
 from pretrain.errors import check, option_named, require
+from pretrain.files import check_writable
 from pretrain.preflight import problems_of
 from pretrain.schema import integer, option
 
@@ -42,6 +43,9 @@ def main(argv: Sequence[str]) -> None:
     if options.output and Path(options.output).exists():
         problems.append(f"{typed(options, 'output')}: already exists; expected a new folder")
     check(problems)
+    if options.output:
+        with option_named("--output"):
+            check_writable(options.output)
     if options.ray:
         require("ray", typed(options, "ray"))
 

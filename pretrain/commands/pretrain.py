@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from pretrain.cli import read_command_line, read_options
+from pretrain.cli import options_of, read_command_line, read_options
 from pretrain.commands.fill_mask import fill_masks, open_pipeline
-from pretrain.config import Config
+from pretrain.config import Config, validate
 from pretrain.errors import UserError, check
 from pretrain.preflight import problems_of
 
@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
     """Parse, prepare, train, report."""
     with_defaults = read_command_line(argv, Config, __doc__)
     asked = with_defaults()
-    saved = read_saved(Path(asked.output), Config) if asked.resume and asked.output else None
+    resumes = asked.resume and asked.output
+    saved = read_saved(Path(asked.output), Config) if resumes else None
     is_demo = not asked.train and not saved
     embedded = dict(EMBEDDED_DEFAULTS)
     if asked.tokenizer:
@@ -85,27 +86,45 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_saved(output: Path, options: type) -> dict | None:
-    """Options of the run in `output`: from config.json or, if that is lost, from the newest
-    checkpoint; None without a run. UserError if the run has others than the dataclass `options`."""
-    config, states = output / "config.json", output.glob("checkpoint-*/training_state.json")
-    newest_first = sorted(states, key=lambda path: path.stat().st_mtime, reverse=True)
+    """Options of the run in `output`: from config.json or, if that is lost or garbled, from the
+    newest checkpoint; None without a run. UserError if they do not fit the dataclass `options`."""
+    states = sorted(output.glob("checkpoint-*/training_state.json"), key=_step, reverse=True)
     problems = []
-    for path in filter(Path.is_file, [config, *newest_first]):
+    for path in filter(os.path.isfile, [output / "config.json", *states]):
         try:
             values = read_options(path)
-            if values:
-                values = values if path == config else dict(values["options"])
-                foreign = sorted(values.keys() - {entry.name for entry in fields(options)})
-                if not foreign:
-                    return values
+            if path in states:
+                values = dict(values["options"])
+            foreign = sorted(values.keys() - {entry.name for entry in fields(options)})
+            if foreign:
                 expected = "expected a run of this command and version"
-                problems.append(f"{path}: has the unknown option {foreign[0]}; {expected}")
+                raise UserError(f"{path}: has the unknown option {foreign[0]}; {expected}")
+            if values:
+                check(_problems_in(values, options, path))
+                if problems:
+                    print("\n".join([*problems, f"{path}: the options are from here"]))
+                return values
         except UserError as error:
             problems.append(str(error))
         except (KeyError, TypeError) as error:
             problems.append(f"{path}: {error}")
     check(problems)
     return None
+
+
+def _problems_in(values: dict, options: type, path: Path) -> list[str]:
+    """Problems of the `values` of a file, each with its path."""
+    try:
+        found = validate(options_of(values, options))
+    except UserError as error:
+        found = str(error).splitlines()
+    return [f"{path}: {problem}" for problem in found]
+
+
+def _step(state: Path) -> int:
+    """The step of a checkpoint's training state."""
+    number = state.parent.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def report(output: Path, summary: dict) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 
 from pretrain import config
 from pretrain.cli import parse
-from pretrain.errors import check
+from pretrain.errors import check, option_named
+from pretrain.files import check_writable
 from pretrain.preflight import problems_of
 from pretrain.schema import Rule, option
 
@@ -68,6 +69,9 @@ def main(argv: Sequence[str]) -> None:
     if options.phase > num_phases:
         problems.append(f"--phase {options.phase}: expected a phase of --phases, 1 to {num_phases}")
     check(problems)
+    if options.save:
+        with option_named("--save"):
+            check_writable(options.save)
 
     import torch
 

@@ -90,9 +90,9 @@ class Corpus:
         for index in range(self.num_shards):
             files += self._files(index).values()
         for path, file in files:
-            found = path.stat().st_size if path.is_file() else "missing"
-            if found != file["bytes"]:
-                raise UserError(f"{path}: {found}; expected {file['bytes']} bytes; {ADVICE}")
+            found = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is missing"
+            if found != f"has {file['bytes']:,} bytes":
+                raise UserError(f"{path}: {found}; expected {file['bytes']:,} bytes; {ADVICE}")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}, "_verified": set()}
@@ -254,6 +254,18 @@ def is_corpus(path: str | Path) -> bool:
     if not manifest.is_file() and any(manifest.parent.glob("shard-*.ids.npy")):
         raise UserError(f"{manifest}: missing, but there are shards of a corpus; {ADVICE}")
     return manifest.is_file()
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is damaged in the corpus `folder`, as far as one shard shows; None if there is none."""
+    try:
+        if is_corpus(folder):
+            Corpus(folder).shard(0)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):  # it cannot be read now
+            raise
+        return str(error).removesuffix(f"; {ADVICE}")
+    return None
 
 
 def open_corpus(folder: str | Path, vocabulary: Vocabulary) -> Corpus:

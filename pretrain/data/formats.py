@@ -18,10 +18,10 @@ from typing import NamedTuple
 from pretrain.config import PLAIN_FORMATS, TextOptions
 from pretrain.data.conll import read_tagged
 from pretrain.data.sentences import Span, as_record, detect_format, documents, sentences
-from pretrain.data.sources import Source, check_files, expand, files_of
+from pretrain.data.sources import Source, check_files, expand, files_of, states_of
 from pretrain.data.tables import UTF8_FORMATS, choose_field, format_of, no_column, read_rows
 from pretrain.errors import UserError, refusing, require
-from pretrain.files import key_of, write_aside
+from pretrain.files import exclusive, key_of, write_aside
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
 CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages for what Python cannot read
@@ -75,24 +75,20 @@ def _open_unpacked(entries: list[str], options: TextOptions, read_entities: bool
     if read_entities:
         name = options.entity_field
         columns = _Columns(options.text_field, name or "entities", name is not None)
-    states = [(entry, kind, _states(entry)) for entry, kind in inputs]
+    states = [(entry, kind, states_of(entry)) for entry, kind in inputs]
     key = key_of([VERSION, states, *columns, options.max_documents])
     target = cache / f"converted-{key}.jsonl"
     if not target.is_file():
-        print(f"{_shown(entries)}: converting into {target} (remove it to convert again)")
-        write_aside(target, lambda path: _convert(inputs, columns, options.max_documents, path))
+        with exclusive(target):
+            if not target.is_file():  # else another process was faster
+                print(f"{_shown(entries)}: converting into {target} (remove it to convert again)")
+                limit = options.max_documents
+                write_aside(target, lambda path: _convert(inputs, columns, limit, path))
     return check_files([target], index), "jsonl"
 
 
 def _shown(entries: list) -> str:
     return ", ".join(map(str, entries[:3])) + (", ..." if len(entries) > 3 else "")
-
-
-def _states(entry: str) -> list[tuple]:
-    """What changes when an input changes; [] for the hub."""
-    path = Path(entry)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _unpack(entry: str, cache: Path) -> list[str]:
@@ -113,14 +109,12 @@ def _unpack(entry: str, cache: Path) -> list[str]:
         with packed as source, (folder / path.stem).open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
 
-    folder = cache / "unpacked" / key_of(_states(entry))
+    folder = cache / "unpacked" / key_of(states_of(entry))
     if not folder.is_dir():
-        with refusing(f"{entry}: cannot be unpacked", f"expected a whole {suffix} file"):
-            try:
-                write_aside(folder, unpack)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was faster
-                    raise
+        with exclusive(folder):
+            if not folder.is_dir():  # else another process was faster
+                with refusing(f"{entry}: cannot be unpacked", f"expected a whole {suffix} file"):
+                    write_aside(folder, unpack)
     files = sorted(map(str, files_of(folder)))
     if not files:
         raise UserError(f"{entry}: contains no files; expected text")

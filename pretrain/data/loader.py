@@ -198,4 +198,7 @@ class TrainData(Iterator[list[Batch]]):
             generator=torch.Generator(),  # the global one is for dropout
             **options,
         )
-        return iter(loader)
+        try:
+            return iter(loader)
+        except OSError as error:
+            raise RuntimeError(f"DataLoader starts no process: {error}") from error

@@ -6,7 +6,6 @@
 
 import multiprocessing
 import os
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError, first_line, require
+from pretrain.signals import blocked
 
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}  # in a worker, which has one core
 ADVICE = "finished pieces are kept, and the same command resumes"
@@ -38,14 +38,16 @@ def in_processes(
     # A forked process would lack the threads of the tokenizer.
     context = multiprocessing.get_context("spawn")
     lifeline, held = context.Pipe(duplex=False)
-    with ProcessPoolExecutor(workers, context, _start_worker, (lifeline,)) as pool:
-        # Ctrl-C reaches the whole process group; workers inherit the mask and leave it to us.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with blocked():  # here for a helper process of multiprocessing, which starts first
+            pool = ProcessPoolExecutor(workers, context, _start_worker, (lifeline,))
+    except OSError as error:
+        expected = "expected a writable /dev/shm, or one worker"
+        raise UserError(f"{workers} workers: cannot start ({error}); {expected}") from error
+    with pool:
         try:
-            try:
+            with blocked():
                 submitted = [pool.submit(function, shared, *task) for task in tasks]
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             numbers = {future: number for number, future in enumerate(submitted)}
             for future in as_completed(numbers):
                 yield numbers[future], future.result()

@@ -21,7 +21,15 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.data import corpus as corpora
 from pretrain.data import parallel
 from pretrain.data.annotate import Markup, mark
-from pretrain.data.corpus import ARRAYS, ENTITY_START, WORD_START, Corpus, Shard, is_corpus
+from pretrain.data.corpus import (
+    ARRAYS,
+    ENTITY_START,
+    WORD_START,
+    Corpus,
+    Shard,
+    damage_of,
+    is_corpus,
+)
 from pretrain.data.sentences import PIECE_BYTES, Sentence, Span, Stream, cut_into_pieces, sentences
 from pretrain.data.sources import Source, content_key
 from pretrain.data.tokenizer import Vocabulary, describe, refusing_to_encode, without_limits
@@ -51,18 +59,23 @@ def prepare(
     markup: Markup = Markup(),
     workers: int | None = None,
     on_cluster: bool = False,
+    replace_damaged: bool = False,
 ) -> Corpus:
     """Write the corpus of `sources` into `folder`, or open it if it exists. Resumes by piece.
 
     `workers` processes share the pieces (0 or 1: this one; None: chosen by cores and size), or the
-    connected Ray cluster does. UserError if the text has no token."""
-    if is_corpus(folder):
+    connected Ray cluster does. UserError if the text has no token, or for a damaged corpus unless
+    `replace_damaged`."""
+    if not (replace_damaged and damage_of(folder)) and is_corpus(folder):
         return Corpus(folder)
     vocabulary = describe(tokenizer)
     # Absolute: processes on a cluster have other working folders.
     partial = folder.absolute().with_name(f"{folder.name}.partial")
     with exclusive(partial):
-        if is_corpus(folder):  # another process wrote it while this one waited
+        damage = damage_of(folder) if replace_damaged else None
+        if damage:
+            print(f"{damage}; preparing the corpus again")
+        elif is_corpus(folder):  # another process wrote it while this one waited
             return Corpus(folder)
         settings = [vocabulary.fingerprint, piece_bytes, corpora.FORMAT_VERSION, markup.key]
         _start_folder(partial, content_key(sources, text_format, *settings))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.errors import UserError, check, refusing
-from pretrain.files import file_problem, key_of, read_json, read_text, write_json
+from pretrain.files import exclusive, file_problem, key_of, read_json, read_text, write_json
 
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # in a folder of save_to_disk
 
@@ -58,10 +58,11 @@ def check_files(files: Iterable[Path], index: Path | None = None) -> list[Source
 
     `index` is a JSON file of earlier results: a file with the same path, size and mtime is not
     read again."""
-    known, sources, problems = {}, [], []
+    before, known, sources, problems = {}, {}, [], []
     if index:
         with suppress(UserError, TypeError):  # it may be missing or damaged: it only saves time
-            known = {path: Source(**entry) for path, entry in read_json(index).items()}
+            before = read_json(index)
+            known = {path: Source(**entry) for path, entry in before.items()}
     for file in files:
         try:
             sources.append(_check_file(file, known.get(str(file))))
@@ -69,8 +70,10 @@ def check_files(files: Iterable[Path], index: Path | None = None) -> list[Source
         except UserError as error:
             problems.append(str(error))
     check(problems)
-    if index:
-        write_json(index, {path: vars(source) for path, source in known.items()})
+    content = {path: vars(source) for path, source in known.items()}
+    if index and content != before:
+        with suppress(UserError), exclusive(index):  # the cache may be read-only
+            write_json(index, content)
     return sources
 
 
@@ -113,6 +116,13 @@ def read_lines(path: str) -> list[str]:
     """The lines of a small UTF-8 file, stripped."""
     text = read_text(path, "UTF-8 text")
     return [line.strip() for line in text.removesuffix("\n").split("\n")]
+
+
+def states_of(entry: str) -> list[tuple]:
+    """(path, size, mtime) of each file of an input; [] for the hub."""
+    path = Path(entry)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def content_key(sources: list[Source], *more: object) -> str:

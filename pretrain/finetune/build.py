@@ -96,7 +96,7 @@ class FinetuningRun(Run):
     def keep_best(self, state) -> None:
         self.load_state_dict(self.model.state_dict())
 
-    def best_problem(self) -> str | None:
+    def best_problem(self, step: int) -> str | None:
         """None: the best weights are part of the checkpoint."""
 
     def state_dict(self) -> dict[str, Tensor]:

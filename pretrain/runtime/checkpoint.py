@@ -4,7 +4,9 @@ A checkpoint is one with model and tokenizer (`save_pretrained`) and the trainin
 in `training_state.pt`, read without unpickling, and plain values in `training_state.json`.
 """
 
+import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -18,8 +20,16 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pretrain.config import OBJECTIVES
-from pretrain.errors import UserError, first_line
-from pretrain.files import markdown_table, read_json, sha256_of, sync, write_json
+from pretrain.errors import EXHAUSTED, UserError, first_line, os_error, what_it_takes
+from pretrain.files import (
+    check_writable,
+    markdown_table,
+    read_json,
+    remove_leftovers,
+    sha256_of,
+    sync,
+    write_json,
+)
 from pretrain.runtime.sharding import map_tensors
 from pretrain.schema import Form, Rule, integer, misfit, one_of
 
@@ -42,8 +52,7 @@ STATE_FORMAT_RULE = Rule(
     f"{STATE_FORMAT} (another version of this program wrote it; start a new run from its model)",
 )
 STATE_JSON, STATE_TENSORS = "training_state.json", "training_state.pt"
-# torch.save and safetensors raise their own errors on a full disk.
-DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
+TORCH_DISK_ERRORS = (RuntimeError, SafetensorError)  # of torch.save and safetensors
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -61,20 +70,30 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         partial.rename(folder)
         sync(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
-    except DISK_ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:
+        reason = os_error(error)
+        if reason is None and not isinstance(error, TORCH_DISK_ERRORS):
+            raise
         if isinstance(error, torch.OutOfMemoryError) or "DataLoader" in str(error):
             raise
         shutil.rmtree(partial, ignore_errors=True)
         put_back(folder)
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        expected = "expected free space and permission to write; its old content is intact"
-        raise UserError(f"{folder}: cannot be written ({reason}); {expected}") from error
+        shown = reason.strerror or reason if reason else str(error).split("\n")[0]
+        expected = what_it_takes(reason or OSError())
+        problem = f"cannot be written ({shown}); {expected}; its old content is intact"
+        raise UserError(f"{folder}: {problem}") from error
 
 
 def _seal(folder: Path) -> None:
     """Write the size and hash of every file, and verify that all of it reached the disk."""
     sums = _sums(folder)
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    mode = (folder / CHECKSUMS).stat().st_mode & 0o777  # by the umask; safetensors ignores it
+    for name in sums:
+        with contextlib.suppress(OSError):  # a file system without modes
+            (folder / name).chmod(mode)
     for name in [*sums, CHECKSUMS, ""]:
         sync(folder / name)
     problem = problem_of(folder, needed=())
@@ -108,12 +127,15 @@ def put_back(folder: Path) -> None:
 def problem_of(folder: Path, needed: tuple[str, ...] = (STATE_JSON, STATE_TENSORS)) -> str | None:
     """What is wrong with a folder of `write_folder`, and in which file; None if hashes match."""
     path = folder / CHECKSUMS
-    if not path.is_file():  # opening a pipe of that name would block
-        return f"{path} is missing"
     try:
+        if not path.is_file():  # opening a pipe of that name would block
+            return f"{path} is missing"
         expected, found = read_json(path), _sums(folder)
     except (UserError, OSError) as error:
-        return str(error)
+        reason = os_error(error.__cause__ or error)
+        if reason and reason.errno in EXHAUSTED:
+            raise
+        return f"{path} cannot be read ({error.strerror})" if reason is error else str(error)
     for name, facts in expected.items():
         if found.get(name) != facts:
             return f"{folder / name} is missing or damaged"
@@ -125,11 +147,12 @@ def check_output(
 ) -> None:
     """UserError if `output` is a file, is not empty, or has more than `entries` to overwrite.
     `ways` says what to do about a folder that is not empty; None: that is fine."""
+    check_writable(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; expected a folder")
     names = {entry.name for entry in output.iterdir()} - {".lock"} if output.is_dir() else set()
     # A sealed folder is ours, too: an edited loop may write others than `best` and `final`.
-    ours = {name for name in names if (output / name / CHECKSUMS).is_file()}
+    ours = {name for name in names if os.path.isfile(output / name / CHECKSUMS)}
     foreign = sorted(name for name in names - ours if not re.fullmatch(entries, name))
     if overwrite and foreign:
         expected = "expected a run folder to overwrite"
@@ -149,7 +172,32 @@ def make_output(output: Path, overwrite: bool, has_result: bool) -> Path | None:
             output.rename(replaced)
     output.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output)
-    return replaced if replaced.exists() else None
+    if not replaced.exists():
+        return None
+    print(f"{replaced}: holds the old run until the new one has a result")
+    return replaced
+
+
+def new_folder(wanted: Path) -> Path:
+    """Create `wanted` or, if it exists already, `wanted`-2, -3 ...; returns its path."""
+    folder, number = wanted, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+
+
+def write_copy(source: Path, folder: Path) -> None:
+    """Write the model of the checkpoint `source` to `folder`."""
+    left_out = shutil.ignore_patterns(CHECKSUMS, STATE_JSON, STATE_TENSORS)
+
+    def write(partial: Path) -> None:
+        shutil.copytree(source, partial, ignore=left_out, dirs_exist_ok=True)
+
+    write_folder(folder, write)
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -191,16 +239,6 @@ def prune(output: Path, keep: int) -> None:
     for folder in checkpoints(output)[keep:]:
         folder.rename(_aside(folder, "removed"))
     remove_leftovers(output)
-
-
-def remove_leftovers(output: Path) -> None:
-    """Delete what an interrupted save or removal left behind."""
-    for suffix in ("partial", "removed", "previous"):
-        for leftover in output.glob(f".*.{suffix}"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
 
 
 def check_finite(values: object) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.errors import UserError
-from pretrain.signals import STOP_SIGNALS, signal_on_parent_exit
+from pretrain.signals import blocked, signal_on_parent_exit
 
 TIMEOUT = timedelta(minutes=30)  # for a process that hangs; one that dies is noticed at once
 PREPARATION_TIMEOUT = timedelta(days=1)  # the main process prepares text while the others wait
@@ -69,7 +69,7 @@ def start(device: str, alone: str = "") -> tuple[World, torch.device]:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, **arguments)
     if not world.is_main:  # one process prints; errors still go to stderr
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
     return world, chosen
 
 
@@ -198,9 +198,8 @@ def _start_compilers() -> None:
         return
     from torch._inductor.async_compile import AsyncCompile  # slow to import
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit this
-    AsyncCompile.warm_pool()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with blocked():
+        AsyncCompile.warm_pool()
 
 
 def gradient_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pretrain.errors import UserError
 from pretrain.files import as_json, write_text
 
+EVENTS = "events.out.tfevents."  # then the second of its start
 LINE_SECONDS = 5.0  # between lines of progress
 BAR = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05}
 SHOWN = {
@@ -52,6 +53,7 @@ class Monitor:
         self.path = output / "metrics.jsonl"
         kept = _trim_rows(self.path, start_step, evaluated)
         self.file = self.path.open("a", encoding="utf-8")
+        _date_back_events(output)
         first_cut = start_step + 1 if evaluated and start_step else start_step
         self.writer = SummaryWriter(str(output), purge_step=first_cut)
         self.charts = None if kept else charts  # to add with the first numbers
@@ -164,6 +166,17 @@ def _layout(charts: dict, names: Iterable[str]) -> dict:
         title = f"{loss.removesuffix('_loss').upper()}, training and held-out"
         loss_charts[title] = ["Multiline", [f"train/{loss}", f"eval/{loss}"]]
     return charts | {"loss": loss_charts} if loss_charts else charts
+
+
+def _date_back_events(output: Path) -> None:
+    """Make a new file of events the last. TensorBoard reads them in the order of the second in
+    their names, but clocks are set back, and a restart may take less than a second."""
+    limit = int(time.time())
+    for path in sorted(output.glob(f"{EVENTS}*"), reverse=True):
+        second, _, rest = path.name.removeprefix(EVENTS).partition(".")
+        if second.isdecimal():
+            limit = min(int(second), limit - 1)
+            path.rename(path.with_name(f"{EVENTS}{limit:010d}.{rest}"))
 
 
 def _trim_rows(path: Path, start_step: int, evaluated: bool) -> list[dict]:

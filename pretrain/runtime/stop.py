@@ -8,11 +8,11 @@ import time
 import types
 
 from pretrain.runtime.distributed import any_rank, max_over_ranks
-from pretrain.signals import STOP_SIGNALS
+from pretrain.signals import handled
 
 
 class StopFlag:
-    """Notes SIGTERM, SIGINT and SIGUSR1 inside a `with`; a second SIGINT kills the process.
+    """Notes stop signals inside a `with`; a second SIGINT kills the process.
     `max_minutes` (0: no limit) counts from construction; `limit` is its name in `reason`."""
 
     signal = 0  # the first that any process received; 0: none
@@ -22,14 +22,14 @@ class StopFlag:
         self._num_calls, self._is_out_of_time = 0, False
 
     def __enter__(self) -> "StopFlag":
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        numbers = STOP_SIGNALS if is_main_thread else ()  # other threads cannot take signals
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        with contextlib.ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():  # others get no signals
+                stack.enter_context(handled(self._note))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._stack.close()
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         self.signal = self.signal or number

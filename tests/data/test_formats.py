@@ -619,4 +619,4 @@ def test_an_interruption_leaves_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(KeyboardInterrupt):
         read("hub:some/name", cache=tmp_path)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sources.json"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import refusal, script
+from conftest import in_processes, refusal, script, without_privileges
 from text_helpers import content, write_documents
 
 from pretrain.cli import run_command
@@ -140,9 +140,9 @@ def lives(group: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_workers_end_with_their_parent(tmp_path, number):
-    """Ctrl-C reaches the whole group, SIGKILL only the parent."""
+    """Ctrl-C and the end of a terminal reach the whole group, SIGKILL only the parent."""
 
     def run():
         with (tmp_path / "told").open("w") as told:
@@ -150,6 +150,7 @@ def test_workers_end_with_their_parent(tmp_path, number):
             os.dup2(told.fileno(), 2)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signs = [str(tmp_path / f"{task}.started") for task in range(4)]
         tasks = [({"sign": sign, "seconds": 3600},) for sign in signs]
         return run_command(lambda _: dict(parallel.in_processes(eval, SLEEP, tasks, 2)), [])
@@ -157,15 +158,15 @@ def test_workers_end_with_their_parent(tmp_path, number):
     child = in_child(run)
     try:
         await_(lambda: len(list(tmp_path.glob("*.started"))) == 2)
-        (os.killpg if number == signal.SIGINT else os.kill)(child, number)
+        (os.kill if number == signal.SIGKILL else os.killpg)(child, number)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code == (130 if number == signal.SIGINT else -number)
+        assert code == (-number if number == signal.SIGKILL else 128 + number)
         await_(lambda: not lives(child))
     finally:
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
     told = (tmp_path / "told").read_text()
-    assert ("SIGINT" in told) == (number == signal.SIGINT) and "Traceback" not in told
+    assert (number.name in told) == (number != signal.SIGKILL) and "Traceback" not in told
 
 
 def kill_before(operation: int, folder: Path) -> None:
@@ -308,6 +309,40 @@ def test_the_command_prepares_once(arguments, tmp_path, capsys):
     assert f"{info['tokens']:,} tokens" in made[0]
 
 
+@pytest.mark.parametrize("damage", ["cut", "changed", "no shard", "no manifest"])
+def test_a_damaged_corpus_in_the_cache_is_prepared_again(arguments, tmp_path, capsys, damage):
+    argv = [str(part) for part in arguments]
+    PREPARE.main(argv)
+    (manifest,) = (tmp_path / "cache").glob("*/corpus.json")
+    ids, expected = manifest.with_name("shard-00000.ids.npy"), content(manifest.parent)
+    (manifest if damage == "no manifest" else ids).unlink()
+    if damage == "cut":
+        ids.write_bytes(expected[ids.name][:-2])
+    elif damage == "changed":
+        ids.write_bytes(expected[ids.name][:-2] + b"\0\0")
+    capsys.readouterr()
+    PREPARE.main(argv)
+    assert content(manifest.parent) == expected
+    assert str(manifest.parent) in capsys.readouterr().out.splitlines()[1]
+
+
+def test_a_read_only_cache_serves_what_it_holds(arguments, tmp_path):
+    """Only text that it lacks needs to be written."""
+    cache, argv = tmp_path / "cache", [str(part) for part in arguments]
+    PREPARE.main(argv)
+    (cache / "sources.json").unlink()
+    cache.chmod(0o555)
+    (tmp_path / "other.txt").write_text("bank .\n\nriver .\n")
+    try:
+        for more, code in (([], 0), (["--input", tmp_path / "other.txt"], 2)):
+            given = {"prepare": lambda rank: without_privileges()}
+            ((found, text),) = in_processes(tmp_path, PREPARE.main, [*argv, *more], **given)
+            assert found == code and "Traceback" not in text, text
+        assert str(cache) in text
+    finally:
+        cache.chmod(0o755)
+
+
 @pytest.mark.parametrize(
     "more, named",
     [
@@ -316,6 +351,7 @@ def test_the_command_prepares_once(arguments, tmp_path, capsys):
         (["--ray"], "--ray local: "),  # the package is missing
         (["--ray", "127.0.0.1:9"], "--ray 127.0.0.1:9: "),  # nobody answers
         (["--output", "."], "--output .: "),
+        (["--output", "/dev/null/x"], "--output /dev/null/x: "),
     ],
 )
 def test_options_that_do_not_fit_are_refused(arguments, monkeypatch, capsys, more, named):

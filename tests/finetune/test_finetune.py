@@ -502,12 +502,13 @@ def test_a_run_resumed_at_every_step_is_the_same(whole, output):
     [
         (signal.SIGTERM, train, "train_step", 5, 5),
         (signal.SIGINT, module, "predict", 2, 6),
-        (signal.SIGTERM, train, "train_step", 10, 10),
+        (signal.SIGHUP, train, "train_step", 10, 10),
     ],
 )
 def test_a_signal_saves_and_exits(
     number, target, name, call, step, whole, output, monkeypatch, capsys
 ):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     options, undisturbed = whole["adamw"]
     with monkeypatch.context() as patch:
         interrupting(patch, target, name, call, number)(0)
@@ -990,6 +991,7 @@ def test_bad_input_of_predict_is_reported_in_one_line(
         *((path, [], f"--input {path}:") for path in inputs),
         (files["test"], ["--text-field", "body"], f"--input {files['test']}, line 2:"),
         (files["test"], ["--output", tmp_path / "o.txt"], f"--output {tmp_path / 'o.txt'}:"),
+        (files["test"], ["--output", f"{files['test']}/o.csv"], f"--output {files['test']}/o.csv:"),
         (files["test"], ["--max-length", "65"], "--max-length 65:"),
         (files["test"], ["--max-length", "0"], "--max-length 0:"),
     ):

@@ -5,16 +5,19 @@ import errno
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_processes, without_privileges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_reference import small_model
 from safetensors import SafetensorError
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
+from pretrain import files
 from pretrain.errors import UserError
 from pretrain.files import write_json
 from pretrain.runtime import checkpoint as ckpt
@@ -26,6 +29,9 @@ FILES = [
     *("README.md", "config.json", "model.safetensors", "pretraining.json"),
     *("tokenizer.json", "tokenizer_config.json", "training_state.json", "training_state.pt"),
 ]
+
+
+KILL = signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +70,16 @@ def test_a_folder_has_size_and_hash_of_every_file(tmp_path):
     def write(folder):
         (folder / "inner").mkdir()
         (folder / "inner" / "file").write_bytes(b"abc")
+        (folder / "inner" / "file").chmod(0o600)  # as safetensors does; the umask decides
 
     ckpt.write_folder(tmp_path / "deep" / "folder", write)
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     sums = json.loads((tmp_path / "deep" / "folder" / ckpt.CHECKSUMS).read_text())
     assert sums == {"inner/file": {"bytes": 3, "sha256": digest}}
     assert os.listdir(tmp_path / "deep") == ["folder"]
+    folder = tmp_path / "deep" / "folder"
+    modes = {path.stat().st_mode for path in (folder / ckpt.CHECKSUMS, folder / "inner" / "file")}
+    assert len(modes) == 1
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
@@ -87,6 +97,7 @@ DISK_ERRORS = {
     "disk full": (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
     "no right": (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
     "torch.save": (RuntimeError("[inline_container.cc:672] . pos 64 vs 0\nframe"), "pos 64 vs 0"),
+    "tokenizers": (Exception("No space left on device (os error 28)"), "No space left on device"),
     "safetensors": (SafetensorError("Error while serializing: I/O error"), "I/O error"),
 }
 
@@ -231,6 +242,43 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(run, capsys):
         ckpt.newest_good(run)
     assert f"{run}/checkpoint-5/text" in capsys.readouterr().out
     assert ckpt.newest_good(run / "best") is None, "a run without checkpoints has none"
+
+
+def test_a_checkpoint_that_may_not_be_read_is_skipped(run):
+    def main(argv):
+        print(ckpt.newest_good(run).name)
+
+    (run / "checkpoint-100").chmod(0)
+    try:
+        ended = in_processes(run, main, [], prepare=lambda rank: without_privileges())
+    finally:
+        (run / "checkpoint-100").chmod(0o755)
+    assert ended[0][0] == 0, ended
+    first, second = (run / "out-0").read_text().splitlines()
+    assert f"{run}/checkpoint-100/" in first and second == "checkpoint-10"
+
+
+def test_a_write_in_another_container_is_not_disturbed(tmp_path, monkeypatch):
+    """Each has a process 1. What a killed one has left is removed by the next."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path = tmp_path / "text"
+
+    def write(partial):
+        files.write_text(path, "of the other")
+        partial.write_text("of this one")
+
+    files.write_aside(path, write)
+    assert path.read_text() == "of this one" and os.listdir(tmp_path) == ["text"]
+    child = os.fork()
+    if not child:
+        files.write_aside(path, lambda partial: (partial.mkdir(), signal.raise_signal(KILL)))
+    os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 2
+    other = tmp_path / ".text.csv.01234567.partial"  # of another target
+    other.touch()
+    with files.exclusive(path):
+        files.write_text(path, "whole")
+    assert sorted(os.listdir(tmp_path)) == [other.name, "text"]
 
 
 @settings(max_examples=20, deadline=None)

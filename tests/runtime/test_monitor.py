@@ -3,6 +3,7 @@ unbroken curve and no row twice, and a process other than the main one writes no
 
 import json
 import math
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -93,6 +94,17 @@ def test_a_resumed_run_has_one_unbroken_curve(close, tmp_path):
     assert_one_curve(tmp_path, 9)
     write(tmp_path, 8, 10)  # once more, after an evaluation
     assert_one_curve(tmp_path, 10)
+
+
+def test_a_clock_that_was_set_back_loses_no_point(tmp_path, monkeypatch):
+    monkeypatch.setattr(event_file_writer, "time", time)  # the real one
+    write(tmp_path, 0, 5, evaluated=False)
+    (path,) = tmp_path.glob("events.*")
+    path.rename(tmp_path / path.name.replace("tfevents.1", "tfevents.2"))  # years ahead
+    write(tmp_path, 5, 9)
+    names = sorted(path.name for path in tmp_path.glob("events.*"))
+    assert_one_curve(tmp_path, 9)
+    assert len(names) == 2
 
 
 def test_a_step_without_evaluation_keeps_only_its_training_row(tmp_path):

@@ -14,6 +14,20 @@ from pretrain.runtime.stop import StopFlag
 from pretrain.signals import STOP_SIGNALS
 
 
+@pytest.fixture(autouse=True)
+def without_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopFlag() as flag:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not flag.agreed()
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_noted_and_handlers_are_restored(number, capfd):
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
