@@ -4,6 +4,7 @@ A command combines the groups that it needs. A group's docstring begins with its
 `validate` returns all problems with the values at once.
 """
 
+import codecs
 import math
 from dataclasses import dataclass, fields
 from itertools import accumulate
@@ -31,6 +32,7 @@ LANGUAGES = (  # ISO 639-1; sentencex would treat any other code as English
     "or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw "
     "ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
 )
+UTF8 = "utf-8"
 DEFAULT_LENGTH, MAX_LENGTH = 128, 1 << 16  # tokens in a sequence
 
 
@@ -52,6 +54,14 @@ def _are_phases(texts: tuple[str, ...]) -> bool:
 
 def _is_split(shares: tuple[float, ...]) -> bool:
     return all(0 <= share <= 1 for share in shares) and abs(sum(shares) - 1) < 1e-6
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        codecs.lookup(name).incrementaldecoder()
+        return "a".encode(name) != b""
+    except (LookupError, TypeError, ValueError):  # unknown, or not an encoding of text
+        return False
 
 
 COUNT = integer(1, 10**12)
@@ -87,6 +97,8 @@ LANGUAGE = Rule(
     "a two-letter code such as en or zh (ISO 639-1), or auto",
     metavar="LANGUAGE",
 )
+ENCODING = Rule(_is_encoding, "an encoding, such as gb18030, utf-16 or cp1251", metavar="NAME")
+ENCODING_HELP = "encoding of files that are not UTF-8, such as gb18030 or cp1251"
 INTERVAL = pattern(r"epoch|auto|0*[1-9][0-9]*", "a number of steps above 0, epoch or auto")
 BUDGETS = each(pattern(r"all|[0-9]+", "a number of rows, or all", "N"))
 ASSIGNMENTS = each(pattern(r"[^\W\d]\w*=.*", "KEY=VALUE", "KEY=VALUE"), nargs="*")
@@ -142,6 +154,7 @@ class TextOptions:
         "text: one document per file; conll: a token and its tag per line; others: tables",
         FORMAT,
     )
+    encoding: str = option(UTF8, ENCODING_HELP, ENCODING)
     text_field: str | None = option(None, "text column, one sentence per line", NAME)
     entity_field: str | None = option(None, "column of spans, [start, end] or {start:, end:}", NAME)
     split_sentences: str | None = option(
@@ -254,6 +267,7 @@ class Config(
 class ColumnOptions:
     """Rows: where to find text and labels."""
 
+    encoding: str = option(UTF8, ENCODING_HELP, ENCODING)
     text_field: str | None = option(None, "text column (default: text, or the only one)", NAME)
     text_pair_field: str | None = option(None, "column of a second text to pair with it", NAME)
     label_field: str = option("label", "label column, names or whole numbers", NAME)

@@ -203,7 +203,7 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
         raise
     except Exception as error:
         reason = os_error(error)
-        if reason is None:
+        if reason is None or reason.errno is None:  # such as gzip's about damaged input
             raise
         raise UserError(f"{path}: cannot be written ({reason}); {what_it_takes(reason)}") from error
     finally:

@@ -6,14 +6,19 @@ The main process checks and prepares; the others wait and open what it wrote.
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.config import MODEL_SIZES, OBJECTIVES, Config, TextOptions, TokenizerOptions, typed
 from pretrain.data import tokenizer as tokenizers
-from pretrain.data.annotate import CHINESE_SHARE, Markup, describe_script, read_terms
+from pretrain.data.annotate import (
+    CHINESE_SHARE,
+    Markup,
+    describe_script,
+    main_script,
+    read_terms,
+)
 from pretrain.data.corpus import (
     FORMAT_VERSION,
     Corpus,
@@ -24,7 +29,7 @@ from pretrain.data.corpus import (
 )
 from pretrain.data.formats import open_files
 from pretrain.data.prepare import prepare
-from pretrain.data.sentences import Span, Stream, sentences
+from pretrain.data.sentences import Span, Stream, cut_into_pieces, sentences
 from pretrain.data.sources import Source, content_key, expand, read_lines, states_of
 from pretrain.data.tokenizer import Vocabulary
 from pretrain.errors import UserError, check, option_named, require
@@ -33,7 +38,10 @@ from pretrain.model.loading import load_config
 from pretrain.runtime.checkpoint import problem_of, write_folder
 from pretrain.runtime.distributed import World, gather, main_first
 
-SAMPLED_FILES, SAMPLED_SENTENCES = 16, 1000  # read to detect the script of a text
+SAMPLED_PIECES, SAMPLED_CHARACTERS = 16, 1 << 18  # read to detect the script of a text
+# Shares of a text that are unknown to its tokenizer: a warning, a refusal. Fitting vocabularies
+# leave less than 1 %.
+WARNED_UNKNOWN, MAX_UNKNOWN = 0.05, 0.3
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,22 @@ class TextFiles:
         """All of the text, as `prepare` will read it."""
         spans = [Span(source.path, 0, source.size) for source in self.sources]
         return sentences(spans, self.text_format, self.markup.cut)
+
+    def sample(self) -> str:
+        """Sentences from the beginnings of some pieces, about SAMPLED_CHARACTERS in all."""
+        paths = [Path(source.path) for source in self.sources]
+        size = sum(source.size for source in self.sources) // SAMPLED_PIECES
+        pieces = cut_into_pieces(paths, self.text_format, max(1, size))
+        pieces = pieces[:: -(-len(pieces) // SAMPLED_PIECES)]
+        parts = []
+        for piece in pieces:
+            room = SAMPLED_CHARACTERS // len(pieces)
+            for item in filter(None, sentences(piece, self.text_format)):
+                parts.append(item[0][:room])
+                room -= len(parts[-1])
+                if not room:
+                    break
+        return "\n".join(parts)
 
 
 def check_text(
@@ -91,10 +115,7 @@ def _check_corpus(text: TextFiles, options: TextOptions) -> None:
 
 def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Markup:
     """How to split and mark the text; UserError if a package or a term is missing."""
-    sources = text.sources[:: max(1, len(text.sources) // SAMPLED_FILES)]
-    streams = [replace(text, sources=[source]).sentences() for source in sources]
-    samples = [item[0] for stream in streams for item in islice(stream, SAMPLED_SENTENCES) if item]
-    chinese_share, is_segmented = describe_script("".join(samples))
+    chinese_share, is_segmented = describe_script(text.sample())
     words, language, terms = options.words, options.split_sentences or "", ()
     if words == "auto" and (masking == "token" or chinese_share < CHINESE_SHARE):
         words = "tokenizer"
@@ -240,22 +261,20 @@ def open_text(
             masking = config.masking if name == "train" else "token"
             files = text.get(name) or check_text(paths, option, config, world, masking)
             cache = Path(config.cache)
-            opened[name] = open_or_prepare(files, tokenizer, vocabulary, cache, world, masking)
+            opened[name] = open_or_prepare(
+                files, tokenizer, vocabulary, cache, world, masking, is_accepted=bool(saved)
+            )
     training, validation = opened["train"], opened.get("valid")
     if saved and saved["corpus"] != training.fingerprint:
         problem = f"{typed(config, 'train')}: the text has changed since the run was started"
         raise UserError(f"{problem}; expected the original text, or a new run in another --output")
+    shared = validation.count_shared(training) if validation and not saved else 0
+    if shared:
+        shown = f"{typed(config, 'valid')}: {shared:,} of {validation.count():,} documents"
+        print(f"{shown} also in --train: numbers will look too good; expected other text")
     if validation is None and config.valid_fraction:
         training, validation = training.split(config.valid_fraction)
-    needed = 2 if OBJECTIVES[config.objective] == "random" else 1  # random: from another document
-    for name, corpus, use in (("train", training, "training"), ("valid", validation, "validation")):
-        found = needed if corpus is None else corpus.count(at_most=needed)
-        if found < needed:
-            shown = typed(config, name if getattr(config, name) else "train")
-            raise UserError(
-                f"{shown}: {found} documents for {use}; expected at least {needed}: add text, or "
-                "use another --format, --objective mlm, --valid or --valid-fraction 0"
-            )
+    _check_sizes(config, training, validation)
     return training, validation
 
 
@@ -279,6 +298,30 @@ def text_key(paths: Iterable[str]) -> str:
     return key_of([[Path(path).name, *state] for path, *state in states])
 
 
+def _check_sizes(config: Config, training: Corpus, validation: Corpus | None) -> None:
+    """UserError if there are too few documents for the objective, with a way that works."""
+    needed = 2 if OBJECTIVES[config.objective] == "random" else 1  # random: from another document
+    ways = "more text or another --format"
+    documents = "at least 1 document"
+    if needed == 2:
+        ways, documents = f"{ways}, or --objective mlm", "at least 2 documents"
+    whole = training.info["documents"]
+    if training.count(at_most=needed) < needed:
+        found = f"has {training.count()}"
+        if not config.valid and whole >= needed:  # copies of a document stay on one side
+            found += f" of {whole:,} documents besides validation documents and their copies"
+            ways = "other documents, --valid PATHS or --valid-fraction 0"
+        problem = f"{typed(config, 'train')}: {found}"
+        raise UserError(f"{problem}; expected {documents}: {ways}")
+    found = needed if validation is None else validation.count(at_most=needed)
+    if found < needed:
+        if not config.valid:
+            ways = f"--valid PATHS, --valid-fraction 0, {ways}"
+        shown = typed(config, "valid" if config.valid else "train")
+        problem = f"{shown}: has {found} for validation"
+        raise UserError(f"{problem}; expected {documents}: {ways}")
+
+
 def open_or_prepare(
     text: TextFiles,
     tokenizer: PreTrainedTokenizerBase,
@@ -287,12 +330,14 @@ def open_or_prepare(
     world: World,
     masking: str = "token",
     output: Path | None = None,
+    is_accepted: bool = False,
     **more_arguments: object,
 ) -> Corpus:
     """The corpus of the text: found in the cache, or prepared there or in `output`.
 
-    `more_arguments` are those of `prepare`."""
-    verb = "found"
+    UserError if the tokenizer does not know too much of it, unless it `is_accepted`: a run that has
+    started resumes. `more_arguments` are those of `prepare`."""
+    verb, sample = "found", ""
     if text.is_corpus:
         with option_named(text.option):
             corpus = open_corpus(text.paths[0], vocabulary)
@@ -304,7 +349,10 @@ def open_or_prepare(
         folder = output or cache / content_key(text.sources, *settings)
         with main_first(world):
             if not (folder / "corpus.json").is_file():
-                verb = "prepared"
+                verb, sample = "prepared", text.sample()
+                share = _unknown_share(sample, tokenizer, vocabulary)
+                if share > MAX_UNKNOWN and not is_accepted:
+                    check_vocabulary(text.name, share, sample)
                 found = (markup.find(*item) for item in text.sentences() if item)
                 if (masking == "entity" or markup.lexicon) and not any(found):
                     raise _no_entities(text)
@@ -321,6 +369,10 @@ def open_or_prepare(
         problem = "only special and unknown tokens, so nothing can be masked"
         raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
     info = corpus.info
+    if not is_accepted:
+        if not text.is_corpus:
+            sample = sample or text.sample()
+        check_vocabulary(text.name, info["unknown_tokens"] / info["tokens"], sample)
     if masking == "entity" and not info["entities"]:
         raise _no_entities(text)
     parts = [f"{info[name]:,} {name}" for name in ("documents", "sentences", "tokens")]
@@ -330,6 +382,31 @@ def open_or_prepare(
     parts += [f"{info['entities']:,} entities"] if info["entities"] else []
     print(f"{text.option}: {', '.join(parts)} ({verb} in {corpus.folder})")
     return corpus
+
+
+def _unknown_share(
+    sample: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
+) -> float:
+    """The share of the tokens of a sample that are unknown to the tokenizer."""
+    backend, lines = tokenizers.without_limits(tokenizer), sample.split("\n")
+    encodings = tokenizers.encode_together(backend, lines, add_special_tokens=False)
+    ids = [number for encoding in encodings for number in encoding.ids]
+    return ids.count(vocabulary.unknown_id) / max(1, len(ids))
+
+
+def check_vocabulary(name: str, share: float, sample: str = "") -> None:
+    """UserError if the `share` of tokens that are unknown is above MAX_UNKNOWN, a printed warning
+    above WARNED_UNKNOWN. `name` is an option and its value, `sample` some of its text."""
+    if share <= WARNED_UNKNOWN:
+        return
+    script = f", mostly {main_script(sample)} characters," if sample else ""
+    problem = f"{name}: {share:.0%} of the tokens{script} are unknown to the tokenizer"
+    ways = (
+        "expected a --tokenizer or --model for this text (or, from scratch, a larger --vocab-size)"
+    )
+    if share > MAX_UNKNOWN:
+        raise UserError(f"{problem}; {ways}")
+    print(f"{problem}; {ways}")
 
 
 def _no_entities(text: TextFiles) -> UserError:

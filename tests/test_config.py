@@ -54,6 +54,7 @@ BAD = {  # option -> values that are refused, between bars
     "--split-sentences": "klingon | on | cn | EN | eng",
     "--masking": "phrase",
     "--optimizer": "sgd",
+    "--encoding": "klingon | base64 | rot13 | undefined",
     "--phases": "128 | 128:x | x:1 | 128:0.5:0.5 | 1.5:1 | : | 7680.9 | 7:1 | 64:.5 65537:.5 | "
     "64:0.9 128:0.2 | 64:1 128:0 | 64:1.5 128:-0.5 | 64:nan 128:1 | 64:inf 128:1 | "
     "64:0.9 128:0.099",

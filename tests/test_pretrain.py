@@ -336,6 +336,83 @@ def test_few_documents_hold_out_their_tails(arguments, tmp_path, output, documen
     assert "eval/perplexity" in rows(output)[-1]
 
 
+def test_advice_for_few_documents_leads_to_a_run(arguments, tmp_path, output, documents, capsys):
+    """One document; one document many times, which would all be held out."""
+    files = [arguments, "--format sentences --max-steps 1 --output", [output], "--train"]
+    sentences = [sentence for document in documents for sentence in document]
+    one = write_documents(tmp_path / "one.txt", [sentences])
+    copies = write_documents(tmp_path / "copies.txt", [sentences[:90]] * 6)
+    for path, way in ((one, "--objective mlm"), (copies, "--valid-fraction 0")):
+        argv = arguments_of(*files, [path], "--overwrite")
+        told = refusal(main, argv, capsys)
+        assert told.startswith(f"--train {path}: ") and way in told
+        assert (path == copies) is ("--valid-fraction" in told)
+        main([*argv, *way.split()])
+
+
+# A vocabulary that does not fit, copies of training documents in the validation text.
+
+
+RUSSIAN = "москва столица россии "
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory, documents):
+    """Texts with many words, and with some, that the tokenizer of `finished` does not know."""
+    folder, paths = tmp_path_factory.mktemp("foreign"), {}
+    for name, share in (("many", 1), ("some", 7)):
+        paths[name] = folder / f"{name}.txt"
+        mixed = [
+            [f"{line} {RUSSIAN * 14}" if number % share == 0 else line for line in document]
+            for number, document in enumerate(documents)
+        ]
+        write_documents(paths[name], mixed)
+    return paths
+
+
+def test_text_that_the_tokenizer_does_not_know_is_refused_early(
+    finished, to_continue, foreign, tmp_path, output, capsys
+):
+    model, cache = finished / "final", ["--cache", tmp_path / "cache"]
+    train = arguments_of(to_continue, ["--model", model, *cache])
+    commands = {
+        "--train": (main, [*train, "--output", output, "--train"]),
+        "--input": (evaluate.main, arguments_of(["--model", model, *cache, "--input"])),
+    }
+    for option, (command, argv) in commands.items():
+        told = refusal(command, [*argv, foreign["many"]], capsys)
+        assert told.startswith(f"{option} {foreign['many']}: ") and "Cyrillic" in told
+        assert not [*tmp_path.rglob("corpus.json")] and not output.exists()
+        more = ["--max-steps", "1"] if command is main else []
+        command([str(word) for word in [*argv, foreign["some"], *more]])
+        assert f"{option} {foreign['some']}: " in capsys.readouterr().out
+        shutil.rmtree(tmp_path / "cache")
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def test_a_run_on_text_that_was_accepted_resumes(
+    finished, to_continue, foreign, tmp_path, output, monkeypatch
+):
+    train = ["--model", finished / "final", "--train", foreign["many"], "--cache", tmp_path / "c"]
+    argv = arguments_of(to_continue, train)
+    with monkeypatch.context() as patched:
+        patched.setattr("pretrain.inputs.MAX_UNKNOWN", 1.0)
+        pretrain_into(output, argv, "--max-steps 4")
+    interrupted_copy(output, tmp_path / "copy", 2)
+    for folder in (tmp_path / "c").iterdir():  # its corpora must be prepared again
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    resume(tmp_path / "copy")
+    assert_same_run(output, tmp_path / "copy", step=4)
+
+
+def test_training_documents_in_the_validation_text_are_counted(
+    arguments, text_file, documents, tmp_path, output, capsys
+):
+    valid = write_documents(tmp_path / "valid.txt", [*documents[:3], documents[3][:1] * 7])
+    pretrain_into(output, arguments, "--max-steps 1 --valid", [valid])
+    assert f"--valid {valid}: 3 of 4 documents " in capsys.readouterr().out
+
+
 def test_embedded_default(output, tmp_path, capsys, monkeypatch):
     """Without options, it uses the embedded text, fits the machine, and fills masks at the end."""
     for name, value in (("MIN_STEPS", 2), ("MAX_STEPS", 2), ("MAX_MODULE_BYTES", 4000)):

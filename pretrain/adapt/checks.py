@@ -202,10 +202,13 @@ def _record_of(experiment: Experiment) -> dict[str, dict]:
 def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """What has changed since the experiment was started."""
     commands = {"options": "", "pretrain": "--pretrain ", "finetune": "--finetune "}
+    kinds = {"options": AdaptOptions, "pretrain": Config, "finetune": FinetuneOptions}
     found = []
     for kind, values in now.items():
+        # An experiment of an earlier version lacks the options that are new.
+        defaults = json.loads(json.dumps(asdict(kinds[kind]()))) if kind in kinds else {}
         for name in {**before[kind], **values}:
-            old, new = before[kind].get(name), values.get(name)
+            old, new = before[kind].get(name, defaults.get(name)), values.get(name)
             if old != new and kind in commands:
                 found.append(f"{commands[kind]}{flag(name)} {old}, not {new}")
             elif old != new:

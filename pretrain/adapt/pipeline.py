@@ -16,6 +16,7 @@ from pretrain.adapt import domain
 from pretrain.adapt.checks import TRAINED_ON, Experiment, naming
 from pretrain.adapt.dedup import write_cleaned
 from pretrain.cli import as_command
+from pretrain.config import UTF8
 from pretrain.data import tokenizer as tokenizers
 from pretrain.errors import UserError
 from pretrain.evaluate import evaluate
@@ -29,7 +30,7 @@ from pretrain.runtime.optim import autocast
 from pretrain.train import train
 
 # How the files written by `clean` are read, whatever the options for the original text.
-CLEANED = {"format": "jsonl", "max_documents": 0}
+CLEANED = {"format": "jsonl", "encoding": UTF8, "max_documents": 0}
 CLEANED |= dict.fromkeys(("text_field", "entity_field", "split_sentences"))
 COMPARED_WORDS = 10_000
 

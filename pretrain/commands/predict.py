@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pretrain.cli import parse
@@ -41,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
     import numpy as np
 
     from pretrain.build import decide_precision
-    from pretrain.finetune.build import load_model
-    from pretrain.finetune.dataset import LabeledDataset, read_texts
+    from pretrain.finetune.build import SAMPLED_ROWS, check_tokens, load_model
+    from pretrain.finetune.dataset import LabeledDataset, LabeledRows, read_texts
     from pretrain.finetune.predict import check_rows, predict, predict_rows, write_rows
     from pretrain.finetune.scores import Tally, numbers_of, only_class, score_table
     from pretrain.runtime.distributed import start
@@ -55,6 +56,10 @@ def main(argv: Sequence[str]) -> None:
     classes, context = list(model.config.id2label.values()), autocast(device, precision)
     with option_named("--input"):
         check_rows(options.input, options, classes)
+        first = list(islice(read_texts(options.input, options, []), SAMPLED_ROWS))
+    texts = [text for *_, text in first]
+    sample = LabeledDataset(LabeledRows(texts, [""] * len(texts), classes), tokenizer)
+    check_tokens(f"--input {' '.join(options.input)}", sample, texts)
     tally = Tally(classes)
 
     def predict_chunk(rows):

@@ -6,6 +6,7 @@ of segmented text. Entities are the spans given with the text and the lexicon te
 
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -111,6 +112,14 @@ def describe_script(sample: str) -> tuple[float, bool]:
     num_han, num_letters = int(is_han(sample).sum()), sum(map(str.isalpha, sample))
     gaps = len(re.findall(f"(?<={HAN_CLASS}) +(?={HAN_CLASS})", sample))
     return num_han / max(1, num_letters), gaps > SEGMENTED_SHARE * max(1, num_han)
+
+
+def main_script(sample: str) -> str:
+    """The most frequent script among the letters of a sample, such as Latin or Han."""
+    letters = (unicodedata.name(letter, "?") for letter in sample if letter.isalpha())
+    scripts = Counter(name.split(" ")[0] for name in letters)
+    (script, _), *_ = scripts.most_common(1) or [("no", 0)]
+    return "Han" if script == "CJK" else script.capitalize()
 
 
 def mark(

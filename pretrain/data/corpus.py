@@ -167,6 +167,15 @@ class Corpus:
                 found += len(self.documents(index))
         return found
 
+    def count_shared(self, other: Corpus) -> int:
+        """Number of documents of this part whose text is also in `other`, by hash."""
+        shards = range(self.num_shards)
+        own = np.concatenate([self._map(n).hashes[self.documents(n)] for n in shards])
+        is_shared = np.zeros(len(own), bool)
+        for index in range(other.num_shards):
+            is_shared |= np.isin(own, other._map(index).hashes)
+        return int(is_shared.sum())
+
     def split(self, fraction: float) -> tuple[Corpus, Corpus]:
         """(training, validation): validation gets about `fraction` of the documents, at least two.
 

@@ -10,16 +10,23 @@ import glob
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.config import PLAIN_FORMATS, TextOptions
+from pretrain.config import PLAIN_FORMATS, UTF8, TextOptions
 from pretrain.data.conll import read_tagged
-from pretrain.data.sentences import Span, as_record, detect_format, documents, sentences
-from pretrain.data.sources import Source, check_files, expand, files_of, states_of
-from pretrain.data.tables import UTF8_FORMATS, choose_field, format_of, no_column, read_rows
+from pretrain.data.sentences import (
+    Span,
+    as_record,
+    cut_into_pieces,
+    detect_format,
+    documents,
+    sentences,
+)
+from pretrain.data.sources import CHUNK_BYTES, Source, check_files, expand, files_of, states_of
+from pretrain.data.tables import TEXT_FORMATS, choose_field, format_of, no_column, read_rows
 from pretrain.errors import UserError, refusing, require
 from pretrain.files import exclusive, key_of, write_aside
 
@@ -49,6 +56,8 @@ def open_files(paths: tuple[str, ...], options: TextOptions, read_entities: bool
         files = _unpack(entry, Path(options.cache)) if is_packed else [entry]
         given_as |= dict.fromkeys(files, entry)
     try:
+        copies = _as_utf8(list(given_as), options)
+        given_as = {copies.get(file, file): entry for file, entry in given_as.items()}
         return _open_unpacked(list(given_as), options, read_entities)
     except UserError as error:  # unpacked files go by the name that the user gave
         message = str(error)
@@ -61,13 +70,14 @@ def open_files(paths: tuple[str, ...], options: TextOptions, read_entities: bool
 def _open_unpacked(entries: list[str], options: TextOptions, read_entities: bool) -> Opened:
     cache, index = Path(options.cache), Path(options.cache) / "sources.json"
     kinds = {entry: format_of(entry, options.format) for entry in entries}
-    utf8 = [entry for entry, kind in kinds.items() if kind in UTF8_FORMATS]
-    sources = check_files(map(Path, utf8), index)
+    texts = [entry for entry, kind in kinds.items() if kind in TEXT_FORMATS]
+    sources = check_files(map(Path, texts), index)
     plain = [Path(entry) for entry, kind in kinds.items() if kind == "plain"]
     text_format = options.format if options.format in PLAIN_FORMATS else ""
     if plain and not text_format:
         text_format, why = detect_format(plain)
         print(f"{_shown(plain)}: read as {text_format} ({why})")
+    cut_into_pieces(plain, text_format)  # UserError for a document that is too long
     if len(plain) == len(entries) and not options.max_documents:
         return sources, text_format
     inputs = [(entry, text_format if kind == "plain" else kind) for entry, kind in kinds.items()]
@@ -102,23 +112,66 @@ def _unpack(entry: str, cache: Path) -> list[str]:
 
     def unpack(folder: Path) -> None:
         folder.mkdir()
+        room = shutil.disk_usage(folder).free // 2
+        problem = f"{entry}: is more than {room:,} bytes when unpacked, half of what is free"
+        too_large = UserError(f"{problem} in {cache}; expected a smaller file, or more space")
         if suffix == ".zip":
-            zipfile.ZipFile(path).extractall(folder)
+            archive = zipfile.ZipFile(path)
+            if sum(member.file_size for member in archive.infolist()) > room:
+                raise too_large
+            archive.extractall(folder)
             return
         packed = fsspec.open(glob.escape(entry), "rb", compression="infer")
         with packed as source, (folder / path.stem).open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+            while part := source.read(CHUNK_BYTES):
+                target.write(part)
+                if target.tell() > room:
+                    raise too_large
 
     folder = cache / "unpacked" / key_of(states_of(entry))
-    if not folder.is_dir():
-        with exclusive(folder):
-            if not folder.is_dir():  # else another process was faster
-                with refusing(f"{entry}: cannot be unpacked", f"expected a whole {suffix} file"):
-                    write_aside(folder, unpack)
+    with refusing(f"{entry}: cannot be unpacked", f"expected a whole {suffix} file"):
+        _keep(folder, unpack)
     files = sorted(map(str, files_of(folder)))
     if not files:
         raise UserError(f"{entry}: contains no files; expected text")
     return files
+
+
+def _as_utf8(files: list[str], options: TextOptions) -> dict[str, str]:
+    """File -> its copy in UTF-8 in the cache, for each file in another encoding."""
+    if options.encoding == UTF8:
+        return {}
+    texts = [file for file in files if format_of(file, options.format) in TEXT_FORMATS]
+    sources = check_files(map(Path, texts), encoding=options.encoding)
+    others = [source for source in sources if source.encoding != UTF8]
+    if not others:
+        print(f"{_shown(files)}: UTF-8, not {options.encoding}")
+    return {source.path: _copy_as_utf8(source, Path(options.cache)) for source in others}
+
+
+def _copy_as_utf8(source: Source, cache: Path) -> str:
+    path = Path(source.path)
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        copy = folder / path.name
+        with (
+            path.open(encoding=source.encoding, newline="") as text,
+            copy.open("w", encoding=UTF8, newline="") as out,
+        ):
+            shutil.copyfileobj(text, out, CHUNK_BYTES)
+
+    folder = cache / "utf-8" / key_of([states_of(source.path), source.encoding])
+    _keep(folder, write)
+    return str(folder / path.name)
+
+
+def _keep(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a folder in the cache, unless it is there."""
+    if not folder.is_dir():
+        with exclusive(folder):
+            if not folder.is_dir():  # else another process was faster
+                write_aside(folder, write)
 
 
 def _convert(inputs: list[tuple[str, str]], columns: _Columns, limit: int, target: Path) -> None:

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from pretrain.data.sources import MAX_CHARACTERS, too_long
+
 PIECE_BYTES = 64 << 20  # one piece becomes one shard of the corpus
-MAX_LINE_BYTES = 1 << 20  # a longer line is read in parts, cut at white space if possible
+# A longer line is read in parts, cut at white space if possible: for the tokenizer, text takes a
+# hundred times its size.
+MAX_LINE_BYTES = 1 << 20
 SAMPLED_FILES, SAMPLED_BYTES = 16, 1 << 18  # to detect the format
 SMALL_FILE_BYTES = 1 << 17
 
@@ -82,6 +86,9 @@ def _cut_file(file: Path, text_format: str, piece_bytes: int) -> list[Span]:
             cuts.append(handle.tell())
     if cuts[-1] < size:
         cuts.append(size)
+    for start, end in zip(cuts, cuts[1:]):
+        if end - start > piece_bytes + MAX_CHARACTERS:
+            raise too_long(f"{file}: document after byte {start:,}, read as {text_format}")
     return [Span(os.path.abspath(file), start, end) for start, end in zip(cuts, cuts[1:])]
 
 
@@ -159,9 +166,10 @@ def _cut_record(text: str, entities: list[list[int]], cut: Cut | None) -> Iterat
     """Sentences of a text: its lines, or their parts under `cut`; none ends inside an entity."""
     ends, place = [], 0
     for line in text.split("\n"):
-        for part in (cut(line) if cut else ()) or (line,):
-            place += len(part)
-            ends.append(place)
+        for short in _short_parts(line):
+            for part in (cut(short) if cut else ()) or (short,):
+                place += len(part)
+                ends.append(place)
         place += 1  # the line feed
     assert ends[-1] == len(text), (ends[-1], len(text))
     first = begin = 0
@@ -179,3 +187,14 @@ def _cut_record(text: str, entities: list[list[int]], cut: Cut | None) -> Iterat
         if sentence:
             yield sentence, tuple(spans)
         first, begin = last, end
+
+
+def _short_parts(line: str) -> Iterator[str]:
+    """A line in parts of at most MAX_LINE_BYTES characters, cut at white space if possible."""
+    start = 0
+    while len(line) - start > MAX_LINE_BYTES:
+        limit = start + MAX_LINE_BYTES
+        end = max(line.rfind(" ", start, limit), line.rfind("\t", start, limit)) + 1 or limit
+        yield line[start:end]
+        start = end
+    yield line[start:]

@@ -9,10 +9,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.config import UTF8
 from pretrain.errors import UserError, check, refusing
 from pretrain.files import exclusive, file_problem, key_of, read_json, read_text, write_json
+from pretrain.schema import flag
 
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # in a folder of save_to_disk
+MAX_CHARACTERS = 64 << 20  # of a line, a cell or a document: readers hold a whole one in memory
+SEVEN_BIT = ("iso2022", "hz", "utf-7")  # encodings that write any text in ASCII
+CHUNK_BYTES = 1 << 20
+MAX_DAMAGE = 0.1  # bad bytes per character beyond ASCII in a file that is UTF-8, but damaged
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,7 @@ class Source:
     size: int
     mtime_ns: int
     sha256: str
+    encoding: str = UTF8
 
 
 def expand(paths: Iterable[str]) -> list[str]:
@@ -53,11 +60,14 @@ def files_of(path: Path) -> list[Path]:
     return [file for file in shown if file.is_file()]
 
 
-def check_files(files: Iterable[Path], index: Path | None = None) -> list[Source]:
-    """Read every file once; a UserError names all that are empty, blank, binary or not UTF-8.
+def check_files(
+    files: Iterable[Path], index: Path | None = None, encoding: str = UTF8
+) -> list[Source]:
+    """Read every file once; a UserError names all that are empty, blank, binary or not UTF-8, or
+    have a line that is too long.
 
-    `index` is a JSON file of earlier results: a file with the same path, size and mtime is not
-    read again."""
+    Files that are not UTF-8 may have `encoding` instead. `index` is a JSON file of earlier results
+    for UTF-8: a file with the same path, size and mtime is not read again."""
     before, known, sources, problems = {}, {}, [], []
     if index:
         with suppress(UserError, TypeError):  # it may be missing or damaged: it only saves time
@@ -65,7 +75,7 @@ def check_files(files: Iterable[Path], index: Path | None = None) -> list[Source
             known = {path: Source(**entry) for path, entry in before.items()}
     for file in files:
         try:
-            sources.append(_check_file(file, known.get(str(file))))
+            sources.append(_check_file(file, known.get(str(file)), codecs.lookup(encoding).name))
             known[str(file)] = sources[-1]
         except UserError as error:
             problems.append(str(error))
@@ -77,39 +87,99 @@ def check_files(files: Iterable[Path], index: Path | None = None) -> list[Source
     return sources
 
 
-def _check_file(file: Path, earlier: Source | None) -> Source:
+def _check_file(file: Path, earlier: Source | None, encoding: str) -> Source:
     with refusing(f"{file}: cannot be read", "expected a text file"):
         status = file.stat()
         if earlier and (earlier.size, earlier.mtime_ns) == (status.st_size, status.st_mtime_ns):
             return earlier
-        sha256 = _scan(file)
+        sha256, found = _scan(file, encoding)
     if earlier and earlier.sha256 != sha256:
         print(f"{file}: has changed since it was last read")
-    return Source(str(file), status.st_size, status.st_mtime_ns, sha256)
+    return Source(str(file), status.st_size, status.st_mtime_ns, sha256, found)
 
 
-def _scan(file: Path) -> str:
-    """SHA-256 of a UTF-8 text file; UserError if it is anything else, or blank."""
-    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
-    offset, is_blank, chunk = 0, True, None
+def _scan(file: Path, encoding: str) -> tuple[str, str]:
+    """(SHA-256, encoding) of a text file: UTF-8 wherever that decodes it, else `encoding`.
+
+    Text in other encodings is hardly ever valid UTF-8, but most of them decode UTF-8 to garbage."""
+    if encoding != UTF8:
+        with suppress(UserError):
+            sha256, is_ascii = _decode(file, UTF8)
+            if not (is_ascii and encoding.startswith(SEVEN_BIT)):
+                return sha256, UTF8
+    return _decode(file, encoding)[0], encoding
+
+
+def _decode(file: Path, encoding: str) -> tuple[str, bool]:
+    """(SHA-256, whether it is ASCII) of a text file; UserError for anything else."""
+    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder(encoding)()
+    offset, is_blank, is_ascii, is_array, chunk = 0, True, True, False, None
+    num_lines = line_characters = 0
     with file.open("rb") as handle:
         while chunk != b"":
-            chunk = handle.read(1 << 20)
+            chunk = handle.read(CHUNK_BYTES)
             digest.update(chunk)
-            if b"\0" in chunk:
-                problem = f"NUL byte at offset {offset + chunk.index(0)}: binary or UTF-16"
-                raise UserError(f"{file}: {problem}; expected UTF-8 text")
             start = offset - len(decoder.getstate()[0])  # a character may span two chunks
+            if encoding == UTF8 and b"\0" in chunk:
+                problem = f"NUL byte at offset {offset + chunk.index(0)}: binary or UTF-16"
+                raise UserError(f"{file}: {problem}; {_expected(chunk, encoding)}")
             try:
                 text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                problem = f"{file}: not UTF-8 at byte offset {start + error.start}"
-                raise UserError(f"{problem}; to convert: iconv -f LATIN1 -t UTF-8") from error
-            is_blank = is_blank and not text.replace("\ufeff", "").strip()
+            except UnicodeError as error:
+                start += getattr(error, "start", 0)  # UTF-16 without its mark has none
+                problem = f"{file}: not {encoding.upper()} at byte offset {start}"
+                raise UserError(f"{problem}; {_expected(chunk, encoding)}") from error
+            if "\0" in text:
+                problem = f"{file}: binary, or not {encoding.upper()}"
+                raise UserError(f"{problem}; {_expected(chunk, encoding)}")
+            if is_blank:
+                beginning = text.replace("\ufeff", "").lstrip()
+                is_blank, is_array = not beginning, beginning.startswith("[")
+            is_ascii = is_ascii and text.isascii()
+            line_end = text.find("\n")
+            line_characters += line_end if line_end >= 0 else len(text)
+            if line_characters > MAX_CHARACTERS and not is_array:  # JSON arrays are read by item
+                raise too_long(f"{file}, line {num_lines + 1}")
+            if line_end >= 0:
+                num_lines += text.count("\n")
+                line_characters = len(text) - text.rfind("\n") - 1
             offset += len(chunk)
     if is_blank:
         raise UserError(f"{file}: empty or only white space; expected text")
-    return digest.hexdigest()
+    return digest.hexdigest(), is_ascii
+
+
+def too_long(where: str) -> UserError:
+    """The error for a line, a cell or a document above MAX_CHARACTERS."""
+    expected = f"expected at most {MAX_CHARACTERS:,} characters: cut it into several"
+    return UserError(f"{where}: too long; {expected}")
+
+
+def _expected(chunk: bytes, encoding: str) -> str:
+    """What to do with a file that is not in `encoding`, from some of its bytes."""
+    readable = chunk.decode(UTF8, errors="replace")
+    num_bad = readable.count("\ufffd")
+    if 0 < num_bad < MAX_DAMAGE * sum(not character.isascii() for character in readable):
+        return "expected UTF-8 without damage; to drop bad bytes: iconv -c -f UTF-8 -t UTF-8"
+    found = likely_encoding(chunk)
+    if found in (None, encoding):
+        return f"expected UTF-8, or {flag('encoding')} with the encoding of the file"
+    return f"expected UTF-8, or {flag('encoding')} {found}, which it seems to be"
+
+
+def likely_encoding(sample: bytes) -> str | None:
+    """The encoding that some bytes of a text seem to have; None if it cannot be told."""
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError:  # an old installation: the message is then less specific
+        return None
+    end = len(sample)  # of the last whole character
+    if b"\0" in sample:
+        end -= end % 2
+    elif b"\n" in sample:
+        end = sample.rindex(b"\n")
+    best = from_bytes(sample[:end]).best()
+    return best.encoding.replace("_", "-") if best else None
 
 
 def read_lines(path: str) -> list[str]:

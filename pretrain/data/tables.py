@@ -5,17 +5,18 @@ import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
+from typing import TextIO
 
-from pretrain.config import RECORD_FORMATS
-from pretrain.data.sources import check_files, expand
+from pretrain.config import RECORD_FORMATS, UTF8
+from pretrain.data.sources import CHUNK_BYTES, MAX_CHARACTERS, check_files, expand, too_long
 from pretrain.errors import UserError, check, refusing, require
 from pretrain.files import check_regular
 
 ALIASES = {"ndjson": "jsonl", "json": "jsonl", "bio": "conll", "bmes": "conll", "bioes": "conll"}
 TABLES = ("csv", "tsv", "jsonl", "parquet", "arrow")
-UTF8_FORMATS = {"plain", "jsonl", "csv", "tsv", "conll"}
+TEXT_FORMATS = {"plain", "jsonl", "csv", "tsv", "conll"}  # the others have no encoding
 HUB_FORMS = "hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"
 
 
@@ -30,28 +31,35 @@ def format_of(entry: str, wanted: str = "auto") -> str:
     return kind if kind in RECORD_FORMATS else "plain"
 
 
-def open_tables(paths: Iterable[str]) -> Iterator[tuple[str, dict]]:
+def open_tables(paths: Iterable[str], encoding: str = UTF8) -> Iterator[tuple[str, dict]]:
     """(file and line, record) of each row of the tables that `paths` name, in order.
 
-    UserError before the first row if a file has another format, or is not UTF-8."""
+    UserError before the first row if a file has another format, or is not UTF-8 or `encoding`."""
     entries = [entry for path in paths for entry in expand([path])]
     others = [entry for entry in entries if format_of(entry) not in TABLES]
     check([f"{entry}: not a table; expected {', '.join(TABLES)}" for entry in others])
-    check_files(Path(entry) for entry in entries if format_of(entry) in UTF8_FORMATS)
-    return chain.from_iterable(read_rows(entry, format_of(entry)) for entry in entries)
+    texts = [Path(entry) for entry in entries if format_of(entry) in TEXT_FORMATS]
+    found = {source.path: source.encoding for source in check_files(texts, encoding=encoding)}
+    tables = (read_rows(entry, format_of(entry), found.get(entry, UTF8)) for entry in entries)
+    return chain.from_iterable(tables)
 
 
-def read_rows(entry: str, kind: str) -> Iterator[tuple[str, dict]]:
+def read_rows(entry: str, kind: str, encoding: str = UTF8) -> Iterator[tuple[str, dict]]:
     """(file and line, record) of each row of `entry`, an input of format `kind`."""
-    unit = "line" if kind in UTF8_FORMATS else "row"
+    unit = "line" if kind in TEXT_FORMATS else "row"
+    encoding = "utf-8-sig" if encoding == UTF8 else encoding
     if kind == "jsonl":
-        rows = _json_rows(entry)
+        rows = _json_rows(entry, encoding)
     elif kind in ("csv", "tsv"):
-        rows = _delimited_rows(entry, kind)
+        rows = _delimited_rows(entry, kind, encoding)
     else:
         rows = enumerate(_dataset_rows(entry, kind), start=1)
     for number, record in rows:
-        yield f"{entry}, {unit} {number}", record
+        where = f"{entry}, {unit} {number}"
+        for name, value in record.items():
+            if isinstance(value, str) and len(value) > MAX_CHARACTERS:
+                raise too_long(f"{where}: column {name}")
+        yield where, record
 
 
 def choose_field(record: dict, where: str) -> str:
@@ -71,27 +79,60 @@ def no_column(record: dict, where: str, name: str, field: str) -> UserError:
     return UserError(f"{where}: no column {name!r}; expected the {field} field among {columns}")
 
 
-def _json_rows(path: str) -> Iterator[tuple[int, dict]]:
+def _json_rows(path: str, encoding: str) -> Iterator[tuple[int, dict]]:
     """The objects of a file, numbered: one per line, or the items of one array."""
     expected = "expected one object per line, or one array"
-    with open(path, encoding="utf-8-sig", newline="\n") as handle:
+    with open(path, encoding=encoding, newline="\n") as handle:
         is_array = handle.read(1 << 10).lstrip().startswith("[")
         handle.seek(0)
-        for number, line in enumerate([handle.read()] if is_array else handle, start=1):
+        values = _array_items(handle) if is_array else map(_line_items, handle)
+        for number in count(start=1):
             with refusing(f"{path}, line {number}: not JSON", expected):
-                content = json.loads(line) if line.strip() else []
-            items = content if isinstance(content, list) else [content]
-            for item, record in enumerate(items, start=1):
+                items = next(values, None)
+            if items is None:
+                return
+            for record in items:
                 if not isinstance(record, dict):
                     raise UserError(f"{path}, line {number}: {str(record)[:40]!r}; {expected}")
-                yield item if is_array else number, record
+                yield number, record
 
 
-def _delimited_rows(path: str, kind: str) -> Iterator[tuple[int, dict]]:
+def _line_items(line: str) -> list:
+    """The objects in a line of JSON: none if it is blank, several in an array."""
+    content = json.loads(line) if line.strip() else []
+    return content if isinstance(content, list) else [content]
+
+
+def _array_items(handle: TextIO) -> Iterator[list]:
+    """Each item of a JSON array in a list, with one item and a chunk of text in memory."""
+    decode, place = json.JSONDecoder().raw_decode, 0
+    text = handle.read(CHUNK_BYTES).partition("[")[2]
+    separator = re.compile(r"\s*")
+    while True:
+        try:
+            item, place = decode(text, separator.match(text, place).end())
+        except (ValueError, AttributeError) as error:  # the item or the comma is not complete
+            if end := re.compile(r"\s*\]").match(text, place):
+                if (text[end.end() :] + handle.read(CHUNK_BYTES)).strip():
+                    raise ValueError("text after the array") from error
+                return
+            text, place = text[place:], 0
+            if len(text) > MAX_CHARACTERS:
+                raise ValueError(f"no whole object in {len(text):,} characters") from error
+            more = handle.read(max(CHUNK_BYTES, len(text)))  # at least twice as much: linear time
+            if not more:
+                raise ValueError("the array does not end, or has no comma") from error
+            text += more
+        else:
+            separator = re.compile(r"\s*,\s*")
+            yield [item]
+
+
+def _delimited_rows(path: str, kind: str, encoding: str) -> Iterator[tuple[int, dict]]:
     """Rows of a CSV or TSV file, by its header."""
-    csv.field_size_limit(1 << 30)
-    with open(path, encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle, strict=True, **_dialect(path, kind))
+    csv.field_size_limit(MAX_CHARACTERS)
+    with open(path, encoding=encoding, newline="") as handle:
+        reader = csv.DictReader(handle, strict=True, **_dialect(path, kind, encoding))
         try:
             header = reader.fieldnames or []
             if len(set(header)) < len(header):
@@ -104,13 +145,14 @@ def _delimited_rows(path: str, kind: str) -> Iterator[tuple[int, dict]]:
                 yield reader.line_num, row
         except csv.Error as error:
             problem = f"{path}, line {reader.reader.line_num}: not {kind.upper()} ({error})"
-            raise UserError(f"{problem}; expected quotes that close, doubled inside") from error
+            expected = f"quotes that close, doubled inside, and up to {MAX_CHARACTERS:,} characters"
+            raise UserError(f"{problem}; expected {expected}") from error
 
 
-def _dialect(path: str, kind: str) -> dict:
+def _dialect(path: str, kind: str, encoding: str) -> dict:
     """Arguments for csv.reader. Spreadsheets in much of Europe write semicolons. Many TSV files are
     not quoted: a quote that spans a tab or never closes is then an ordinary character."""
-    with open(path, encoding="utf-8-sig", newline="") as handle:
+    with open(path, encoding=encoding, newline="") as handle:
         if kind == "csv":
             header = handle.readline()
             return {"delimiter": ";" if ";" in header and "," not in header else ","}
@@ -125,6 +167,9 @@ def _dialect(path: str, kind: str) -> dict:
 def _dataset_rows(entry: str, kind: str) -> Iterator[dict]:
     """Rows that `datasets` reads, streamed so that nothing is copied."""
     datasets = require("datasets", entry)
+    if int(datasets.__version__.split(".")[0]) < 4:  # those run code that comes with a data set
+        problem = f"{entry}: datasets {datasets.__version__} is installed"
+        raise UserError(f"{problem}; expected 4 or later: pip install -U datasets")
     with refusing(f"{entry}: cannot be read as {kind}", "expected complete files, or a known name"):
         if kind == "saved":
             check_regular(Path(entry))

@@ -8,6 +8,7 @@ confusion matrix.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from pretrain.finetune.dataset import (
 from pretrain.finetune.heads import PackedClassifier, load_classifier
 from pretrain.finetune.predict import new_cells, predict, write_rows
 from pretrain.finetune.scores import Tally, numbers_of, only_class
+from pretrain.inputs import check_vocabulary
 from pretrain.model.attention import choose_attention
 from pretrain.plan import report_ineffective, steps_between
 from pretrain.run import SAVED_FORM, Run, resume_point, run_folder
@@ -41,6 +43,7 @@ from pretrain.runtime.optim import overflow_advice
 from pretrain.schema import TEXT
 
 MAX_LENGTH = 512  # tokens, unless --max-length is given
+SAMPLED_ROWS = 1000  # to name the script of a text
 MAX_CURVES = 30  # classes whose F1 is logged
 FINETUNING_FORM = SAVED_FORM | {"rows": TEXT}  # of training_state.json
 
@@ -211,6 +214,9 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     datasets = {name: LabeledDataset(part, tokenizer) for name, part in rows.items()}
+    for name, dataset in () if saved or quiet else datasets.items():
+        shown = f"--{name} {' '.join(getattr(options, name))}"
+        check_tokens(shown, dataset, rows[name].texts)
     train = datasets["train"]
     if options.class_weights == "balanced":
         train.class_weights = len(train) / (len(classes) * np.bincount(train.labels))
@@ -298,6 +304,12 @@ def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
     return rows | {"train": LabeledRows(texts, labels, classes)}
 
 
+def check_tokens(name: str, dataset: LabeledDataset, texts: list[tuple[str, ...]]) -> None:
+    """`check_vocabulary` for rows with `texts`; `name` is an option and its value."""
+    sample = "\n".join(chain.from_iterable(texts[:SAMPLED_ROWS]))
+    check_vocabulary(name, dataset.unknown_share, sample)
+
+
 def print_rows(run: FinetuningRun) -> None:
     """Print the rows per class, how many are cut, and how many texts are also in --train."""
     seen = set(run.rows["train"].texts)
@@ -305,12 +317,14 @@ def print_rows(run: FinetuningRun) -> None:
         counts = np.bincount(dataset.labels, minlength=len(run.classes))
         facts = [f"{len(dataset):,} rows"]
         facts += [f"{label} {count:,}" for label, count in zip(run.classes[:20], counts)]
-        repeated = sum(text in seen for text in run.rows[name].texts)
-        if name != "train" and repeated:
-            facts.append(f"{repeated:,} texts are also in --train")
         if dataset.num_cut:
             facts.append(f"{dataset.num_cut:,} exceed {dataset.max_length} tokens and are cut")
         print(f"--{name}: {', '.join(facts)}")
+        repeated = sum(text in seen for text in run.rows[name].texts)
+        if name != "train" and repeated:
+            shown = f"--{name} {' '.join(getattr(run.config, name))}"
+            problem = f"{repeated:,} of {len(dataset):,} texts also in --train"
+            print(f"{shown}: {problem}: scores will look too good; expected other rows")
 
 
 def print_plan(run: FinetuningRun) -> None:

@@ -54,7 +54,7 @@ def read_texts(paths: Sequence[str], options: ColumnOptions, problems: list[str]
 
     UserError if there are no rows, or if the first one lacks a column."""
     columns = None
-    for where, record in open_tables(paths):
+    for where, record in open_tables(paths, options.encoding):
         columns = columns or choose_columns(record, where, options)
         texts = []
         for column in columns:
@@ -157,13 +157,16 @@ class LabeledDataset:
         self.class_weights: np.ndarray | None = None
         numbers = {label: number for number, label in enumerate(rows.classes)}
         self.labels = np.array([numbers.get(label, IGNORED) for label in rows.labels])
-        self.num_cut = 0
+        self.num_cut = num_unknown = num_tokens = 0
         self.examples: list[Example] = []
         inputs = [text if len(text) == 2 else text[0] for text in rows.texts]
         for label, encoding in zip(self.labels, encode_together(backend, inputs)):
             ids, type_ids = np.array(encoding.ids, np.uint32), np.array(encoding.type_ids, np.uint8)
             self.examples.append((ids, type_ids, label))
             self.num_cut += bool(encoding.overflowing)
+            num_tokens += len(ids)
+            num_unknown += int((ids == tokenizer.unk_token_id).sum())
+        self.unknown_share = num_unknown / max(1, num_tokens)  # of the tokens
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -427,6 +427,20 @@ def test_options_may_change_before_training(small, place, tmp_path):
     assert row[0].startswith("at step 1") and row[1] == f"{value:,.1f}"
 
 
+def test_an_experiment_of_a_version_with_fewer_options_resumes(
+    finished_small, small, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    shutil.copytree(finished_small, output)
+    record = json.loads((output / "experiment.json").read_text())
+    for kind in ("options", "pretrain", "finetune"):
+        del record[kind]["encoding"]
+    (output / "experiment.json").write_text(json.dumps(record))
+    forbid_work(monkeypatch)
+    adapt(small, output)
+    assert "encoding" in json.loads((output / "experiment.json").read_text())["options"]
+
+
 # What is refused.
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import lzma
 import os
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_one_array_of_json_is_numbered_by_item(tmp_path):
     path.write_text(json.dumps([{"text": "a"}, {"text": 3}], indent=1))
     assert message(path).startswith(f"{path}, line 2: ")
     path.write_text('[{"text": "a"},')
-    assert message(path).startswith(f"{path}, line 1: ")
+    assert message(path).startswith(f"{path}, line 2: ")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
@@ -620,3 +621,39 @@ def test_an_interruption_leaves_no_files(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         read("hub:some/name", cache=tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv", "conll", "txt.gz"])
+def test_every_format_is_read_in_its_encoding(tmp_path, kind):
+    """Beside a file in UTF-8, which stays as it is."""
+    rows = ["你好，世界", "第二句话"]
+    contents = {
+        "jsonl": "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows),
+        "conll": "".join("".join(f"{token}\tO\n" for token in row) + "\n" for row in rows),
+    }
+    lines_of_text = ("" if "txt" in kind else "text\n") + "".join(f"{row}\n" for row in rows)
+    content = contents.get(kind, lines_of_text)
+    path, other = tmp_path / f"a.{kind}", tmp_path / f"b.{kind.removesuffix('.gz')}"
+    other.write_text(content, encoding="utf-8")
+    options = {"format": "lines"} if "txt" in kind else {}
+    expected = read(other, **options)
+    for encoding in ("gb18030", "utf-16", "utf-16-be"):
+        raw = content.encode(encoding)
+        path.write_bytes(gzip.compress(raw) if kind.endswith("gz") else raw)
+        assert message(path).startswith(f"{path}")
+        assert read(path, encoding=encoding, **options) == expected
+        assert read(path, other, encoding=encoding, **options) == 2 * expected
+        assert message(path, encoding="ascii").startswith(f"{path}")
+
+
+def test_a_compressed_file_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 << 20))
+    text = "word\n" * 500_000
+    packed, archive = tmp_path / "a.txt.gz", tmp_path / "b.zip"
+    packed.write_bytes(gzip.compress(text.encode()))
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("b.txt", text)
+    for path in (packed, archive):
+        assert message(path).startswith(f"{path}: ")
+        assert not [*(tmp_path / "cache").rglob("*.txt*")]

@@ -6,7 +6,7 @@ import codecs
 import json
 import os
 import re
-from itertools import chain
+from itertools import chain, islice
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +15,16 @@ from text_helpers import grouped, refused, texts
 
 from pretrain.data import sentences as reading
 from pretrain.data.sentences import Span, cut_into_pieces, detect_format, sentences
-from pretrain.data.sources import check_files, content_key, expand, read_lines
+from pretrain.data.sources import (
+    MAX_CHARACTERS,
+    check_files,
+    content_key,
+    expand,
+    likely_encoding,
+    read_lines,
+)
+from pretrain.data.tables import read_rows
+from pretrain.inputs import SAMPLED_CHARACTERS, TextFiles
 
 FORMATS = ("sentences", "lines", "text")
 BOM = codecs.BOM_UTF8
@@ -407,3 +416,124 @@ def test_content_key_names_the_content_in_order(tmp_path):
     assert content_key([one, two], "lines") == content_key([three, two], "lines")  # by content
     sources = [([one, two], "lines"), ([two, one], "lines"), ([one, two], "text"), ([one], "lines")]
     assert len({content_key(*given) for given in sources}) == 4
+
+
+# Encodings.
+
+RUSSIAN = "Москва является столицей России, в этом городе живёт много людей.\n"
+CHINESE = "今天天气很好，我们去公园散步。\n他在北京大学学习人工智能。\n"
+TAIWANESE = "台灣是一個位於東亞的島嶼，人口約兩千三百萬。\n這裡的語言是國語與臺語。\n"
+JAPANESE = "今日は天気がとても良いです。\n私は東京に住んでいます。カタカナも使います。\n"
+ENCODED = {
+    "gb18030": CHINESE,
+    "big5": TAIWANESE,
+    "shift_jis": JAPANESE,
+    "cp1251": RUSSIAN,
+    "utf-16": CHINESE,
+    "utf-16-le": "plain words\n",
+    "utf-16-be": "plain words\n",
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_text_in_another_encoding_is_refused_with_its_name(path, name):
+    pytest.importorskip("charset_normalizer")
+    text = "".join(f"{number} {ENCODED[name]}" for number in range(100))
+    path.write_bytes(text.encode(name))
+    told = refused(check_files, [path])
+    assert told.startswith(f"{path}: ")
+    named = re.search(r"--encoding ([\w-]+)", told)[1]  # may be a superset, such as cp932
+    assert path.read_bytes().decode(named) == text
+    assert refused(check_files, [path], encoding="ascii").startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_text_is_checked_in_its_encoding(path, tmp_path, name):
+    path.write_bytes(ENCODED[name].encode(name))
+    (source,) = check_files([path], encoding=name)
+    assert source.encoding == codecs.lookup(name).name
+    path.write_bytes(CHINESE.encode())  # most encodings would decode it
+    assert check_files([path], encoding=name) == check_files([path])
+    path.write_bytes("\n".encode(name))
+    assert refused(check_files, [path], encoding=name).startswith(f"{path}: ")
+
+
+def test_ascii_is_read_in_an_encoding_only_if_that_is_made_of_ascii(path):
+    path.write_bytes("日本".encode("iso2022_jp"))
+    assert path.read_bytes().isascii()
+    (source,) = check_files([path], encoding="iso-2022-jp")
+    assert path.read_bytes().decode(source.encoding) == "日本"
+    path.write_bytes(b"words\n")
+    assert check_files([path], encoding="utf-16") == check_files([path])
+
+
+def test_damaged_utf8_is_not_taken_for_another_encoding(path):
+    path.write_bytes(CHINESE.encode() * 50 + b"\xff\xfe\n" + CHINESE.encode())
+    told = refused(check_files, [path])
+    assert told.startswith(f"{path}: ") and "--encoding" not in told
+
+
+def test_binary_data_has_no_encoding():
+    assert likely_encoding(bytes(range(256)) * 40) is None
+
+
+# Bounds.
+
+
+@pytest.mark.parametrize(
+    "line", ["word " * (1 << 17), '{"text": "' + "word " * (1 << 17) + '"}'], ids=["plain", "json"]
+)
+def test_a_line_beyond_the_limit_is_named(path, line):
+    repeated = line.strip().replace("word ", "word " * (MAX_CHARACTERS // len(line) + 1))
+    path.write_text(f"short\n{repeated}\n")
+    assert refused(check_files, [path]).startswith(f"{path}, line 2: ")
+
+
+def test_a_document_beyond_the_limit_is_named(path):
+    path.write_text("word word\n" * (MAX_CHARACTERS // 10 + 1))
+    assert refused(cut_into_pieces, [path], "text", 1).startswith(f"{path}: ")
+    assert cut_into_pieces([path], "lines")
+
+
+def test_a_cell_beyond_the_limit_is_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text\ngood\n"' + "word word\n" * (MAX_CHARACTERS // 10 + 1) + '"\n')
+    rows = read_rows(str(path), "csv")
+    assert next(rows)[1] == {"text": "good"}
+    assert refused(next, rows).startswith(f"{path}, line ")
+
+
+def test_an_array_of_json_is_read_by_item(tmp_path):
+    path, records = tmp_path / "a.json", [{"text": f"{n} [,]{{}}" + "x" * n} for n in range(3000)]
+    for text in (json.dumps(records), json.dumps(records, indent=1), json.dumps(records) + "\n"):
+        path.write_text(text)
+        assert [row for _, row in read_rows(str(path), "jsonl")] == records
+        path.write_text(text.rstrip()[:-1])  # the rows before the damage can be read
+        rows = read_rows(str(path), "jsonl")
+        assert len(list(islice(rows, 3000))) == 3000
+        assert refused(next, rows).startswith(f"{path}, line 3001: ")
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1} {"a": 2}]', '[{"a": 1}] x', '[{"a": 1},]', "[,]"])
+def test_a_bad_array_of_json_is_named(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert refused(list, read_rows(str(path), "jsonl")).startswith(f"{path}, line ")
+
+
+def test_samples_and_sentences_are_bounded(tmp_path):
+    """Whatever the number and the length of lines and files."""
+    line = "word " * 300_000
+    for number in range(20):
+        (tmp_path / f"{number:02}.txt").write_text(f"{number} {line}\n" if number % 3 else "ab\n")
+    sources = check_files(sorted(tmp_path.iterdir()))
+    for few in (sources[:1], sources[1:2], sources):
+        sample = TextFiles(few, "lines").sample()
+        assert 2 <= len(sample) <= SAMPLED_CHARACTERS + 20
+    assert {"2", "16"} < set(sample.split())
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": line, "entities": [[5, 9]]}) + "\n")
+    ((*parts,),) = grouped(sentences(whole(path), "jsonl"))
+    assert len(parts) == 2 and " ".join(text for text, _ in parts) == line.strip()
+    assert max(len(text) for text, _ in parts) < MIB + 20
+    assert sum(len(spans) for _, spans in parts) == 1

@@ -1,0 +1,61 @@
+"""Word vectors in text form (word2vec, fastText, GloVe) -> the nearest words of each word."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.errors import UserError, refusing
+from pretrain.files import file_problem
+
+BLOCK_SCORES = 1 << 24  # cosines in memory at a time
+MAX_LINE = 1 << 20  # characters
+
+
+def read_vectors(path: str, max_words: int) -> tuple[list[str], np.ndarray]:
+    """(words, float32 [words, width] of length 1) of the first `max_words` lines `word v1 v2 ...`.
+
+    A first line with the two sizes is skipped, and so are vectors of length 0 and repeated words.
+    UserError names the file and line of anything else."""
+    vectors: dict[str, np.ndarray] = {}
+    width = 0
+    if problem := file_problem(path):
+        raise UserError(f"{path}: {problem}; expected word vectors as text")
+    with (
+        refusing(f"{path}: cannot be read", "expected UTF-8 text"),
+        Path(path).open(encoding="utf-8", newline="\n") as handle,
+    ):
+        lines = iter(lambda: handle.readline(MAX_LINE), "")
+        for number, line in enumerate(lines, start=1):
+            word, *numbers = line.rstrip().split(" ")
+            if number == 1 and len(numbers) == 1:
+                continue
+            width = width or len(numbers)
+            where, expected = f"{path}, line {number}", f"expected a word and {width} numbers"
+            with refusing(f"{where}: {line[:40]!r}", expected):
+                vector = np.array(numbers, np.float32)
+            length = np.linalg.norm(vector)
+            if not 0 < len(vector) == width or not np.isfinite(length):
+                raise UserError(f"{where}: {line[:40]!r}; {expected}")
+            if length > 0:
+                vectors.setdefault(word, vector / length)
+            if len(vectors) == max_words:
+                break
+    if len(vectors) < 2:
+        raise UserError(f"{path}: {len(vectors)} words with a vector; expected at least two")
+    return list(vectors), np.stack(list(vectors.values()))
+
+
+def nearest(vectors: np.ndarray, count: int) -> np.ndarray:
+    """int64 [words, count]: the words of highest cosine to each word, without itself, best first.
+
+    `vectors`, float32 [words, width], have length 1."""
+    num_words = len(vectors)
+    size, found = max(1, BLOCK_SCORES // num_words), []
+    for start in range(0, num_words, size):
+        scores = vectors[start : start + size] @ vectors.T  # [block, words]
+        rows = np.arange(len(scores))
+        scores[rows, start + rows] = -np.inf
+        best = np.argpartition(-scores, count - 1, axis=1)[:, :count]
+        order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable")
+        found.append(np.take_along_axis(best, order, 1))
+    return np.concatenate(found)
