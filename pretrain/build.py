@@ -37,7 +37,7 @@ from pretrain.files import lock, sha256_of
 from pretrain.inputs import open_text, prepare_tokenizer, text_key
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
-from pretrain.model.packed import PackedModel
+from pretrain.model.packed import MLM_HEAD, PackedModel
 from pretrain.run import PRETRAINING_FORM, Phase, PretrainingRun, resume_point, run_folder
 from pretrain.runtime.distributed import World, any_rank, start
 from pretrain.runtime.memory import explained, micro_batch_fits
@@ -74,7 +74,7 @@ def build(config: Config) -> PretrainingRun:
     tokenizer, text, added = prepare_tokenizer(config, checkpoint, world)
     vocabulary = tokenizers.describe(tokenizer)
     masks = make_masking(config, tokenizer, vocabulary)
-    model = make_model(config, checkpoint, tokenizer, vocabulary, added)
+    model, fresh = make_model(config, checkpoint, tokenizer, vocabulary, added)
     digest = sha256_of(Path(config.similar)) if config.similar else None
     if saved and digest != saved.get("similar_words"):
         problem = f"{typed(config, 'similar')}: has changed since the run started"
@@ -86,6 +86,8 @@ def build(config: Config) -> PretrainingRun:
     text_keys = saved.get("text")
     text_keys = text_keys or {name: text_key(getattr(config, name)) for name in folders}
     occurrences = _report_added(training, added, tokenizer)
+    if MLM_HEAD in fresh:
+        model.start_at_frequencies(training.unigram_shares(model.config.vocab_size))
     set_up_model(model, config, device, precision)
     model = place(model, device, config.shard)
     corpora = (training, validation)
@@ -310,17 +312,19 @@ def make_model(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
     added: dict[int, list[int]],
-) -> PackedModel:
-    """The model: from scratch, pretrained, or of the checkpoint to resume.
+) -> tuple[PackedModel, list[str]]:
+    """(model, names of its parts that start fresh): from scratch, pretrained, or of the checkpoint
+    to resume.
 
     UserError if it does not fit the tokenizer, the objective or the lengths."""
     if checkpoint:
-        return from_checkpoint(str(checkpoint))[0]
-    from_scratch, fresh = config.model in MODEL_SIZES, []
+        return from_checkpoint(str(checkpoint))
+    from_scratch = config.model in MODEL_SIZES
     overrides, length = config.config_override, longest(config)
     if from_scratch:
         with option_named("--config-override"):
             model = from_size(config.model, vocabulary.size, length, vocabulary.pad_id, overrides)
+        fresh = list(model.parts.values())
     else:
         with option_named("--model"):
             settings = load_config(config.model, or_size=True)
@@ -343,10 +347,10 @@ def make_model(
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(tokenizer, name) in added:
             setattr(model.config, name, getattr(tokenizer, name))
-    if fresh:
+    if fresh and not from_scratch:
         missing = f"{config.model} has no {', no '.join(fresh)}"
         print(f"{missing}: initialized randomly, so the first validation numbers mean little")
-    return model
+    return model, fresh
 
 
 def task_problems(model: PackedModel, config: Config) -> list[str]:

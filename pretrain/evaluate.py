@@ -63,10 +63,9 @@ def make_validation_set(
 
 
 def unigram_perplexity(corpus: Corpus, batches: list[Batch], vocab_size: int) -> float:
-    """Perplexity of guessing masked tokens by their frequencies in the first shard."""
-    counts = 1.0 + np.bincount(corpus.tokens(0), minlength=vocab_size)  # 1: none is impossible
+    """Perplexity of guessing masked tokens by their frequencies; see `unigram_shares`."""
     labels = np.concatenate([batch.labels["mlm"].numpy() for batch in batches])
-    shares = counts[labels[labels != IGNORED]] / counts.sum()
+    shares = corpus.unigram_shares(vocab_size)[labels[labels != IGNORED]]
     return float(np.exp(-np.log(shares).mean()))
 
 

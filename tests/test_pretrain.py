@@ -29,6 +29,7 @@ from conftest import (
     write_documents,
 )
 from safetensors.torch import load_file, save_file
+from transformers import BertModel
 
 from pretrain import plan
 from pretrain.batch import IGNORED
@@ -462,6 +463,17 @@ def test_further_pretraining_from_a_run_or_its_model(finished, to_continue, tmp_
     before, after = rows(finished)[-1], rows(one)[0]
     assert after["eval/perplexity"] == pytest.approx(before["eval/perplexity"], rel=0.2)
     assert "seq_relationship" in (one / "final" / "README.md").read_text()  # was not trained
+
+
+def test_a_fresh_head_starts_by_guessing_frequencies(finished, to_continue, tmp_path):
+    """From scratch, and on an encoder without a head."""
+    encoder = tmp_path / "encoder"
+    shutil.copytree(finished / "final", encoder)
+    BertModel.from_pretrained(encoder).save_pretrained(encoder)
+    headless = pretrain_into(tmp_path / "run", to_continue, "--max-steps 1 --model", [encoder])
+    for run in (finished, headless):
+        first = rows(run)[0]
+        assert first["eval/perplexity"] == pytest.approx(first["eval/unigram_perplexity"], rel=0.05)
 
 
 def test_a_small_batch_needs_no_second_option(arguments, output):

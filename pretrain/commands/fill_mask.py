@@ -29,10 +29,11 @@ def main(argv: Sequence[str]) -> None:
     check(problems_of(options))
 
     from pretrain.model.loading import from_checkpoint
+    from pretrain.model.packed import MLM_HEAD
 
     with option_named("--model"):
         model, fresh = from_checkpoint(options.model)
-        if "MLM head" in fresh:
+        if MLM_HEAD in fresh:
             raise UserError(f"{options.model}: has no MLM head; expected a pretrained model")
         fill = open_pipeline(options.model)
     for text in options.texts:

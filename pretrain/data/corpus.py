@@ -159,6 +159,12 @@ class Corpus:
         belongs = np.isin(np.arange(len(shard.hashes)), self.documents(index))
         return shard.ids[np.repeat(belongs, shard.document_tokens)]
 
+    def unigram_shares(self, vocab_size: int) -> np.ndarray:
+        """float64 [vocab_size]: the share of each token in the first shard. A token counts once
+        more than it occurs, so that none is impossible."""
+        counts = 1.0 + np.bincount(self.tokens(0), minlength=vocab_size)
+        return counts / counts.sum()
+
     def count(self, at_most: int | None = None) -> int:
         """Number of documents in this part; stops counting at `at_most`."""
         found = 0

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.model.packed import PackedModel
+from pretrain.model.packed import MLM_HEAD, PackedModel
 
 POOLER, NSP_HEAD = "bert.pooler", "cls.seq_relationship"
 
@@ -16,7 +16,7 @@ POOLER, NSP_HEAD = "bert.pooler", "cls.seq_relationship"
 class BertForPreTraining(PackedModel, transformers.BertForPreTraining):
     """Batch -> losses by name: summed MLM and NSP (or SOP) losses."""
 
-    parts = {POOLER: "pooler", "cls.predictions": "MLM head", NSP_HEAD: "NSP head"}
+    parts = {POOLER: "pooler", "cls.predictions": MLM_HEAD, NSP_HEAD: "NSP head"}
     pair_parts = (POOLER, NSP_HEAD)
     nsp_weight = 1.0
 

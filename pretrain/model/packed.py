@@ -1,5 +1,6 @@
 """What every family does with a packed batch: encode without padding, score, sum the losses."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +8,8 @@ from pretrain.batch import Batch, Loss
 from pretrain.model.attention import SDPA, PackedSelfAttention, attention_over
 from pretrain.model.losses import cross_entropy
 from pretrain.model.replacements import REPLACEMENTS, aligned_linear
+
+MLM_HEAD = "MLM head"  # the part of every family that predicts masked tokens
 
 
 class PackedModel:
@@ -75,6 +78,12 @@ class PackedModel:
         positions = batch.position_ids[None] + self.position_offset
         hidden = encoder.embeddings(input_ids=ids, token_type_ids=types, position_ids=positions)
         return encoder.encoder(hidden, attend=attend).last_hidden_state[0]
+
+    @torch.no_grad()
+    def start_at_frequencies(self, shares: np.ndarray) -> None:
+        """Set the decoder's bias so that a fresh MLM head guesses each token by its share of the
+        text, float64 [vocabulary]. A run would spend its first hundreds of steps on learning it."""
+        self.get_output_embeddings().bias.copy_(torch.from_numpy(np.log(shares)))
 
     def losses(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
         """The terms of the training loss by name: add yours here. Multiply by masks: indexing with

@@ -4,13 +4,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from pretrain.model.packed import PackedModel
+from pretrain.model.packed import MLM_HEAD, PackedModel
 
 
 class PackedRoberta(PackedModel):
     """What these families do differently from BERT."""
 
-    parts = {"lm_head": "MLM head"}
+    parts = {"lm_head": MLM_HEAD}
 
     @property
     def position_offset(self) -> int:
