@@ -34,12 +34,12 @@ from pretrain.data.tokenizer import Vocabulary
 from pretrain.errors import UserError, check, option_named
 from pretrain.evaluate import make_validation_set
 from pretrain.files import lock, sha256_of
-from pretrain.inputs import open_text, prepare_tokenizer, text_key
+from pretrain.inputs import open_text, prepare_tokenizer, text_facts
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
 from pretrain.model.packed import MLM_HEAD, PackedModel
 from pretrain.run import PRETRAINING_FORM, Phase, PretrainingRun, resume_point, run_folder
-from pretrain.runtime.distributed import World, any_rank, start
+from pretrain.runtime.distributed import any_rank, start
 from pretrain.runtime.memory import explained, micro_batch_fits
 from pretrain.runtime.optim import autocast, choose_precision
 from pretrain.runtime.sharding import place
@@ -80,21 +80,27 @@ def build(config: Config) -> PretrainingRun:
         problem = f"{typed(config, 'similar')}: has changed since the run started"
         raise UserError(f"{problem}; restore the file, or start a new run")
     training, validation = open_text(config, tokenizer, vocabulary, text, world, saved)
-    folders = {"train": str(training.folder.absolute())}
-    if config.valid:
-        folders["valid"] = str(validation.folder.absolute())
-    text_keys = saved.get("text")
-    text_keys = text_keys or {name: text_key(getattr(config, name)) for name in folders}
     occurrences = _report_added(training, added, tokenizer)
     if MLM_HEAD in fresh:
         model.start_at_frequencies(training.unigram_shares(model.config.vocab_size))
     set_up_model(model, config, device, precision)
     model = place(model, device, config.shard)
-    corpora = (training, validation)
-    size, epoch, ends, phases = fit_micro_batch(
-        config, saved, size, world, model, precision, corpora, vocabulary, masks
-    )
-    total_steps = ends[-1]
+    fill = model.attention == VARLEN
+
+    while True:
+        datasets = [PretrainingDataset(training, task) for task in plan.make_tasks(config, size)]
+        epoch = saved.get("steps_per_epoch")
+        if not epoch:  # the first length counts, but every phase is checked
+            epoch = [plan.count_epoch(dataset, config) for dataset in datasets][0]
+        total_steps = plan.count_steps(config, saved, epoch)
+        ends = phase_ends(config, total_steps)  # UserError if a phase has no steps
+        phases = []
+        for dataset in datasets:
+            collator = Collator(dataset.task, vocabulary, masks, fill, SHAPE_MULTIPLE)
+            phases.append(_make_phase(config, dataset, collator, validation))
+        if saved or _all_fit(model, phases, autocast(device, precision), config.shard):
+            break
+        size = plan.smaller_micro_batch_size(config, size, device, world)
     plan.report_ineffective(config, total_steps, world, has_validation=validation is not None)
     if config.masking == "entity":
         _report_long_entities(config, phases, vocabulary)
@@ -133,42 +139,10 @@ def build(config: Config) -> PretrainingRun:
         data_facts={
             "steps_per_epoch": epoch,
             "similar_words": digest,
-            "corpus": training.fingerprint,
-            "corpus_folders": folders,
-            "text": text_keys,
+            **text_facts(config, training, validation, saved),
         },
         added_tokens=occurrences,
     )
-
-
-def fit_micro_batch(
-    config: Config,
-    saved: dict,
-    size: int,
-    world: World,
-    model: PackedModel,
-    precision: str,
-    corpora: tuple[Corpus, Corpus | None],
-    vocabulary: Vocabulary,
-    masks: masking.Masking,
-) -> tuple[int, int, list[int], list[Phase]]:
-    """(micro-batch size, steps per epoch, last step of each phase, phases): the given size, or the
-    next smaller one with which a full micro-batch of each phase fits in memory."""
-    training, validation = corpora
-    fill = model.attention == VARLEN
-    while True:
-        datasets = [PretrainingDataset(training, task) for task in plan.make_tasks(config, size)]
-        epoch = saved.get("steps_per_epoch")
-        if not epoch:  # the first length counts, but every phase is checked
-            epoch = [plan.count_epoch(dataset, config) for dataset in datasets][0]
-        ends = phase_ends(config, plan.count_steps(config, saved, epoch))
-        phases = []
-        for dataset in datasets:
-            collator = Collator(dataset.task, vocabulary, masks, fill, SHAPE_MULTIPLE)
-            phases.append(_make_phase(config, dataset, collator, validation))
-        if saved or _all_fit(model, phases, autocast(model.device, precision), config.shard):
-            return size, epoch, ends, phases
-        size = plan.smaller_micro_batch_size(config, size, model.device, world)
 
 
 def decide_precision(config, saved: dict, device: torch.device) -> str:
@@ -327,7 +301,7 @@ def make_model(
         fresh = list(model.parts.values())
     else:
         with option_named("--model"):
-            settings = load_config(config.model, or_size=True)
+            settings = load_config(config.model)
         with option_named("--config-override"):
             override(settings, overrides)
         with option_named("--model"):

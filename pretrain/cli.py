@@ -105,8 +105,9 @@ def read_command_line(
 
 
 def options_of(values: dict, options: type) -> object:
-    """An instance of the dataclass `options` with `values`, as a file has them."""
-    return options(**_parse(build_parser(options, ""), _as_flags(values, options)))
+    """An instance of the dataclass `options` with the `values` of a file."""
+    flags = _as_flags(_known(values, options, options), options)
+    return options(**_parse(build_parser(options, ""), flags))
 
 
 def parse(argv: Sequence[str], options: type, description: str, ignored: type | None = None):
@@ -137,7 +138,7 @@ def _parse_yaml(text: str, path: str) -> object:
     with refusing(f"{path}: is not YAML", "expected YAML or JSON"):
         try:
             return yaml.safe_load(text)
-        except yaml.MarkedYAMLError as error:  # its text has eight lines
+        except yaml.MarkedYAMLError as error:  # its own message has eight lines
             line, problem = error.problem_mark.line + 1, error.problem
             raise UserError(f"{path}, line {line}: {problem}; expected YAML or JSON") from error
 
@@ -147,20 +148,20 @@ def _known(values: dict, options: type, ignored: type) -> dict:
     known = {entry.name for entry in fields(options)}
     unknown = values.keys() - known - {entry.name for entry in fields(ignored)}
     if unknown:
-        expected = ", ".join(sorted(known))
-        raise UserError(f"unknown option {', '.join(sorted(unknown))}; expected one of {expected}")
+        expected = "expected those of this command, which --help lists"
+        raise UserError(f"unknown option {', '.join(sorted(unknown))}; {expected}")
     return {name: value for name, value in values.items() if name in known}
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict:
     words, option = [], ""
     for word in argv:
-        option = word.partition("=")[0] if word.startswith("--") else option
-        if any("\ud800" <= character <= "\udfff" for character in word):
-            shown = word if word.startswith("--") else f"{option} {word}".strip()
-            shown = shown.encode("utf-8", "backslashreplace").decode()
-            raise UserError(f"{shown}: not UTF-8; expected UTF-8 and a locale such as C.UTF-8")
         name, equals, value = word.partition("=")
+        option = name if name.startswith("--") else option
+        shown = word.encode("utf-8", "backslashreplace").decode()
+        if shown != word:  # bytes that are not UTF-8 arrive as halves of surrogate pairs
+            place = shown if word.startswith("--") else f"{option} {shown}".strip()
+            raise UserError(f"{place}: not UTF-8; expected UTF-8 and a locale such as C.UTF-8")
         words.append(FORMER_NAMES.get(name, name) + equals + value)
     values = vars(parser.parse_args(words))
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
@@ -211,7 +212,7 @@ def run_command(
 
 
 def _end_of(main: Callable, argv: Sequence[str], hint: str, stops: list) -> tuple[str, int]:
-    """(message, exit code) of `main(argv)`. `stops` receives the signals that it gets."""
+    """(message, exit code) of `main(argv)`; `stops` has the signals that arrived."""
     try:
         return "", main(argv) or 0
     except UserError as error:
@@ -236,7 +237,8 @@ class _Output(io.FileIO):
     is_lost = False
 
     def write(self, data: memoryview) -> int:
-        """Write `data`; returns the number of bytes. Another OSError is raised once."""
+        """Write `data`; returns the number of bytes. Raises other OSErrors, such as a full disk,
+        once."""
         try:
             return len(data) if self.is_lost else super().write(data)
         except OSError as error:
@@ -247,12 +249,12 @@ class _Output(io.FileIO):
 
 
 def _keep_output_open() -> None:
-    """Make stdout and stderr outlive their readers, and print characters that their encoding lacks
-    as escapes. Lines come in order in a common log file."""
+    """Make stdout and stderr outlive their readers, escape the characters that their encoding
+    lacks, and write whole lines, so that a common log file has them in order."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed; the next file that is opened would get the number
+        except OSError:  # closed; otherwise the next opened file would get its number
             os.open(os.devnull, os.O_RDWR)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
@@ -261,7 +263,6 @@ def _keep_output_open() -> None:
             raw = io.BufferedWriter(_Output(number, "w", closefd=False))
             stream = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
             setattr(sys, name, stream)
-    sys.stdout.reconfigure(line_buffering=True)
 
 
 def _free_frames(error: BaseException | None) -> None:

@@ -36,11 +36,13 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test"}
 def write_text(cache: Path) -> Path:
     """The text as a file in the `sentences` format, written once per version of Python."""
     path = cache / f"python-docs-{platform.python_version()}.txt"
-    if not path.is_file():
-        with files.exclusive(path):
-            print("collecting the embedded text: Python's language reference and docstrings")
-            text = "\n\n".join("\n".join(document) for document in _documents())
-            files.write_text(path, f"{text}\n")
+
+    def write(partial: Path) -> None:
+        print("collecting the embedded text: Python's language reference and docstrings")
+        text = "\n\n".join("\n".join(document) for document in _documents())
+        partial.write_text(f"{text}\n", encoding="utf-8")
+
+    files.write_once(path, write)
     return path
 
 

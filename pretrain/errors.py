@@ -14,7 +14,7 @@ EXPECTED = {  # by number of an error of the operating system
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "permission to read and write"),
 }
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing about the file
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # these say nothing about a file
 PACKAGES = {"sklearn": "scikit-learn"}  # module -> package, where more than "_" and "-" differ
 
 
@@ -54,14 +54,14 @@ def refusing(message: str, expected: str) -> Iterator[None]:
         raise
     except BaseException as error:
         reason = os_error(error)
-        if reason and reason.errno in EXPECTED:  # not the fault of a file's content
+        if reason and reason.errno in EXPECTED:  # the content of a file is not to blame
             expected = what_it_takes(reason)
         raise UserError(f"{message} ({first_line(error)}); {expected}") from error
 
 
 def os_error(error: BaseException) -> OSError | None:
-    """The error of the operating system that `error` is or reports: the libraries in Rust raise
-    others, with the text "No space left on device (os error 28)"."""
+    """The operating system's error that `error` is, or that its text reports, as from libraries in
+    Rust: "No space left on device (os error 28)". None for any other error."""
     if isinstance(error, OSError):
         return error
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -69,7 +69,7 @@ def os_error(error: BaseException) -> OSError | None:
 
 
 def what_it_takes(error: OSError) -> str:
-    """What was expected where `error` was raised."""
+    """What the operation that raised `error` needs: "expected ..."."""
     anything = "an existing path, free disk space, and permission to read and write"
     return f"expected {EXPECTED.get(error.errno, anything)}"
 

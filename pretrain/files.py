@@ -26,8 +26,8 @@ _held: dict[Path, TextIO] = {}  # by folder: the locks of this process
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file or folder next to `path`, then rename it to `path`. Where several
-    processes may write it, call this inside `exclusive`, which removes the parts of killed ones."""
+    """Let `write` make a file or folder next to `path`, then rename it to `path`. If several
+    processes may write it, call this inside `exclusive`, which removes what killed ones left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process number: in each container it is 1.
     partial = path.with_name(_partial_name(path.name, secrets.token_hex(4)))
@@ -36,6 +36,14 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
     finally:
         remove(partial)
+
+
+def write_once(path: Path, write: Callable[[Path], object]) -> None:
+    """`write_aside`, unless `path` exists. One process writes; others that want it wait."""
+    if not path.exists():
+        with exclusive(path):
+            if not path.exists():  # else another process was faster
+                write_aside(path, write)
 
 
 def _partial_name(name: str, token: str) -> str:
@@ -69,7 +77,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def file_problem(path: str | Path) -> str | None:
-    """Why `path` is not a regular file. A pipe or a device could be read without end."""
+    """Why `path` is not a regular file, None if it is. Reading a pipe or a device may never end."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -192,8 +200,8 @@ def locks_released() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
-    """Lock `path`, a file or folder, inside the block, and remove what killed processes have left
-    of it; UserError for a full or read-only disk."""
+    """Lock `path`, a file or folder, inside the block, and remove what killed processes left of it.
+    UserError if the disk is full or read-only."""
     try:
         if lock(path, wait):
             for leftover in path.parent.glob(_partial_name(glob.escape(path.name), "?" * 8)):
@@ -219,7 +227,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what interrupted writes and removals left in `folder`, which no other process uses."""
+    """Delete what interrupted writes and removals left in `folder`; no other process may use it."""
     for suffix in ("partial", "removed", "previous"):
         for leftover in folder.glob(f".*.{suffix}"):
             remove(leftover)
@@ -233,21 +241,13 @@ def check_writable(path: str | Path) -> None:
     if base != Path(path) and not os.path.isdir(base):
         raise UserError(f"{path}: {base} is a file; expected a folder")
     if not os.access(base, os.W_OK):
-        raise UserError(f"{path}: no permission to write to {base}; expected another place")
-
-
-def is_path(name: str) -> bool:
-    """Whether `name` can only be a path: a name on the hub has at most one slash, inside."""
-    begins, ends = name.startswith(("/", "./", "../", "~")), name.endswith(("/", ".txt", ".json"))
-    return begins or ends or name in (".", "..") or name.count("/") > 1
+        raise UserError(f"{path}: no permission to write to {base}; expected another folder")
 
 
 def model_folder(name: str) -> str:
     """The folder of a model, or of a run's model: `final`, else `best`. A hub name is returned as
-    it is. UserError for a path that does not exist, or for a folder with pipes or devices."""
+    it is. UserError for a folder with pipes or devices."""
     path = os.path.expanduser(name)
-    if is_path(name) and not os.path.exists(path):
-        raise UserError(f"{name}: does not exist; expected a folder or a hub name")
     for part in ("final", "best"):
         if os.path.isdir(os.path.join(path, part)):
             path = os.path.join(path, part)
@@ -258,7 +258,7 @@ def model_folder(name: str) -> str:
 
 
 def check_regular(folder: Path) -> None:
-    """UserError if a library that reads `folder` could meet a pipe or a device, and wait."""
+    """UserError for a pipe or a device in `folder`: a library that reads it would wait."""
     for path in [*folder.glob("*"), *folder.glob("*/*")]:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path}: is a pipe or a device; expected regular files and folders")

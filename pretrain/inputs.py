@@ -4,7 +4,7 @@ The main process checks and prepares; the others wait and open what it wrote.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -39,8 +39,8 @@ from pretrain.runtime.checkpoint import problem_of, write_folder
 from pretrain.runtime.distributed import World, gather, main_first
 
 SAMPLED_PIECES, SAMPLED_CHARACTERS = 16, 1 << 18  # read to detect the script of a text
-# Shares of a text that are unknown to its tokenizer: a warning, a refusal. Fitting vocabularies
-# leave less than 1 %.
+# Shares of unknown tokens: one for a warning, one for a UserError. A vocabulary that fits leaves
+# less than 1 %.
 WARNED_UNKNOWN, MAX_UNKNOWN = 0.05, 0.3
 
 
@@ -69,7 +69,10 @@ class TextFiles:
         return sentences(spans, self.text_format, self.markup.cut)
 
     def sample(self) -> str:
-        """Sentences from the beginnings of some pieces, about SAMPLED_CHARACTERS in all."""
+        """Sentences from the beginnings of some pieces, about SAMPLED_CHARACTERS in all; "" for a
+        corpus."""
+        if self.is_corpus:
+            return ""
         paths = [Path(source.path) for source in self.sources]
         size = sum(source.size for source in self.sources) // SAMPLED_PIECES
         pieces = cut_into_pieces(paths, self.text_format, max(1, size))
@@ -145,9 +148,9 @@ def prepare_tokenizer(
     With a checkpoint, its tokenizer and no text."""
     if checkpoint:
         return tokenizers.load(str(checkpoint)), {}, {}
-    tokenizer, added = find_tokenizer(config, config.model), {}
-    if tokenizer:  # before the text, which may take long to convert
-        added = add_tokens(tokenizer, config)
+    tokenizer = find_tokenizer(config, config.model)
+    # Before the text, which may take long to convert.
+    added = add_tokens(tokenizer, config) if tokenizer else {}
     text = {"train": check_text(config.train, "--train", config, world, config.masking)}
     if config.valid:  # evaluation masks single tokens
         text["valid"] = check_text(config.valid, "--valid", config, world)
@@ -164,7 +167,7 @@ def find_tokenizer(
     lowercase = options.lowercase == "on"
     if model not in MODEL_SIZES:
         with option_named("--model"):
-            load_config(model, or_size=True)  # so that a wrong name is reported as a wrong model
+            load_config(model)  # so that a wrong name is reported as a wrong model
     if options.tokenizer:
         with option_named("--tokenizer"):
             return tokenizers.load(options.tokenizer, lowercase)
@@ -243,8 +246,8 @@ def open_text(
 ) -> tuple[Corpus, Corpus | None]:
     """(training text, validation text), prepared if necessary; UserError if there is too little.
 
-    A resumed run opens the corpora in its `saved` values, even if the text was edited since then;
-    UserError if they are gone and the text has changed."""
+    A resumed run opens the corpora in its `saved` values, even if the text has changed. UserError
+    if it has, and they are gone."""
     opened: dict[str, Corpus] = {}
     folders = saved.get("corpus_folders", {})
     for name in ("train", "valid"):
@@ -271,7 +274,7 @@ def open_text(
     shared = validation.count_shared(training) if validation and not saved else 0
     if shared:
         shown = f"{typed(config, 'valid')}: {shared:,} of {validation.count():,} documents"
-        print(f"{shown} also in --train: numbers will look too good; expected other text")
+        print(f"{shown} are also in --train, so scores will look too good; expected other text")
     if validation is None and config.valid_fraction:
         training, validation = training.split(config.valid_fraction)
     _check_sizes(config, training, validation)
@@ -279,8 +282,8 @@ def open_text(
 
 
 def _is_usable(folder: str | None, config: Config) -> bool:
-    """Whether a resumed run can open its corpus in `folder`, or must prepare it again: if it is
-    gone or, in the cache, damaged."""
+    """Whether a resumed run can open its corpus in `folder`. If not (it is gone or, in the cache,
+    damaged), the run prepares it again."""
     if not folder:
         return False
     is_cached = Path(folder).parent == Path(os.path.abspath(config.cache))
@@ -298,28 +301,37 @@ def text_key(paths: Iterable[str]) -> str:
     return key_of([[Path(path).name, *state] for path, *state in states])
 
 
+def text_facts(
+    config: Config, training: Corpus, validation: Corpus | None, saved: dict
+) -> dict[str, object]:
+    """What a checkpoint records about the text, for `open_text` in a resumed run."""
+    folders = {"train": str(training.folder.absolute())}
+    if config.valid:
+        folders["valid"] = str(validation.folder.absolute())
+    keys = saved.get("text") or {name: text_key(getattr(config, name)) for name in folders}
+    return {"corpus": training.fingerprint, "corpus_folders": folders, "text": keys}
+
+
 def _check_sizes(config: Config, training: Corpus, validation: Corpus | None) -> None:
     """UserError if there are too few documents for the objective, with a way that works."""
     needed = 2 if OBJECTIVES[config.objective] == "random" else 1  # random: from another document
-    ways = "more text or another --format"
-    documents = "at least 1 document"
-    if needed == 2:
-        ways, documents = f"{ways}, or --objective mlm", "at least 2 documents"
-    whole = training.info["documents"]
+    ways = f"more text or another --format{', or --objective mlm' if needed == 2 else ''}"
+    name, whole = "train", training.info["documents"]
     if training.count(at_most=needed) < needed:
-        found = f"has {training.count()}"
+        found = f"{training.count()} for training"
         if not config.valid and whole >= needed:  # copies of a document stay on one side
-            found += f" of {whole:,} documents besides validation documents and their copies"
+            found += f", besides validation documents and their copies ({whole:,} in all)"
             ways = "other documents, --valid PATHS or --valid-fraction 0"
-        problem = f"{typed(config, 'train')}: {found}"
-        raise UserError(f"{problem}; expected {documents}: {ways}")
-    found = needed if validation is None else validation.count(at_most=needed)
-    if found < needed:
-        if not config.valid:
+    elif validation and validation.count(at_most=needed) < needed:
+        found = f"{validation.count()} for validation"
+        if config.valid:
+            name = "valid"
+        else:
             ways = f"--valid PATHS, --valid-fraction 0, {ways}"
-        shown = typed(config, "valid" if config.valid else "train")
-        problem = f"{shown}: has {found} for validation"
-        raise UserError(f"{problem}; expected {documents}: {ways}")
+    else:
+        return
+    problem = f"{typed(config, name)}: has {found}"
+    raise UserError(f"{problem}; expected {needed} or more documents: {ways}")
 
 
 def open_or_prepare(
@@ -335,9 +347,9 @@ def open_or_prepare(
 ) -> Corpus:
     """The corpus of the text: found in the cache, or prepared there or in `output`.
 
-    UserError if the tokenizer does not know too much of it, unless it `is_accepted`: a run that has
-    started resumes. `more_arguments` are those of `prepare`."""
-    verb, sample = "found", ""
+    UserError if too much of it is unknown to the tokenizer, unless it `is_accepted`, by a run that
+    resumes. `more_arguments` are those of `prepare`."""
+    verb = "found"
     if text.is_corpus:
         with option_named(text.option):
             corpus = open_corpus(text.paths[0], vocabulary)
@@ -349,10 +361,9 @@ def open_or_prepare(
         folder = output or cache / content_key(text.sources, *settings)
         with main_first(world):
             if not (folder / "corpus.json").is_file():
-                verb, sample = "prepared", text.sample()
-                share = _unknown_share(sample, tokenizer, vocabulary)
+                verb, share = "prepared", _unknown_share(text.sample(), tokenizer, vocabulary)
                 if share > MAX_UNKNOWN and not is_accepted:
-                    check_vocabulary(text.name, share, sample)
+                    check_vocabulary(text.name, share, text.sample)
                 found = (markup.find(*item) for item in text.sentences() if item)
                 if (masking == "entity" or markup.lexicon) and not any(found):
                     raise _no_entities(text)
@@ -370,18 +381,21 @@ def open_or_prepare(
         raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
     info = corpus.info
     if not is_accepted:
-        if not text.is_corpus:
-            sample = sample or text.sample()
-        check_vocabulary(text.name, info["unknown_tokens"] / info["tokens"], sample)
+        check_vocabulary(text.name, info["unknown_tokens"] / info["tokens"], text.sample)
     if masking == "entity" and not info["entities"]:
         raise _no_entities(text)
+    print(f"{text.option}: {_shown(info)} ({verb} in {corpus.folder})")
+    return corpus
+
+
+def _shown(info: dict) -> str:
+    """The counts in the manifest of a corpus."""
     parts = [f"{info[name]:,} {name}" for name in ("documents", "sentences", "tokens")]
     by = f" by {info['words_by']}" if info["words_by"] != "tokenizer" else ""
     parts.append(f"{info['tokens'] / info['words']:.2f} per word{by}")
     parts.append(f"{info['unknown_tokens'] / info['tokens']:.2%} unknown to the tokenizer")
     parts += [f"{info['entities']:,} entities"] if info["entities"] else []
-    print(f"{text.option}: {', '.join(parts)} ({verb} in {corpus.folder})")
-    return corpus
+    return ", ".join(parts)
 
 
 def _unknown_share(
@@ -394,19 +408,18 @@ def _unknown_share(
     return ids.count(vocabulary.unknown_id) / max(1, len(ids))
 
 
-def check_vocabulary(name: str, share: float, sample: str = "") -> None:
-    """UserError if the `share` of tokens that are unknown is above MAX_UNKNOWN, a printed warning
-    above WARNED_UNKNOWN. `name` is an option and its value, `sample` some of its text."""
+def check_vocabulary(name: str, share: float, read_sample: Callable[[], str]) -> None:
+    """UserError if the `share` of unknown tokens is above MAX_UNKNOWN; prints a warning if it is
+    above WARNED_UNKNOWN. `name` is an option and its value, the sample some of its text, or ""."""
     if share <= WARNED_UNKNOWN:
         return
-    script = f", mostly {main_script(sample)} characters," if sample else ""
-    problem = f"{name}: {share:.0%} of the tokens{script} are unknown to the tokenizer"
-    ways = (
-        "expected a --tokenizer or --model for this text (or, from scratch, a larger --vocab-size)"
-    )
+    sample = read_sample()
+    script = f" ({main_script(sample)} text)" if sample else ""
+    problem = f"{name}: {share:.0%} of the tokens are unknown to the tokenizer{script}"
+    expected = "a --tokenizer or --model for this text (or, from scratch, a larger --vocab-size)"
     if share > MAX_UNKNOWN:
-        raise UserError(f"{problem}; {ways}")
-    print(f"{problem}; {ways}")
+        raise UserError(f"{problem}; expected {expected}")
+    print(f"{problem}; expected {expected}")
 
 
 def _no_entities(text: TextFiles) -> UserError:

@@ -152,7 +152,7 @@ def count_steps(config: Config, saved: dict, steps_per_epoch: int) -> int:
 
 
 def report_ineffective(config, total_steps: int, world: World, has_validation: bool = True) -> None:
-    """Print which options of pretrain.py or finetune.py do nothing, or less than they say."""
+    """Print which options of pretrain.py or finetune.py have no effect, or not the full one."""
     if config.warmup > max(1, total_steps):
         problem = f"longer than the run of {total_steps:,} steps"
         print(f"{typed(config, 'warmup')}: {problem}; the learning rate does not reach its peak")

@@ -214,8 +214,8 @@ class Run:
         self.write_model("best", state)
 
     def best_problem(self, step: int) -> str | None:
-        """What is wrong with `best/`, the model of `step`, when a run resumes; None if it is
-        intact, or a copy of the checkpoint of that step now."""
+        """What is wrong with `best/`, the model of `step`, when a run resumes; None if it is intact
+        or could be written again, from the checkpoint of that step."""
         best, source = self.output / "best", self.output / f"checkpoint-{step}"
         problem = ckpt.problem_of(best, needed=())
         if problem and source.is_dir() and not ckpt.problem_of(source):
@@ -238,13 +238,13 @@ class Run:
         """Add scores to the summary."""
 
     def notes(self, state) -> list[str]:
-        """What to know about a finished run besides its numbers."""
+        """What a user should know about a finished run besides its numbers."""
         if state.step >= self.total_steps:
             return []
         score, evaluations = self.score[0].replace("_", " "), state.evaluations_without_gain
-        found = f"no better {score} in {evaluations} evaluations since step {state.best_step:,}"
+        reason = f"no better {score} since step {state.best_step:,} ({evaluations} evaluations)"
         stopped = f"stopped early, at step {state.step:,} of {self.total_steps:,}"
-        return [f"{typed(self.config, 'patience')}: {stopped}; {found}"]
+        return [f"{typed(self.config, 'patience')}: {stopped}; {reason}"]
 
     def clean_up(self) -> None:  # once the summary of a finished run is written
         self.remove_replaced()
@@ -352,7 +352,7 @@ class PretrainingRun(Run):
 
 
 def run_folder(output: str | None, prefix: str = "") -> Path:
-    """The folder of --output; by default runs/DATE-TIME, or a name like it that is free later."""
+    """The folder of --output; by default runs/DATE-TIME, where `open_output` may add a number."""
     if not output:
         return Path(f"runs/{prefix}{datetime.datetime.now():%Y%m%d-%H%M%S}")
     return Path(os.path.abspath(output)) if output in (".", "..") else Path(output)
@@ -377,8 +377,8 @@ def resume_point(output: Path, config, form: dict, world: World) -> tuple[Path |
 def _find_checkpoint(output: Path, config) -> Path | None:
     ways = "a new folder, --resume to continue its run, or --overwrite to replace it"
     with option_named("--output"):
-        taken = config.resume or not config.output  # without --output, another name is chosen
-        ckpt.check_output(output, config.overwrite, None if taken else ways)
+        may_exist = config.resume or not config.output  # else `open_output` chooses a free name
+        ckpt.check_output(output, config.overwrite, None if may_exist else ways)
     if not config.resume:
         return None
     for previous in output.glob(".*.previous"):  # left by an interrupted save
@@ -411,8 +411,8 @@ def _portable(name: str, value: object) -> object:
 
 
 def _changed_options(config, saved: dict, path: Path) -> list[str]:
-    """A problem, with both values, for each option that changed but must not on resume. It names
-    `path`, the run's config.json, if the value is from there."""
+    """A problem, with both values, for each option that changed but must not on resume. Names
+    `path`, the run's config.json, if the new value comes from there."""
     before, now, problems = saved["options"], portable_options(config), []
     try:
         in_file = read_json(path)
@@ -432,8 +432,7 @@ def _changed_options(config, saved: dict, path: Path) -> list[str]:
         values = before[old] if isinstance(before[old], list) else [before[old]]
         shown = " ".join(map(str, [flag(old), *values]))
         start = "without it" if values in ([], [None]) else f"with {shown}"
-        way = "omit the option"
-        where = ""
+        where, way = "", "omit the option"
         if name in in_file and in_file[name] == now[name]:
             where, way = f"{path}: ", "restore the value"
         problems.append(

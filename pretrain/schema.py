@@ -39,8 +39,7 @@ def each(rule: Rule, nargs: int | str = "+") -> Rule:
 
 def integer(low: int = 0, high: int = 2**53) -> Rule:
     """A whole number within low..high."""
-    most = "2^53" if high == 2**53 else "2^63 - 1" if high == 2**63 - 1 else f"{high:,}"
-    expected = f"a whole number from {low:,} to {most}"
+    expected = f"a whole number from {low:,} to {high:,}"
     return Rule(lambda value: type(value) is int and low <= value <= high, expected)
 
 
@@ -54,8 +53,9 @@ def number(low: float = 0.0, high: float = math.inf, above: bool = False) -> Rul
         return (value > low if above else value >= low) and value <= high
 
     least = f"above {low:g}" if above else f"of at least {low:g}"
-    most = "" if high == math.inf else f" and at most {high:,}"
-    return Rule(holds, f"a{' finite' * (high == math.inf)} number {least}{most}")
+    if high == math.inf:
+        return Rule(holds, f"a finite number {least}")
+    return Rule(holds, f"a number {least} and at most {high:,}")
 
 
 def one_of(*values: object) -> Rule:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 # SIGHUP: the terminal was closed.
@@ -21,9 +22,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def handled(handler: Callable) -> Iterator[None]:
-    """Handle stop signals by `handler` inside, except a SIGHUP that is ignored, as under nohup."""
+    """Let `handler` handle stop signals inside, except a SIGHUP that is ignored, as under nohup.
+    Does nothing outside the main thread, which alone may set handlers."""
     before = {}
-    for number in STOP_SIGNALS:
+    is_main = threading.current_thread() is threading.main_thread()
+    for number in STOP_SIGNALS if is_main else ():
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handler)
     try:
@@ -35,8 +38,8 @@ def handled(handler: Callable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Block stop signals inside. Processes that are started there inherit this, and leave signals
-    to the whole group to their parent."""
+    """Block stop signals inside. Processes started there inherit this: their parent handles signals
+    to the whole group."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

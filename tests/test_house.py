@@ -138,6 +138,12 @@ def test_only_commands_and_builders_name_options(module):
         if isinstance(node, ast.Constant) and node not in docstrings
         if isinstance(node.value, str) and re.search(r"(?<![\w-])--[a-z]", node.value)
     ]
+    named += [
+        f"line {node.lineno}: schema.flag"
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.ImportFrom) and node.module == "pretrain.schema"
+        if "flag" in {alias.name for alias in node.names}
+    ]
     assert NAME_FLAGS.fullmatch(module) or not named
 
 

@@ -205,7 +205,7 @@ def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     kinds = {"options": AdaptOptions, "pretrain": Config, "finetune": FinetuneOptions}
     found = []
     for kind, values in now.items():
-        # An experiment of an earlier version lacks the options that are new.
+        # An experiment of an earlier version lacks the newer options.
         defaults = json.loads(json.dumps(asdict(kinds[kind]()))) if kind in kinds else {}
         for name in {**before[kind], **values}:
             old, new = before[kind].get(name, defaults.get(name)), values.get(name)

@@ -97,7 +97,7 @@ def cell(text: object) -> str:
 
 
 def table(header: list[object], rows: Iterable[Sequence[object]], *formats: str) -> str:
-    """A table with escaped cells; `formats` are for the last columns. None: not finite."""
+    """A table with escaped cells; `formats` are for the last columns. None means not finite."""
     formats = [""] * (len(header) - len(formats)) + [*formats]
 
     def text(value: object, spec: str) -> str:
@@ -188,7 +188,7 @@ def caveats(facts: dict) -> str:
 
 
 def _is_still_improving(run: dict, metric: str) -> bool:
-    """Whether the last step of a fine-tuning run was its best, and not perfect."""
+    """Whether the last step of a fine-tuning run had its best score, below a perfect one."""
     return run["best_step"] == run["steps"] and run["valid"][metric] < 1
 
 
@@ -244,7 +244,7 @@ def _compare_classes(output: Path, facts: dict) -> str:
 def _compare_perplexities(output: Path, facts: dict) -> str:
     perplexity, missing = facts["perplexity"], " and no ".join(facts["fresh_parts"])
     if "curve" not in perplexity:
-        return "There was no validation set, or no finite number, so there is no perplexity."
+        return "There is no perplexity: no validation set, or no finite number."
     curves, rows, warmup = {}, [["before", perplexity["before"]]], 0
     if "MLM head" in facts["fresh_parts"]:
         warmup = max(1, facts["pretraining"]["adapted"]["warmup_steps"])

@@ -40,8 +40,8 @@ def _join_quoted(argv: list[str]) -> list[str]:
             name, rest = joined[-1], argv[place + 1 :]
             values = list(takewhile(lambda other: other.partition("=")[0] not in own, rest))
             if word.startswith("--") and " " not in word and values:
-                problem = "several words without quotes; expected them in quotes"
-                raise UserError(f'{name} {word}: {problem}: {name} "{" ".join([word, *values])}"')
+                expected = f'{name} "{" ".join([word, *values])}"'
+                raise UserError(f"{name} {word}: needs quotes; expected {expected}")
             joined[-1] += f"={word}"
         else:
             joined.append(word)

@@ -6,8 +6,8 @@ from pathlib import Path
 from pretrain.cli import parse
 from pretrain.config import COUNT, ON_OFF, TextOptions
 from pretrain.errors import check, option_named, require
-from pretrain.files import as_json, check_writable, write_json, write_text
-from pretrain.preflight import problems_of
+from pretrain.files import as_json, write_json, write_text
+from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import each, option, pattern
 
 NAMED_PATHS = each(pattern(r"[^=/]+=.+", "NAME=PATH, no slash in the name", "NAME=PATH"))
@@ -33,9 +33,7 @@ class DomainOptions(TextOptions):
 def main(argv: list[str]) -> None:
     """Parse, count, compare; JSON on the last line."""
     options = parse(argv, DomainOptions, __doc__)
-    check(problems_of(options))
-    with option_named("--output"):
-        check_writable(options.output)
+    check(problems_of(options) + output_problems(options, may_exist=True))
     paths: dict[str, list[str]] = {}
     for entry in options.input:
         name, _, path = entry.partition("=")

@@ -43,10 +43,8 @@ def main(argv: Sequence[str]) -> None:
     check(problems_of(options))
 
     from pretrain import evaluate
-    from pretrain.data import tokenizer as tokenizers
     from pretrain.files import as_json, model_folder
     from pretrain.inputs import check_text, open_or_prepare
-    from pretrain.model.loading import from_checkpoint
     from pretrain.runtime import distributed
     from pretrain.runtime.checkpoint import read_facts
     from pretrain.runtime.optim import autocast, choose_precision, overflow_advice
@@ -61,21 +59,7 @@ def main(argv: Sequence[str]) -> None:
         precision = choose_precision(facts["precision"] if same else options.precision, device)
     text = check_text(options.input, "--input", options, world)
     pairs, length = OBJECTIVES[options.objective], options.max_length
-    with option_named("--model"):
-        model, fresh = from_checkpoint(options.model)
-        tokenizer = tokenizers.load(options.model)
-        vocabulary = tokenizers.describe(tokenizer)
-        size, rows = vocabulary.size, model.config.vocab_size
-        if size > rows:
-            problem = f"its tokenizer has {size:,} entries, the model {rows:,}"
-            raise UserError(f"{options.model}: {problem}; expected the model's own tokenizer")
-    with option_named("--max-length"):
-        check(model.length_problems(length))
-    with option_named("--objective"):
-        check(model.pair_problems(options.objective) if pairs else [])
-    model.use_pairs(1.0 if pairs else None)
-    if fresh:
-        print(f"{options.model} has no {', '.join(fresh)}: these numbers are meaningless")
+    model, tokenizer, vocabulary = load_model(options)
     corpus = open_or_prepare(text, tokenizer, vocabulary, Path(options.cache), world)
     if options.valid_fraction:
         corpus = corpus.split(options.valid_fraction)[1]
@@ -90,8 +74,9 @@ def main(argv: Sequence[str]) -> None:
     numbers = evaluate.evaluate(model.to(device), validation, device, context, world)
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
     if bad:
-        problem = f"{', '.join(bad)} on this text in {precision} is not finite"
-        raise UserError(f"--model {options.model}: {problem}; {overflow_advice(precision)}")
+        problem = f"{', '.join(bad)} not finite on this text in {precision}"
+        expected = f"expected {overflow_advice(precision)}"
+        raise UserError(f"--model {options.model}: {problem}; {expected}")
     tokens = sum(batch.num_tokens for batch in validation.batches)
     print(
         f"{options.model} on {tokens:,} tokens of {documents:,} documents, {options.objective} at "
@@ -100,3 +85,27 @@ def main(argv: Sequence[str]) -> None:
     for name, value in numbers.items():
         print(f"{name.replace('_', ' '):16} {value:,.4f}")
     print(as_json(numbers))
+
+
+def load_model(options: EvaluateOptions) -> tuple:
+    """(model, tokenizer, vocabulary); UserError if they do not fit each other or the options."""
+    from pretrain.data import tokenizer as tokenizers
+    from pretrain.model.loading import from_checkpoint
+
+    with option_named("--model"):
+        model, fresh = from_checkpoint(options.model)
+        tokenizer = tokenizers.load(options.model)
+        vocabulary = tokenizers.describe(tokenizer)
+        size, rows = vocabulary.size, model.config.vocab_size
+        if size > rows:
+            problem = f"its tokenizer has {size:,} entries, the model {rows:,}"
+            raise UserError(f"{options.model}: {problem}; expected the model's own tokenizer")
+    with option_named("--max-length"):
+        check(model.length_problems(options.max_length))
+    has_pairs = OBJECTIVES[options.objective] is not None
+    with option_named("--objective"):
+        check(model.pair_problems(options.objective) if has_pairs else [])
+    model.use_pairs(1.0 if has_pairs else None)
+    if fresh:
+        print(f"{options.model} has no {', '.join(fresh)}: these numbers are meaningless")
+    return model, tokenizer, vocabulary

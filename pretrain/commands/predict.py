@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from pretrain.cli import parse
-from pretrain.config import COUNT, FILES, LENGTH, ColumnOptions, DeviceOptions
+from pretrain.config import COUNT, FILES, LENGTH, ColumnOptions, DeviceOptions, typed
 from pretrain.errors import UserError, check, option_named
-from pretrain.files import as_json, check_writable, exclusive, write_aside
-from pretrain.preflight import problems_of
+from pretrain.files import as_json, exclusive, write_aside
+from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import option, pattern
 
 TABLE = pattern(r".*\.(csv|jsonl)", "a name that ends in .csv or .jsonl", "FILE")
@@ -34,16 +33,13 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv, PredictOptions, __doc__)
     check(problems_of(options))
     output = Path(options.output)
-    with option_named("--output"):
-        check_writable(output)
-    if output.exists() and (output.is_dir() or not options.overwrite):
-        raise UserError(f"--output {output}: exists; expected another name, or --overwrite")
+    check(output_problems(options, may_exist=options.overwrite and not output.is_dir()))
 
     import numpy as np
 
     from pretrain.build import decide_precision
-    from pretrain.finetune.build import SAMPLED_ROWS, check_tokens, load_model
-    from pretrain.finetune.dataset import LabeledDataset, LabeledRows, read_texts
+    from pretrain.finetune.build import check_tokens, load_model
+    from pretrain.finetune.dataset import LabeledDataset, read_texts
     from pretrain.finetune.predict import check_rows, predict, predict_rows, write_rows
     from pretrain.finetune.scores import Tally, numbers_of, only_class, score_table
     from pretrain.runtime.distributed import start
@@ -56,19 +52,18 @@ def main(argv: Sequence[str]) -> None:
     classes, context = list(model.config.id2label.values()), autocast(device, precision)
     with option_named("--input"):
         check_rows(options.input, options, classes)
-        first = list(islice(read_texts(options.input, options, []), SAMPLED_ROWS))
-    texts = [text for *_, text in first]
-    sample = LabeledDataset(LabeledRows(texts, [""] * len(texts), classes), tokenizer)
-    check_tokens(f"--input {' '.join(options.input)}", sample, texts)
     tally = Tally(classes)
 
     def predict_chunk(rows):
         dataset = LabeledDataset(rows, tokenizer)
+        if not tally.predicted.any():  # the first chunk stands for all
+            check_tokens(typed(options, "input"), dataset, rows.texts)
         probabilities = predict(model, dataset, options.batch_size, context)
         bad = np.flatnonzero(~np.isfinite(probabilities).all(-1))
         if len(bad):
             problem = f"its output in {precision} is not finite for {rows.texts[bad[0]][0][:60]!r}"
-            raise UserError(f"--model {options.model}: {problem}; {overflow_advice(precision)}")
+            expected = f"expected {overflow_advice(precision)}"
+            raise UserError(f"--model {options.model}: {problem}; {expected}")
         tally.add(dataset.labels, probabilities)
         return probabilities
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from pretrain.cli import parse
 from pretrain.config import PATHS, TextOptions, TokenizerOptions, typed
 from pretrain.errors import check, option_named, require
-from pretrain.files import check_writable
-from pretrain.preflight import problems_of
+from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import integer, option
 
 
@@ -39,13 +38,7 @@ class PrepareOptions(TextOptions, TokenizerOptions):
 def main(argv: Sequence[str]) -> None:
     """Parse, tokenize, print what was written."""
     options = parse(argv, PrepareOptions, __doc__)
-    problems = problems_of(options)
-    if options.output and Path(options.output).exists():
-        problems.append(f"{typed(options, 'output')}: already exists; expected a new folder")
-    check(problems)
-    if options.output:
-        with option_named("--output"):
-            check_writable(options.output)
+    check(problems_of(options) + (output_problems(options) if options.output else []))
     if options.ray:
         require("ray", typed(options, "ray"))
 

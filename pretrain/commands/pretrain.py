@@ -4,7 +4,7 @@ Without arguments, trains a tiny BERT on embedded English text in about three mi
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pretrain.cli import options_of, read_command_line, read_options
@@ -87,44 +87,25 @@ def main(argv: Sequence[str]) -> None:
 
 def read_saved(output: Path, options: type) -> dict | None:
     """Options of the run in `output`: from config.json or, if that is lost or garbled, from the
-    newest checkpoint; None without a run. UserError if they do not fit the dataclass `options`."""
-    states = sorted(output.glob("checkpoint-*/training_state.json"), key=_step, reverse=True)
+    newest checkpoint; None without a run. UserError if none fit the dataclass `options`."""
+    states = list(output.glob("checkpoint-[0-9]*/training_state.json"))
+    states.sort(key=lambda path: (len(path.parent.name), path.parent.name), reverse=True)
     problems = []
     for path in filter(os.path.isfile, [output / "config.json", *states]):
+        values = {}
         try:
             values = read_options(path)
-            if path in states:
-                values = dict(values["options"])
-            foreign = sorted(values.keys() - {entry.name for entry in fields(options)})
-            if foreign:
-                expected = "expected a run of this command and version"
-                raise UserError(f"{path}: has the unknown option {foreign[0]}; {expected}")
-            if values:
-                check(_problems_in(values, options, path))
-                if problems:
-                    print("\n".join([*problems, f"{path}: the options are from here"]))
-                return values
-        except UserError as error:
-            problems.append(str(error))
-        except (KeyError, TypeError) as error:
-            problems.append(f"{path}: {error}")
+            values = dict(values["options"]) if path in states else values
+            found = validate(options_of(values, options))
+        except (UserError, KeyError, TypeError) as error:
+            found = str(error).splitlines()
+        if values and not found:
+            if problems:
+                print("\n".join([*problems, f"{path}: the options are from here"]))
+            return values
+        problems += [f"{path}: {problem.removeprefix(f'{path}: ')}" for problem in found]
     check(problems)
     return None
-
-
-def _problems_in(values: dict, options: type, path: Path) -> list[str]:
-    """Problems of the `values` of a file, each with its path."""
-    try:
-        found = validate(options_of(values, options))
-    except UserError as error:
-        found = str(error).splitlines()
-    return [f"{path}: {problem}" for problem in found]
-
-
-def _step(state: Path) -> int:
-    """The step of a checkpoint's training state."""
-    number = state.parent.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
 
 
 def report(output: Path, summary: dict) -> None:

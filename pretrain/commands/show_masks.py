@@ -15,9 +15,8 @@ import numpy as np
 
 from pretrain import config
 from pretrain.cli import parse
-from pretrain.errors import check, option_named
-from pretrain.files import check_writable
-from pretrain.preflight import problems_of
+from pretrain.errors import UserError, check
+from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import Rule, option
 
 KINDS = {  # what the model reads for a masked token -> terminal color, name
@@ -68,10 +67,7 @@ def main(argv: Sequence[str]) -> None:
     problems, num_phases = problems_of(options), max(1, len(options.phases))
     if options.phase > num_phases:
         problems.append(f"--phase {options.phase}: expected a phase of --phases, 1 to {num_phases}")
-    check(problems)
-    if options.save:
-        with option_named("--save"):
-            check_writable(options.save)
+    check(problems + (output_problems(options, "save", may_exist=True) if options.save else []))
 
     import torch
 
@@ -86,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     if options.position:
         place, mask_rate = map(int, options.position[:3]), options.position[3:]
         start, end_epoch = DataPosition(*place, *(mask_rate or options.mask_rate[:1])), None
-        check(position_problems(options, dataset, start))
+        _check_position(options, dataset, start)
     counts, saved, left = Counter(), [], options.examples
     for position in islice(dataset.positions(start, end_epoch), options.sampled):
         examples = dataset[position._replace(mask_rate=start.mask_rate)]
@@ -104,18 +100,15 @@ def main(argv: Sequence[str]) -> None:
         print(f"{options.save}: {len(saved)} micro-batches for torch.load")
 
 
-def position_problems(options: ShowMasksOptions, dataset, position) -> list[str]:
-    """What is wrong with --position: the data end before it."""
-    bounds = {"place": dataset.source.num_shards}
-    if position.place < bounds["place"]:
-        plan = dataset.plan(position.epoch, position.place)
-        bounds["micro_batch"] = plan.num_micro_batches
-    return [
-        f"--position {' '.join(f'{number:g}' for number in options.position)}: has {name} "
-        f"{getattr(position, name)}; expected 0 to {count - 1}"
-        for name, count in bounds.items()
-        if getattr(position, name) >= count
-    ]
+def _check_position(options: ShowMasksOptions, dataset, position) -> None:
+    """UserError if the data end before --position."""
+    shown = f"--position {' '.join(f'{number:g}' for number in options.position)}"
+    last = dataset.source.num_shards - 1
+    if position.place > last:
+        raise UserError(f"{shown}: has place {position.place}; expected 0 to {last}")
+    last = dataset.plan(position.epoch, position.place).num_micro_batches - 1
+    if position.micro_batch > last:
+        raise UserError(f"{shown}: has micro-batch {position.micro_batch}; expected 0 to {last}")
 
 
 def open_data(options: ShowMasksOptions) -> tuple:

@@ -1,12 +1,13 @@
-"""Make a table of similar words for `pretrain.py --similar` from word vectors that you have."""
+"""Make a table of similar words for `pretrain.py --similar` from your word vectors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.cli import parse
-from pretrain.config import COUNT, FILE, missing, validate
-from pretrain.errors import UserError, check, option_named
+from pretrain.config import COUNT, FILE
+from pretrain.errors import check, option_named
+from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import option
 
 
@@ -24,12 +25,11 @@ class SimilarWordsOptions:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, compare, write the table."""
+    """Parse, find the nearest words, write the table."""
     options = parse(argv, SimilarWordsOptions, __doc__)
-    check(missing(options) + validate(options))
+    check(problems_of(options))
     output = Path(options.output)
-    if output.exists() and (output.is_dir() or not options.overwrite):
-        raise UserError(f"--output {output}: exists; expected another name, or --overwrite")
+    check(output_problems(options, may_exist=options.overwrite and not output.is_dir()))
 
     from pretrain.data.vectors import nearest, read_vectors
     from pretrain.files import write_text

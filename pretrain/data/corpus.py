@@ -90,8 +90,9 @@ class Corpus:
         for index in range(self.num_shards):
             files += self._files(index).values()
         for path, file in files:
-            found = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is missing"
-            if found != f"has {file['bytes']:,} bytes":
+            size = path.stat().st_size if path.is_file() else -1
+            if size != file["bytes"]:
+                found = "is missing" if size < 0 else f"has {size:,} bytes"
                 raise UserError(f"{path}: {found}; expected {file['bytes']:,} bytes; {ADVICE}")
 
     def __getstate__(self) -> dict:
@@ -272,12 +273,13 @@ def is_corpus(path: str | Path) -> bool:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is damaged in the corpus `folder`, as far as one shard shows; None if there is none."""
+    """What is damaged in the corpus `folder`, found from its manifest and one shard; None if
+    nothing is, or if there is no corpus."""
     try:
         if is_corpus(folder):
             Corpus(folder).shard(0)
     except UserError as error:
-        if isinstance(error.__cause__, OSError):  # it cannot be read now
+        if isinstance(error.__cause__, OSError):  # unreadable for now, not damaged
             raise
         return str(error).removesuffix(f"; {ADVICE}")
     return None

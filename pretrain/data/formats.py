@@ -10,7 +10,7 @@ import glob
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from pretrain.data.sentences import (
 from pretrain.data.sources import CHUNK_BYTES, Source, check_files, expand, files_of, states_of
 from pretrain.data.tables import TEXT_FORMATS, choose_field, format_of, no_column, read_rows
 from pretrain.errors import UserError, refusing, require
-from pretrain.files import exclusive, key_of, write_aside
+from pretrain.files import key_of, write_once
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
 CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages for what Python cannot read
@@ -88,12 +88,12 @@ def _open_unpacked(entries: list[str], options: TextOptions, read_entities: bool
     states = [(entry, kind, states_of(entry)) for entry, kind in inputs]
     key = key_of([VERSION, states, *columns, options.max_documents])
     target = cache / f"converted-{key}.jsonl"
-    if not target.is_file():
-        with exclusive(target):
-            if not target.is_file():  # else another process was faster
-                print(f"{_shown(entries)}: converting into {target} (remove it to convert again)")
-                limit = options.max_documents
-                write_aside(target, lambda path: _convert(inputs, columns, limit, path))
+
+    def write(partial: Path) -> None:
+        print(f"{_shown(entries)}: converting into {target} (remove it to convert again)")
+        _convert(inputs, columns, options.max_documents, partial)
+
+    write_once(target, write)
     return check_files([target], index), "jsonl"
 
 
@@ -113,8 +113,8 @@ def _unpack(entry: str, cache: Path) -> list[str]:
     def unpack(folder: Path) -> None:
         folder.mkdir()
         room = shutil.disk_usage(folder).free // 2
-        problem = f"{entry}: is more than {room:,} bytes when unpacked, half of what is free"
-        too_large = UserError(f"{problem} in {cache}; expected a smaller file, or more space")
+        problem = f"{entry}: unpacks to more than {room:,} bytes, half of the free space of {cache}"
+        too_large = UserError(f"{problem}; expected a smaller file, or more space")
         if suffix == ".zip":
             archive = zipfile.ZipFile(path)
             if sum(member.file_size for member in archive.infolist()) > room:
@@ -130,7 +130,7 @@ def _unpack(entry: str, cache: Path) -> list[str]:
 
     folder = cache / "unpacked" / key_of(states_of(entry))
     with refusing(f"{entry}: cannot be unpacked", f"expected a whole {suffix} file"):
-        _keep(folder, unpack)
+        write_once(folder, unpack)
     files = sorted(map(str, files_of(folder)))
     if not files:
         raise UserError(f"{entry}: contains no files; expected text")
@@ -145,7 +145,7 @@ def _as_utf8(files: list[str], options: TextOptions) -> dict[str, str]:
     sources = check_files(map(Path, texts), encoding=options.encoding)
     others = [source for source in sources if source.encoding != UTF8]
     if not others:
-        print(f"{_shown(files)}: UTF-8, not {options.encoding}")
+        print(f"{_shown(files)}: read as UTF-8, not as {options.encoding}")
     return {source.path: _copy_as_utf8(source, Path(options.cache)) for source in others}
 
 
@@ -162,16 +162,8 @@ def _copy_as_utf8(source: Source, cache: Path) -> str:
             shutil.copyfileobj(text, out, CHUNK_BYTES)
 
     folder = cache / "utf-8" / key_of([states_of(source.path), source.encoding])
-    _keep(folder, write)
+    write_once(folder, write)
     return str(folder / path.name)
-
-
-def _keep(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a folder in the cache, unless it is there."""
-    if not folder.is_dir():
-        with exclusive(folder):
-            if not folder.is_dir():  # else another process was faster
-                write_aside(folder, write)
 
 
 def _convert(inputs: list[tuple[str, str]], columns: _Columns, limit: int, target: Path) -> None:

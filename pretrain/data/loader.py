@@ -201,4 +201,4 @@ class TrainData(Iterator[list[Batch]]):
         try:
             return iter(loader)
         except OSError as error:
-            raise RuntimeError(f"DataLoader starts no process: {error}") from error
+            raise RuntimeError(f"DataLoader cannot start a process: {error}") from error

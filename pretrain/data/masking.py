@@ -119,8 +119,8 @@ def by_span(packed: Packed, options: Masking) -> list[Units]:
 
 
 def by_entity(packed: Packed, options: Masking) -> list[Units]:
-    """Random entities within their own budget, then words or tokens, outside entities first; or
-    entities alone."""
+    """Random entities within their own budget; then, unless they are masked alone, words or tokens,
+    outside entities first."""
     entities, in_entity = packed.entities, packed.in_entity
     is_chosen = uniform(derive(packed.keys, ENTITY_CHOICE)) < options.entity_probability
     eligible = in_entity & is_chosen[first_of_unit(entities)]
@@ -138,8 +138,8 @@ STRATEGIES = {"token": by_token, "word": by_word, "span": by_span, "entity": by_
 def draw_masks(packed: Packed, budget: np.ndarray, options: Masking) -> tuple[np.ndarray, ...]:
     """(masked places int64 [M], leader int64 [T]: the token whose key decides how to replace each).
 
-    budget: int64 [N]. A sequence in which no unit fits takes its smallest one; a sequence without
-    one of the entities that are masked alone has no mask."""
+    budget: int64 [N]. A sequence in which no unit fits takes its smallest one. If entities are
+    masked alone, a sequence may have no mask."""
     free, leader = packed.maskable.copy(), np.arange(len(packed.ids))
     masked = np.zeros(0, np.int64)
     passes = STRATEGIES[options.masking](packed, options)

@@ -39,7 +39,7 @@ def in_processes(
     context = multiprocessing.get_context("spawn")
     lifeline, held = context.Pipe(duplex=False)
     try:
-        with blocked():  # here for a helper process of multiprocessing, which starts first
+        with blocked():  # multiprocessing starts a helper process here
             pool = ProcessPoolExecutor(workers, context, _start_worker, (lifeline,))
     except OSError as error:
         expected = "expected a writable /dev/shm, or one worker"

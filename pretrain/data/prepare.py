@@ -64,8 +64,8 @@ def prepare(
     """Write the corpus of `sources` into `folder`, or open it if it exists. Resumes by piece.
 
     `workers` processes share the pieces (0 or 1: this one; None: chosen by cores and size), or the
-    connected Ray cluster does. UserError if the text has no token, or for a damaged corpus unless
-    `replace_damaged`."""
+    connected Ray cluster does. UserError if the text has no token, or if the corpus is damaged and
+    `replace_damaged` is not set."""
     if not (replace_damaged and damage_of(folder)) and is_corpus(folder):
         return Corpus(folder)
     vocabulary = describe(tokenizer)

@@ -15,8 +15,8 @@ from pathlib import Path
 from pretrain.data.sources import MAX_CHARACTERS, too_long
 
 PIECE_BYTES = 64 << 20  # one piece becomes one shard of the corpus
-# A longer line is read in parts, cut at white space if possible: for the tokenizer, text takes a
-# hundred times its size.
+# A longer line is read in parts, cut at white space if possible: the tokenizer needs a hundred
+# times the size of its text.
 MAX_LINE_BYTES = 1 << 20
 SAMPLED_FILES, SAMPLED_BYTES = 16, 1 << 18  # to detect the format
 SMALL_FILE_BYTES = 1 << 17

@@ -4,21 +4,20 @@ import codecs
 import glob
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.config import UTF8
 from pretrain.errors import UserError, check, refusing
-from pretrain.files import exclusive, file_problem, key_of, read_json, read_text, write_json
-from pretrain.schema import flag
+from pretrain.files import exclusive, key_of, read_json, read_text, write_json
 
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # in a folder of save_to_disk
 MAX_CHARACTERS = 64 << 20  # of a line, a cell or a document: readers hold a whole one in memory
 SEVEN_BIT = ("iso2022", "hz", "utf-7")  # encodings that write any text in ASCII
 CHUNK_BYTES = 1 << 20
-MAX_DAMAGE = 0.1  # bad bytes per character beyond ASCII in a file that is UTF-8, but damaged
+MAX_DAMAGE = 0.1  # bad bytes per non-ASCII character in damaged UTF-8; above: another encoding
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,11 @@ def expand(paths: Iterable[str]) -> list[str]:
             files.add(path)
             continue
         given = Path(path).expanduser()
-        matches = [given] if given.exists() else map(Path, glob.glob(str(given), recursive=True))
+        is_there = os.path.exists(given)
+        matches = [given] if is_there else map(Path, glob.glob(str(given), recursive=True))
         found = [os.path.abspath(file) for match in matches for file in files_of(match)]
         if not found:
-            problem = "no files" if given.is_dir() or not given.exists() else file_problem(given)
-            problems.append(f"{path}: {problem}; expected a file, a folder with files, or a glob")
+            problems.append(f"{path}: no files; expected a file, a folder with files, or a glob")
         files.update(found)
     check(problems)
     return sorted(files)
@@ -63,11 +62,11 @@ def files_of(path: Path) -> list[Path]:
 def check_files(
     files: Iterable[Path], index: Path | None = None, encoding: str = UTF8
 ) -> list[Source]:
-    """Read every file once; a UserError names all that are empty, blank, binary or not UTF-8, or
-    have a line that is too long.
+    """Read every file once; a UserError names all that are empty, blank or binary, have a line that
+    is too long, or are neither UTF-8 nor in `encoding`.
 
-    Files that are not UTF-8 may have `encoding` instead. `index` is a JSON file of earlier results
-    for UTF-8: a file with the same path, size and mtime is not read again."""
+    `index` is a JSON file of earlier results for UTF-8: a file with the same path, size and mtime
+    is not read again."""
     before, known, sources, problems = {}, {}, [], []
     if index:
         with suppress(UserError, TypeError):  # it may be missing or damaged: it only saves time
@@ -101,7 +100,8 @@ def _check_file(file: Path, earlier: Source | None, encoding: str) -> Source:
 def _scan(file: Path, encoding: str) -> tuple[str, str]:
     """(SHA-256, encoding) of a text file: UTF-8 wherever that decodes it, else `encoding`.
 
-    Text in other encodings is hardly ever valid UTF-8, but most of them decode UTF-8 to garbage."""
+    Text in another encoding is almost never valid UTF-8, but most encodings decode UTF-8 to
+    garbage."""
     if encoding != UTF8:
         with suppress(UserError):
             sha256, is_ascii = _decode(file, UTF8)
@@ -112,41 +112,45 @@ def _scan(file: Path, encoding: str) -> tuple[str, str]:
 
 def _decode(file: Path, encoding: str) -> tuple[str, bool]:
     """(SHA-256, whether it is ASCII) of a text file; UserError for anything else."""
-    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder(encoding)()
-    offset, is_blank, is_ascii, is_array, chunk = 0, True, True, False, None
+    digest, is_blank, is_ascii, is_array = hashlib.sha256(), True, True, False
     num_lines = line_characters = 0
-    with file.open("rb") as handle:
-        while chunk != b"":
-            chunk = handle.read(CHUNK_BYTES)
-            digest.update(chunk)
-            start = offset - len(decoder.getstate()[0])  # a character may span two chunks
-            if encoding == UTF8 and b"\0" in chunk:
-                problem = f"NUL byte at offset {offset + chunk.index(0)}: binary or UTF-16"
-                raise UserError(f"{file}: {problem}; {_expected(chunk, encoding)}")
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeError as error:
-                start += getattr(error, "start", 0)  # UTF-16 without its mark has none
-                problem = f"{file}: not {encoding.upper()} at byte offset {start}"
-                raise UserError(f"{problem}; {_expected(chunk, encoding)}") from error
-            if "\0" in text:
-                problem = f"{file}: binary, or not {encoding.upper()}"
-                raise UserError(f"{problem}; {_expected(chunk, encoding)}")
-            if is_blank:
-                beginning = text.replace("\ufeff", "").lstrip()
-                is_blank, is_array = not beginning, beginning.startswith("[")
-            is_ascii = is_ascii and text.isascii()
-            line_end = text.find("\n")
-            line_characters += line_end if line_end >= 0 else len(text)
-            if line_characters > MAX_CHARACTERS and not is_array:  # JSON arrays are read by item
-                raise too_long(f"{file}, line {num_lines + 1}")
-            if line_end >= 0:
-                num_lines += text.count("\n")
-                line_characters = len(text) - text.rfind("\n") - 1
-            offset += len(chunk)
+    for chunk, text in _chunks(file, encoding):
+        digest.update(chunk)
+        if is_blank:
+            beginning = text.replace("\ufeff", "").lstrip()
+            is_blank, is_array = not beginning, beginning.startswith("[")
+        is_ascii = is_ascii and text.isascii()
+        line_end = text.find("\n")
+        line_characters += line_end if line_end >= 0 else len(text)
+        if line_characters > MAX_CHARACTERS and not is_array:  # JSON arrays are read by item
+            raise too_long(f"{file}, line {num_lines + 1}")
+        if line_end >= 0:
+            num_lines += text.count("\n")
+            line_characters = len(text) - text.rfind("\n") - 1
     if is_blank:
         raise UserError(f"{file}: empty or only white space; expected text")
     return digest.hexdigest(), is_ascii
+
+
+def _chunks(file: Path, encoding: str) -> Iterator[tuple[bytes, str]]:
+    """(bytes, text) of each chunk of a file; UserError if it is not text in `encoding`."""
+    decoder, offset, chunk = codecs.getincrementaldecoder(encoding)(), 0, None
+    with file.open("rb") as handle:
+        while chunk != b"":
+            chunk = handle.read(CHUNK_BYTES)
+            start = offset - len(decoder.getstate()[0])  # a character may span two chunks
+            bad = -1
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+                if "\0" in text:
+                    bad = len(text.partition("\0")[0].encode(encoding))
+            except UnicodeError as error:
+                bad = getattr(error, "start", 0)  # UTF-16 without its mark has none
+            if bad >= 0:
+                problem = f"binary or not {encoding.upper()}, at byte offset {start + bad}"
+                raise UserError(f"{file}: {problem}; {_expected(chunk, encoding)}")
+            yield chunk, text
+            offset += len(chunk)
 
 
 def too_long(where: str) -> UserError:
@@ -156,19 +160,19 @@ def too_long(where: str) -> UserError:
 
 
 def _expected(chunk: bytes, encoding: str) -> str:
-    """What to do with a file that is not in `encoding`, from some of its bytes."""
+    """What to do about a file that is not in `encoding`, from some of its bytes."""
     readable = chunk.decode(UTF8, errors="replace")
     num_bad = readable.count("\ufffd")
     if 0 < num_bad < MAX_DAMAGE * sum(not character.isascii() for character in readable):
-        return "expected UTF-8 without damage; to drop bad bytes: iconv -c -f UTF-8 -t UTF-8"
+        return "expected intact UTF-8; to drop bad bytes: iconv -c -f UTF-8 -t UTF-8"
     found = likely_encoding(chunk)
     if found in (None, encoding):
-        return f"expected UTF-8, or {flag('encoding')} with the encoding of the file"
-    return f"expected UTF-8, or {flag('encoding')} {found}, which it seems to be"
+        return "expected UTF-8, or the encoding option set to that of the file"
+    return f"expected UTF-8, or the encoding option set to {found} (a guess)"
 
 
 def likely_encoding(sample: bytes) -> str | None:
-    """The encoding that some bytes of a text seem to have; None if it cannot be told."""
+    """The probable encoding of some bytes of a text; None if they fit none."""
     try:
         from charset_normalizer import from_bytes
     except ImportError:  # an old installation: the message is then less specific

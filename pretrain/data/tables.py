@@ -104,7 +104,7 @@ def _line_items(line: str) -> list:
 
 
 def _array_items(handle: TextIO) -> Iterator[list]:
-    """Each item of a JSON array in a list, with one item and a chunk of text in memory."""
+    """Each item of a JSON array, in a list; keeps one item and a chunk of text in memory."""
     decode, place = json.JSONDecoder().raw_decode, 0
     text = handle.read(CHUNK_BYTES).partition("[")[2]
     separator = re.compile(r"\s*")
@@ -119,7 +119,7 @@ def _array_items(handle: TextIO) -> Iterator[list]:
             text, place = text[place:], 0
             if len(text) > MAX_CHARACTERS:
                 raise ValueError(f"no whole object in {len(text):,} characters") from error
-            more = handle.read(max(CHUNK_BYTES, len(text)))  # at least twice as much: linear time
+            more = handle.read(max(CHUNK_BYTES, len(text)))  # doubling keeps the time linear
             if not more:
                 raise ValueError("the array does not end, or has no comma") from error
             text += more
@@ -167,9 +167,10 @@ def _dialect(path: str, kind: str, encoding: str) -> dict:
 def _dataset_rows(entry: str, kind: str) -> Iterator[dict]:
     """Rows that `datasets` reads, streamed so that nothing is copied."""
     datasets = require("datasets", entry)
-    if int(datasets.__version__.split(".")[0]) < 4:  # those run code that comes with a data set
-        problem = f"{entry}: datasets {datasets.__version__} is installed"
-        raise UserError(f"{problem}; expected 4 or later: pip install -U datasets")
+    version = datasets.__version__
+    if int(version.split(".")[0]) < 4:  # older versions run code that comes with a data set
+        expected = "expected version 4 or later: pip install -U datasets"
+        raise UserError(f"{entry}: the package datasets has version {version}; {expected}")
     with refusing(f"{entry}: cannot be read as {kind}", "expected complete files, or a known name"):
         if kind == "saved":
             check_regular(Path(entry))

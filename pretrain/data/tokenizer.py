@@ -31,7 +31,6 @@ ENCODED_TOGETHER = 10_000  # texts
 MAX_IDS = 1 << 24  # the memory of the engine grows with the ids
 PASSING_STATE = ("truncation", "padding")  # changes when a tokenizer is used
 EXPECTED_FILES = "tokenizer.json, tokenizer_config.json or vocab.txt"
-NAMED_TOKENS = tuple(f"{name}_token" for name in ("unk", *NEEDED))
 FREE_NAMES = ("bos_token", "eos_token")  # roles that BERT does not use
 MARKED = r"\[.+\]|<.+>|\w+_token=.+"  # how most special tokens are written
 
@@ -151,7 +150,7 @@ def encode_together(backend: Tokenizer, texts: Sequence, **more: bool) -> Iterat
 
 
 def refusing_to_encode() -> AbstractContextManager:
-    """Turn whatever a tokenizer raises inside into a UserError: one that loads may fail later."""
+    """Turn what a tokenizer raises inside into a UserError: one that loads may still fail."""
     return refusing("the tokenizer fails on this text", "expected a tokenizer that works")
 
 
@@ -237,11 +236,10 @@ def special_problems(
         is_known = not name and token in vocabulary  # a known token may get a name
         parts = re.split(r"[,;\s]+", entry)
         if len(parts) > 1 and all(re.fullmatch(MARKED, part) for part in parts):
-            problems.append(f"{entry}: is a list; expected words of their own: {' '.join(parts)}")
+            problems.append(f"{entry}: is a list; expected separate words: {' '.join(parts)}")
         elif name and name not in free_names:
-            problem = "taken" if name in {*NAMED_TOKENS, *FREE_NAMES} else "unknown"
             expected = f"{' or '.join(FREE_NAMES)} as the name, each once, or no name"
-            problems.append(f"{entry}: the name {name} is {problem}; expected {expected}")
+            problems.append(f"{entry}: the name {name} is not available; expected {expected}")
         elif not token.strip() or token in taken or is_known:
             problem = f"{entry}: {token!r} is blank, repeated, or already a token"
             problems.append(f"{problem}; expected a new token")

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.errors import UserError, refusing
-from pretrain.files import file_problem
 
 BLOCK_SCORES = 1 << 24  # cosines in memory at a time
 MAX_LINE = 1 << 20  # characters
@@ -14,12 +13,10 @@ MAX_LINE = 1 << 20  # characters
 def read_vectors(path: str, max_words: int) -> tuple[list[str], np.ndarray]:
     """(words, float32 [words, width] of length 1) of the first `max_words` lines `word v1 v2 ...`.
 
-    A first line with the two sizes is skipped, and so are vectors of length 0 and repeated words.
-    UserError names the file and line of anything else."""
+    Skips a first line with the two sizes, vectors of length 0 and repeated words. UserError names
+    the file and line of anything else."""
     vectors: dict[str, np.ndarray] = {}
     width = 0
-    if problem := file_problem(path):
-        raise UserError(f"{path}: {problem}; expected word vectors as text")
     with (
         refusing(f"{path}: cannot be read", "expected UTF-8 text"),
         Path(path).open(encoding="utf-8", newline="\n") as handle,

@@ -115,8 +115,8 @@ class FinetuningRun(Run):
         evaluation had finite scores."""
         if not self.best_weights:
             problem = "the model's outputs were not finite in any evaluation"
-            expected = f"expected a lower --learning-rate; {overflow_advice(self.precision)}"
-            raise UserError(f"{typed(self.config, 'valid')}: {problem}; {expected}")
+            expected = f"a lower --learning-rate, {overflow_advice(self.precision)}"
+            raise UserError(f"{typed(self.config, 'valid')}: {problem}; expected {expected}")
         self.model.load_state_dict(self.best_weights)
         state.scores = scores = state.best_scores  # the scores of `final/`
         name, classes = "validation", self.classes
@@ -137,18 +137,18 @@ class FinetuningRun(Run):
         return math.isfinite(self.test_scores.get("loss", math.nan))
 
     def notes(self, state) -> list[str]:
-        """Also: the best step is the last, one class for all rows, test rows without scores."""
+        """Also says if the last step was the best, if one class is chosen for all rows, and if
+        there are no test scores."""
         found, options = super().notes(state), self.config
         score = state.best_scores[self.score[0]]
         if state.best_step == self.total_steps and score < 1:
             length = typed(options, "max_steps" if options.max_steps else "epochs")
-            found.append(f"{length}: the last step is the best; a longer run may be better")
+            found.append(f"{length}: the last step was the best; a longer run may score higher")
         for name, scores in (("valid", state.best_scores), ("test", self.test_scores)):
-            predicted = np.sum(scores.get("confusion", [[0], [0]]), axis=0)
-            if only := only_class(predicted, self.classes):
+            if scores and (only := only_class(np.sum(scores["confusion"], axis=0), self.classes)):
                 found.append(f"--{name}: the model chooses {only} for every row")
         if "test" in self.datasets and not self.has_test_scores():
-            problem = f"the outputs in {self.precision} are not finite, so there is no score"
+            problem = f"the outputs in {self.precision} are not finite, so there are no scores"
             found.append(f"{typed(options, 'test')}: {problem}")
         return found
 
@@ -206,7 +206,7 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     if saved and saved["rows"] != rows_key:
         problem = "the rows have changed since the run started"
         expected = "expected the same files, or a new run"
-        raise UserError(f"--train {' '.join(options.train)}: {problem}; {expected}")
+        raise UserError(f"{typed(options, 'train')}: {problem}; {expected}")
     torch.manual_seed(options.seed)
     source = str(checkpoint or options.model)
     keep_head |= bool(checkpoint)
@@ -215,8 +215,7 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
         enable_gradient_checkpointing(model)
     datasets = {name: LabeledDataset(part, tokenizer) for name, part in rows.items()}
     for name, dataset in () if saved or quiet else datasets.items():
-        shown = f"--{name} {' '.join(getattr(options, name))}"
-        check_tokens(shown, dataset, rows[name].texts)
+        check_tokens(typed(options, name), dataset, rows[name].texts)
     train = datasets["train"]
     if options.class_weights == "balanced":
         train.class_weights = len(train) / (len(classes) * np.bincount(train.labels))
@@ -306,8 +305,8 @@ def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
 
 def check_tokens(name: str, dataset: LabeledDataset, texts: list[tuple[str, ...]]) -> None:
     """`check_vocabulary` for rows with `texts`; `name` is an option and its value."""
-    sample = "\n".join(chain.from_iterable(texts[:SAMPLED_ROWS]))
-    check_vocabulary(name, dataset.unknown_share, sample)
+    sampled = chain.from_iterable(texts[:SAMPLED_ROWS])
+    check_vocabulary(name, dataset.unknown_share, lambda: "\n".join(sampled))
 
 
 def print_rows(run: FinetuningRun) -> None:
@@ -322,9 +321,8 @@ def print_rows(run: FinetuningRun) -> None:
         print(f"--{name}: {', '.join(facts)}")
         repeated = sum(text in seen for text in run.rows[name].texts)
         if name != "train" and repeated:
-            shown = f"--{name} {' '.join(getattr(run.config, name))}"
-            problem = f"{repeated:,} of {len(dataset):,} texts also in --train"
-            print(f"{shown}: {problem}: scores will look too good; expected other rows")
+            found = f"{typed(run.config, name)}: {repeated:,} of {len(dataset):,} texts"
+            print(f"{found} are also in --train, so scores will look too good; expected other rows")
 
 
 def print_plan(run: FinetuningRun) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from pretrain.batch import IGNORED
 
 NAMES = ("precision", "recall", "f1")
-FEW_ROWS = 10  # below this, it means nothing if all have one class
+FEW_ROWS = 10  # below this number, one class for all rows means nothing
 SMALLEST = 1e-30  # probability, so that its logarithm is finite
 
 
@@ -34,8 +34,8 @@ class Tally:
 
     def scores(self) -> dict:
         """Loss, accuracy, macro averages over the classes that occur or are predicted, the scores
-        of each class (0 if a ratio has no rows), and the confusion matrix. All scores are NaN if a
-        probability was: no label follows from it."""
+        of each class (0 if a ratio has no rows), and the confusion matrix. If a probability was
+        NaN, no label follows from it, and all scores are NaN."""
         is_finite = math.isfinite(self.loss_sum)
         right = np.diag(self.confusion) if is_finite else np.full(len(self.classes), np.nan)
         rows, predicted = self.confusion.sum(1), self.confusion.sum(0)
@@ -56,10 +56,10 @@ class Tally:
 
 
 def only_class(predicted: Sequence[int], classes: list[str]) -> str | None:
-    """The class of all predictions, given their number by class; None if there are several classes
-    or few predictions."""
-    most, total = max(predicted), sum(predicted)
-    return classes[list(predicted).index(most)] if most == total >= FEW_ROWS else None
+    """The class that every prediction has, from their numbers by class; None if there are several
+    classes, or fewer than FEW_ROWS predictions."""
+    is_only = max(predicted) == sum(predicted) >= FEW_ROWS
+    return classes[int(np.argmax(predicted))] if is_only else None
 
 
 def numbers_of(scores: dict, prefix: str = "") -> dict[str, float]:

@@ -96,17 +96,14 @@ def from_checkpoint(
     return model, [part for prefix, part in model.parts.items() if is_fresh[prefix]]
 
 
-def load_config(name: str, or_size: bool = False) -> PreTrainedConfig:
-    """The config of a checkpoint: the folder of a model or a run, or a hub name. `or_size`: the
-    caller also takes a size, for the message."""
+def load_config(name: str) -> PreTrainedConfig:
+    """The config of a checkpoint: the folder of a model or a run, or a hub name."""
     folder, problem = model_folder(name), "its config.json cannot be used"
     path, expected = Path(folder, "config.json"), "the config of a model"
     if path.is_file():  # checked before a number in it allocates something large
         read_json(path, MODEL_FORM, expected)
     else:
-        problem = "cannot be found"
-        sizes = f"a size ({', '.join(MODEL_SIZES)}), " if or_size else ""
-        expected = f"{sizes}a folder or a hub name (offline: a folder)"
+        problem, expected = "cannot be found", "a folder or a hub name (offline: a folder)"
     with refusing(f"{name}: {problem}", f"expected {expected}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in FAMILIES:
@@ -149,8 +146,8 @@ def override(config: PreTrainedConfig, entries: Sequence[str]) -> None:
 def load_weights(
     family: type[PackedModel], name: str, config: PreTrainedConfig
 ) -> tuple[PackedModel, list[str]]:
-    """(model in float32, weights missing from the checkpoint). UserError if one of the encoder is
-    missing, or one of any part is not finite."""
+    """(model in float32, weights missing from the checkpoint). UserError if an encoder weight is
+    missing, or any weight is not finite."""
     transformers.utils.logging.set_verbosity_error()  # no table of missing weights
     expected = "expected a complete checkpoint, in safetensors or without pickled code"
     with refusing(f"{name}: its weights cannot be read", expected):
@@ -185,7 +182,7 @@ def _check_files(family: type[PackedModel], name: str, config: PreTrainedConfig)
 
 
 def _weight_files(folder: str) -> list[str]:
-    """The files that transformers reads the weights from, fetched if `folder` is a name on the hub.
+    """The files from which transformers reads the weights, fetched if `folder` is a hub name.
     UserError if an index names files outside the folder."""
     for name in WEIGHT_FILES:
         path = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)

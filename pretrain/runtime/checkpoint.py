@@ -192,12 +192,9 @@ def new_folder(wanted: Path) -> Path:
 
 def write_copy(source: Path, folder: Path) -> None:
     """Write the model of the checkpoint `source` to `folder`."""
-    left_out = shutil.ignore_patterns(CHECKSUMS, STATE_JSON, STATE_TENSORS)
-
-    def write(partial: Path) -> None:
-        shutil.copytree(source, partial, ignore=left_out, dirs_exist_ok=True)
-
-    write_folder(folder, write)
+    options = {"dirs_exist_ok": True}
+    options["ignore"] = shutil.ignore_patterns(CHECKSUMS, STATE_JSON, STATE_TENSORS)
+    write_folder(folder, lambda partial: shutil.copytree(source, partial, **options))
 
 
 def checkpoints(output: Path) -> list[Path]:

@@ -28,8 +28,9 @@ def explained(micro_batch: str = "micro-batch", workers: str = "workers") -> Ite
         # A worker hangs or died, which a signal handler reports at any line. Errors raised in a
         # worker say "Caught".
         elif "DataLoader" in text and "Caught " not in text:
-            advice = "free memory, open more files (ulimit -n), make /dev/shm writable, or use 0"
-            problem = f"{workers}: {reason}; {advice}"
+            resources = "more free memory or open files (ulimit -n), a writable /dev/shm"
+            expected = f"{resources}, or {workers} 0"
+            problem = f"{workers}: {reason}; expected {expected}"
         elif is_lost_peer(error):
             problem = f"another process of this run died ({reason}); resume the run"
         else:

@@ -67,7 +67,8 @@ class Monitor:
         if start_step == 0:
             self._hyperparameters({score: math.nan})
         self.unshown, self.last_line = "", -math.inf
-        self.timed_from: tuple[int, float] | None = None  # first logged step and its time
+        # The first logged step and its time. Steps up to it may compile, so they are not counted.
+        self.timed_from: tuple[int, float] | None = None
         self.bar = tqdm(total=total_steps, initial=start_step, disable=quiet or None, **BAR)
 
     def log(self, step: int, values: dict[str, float | str]) -> None:
@@ -90,7 +91,7 @@ class Monitor:
     def advance(self) -> None:
         """Count a step in the bar."""
         if self.bar.n == self.start_step:
-            self.bar.unpause()  # its rate leaves out the first step, which may compile
+            self.bar.unpause()  # so that its rate ignores the first step, which may compile
         self.bar.update()
 
     def say(self, message: str) -> None:
@@ -127,8 +128,8 @@ class Monitor:
             self.writer.file_writer.add_summary(summary)
 
     def _show(self, row: dict[str, float | None]) -> None:
-        """Evaluation scores as a line; training numbers in the bar, or a line now and then and
-        before each line of scores."""
+        """Evaluation scores as a line; training numbers in the bar or, without one, as a line now
+        and then and before each line of scores."""
         step, now = row["step"], time.monotonic()
         scores = []
         for name, value in row.items():
@@ -139,7 +140,10 @@ class Monitor:
         found = [SHOWN[name].format(value) for name, value in numbers.items() if value is not None]
         if found:
             self.bar.set_postfix_str(", ".join(found), refresh=False)
-            found += self._time_left(step, now)
+            first, begin = self.timed_from = self.timed_from or (step, now)
+            if step > first:
+                minutes = (now - begin) / (step - first) * (self.total_steps - step) / 60
+                found.append(f"{minutes:.1f} min left")
             self.unshown = f"step {step}/{self.total_steps}: {', '.join(found)}"
         is_due = scores or now - self.last_line >= LINE_SECONDS
         if self.bar.disable and self.unshown and is_due:
@@ -147,16 +151,6 @@ class Monitor:
             self.unshown, self.last_line = "", now
         if scores:
             self.say(f"step {step}: validation {', '.join(scores)}")
-
-    def _time_left(self, step: int, now: float) -> list[str]:
-        """The time left, by the steps after the first logged one: that one may compile."""
-        if self.timed_from is None:
-            self.timed_from = (step, now)
-        first, begin = self.timed_from
-        if step == first:
-            return []
-        minutes = (now - begin) / (step - first) * (self.total_steps - step) / 60
-        return [f"{minutes:.1f} min left"]
 
 
 def _layout(charts: dict, names: Iterable[str]) -> dict:
@@ -169,8 +163,8 @@ def _layout(charts: dict, names: Iterable[str]) -> dict:
 
 
 def _date_back_events(output: Path) -> None:
-    """Make a new file of events the last. TensorBoard reads them in the order of the second in
-    their names, but clocks are set back, and a restart may take less than a second."""
+    """Rename event files so that a new one comes last. TensorBoard orders them by the second in
+    their names, but a clock may be set back, and a restart may take less than a second."""
     limit = int(time.time())
     for path in sorted(output.glob(f"{EVENTS}*"), reverse=True):
         second, _, rest = path.name.removeprefix(EVENTS).partition(".")

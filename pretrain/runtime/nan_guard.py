@@ -12,7 +12,7 @@ from pretrain.errors import UserError
 from pretrain.schema import integer
 
 MAX_SKIPPED_IN_A_ROW = 20
-MAX_SKIPPED_SHARE = 0.9  # of a run: with so few steps it has learned nothing
+MAX_SKIPPED_SHARE = 0.9  # of the steps: with so few others, a run has learned nothing
 Report = Callable[[str], None]
 Rebuild = Callable[[int, object], str]
 

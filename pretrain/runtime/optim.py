@@ -14,7 +14,7 @@ from pretrain.runtime.muon import Muon
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 READ_FOUND_INF = (torch.optim.Adam, torch.optim.AdamW, Muon)
-MEASURED_SECONDS = 0.05  # in all, to find the fastest of several calls
+MEASURED_SECONDS = 0.05  # for all calls of which the fastest counts
 WSD_DECAY_SHARE = 0.1  # of the run, at its end
 # TFLOP/s of dense matrices in bf16 or fp16, from datasheets; the longest matching name counts.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10": 125, "A40": 149.7}
@@ -120,8 +120,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def overflow_advice(precision: str) -> str:
-    """What to do about a model whose weights are finite and whose outputs are not."""
-    return "expected another model" if precision == "fp32" else "expected fp32, or another model"
+    """What was expected if a model with finite weights has outputs that are not finite."""
+    return "another model" if precision == "fp32" else "fp32, or another model"
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
@@ -139,7 +139,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 def best_seconds(work: Callable[[], object], device: torch.device) -> float:
     """The time of the fastest of several calls of `work`, including the wait for the device.
 
-    Not with torch's Timer, whose import warns where nvcc is installed and no GPU is found."""
+    torch's Timer is not used: its import warns if nvcc is installed and there is no GPU."""
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < MEASURED_SECONDS:
         begin = time.perf_counter()

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import threading
 import time
 import types
 
@@ -20,16 +19,14 @@ class StopFlag:
     def __init__(self, max_minutes: float = 0.0, limit: str = "the time limit"):
         self._seconds, self._limit, self._begin = max_minutes * 60, limit, time.monotonic()
         self._num_calls, self._is_out_of_time = 0, False
+        self._handled = handled(self._note)
 
     def __enter__(self) -> "StopFlag":
-        with contextlib.ExitStack() as stack:
-            if threading.current_thread() is threading.main_thread():  # others get no signals
-                stack.enter_context(handled(self._note))
-            self._stack = stack.pop_all()
+        self._handled.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        self._handled.__exit__(*error)
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         self.signal = self.signal or number
