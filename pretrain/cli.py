@@ -4,6 +4,7 @@ What the options mean is in pretrain/config.py. Nothing here is slow to import.
 """
 
 import argparse
+import contextlib
 import errno
 import io
 import json
@@ -207,7 +208,8 @@ def run_command(
     with locks_released(), handled(interrupt):
         message, code = _end_of(main, argv, hint, stops)
     if message:
-        print(message, file=sys.stderr)
+        with contextlib.suppress(OSError):  # stderr may be on the full disk
+            print(message, file=sys.stderr)
     return code
 
 
@@ -225,7 +227,8 @@ def _end_of(main: Callable, argv: Sequence[str], hint: str, stops: list) -> tupl
         if stops:  # the library it was raised in may have replaced it
             return str(stops[0]), 128 + stops[0].number
         if reason := os_error(error):
-            what = f"{reason.filename or 'a file'}: {reason.strerror or reason}"
+            place = reason.filename2 or reason.filename or "a file"  # the first: of a rename
+            what = f"{place}: {reason.strerror or reason}"
             return f"error: {what}; {what_it_takes(reason)}{hint}", 2
         traceback.print_exception(error)
         return "", 1

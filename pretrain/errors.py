@@ -13,6 +13,7 @@ EXPECTED = {  # by number of an error of the operating system
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "more open files (ulimit -n)"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "permission to read and write"),
+    errno.EISDIR: "a file, not a folder",
 }
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # these say nothing about a file
 PACKAGES = {"sklearn": "scikit-learn"}  # module -> package, where more than "_" and "-" differ

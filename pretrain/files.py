@@ -14,6 +14,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
 
@@ -22,6 +23,7 @@ from pretrain.schema import Form, misfit
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from a file system without locks
 CODE_FIELDS = ("auto_map", "custom_pipelines")  # name code, which is not copied with a model
+CHECKSUMS = "checksums.json"  # in a folder of runtime/checkpoint.py: `sums_of` its files
 _held: dict[Path, TextIO] = {}  # by folder: the locks of this process
 
 
@@ -34,6 +36,9 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(partial)
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # that of a full disk has none
+        raise
     finally:
         remove(partial)
 
@@ -51,8 +56,13 @@ def _partial_name(name: str, token: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of `path` with `text` in UTF-8, atomically."""
-    write_aside(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    """Replace the content of `path` with `text` in UTF-8, atomically, also if power fails."""
+
+    def write(partial: Path) -> None:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+
+    write_aside(path, write)
 
 
 def as_json(content: object, **options: object) -> str:
@@ -213,7 +223,8 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
         reason = os_error(error)
         if reason is None or reason.errno is None:  # such as gzip's about damaged input
             raise
-        raise UserError(f"{path}: cannot be written ({reason}); {what_it_takes(reason)}") from error
+        where, problem = reason.filename or path, reason.strerror or reason
+        raise UserError(f"{where}: {problem}; {what_it_takes(reason)}") from error
     finally:
         unlock(path)
 
@@ -288,6 +299,18 @@ def sync(path: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
+
+
+def sums_of(folder: Path, ignored: tuple[str, ...] = (CHECKSUMS,)) -> dict[str, dict]:
+    """Size and hash of each file in `folder` whose name does not end in one of `ignored`."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = [path for path in paths if not path.name.endswith(ignored)]
+    with ThreadPoolExecutor() as pool:  # resuming waits for this
+        hashes = list(pool.map(sha256_of, paths))
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, hashes)
+    }
 
 
 def sha256_of(path: Path) -> str:

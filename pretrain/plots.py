@@ -6,6 +6,7 @@ import numpy as np
 
 from pretrain.data.tokenizer import is_unspaced
 from pretrain.errors import require
+from pretrain.files import write_aside
 
 # Okabe and Ito's palette, safe for color-blind readers, from dark to light.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -24,6 +25,12 @@ def chinese_fonts() -> list[str]:
 
     installed = set(get_font_names())
     return [name for name in CHINESE_FONTS.split(", ") if name in installed]
+
+
+def _save(figure, path: Path) -> None:
+    """Write the picture, whole or not at all, in the format that the name ends in."""
+    kind = path.suffix.removeprefix(".")
+    write_aside(path, lambda partial: figure.savefig(partial, format=kind))
 
 
 def _figure(width: float, height: float, columns: int = 1):
@@ -73,7 +80,7 @@ def confusion(path: Path, title: str, matrices: dict[str, list[list[int]]], clas
     figure = _heat_maps(title, panels, classes, "share of rows of the true class")
     figure.supxlabel("predicted class", fontsize=10)
     figure.supylabel("true class", fontsize=10)
-    figure.savefig(path)
+    _save(figure, path)
     return figure
 
 
@@ -81,7 +88,7 @@ def overlap(path: Path, names: list[str], shares: np.ndarray, num_words: int) ->
     """Heat map of the shares of words in common, float [texts, texts] in 0..1."""
     title = f"Share of the {num_words:,} most frequent words\nthat two texts have in common"
     panels = {"without stop words": (shares, np.vectorize("{:.0%}".format)(shares))}
-    _heat_maps(title, panels, names, "shared words").savefig(path)
+    _save(_heat_maps(title, panels, names, "shared words"), path)
 
 
 def curves(
@@ -120,5 +127,5 @@ def curves(
     axis.set_title(title, fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(path)
+    _save(figure, path)
     return figure

@@ -168,6 +168,7 @@ def kills(number):
         (lambda argv: len(argv), ["a", "b"], 2, ""),
         (raises(UserError("--a 1: x\n--b 2: y")), [], 2, "error: --a 1: x\nerror: --b 2: y\n"),
         (raises(OSError(28, "No space", "disk")), [], 2, "error: disk: No space"),
+        (raises(OSError(21, "Is a folder", "part", None, "end")), [], 2, "error: end: Is a folder"),
         (raises(Exception("Too long (os error 36)")), [], 2, "error: a file: "),
         (raises(KeyboardInterrupt()), [], 130, "interrupted; way on\n"),
         (raises(RuntimeError("unexpected")), [], 1, "Traceback"),
@@ -203,6 +204,7 @@ OUTPUTS = {  # how the shell runs it, the exit code
     "no output": ("{} >&- 2>&- <&-", 0),
     "ascii": ("LC_ALL=C PYTHONUTF8=0 {}", 0),
     "full disk": ("{} >/dev/full", 2),
+    "log on a full disk": ("{} >/dev/full 2>&1", 2),
 }
 
 
@@ -215,7 +217,7 @@ def test_a_lost_output_costs_nothing_else(name, tmp_path):
     ended = subprocess.run(bash, capture_output=True, text=True)
     assert ended.returncode == code and "Traceback" not in ended.stderr, ended
     assert path.read_text() == ("end\n" if code == 0 else "")
-    assert ended.stderr.count("\n") == (name != "no output")
+    assert ended.stderr.count("\n") == (name not in ("no output", "log on a full disk"))
 
 
 def test_frames_of_an_unexpected_error_are_freed(capsys):

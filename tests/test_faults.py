@@ -275,8 +275,9 @@ def test_a_restart_loop_ends(finished, output):
     [("best", 6, True), ("best", 6, False), ("best", 10, True), ("best", 10, False)]
     + [("final", 10, True)],
 )
-def test_a_damaged_model_folder_is_rewritten(finished, output, name, step, kept, capsys):
+def test_a_damaged_model_folder_is_rewritten(undisturbed, output, name, step, kept, capsys):
     """The best model of a finished run, only if the checkpoint of its step is `kept`."""
+    finished = undisturbed("adamw", 1, "--seed", "7")  # its last evaluation is the best
     if step < 10:
         interrupted_copy(finished, output, step)
     else:

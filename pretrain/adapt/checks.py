@@ -16,7 +16,14 @@ from pretrain.cli import parse
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
 from pretrain.data.sources import content_key, expand
 from pretrain.errors import UserError, check, option_named
-from pretrain.files import lock, model_folder, read_json, sha256_of, write_json
+from pretrain.files import (
+    lock,
+    locks_released,
+    model_folder,
+    read_json,
+    sha256_of,
+    write_json,
+)
 from pretrain.finetune.build import build
 from pretrain.finetune.dataset import LabeledRows
 from pretrain.inputs import TextFiles
@@ -74,7 +81,8 @@ class Experiment:
             result = read_json(path, {}, "a result; remove the file to run the part again")
         else:
             begin = time.monotonic()
-            result = work(self, *arguments)
+            with locks_released():  # this process holds the lock of the experiment
+                result = work(self, *arguments)
             result["wall_seconds"] = time.monotonic() - begin
             write_json(path, result)
             result = read_json(path)  # the same now and after an interruption

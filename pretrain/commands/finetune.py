@@ -6,7 +6,7 @@ from pathlib import Path
 from pretrain.cli import read_command_line
 from pretrain.commands.pretrain import read_saved
 from pretrain.config import FinetuneOptions
-from pretrain.errors import check, option_named
+from pretrain.errors import UserError, check, option_named
 from pretrain.preflight import problems_of
 
 HINT = "--resume continues from the newest checkpoint, if there is one"
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
         options = with_defaults(saved)
     check(problems_of(options, is_new=not saved))
 
-    from pretrain.files import as_json, lock, read_json
+    from pretrain.files import as_json, lock
     from pretrain.finetune.build import build, print_plan
     from pretrain.finetune.scores import numbers_of, score_table
     from pretrain.runtime.checkpoint import prune
@@ -31,10 +31,9 @@ def main(argv: Sequence[str]) -> None:
     if options.output:
         with option_named("--output"):
             lock(output)
-    path = output / "summary.json"
-    if resumes and path.is_file() and read_json(path).get("state", FINISHED) == FINISHED:
+    if resumes and _is_finished(output, options.save_model):
         prune(output, keep=0)  # if a kill left checkpoints
-        print(f"{output} is finished; its scores are in {path}")
+        print(f"{output} is finished; its scores are in {output / 'summary.json'}")
         return
     run = build(options)
     run.open_output()
@@ -52,3 +51,24 @@ def main(argv: Sequence[str]) -> None:
         print(f"\nmodel: {output / 'final'}" if options.save_model else f"\nscores: {output}")
     print(f"TensorBoard: tensorboard --logdir {output}")
     print(as_json(summary | numbers))
+
+
+def _is_finished(output: Path, has_model: bool) -> bool:
+    """Whether the run in `output` has its result. Prints what is damaged: the run then continues
+    from its checkpoint or, as a finished one has none, from its start, to the same result."""
+    from pretrain.files import read_json
+    from pretrain.runtime.checkpoint import problem_of
+    from pretrain.train import FINISHED
+
+    path = output / "summary.json"
+    if not path.exists():
+        return False
+    try:
+        state = read_json(path).get("state", FINISHED)
+    except UserError as error:
+        print(error)
+        return False
+    problem = problem_of(output / "final", needed=()) if has_model and state == FINISHED else None
+    if problem:
+        print(problem)
+    return state == FINISHED and not problem

@@ -10,7 +10,7 @@ import glob
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -28,13 +28,22 @@ from pretrain.data.sentences import (
 from pretrain.data.sources import CHUNK_BYTES, Source, check_files, expand, files_of, states_of
 from pretrain.data.tables import TEXT_FORMATS, choose_field, format_of, no_column, read_rows
 from pretrain.errors import UserError, refusing, require
-from pretrain.files import key_of, write_once
+from pretrain.files import (
+    exclusive,
+    key_of,
+    read_json,
+    remove,
+    sha256_of,
+    write_aside,
+    write_json,
+)
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
 CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages for what Python cannot read
 SPAN_KEYS = ("start end", "start_offset end_offset", "start_pos end_pos", "begin end")
 SPAN_FORMS = '[start, end, ...] or {"start": 0, "end": 4}, in characters'
 VERSION = 1  # of the converted files
+SEAL = ".seal.json"  # in a folder of the cache: bytes, mtime in ns and SHA-256 of each file
 
 Opened = tuple[list[Source], str]  # text files, their format
 
@@ -87,14 +96,14 @@ def _open_unpacked(entries: list[str], options: TextOptions, read_entities: bool
         columns = _Columns(options.text_field, name or "entities", name is not None)
     states = [(entry, kind, states_of(entry)) for entry, kind in inputs]
     key = key_of([VERSION, states, *columns, options.max_documents])
-    target = cache / f"converted-{key}.jsonl"
+    folder = cache / f"converted-{key}"
 
-    def write(partial: Path) -> None:
-        print(f"{_shown(entries)}: converting into {target} (remove it to convert again)")
-        _convert(inputs, columns, options.max_documents, partial)
+    def convert(partial: Path) -> None:
+        print(f"{_shown(entries)}: converting into {folder} (remove it to convert again)")
+        _convert(inputs, columns, options.max_documents, partial / "text.jsonl")
 
-    write_once(target, write)
-    return check_files([target], index), "jsonl"
+    _keep(folder, convert)
+    return check_files([folder / "text.jsonl"], index), "jsonl"
 
 
 def _shown(entries: list) -> str:
@@ -111,7 +120,6 @@ def _unpack(entry: str, cache: Path) -> list[str]:
     import fsspec  # comes with torch, and finds the codec
 
     def unpack(folder: Path) -> None:
-        folder.mkdir()
         room = shutil.disk_usage(folder).free // 2
         problem = f"{entry}: unpacks to more than {room:,} bytes, half of the free space of {cache}"
         too_large = UserError(f"{problem}; expected a smaller file, or more space")
@@ -130,7 +138,7 @@ def _unpack(entry: str, cache: Path) -> list[str]:
 
     folder = cache / "unpacked" / key_of(states_of(entry))
     with refusing(f"{entry}: cannot be unpacked", f"expected a whole {suffix} file"):
-        write_once(folder, unpack)
+        _keep(folder, unpack)
     files = sorted(map(str, files_of(folder)))
     if not files:
         raise UserError(f"{entry}: contains no files; expected text")
@@ -153,7 +161,6 @@ def _copy_as_utf8(source: Source, cache: Path) -> str:
     path = Path(source.path)
 
     def write(folder: Path) -> None:
-        folder.mkdir()
         copy = folder / path.name
         with (
             path.open(encoding=source.encoding, newline="") as text,
@@ -162,8 +169,49 @@ def _copy_as_utf8(source: Source, cache: Path) -> str:
             shutil.copyfileobj(text, out, CHUNK_BYTES)
 
     folder = cache / "utf-8" / key_of([states_of(source.path), source.encoding])
-    write_once(folder, write)
+    _keep(folder, write)
     return str(folder / path.name)
+
+
+def _keep(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder in the cache, unless it is there and intact."""
+
+    def write_sealed(partial: Path) -> None:
+        partial.mkdir()
+        write(partial)
+        facts = {}
+        for path in files_of(partial):
+            status = path.stat()
+            name = str(path.relative_to(partial))
+            facts[name] = [status.st_size, status.st_mtime_ns, sha256_of(path)]
+        write_json(partial / SEAL, facts)
+
+    if _is_intact(folder):
+        return
+    with exclusive(folder):
+        if not _is_intact(folder):  # else another process was faster
+            if folder.exists():
+                print(f"{folder}: is damaged; making it again")
+                remove(folder)
+            write_aside(folder, write_sealed)
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether a folder of `_keep` is there and unchanged. A file is only read if its time is not
+    the one that was noted, as in a copy of the cache."""
+    found = {str(path.relative_to(folder)): path for path in files_of(folder)}
+    try:
+        facts = read_json(folder / SEAL)
+        if found.keys() != facts.keys():
+            return False
+        for name, (size, mtime_ns, digest) in facts.items():
+            status = found[name].stat()
+            is_same = status.st_mtime_ns == mtime_ns or sha256_of(found[name]) == digest
+            if status.st_size != size or not is_same:
+                return False
+    except (ValueError, TypeError):  # the seal itself is damaged
+        return False
+    return True
 
 
 def _convert(inputs: list[tuple[str, str]], columns: _Columns, limit: int, target: Path) -> None:

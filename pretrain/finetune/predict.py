@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pretrain.config import ColumnOptions
-from pretrain.errors import check, refusing
+from pretrain.errors import UserError, check
 from pretrain.files import as_json
 from pretrain.finetune.dataset import LabeledDataset, LabeledRows, Row, label_of, read_texts
 from pretrain.finetune.heads import PackedClassifier
@@ -74,7 +74,8 @@ def predict_rows(
 
 def write_rows(path: Path, rows: Iterable[dict], as_csv: bool) -> None:
     """Write `rows` as CSV, with the columns of the first row, or as JSON lines."""
-    with path.open("w", encoding="utf-8", newline="") as out:
+    # JSON may hold half a surrogate pair: \ud800 stays as it is.
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as out:
         if not as_csv:
             out.writelines(f"{_as_json(row)}\n" for row in rows)
             return
@@ -86,8 +87,11 @@ def write_rows(path: Path, rows: Iterable[dict], as_csv: bool) -> None:
             for name, value in row.items():
                 if isinstance(value, (list, dict)):
                     cells[name] = _as_json(value)
-            with refusing(f"row {number} has different columns from the first", "expected .jsonl"):
+            try:
                 writer.writerow(cells)
+            except ValueError as error:
+                problem = f"row {number} has different columns from the first"
+                raise UserError(f"{problem} ({error}); expected .jsonl") from error
 
 
 def _as_json(value: object) -> str:

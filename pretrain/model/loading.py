@@ -23,7 +23,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from pretrain.config import MODEL_SIZES
 from pretrain.errors import UserError, refusing
-from pretrain.files import CODE_FIELDS, model_folder, read_json
+from pretrain.files import CHECKSUMS, CODE_FIELDS, model_folder, read_json, sums_of
 from pretrain.model.bert import BertForPreTraining
 from pretrain.model.packed import PackedModel
 from pretrain.model.roberta import CamembertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
@@ -57,6 +57,7 @@ MODEL_FORM = {  # of config.json: what sets sizes, or would fail deep inside the
 INDEX_FORM = {"weight_map": values_of(FILE_NAME, "an object that names files of this folder")}
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+UNREAD = (".md", ".pt")  # ends of files that no model is made from: model card, training state
 FEW_WEIGHTS = 1 << 24  # up to this many are created before the files are found to lack them
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 NOT_OVERRIDDEN = {"model_type", "transformers_version", "_name_or_path"}
@@ -152,6 +153,7 @@ def load_weights(
     expected = "expected a complete checkpoint, in safetensors or without pickled code"
     with refusing(f"{name}: its weights cannot be read", expected):
         _check_files(family, name, config)
+        _report_changes(Path(model_folder(name)))
         options = {"ignore_mismatched_sizes": family.head_may_differ, "output_loading_info": True}
         model, info = family.from_pretrained(
             model_folder(name), config=config, dtype=torch.float32, **options
@@ -179,6 +181,23 @@ def _check_files(family: type[PackedModel], name: str, config: PreTrainedConfig)
     if files and num_weights > max(num_bytes, FEW_WEIGHTS):
         problem = f"has {num_bytes:,} bytes for the {num_weights:,} weights of its config"
         raise UserError(f"{name}: {problem}; expected a complete checkpoint with its own config")
+
+
+def _report_changes(folder: Path) -> None:
+    """Print the files of a folder that a run wrote which are not as it wrote them: a flipped bit of
+    a weight would go unnoticed."""
+    if not (folder / CHECKSUMS).exists():
+        return
+    try:
+        written = read_json(folder / CHECKSUMS)
+    except UserError as error:
+        print(error)
+        return
+    found = sums_of(folder, ignored=UNREAD)
+    names = [name for name in written if not name.endswith(UNREAD)]
+    if changed := [name for name in names if found.get(name) != written[name]]:
+        advice = "unless you edited it, restore it or write the model again"
+        print(f"{folder}: not as it was written: {', '.join(changed)}; {advice}")
 
 
 def _weight_files(folder: str) -> list[str]:

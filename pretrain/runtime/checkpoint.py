@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,11 +21,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from pretrain.config import OBJECTIVES
 from pretrain.errors import EXHAUSTED, UserError, first_line, os_error, what_it_takes
 from pretrain.files import (
+    CHECKSUMS,
     check_writable,
     markdown_table,
     read_json,
     remove_leftovers,
-    sha256_of,
+    sums_of,
     sync,
     write_json,
 )
@@ -38,7 +38,6 @@ RUN_ENTRY = (  # what a run writes; nothing else may be overwritten
     r"|test_predictions\.csv|confusion\.png|\.?(best|final|checkpoint-\d+)(\.\w+)?"
     r"|.*\.(tmp|partial)|\.lock"
 )
-CHECKSUMS = "checksums.json"
 FACTS = "pretraining.json"  # has the defaults of scripts/evaluate.py
 FACTS_FORM = {
     "objective": one_of(*OBJECTIVES),
@@ -88,7 +87,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def _seal(folder: Path) -> None:
     """Write the size and hash of every file, and verify that all of it reached the disk."""
-    sums = _sums(folder)
+    sums = sums_of(folder)
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
     mode = (folder / CHECKSUMS).stat().st_mode & 0o777  # by the umask; safetensors ignores it
     for name in sums:
@@ -99,18 +98,6 @@ def _seal(folder: Path) -> None:
     problem = problem_of(folder, needed=())
     if problem:
         raise OSError(f"after writing, {problem}")
-
-
-def _sums(folder: Path) -> dict[str, dict]:
-    """Size and hash of every file in `folder`."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    paths = [path for path in paths if path != folder / CHECKSUMS]
-    with ThreadPoolExecutor() as pool:  # resuming waits for this
-        hashes = list(pool.map(sha256_of, paths))
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, hashes)
-    }
 
 
 def _aside(folder: Path, suffix: str) -> Path:
@@ -130,7 +117,7 @@ def problem_of(folder: Path, needed: tuple[str, ...] = (STATE_JSON, STATE_TENSOR
     try:
         if not path.is_file():  # opening a pipe of that name would block
             return f"{path} is missing"
-        expected, found = read_json(path), _sums(folder)
+        expected, found = read_json(path), sums_of(folder)
     except (UserError, OSError) as error:
         reason = os_error(error.__cause__ or error)
         if reason and reason.errno in EXHAUSTED:

@@ -165,29 +165,35 @@ def _layout(charts: dict, names: Iterable[str]) -> dict:
 def _date_back_events(output: Path) -> None:
     """Rename event files so that a new one comes last. TensorBoard orders them by the second in
     their names, but a clock may be set back, and a restart may take less than a second."""
-    limit = int(time.time())
+    limit, names = int(time.time()), {}
     for path in sorted(output.glob(f"{EVENTS}*"), reverse=True):
         second, _, rest = path.name.removeprefix(EVENTS).partition(".")
         if second.isdecimal():
             limit = min(int(second), limit - 1)
-            path.rename(path.with_name(f"{EVENTS}{limit:010d}.{rest}"))
+            names[path] = path.with_name(f"{EVENTS}{limit:010d}.{rest}")
+    for path, name in reversed(names.items()):  # the oldest first: no name is taken
+        path.rename(name)
 
 
 def _trim_rows(path: Path, start_step: int, evaluated: bool) -> list[dict]:
     """Delete the rows after `start_step`, its evaluation unless `evaluated`, and partial rows.
     Returns the rows that are left: none if the run starts over."""
-    kept = []
+    kept, num_damaged = [], 0
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines(keepends=True):
         try:
             row = json.loads(line)
             if row["step"] == start_step and not evaluated:
-                row = {name: value for name, value in row.items() if not name.startswith("eval/")}
+                row = {name: value for name, value in row.items() if not name.startswith("eval")}
             is_kept = row["step"] <= start_step and start_step > 0 and len(row) > 1
         except (ValueError, KeyError, TypeError, AttributeError):
+            num_damaged += line.endswith("\n")  # else a kill cut it short
             continue
         if is_kept and line.endswith("\n"):
             kept.append(row)
-    if text:
+    if num_damaged:
+        rows = "row" if num_damaged == 1 else "rows"
+        print(f"{path}: {num_damaged:,} {rows} cannot be read and will be missing from the log")
+    if path.exists():  # also a pipe, which is replaced
         write_text(path, "".join(as_json(row) + "\n" for row in kept))
     return kept

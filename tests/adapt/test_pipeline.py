@@ -12,6 +12,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +167,9 @@ def interrupted(arguments, module, name, number):
     def observed(*more):
         calls.append(more)
         if len(calls) == number:
+            output = Path(arguments[-1])
+            for done in (output / "parts").glob("pretrain-*.json"):  # a kill would leave its lock
+                assert not (output / f".{done.stem.removeprefix('pretrain-')}.lock").exists()
             raise KeyboardInterrupt
         return original(*more)
 

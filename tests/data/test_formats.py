@@ -576,13 +576,47 @@ def test_a_compressed_file_that_is_cut_short_is_named(tmp_path, suffix):
         assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
 
 
+def packed_lines(folder: Path) -> Path:
+    path = folder / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
+    return path
+
+
 def test_a_compressed_file_is_unpacked_once(tmp_path):
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    path, cache, copy = packed_lines(tmp_path), tmp_path / "cache", tmp_path / "copy"
     read(path)
-    (unpacked,) = (tmp_path / "cache" / "unpacked").rglob("a.jsonl")
-    lines(unpacked, {"text": "changed"})
-    assert texts(read(path)) == texts(read(path, max_documents=1)) == [["changed"]]
+    shutil.copytree(cache, copy, copy_function=shutil.copy)  # which changes the times
+    for folder in (cache, copy):
+        (unpacked,) = (folder / "unpacked").rglob("a.jsonl")
+        before = unpacked.stat().st_ino
+        assert texts(read(path, cache=folder)) == [["a"], ["b"]]
+        assert unpacked.stat().st_ino == before
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:14]),
+    "changed": lambda path: path.write_bytes(path.read_bytes().swapcase()),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": Path.unlink,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_text_in_the_cache_is_made_again(damage, tmp_path):
+    """What is unpacked, decoded or converted, and the notes about it."""
+    path, cache = packed_lines(tmp_path), tmp_path / "cache"
+    other = tmp_path / "other.txt"
+    other.write_text("мир\n\nмир\n", encoding="cp1251")
+
+    def found() -> list:
+        return texts(read(path)), texts(read(other, encoding="cp1251", cache=cache))
+
+    whole = found()
+    for file in [file for file in cache.rglob("*") if file.is_file()]:
+        damage(file)
+        assert found() == whole, file
 
 
 def test_archives(tmp_path):

@@ -534,6 +534,19 @@ def test_a_signal_at_the_end_keeps_the_result(whole, output, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
+@pytest.mark.parametrize("name", ["summary.json", "final/model.safetensors", "final/config.json"])
+def test_a_damaged_result_is_made_again(name, whole, output):
+    """Empty, as after a power failure, or with another number."""
+    undisturbed = whole["adamw"][1]
+    for content in (b"", (undisturbed / name).read_bytes().replace(b"1", b"2")):
+        shutil.copytree(undisturbed, output, dirs_exist_ok=True)
+        (output / name).write_bytes(content)
+        if name != "summary.json" or not content:
+            said = printed(FINETUNE.main, "--resume", ["--output", output])
+            assert str(output / name) in said
+            assert_same_result(output, undisturbed)
+
+
 @pytest.fixture
 def stopped(whole, output):
     """The folder of a run that stopped after a step."""
@@ -932,6 +945,18 @@ def test_without_a_single_known_label_there_is_no_score(more, predict_argv, tmp_
     first, second, last = text.splitlines()
     assert first == f"3 rows in {tmp_path / 'out.jsonl'}" and json.loads(last) == {"rows": 3}
     assert second.startswith("not scored: 3 rows")
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
+def test_half_a_surrogate_pair_in_another_column_is_kept_as_an_escape(name, predict_argv, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "bank", "note": "\\ud800"}\n')
+    PREDICT.main(predict_argv(tmp_path / "in.jsonl", name))
+    assert read(tmp_path / name)[0]["note"] == ("\ud800" if name == "out.jsonl" else "\\ud800")
+
+
+def test_a_full_disk_is_not_taken_for_other_columns():
+    with pytest.raises(OSError, match="No space"):
+        predict.write_rows(Path("/dev/full"), ({"text": "a" * 99} for _ in range(999)), True)
 
 
 @pytest.mark.parametrize("words, named", [(["bank money"], True), (["bank", "river"], False)])

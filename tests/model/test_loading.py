@@ -18,6 +18,7 @@ from pretrain.errors import UserError
 from pretrain.model.attention import SDPA
 from pretrain.model.bert import BertForPreTraining
 from pretrain.model.loading import FAMILIES, from_checkpoint, from_size, load_config, override
+from pretrain.runtime.checkpoint import write_folder
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,25 @@ def test_weights_that_are_missing_or_cannot_be_read_are_refused(damage, folder):
     damage(folder / "model.safetensors")
     with refused(folder):
         from_checkpoint(str(folder))
+
+
+FLIPPED = {"model.safetensors": -3, "config.json": 20, "checksums.json": 0}  # file -> byte
+
+
+@pytest.mark.parametrize(("name", "place"), FLIPPED.items())
+def test_a_flipped_bit_in_a_model_that_a_run_wrote_is_reported(
+    name, place, saved, tmp_path, capsys
+):
+    folder = tmp_path / "final"
+    write_folder(folder, lambda partial: shutil.copytree(saved, partial, dirs_exist_ok=True))
+    (folder / "README.md").write_text("edited by the user")
+    from_checkpoint(str(folder))
+    assert not capsys.readouterr().out
+    content = bytearray((folder / name).read_bytes())
+    content[place] ^= 1
+    (folder / name).write_bytes(content)
+    from_checkpoint(str(folder))
+    assert name in capsys.readouterr().out
 
 
 def test_overrides_reach_the_model_and_must_fit_the_weights(folder):

@@ -3,6 +3,7 @@ unbroken curve and no row twice, and a process other than the main one writes no
 
 import json
 import math
+import os
 import time
 
 import pytest
@@ -35,7 +36,8 @@ def training(step):
 
 
 def evaluation(step):
-    return {"eval/perplexity": 300.0 / (step + 1), "eval/mlm_loss": 5.0 - 0.1 * step}
+    scores = {"eval/perplexity": 300.0 / (step + 1), "eval/mlm_loss": 5.0 - 0.1 * step}
+    return scores | {"eval_f1/pos": 0.1 * step}  # of fine-tuning: one for each class
 
 
 def write(output, first, last, evaluated=True, close=True):
@@ -107,6 +109,24 @@ def test_a_clock_that_was_set_back_loses_no_point(tmp_path, monkeypatch):
     assert len(names) == 2
 
 
+def test_files_of_events_never_take_the_name_of_another(tmp_path, monkeypatch):
+    """In containers, all of them have one process number: only the second tells them apart."""
+    monkeypatch.setattr(event_file_writer, "time", time)  # the real one
+    now = int(time.time())
+    names = [f"events.out.tfevents.{now + ahead:010d}.host.1.0" for ahead in range(5)]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    Monitor(tmp_path, 0, 10, OPTIONS).close({})
+    *found, new = sorted(tmp_path.glob("events.*"))
+    assert [path.read_bytes().decode() for path in found] == names
+
+
+def test_a_pipe_in_place_of_the_log_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    write(tmp_path, 0, 2, evaluated=False)
+    assert_one_curve(tmp_path, 2)
+
+
 def test_a_step_without_evaluation_keeps_only_its_training_row(tmp_path):
     write(tmp_path, 0, 6, evaluated=False, close=False)
     monitor = Monitor(tmp_path, 4, 10, OPTIONS, evaluated=False)
@@ -126,13 +146,14 @@ def test_a_run_without_a_checkpoint_starts_over(tmp_path):
     "tail",
     ['{"step": 3, "tra', '{"step": 3, "a": 2.0}', "\0\0\n", "[1]\n", "{}\n", '{"step": null}\n'],
 )
-def test_a_row_that_a_crash_cut_short_is_dropped(tail, tmp_path):
+def test_a_row_that_a_crash_cut_short_is_dropped(tail, tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     good = '{"step": 1, "train/loss": 3.0}\n{"step": 2, "train/loss": 2.5}\n'
     path.write_text(good + tail, encoding="utf-8")
     Monitor(tmp_path, 4, 10, OPTIONS).close({})
     assert path.read_text(encoding="utf-8") == good
     assert not list(tmp_path.glob(".*"))
+    assert (str(path) in capsys.readouterr().out) == tail.endswith("\n")  # damage is reported
 
 
 def charts_of(output):
