@@ -9,6 +9,7 @@ import types
 from collections.abc import Iterator
 
 SHOWN_PROBLEMS = 20
+MORE = "and "  # begins the line that counts the others
 EXPECTED = {  # by number of an error of the operating system
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "more open files (ulimit -n)"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space"),
@@ -27,7 +28,7 @@ def check(problems: list[str]) -> None:
     """Raise one UserError with all `problems`, one per line, up to SHOWN_PROBLEMS."""
     lines, more = problems[:SHOWN_PROBLEMS], len(problems) - SHOWN_PROBLEMS
     if more > 0:
-        lines.append(f"and {more:,} more problems")
+        lines.append(f"{MORE}{more:,} more problems")
     if lines:
         raise UserError("\n".join(lines))
 
@@ -39,7 +40,7 @@ def option_named(option: str) -> Iterator[None]:
         yield
     except UserError as error:
         lines = str(error).splitlines()
-        named = [line if line.startswith("--") else f"{option} {line}" for line in lines]
+        named = [line if line.startswith(("--", MORE)) else f"{option} {line}" for line in lines]
         raise UserError("\n".join(named)) from error
 
 

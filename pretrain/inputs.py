@@ -3,8 +3,10 @@
 The main process checks and prepares; the others wait and open what it wrote.
 """
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -42,6 +44,11 @@ SAMPLED_PIECES, SAMPLED_CHARACTERS = 16, 1 << 18  # read to detect the script of
 # Shares of unknown tokens: one for a warning, one for a UserError. A vocabulary that fits leaves
 # less than 1 %.
 WARNED_UNKNOWN, MAX_UNKNOWN = 0.05, 0.3
+SHOWN_UNKNOWN = 20  # characters
+VOCABULARY_WAYS = (
+    "expected a --tokenizer or --model for this text (or, from scratch, a larger --vocab-size)"
+)
+MODEL_WAYS = "expected a --model for this text"  # of a command that takes the model's tokenizer
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
         words = "tokenizer"
     elif words == "auto":
         words = "spaces" if is_segmented else "jieba"
-        print(f"{text.option}: {chinese_share:.0%} Chinese, so --words is {words}")
+        print(f"{text.option}: {chinese_share:.0%} Chinese characters, so --words is {words}")
     if language == "auto":
         language = "zh" if chinese_share > 0.5 else "en"
     if words == "jieba":
@@ -343,13 +350,14 @@ def open_or_prepare(
     masking: str = "token",
     output: Path | None = None,
     is_accepted: bool = False,
+    ways: str = VOCABULARY_WAYS,
     **more_arguments: object,
 ) -> Corpus:
     """The corpus of the text: found in the cache, or prepared there or in `output`.
 
-    UserError if too much of it is unknown to the tokenizer, unless it `is_accepted`, by a run that
-    resumes. `more_arguments` are those of `prepare`."""
-    verb = "found"
+    UserError with `ways` out if too much of it is unknown to the tokenizer, unless it
+    `is_accepted`, by a run that resumes. `more_arguments` are those of `prepare`."""
+    verb, sample = "found", ""
     if text.is_corpus:
         with option_named(text.option):
             corpus = open_corpus(text.paths[0], vocabulary)
@@ -361,9 +369,9 @@ def open_or_prepare(
         folder = output or cache / content_key(text.sources, *settings)
         with main_first(world):
             if not (folder / "corpus.json").is_file():
-                verb, share = "prepared", _unknown_share(text.sample(), tokenizer, vocabulary)
-                if share > MAX_UNKNOWN and not is_accepted:
-                    check_vocabulary(text.name, share, text.sample)
+                verb = "prepared"
+                if not is_accepted:
+                    sample = check_sample(text, tokenizer, ways)
                 found = (markup.find(*item) for item in text.sentences() if item)
                 if (masking == "entity" or markup.lexicon) and not any(found):
                     raise _no_entities(text)
@@ -381,7 +389,10 @@ def open_or_prepare(
         raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
     info = corpus.info
     if not is_accepted:
-        check_vocabulary(text.name, info["unknown_tokens"] / info["tokens"], text.sample)
+        if not text.is_corpus:
+            sample = sample or text.sample()
+        share = info["unknown_tokens"] / info["tokens"]
+        check_vocabulary(text.name, share, tokenizer, sample, ways)
     if masking == "entity" and not info["entities"]:
         raise _no_entities(text)
     print(f"{text.option}: {_shown(info)} ({verb} in {corpus.folder})")
@@ -398,28 +409,40 @@ def _shown(info: dict) -> str:
     return ", ".join(parts)
 
 
-def _unknown_share(
-    sample: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
-) -> float:
-    """The share of the tokens of a sample that are unknown to the tokenizer."""
-    backend, lines = tokenizers.without_limits(tokenizer), sample.split("\n")
-    encodings = tokenizers.encode_together(backend, lines, add_special_tokens=False)
-    ids = [number for encoding in encodings for number in encoding.ids]
-    return ids.count(vocabulary.unknown_id) / max(1, len(ids))
+def check_sample(text: TextFiles, tokenizer: PreTrainedTokenizerBase, ways: str) -> str:
+    """A sample of a text; UserError with `ways` out if too much of it is unknown to the
+    tokenizer."""
+    sample = text.sample()
+    share, _ = tokenizers.find_unknown(tokenizer, sample.split("\n"))
+    if share > MAX_UNKNOWN:
+        check_vocabulary(text.name, share, tokenizer, sample, ways)
+    return sample
 
 
-def check_vocabulary(name: str, share: float, read_sample: Callable[[], str]) -> None:
-    """UserError if the `share` of unknown tokens is above MAX_UNKNOWN; prints a warning if it is
-    above WARNED_UNKNOWN. `name` is an option and its value, the sample some of its text, or ""."""
+def check_vocabulary(
+    name: str,
+    share: float,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: str = "",
+    ways: str = MODEL_WAYS,
+) -> None:
+    """UserError if the `share` of tokens that are unknown is above MAX_UNKNOWN, a printed warning
+    above WARNED_UNKNOWN. `name` is an option and its value, `sample` some of its text."""
     if share <= WARNED_UNKNOWN:
         return
-    sample = read_sample()
-    script = f" ({main_script(sample)} text)" if sample else ""
-    problem = f"{name}: {share:.0%} of the tokens are unknown to the tokenizer{script}"
-    expected = "a --tokenizer or --model for this text (or, from scratch, a larger --vocab-size)"
+    _, parts = tokenizers.find_unknown(tokenizer, sample[:SAMPLED_CHARACTERS].split("\n"))
+    problem = f"{name}: {share:.0%} of the tokens are unknown to the tokenizer"
+    if parts:
+        common = [part[:SHOWN_UNKNOWN] for part, _ in Counter(parts).most_common(3)]
+        script = main_script("".join(parts))
+        script = f"mostly {script} characters" if script else "mostly symbols"
+        problem += f", {script}, such as {' '.join(common)}"
+    limit = getattr(tokenizer.backend_tokenizer.model, "max_input_chars_per_word", math.inf)
+    if 2 * sum(len(part) > limit for part in parts) > len(parts):
+        problem += f"; words of more than {limit} characters always are"
     if share > MAX_UNKNOWN:
-        raise UserError(f"{problem}; expected {expected}")
-    print(f"{problem}; expected {expected}")
+        raise UserError(f"{problem}; {ways}")
+    print(f"{problem}; {ways}")
 
 
 def _no_entities(text: TextFiles) -> UserError:

@@ -52,6 +52,8 @@ def _absent_files(options: object) -> list[str]:
         if value and value.strip() and value not in NOT_FILES.get(name, ()):
             problem = file_problem(value)
             problems += [f"{flag(name)} {value}: {problem}; expected a file"] if problem else []
+    cache = getattr(options, "cache", "")
+    problems += [f"--cache {cache}: is a file; expected a folder"] if os.path.isfile(cache) else []
     return problems
 
 

@@ -160,7 +160,7 @@ def train(run: Run) -> dict:
 
     state = TrainState(evaluated_at=-1 if run.evaluates_first else 0)
     meter = Meter(device, world, peak_flops(device, run.precision))
-    guard = NanGuard(rebuild=run.rebuild_command)
+    guard = NanGuard(rebuild=run.rebuild_command, precision=run.precision)
     parts = {
         "run": run,
         "train": state,

@@ -98,3 +98,10 @@ def test_bad_input_is_refused_in_one_message(model, vocabulary, tmp_path, capsys
 def test_no_more_tokens_are_shown_than_there_are(model, vocabulary, capsys):
     FILL_MASK.main(["--model", str(model), "--top", "100000", "[MASK]"])
     assert len(capsys.readouterr().out.splitlines()) == 1 + vocabulary.size + 1
+
+
+def test_words_that_the_tokenizer_does_not_know_are_shown(model, capsys):
+    FILL_MASK.main(["--model", str(model), "bank [MASK] река", "bank [MASK] river ."])
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert "река" in first and "bank" in first
+    assert not [line for line in rest if "unknown" in line]

@@ -11,12 +11,14 @@ import pickle
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, script
+from conftest import ROOT, refusal, script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed_reference import small_config
@@ -586,3 +588,34 @@ def test_mutated_facts(tmp_path, mutate):
 def test_a_misfit_is_located(value, where):
     problem = misfit(value, {"a": integer(0, 9), "b": [{"c": number(0, 9)}]})
     assert problem == where or re.match(f"{where}; expected ", problem)
+
+
+def test_a_cache_that_is_a_file_is_refused_under_its_option(tmp_path, capsys):
+    text, cache = tmp_path / "text.txt", tmp_path / "file"
+    text.write_text("one two\n")
+    cache.write_text("kept")
+    argv = ["--train", text, "--cache", cache, "--output", tmp_path / "run"]
+    assert refusal(script("pretrain").main, argv, capsys).startswith(f"--cache {cache}: ")
+    assert cache.read_text() == "kept" and not (tmp_path / "run").exists()
+
+
+MANY_SHAPES = """
+import torch
+from pretrain.runtime.distributed import start
+start("cpu")
+layer = torch.nn.Linear(64, 64).bfloat16()
+with torch.no_grad():
+    for rows in (*range(2, 202), 2):
+        layer(torch.ones(rows, 64, dtype=torch.bfloat16))
+"""
+
+
+def test_kernels_of_old_shapes_are_dropped():
+    """Else memory grows with the number of different lengths: here the first one is made again."""
+    settings = {"ONEDNN_VERBOSE": "profile_create", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", MANY_SHAPES]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, check=True)
+    made = [line for line in done.stdout.decode().splitlines() if ",create:" in line]
+    if len(made) < 150:
+        pytest.skip("this machine does not use oneDNN")
+    assert "cache_miss" in made[-1]

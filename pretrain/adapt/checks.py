@@ -26,7 +26,7 @@ from pretrain.files import (
 )
 from pretrain.finetune.build import build
 from pretrain.finetune.dataset import LabeledRows
-from pretrain.inputs import TextFiles
+from pretrain.inputs import MODEL_WAYS, TextFiles, check_sample
 from pretrain.model.loading import from_checkpoint
 from pretrain.preflight import problems_of, start_problems
 from pretrain.runtime.checkpoint import check_output, make_output
@@ -113,6 +113,8 @@ def build_experiment(options: AdaptOptions) -> Experiment:
             device = start(pretraining.device)[1]
         decide_precision(pretraining, {}, device)
         texts = _read_texts(options, pretraining)
+        for text in texts.values():
+            check_sample(text, task.tokenizer, MODEL_WAYS)
     return Experiment(
         options, pretraining, finetuning, rows, classes, budgets, texts, fresh, output
     )

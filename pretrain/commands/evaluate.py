@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
 
     from pretrain import evaluate
     from pretrain.files import as_json, model_folder
-    from pretrain.inputs import check_text, open_or_prepare
+    from pretrain.inputs import MODEL_WAYS, check_text, open_or_prepare
     from pretrain.runtime import distributed
     from pretrain.runtime.checkpoint import read_facts
     from pretrain.runtime.optim import autocast, choose_precision, overflow_advice
@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> None:
     text = check_text(options.input, "--input", options, world)
     pairs, length = OBJECTIVES[options.objective], options.max_length
     model, tokenizer, vocabulary = load_model(options)
-    corpus = open_or_prepare(text, tokenizer, vocabulary, Path(options.cache), world)
+    cache = Path(options.cache)
+    corpus = open_or_prepare(text, tokenizer, vocabulary, cache, world, ways=MODEL_WAYS)
     if options.valid_fraction:
         corpus = corpus.split(options.valid_fraction)[1]
     documents, least = corpus.count(), 2 if pairs == "random" else 1

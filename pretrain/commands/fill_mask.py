@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv, FillMaskOptions, __doc__)
     check(problems_of(options))
 
+    from pretrain.data.tokenizer import find_unknown
     from pretrain.model.loading import from_checkpoint
     from pretrain.model.packed import MLM_HEAD
 
@@ -37,6 +38,9 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"{options.model}: has no MLM head; expected a pretrained model")
         fill = open_pipeline(options.model)
     for text in options.texts:
+        _, unknown = find_unknown(fill.tokenizer, [text])
+        if unknown:
+            print(f"{text!r}: unknown to the tokenizer: {' '.join(unknown)}")
         for rows in fill_masks(fill, text, options.top, model.max_length):
             print(f"{'token':16}{'score':>8}  sentence")
             for token, score, sentence in rows:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     def predict_chunk(rows):
         dataset = LabeledDataset(rows, tokenizer)
         if not tally.predicted.any():  # the first chunk stands for all
-            check_tokens(typed(options, "input"), dataset, rows.texts)
+            check_tokens(typed(options, "input"), dataset, tokenizer, rows.texts)
         probabilities = predict(model, dataset, options.batch_size, context)
         bad = np.flatnonzero(~np.isfinite(probabilities).all(-1))
         if len(bad):

@@ -115,10 +115,11 @@ def describe_script(sample: str) -> tuple[float, bool]:
 
 
 def main_script(sample: str) -> str:
-    """The most frequent script among the letters of a sample, such as Latin or Han."""
+    """The most frequent script among the letters of a sample, such as Latin or Han; "" if it has
+    none."""
     letters = (unicodedata.name(letter, "?") for letter in sample if letter.isalpha())
     scripts = Counter(name.split(" ")[0] for name in letters)
-    (script, _), *_ = scripts.most_common(1) or [("no", 0)]
+    (script, _), *_ = scripts.most_common(1) or [("", 0)]
     return "Han" if script == "CJK" else script.capitalize()
 
 

@@ -86,6 +86,8 @@ def _open_unpacked(entries: list[str], options: TextOptions, read_entities: bool
     if plain and not text_format:
         text_format, why = detect_format(plain)
         print(f"{_shown(plain)}: read as {text_format} ({why})")
+    if plain and options.text_field:
+        print(f"{_shown(plain)}: plain text has no columns; the text field has no effect")
     cut_into_pieces(plain, text_format)  # UserError for a document that is too long
     if len(plain) == len(entries) and not options.max_documents:
         return sources, text_format

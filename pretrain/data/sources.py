@@ -17,6 +17,10 @@ SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # in a folder of sav
 MAX_CHARACTERS = 64 << 20  # of a line, a cell or a document: readers hold a whole one in memory
 SEVEN_BIT = ("iso2022", "hz", "utf-7")  # encodings that write any text in ASCII
 CHUNK_BYTES = 1 << 20
+CP1252 = "cp1252"  # by far the most frequent one of those in Latin script
+RARE = ["cp775", "hp_roman8", "mac_latin2", *(f"iso8859_{part}" for part in (3, 4, 10, 13, 14, 16))]
+MAX_LIKELY, NEAR = 4, 0.1  # encodings that a message names, their distance from the likeliest
+MAX_WORD = 20  # characters of a word in a message
 MAX_DAMAGE = 0.1  # bad bytes per non-ASCII character in damaged UTF-8; above: another encoding
 
 
@@ -165,25 +169,40 @@ def _expected(chunk: bytes, encoding: str) -> str:
     num_bad = readable.count("\ufffd")
     if 0 < num_bad < MAX_DAMAGE * sum(not character.isascii() for character in readable):
         return "expected intact UTF-8; to drop bad bytes: iconv -c -f UTF-8 -t UTF-8"
-    found = likely_encoding(chunk)
-    if found in (None, encoding):
+    likely = likely_encodings(chunk)
+    likely.pop(encoding, None)
+    if not likely:
         return "expected UTF-8, or the encoding option set to that of the file"
-    return f"expected UTF-8, or the encoding option set to {found} (a guess)"
+    if encoding != UTF8:  # the option is for all files
+        shown = ", ".join(likely)
+        return f"expected UTF-8, or an encoding option that fits all other files: {shown}?"
+    shown = " or ".join(f"{name} (it reads {word!r})" for name, word in likely.items())
+    return f"expected UTF-8, or the encoding option set to what it seems to be: {shown}"
 
 
-def likely_encoding(sample: bytes) -> str | None:
-    """The probable encoding of some bytes of a text; None if they fit none."""
+def likely_encodings(sample: bytes) -> dict[str, str]:
+    """Encoding -> a word as read in it, for the encodings that some bytes of a text may have,
+    likely ones first: in Latin script, many read the same bytes as letters. {}: none is likely."""
     try:
         from charset_normalizer import from_bytes
     except ImportError:  # an old installation: the message is then less specific
-        return None
+        return {}
     end = len(sample)  # of the last whole character
     if b"\0" in sample:
         end -= end % 2
     elif b"\n" in sample:
         end = sample.rindex(b"\n")
-    best = from_bytes(sample[:end]).best()
-    return best.encoding.replace("_", "-") if best else None
+    found = []  # texts that two encodings read alike are one match
+    for match in (matches := list(from_bytes(sample[:end], cp_exclusion=RARE))):
+        distance = max(match.chaos - matches[0].chaos, matches[0].coherence - match.coherence, 0.0)
+        is_common = CP1252 in match.could_be_from_charset
+        name = CP1252 if is_common else match.encoding
+        found += [(distance, not is_common, name, str(match).split())] if distance < NEAR else []
+    found = sorted(found)[:MAX_LIKELY]
+    rows = list(zip(*(words for *_, words in found)))
+    differ = (row for row in rows if len(set(row)) == len(row) > 1)
+    words = next(differ, None) or next((row for row in rows if not row[0].isascii()), rows[:1])
+    return {name.replace("_", "-"): word[:MAX_WORD] for (_, _, name, _), word in zip(found, words)}
 
 
 def read_lines(path: str) -> list[str]:

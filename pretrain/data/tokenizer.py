@@ -27,7 +27,8 @@ NEEDED = ("pad", "cls", "sep", "mask")  # special tokens that pretraining needs
 # Chinese characters in Unicode 16, and Japanese syllables.
 HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 KANA = (0x3040, 0x30FF)
-ENCODED_TOGETHER = 10_000  # texts
+# Texts that are encoded together. In the meantime, they take a hundred times their size.
+ENCODED_TOGETHER, ENCODED_CHARACTERS = 10_000, 1 << 22
 MAX_IDS = 1 << 24  # the memory of the engine grows with the ids
 PASSING_STATE = ("truncation", "padding")  # changes when a tokenizer is used
 EXPECTED_FILES = "tokenizer.json, tokenizer_config.json or vocab.txt"
@@ -143,10 +144,48 @@ def without_limits(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 def encode_together(backend: Tokenizer, texts: Sequence, **more: bool) -> Iterator[Encoding]:
     """The encodings of `texts`, in order, on all threads, a part at a time in memory."""
-    for start in range(0, len(texts), ENCODED_TOGETHER):
+    for group in in_groups(texts, characters_of, ENCODED_TOGETHER):
         with refusing_to_encode():
-            encodings = backend.encode_batch_fast(texts[start : start + ENCODED_TOGETHER], **more)
+            encodings = backend.encode_batch_fast(group, **more)
         yield from encodings
+
+
+def in_groups(items: Iterable, size_of: Callable, at_most: int) -> Iterator[list]:
+    """Lists of the items, in order, each with `at_most` items and, unless it has only one,
+    ENCODED_CHARACTERS characters; `size_of(item)` is a number of characters."""
+    group, room = [], ENCODED_CHARACTERS
+    for item in items:
+        size = size_of(item)
+        if group and size > room:
+            yield group
+            group, room = [], ENCODED_CHARACTERS
+        group.append(item)
+        room -= size
+        if len(group) == at_most:
+            yield group
+            group, room = [], ENCODED_CHARACTERS
+    if group:
+        yield group
+
+
+def characters_of(text: str | tuple[str, ...]) -> int:
+    """The characters of a text of one or more parts."""
+    return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
+def find_unknown(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
+) -> tuple[float, list[str]]:
+    """(share of the tokens of `texts` that are unknown to the tokenizer, their characters)."""
+    backend, parts, num_tokens = without_limits(tokenizer), [], 0
+    for text in texts:
+        with refusing_to_encode():
+            encoding = backend.encode(text, add_special_tokens=False)
+        num_tokens += len(encoding.ids)
+        for number, (start, end) in zip(encoding.ids, encoding.offsets):
+            if number == tokenizer.unk_token_id:
+                parts.append(text[start:end])
+    return len(parts) / max(1, num_tokens), parts
 
 
 def refusing_to_encode() -> AbstractContextManager:

@@ -1,5 +1,6 @@
 """Word vectors in text form (word2vec, fastText, GloVe) -> the nearest words of each word."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,16 @@ def read_vectors(path: str, max_words: int) -> tuple[list[str], np.ndarray]:
     ):
         lines = iter(lambda: handle.readline(MAX_LINE), "")
         for number, line in enumerate(lines, start=1):
-            word, *numbers = line.rstrip().split(" ")
-            if number == 1 and len(numbers) == 1:
+            fields = re.split("[ \t]", line.strip(" \t\r\n"))
+            if number == 1 and len(fields) == 2:
                 continue
-            width = width or len(numbers)
+            width = width or len(fields) - 1
+            word, numbers = " ".join(fields[:-width]), fields[-width:]  # some words have spaces
             where, expected = f"{path}, line {number}", f"expected a word and {width} numbers"
             with refusing(f"{where}: {line[:40]!r}", expected):
                 vector = np.array(numbers, np.float32)
             length = np.linalg.norm(vector)
-            if not 0 < len(vector) == width or not np.isfinite(length):
+            if not word or not 0 < len(vector) == width or not np.isfinite(length):
                 raise UserError(f"{where}: {line[:40]!r}; {expected}")
             if length > 0:
                 vectors.setdefault(word, vector / length)

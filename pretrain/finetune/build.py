@@ -43,7 +43,7 @@ from pretrain.runtime.optim import overflow_advice
 from pretrain.schema import TEXT
 
 MAX_LENGTH = 512  # tokens, unless --max-length is given
-SAMPLED_ROWS = 1000  # to name the script of a text
+SAMPLED_ROWS = 1000  # to show what is unknown to the tokenizer
 MAX_CURVES = 30  # classes whose F1 is logged
 FINETUNING_FORM = SAVED_FORM | {"rows": TEXT}  # of training_state.json
 
@@ -215,7 +215,7 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
         enable_gradient_checkpointing(model)
     datasets = {name: LabeledDataset(part, tokenizer) for name, part in rows.items()}
     for name, dataset in () if saved or quiet else datasets.items():
-        check_tokens(typed(options, name), dataset, rows[name].texts)
+        check_tokens(typed(options, name), dataset, tokenizer, rows[name].texts)
     train = datasets["train"]
     if options.class_weights == "balanced":
         train.class_weights = len(train) / (len(classes) * np.bincount(train.labels))
@@ -303,10 +303,15 @@ def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
     return rows | {"train": LabeledRows(texts, labels, classes)}
 
 
-def check_tokens(name: str, dataset: LabeledDataset, texts: list[tuple[str, ...]]) -> None:
+def check_tokens(
+    name: str,
+    dataset: LabeledDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[tuple[str, ...]],
+) -> None:
     """`check_vocabulary` for rows with `texts`; `name` is an option and its value."""
-    sampled = chain.from_iterable(texts[:SAMPLED_ROWS])
-    check_vocabulary(name, dataset.unknown_share, lambda: "\n".join(sampled))
+    sample = "\n".join(chain.from_iterable(texts[:SAMPLED_ROWS]))
+    check_vocabulary(name, dataset.unknown_share, tokenizer, sample)
 
 
 def print_rows(run: FinetuningRun) -> None:

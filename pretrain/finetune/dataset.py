@@ -22,6 +22,7 @@ from pretrain.errors import UserError, check
 from pretrain.schema import SHOWN_CHARACTERS
 
 MAX_CLASSES = 1000
+MAX_CHARACTERS = 1 << 20  # of a text that are tokenized: far more than fit in an example
 WHOLE_NUMBER = re.compile(r"-?\d+", re.ASCII)
 FRACTION = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", re.ASCII)
 
@@ -159,7 +160,12 @@ class LabeledDataset:
         self.labels = np.array([numbers.get(label, IGNORED) for label in rows.labels])
         self.num_cut = num_unknown = num_tokens = 0
         self.examples: list[Example] = []
-        inputs = [text if len(text) == 2 else text[0] for text in rows.texts]
+        if tokenizer.truncation_side == "left":
+            part = slice(-MAX_CHARACTERS, None)
+        else:
+            part = slice(MAX_CHARACTERS)
+        parts = ([text[part] for text in texts] for texts in rows.texts)
+        inputs = [tuple(texts) if len(texts) == 2 else texts[0] for texts in parts]
         for label, encoding in zip(self.labels, encode_together(backend, inputs)):
             ids, type_ids = np.array(encoding.ids, np.uint32), np.array(encoding.type_ids, np.uint8)
             self.examples.append((ids, type_ids, label))

@@ -5,13 +5,13 @@ Rows stream: a file of any size is read, predicted and written in chunks.
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pretrain.config import ColumnOptions
+from pretrain.data.tokenizer import characters_of, in_groups
 from pretrain.errors import UserError, check
 from pretrain.files import as_json
 from pretrain.finetune.dataset import LabeledDataset, LabeledRows, Row, label_of, read_texts
@@ -59,12 +59,16 @@ def check_rows(paths: Sequence[str], options: ColumnOptions, classes: list[str])
     check(problems)
 
 
+def size_of(row: Row) -> int:
+    """The characters of a row's texts."""
+    return characters_of(row[2])
+
+
 def predict_rows(
     rows: Iterable[Row], label_field: str, classes: list[str], predict_chunk: Callable
 ) -> Iterator[dict]:
     """The records with their `new_cells`. `predict_chunk`: LabeledRows -> [rows, classes]."""
-    rows = iter(rows)
-    while chunk := list(islice(rows, CHUNK)):
+    for chunk in in_groups(rows, size_of, CHUNK):
         labels = [label_of(record.get(label_field)) for _, record, _ in chunk]
         texts = [text for *_, text in chunk]
         probabilities = predict_chunk(LabeledRows(texts, labels, classes))

@@ -51,6 +51,9 @@ def start(device: str, alone: str = "") -> tuple[World, torch.device]:
     if alone and world.size > 1:
         raise UserError(f"{device}: {alone} runs in one process; expected no torchrun")
     chosen = _choose_device(device, world)
+    # oneDNN keeps a kernel for each shape of a product, some MB each: with its own limit of 1024,
+    # predictions for rows of many lengths took over 3 GB, and no less time.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if platform.libc_ver()[0] == "glibc":
         # Keep freed memory for the next tensors. glibc would give large blocks back to the kernel,
         # which clears their pages each time: a third of a training step on CPU.

@@ -20,12 +20,14 @@ Rebuild = Callable[[int, object], str]
 class NanGuard:
     """Reads the finite flag of a step one step later, when the device has long computed it.
     `report` prints a line per skipped step. `rebuild(step, data position)` returns the command that
-    shows the data of a step, or ""."""
+    shows the data of a step, or "". `precision` decides the advice."""
 
     state_form = {"skipped": integer(), "skipped_in_a_row": integer()}
 
-    def __init__(self, report: Report = print, rebuild: Rebuild = lambda *_: ""):
-        self.report, self.rebuild = report, rebuild
+    def __init__(
+        self, report: Report = print, rebuild: Rebuild = lambda *_: "", precision: str = "bf16"
+    ):
+        self.report, self.rebuild, self.precision = report, rebuild, precision
         self.skipped = self.skipped_in_a_row = 0
         self._pending: tuple[Tensor, torch.cuda.Event | None, int, object] | None = None
 
@@ -52,9 +54,10 @@ class NanGuard:
             raise UserError(f"{problem}, so there is no final model; {self._advice(steps)}")
 
     def _advice(self, step: int) -> str:
+        ways = [] if self.precision == "fp32" else ["in fp32"]
         if self.skipped < step:
-            return "start a new run with a lower learning rate, or in fp32"
-        return "no step was finite: start a new run in fp32, or with another model"
+            return f"start a new run {' or '.join(['with a lower learning rate', *ways])}"
+        return f"no step was finite: start a new run {' or '.join([*ways, 'with another model'])}"
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]

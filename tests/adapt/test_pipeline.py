@@ -583,3 +583,12 @@ def test_text_with_only_copies_of_test_texts_is_refused(small, place, tmp_path, 
     (tmp_path / "copies.txt").write_text(copies + "\n")
     arguments = argv(small, tmp_path / "out", text=tmp_path / "copies.txt")
     assert refusal(ADAPT, arguments, capsys).startswith("--text: ")
+
+
+def test_text_that_the_tokenizer_does_not_know_is_refused(small, place, tmp_path, capsys):
+    """Under the name that the user gave, and before anything is written."""
+    text, output = tmp_path / "foreign.txt", tmp_path / "out"
+    text.write_text("москва столица\nмосква город\n\n" * 20)
+    told = refusal(ADAPT, argv(small, output, text=text), capsys)
+    assert told.startswith(f"--text {text}: ") and "--tokenizer" not in told
+    assert not output.exists()

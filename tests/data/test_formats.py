@@ -691,3 +691,15 @@ def test_a_compressed_file_that_would_fill_the_disk_is_refused(tmp_path, monkeyp
     for path in (packed, archive):
         assert message(path).startswith(f"{path}: ")
         assert not [*(tmp_path / "cache").rglob("*.txt*")]
+
+
+def test_a_column_of_plain_text_is_reported(tmp_path, capsys):
+    """The file may be a table by another name."""
+    path, cache = tmp_path / "a.txt", str(tmp_path / "cache")
+    path.write_text("one two\nthree four\n")
+    options = TextOptions(text_field="title", cache=cache)
+    sources, _ = open_files((str(path),), options, False)
+    assert [source.path for source in sources] == [str(path)]
+    assert f"--text-field: {path}" in capsys.readouterr().out
+    open_files((str(path),), TextOptions(cache=cache), False)
+    assert "--text-field" not in capsys.readouterr().out

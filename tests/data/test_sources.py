@@ -20,7 +20,7 @@ from pretrain.data.sources import (
     check_files,
     content_key,
     expand,
-    likely_encoding,
+    likely_encodings,
     read_lines,
 )
 from pretrain.data.tables import read_rows
@@ -474,8 +474,36 @@ def test_damaged_utf8_is_not_taken_for_another_encoding(path):
     assert told.startswith(f"{path}: ") and "encoding option" not in told
 
 
+LATIN = [
+    ("latin-1", "O governo não conseguiu aprovar a proposta: a situação das crianças é difícil. "),
+    ("latin-1", "Regeringen meddelade i går att den ska höja anslagen till sjukvården på landet. "),
+    ("cp1250", "Rząd ogłosił wczoraj, że zwiększy wydatki na służbę zdrowia. To za mało, i żąda. "),
+    ("iso-8859-2", "Vláda včera oznámila, že zvýší výdaje. Opozice tvrdí, že je to příliš málo. "),
+    ("cp1254", "Hükümet dün sağlık harcamalarını artıracağını açıkladı, bakanın istifasını. "),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), LATIN, ids=[name for name, _ in LATIN])
+def test_a_latin_text_shows_how_each_likely_encoding_reads_it(path, name, text):
+    """Several read it without an error, and mostly wrong: only a reader can tell."""
+    pytest.importorskip("charset_normalizer")
+    encoded = (text * 20).encode(name)
+    path.write_bytes(encoded)
+    told, likely = refused(check_files, [path]), likely_encodings(encoded)
+    for encoding, word in likely.items():
+        assert encoding in told and word in told
+        assert (word in text) == (encoded.decode(encoding) == text * 20)
+    assert any(word in text for word in likely.values())
+
+
 def test_binary_data_has_no_encoding():
-    assert likely_encoding(bytes(range(256)) * 40) is None
+    assert likely_encodings(bytes(range(256)) * 40) == {}
+
+
+def test_a_file_in_a_second_encoding_is_named(path):
+    path.write_bytes(CHINESE.encode("utf-16"))
+    told = refused(check_files, [path], encoding="gb18030")
+    assert told.startswith(f"{path}: ") and "utf-16" in told
 
 
 # Bounds.

@@ -271,6 +271,33 @@ def test_a_tokenizer_that_cuts_on_the_left_cuts_there(tiny_tokenizer):
         assert ids != tokenizer(*text)["input_ids"]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_a_long_text_only_the_part_in_use_is_tokenized(side, tiny_tokenizer, monkeypatch):
+    """Else a cell of tens of MB would take GB."""
+    monkeypatch.setattr("pretrain.finetune.dataset.MAX_CHARACTERS", 100)
+    tokenizer, sizes = copy.deepcopy(tiny_tokenizer), []
+    tokenizer.truncation_side, tokenizer.model_max_length = side, 8
+    encode = tokenizers.encode_together
+
+    def encode_together(backend, texts):
+        sizes.extend(map(tokenizers.characters_of, texts))
+        return encode(backend, texts)
+
+    monkeypatch.setattr("pretrain.finetune.dataset.encode_together", encode_together)
+    text = "bank river money " * 100 + "teach learn model"
+    dataset = LabeledDataset(LabeledRows([(text,)], [""], ["a", "b"]), tokenizer)
+    stock = tokenizer(text, truncation=True, max_length=8)["input_ids"]
+    assert dataset.examples[0][0].tolist() == stock and dataset.num_cut == 1 and sizes == [100]
+
+
+def test_long_texts_are_encoded_in_small_groups(monkeypatch):
+    monkeypatch.setattr(tokenizers, "ENCODED_CHARACTERS", 10)
+    texts = ["x" * size for size in (4, 6, 1, 30, 2, 2, 2, 2)]
+    groups = list(tokenizers.in_groups(texts, len, 3))
+    assert [list(map(len, group)) for group in groups] == [[4, 6], [1], [30], [2, 2, 2], [2]]
+    assert list(tokenizers.in_groups([], len, 3)) == []
+
+
 # Steps.
 
 

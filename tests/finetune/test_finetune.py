@@ -649,6 +649,7 @@ def test_rows_that_the_tokenizer_does_not_know_are_refused(data, files, tmp_path
     few, many = texts
     told = refusal(FINETUNE.main, [*data, *FAST, "--train", many], capsys)
     assert told.startswith(f"--train {many}: ") and "Cyrillic" in told
+    assert "--tokenizer" not in told  # finetune.py has no such option
     module.build(parse([*data, *FAST, "--train", few], FinetuneOptions, ""))
     assert f"--train {few}: " in capsys.readouterr().out
 
