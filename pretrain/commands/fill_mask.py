@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"{options.model}: has no MLM head; expected a pretrained model")
         fill = open_pipeline(options.model)
     for text in options.texts:
-        _, unknown = find_unknown(fill.tokenizer, [text])
+        _, unknown = find_unknown(fill.tokenizer, text.split("[MASK]"))
         if unknown:
             print(f"{text!r}: unknown to the tokenizer: {' '.join(unknown)}")
         for rows in fill_masks(fill, text, options.top, model.max_length):

@@ -443,8 +443,8 @@ def test_text_in_another_encoding_is_refused_with_its_name(path, name):
     told = refused(check_files, [path])
     assert told.startswith(f"{path}: ")
     # It may be a superset, such as cp932.
-    named = re.search(r"encoding option set to ([\w-]+)", told)[1]
-    assert path.read_bytes().decode(named) == text
+    named = [name for name in likely_encodings(path.read_bytes()) if name in told]
+    assert any(path.read_bytes().decode(name) == text for name in named)
     assert refused(check_files, [path], encoding="ascii").startswith(f"{path}: ")
 
 
