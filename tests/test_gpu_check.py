@@ -96,7 +96,7 @@ def assert_trained(train):
 
 def test_the_first_command(check):
     reports, printed = check("first")
-    assert "9 skipped in" in printed and "resumed from 3" in printed
+    assert "9 skipped in" in printed
     assert reports["attention"]["attention"]["needs"].startswith("a GPU")
     assert_trained(reports["train-16"]["train"])
     profile = reports["train-16"]["profile"]
@@ -110,7 +110,8 @@ def test_the_first_command(check):
     for name in ("loss_difference", "grad_norm_difference"):
         assert reports["numerics"]["numerics"][name]["ours"] < 0.02
     resume = reports["resume"]["resume"]
-    assert resume["failed"] == {} and resume["resumed_from"] >= 3
+    start = resume["resumed_from"]  # it depends on when the kill comes
+    assert resume["failed"] == {} and start >= 3 and f"resumed from {start}" in printed
     assert [row["step"] for row in resume["losses"]] == list(range(1, 10))
     assert all(row["loss"] == row["loss_resumed"] for row in resume["losses"])
     assert resume["difference_before"] == resume["difference_after"] == 0
