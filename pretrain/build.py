@@ -22,8 +22,8 @@ from pretrain.config import (
     longest,
     phase_ends,
     typed,
-    validate,
 )
+from pretrain.corpora import open_text, text_facts
 from pretrain.data import masking
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.collate import Collator, pack
@@ -34,11 +34,13 @@ from pretrain.data.tokenizer import Vocabulary
 from pretrain.errors import UserError, check, option_named
 from pretrain.evaluate import make_validation_set
 from pretrain.files import lock, sha256_of
-from pretrain.inputs import open_text, prepare_tokenizer, text_facts
+from pretrain.inputs import prepare_tokenizer
 from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
 from pretrain.model.packed import MLM_HEAD, PackedModel
-from pretrain.run import PRETRAINING_FORM, Phase, PretrainingRun, resume_point, run_folder
+from pretrain.preflight import validate
+from pretrain.resume import resume_point, run_folder
+from pretrain.run import PRETRAINING_FORM, Phase, PretrainingRun
 from pretrain.runtime.distributed import any_rank, start
 from pretrain.runtime.memory import explained, micro_batch_fits
 from pretrain.runtime.optim import autocast, choose_precision

@@ -1,11 +1,10 @@
 """Every option of a run, once: default, help, bounds, and whether a resume may change it.
 
 A command combines the groups that it needs. A group's docstring begins with its title in --help.
-`validate` returns all problems with the values at once.
+pretrain/preflight.py checks the values.
 """
 
 import codecs
-import math
 from dataclasses import dataclass, fields
 from itertools import accumulate
 
@@ -373,68 +372,3 @@ def typed(options: object, *names: str) -> str:
         values = value if isinstance(value, tuple) else () if value is True else (value,)
         words += [flag(name), *map(str, values)]
     return " ".join(words)
-
-
-# Checks.
-
-
-def missing(options: object) -> list[str]:
-    """A problem for each required option that is not given."""
-    problems = []
-    for entry in fields(options):
-        if entry.metadata["required"] and not getattr(options, entry.name):
-            arguments = entry.metadata["argparse"]
-            name = arguments["metavar"] if "positional" in arguments else flag(entry.name)
-            problems.append(f"{name}: missing; expected {entry.metadata['help']}")
-    return problems
-
-
-def validate(options: object) -> list[str]:
-    """All problems with the values that can be found without opening a file."""
-    problems = []
-    for entry in fields(options):
-        value, form = getattr(options, entry.name), entry.metadata["form"]
-        if value == entry.default:
-            continue
-        if form and not form.holds(value):
-            problems.append(f"{typed(options, entry.name)}: expected {form.expected}")
-        other = entry.metadata["excludes"]
-        if other and getattr(options, other) != getattr(type(options), other):
-            pair = typed(options, entry.name, other)
-            problems.append(f"{pair}: cannot be combined; expected one of them")
-    return problems + _conflicts(options)
-
-
-def _conflicts(options: object) -> list[str]:
-    """Problems of values with each other. Options that the command lacks count as None."""
-    problems = []
-    value = {entry.name: getattr(options, entry.name) for entry in fields(options)}.get
-
-    def refuse(problem: str, *names: str) -> None:
-        problems.append(f"{typed(options, *names)}: {problem}")
-
-    batch, micro, phases = value("batch_size") or 0, value("micro_batch_size") or 0, value("phases")
-    if batch > 0 and micro > 0 and batch % micro:
-        expected = f"expected a divisor, such as {math.gcd(batch, micro)}"
-        refuse(f"does not divide evenly; {expected}", "batch_size", "micro_batch_size")
-    if micro > 0 and phases and PHASES.holds(phases) and micro < min_micro_batch_size(options):
-        expected = f"expected at least {min_micro_batch_size(options)}"
-        refuse(f"no room for the longest sequence; {expected}", "micro_batch_size", "phases")
-    masking, similar, replaces = value("masking"), value("similar"), value("replace") == "similar"
-    lacks = ["--similar FILE"] if not similar else []
-    lacks += ["--masking word, span or entity"] if masking == "token" else []
-    if replaces and lacks:
-        refuse(f"expected {' and '.join(lacks)}", "replace")
-    if similar and not replaces:
-        refuse("has no effect; expected --replace similar", "similar")
-    for name in ("lexicon", "entity_field"):
-        if value(name) and masking not in (None, "entity"):
-            refuse(f"expected --masking entity, not {masking}", name)
-    if value("resume") and not value("output"):
-        refuse("no run folder; expected --output DIR", "resume")
-    if value("patience") and value("valid_fraction") == 0 and not value("valid"):
-        expected = "expected --valid PATHS, or a share above 0"
-        refuse(f"no validation text; {expected}", "patience", "valid_fraction")
-    if value("precision") == "fp16" and value("device") == "cpu":
-        refuse("a CPU does not train in fp16; expected bf16 or fp32", "precision")
-    return problems

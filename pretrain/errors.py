@@ -35,13 +35,18 @@ def check(problems: list[str]) -> None:
 
 @contextlib.contextmanager
 def option_named(option: str) -> Iterator[None]:
-    """Put `option` before each line of a UserError raised inside, unless it names one already."""
+    """Put `option` before each line of a UserError raised inside, unless it names one already.
+    What a wing calls 'the option "max_length"' becomes --max-length."""
     try:
         yield
     except UserError as error:
         lines = str(error).splitlines()
         named = [line if line.startswith(("--", MORE)) else f"{option} {line}" for line in lines]
-        raise UserError("\n".join(named)) from error
+        raise UserError(re.sub(r'the option "(\w+)"', _as_typed, "\n".join(named))) from error
+
+
+def _as_typed(found: re.Match) -> str:
+    return f"--{found[1].replace('_', '-')}"
 
 
 @contextlib.contextmanager
@@ -62,8 +67,11 @@ def refusing(message: str, expected: str) -> Iterator[None]:
 
 
 def os_error(error: BaseException) -> OSError | None:
-    """The operating system's error that `error` is, or that its text reports, as from libraries in
-    Rust: "No space left on device (os error 28)". None for any other error."""
+    """The error of the operating system that `error` is or reports. Libraries in Rust raise others
+    with the text "No space left on device (os error 28)"; numpy, where the disk is full, an OSError
+    without a number: "306906 requested and 55232 written"."""
+    if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if isinstance(error, OSError):
         return error
     found = re.search(r"\(os error (\d+)\)", str(error))

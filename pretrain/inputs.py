@@ -1,18 +1,17 @@
-"""From paths to text to train on: files checked, tokenizer loaded or trained, corpora prepared.
+"""From paths to checked text, and to a tokenizer that knows it: loaded, or trained on it.
 
 The main process checks and prepares; the others wait and open what it wrote.
 """
 
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from pretrain.config import MODEL_SIZES, OBJECTIVES, Config, TextOptions, TokenizerOptions, typed
+from pretrain.config import MODEL_SIZES, Config, TextOptions, TokenizerOptions, typed
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.annotate import (
     CHINESE_SHARE,
@@ -22,30 +21,26 @@ from pretrain.data.annotate import (
     read_terms,
 )
 from pretrain.data.corpus import (
-    FORMAT_VERSION,
-    Corpus,
-    damage_of,
     is_corpus,
     load_tokenizer,
-    open_corpus,
 )
 from pretrain.data.formats import open_files
-from pretrain.data.prepare import prepare
 from pretrain.data.sentences import Span, Stream, cut_into_pieces, sentences
-from pretrain.data.sources import Source, content_key, expand, read_lines, states_of
-from pretrain.data.tokenizer import Vocabulary
+from pretrain.data.sources import Source, content_key, read_lines
 from pretrain.errors import UserError, check, option_named, require
-from pretrain.files import exclusive, key_of
+from pretrain.files import exclusive
 from pretrain.model.loading import load_config
 from pretrain.runtime.checkpoint import problem_of, write_folder
-from pretrain.runtime.distributed import World, gather, main_first
+from pretrain.runtime.distributed import World, main_first
 
 SAMPLED_PIECES, SAMPLED_CHARACTERS = 16, 1 << 18  # read to detect the script of a text
 # Shares of unknown tokens: one for a warning, one for a UserError. A vocabulary that fits leaves
 # less than 1 %.
 WARNED_UNKNOWN, MAX_UNKNOWN = 0.05, 0.3
 SHOWN_UNKNOWN = 20  # characters
-VOCABULARY_WAYS = (
+# What a command can take to know its text.
+TOKENIZER_WAYS = "expected a --tokenizer for this text, or a larger --vocab-size to train one"
+TRAINING_WAYS = (
     "expected a --tokenizer or --model for this text (or, from scratch, a larger --vocab-size)"
 )
 MODEL_WAYS = "expected a --model for this text"  # of a command that takes the model's tokenizer
@@ -143,7 +138,7 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
         with option_named("--lexicon"):
             terms = read_terms(options.lexicon)
     elif masking == "entity" and text.text_format != "jsonl":
-        raise _no_entities(text)
+        raise no_entities(text)
     return Markup(language, words, terms if masking != "token" else ())
 
 
@@ -243,172 +238,6 @@ def _read_new_words(tokenizer: PreTrainedTokenizerBase, options: TokenizerOption
     return kept
 
 
-def open_text(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: Vocabulary,
-    text: dict[str, TextFiles],
-    world: World,
-    saved: dict,
-) -> tuple[Corpus, Corpus | None]:
-    """(training text, validation text), prepared if necessary; UserError if there is too little.
-
-    A resumed run opens the corpora in its `saved` values, even if the text has changed. UserError
-    if it has, and they are gone."""
-    opened: dict[str, Corpus] = {}
-    folders = saved.get("corpus_folders", {})
-    for name in ("train", "valid"):
-        option, paths, folder = f"--{name}", getattr(config, name), folders.get(name)
-        with option_named(option):
-            is_usable = gather(world.is_main and _is_usable(folder, config))[0]
-        if is_usable and paths:
-            with option_named(option):
-                opened[name] = open_corpus(folder, vocabulary)
-            if saved.get("text") and saved["text"].get(name) != text_key(paths):
-                kept = f"the run continues on its corpus, {folder}"
-                print(f"{typed(config, name)}: has changed since the run started; {kept}")
-        elif paths:
-            masking = config.masking if name == "train" else "token"
-            files = text.get(name) or check_text(paths, option, config, world, masking)
-            cache = Path(config.cache)
-            opened[name] = open_or_prepare(
-                files, tokenizer, vocabulary, cache, world, masking, is_accepted=bool(saved)
-            )
-    training, validation = opened["train"], opened.get("valid")
-    if saved and saved["corpus"] != training.fingerprint:
-        problem = f"{typed(config, 'train')}: the text has changed since the run was started"
-        raise UserError(f"{problem}; expected the original text, or a new run in another --output")
-    shared = validation.count_shared(training) if validation and not saved else 0
-    if shared:
-        shown = f"{typed(config, 'valid')}: {shared:,} of {validation.count():,} documents"
-        print(f"{shown} are also in --train, so scores will look too good; expected other text")
-    if validation is None and config.valid_fraction:
-        training, validation = training.split(config.valid_fraction)
-    _check_sizes(config, training, validation)
-    return training, validation
-
-
-def _is_usable(folder: str | None, config: Config) -> bool:
-    """Whether a resumed run can open its corpus in `folder`. If not (it is gone or, in the cache,
-    damaged), the run prepares it again."""
-    if not folder:
-        return False
-    is_cached = Path(folder).parent == Path(os.path.abspath(config.cache))
-    if is_cached and damage_of(Path(folder)):
-        return False
-    return is_corpus(folder)
-
-
-def text_key(paths: Iterable[str]) -> str:
-    """16 hexadecimal digits that change when a file of `paths` is edited, added or removed."""
-    try:
-        states = [state for entry in expand(paths) for state in states_of(entry)]
-    except UserError:  # all are gone
-        states = []
-    return key_of([[Path(path).name, *state] for path, *state in states])
-
-
-def text_facts(
-    config: Config, training: Corpus, validation: Corpus | None, saved: dict
-) -> dict[str, object]:
-    """What a checkpoint records about the text, for `open_text` in a resumed run."""
-    folders = {"train": str(training.folder.absolute())}
-    if config.valid:
-        folders["valid"] = str(validation.folder.absolute())
-    keys = saved.get("text") or {name: text_key(getattr(config, name)) for name in folders}
-    return {"corpus": training.fingerprint, "corpus_folders": folders, "text": keys}
-
-
-def _check_sizes(config: Config, training: Corpus, validation: Corpus | None) -> None:
-    """UserError if there are too few documents for the objective, with a way that works."""
-    needed = 2 if OBJECTIVES[config.objective] == "random" else 1  # random: from another document
-    ways = f"more text or another --format{', or --objective mlm' if needed == 2 else ''}"
-    name, whole = "train", training.info["documents"]
-    if training.count(at_most=needed) < needed:
-        found = f"{training.count()} for training"
-        if not config.valid and whole >= needed:  # copies of a document stay on one side
-            found += f", besides validation documents and their copies ({whole:,} in all)"
-            ways = "other documents, --valid PATHS or --valid-fraction 0"
-    elif validation and validation.count(at_most=needed) < needed:
-        found = f"{validation.count()} for validation"
-        if config.valid:
-            name = "valid"
-        else:
-            ways = f"--valid PATHS, --valid-fraction 0, {ways}"
-    else:
-        return
-    problem = f"{typed(config, name)}: has {found}"
-    raise UserError(f"{problem}; expected {needed} or more documents: {ways}")
-
-
-def open_or_prepare(
-    text: TextFiles,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: Vocabulary,
-    cache: Path,
-    world: World,
-    masking: str = "token",
-    output: Path | None = None,
-    is_accepted: bool = False,
-    ways: str = VOCABULARY_WAYS,
-    **more_arguments: object,
-) -> Corpus:
-    """The corpus of the text: found in the cache, or prepared there or in `output`.
-
-    UserError with `ways` out if too much of it is unknown to the tokenizer, unless it
-    `is_accepted`, by a run that resumes. `more_arguments` are those of `prepare`."""
-    verb, sample = "found", ""
-    if text.is_corpus:
-        with option_named(text.option):
-            corpus = open_corpus(text.paths[0], vocabulary)
-    else:
-        normalizer = tokenizer.backend_tokenizer.normalizer
-        ignore_case = normalizer is not None and normalizer.normalize_str("A") == "a"
-        markup = replace(text.markup, ignore_case=ignore_case)
-        settings = [text.text_format, vocabulary.fingerprint, FORMAT_VERSION, markup.key]
-        folder = output or cache / content_key(text.sources, *settings)
-        with main_first(world):
-            if not (folder / "corpus.json").is_file():
-                verb = "prepared"
-                if not is_accepted:
-                    sample = check_sample(text, tokenizer, ways)
-                found = (markup.find(*item) for item in text.sentences() if item)
-                if (masking == "entity" or markup.lexicon) and not any(found):
-                    raise _no_entities(text)
-            corpus = prepare(
-                text.sources,
-                text.text_format,
-                tokenizer,
-                folder,
-                markup=markup,
-                replace_damaged=not output,  # what is in the cache is ours
-                **more_arguments,
-            )
-    if vocabulary.is_special[corpus.shard(0).ids[: 1 << 20]].all():
-        problem = "only special and unknown tokens, so nothing can be masked"
-        raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
-    info = corpus.info
-    if not is_accepted:
-        if not text.is_corpus:
-            sample = sample or text.sample()
-        share = info["unknown_tokens"] / info["tokens"]
-        check_vocabulary(text.name, share, tokenizer, sample, ways)
-    if masking == "entity" and not info["entities"]:
-        raise _no_entities(text)
-    print(f"{text.option}: {_shown(info)} ({verb} in {corpus.folder})")
-    return corpus
-
-
-def _shown(info: dict) -> str:
-    """The counts in the manifest of a corpus."""
-    parts = [f"{info[name]:,} {name}" for name in ("documents", "sentences", "tokens")]
-    by = f" by {info['words_by']}" if info["words_by"] != "tokenizer" else ""
-    parts.append(f"{info['tokens'] / info['words']:.2f} per word{by}")
-    parts.append(f"{info['unknown_tokens'] / info['tokens']:.2%} unknown to the tokenizer")
-    parts += [f"{info['entities']:,} entities"] if info["entities"] else []
-    return ", ".join(parts)
-
-
 def check_sample(text: TextFiles, tokenizer: PreTrainedTokenizerBase, ways: str) -> str:
     """A sample of a text; UserError with `ways` out if too much of it is unknown to the
     tokenizer."""
@@ -445,7 +274,8 @@ def check_vocabulary(
     print(f"{problem}; {ways}")
 
 
-def _no_entities(text: TextFiles) -> UserError:
+def no_entities(text: TextFiles) -> UserError:
+    """The error for --masking entity where nothing is marked."""
     if text.markup.lexicon:
         expected = "expected terms spelled as in the text"
         return UserError(f"--lexicon: no term occurs in {text.name}; {expected}")

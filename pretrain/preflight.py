@@ -1,15 +1,24 @@
 """Everything that can be wrong with a command before anything slow is imported or read.
 
-`pretrain/config.py` checks values. This also checks that files and folders exist, and that no
-option contradicts another; a run that resumes needs neither.
+Values are checked by the bounds beside each option in pretrain/config.py, and with each other. For
+new work, files and folders must exist, and no option may contradict another.
 """
 
 import difflib
+import math
 import os
 import re
 from dataclasses import fields
 
-from pretrain.config import FILES, MODEL_SIZES, OBJECTIVES, PATHS, missing, typed, validate
+from pretrain.config import (
+    FILES,
+    MODEL_SIZES,
+    OBJECTIVES,
+    PATHS,
+    PHASES,
+    min_micro_batch_size,
+    typed,
+)
 from pretrain.data.sources import expand
 from pretrain.errors import UserError
 from pretrain.files import check_writable, file_problem
@@ -43,6 +52,68 @@ def output_problems(options: object, name: str = "output", may_exist: bool = Fal
     ways = "another name, or --overwrite" if hasattr(options, "overwrite") else "another name"
     is_taken = os.path.exists(value) and not may_exist
     return [f"{flag(name)} {value}: exists; expected {ways}"] if is_taken else []
+
+
+def missing(options: object) -> list[str]:
+    """A problem for each required option that is not given."""
+    problems = []
+    for entry in fields(options):
+        if entry.metadata["required"] and not getattr(options, entry.name):
+            arguments = entry.metadata["argparse"]
+            name = arguments["metavar"] if "positional" in arguments else flag(entry.name)
+            problems.append(f"{name}: missing; expected {entry.metadata['help']}")
+    return problems
+
+
+def validate(options: object) -> list[str]:
+    """All problems with the values that can be found without opening a file."""
+    problems = []
+    for entry in fields(options):
+        value, form = getattr(options, entry.name), entry.metadata["form"]
+        if value == entry.default:
+            continue
+        if form and not form.holds(value):
+            problems.append(f"{typed(options, entry.name)}: expected {form.expected}")
+        other = entry.metadata["excludes"]
+        if other and getattr(options, other) != getattr(type(options), other):
+            pair = typed(options, entry.name, other)
+            problems.append(f"{pair}: cannot be combined; expected one of them")
+    return problems + _conflicts(options)
+
+
+def _conflicts(options: object) -> list[str]:
+    """Problems of values with each other. Options that the command lacks count as None."""
+    problems = []
+    value = {entry.name: getattr(options, entry.name) for entry in fields(options)}.get
+
+    def refuse(problem: str, *names: str) -> None:
+        problems.append(f"{typed(options, *names)}: {problem}")
+
+    batch, micro, phases = value("batch_size") or 0, value("micro_batch_size") or 0, value("phases")
+    if batch > 0 and micro > 0 and batch % micro:
+        expected = f"expected a divisor, such as {math.gcd(batch, micro)}"
+        refuse(f"does not divide evenly; {expected}", "batch_size", "micro_batch_size")
+    if micro > 0 and phases and PHASES.holds(phases) and micro < min_micro_batch_size(options):
+        expected = f"expected at least {min_micro_batch_size(options)}"
+        refuse(f"no room for the longest sequence; {expected}", "micro_batch_size", "phases")
+    masking, similar, replaces = value("masking"), value("similar"), value("replace") == "similar"
+    lacks = ["--similar FILE"] if not similar else []
+    lacks += ["--masking word, span or entity"] if masking == "token" else []
+    if replaces and lacks:
+        refuse(f"expected {' and '.join(lacks)}", "replace")
+    if similar and not replaces:
+        refuse("has no effect; expected --replace similar", "similar")
+    for name in ("lexicon", "entity_field"):
+        if value(name) and masking not in (None, "entity"):
+            refuse(f"expected --masking entity, not {masking}", name)
+    if value("resume") and not value("output"):
+        refuse("no run folder; expected --output DIR", "resume")
+    if value("patience") and value("valid_fraction") == 0 and not value("valid"):
+        expected = "expected --valid PATHS, or a share above 0"
+        refuse(f"no validation text; {expected}", "patience", "valid_fraction")
+    if value("precision") == "fp16" and value("device") == "cpu":
+        refuse("a CPU does not train in fp16; expected bf16 or fp32", "precision")
+    return problems
 
 
 def _absent_files(options: object) -> list[str]:

@@ -1,12 +1,10 @@
-"""`Run`, which holds everything that `train` needs, its subclass for pretraining, and resuming.
+"""`Run`, which holds everything that `train` needs, and its subclass for pretraining.
 
 pretrain/build.py makes a `PretrainingRun` from options, pretrain/finetune/build.py the run for
 fine-tuning. The loop asks a run for scores, model folders and numbers to log.
 """
 
-import datetime
 import math
-import os
 import platform
 import shlex
 import shutil
@@ -21,21 +19,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.batch import Batch
-from pretrain.config import MODEL_SIZES, Config, may_change, typed
+from pretrain.config import Config, typed
 from pretrain.data.collate import Collator
 from pretrain.data.loader import PretrainingDataset, TrainData
-from pretrain.errors import UserError, check, option_named
 from pretrain.evaluate import ValidationSet, evaluate, sample_predictions
-from pretrain.files import lock, read_json, write_json, write_text
+from pretrain.files import lock, write_json, write_text
 from pretrain.model.packed import PackedModel, count_flops
+from pretrain.resume import portable_options
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World, gather
 from pretrain.runtime.monitor import PRETRAINING_CHARTS, Monitor
 from pretrain.runtime.optim import AUTOCAST, autocast
 from pretrain.runtime.sharding import whole_weights
-from pretrain.schema import FLAG, FLOAT, TEXT, flag, integer, number, one_of, optional, values_of
+from pretrain.schema import FLAG, FLOAT, TEXT, integer, number, one_of, optional, values_of
 
-PATH_OPTIONS = {"train", "valid", "test", "lexicon", "similar", "add_tokens", "cache"}
 WORST = (-math.inf, -math.inf)
 SAVED_FORM = {  # of training_state.json, see `Run.saved_values`
     "options": {"epochs": number(0, above=True), "max_steps": integer(), "precision": TEXT},
@@ -346,100 +343,6 @@ class PretrainingRun(Run):
         if self.added_tokens and self.world.is_main:
             lines = [f"{token}\t{count}\n" for token, count in self.added_tokens.items()]
             write_text(self.output / "added_tokens.tsv", "".join(lines))
-
-
-# Resuming a run.
-
-
-def run_folder(output: str | None, prefix: str = "") -> Path:
-    """The folder of --output; by default runs/DATE-TIME, where `open_output` may add a number."""
-    if not output:
-        return Path(f"runs/{prefix}{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    return Path(os.path.abspath(output)) if output in (".", "..") else Path(output)
-
-
-def resume_point(output: Path, config, form: dict, world: World) -> tuple[Path | None, dict]:
-    """(checkpoint to resume from, its plain values); (None, {}) for a new run.
-
-    UserError for a folder in use without --resume or --overwrite, or for a changed option. Restores
-    the number of threads: they split sums, so a different number gives different bits."""
-    checkpoint = gather(_find_checkpoint(output, config) if world.is_main else None)[0]
-    if not checkpoint:
-        return None, {}
-    with option_named("--resume"):
-        saved = ckpt.read_values(checkpoint, form)
-    check(_changed_options(config, saved, output / "config.json"))
-    if saved["processes"] == world.size:
-        torch.set_num_threads(saved["threads"])
-    return checkpoint, saved
-
-
-def _find_checkpoint(output: Path, config) -> Path | None:
-    ways = "a new folder, --resume to continue its run, or --overwrite to replace it"
-    with option_named("--output"):
-        may_exist = config.resume or not config.output  # else `open_output` chooses a free name
-        ckpt.check_output(output, config.overwrite, None if may_exist else ways)
-    if not config.resume:
-        return None
-    for previous in output.glob(".*.previous"):  # left by an interrupted save
-        ckpt.put_back(previous.with_name(previous.name[1:].removesuffix(".previous")))
-    with option_named("--resume --output"):
-        checkpoint = ckpt.newest_good(output)
-    if checkpoint:
-        print(f"continuing from {checkpoint}")
-    elif (output / "metrics.jsonl").exists():
-        print(f"--resume --output {output}: has no checkpoint; the run starts again")
-    return checkpoint
-
-
-def portable_options(config) -> dict:
-    """The options as plain values, with absolute paths that work from any folder."""
-    options = {}
-    for name, value in asdict(config).items():
-        if isinstance(value, tuple):
-            options[name] = [_portable(name, item) for item in value]
-        else:
-            options[name] = _portable(name, value)
-    return options
-
-
-def _portable(name: str, value: object) -> object:
-    is_path = name in PATH_OPTIONS and value and not value.startswith("hub:")
-    if name in ("model", "tokenizer") and value:  # a folder, or a size or a hub name
-        is_path = value not in MODEL_SIZES and Path(value).exists()
-    return os.path.abspath(os.path.expanduser(value)) if is_path else value
-
-
-def _changed_options(config, saved: dict, path: Path) -> list[str]:
-    """A problem, with both values, for each option that changed but must not on resume. Names
-    `path`, the run's config.json, if the new value comes from there."""
-    before, now, problems = saved["options"], portable_options(config), []
-    try:
-        in_file = read_json(path)
-    except UserError:
-        in_file = {}
-    changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
-    changed -= may_change(type(config))
-    if now["micro_batch_size"] == saved["micro_batch_size"]:
-        changed.discard("micro_batch_size")
-    replaced = {}
-    if {"phases", "max_length"} <= changed:  # one replaced the other
-        pair = ("phases", "max_length") if config.phases else ("max_length", "phases")
-        replaced = {pair[0]: pair[1]}
-        changed.remove(pair[1])
-    for name in sorted(changed):
-        old = replaced.get(name, name)
-        values = before[old] if isinstance(before[old], list) else [before[old]]
-        shown = " ".join(map(str, [flag(old), *values]))
-        start = "without it" if values in ([], [None]) else f"with {shown}"
-        where, way = "", "omit the option"
-        if name in in_file and in_file[name] == now[name]:
-            where, way = f"{path}: ", "restore the value"
-        problems.append(
-            f"{where}{typed(config, name)}: the run started {start}, which a resume cannot change; "
-            f"{way}, or start a new run in another --output"
-        )
-    return problems
 
 
 def print_plan(run: PretrainingRun) -> None:

@@ -256,7 +256,7 @@ def restore(run: Run, state: TrainState, parts: dict) -> None:
     is_wanted = state.best_scores and run.world.is_main
     damage = gather(run.best_problem(state.best_step) if is_wanted else None)[0]
     if damage and state.is_finished(run):
-        print(f"{damage}, and the checkpoint of its step is gone, so it stays as it is")
+        print(f"{damage}, and no checkpoint has its weights, so it stays as it is")
     elif damage:
         print(f"{damage}: the next evaluation rewrites best/")
         state.best_scores = {}

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.cli import as_command, parse, read_command_line, run_command
-from pretrain.config import AdaptOptions, Config, FinetuneOptions, validate
+from pretrain.config import AdaptOptions, Config, FinetuneOptions
 from pretrain.errors import UserError
+from pretrain.preflight import validate
 
 VALUES = {
     bool: st.booleans(),

@@ -13,12 +13,11 @@ from pretrain.config import (
     longest,
     may_change,
     min_micro_batch_size,
-    missing,
     phase_ends,
     phase_lengths,
-    validate,
 )
 from pretrain.errors import UserError
+from pretrain.preflight import missing, validate
 
 BAD = {  # option -> values that are refused, between bars
     "--mask-rate": "1.5 | 0.1 0.2 0.3 | 0.1 0.0 | 0.1 nan",

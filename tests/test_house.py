@@ -22,7 +22,7 @@ LEVELS = (  # from top to bottom: a module imports from its own level or from be
     ("finetune", "demo"),
     ("train", "build"),
     ("run",),
-    ("inputs", "plan"),
+    ("corpora", "inputs", "plan", "resume"),
     ("evaluate",),
     ("metrics",),
     ("cli", "plots", "preflight"),
@@ -31,8 +31,8 @@ LEVELS = (  # from top to bottom: a module imports from its own level or from be
 )
 WINGS = LEVELS[-2]
 NAME_FLAGS = re.compile(
-    r"pretrain\.(config|preflight|cli|run|build|plan|inputs|demo|commands\..*|finetune\.build"
-    r"|adapt\.(checks|pipeline))"
+    r"pretrain\.(config|preflight|cli|run|resume|build|plan|inputs|corpora|demo|commands\..*"
+    r"|finetune\.build|adapt\.(checks|pipeline))"
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

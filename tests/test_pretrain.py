@@ -37,7 +37,7 @@ from pretrain import plan
 from pretrain.batch import IGNORED
 from pretrain.build import build
 from pretrain.cli import parse, run_command
-from pretrain.commands import evaluate, prepare
+from pretrain.commands import adapt, evaluate, finetune, prepare
 from pretrain.commands.pretrain import main
 from pretrain.config import OBJECTIVES, Config
 from pretrain.data.tokenizer import describe, load
@@ -385,11 +385,13 @@ def test_text_that_the_tokenizer_does_not_know_is_refused_early(
 ):
     model, cache = finished / "final", ["--cache", tmp_path / "cache"]
     train = arguments_of(to_continue, ["--model", model, *cache])
-    commands = {
-        "--train": (main, [*train, "--output", output, "--train"]),
-        "--input": (evaluate.main, arguments_of(["--model", model, *cache, "--input"])),
-    }
-    for option, (command, argv) in commands.items():
+    corpus = ["--output", tmp_path / "corpus", "--input"]
+    commands = (
+        ("--train", main, [*train, "--output", output, "--train"]),
+        ("--input", evaluate.main, arguments_of(["--model", model, *cache, "--input"])),
+        ("--input", prepare.main, arguments_of(["--tokenizer", model, *cache, *corpus])),
+    )
+    for option, command, argv in commands:
         told = refusal(command, [*argv, foreign["many"]], capsys)
         assert told.startswith(f"{option} {foreign['many']}: ") and "Cyrillic" in told
         assert is_possible(told, command)
@@ -400,6 +402,27 @@ def test_text_that_the_tokenizer_does_not_know_is_refused_early(
         assert re.search(f"^{option} {foreign['some']}: .*Cyrillic.* москва ", told, re.M)
         shutil.rmtree(tmp_path / "cache")
         shutil.rmtree(output, ignore_errors=True)
+
+
+def test_text_in_another_encoding_is_refused_with_the_option(finished, tmp_path, output, capsys):
+    pytest.importorskip("charset_normalizer")
+    path, table, good = (tmp_path / name for name in ("text.txt", "rows.csv", "good.csv"))
+    path.write_bytes("今天天气很好，我们去公园散步。\n".encode("gb18030") * 50)
+    table.write_bytes(b"text,label\n" + "今天天气很好，我们去公园散步,a\n".encode("gb18030") * 50)
+    good.write_text("text,label\n" + "some words,a\nother words,b\n" * 4)
+    model, to = ["--model", finished / "final"], ["--output", output]
+    rows = ["--train", good, "--valid", good, "--test", good]
+    commands = (
+        ("--train", main, [*to, "--train", path]),
+        ("--input", prepare.main, [*to, "--input", path]),
+        ("--input", evaluate.main, [*model, "--input", path]),
+        ("--train", finetune.main, [*model, *to, "--valid", good, "--train", table]),
+        ("--text", adapt.main, [*model, *to, *rows, "--text", path]),
+    )
+    for option, command, argv in commands:
+        told = refusal(command, arguments_of(argv), capsys)
+        assert told.startswith(f"{option} ") and "--encoding gb18030" in told, told
+        assert is_possible(told, command)
 
 
 def test_a_run_on_text_that_was_accepted_resumes(

@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from pretrain.cli import parse
-from pretrain.config import AdaptOptions, Config, validate
+from pretrain.config import AdaptOptions, Config
 from pretrain.data import tokenizer as tokenizers
+from pretrain.preflight import validate
 
 datasets = pytest.importorskip("datasets")
 

@@ -28,7 +28,7 @@ from pretrain.finetune.build import build
 from pretrain.finetune.dataset import LabeledRows
 from pretrain.inputs import MODEL_WAYS, TextFiles, check_sample
 from pretrain.model.loading import from_checkpoint
-from pretrain.preflight import problems_of, start_problems
+from pretrain.preflight import problems_of, start_problems, validate
 from pretrain.runtime.checkpoint import check_output, make_output
 from pretrain.runtime.distributed import start
 from pretrain.schema import flag
@@ -94,6 +94,8 @@ def build_experiment(options: AdaptOptions) -> Experiment:
     """Read and check everything before any work starts."""
     check(problems_of(options))
     pretraining = _passed_on(options, "pretrain", Config)
+    if pretraining.encoding == Config.encoding:
+        pretraining = replace(pretraining, encoding=options.encoding)
     finetuning = _passed_on(options, "finetune", FinetuneOptions)
     labels = {name: getattr(options, name) for name in LABEL_OPTIONS}
     finetuning = replace(finetuning, **labels, model=options.model, save_model=False)
@@ -126,7 +128,7 @@ def _passed_on(options: AdaptOptions, name: str, kind: type):
         parsed, default = parse(shlex.split(getattr(options, name)), kind, ""), kind()
         given = [key for key in SET_HERE[name] if getattr(parsed, key) != getattr(default, key)]
         problems = [f"omit {flag(key)}: the experiment sets it" for key in given]
-        check(config.validate(parsed) + start_problems(parsed) + problems)
+        check(validate(parsed) + start_problems(parsed) + problems)
     return parsed
 
 

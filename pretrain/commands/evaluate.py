@@ -43,8 +43,9 @@ def main(argv: Sequence[str]) -> None:
     check(problems_of(options))
 
     from pretrain import evaluate
+    from pretrain.corpora import open_or_prepare
     from pretrain.files import as_json, model_folder
-    from pretrain.inputs import MODEL_WAYS, check_text, open_or_prepare
+    from pretrain.inputs import MODEL_WAYS, check_text
     from pretrain.runtime import distributed
     from pretrain.runtime.checkpoint import read_facts
     from pretrain.runtime.optim import autocast, choose_precision, overflow_advice

@@ -42,14 +42,15 @@ def main(argv: Sequence[str]) -> None:
     if options.ray:
         require("ray", typed(options, "ray"))
 
+    from pretrain.corpora import open_or_prepare
     from pretrain.data import parallel
     from pretrain.data.tokenizer import describe
     from pretrain.inputs import (
+        TOKENIZER_WAYS,
         add_tokens,
         check_text,
         find_tokenizer,
         make_tokenizer,
-        open_or_prepare,
     )
     from pretrain.runtime.distributed import World
 
@@ -65,6 +66,15 @@ def main(argv: Sequence[str]) -> None:
             parallel.connect(options.ray)
     vocabulary, cache = describe(tokenizer), Path(options.cache)
     output = Path(options.output) if options.output else None
-    settings = {"workers": options.workers, "on_cluster": options.ray is not None}
-    corpus = open_or_prepare(text, tokenizer, vocabulary, cache, world, output=output, **settings)
+    corpus = open_or_prepare(
+        text,
+        tokenizer,
+        vocabulary,
+        cache,
+        world,
+        output=output,
+        ways=TOKENIZER_WAYS,
+        workers=options.workers,
+        on_cluster=options.ray is not None,
+    )
     print(f"to train on it: python scripts/pretrain.py --train {corpus.folder}")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pretrain.cli import options_of, read_command_line, read_options
 from pretrain.commands.fill_mask import fill_masks, open_pipeline
-from pretrain.config import Config, validate
+from pretrain.config import Config
 from pretrain.errors import UserError, check
-from pretrain.preflight import problems_of
+from pretrain.preflight import problems_of, validate
 
 # For pretrain.py without text. At a learning rate of 3e-3 with a short warm-up, some runs never got
 # below the unigram perplexity; with these values, 800 steps reached 0.54 times that.
@@ -86,8 +86,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_saved(output: Path, options: type) -> dict | None:
-    """Options of the run in `output`: from config.json or, if that is lost or garbled, from the
-    newest checkpoint; None without a run. UserError if none fit the dataclass `options`."""
+    """Options of the run in `output`: from config.json, or from the newest checkpoint if that file
+    is missing or damaged. None without a run. UserError if they do not fit `options`, a class."""
     states = list(output.glob("checkpoint-[0-9]*/training_state.json"))
     states.sort(key=lambda path: (len(path.parent.name), path.parent.name), reverse=True)
     problems = []

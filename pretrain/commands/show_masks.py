@@ -114,10 +114,11 @@ def _check_position(options: ShowMasksOptions, dataset, position) -> None:
 def open_data(options: ShowMasksOptions) -> tuple:
     """(dataset, collator, tokenizer) of a run; `options` take the place of its Config."""
     from pretrain import build, demo, plan
+    from pretrain.corpora import open_text
     from pretrain.data import tokenizer as tokenizers
     from pretrain.data.collate import Collator
     from pretrain.data.loader import PretrainingDataset
-    from pretrain.inputs import open_text, prepare_tokenizer
+    from pretrain.inputs import prepare_tokenizer
     from pretrain.runtime.distributed import World
 
     if not options.train:

@@ -172,12 +172,12 @@ def _expected(chunk: bytes, encoding: str) -> str:
     likely = likely_encodings(chunk)
     likely.pop(encoding, None)
     if not likely:
-        return "expected UTF-8, or the encoding option set to that of the file"
+        return 'expected UTF-8, or the option "encoding" with that of the file'
     if encoding != UTF8:  # the option is for all files
         shown = ", ".join(likely)
-        return f"expected UTF-8, or an encoding option that fits all other files: {shown}?"
+        return f'expected UTF-8, or the option "encoding" with one for all other files: {shown}?'
     shown = " or ".join(f"{name} (it reads {word!r})" for name, word in likely.items())
-    return f"expected UTF-8, or the encoding option set to what it seems to be: {shown}"
+    return f'expected UTF-8, or the option "encoding" {shown}; this is a guess'
 
 
 def likely_encodings(sample: bytes) -> dict[str, str]:

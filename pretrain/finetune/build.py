@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pretrain import plots
 from pretrain.build import decide_precision, enable_gradient_checkpointing
-from pretrain.config import FinetuneOptions, typed, validate
+from pretrain.config import FinetuneOptions, typed
 from pretrain.data import tokenizer as tokenizers
 from pretrain.errors import UserError, check, option_named, require
 from pretrain.files import key_of
@@ -35,7 +35,9 @@ from pretrain.finetune.scores import Tally, numbers_of, only_class
 from pretrain.inputs import check_vocabulary
 from pretrain.model.attention import choose_attention
 from pretrain.plan import report_ineffective, steps_between
-from pretrain.run import SAVED_FORM, Run, resume_point, run_folder
+from pretrain.preflight import validate
+from pretrain.resume import resume_point, run_folder
+from pretrain.run import SAVED_FORM, Run
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import start
 from pretrain.runtime.monitor import Monitor

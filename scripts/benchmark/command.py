@@ -21,6 +21,7 @@ from pretrain import config
 from pretrain.cli import read_command_line
 from pretrain.errors import UserError, check
 from pretrain.files import as_json, write_json
+from pretrain.preflight import validate
 from pretrain.schema import integer, number, option
 from scripts.benchmark.processes import Command, Process, ProcessError, send_rows
 from scripts.benchmark.report import add_ratios, print_report
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> int:
     options = with_defaults()
     if options.quick:
         options = with_defaults(QUICK)
-    problems = config.validate(options)
+    problems = validate(options)
     if options.phases:
         problems.append("--phases: the benchmark measures one length; expected --max-length")
     check(problems)

@@ -34,7 +34,7 @@ from pretrain.files import model_folder
 from pretrain.finetune import build as module
 from pretrain.finetune import predict
 from pretrain.finetune.scores import Tally, score_table
-from pretrain.run import portable_options
+from pretrain.resume import portable_options
 from pretrain.runtime import checkpoint as ckpt
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")

@@ -98,6 +98,7 @@ DISK_ERRORS = {
     "no right": (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
     "torch.save": (RuntimeError("[inline_container.cc:672] . pos 64 vs 0\nframe"), "pos 64 vs 0"),
     "tokenizers": (Exception("No space left on device (os error 28)"), "No space left on device"),
+    "numpy": (OSError("306906 requested and 55232 written"), "No space left on device"),
     "safetensors": (SafetensorError("Error while serializing: I/O error"), "I/O error"),
 }
 
