@@ -36,7 +36,7 @@ def open_text(
     """(training text, validation text), prepared if necessary; UserError if there is too little.
 
     A resumed run opens the corpora in its `saved` values, even if the text has changed. UserError
-    if it has, and they are gone."""
+    if it has, and they no longer exist."""
     opened: dict[str, Corpus] = {}
     folders = saved.get("corpus_folders", {})
     for name in ("train", "valid"):
