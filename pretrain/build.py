@@ -5,15 +5,16 @@ plan. Cheap checks that often fail come first; text is tokenized once everything
 """
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from pretrain import plan
+from pretrain import plan, recipe
 from pretrain.config import (
     MODEL_SIZES,
     OBJECTIVES,
@@ -41,38 +42,109 @@ from pretrain.model.packed import MLM_HEAD, PackedModel
 from pretrain.preflight import validate
 from pretrain.resume import resume_point, run_folder
 from pretrain.run import PRETRAINING_FORM, Phase, PretrainingRun
-from pretrain.runtime.distributed import any_rank, start
-from pretrain.runtime.memory import explained, micro_batch_fits
+from pretrain.runtime.distributed import World, any_rank, start
+from pretrain.runtime.memory import explained, trial_seconds
 from pretrain.runtime.optim import autocast, choose_precision
 from pretrain.runtime.sharding import place
+from pretrain.schema import AUTO
 
 MIN_FITTING_SHARE = 0.8  # of the entities; below this, a warning is printed
 SAMPLED_MICRO_BATCHES = 20  # to count entities in
 SHAPE_MULTIPLE = 32  # tokens; micro-batches without fixed shapes are filled up to this multiple
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What is read from files: tokenizer, model, text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    masks: masking.Masking  # their rate is chosen later
+    model: PackedModel
+    fresh: list[str]  # parts of the model that start fresh
+    training: Corpus
+    validation: Corpus | None
+    facts: dict[str, object]  # to check on resume that they are the same
+    added_tokens: dict[str, int]  # their occurrences in the training text
+
+
 @explained("--micro-batch-size", "--workers")
-def build(config: Config) -> PretrainingRun:
+def build(asked: Config) -> PretrainingRun:
     """Check everything, prepare tokenizer and corpus, make the model, try a full micro-batch.
 
     UserError for whatever does not fit."""
-    check(validate(config))
+    check(validate(asked))
     with option_named("--device"):
-        world, device = start(config.device)
-    output = run_folder(config.output)
-    if config.output and world.is_main:
+        world, device = start(asked.device)
+    output = run_folder(asked.output)
+    if asked.output and world.is_main:
         with option_named("--output"):
             lock(output)
-    checkpoint, saved = resume_point(output, config, PRETRAINING_FORM, world)
-    config = plan.drop_old_end(config, saved)
-    precision = decide_precision(config, saved, device)
-    if config.shard and precision == "fp16":
+    checkpoint, saved = resume_point(output, asked, PRETRAINING_FORM, world)
+    asked = plan.drop_old_end(asked, saved)
+    precision = decide_precision(asked, saved, device)
+    if asked.shard and precision == "fp16":
         raise UserError("--shard: does not work with --precision fp16; expected bf16 or fp32")
-    size = saved.get("micro_batch_size") or config.micro_batch_size
-    size = size or plan.default_micro_batch_size(config, device, world)
-    plan.check_processes(config, size, world)
+    if asked.batch_size != AUTO:  # auto: chosen once the text is read
+        plan.check_sizes(asked, saved, world)
 
-    torch.manual_seed(config.seed)
+    torch.manual_seed(asked.seed)
+    inputs = read_inputs(asked, checkpoint, saved, world)
+    situation = _situation(asked, inputs)
+    config = recipe.resolve(asked, saved, situation)
+    inputs = replace(inputs, masks=replace(inputs.masks, mask_rate=config.mask_rate))
+    set_up_model(inputs.model, config, device, precision)
+    model = place(inputs.model, device, config.shard)
+    phases, epoch, seconds = fit_phases(config, saved, inputs, precision, world)
+    size = phases[0].dataset.task.micro_batch_size
+    total_steps = plan.count_steps(config, asked, saved, epoch)
+    ends = phase_ends(config, total_steps)
+    if config.masking == "entity":
+        _report_long_entities(config, phases, inputs.vocabulary)
+    plan.report_ineffective(config, total_steps, world, has_validation=bool(inputs.validation))
+    torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
+    data = TrainData(
+        [(phase.dataset, phase.collator) for phase in phases],
+        ends,
+        config.batch_size // size,
+        world.rank,
+        world.size,
+        total_steps=total_steps,
+        workers=plan.count_workers(config, device),
+        pin_memory=device.type == "cuda",
+    )
+    twentieth, tenth = (max(10, min(1000, total_steps // parts)) for parts in (20, 10))
+    return PretrainingRun(
+        asked=asked,
+        config=config,
+        world=world,
+        device=device,
+        precision=precision,
+        output=output,
+        tokenizer=inputs.tokenizer,
+        model=model,
+        data=data,
+        phase_ends=ends,
+        eval_every=plan.steps_between(config.eval_every, epoch, auto=twentieth),
+        save_every=plan.steps_between(config.save_every, epoch, auto=tenth),
+        compile=_should_compile(config, model),
+        checkpoint=checkpoint,
+        saved=saved,
+        phases=phases,
+        micro_batch_size=size,
+        data_facts={"steps_per_epoch": epoch, "recipe": recipe.values_of(config), **inputs.facts},
+        added_tokens=inputs.added_tokens,
+        situation=situation,
+        trial_seconds=seconds,
+    )
+
+
+def read_inputs(config: Config, checkpoint: Path | None, saved: dict, world: World) -> Inputs:
+    """Tokenizer and model (their configs first), then the text, which takes longest.
+
+    UserError if one does not fit the others or the resumed run."""
     tokenizer, text, added = prepare_tokenizer(config, checkpoint, world)
     vocabulary = tokenizers.describe(tokenizer)
     masks = make_masking(config, tokenizer, vocabulary)
@@ -85,66 +157,53 @@ def build(config: Config) -> PretrainingRun:
     occurrences = _report_added(training, added, tokenizer)
     if MLM_HEAD in fresh:
         model.start_at_frequencies(training.unigram_shares(model.config.vocab_size))
-    set_up_model(model, config, device, precision)
-    model = place(model, device, config.shard)
-    fill = model.attention == VARLEN
+    facts = {"similar_words": digest, **text_facts(config, training, validation, saved)}
+    return Inputs(
+        tokenizer, vocabulary, masks, model, fresh, training, validation, facts, occurrences
+    )
 
+
+def _situation(config: Config, inputs: Inputs) -> recipe.Situation:
+    held_out = 0.0 if config.valid else config.valid_fraction
+    start = recipe.CONTINUED
+    if config.model in MODEL_SIZES:
+        start = recipe.SCRATCH
+    elif MLM_HEAD in inputs.fresh:
+        start = recipe.FRESH_HEAD
+    settings = inputs.model.config
+    tokens = max(1, round(inputs.training.info["tokens"] * (1 - held_out)))
+    return recipe.Situation(tokens, settings.hidden_size, start, settings.hidden_dropout_prob)
+
+
+def fit_phases(
+    config: Config,
+    saved: dict,
+    inputs: Inputs,
+    precision: str,
+    world: World,
+) -> tuple[list[Phase], int, float | None]:
+    """(phases whose micro-batches fit in memory, steps per epoch, seconds per micro-batch).
+
+    A resumed run skips the trial."""
+    model, device = inputs.model, inputs.model.device
+    size = plan.first_micro_batch_size(config, saved, device, world)
     while True:
-        datasets = [PretrainingDataset(training, task) for task in plan.make_tasks(config, size)]
+        tasks = plan.make_tasks(config, size)
+        datasets = [PretrainingDataset(inputs.training, task) for task in tasks]
         epoch = saved.get("steps_per_epoch")
         if not epoch:  # the first length counts, but every phase is checked
             epoch = [plan.count_epoch(dataset, config) for dataset in datasets][0]
-        total_steps = plan.count_steps(config, saved, epoch)
-        ends = phase_ends(config, total_steps)  # UserError if a phase has no steps
+        fill = model.attention == VARLEN
         phases = []
         for dataset in datasets:
-            collator = Collator(dataset.task, vocabulary, masks, fill, SHAPE_MULTIPLE)
-            phases.append(_make_phase(config, dataset, collator, validation))
-        if saved or _all_fit(model, phases, autocast(device, precision), config.shard):
-            break
+            collator = Collator(dataset.task, inputs.vocabulary, inputs.masks, fill, SHAPE_MULTIPLE)
+            phases.append(_make_phase(config, dataset, collator, inputs.validation))
+        if saved:
+            return phases, epoch, None
+        seconds = _trial_seconds(model, phases, autocast(device, precision), config.shard)
+        if seconds is not None:
+            return phases, epoch, seconds
         size = plan.smaller_micro_batch_size(config, size, device, world)
-    plan.report_ineffective(config, total_steps, world, has_validation=validation is not None)
-    if config.masking == "entity":
-        _report_long_entities(config, phases, vocabulary)
-    torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
-
-    data = TrainData(
-        [(phase.dataset, phase.collator) for phase in phases],
-        ends,
-        config.batch_size // size,
-        world.rank,
-        world.size,
-        mask_rate=plan.mask_schedule(config, total_steps),
-        workers=plan.count_workers(config, device),
-        pin_memory=device.type == "cuda",
-    )
-    tenth = max(10, min(1000, total_steps // 10))
-    return PretrainingRun(
-        config=config,
-        world=world,
-        device=device,
-        precision=precision,
-        output=output,
-        tokenizer=tokenizer,
-        model=model,
-        data=data,
-        phase_ends=ends,
-        eval_every=plan.steps_between(config.eval_every, epoch, auto=tenth),
-        save_every=plan.steps_between(config.save_every, epoch, auto=tenth),
-        compile=_should_compile(config, model),
-        checkpoint=checkpoint,
-        saved=saved,
-        phases=phases,
-        micro_batch_size=size,
-        data_facts={
-            "steps_per_epoch": epoch,
-            "similar_words": digest,
-            **text_facts(config, training, validation, saved),
-        },
-        added_tokens=occurrences,
-    )
 
 
 def decide_precision(config, saved: dict, device: torch.device) -> str:
@@ -171,8 +230,11 @@ def _should_compile(config, model: PackedModel) -> bool:
 
 
 def set_up_model(model: PackedModel, config: Config, device: torch.device, precision: str) -> None:
-    """Choose attention, losses and gradient checkpointing."""
+    """Choose attention, losses, dropout and gradient checkpointing."""
     model.attention = choose_attention(device, precision)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config.dropout
     model.use_pairs(config.nsp_weight if OBJECTIVES[config.objective] else None)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -188,7 +250,7 @@ def _make_phase(
     config: Config, dataset: PretrainingDataset, collator: Collator, text: Corpus | None
 ) -> Phase:
     task = dataset.task
-    # As many tokens as a micro-batch of the first phase, but at least one sequence.
+    # As many tokens as a micro-batch in training, but at least one sequence.
     size = config.eval_batch_size or task.micro_batch_size
     size = max(1, size * task.counted_length // task.max_length)
     if text is None:
@@ -206,19 +268,29 @@ def _make_phase(
     return Phase(dataset, collator, validation, size)
 
 
-def _all_fit(model: PackedModel, phases: list[Phase], context: torch.autocast, shard: bool) -> bool:
+def _trial_seconds(
+    model: PackedModel, phases: list[Phase], context: torch.autocast, shard: bool
+) -> float | None:
+    """The time of the slowest phase's fullest micro-batch; None if one does not fit in memory."""
     batches = (phase.fullest_batch().to(model.device) for phase in phases)
-    fits = all(micro_batch_fits(model, batch, context) for batch in batches)
+    times = []
+    for batch in batches:
+        times.append(trial_seconds(model, batch, context, shard))
+        if times[-1] is None:
+            break
+    fits = times[-1] is not None
     # The trial exchanges sharded weights: if one process runs out of memory, the others wait for
     # it and end when it does.
-    return fits if shard else not any_rank(not fits)
+    all_fit = fits if shard else not any_rank(not fits)
+    return max(times) if all_fit else None
 
 
 def make_masking(
     config: Config, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
 ) -> masking.Masking:
     """The masking that the options describe; UserError if no similar word is usable."""
-    options = {entry.name: getattr(config, entry.name) for entry in fields(masking.Masking)}
+    names = [entry.name for entry in fields(masking.Masking) if hasattr(config, entry.name)]
+    options = {name: getattr(config, name) for name in names}
     if config.replace != "similar":
         return masking.Masking(**options | {"similar": None})
     backend = tokenizers.without_limits(tokenizer)

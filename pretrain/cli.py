@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pretrain.errors import UserError, option_named, os_error, refusing, what_it_takes
 from pretrain.files import locks_released, read_text
-from pretrain.schema import flag
+from pretrain.schema import AUTO, flag
 from pretrain.signals import Interrupted, handled
 
 FORMER_NAMES = {"--colour": "--color"}  # still accepted, in no help
@@ -64,13 +64,23 @@ def _add_option(group: argparse._ArgumentGroup, entry: Field, hint: object) -> N
         arguments["action"] = argparse.BooleanOptionalAction
     else:
         kinds = [part for part in typing.get_args(hint) if part is not types.NoneType] or [hint]
-        arguments["type"] = kinds[0]
+        arguments["type"] = _auto_or(kinds[0]) if default == AUTO else kinds[0]
         arguments.setdefault("metavar", kinds[0].__name__.upper())
     text = entry.metadata["help"].replace("%", "%%")
     if "default:" not in text and default not in ((), None, False, ""):
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{text} (default: {shown})"
     group.add_argument(name, help=text, **arguments)
+
+
+def _auto_or(kind: type) -> Callable:
+    """A type for argparse: `kind`, or the word auto."""
+
+    def read(text: str) -> object:
+        return text if text == AUTO else kind(text)
+
+    read.__name__ = kind.__name__  # for argparse's messages
+    return read
 
 
 def read_command_line(

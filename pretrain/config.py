@@ -9,7 +9,18 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 
 from pretrain.errors import UserError
-from pretrain.schema import Rule, changeable, each, flag, integer, number, one_of, option, pattern
+from pretrain.schema import (
+    AUTO,
+    Rule,
+    changeable,
+    each,
+    flag,
+    integer,
+    number,
+    one_of,
+    option,
+    pattern,
+)
 
 MODEL_SIZES = {  # (layers, width); heads: width / 64, inner width: 4 x width (Turc et al. 2019)
     "tiny": (2, 128),
@@ -83,6 +94,8 @@ VECTORS = one_of("mean", "random")
 FILL = one_of("word", "token", "none")
 REPLACE = one_of("mask", "similar")
 OPTIMIZER = one_of("adamw", "muon")
+RECIPE = one_of("auto", "classic")
+DROPOUT = number(0, 0.9)
 METRIC = one_of("macro_f1", "accuracy")
 CLASS_WEIGHTS = one_of("none", "balanced")
 WORKERS = integer(0, 256)
@@ -216,6 +229,29 @@ class OptimizationOptions:
 
 
 @dataclass(frozen=True)
+class RecipeOptions(OptimizationOptions):
+    """Optimization: what pretrain/recipe.py chooses for the text and the model, unless given."""
+
+    optimizer: str = option(AUTO, "muon: for the encoder's matrices, else AdamW", OPTIMIZER)
+    recipe: str = option("auto", "auto, or classic: BERT's own settings", RECIPE)
+    batch_size: int | str = option(AUTO, "sequences per step, over all processes", COUNT)
+    epochs: float | str = changeable(AUTO, "passes over the text, if --max-steps is 0", EPOCHS)
+    learning_rate: float | str = option(AUTO, "peak learning rate, for either optimizer", POSITIVE)
+    warmup: float | str = option(AUTO, "share of the run if below 1, else steps", NOT_NEGATIVE)
+    schedule: str = option(AUTO, "learning rate after warm-up", SCHEDULE)
+    mask_rate: Numbers = option(
+        (), "share to predict; two: linear schedule (default: auto)", MASK_RATE
+    )
+    phases: Texts = option(
+        (), "lengths, each for a share of steps (default: auto)", PHASES, excludes="max_length"
+    )
+    dropout: float | str = option(AUTO, "in training; the saved config is unchanged", DROPOUT)
+    patience: int | str = changeable(
+        AUTO, "stop after N evaluations without gain (0: off; auto: if it overfits)", COUNT_OR_0
+    )
+
+
+@dataclass(frozen=True)
 class DeviceOptions:
     """Device: where to compute, and how."""
 
@@ -249,7 +285,7 @@ class RunOptions:
 class Config(
     RunOptions,
     MachineOptions,
-    OptimizationOptions,
+    RecipeOptions,
     TaskOptions,
     DataOptions,
     TokenizerOptions,
@@ -326,9 +362,14 @@ class AdaptOptions(LabelOptions):
 def phase_lengths(config: TaskOptions) -> list[tuple[int, float]]:
     """(tokens per sequence, share of the optimizer steps) of each phase; one without --phases.
 
-    Batch sizes count sequences of the first phase's length, so a micro-batch and a step have the
-    same number of tokens in every phase."""
+    A micro-batch and a step have the same number of tokens in every phase."""
     return [_phase(text) for text in config.phases] or [(config.max_length or DEFAULT_LENGTH, 1.0)]
+
+
+def counted_length(config: TaskOptions) -> int:
+    """Batch sizes count sequences of this many tokens: --max-length, or that of the first of the
+    --phases that were given."""
+    return config.max_length or phase_lengths(config)[0][0]
 
 
 def longest(config: TaskOptions) -> int:
@@ -337,8 +378,8 @@ def longest(config: TaskOptions) -> int:
 
 
 def min_micro_batch_size(config: TaskOptions) -> int:
-    """Sequences of the first length with as many tokens as one of the longest."""
-    return -(-longest(config) // phase_lengths(config)[0][0])
+    """Counted sequences with as many tokens as one of the longest."""
+    return -(-longest(config) // counted_length(config))
 
 
 def length_option(config: TaskOptions) -> str:

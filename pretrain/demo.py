@@ -24,10 +24,11 @@ from pretrain.data.loader import DataPosition
 from pretrain.run import PretrainingRun
 from pretrain.runtime.distributed import gather
 from pretrain.runtime.optim import autocast, make_optimizers
+from pretrain.schema import AUTO
 from pretrain.train import train_step
 
 TRAINING_SECONDS = 110.0  # of three minutes; start, preparation, evaluation, saving take the rest
-MIN_STEPS, MAX_STEPS = 100, 4000
+MIN_EPOCHS = 0.1
 TIMED_STEPS = 4
 MAX_MODULE_BYTES = 1 << 20
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test"}
@@ -78,7 +79,7 @@ def _sentences(text: str) -> list[str]:
 
 
 def fit_to_machine(config: Config) -> Config:
-    """Time a few steps to choose precision, threads (set here) and steps for TRAINING_SECONDS.
+    """Time a few steps to choose precision, threads (set here) and epochs for TRAINING_SECONDS.
 
     On a busy machine one thread is often faster than several, which wait for each other."""
     run = build(config)
@@ -94,11 +95,11 @@ def fit_to_machine(config: Config) -> Config:
     precision, threads = min(times, key=times.get)
     print(f"training in {precision} on {threads} threads")
     torch.set_num_threads(threads)
-    max_steps = config.max_steps
-    if not max_steps and config.epochs == Config.epochs:
-        max_steps = int(TRAINING_SECONDS / times[precision, threads])
-        max_steps = max(MIN_STEPS, min(MAX_STEPS, max_steps))
-    return replace(config, precision=precision, max_steps=max_steps)
+    epochs = config.epochs
+    if not config.max_steps and epochs == AUTO:
+        steps = TRAINING_SECONDS / times[precision, threads]
+        epochs = max(MIN_EPOCHS, steps / run.data_facts["steps_per_epoch"])
+    return replace(config, precision=precision, epochs=epochs)
 
 
 def _seconds_per_step(run: PretrainingRun, precision: str, threads: int) -> float:

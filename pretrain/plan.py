@@ -3,7 +3,6 @@
 Micro-batches, steps, phases, intervals: computed once, printed before training, saved with the run.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +12,7 @@ from pretrain.batch import IGNORED
 from pretrain.config import (
     OBJECTIVES,
     Config,
+    counted_length,
     length_option,
     min_micro_batch_size,
     phase_lengths,
@@ -31,21 +31,36 @@ COUNTED_SHARDS = 4  # planned at the start to count an epoch, extrapolated to th
 def make_tasks(config: Config, micro_batch_size: int) -> list[Task]:
     """The task of each phase, planned for the highest mask rate."""
     pairs, rate = OBJECTIVES[config.objective], max(config.mask_rate)
-    lengths = [length for length, _ in phase_lengths(config)]
+    counted = counted_length(config)
     return [
-        Task(pairs, length, micro_batch_size, rate, config.seed, lengths[0]) for length in lengths
+        Task(pairs, length, micro_batch_size, rate, config.seed, counted)
+        for length, _ in phase_lengths(config)
     ]
 
 
-def default_micro_batch_size(config: Config, device: torch.device, world: World) -> int:
-    """The largest size that divides a step evenly, up to what keeps the device busy.
+def first_micro_batch_size(config: Config, saved: dict, device: torch.device, world: World) -> int:
+    """The size that was saved or given; else what keeps the device busy. UserError if the processes
+    cannot share a step evenly."""
+    check_sizes(config, saved, world)
+    size = saved.get("micro_batch_size") or config.micro_batch_size
+    return size or default_micro_batch_size(config, device, world)
 
-    UserError if the processes cannot share a step; prints a warning if no divisor is good."""
-    batch = config.batch_size
-    if batch % world.size:
+
+def check_sizes(config: Config, saved: dict, world: World) -> None:
+    """UserError if the processes cannot share a step evenly, as far as the sizes are known."""
+    batch, size = config.batch_size, saved.get("micro_batch_size") or config.micro_batch_size
+    if size:
+        check_processes(config, size, world)
+    elif batch % world.size:
         expected = f"expected a multiple of the number of processes, {world.size}"
         raise UserError(f"--batch-size {batch}: does not divide evenly; {expected}")
-    length, smallest = phase_lengths(config)[0][0], min_micro_batch_size(config)
+
+
+def default_micro_batch_size(config: Config, device: torch.device, world: World) -> int:
+    """The largest size that divides a step evenly, up to what keeps the device busy. Prints a
+    warning if no divisor is good."""
+    batch = config.batch_size
+    length, smallest = counted_length(config), min_micro_batch_size(config)
     enough = max(smallest, GPU_TOKENS // length if device.type == "cuda" else CPU_SEQUENCES)
     found = _largest_divisor(batch // world.size, smallest, enough) or smallest
     if 2 * found < min(enough, batch // world.size):
@@ -139,10 +154,10 @@ def drop_old_end(config: Config, saved: dict) -> Config:
     return replace(config, max_steps=0) if is_old else config
 
 
-def count_steps(config: Config, saved: dict, steps_per_epoch: int) -> int:
+def count_steps(config: Config, asked: Config, saved: dict, steps_per_epoch: int) -> int:
     """Optimizer steps of the run; a resumed run keeps its own unless the options changed."""
     names = ("max_steps", "epochs")
-    if saved and all(getattr(config, name) == saved["options"][name] for name in names):
+    if saved and all(getattr(asked, name) == saved["options"][name] for name in names):
         return saved["total_steps"]
     total = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
     if saved:
@@ -166,14 +181,6 @@ def steps_between(every: str, steps_per_epoch: int, auto: int) -> int:
     """Steps between evaluations or checkpoints: N, "epoch", or "auto"."""
     named = {"epoch": steps_per_epoch, "auto": auto}
     return named[every] if every in named else int(every)
-
-
-def mask_schedule(config: Config, total_steps: int) -> Callable[[int], float | None]:
-    """The mask rate of a step, counted from 0; None if it is constant."""
-    first, last = config.mask_rate[0], config.mask_rate[-1]
-    if first == last:
-        return lambda step: None
-    return lambda step: first + (last - first) * min(1.0, step / max(1, total_steps - 1))
 
 
 def count_workers(config: Config, device: torch.device) -> int:

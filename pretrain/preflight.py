@@ -22,7 +22,7 @@ from pretrain.config import (
 from pretrain.data.sources import expand
 from pretrain.errors import UserError
 from pretrain.files import check_writable, file_problem
-from pretrain.schema import flag
+from pretrain.schema import AUTO, flag
 
 FILE_OPTIONS = ("lexicon", "similar", "add_tokens", "stop_words", "vectors")
 NOT_FILES = {"stop_words": ("auto", "none")}  # values with a meaning of their own
@@ -90,6 +90,7 @@ def _conflicts(options: object) -> list[str]:
         problems.append(f"{typed(options, *names)}: {problem}")
 
     batch, micro, phases = value("batch_size") or 0, value("micro_batch_size") or 0, value("phases")
+    batch = 0 if batch == AUTO else batch
     if batch > 0 and micro > 0 and batch % micro:
         expected = f"expected a divisor, such as {math.gcd(batch, micro)}"
         refuse(f"does not divide evenly; {expected}", "batch_size", "micro_batch_size")
@@ -108,7 +109,11 @@ def _conflicts(options: object) -> list[str]:
             refuse(f"expected --masking entity, not {masking}", name)
     if value("resume") and not value("output"):
         refuse("no run folder; expected --output DIR", "resume")
-    if value("patience") and value("valid_fraction") == 0 and not value("valid"):
+    if (
+        value("patience") not in (None, 0, AUTO)
+        and value("valid_fraction") == 0
+        and not value("valid")
+    ):
         expected = "expected --valid PATHS, or a share above 0"
         refuse(f"no validation text; {expected}", "patience", "valid_fraction")
     if value("precision") == "fp16" and value("device") == "cpu":

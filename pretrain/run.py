@@ -18,8 +18,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pretrain import recipe
 from pretrain.batch import Batch
-from pretrain.config import Config, typed
+from pretrain.config import EPOCHS, Config, counted_length, typed
 from pretrain.data.collate import Collator
 from pretrain.data.loader import PretrainingDataset, TrainData
 from pretrain.evaluate import ValidationSet, evaluate, sample_predictions
@@ -31,11 +32,25 @@ from pretrain.runtime.distributed import World, gather
 from pretrain.runtime.monitor import PRETRAINING_CHARTS, Monitor
 from pretrain.runtime.optim import AUTOCAST, autocast
 from pretrain.runtime.sharding import whole_weights
-from pretrain.schema import FLAG, FLOAT, TEXT, integer, number, one_of, optional, values_of
+from pretrain.schema import (
+    AUTO,
+    FLAG,
+    FLOAT,
+    TEXT,
+    either,
+    integer,
+    one_of,
+    optional,
+    values_of,
+)
 
 WORST = (-math.inf, -math.inf)
+SAME_PERPLEXITY = 1e-3  # smaller relative differences do not decide which model to use
+FEW_TOKENS = 50_000  # for a useful model
+# See `PretrainingRun.has_turned`: a share of the run, evaluations, nats.
+EARLY, MIN_RISES, MIN_EXCESS = 0.2, 3, 0.05
 SAVED_FORM = {  # of training_state.json, see `Run.saved_values`
-    "options": {"epochs": number(0, above=True), "max_steps": integer(), "precision": TEXT},
+    "options": {"epochs": either(AUTO, EPOCHS), "max_steps": integer(), "precision": TEXT},
     "step": integer(),
     "finished": FLAG,
     "micro_batch_size": integer(1),
@@ -45,6 +60,7 @@ SAVED_FORM = {  # of training_state.json, see `Run.saved_values`
     "precision": one_of(*AUTOCAST),
 }
 PRETRAINING_FORM = SAVED_FORM | {
+    "recipe": recipe.FORM,
     "steps_per_epoch": integer(1),
     "similar_words": optional(TEXT),  # hash of the table
     "corpus": TEXT,  # fingerprint of the training text
@@ -59,7 +75,8 @@ class Run:
 
     Subclasses define how to validate, what to export and what to do at the end."""
 
-    config: Config
+    asked: Config  # as the user gave it, with "auto" in some options
+    config: Config  # with numbers in place of "auto"
     world: World
     device: torch.device
     precision: str  # "bf16", "fp16" or "fp32"
@@ -67,7 +84,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     model: PackedModel
     data: TrainData
-    micro_batch_size: int  # in sequences of the first phase's length
+    micro_batch_size: int  # in sequences of `counted_length`
     phase_ends: list[int]  # the last step of each phase; the final one is the run's last step
     eval_every: int  # steps
     save_every: int  # steps; 0: only when the run stops early
@@ -159,7 +176,7 @@ class Run:
             self.replaced = ckpt.make_output(self.output, self.config.overwrite, has_result)
             if self.checkpoint:
                 ckpt.set_aside_after(self.output, ckpt.step_of(self.checkpoint))
-            options = portable_options(self.config)
+            options = portable_options(self.asked)
             for name in ("output", "resume", "overwrite"):  # of this launch only
                 del options[name]
             write_json(self.output / "config.json", options)
@@ -183,7 +200,7 @@ class Run:
     def saved_values(self) -> dict:
         """Plain values to save in a checkpoint; see SAVED_FORM."""
         return {
-            "options": portable_options(self.config),
+            "options": portable_options(self.asked),
             "micro_batch_size": self.micro_batch_size,
             "precision": self.precision,
             "total_steps": self.total_steps,
@@ -241,6 +258,8 @@ class Run:
         score, evaluations = self.score[0].replace("_", " "), state.evaluations_without_gain
         reason = f"no better {score} since step {state.best_step:,} ({evaluations} evaluations)"
         stopped = f"stopped early, at step {state.step:,} of {self.total_steps:,}"
+        if self.config.patience == AUTO:
+            reason = f"the validation loss rose {state.rises} times in a row; --patience 0 goes on"
         return [f"{typed(self.config, 'patience')}: {stopped}; {reason}"]
 
     def clean_up(self) -> None:  # once the summary of a finished run is written
@@ -261,7 +280,10 @@ class Phase:
         return self.dataset.task.max_length
 
     def fullest_batch(self) -> Batch:
-        return self.collator(self.dataset[self.dataset.fullest()])
+        """With as many masks as at the start or the end of the run, whichever is more."""
+        position = self.dataset.fullest()
+        ends = [self.dataset[position._replace(progress=progress)] for progress in (0.0, 1.0)]
+        return max(map(self.collator, ends), key=lambda batch: batch.counts["mlm"])
 
 
 @dataclass(kw_only=True)
@@ -269,16 +291,20 @@ class PretrainingRun(Run):
     """Pretraining: validation perplexity selects `best/`; the last model is `final/`."""
 
     phases: list[Phase]
+    situation: recipe.Situation  # what the recipe depends on
+    trial_seconds: float | None  # for the fullest micro-batch; None: not measured, as on resume
     added_tokens: dict[str, int] = field(default_factory=dict)  # occurrences in the training text
 
     def rebuild_command(self, step: int, position: Sequence) -> str:
         """The command that shows the micro-batches of a step and saves them to a file."""
         size, config = self.micro_batch_size, self.config
-        arguments = ["--config", self.output / "config.json", "--position"]
-        arguments += [number for number in position if number is not None]
+        num_sampled = config.batch_size // size
+        arguments = ["--config", self.output / "config.json", "--position", *position]
+        arguments += ["--mask-rate", *config.mask_rate] if config.entity_fill != "none" else []
         if config.phases:
-            arguments += ["--phase", self.phase_at(step) + 1]
-        arguments += ["--micro-batch-size", size, "--sampled", config.batch_size // size]
+            size = size * counted_length(config) // self.phases[0].max_length
+            arguments += ["--phases", *config.phases, "--phase", self.phase_at(step) + 1]
+        arguments += ["--micro-batch-size", size, "--sampled", num_sampled]
         arguments += ["--save", "batch.pt"]
         return shlex.join(["python", "scripts/show_masks.py", *map(str, arguments)])
 
@@ -330,12 +356,46 @@ class PretrainingRun(Run):
             has_final = is_whole and ckpt.read_facts(final).get("step") == step
         return gather(has_final)[0]
 
+    def has_turned(self, state) -> bool:
+        """Whether the model clearly overfits: its loss rises from evaluation to evaluation and is
+        far above the lowest. Early in a run, a rise proves nothing: with a high learning rate, the
+        loss of a good model rises before it falls."""
+        is_early = state.step < EARLY * self.total_steps
+        if is_early or state.rises < MIN_RISES or not state.best_scores:
+            return False
+        return state.scores["mlm_loss"] - state.best_scores["mlm_loss"] >= MIN_EXCESS
+
+    def recommended(self, state) -> Path:
+        """The folder to use: `final/`, unless an earlier model is clearly better, or the model of
+        the start is better at all."""
+        last, best = self.sort_key(state.scores), self.sort_key(state.best_scores)
+        allowed = abs(best[0]) * SAME_PERPLEXITY if state.best_step else 0.0
+        return self.output / ("final" if last >= best or last[0] >= best[0] - allowed else "best")
+
+    def notes(self, state) -> list[str]:
+        """Also which folder to use instead of `final/`, or that nothing can tell."""
+        found, folder = super().notes(state), self.recommended(state)
+        if not state.scores:
+            expected = "expected --valid PATHS or --valid-fraction above 0"
+            problem = "no validation text, so the run cannot tell whether training helped"
+            found.append(f"{problem}; {expected}")
+        elif folder.name != "final":
+            last, lowest = (scores["perplexity"] for scores in (state.scores, state.best_scores))
+            reason = "the perplexity has risen since"
+            if state.best_step == 0:
+                reason = "training did not improve the starting model"
+            numbers = f"validation perplexity {lowest:.4g}, in final/ {last:.4g}"
+            found.append(f"use {folder}, of step {state.best_step:,}: {numbers}; {reason}")
+        return found
+
     def complete_summary(self, state, summary: dict) -> None:
-        """Add the last and the best scores."""
+        """Add the last and the best scores, and the folder to use."""
         summary |= {f"eval_{name}": value for name, value in state.scores.items()}
         if state.best_scores:
             summary["best_perplexity"] = state.best_scores["perplexity"]
             summary["best_step"] = state.best_step
+        if state.is_finished(self):
+            summary["use"] = str(self.recommended(state))
 
     def open_output(self) -> None:
         """Create the run folder and list the added tokens in it."""
@@ -350,7 +410,7 @@ def print_plan(run: PretrainingRun) -> None:
     config, world, settings = run.config, run.world, run.model.config
     steps, epoch = run.total_steps, run.data_facts["steps_per_epoch"]
     weights = sum(weight.numel() for weight in run.model.parameters())
-    length, size = run.phases[0].max_length, run.micro_batch_size
+    length, size = counted_length(config), run.micro_batch_size
     accumulation = config.batch_size // size // world.size
     processes = f"{world.size} process{'es' if world.size > 1 else ''}"
     micro_batches = f"{accumulation} micro-batch{'es' if accumulation > 1 else ''}"
@@ -363,6 +423,18 @@ def print_plan(run: PretrainingRun) -> None:
         f"run: {steps:,} steps, {steps / epoch:.1f} epochs of {epoch:,} steps; evaluation every "
         f"{run.eval_every:,}, checkpoint every {run.save_every:,}; {run.output}"
     )
+    if not run.saved:
+        print(recipe.explain(run.asked, config, run.situation, steps))
+    if run.situation.text_tokens < FEW_TOKENS:
+        ways = "more text"
+        if run.situation.start == recipe.SCRATCH:
+            ways = "more text, or a pretrained --model,"
+        problem = f"only {run.situation.text_tokens:,} tokens; expect a weak model"
+        print(f"{typed(config, 'train')}: {problem}: {ways} helps most")
+    if run.trial_seconds:
+        minutes = steps * accumulation * run.trial_seconds / 60
+        shown = f"{minutes:.2g} minutes" if minutes < 99.5 else f"{minutes / 60:,.1f} hours"
+        print(f"time: about {shown} on this machine, without evaluations")
     if not config.phases:
         return
     tokens = run.phases[0].dataset.task.token_limit

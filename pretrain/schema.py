@@ -14,6 +14,7 @@ from itertools import starmap
 
 Form = "Rule | dict[str, Form] | list[Form]"
 SHOWN_CHARACTERS = 60  # of a value in a message
+AUTO = "auto"  # the value of an option that the program chooses
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Rule:
 def optional(rule: Rule) -> Rule:
     """`rule`, or None."""
     return Rule(lambda value: value is None or rule.holds(value), rule.expected)
+
+
+def either(word: str, rule: Rule) -> Rule:
+    """The value `word`, or one that fits `rule`."""
+    return Rule(lambda value: value == word or rule.holds(value), f"{rule.expected}, or {word}")
 
 
 def each(rule: Rule, nargs: int | str = "+") -> Rule:

@@ -35,7 +35,7 @@ from pretrain.runtime.optim import (
 )
 from pretrain.runtime.sharding import OptimizerState, RandomState, whole, whole_weights
 from pretrain.runtime.stop import StopFlag
-from pretrain.schema import integer, misfit
+from pretrain.schema import AUTO, integer, misfit
 from pretrain.signals import Interrupted
 
 FINISHED = "finished"  # the state of a run with no steps left
@@ -108,12 +108,16 @@ class TrainState:
     best_scores: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     evaluations_without_gain: int = 0
+    rises: int = 0  # evaluations in a row with worse scores than the one before
 
     def record(self, step: int, scores: dict[str, float], run: Run) -> bool:
         """Record an evaluation. Returns whether its scores are the best so far."""
-        self.evaluated_at, self.evaluated_in, self.scores = step, run.phase_at(step), scores
+        before, self.scores = self.scores, scores
+        self.evaluated_at, self.evaluated_in = step, run.phase_at(step)
         if not scores or not run.is_comparable(step):
             return False
+        is_worse = run.sort_key(scores) < run.sort_key(before)
+        self.rises = self.rises + 1 if is_worse else 0
         if run.sort_key(scores) <= run.sort_key(self.best_scores):
             self.evaluations_without_gain += 1
             return False
@@ -122,9 +126,14 @@ class TrainState:
 
     def is_finished(self, run: Run) -> bool:
         """Whether the last step, or the one where --patience ran out, is done and evaluated."""
-        out_of_patience = 0 < run.config.patience <= self.evaluations_without_gain
-        is_last = self.step >= run.total_steps or out_of_patience
+        is_last = self.step >= run.total_steps or self.is_out_of_patience(run)
         return is_last and self.evaluated_at == self.step
+
+    def is_out_of_patience(self, run: Run) -> bool:
+        """Whether --patience ran out; "auto": whether the model clearly overfits."""
+        if run.config.patience != AUTO:
+            return 0 < run.config.patience <= self.evaluations_without_gain
+        return self.evaluations_without_gain > 0 and run.has_turned(self)
 
     def state_dict(self) -> dict:
         return asdict(self)
@@ -138,6 +147,7 @@ class TrainState:
             "step": integer(),
             "best_step": integer(),
             "evaluations_without_gain": integer(),
+            "rises": integer(),
             "evaluated_at": integer(-1),
             "evaluated_in": integer(0, len(run.phase_ends) - 1),
             "scores": run.scores_form,
@@ -252,7 +262,7 @@ def restore(run: Run, state: TrainState, parts: dict) -> None:
         problem = f"does not fit the model and the options ({first_line(error)})"
         raise UserError(f"{run.checkpoint}: {problem}") from error
     if run.is_extended:
-        state.evaluations_without_gain = 0
+        state.evaluations_without_gain = state.rises = 0
     is_wanted = state.best_scores and run.world.is_main
     damage = gather(run.best_problem(state.best_step) if is_wanted else None)[0]
     if damage and state.is_finished(run):

@@ -174,8 +174,8 @@ def resume(output: Path, *options) -> Path:
     return pretrain_into(output, "--resume", *options)
 
 
-SHORT_RUN = """--model tiny --batch-size 16 --learning-rate 1e-3 --precision fp32 --max-steps 10
---save-every 2 --eval-every 4 --log-every 3 --keep 9 --eval-tokens 600"""
+SHORT_RUN = """--model tiny --recipe classic --batch-size 16 --learning-rate 1e-3 --precision fp32
+--max-steps 10 --save-every 2 --eval-every 4 --log-every 3 --keep 9 --eval-tokens 600"""
 
 
 def ten_steps(text_file, cache, micro_batch_size) -> list[str]:

@@ -16,7 +16,7 @@ from conftest import SIZES, refusal
 
 from pretrain.cli import parse
 from pretrain.data.loader import DataPosition
-from scripts.benchmark import checks, clock, command, data, limits, report, start, steps
+from scripts.benchmark import checks, clock, command, data, limits, quality, report, start, steps
 from scripts.benchmark.peer import describe
 from scripts.benchmark.processes import Process, ProcessError, send_rows
 from scripts.benchmark.rows import blocks, same_examples
@@ -164,6 +164,88 @@ def test_a_report_is_printed(capsys):
     report.print_report(found, brief=True)
     printed = capsys.readouterr().out
     assert "peer: no memory" in printed and "gemm" not in printed
+
+
+def test_quality_compares_both_sides_on_the_same_masks(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "MAX_STEPS", 20)
+    ours_gets = quality.our_options
+    short = {"max_steps": 20}
+    monkeypatch.setattr(quality, "our_options", lambda *values: ours_gets(*values) | short)
+    given = [*arguments, "--old-rates", "1e-5", "1e-2", "--minutes", "60"]
+    bench, found = command.Bench(parse(given, command.BenchmarkOptions, ""), tmp_path, "cpu"), {}
+    for values in quality.measure_quality(bench):
+        found.update(values)
+    Process.stop_all()
+    assert found["failed"] == {} and found["rows"] == sorted(found["rows"], key=rank)
+    ours, slow, fast = ([row for row in found["rows"] if rank(row) == n] for n in range(3))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    scores = {row["step"]: row.get("eval/perplexity") for row in map(json.loads, lines)}
+    assert [point["step"] for point in ours] == [10, 20]
+    for point in ours:
+        assert point["perplexity"] == pytest.approx(scores[point["step"]])
+    for points in (slow, fast):
+        assert [point["step"] for point in points] == list(range(2, 21, 2))
+        assert {point["num_steps"] for point in points} == {20}
+    best = fast[-1]["perplexity"]
+    assert best < slow[-1]["perplexity"] and best < fast[0]["perplexity"]
+    assert found["last_perplexity"] == {"ours": ours[-1]["perplexity"], "peer": best}
+    assert f"({best:,.1f})" in found["result"] and found["unigram_perplexity"] > 1
+
+    referee = quality.Referee(bench.run_options(valid_fraction=0.05))
+    for folder, points in (("run/final", ours), ("old-0.01", fast)):
+        score = referee.score(tmp_path / folder)["perplexity"]
+        assert score == pytest.approx(points[-1]["perplexity"], rel=1e-3)
+    phase, peer = referee.run.phases[0], referee.old_recipe()
+    positions = phase.dataset.positions(DataPosition(0, 0, 0), end_epoch=1)
+    assert len(peer.rows) == sum(len(phase.dataset[place].plan.label) for place in positions)
+    assert peer.masks == {"mlm_probability": 0.15} and "learning_rate" not in peer.arguments
+
+
+def rank(point):
+    return ["ours", "old recipe at 1e-05", "old recipe at 0.01"].index(point["side"])
+
+
+def test_quality_ends_if_our_run_fails(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "our_options", lambda *_: {"model": "nowhere"})
+    capsys.readouterr()
+    command.main([*arguments, "--parts", "quality"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["quality"]
+    assert found["failed"].keys() == {"ours"} and "rows" not in found
+    assert "--model nowhere" in found["ours"]["log"]
+
+
+def test_pretrain_gets_only_what_the_benchmark_was_given(arguments, text_file, cache):
+    given = [*arguments, "--mask-rate", "0.2", "--batch-size", "8"]
+    options = parse(given, command.BenchmarkOptions, "")
+    found = quality.our_options(options, Path("run"))
+    expected = {"model": "tiny", "max_length": 32, "vocab_size": 120, "mask_rate": (0.2,)}
+    expected |= {"device": "cpu", "train": (str(text_file),), "cache": str(cache)}
+    expected |= {"max_minutes": 7.5, "output": "run", "keep": quality.MAX_STEPS}
+    expected["config_override"] = tuple(SIZES[1:])
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "minutes", "result"),
+    [
+        ([600, 500, 300], 2, "(500.0) after 2 minutes: 5 times less"),
+        ([600, 550, 499], 3, "(500.0) after 3 minutes: 3.33 times less"),
+        ([600], None, "does not reach"),
+    ],
+)
+def test_ours_is_compared_with_the_best_old_run(perplexities, minutes, result):
+    ours = [
+        {"side": "ours", "minutes": step, "step": step, "perplexity": perplexity}
+        for step, perplexity in enumerate(perplexities, start=1)
+    ]
+    old_runs = [
+        [{"minutes": 9, "perplexity": 700}],
+        [{"minutes": 5, "perplexity": 400}, {"minutes": 10, "perplexity": 500}],
+    ]
+    found = quality.compare(ours, [*old_runs, []])
+    assert result in found["result"] and len(found["rows"]) == len(ours) + 3
+    assert found.get("minutes_to_its_last", {"ours": None})["ours"] == minutes
+    assert "result" not in quality.compare([], old_runs) | quality.compare(ours, [[]])
 
 
 class HungryRows(list):

@@ -10,11 +10,14 @@ import re
 import shutil
 import signal
 import sys
+from importlib import import_module
 
 import pytest
+import torch
 from conftest import ROOT, SIZES, assert_same_run, in_processes, rows
-from transformers import AutoModelForMaskedLM, ElectraConfig, ElectraForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, ElectraConfig, ElectraForMaskedLM
 
+from pretrain.batch import IGNORED
 from pretrain.runtime.checkpoint import read_states
 
 SKIPPED, KILLED, LAST = 3, 6, 8  # steps
@@ -22,6 +25,7 @@ SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## Change it\n
 EDITS = dict(
     re.findall(r"### ([^\n]+)\n[^#]*?```diff\n(.*?)```", SECTION.split("\n## ")[0], re.DOTALL)
 )
+MASKINGS = {"A mask strategy": "pair", "A curriculum of masks": "growing"}
 EDITS["Frozen weights"] = EDITS["Frozen weights"].replace("step >= 100", f"step >= {KILLED - 1}")
 
 
@@ -40,8 +44,8 @@ def apply(diff, folder):
         path.write_text(text, encoding="utf-8")
 
 
-def edited(folder, kill_at):
-    """main() of pretrain.py under `folder`, for a separate process: gradients of step SKIPPED are
+def edited(folder, kill_at, command="pretrain"):
+    """main() of a command under `folder`, for a separate process: gradients of step SKIPPED are
     not finite, and the process is killed after `kill_at` steps (0: never)."""
 
     def main(argv):
@@ -49,7 +53,6 @@ def edited(folder, kill_at):
             del sys.modules[name]
         sys.path.insert(0, str(folder))
         from pretrain import train
-        from pretrain.commands import pretrain as command
         from pretrain.data.loader import TrainData
 
         assert train.__file__.startswith(str(folder))
@@ -72,7 +75,7 @@ def edited(folder, kill_at):
             return train_step(lose if steps[-1] == SKIPPED else model, batches, *more)
 
         TrainData.__next__, train.train_step = next_or_end, poisoned
-        return command.main(argv)
+        return import_module(f"pretrain.commands.{command}").main(argv)
 
     return main
 
@@ -99,8 +102,10 @@ def test_an_edit_of_the_readme_trains_and_resumes(title, corpus, tmp_path, tiny_
         argv += electra(tmp_path / "electra", tiny_tokenizer)
     else:
         argv += ["--model", "tiny", *SIZES]
-    if title == "A mask strategy":
-        argv += ["--masking", "pair"]
+    if title in ("Another optimizer", "Layer-wise learning rates"):
+        argv += ["--optimizer", "adamw"]
+    if title in MASKINGS:
+        argv += ["--masking", MASKINGS[title]]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ends = []
     for kill_at, more in (
@@ -162,6 +167,23 @@ def masks_pairs(run, training):
     assert json.loads((run / "config.json").read_text())["masking"] == "pair"
 
 
+def masks_more_pieces_later(run, training):
+    """The weight follows the steps, also after a resume, and changes what is masked."""
+    for row in training:
+        weight = 1 + 3 * (row["step"] - 1) / (LAST - 1)
+        assert row["optim/piece_weight"] == pytest.approx(weight)
+    tokenizer, shares = AutoTokenizer.from_pretrained(run / "final"), []
+    for progress in (0, 1):
+        argv = ["--config", run / "config.json", "--position", 0, 0, 0, progress]
+        argv += ["--examples", 0, "--save", run / "shown.pt"]
+        ends = in_processes(run, edited(run.parent, 0, "show_masks"), argv)
+        assert ends[0][0] == 0, ends
+        labels = torch.cat([batch["labels"]["mlm"] for batch in torch.load(run / "shown.pt")])
+        tokens = tokenizer.convert_ids_to_tokens(labels[labels != IGNORED].tolist())
+        shares.append(sum(token.startswith("##") for token in tokens) / len(tokens))
+    assert shares[1] > 1.3 * shares[0] > 0, shares
+
+
 def opens_as_electra(run, training):
     model, info = AutoModelForMaskedLM.from_pretrained(run / "final", output_loading_info=True)
     assert type(model) is ElectraForMaskedLM and not info["missing_keys"]
@@ -175,6 +197,7 @@ CHECKS = {
     "Frozen weights": was_frozen_at_first,
     "A logged number": logs_a_norm,
     "A mask strategy": masks_pairs,
+    "A curriculum of masks": masks_more_pieces_later,
     "Another encoder": opens_as_electra,
 }
 

@@ -529,7 +529,7 @@ def test_a_non_finite_step_keeps_its_number_and_its_data(
     changes = ["--optimizer", optimizer, "--save-every", 1, "--max-steps", 4]
     fault = {"fault": nan_losses(3), "victim": count - 1}
     messages = start(output, options, changes, more, count=count, **fault)
-    assert "step 3, data position 0 0 8: " in messages[0]
+    assert f"step 3, data position 0 0 8 {2 / 3}: " in messages[0]
     assert json.loads((output / "summary.json").read_text())["skipped_steps"] == 1
     assert [row["step"] for row in rows(output)] == [0, 1, 3, 4]
     folders = [output / f"checkpoint-{step}" for step in (2, 3, 4)]
@@ -607,10 +607,10 @@ def limited(*given):
     resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), -1))
     has_room = fits(*given)
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-    build.micro_batch_fits = fits
+    build.trial_seconds = fits
     return has_room
 
-fits, build.micro_batch_fits = build.micro_batch_fits, limited
+fits, build.trial_seconds = build.trial_seconds, limited
 main(sys.argv[1:])
 """
 

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, script
 
 from pretrain import cli, config
+from pretrain.schema import AUTO
 
 LEVELS = (  # from top to bottom: a module imports from its own level or from below
     ("commands",),
@@ -22,7 +23,7 @@ LEVELS = (  # from top to bottom: a module imports from its own level or from be
     ("finetune", "demo"),
     ("train", "build"),
     ("run",),
-    ("corpora", "inputs", "plan", "resume"),
+    ("corpora", "inputs", "plan", "recipe", "resume"),
     ("evaluate",),
     ("metrics",),
     ("cli", "plots", "preflight"),
@@ -235,6 +236,7 @@ def test_no_option_means_two_things():
         hints = typing.get_type_hints(options)
         for entry in dataclasses.fields(options):
             kind = str(hints[entry.name]).removesuffix(" | None").removeprefix("<class ")
+            kind = kind.removesuffix(" | str") if entry.default == AUTO else kind
             types.setdefault(entry.name, set()).add(kind.strip("'>"))
             for group in options.__mro__[1:-1]:
                 original = group.__dataclass_fields__.get(entry.name, entry)
@@ -247,7 +249,7 @@ def test_a_default_fits_its_bounds():
     for options in option_classes().values():
         for entry in dataclasses.fields(options):
             form, default = entry.metadata["form"], entry.default
-            assert form is None or default in (None, ()) or form.holds(default), entry.name
+            assert form is None or default in (None, (), AUTO) or form.holds(default), entry.name
 
 
 HELP = """

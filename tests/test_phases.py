@@ -196,15 +196,15 @@ def test_patience_and_best_use_the_last_phase(of_one_length, output, lengths):
 def test_memory_is_tried_for_each_phase(arguments, output, monkeypatch):
     tried = []
 
-    def fits(model, batch, context):
+    def fits(model, batch, context, is_sharded):
         tried.append(batch.max_length)
-        return batch.max_length == 32 or batch.num_tokens <= 128
+        return 0.1 if batch.max_length == 32 or batch.num_tokens <= 128 else None
 
-    monkeypatch.setattr(build, "micro_batch_fits", fits)
+    monkeypatch.setattr(build, "trial_seconds", fits)
     run = build.build(config_of(arguments, output))
     assert tried == [32, 80] * 2 and run.micro_batch_size == 4
     # None fits; and 2 x 32 tokens have no room for a sequence of 128.
-    monkeypatch.setattr(build, "micro_batch_fits", lambda *more: False)
+    monkeypatch.setattr(build, "trial_seconds", lambda *more: None)
     config = config_of([*arguments, "--phases", "32:0.5", "128:0.5"], output)
     with pytest.raises(UserError, match=r"^--micro-batch-size 4: .*\(--phases\)"):
         build.build(config)
@@ -240,10 +240,8 @@ def test_show_masks_repeats_the_data_of_a_step(
 def test_the_embedded_text_takes_phases(tmp_path, output, documents, monkeypatch):
     text = write_documents(tmp_path / "text.txt", documents)
     monkeypatch.setattr("pretrain.demo.write_text", lambda cache: text)
-    monkeypatch.setattr("pretrain.demo.MIN_STEPS", 2)
-    monkeypatch.setattr("pretrain.demo.MAX_STEPS", 2)
-    more = f"--vocab-size 120 --phases 32:0.5 48:0.5 --log-every 1 --cache {tmp_path}/cache"
-    pretrain_into(output, more)
+    more = "--max-steps 2 --vocab-size 120 --phases 32:0.5 48:0.5 --log-every 1 --cache"
+    pretrain_into(output, more, [tmp_path / "cache"])
     assert [row.get("train/max_length") for row in rows(output)] == [None, 32, 48]
 
 

@@ -243,8 +243,8 @@ def test_a_text_that_was_edited_is_reported_and_the_run_keeps_its_corpus(
     text = shutil.copy(text_file, tmp_path / "text.txt")
     for folder in RUNS:
         steps = 4 if folder == "whole" else 2
-        more = ["--train", text, "--schedule", "constant", "--max-steps", steps]
-        pretrain_into(tmp_path / folder, arguments, more)
+        more = f"--recipe classic --schedule constant --max-steps {steps}"
+        pretrain_into(tmp_path / folder, arguments, ["--train", text], more)
     with open(text, "a") as file:
         file.write("\nOne more sentence .\n")
     capsys.readouterr()
@@ -450,12 +450,16 @@ def test_training_documents_in_the_validation_text_are_counted(
 
 def test_embedded_default(output, tmp_path, capsys, monkeypatch):
     """Without options, it uses the embedded text, fits the machine, and fills masks at the end."""
-    for name, value in (("MIN_STEPS", 2), ("MAX_STEPS", 2), ("MAX_MODULE_BYTES", 4000)):
+    for name, value in (
+        ("TRAINING_SECONDS", 1e-3),
+        ("MIN_EPOCHS", 1e-3),
+        ("MAX_MODULE_BYTES", 4000),
+    ):
         monkeypatch.setattr(f"pretrain.demo.{name}", value)
     pretrain_into(output, "--vocab-size 500 --eval-tokens 5000 --cache", [tmp_path])
     told = capsys.readouterr().out
     assert "a step takes" in told and "filled by the model" in told and "[MASK]" in told
-    assert summary_of(output)["steps"] == 2
+    assert summary_of(output)["steps"] == 1
 
 
 def test_evaluate_gives_the_numbers_of_the_run(finished, text_file, cache, capsys):
@@ -832,7 +836,7 @@ def test_a_batch_that_no_good_micro_batch_divides_is_reported(capsys):
     plan.default_micro_batch_size(Config(batch_size=36), cpu, World())
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match="^--batch-size 7: .* 4$"):
-        plan.default_micro_batch_size(Config(batch_size=7), cpu, World(0, 4))
+        plan.check_sizes(Config(batch_size=7), {}, World(0, 4))
 
 
 @pytest.mark.parametrize(
@@ -853,7 +857,7 @@ def test_a_batch_that_no_good_micro_batch_divides_is_reported(capsys):
 def test_what_has_no_effect_is_reported(
     more, total_steps, processes, has_validation, expected, capsys
 ):
-    config = parse(more.split(), Config, "")
+    config = parse(f"--warmup 0.06 {more}".split(), Config, "")
     plan.report_ineffective(config, total_steps, World(0, processes), has_validation)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0].split()[0] for line in lines] == expected

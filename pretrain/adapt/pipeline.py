@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 from pretrain import build as pretraining
+from pretrain import recipe
 from pretrain.adapt import domain
 from pretrain.adapt.checks import TRAINED_ON, Experiment, naming
 from pretrain.adapt.dedup import write_cleaned
@@ -26,11 +27,11 @@ from pretrain.model.loading import from_checkpoint
 from pretrain.model.packed import PackedModel
 from pretrain.run import PretrainingRun, print_plan
 from pretrain.runtime.checkpoint import checkpoints
-from pretrain.runtime.optim import autocast
+from pretrain.runtime.optim import autocast, warmup_steps
 from pretrain.train import train
 
 # How the files written by `clean` are read, whatever the options for the original text.
-CLEANED = {"format": "jsonl", "encoding": UTF8, "max_documents": 0}
+CLEANED = {"format": "jsonl", "encoding": UTF8, "max_documents": 0, "patience": 0}
 CLEANED |= dict.fromkeys(("text_field", "entity_field", "split_sentences"))
 COMPARED_WORDS = 10_000
 
@@ -60,8 +61,9 @@ def run_experiment(experiment: Experiment) -> dict:
     facts["overlap"] = part("overlap", compare)
     facts["pretraining"] = {"adapted": part("pretrain-adapted", pretrain, "adapted")}
     if "control" in encoders:
-        steps = facts["pretraining"]["adapted"]["steps"]
-        facts["pretraining"]["control"] = part("pretrain-control", pretrain, "control", steps)
+        same = facts["pretraining"]["adapted"]["recipe"]
+        same["max_steps"] = facts["pretraining"]["adapted"]["steps"]
+        facts["pretraining"]["control"] = part("pretrain-control", pretrain, "control", same)
     facts["perplexity"] = part("perplexity", measure_perplexity)
     for budget, seed, name in runs:
         run = f"finetune-{name}-{budget}-{seed}"
@@ -115,18 +117,22 @@ def _run_of(experiment: Experiment, name: str, **changes: object) -> Pretraining
         return pretraining.build(config)
 
 
-def pretrain(experiment: Experiment, name: str, steps: int = 0) -> dict:
-    """Pretrain on a text, for `steps` if given; returns the summary of the run."""
+def pretrain(experiment: Experiment, name: str, same: dict | None = None) -> dict:
+    """Pretrain on a text, with options that are the `same` as before; returns the summary."""
+    changes = {
+        option: tuple(value) if isinstance(value, list) else value
+        for option, value in (same or {}).items()
+    }
     if name == "adapted" and "control" in experiment.texts:
         _run_of(experiment, "control")  # to check its text before hours are spent
-    run = _run_of(experiment, name, max_steps=steps or experiment.pretraining.max_steps)
+    run = _run_of(experiment, name, **changes)
     run.open_output()
     print_plan(run)
-    warmup = run.config.warmup
     return train(run) | {
-        "command": as_command("pretrain", replace(run.config, resume=False, output=None)),
+        "command": as_command("pretrain", replace(run.asked, resume=False, output=None)),
+        "recipe": recipe.values_of(run.config),
         "device": f"{run.device}, {run.precision}",
-        "warmup_steps": round(warmup * run.total_steps) if warmup < 1 else int(warmup),
+        "warmup_steps": warmup_steps(run.config.warmup, run.total_steps),
     }
 
 

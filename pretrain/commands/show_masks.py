@@ -28,13 +28,13 @@ KINDS = {  # what the model reads for a masked token -> terminal color, name
 
 
 def _is_position(numbers: tuple[float, ...]) -> bool:
-    place, rates = numbers[:3], numbers[3:]
+    place, progress = numbers[:3], numbers[3:]
     is_place = len(place) == 3 and all(number % 1 == 0 and number < 2**31 for number in place)
-    return is_place and min(numbers) >= 0 and len(rates) < 2 and max(rates, default=0) <= 1
+    return is_place and min(numbers) >= 0 and len(progress) < 2 and max(progress, default=0) <= 1
 
 
 POSITION = Rule(
-    _is_position, "epoch, place, micro-batch and, under a schedule, mask rate", metavar="NUMBER"
+    _is_position, "epoch, place, micro-batch and, if any, share of the run done", metavar="NUMBER"
 )
 
 
@@ -78,16 +78,16 @@ def main(argv: Sequence[str]) -> None:
     in_color = options.color == "on"
     if options.color == "auto":
         in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    start, end_epoch = DataPosition(0, 0, 0, options.mask_rate[0]), 1
+    start, end_epoch = DataPosition(0, 0, 0), 1
     if options.position:
-        place, mask_rate = map(int, options.position[:3]), options.position[3:]
-        start, end_epoch = DataPosition(*place, *(mask_rate or options.mask_rate[:1])), None
+        place, progress = map(int, options.position[:3]), options.position[3:]
+        start, end_epoch = DataPosition(*place, *progress), None
         _check_position(options, dataset, start)
     counts, saved, left = Counter(), [], options.examples
     for position in islice(dataset.positions(start, end_epoch), options.sampled):
-        examples = dataset[position._replace(mask_rate=start.mask_rate)]
+        examples = dataset[position._replace(progress=start.progress)]
         packed, batch = pack(examples, collator.vocabulary), collator(examples)
-        kinds = kinds_of(packed, batch, collator, start.mask_rate)
+        kinds = kinds_of(packed, batch, collator)
         counts.update(count(packed, kinds), shortfall=batch.shortfall)
         for number in range(min(left, batch.num_sequences)):
             print_example(tokenizer, packed, batch, kinds, number, in_color)
@@ -136,13 +136,13 @@ def open_data(options: ShowMasksOptions) -> tuple:
     return dataset, collator, tokenizer
 
 
-def kinds_of(packed, batch, collator, mask_rate: float) -> np.ndarray:
+def kinds_of(packed, batch, collator) -> np.ndarray:
     """str [T]: the kind of each masked token (see KINDS), "" for all others."""
     from pretrain.data.masking import draw_masks, similar_ids
 
-    budget = collator.task.budget(packed.count(packed.maskable), mask_rate)
-    masked, leader = draw_masks(packed, budget, collator.masking)
-    table = collator.masking.similar
+    masking = collator.masking
+    masked, leader = draw_masks(packed, masking.budget(packed), masking)
+    table = masking.similar
     old, new = packed.ids[masked], batch.input_ids.numpy()[masked]
     similar = similar_ids(packed, masked, leader, table) if table else -1
     cases = [new == collator.vocabulary.mask_id, new == old, new == similar]

@@ -22,12 +22,12 @@ class Examples:
 
     shard: Shard
     plan: Plan
-    mask_rate: float | None = None  # None: the task's
+    progress: float = 0.0  # of the run, 0 to 1
 
 
 def pack(examples: Examples, vocabulary: Vocabulary) -> Packed:
     """[CLS] A [SEP], or [CLS] A [SEP] B [SEP], of each example."""
-    plan, shard = examples.plan, examples.shard
+    plan, shard, progress = examples.plan, examples.shard, examples.progress
     lengths = plan.lengths
     sequence, position_ids = count_up(lengths)
     token_type_ids = (position_ids > plan.a_length[sequence] + 1).astype(np.int64)
@@ -49,7 +49,9 @@ def pack(examples: Examples, vocabulary: Vocabulary) -> Packed:
     flags[begins] = WORD_START | (flags[begins] - inside) | (inside >> 1)
     maskable = ~vocabulary.is_special[ids]
     keys = derive(derive(plan.keys, MASKS)[sequence], position_ids)
-    return Packed(ids, flags, maskable, sequence, position_ids, token_type_ids, keys, lengths)
+    return Packed(
+        ids, flags, maskable, sequence, position_ids, token_type_ids, keys, lengths, progress
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Collator:
     def __call__(self, examples: Examples) -> Batch:
         """The Batch of `examples`."""
         packed = pack(examples, self.vocabulary)
-        budget = self.task.budget(packed.count(packed.maskable), examples.mask_rate)
+        budget = self.masking.budget(packed)
         masked, leader = draw_masks(packed, budget, self.masking)
         missed = budget - packed.count(masked) if self.masking.fills_budget else 0
         by_mask, by_sequence = self.labels(examples, packed, masked)

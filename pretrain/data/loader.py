@@ -1,13 +1,14 @@
 """The Dataset (data position -> examples of a micro-batch), and the iterator over optimizer steps,
-which owns the step, position, phase and mask rate of the data.
+which owns the step, position and phase of the data.
 
-A micro-batch is a pure function of its position. So a checkpoint saves three numbers, and 1, 2 or 8
-processes, with or without workers, train on the same batches.
+A micro-batch is a pure function of its position. So a checkpoint saves three numbers (the progress
+follows from its step), and 1, 2 or 8 processes, with or without workers, train on the same batches.
 """
 
+import math
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -37,10 +38,10 @@ class DataPosition(NamedTuple):
     epoch: int
     place: int
     micro_batch: int
-    mask_rate: float | None = None  # under a schedule; does not affect the text
+    progress: float = 0.0  # share of the run that is done, 0 to 1; only masks may depend on it
 
     def __str__(self) -> str:  # the form that show_masks.py takes
-        return " ".join(str(number) for number in self if number is not None)
+        return " ".join(map(str, self))
 
 
 class PretrainingDataset(Dataset):
@@ -73,7 +74,7 @@ class PretrainingDataset(Dataset):
         plan = self.plan(position.epoch, position.place)
         shard = self.source.shard(self.shard_at(position.epoch, position.place))
         first, last = plan.bounds[position.micro_batch : position.micro_batch + 2]
-        return Examples(shard, plan.take(slice(first, last)), position.mask_rate)
+        return Examples(shard, plan.take(slice(first, last)), position.progress)
 
     def fullest(self) -> DataPosition:
         """The micro-batch with the most tokens, in the first shard that has any."""
@@ -99,6 +100,11 @@ class PretrainingDataset(Dataset):
         return next(islice(self.positions(position), count, None))
 
 
+def progress_at(step: int, total_steps: float) -> float:
+    """Share of a run that is done: 0 at its first step, which is step 0, and 1 at its last."""
+    return min(1.0, step / max(1, total_steps - 1))
+
+
 @lru_cache(maxsize=4)  # each micro-batch asks, and a large corpus has 50,000 shards
 def _shard_order(seed: int, epoch: int, num_shards: int) -> np.ndarray:
     keys = derive(key(seed, epoch, SHARD_ORDER), np.arange(num_shards))
@@ -116,7 +122,7 @@ class TrainData(Iterator[list[Batch]]):
     micro_batches: int  # in a step, over all processes
     rank: int = 0
     world_size: int = 1
-    mask_rate: Callable[[int], float | None] = lambda step: None  # from step 0; None: the task's
+    total_steps: float = math.inf  # of the run; without an end, progress stays at 0
     workers: int = 0
     pin_memory: bool = False
 
@@ -134,7 +140,7 @@ class TrainData(Iterator[list[Batch]]):
         self.step = state["step"]  # steps handed out
         self.phase = state["phase"]  # of the last of them
         self._next = DataPosition(*state["position"])  # of the next step's first micro-batch
-        self.position = self._next  # of the last step's, with its mask rate
+        self.position = self._next  # of the last step's
         self._loader: Iterator[Batch] | None = None
 
     def __next__(self) -> list[Batch]:
@@ -147,18 +153,17 @@ class TrainData(Iterator[list[Batch]]):
             batches = list(islice(self._loader, self.micro_batches // self.world_size))
         except UserError as error:  # from a worker: the message follows a traceback
             raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
-        self.position = self._next._replace(mask_rate=self.mask_rate(self.step))
+        self.position = self._next._replace(progress=progress_at(self.step, self.total_steps))
         self._next = self.phases[phase][0].advance(self._next, self.micro_batches)
         self.step += 1
         return batches
 
     def logged(self) -> dict[str, float]:
         """Numbers to log for the last step."""
-        numbers = {}
-        if self.position.mask_rate is not None:
-            numbers["optim/mask_rate"] = self.position.mask_rate
+        dataset, collator = self.phases[self.phase]
+        numbers = collator.masking.logged(self.position.progress)
         if len(self.phases) > 1:
-            numbers["train/max_length"] = self.phases[self.phase][0].task.max_length
+            numbers["train/max_length"] = dataset.task.max_length
         return numbers
 
     def _begin_phase(self, phase: int) -> None:
@@ -171,17 +176,18 @@ class TrainData(Iterator[list[Batch]]):
         self._next = dataset.advance(whole, 0)  # of the next epoch if that was the last shard
         if self.rank == 0:
             length = dataset.task.max_length
-            change = f"from here on, sequences of {length} tokens; data position {self._next}"
+            position = self._next._replace(progress=progress_at(self.step, self.total_steps))
+            change = f"from here on, sequences of {length} tokens; data position {position}"
             tqdm.write(f"step {self.step + 1:,}: {change}", file=sys.stderr)
 
     def _open(self) -> Iterator[Batch]:
         """Batches of this process from the next step on. They hold no reference to this object, so
         the workers end when it is deleted."""
         dataset, collator = self.phases[self.phase]
-        step, micro_batches, mask_rate = self.step, self.micro_batches, self.mask_rate
+        step, total_steps, micro_batches = self.step, self.total_steps, self.micro_batches
         numbered = enumerate(dataset.positions(self._next))
         positions = (
-            position._replace(mask_rate=mask_rate(step + number // micro_batches))
+            position._replace(progress=progress_at(step + number // micro_batches, total_steps))
             for number, position in islice(numbered, self.rank, None, self.world_size)
         )
         options = {}

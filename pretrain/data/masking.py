@@ -1,11 +1,13 @@
 """Masks: one draw for all strategies.
 
-A strategy cuts the text into units; units get random keys and are taken in key order within the
+A strategy cuts the text into units; they are taken in random order (or one of its own) within the
 budget of their sequence. A unit that does not fit is skipped, and smaller ones fill the rest. A
 masked token becomes [MASK] (or a similar word), becomes a random ordinary token, or stays. This is
 drawn per token as in BERT (Devlin et al. 2019), but once per span (Joshi et al. 2020), entity, or
 similar word (MacBERT, Cui et al. 2020).
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -14,7 +16,7 @@ import numpy as np
 
 from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START
 from pretrain.data.hash_rng import derive, integers, uniform
-from pretrain.data.pairs import count_up
+from pretrain.data.pairs import count_up, mask_budget
 from pretrain.data.tokenizer import Vocabulary
 
 SPAN_SHARE, MAX_SPAN = 0.2, 10  # geometric distribution of words per span: the mean is 3.8
@@ -38,7 +40,7 @@ class SimilarWords:
 
 @dataclass(frozen=True)
 class Masking:
-    """Options of the draw, with the names they have on the command line."""
+    """Options of the draw: a field takes the value of the option with its name, if there is one."""
 
     masking: str = "token"
     mask_split: tuple[float, ...] = (0.8, 0.1, 0.1)
@@ -46,6 +48,21 @@ class Masking:
     entity_budget: float = 0.2
     entity_fill: str = "word"
     similar: SimilarWords | None = None
+    mask_rate: tuple[float, ...] = (0.15,)  # at the first step of the run, and at the last
+
+    def budget(self, packed: Packed) -> np.ndarray:
+        """int64 [N]: how many tokens of each sequence to mask."""
+        return mask_budget(packed.count(packed.maskable), self.rate(packed.progress))
+
+    def rate(self, progress: float) -> float:
+        """The share to mask after that share of the run."""
+        first, last = self.mask_rate[0], self.mask_rate[-1]
+        return first + (last - first) * progress
+
+    def logged(self, progress: float) -> dict[str, float]:
+        """Numbers to log that change over the run."""
+        is_constant = self.mask_rate[0] == self.mask_rate[-1]
+        return {} if is_constant else {"optim/mask_rate": self.rate(progress)}
 
     @property
     def fills_budget(self) -> bool:
@@ -65,6 +82,7 @@ class Packed:
     token_type_ids: np.ndarray  # int64 [T]
     keys: np.ndarray  # uint64 [T]: for each token's random numbers
     lengths: np.ndarray  # int64 [N]
+    progress: float = 0.0  # share of the run that is done, 0 to 1
 
     @property
     def words(self) -> np.ndarray:  # bool [T]: where words begin
@@ -92,7 +110,9 @@ class Units:
     shared_draws: np.ndarray | None = None
     eligible: np.ndarray | bool = True  # bool [T]: tokens that may be taken
     budget: np.ndarray | None = None  # int64 [N]; None: the rest of the sequence's budget
-    late: np.ndarray | None = None  # bool [T]: units that start there come after the others
+    # uint64 [T]: units are taken in the order of their first tokens' numbers, of which the upper 40
+    # bits count; None: in random order.
+    order: np.ndarray | None = None
 
 
 # A strategy returns the units of each pass in turn; the last pass fills the budget. A unit must not
@@ -129,7 +149,8 @@ def by_entity(packed: Packed, options: Masking) -> list[Units]:
     if not options.fills_budget:
         return [whole]
     (rest,) = (by_token if options.entity_fill == "token" else by_word)(packed, options)
-    return [whole, replace(rest, late=in_entity)]
+    outside_first = (packed.keys >> np.uint64(1)) | (in_entity.astype(np.uint64) << np.uint64(63))
+    return [whole, replace(rest, order=outside_first)]
 
 
 STRATEGIES = {"token": by_token, "word": by_word, "span": by_span, "entity": by_entity}
@@ -164,16 +185,15 @@ def take(
     packed: Packed, units: Units, free: np.ndarray, budget: np.ndarray, needs_one: np.ndarray | bool
 ) -> np.ndarray:
     """int64: the `free` tokens (bool [T]) of the units that one pass takes. In each sequence,
-    for unit in sorted(units, key=first token's key): if unit.size <= budget: take, budget -= size.
+    for unit in sorted(units, key=first token's order): if size <= budget: take, budget -= size.
     Where `needs_one`, bool [N], the smallest unit is taken if all exceed the budget."""
     first = np.flatnonzero(units.starts)
     unit = np.cumsum(units.starts) - 1  # [T]
     sizes = np.bincount(unit[free], minlength=len(first))
     owner = packed.sequence[first]
-    # Sorting sequence number + random fraction is much faster than a lexsort; it keeps 39 key bits.
-    ranks = (owner.astype(np.uint64) << np.uint64(40)) | (packed.keys[first] >> np.uint64(25))
-    if units.late is not None:
-        ranks |= units.late[first].astype(np.uint64) << np.uint64(39)
+    order = packed.keys >> np.uint64(1) if units.order is None else units.order
+    # Sorting sequence number + order is much faster than a lexsort; it keeps 40 bits of the order.
+    ranks = (owner.astype(np.uint64) << np.uint64(40)) | (order[first] >> np.uint64(24))
     gap, taken = np.maximum(budget, 0), np.zeros(len(first), bool)
     candidates = np.flatnonzero((sizes > 0) & (sizes <= gap[owner]))
     candidates = candidates[np.argsort(ranks[candidates], kind="stable")]

@@ -33,9 +33,9 @@ class Task:
     pairs: str | None  # half have a "random" B, or have A and B "swapped"; None: no pairs
     max_length: int
     micro_batch_size: int  # full sequences (of counted_length) in a micro-batch
-    mask_rate: float  # the highest of the run
+    mask_rate: float  # the highest of the run: micro-batches have room for it
     seed: int
-    counted_length: int | None = None  # length of the run's first phase; None: max_length
+    counted_length: int | None = None  # see `config.counted_length`; None: max_length
 
     @property
     def max_tokens(self) -> int:  # of text in [CLS] A [SEP] B [SEP], or in [CLS] A [SEP]
@@ -52,12 +52,6 @@ class Task:
     @property
     def masked_limit(self) -> int:  # of a micro-batch; each full sequence may round up
         return int(self.mask_rate * self.token_limit) + self.slots
-
-    def budget(self, num_maskable: np.ndarray, mask_rate: float | None = None) -> np.ndarray:
-        """int64: how many of the maskable tokens to mask, at the task's rate or a lower one."""
-        rate = self.mask_rate if mask_rate is None else mask_rate
-        rounded = np.maximum(1, np.floor(rate * num_maskable + 0.5))
-        return np.minimum(rounded, num_maskable).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -93,6 +87,12 @@ def make_plan(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -
     # Not in the order of the keys themselves: their bits also decide the labels.
     plan = plan.take(np.argsort(derive(plan.keys, ORDER), kind="stable"))
     return replace(plan, bounds=micro_batch_bounds(plan, task))
+
+
+def mask_budget(num_maskable: np.ndarray, rate: float) -> np.ndarray:
+    """int64: how many of the maskable tokens of each example to mask."""
+    rounded = np.maximum(1, np.floor(rate * num_maskable + 0.5))
+    return np.minimum(rounded, num_maskable).astype(np.int64)
 
 
 def count_up(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +220,8 @@ def _walk(
 def micro_batch_bounds(plan: Plan, task: Task) -> tuple[int, ...]:
     """Bounds of micro-batches: each takes examples in order up to the first of three limits."""
     tokens = np.append(0, np.cumsum(plan.lengths)).tolist()
-    masks = np.append(0, np.cumsum(task.budget(plan.a_length + plan.b_length))).tolist()
+    budget = mask_budget(plan.a_length + plan.b_length, task.mask_rate)
+    masks = np.append(0, np.cumsum(budget)).tolist()
     bounds, total = [0], len(plan.keys)
     while bounds[-1] < total:
         start = bounds[-1]

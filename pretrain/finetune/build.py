@@ -231,6 +231,7 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
         report_ineffective(options, total_steps, world)
     torch.manual_seed(options.seed)  # for dropout, independent of the draws for the head
     run = FinetuningRun(
+        asked=options,
         config=options,
         world=world,
         device=device,

@@ -45,7 +45,7 @@ FACTS_FORM = {
     "eval_tokens": integer(1, 1 << 40),
     "eval_batch_size": integer(1, 1 << 20),
 }
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 STATE_FORMAT_RULE = Rule(
     lambda value: value == STATE_FORMAT,
     f"{STATE_FORMAT} (another version of this program wrote it; start a new run from its model)",

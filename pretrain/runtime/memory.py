@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import time
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,7 @@ from pretrain.batch import Batch
 from pretrain.errors import UserError, first_line
 from pretrain.runtime.distributed import is_lost_peer
 
+MAX_TRIAL_SECONDS = 2.0  # a slower first pass on a CPU is not repeated
 FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # of the host, CUDA, cuBLAS
 
 
@@ -45,29 +47,37 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
 
 
-def micro_batch_fits(model: nn.Module, batch: Batch, context: torch.autocast) -> bool:
-    """Whether forward and backward of `batch` fit in memory next to gradients and two optimizer
-    states per weight, as in AdamW: what a step needs from its second micro-batch on."""
-    was_training, fits = model.training, True
+def trial_seconds(
+    model: nn.Module, batch: Batch, context: torch.autocast, is_sharded: bool = False
+) -> float | None:
+    """Seconds for forward and backward of `batch`; None if they do not fit in memory next to
+    gradients and two optimizer states per weight, as in AdamW: what a step needs from its second
+    micro-batch on."""
+    was_training, seconds = model.training, None
     try:
         model.train()
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         states = [torch.zeros_like(weight) for weight in weights * 2]
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
-        # Twice on a GPU: what cuBLAS allocates in the first backward pass stays allocated.
-        for _ in range(2 if weights[0].is_cuda else 1):
+        # Twice: the first pass is slow, and what cuBLAS allocates in it stays allocated.
+        for _ in range(2):
+            begin = time.perf_counter()
             with context:
                 loss = sum(loss.sum for loss in model(batch).values())
             loss.backward()
+            loss.item()  # waits for a GPU
+            duration = time.perf_counter() - begin
+            if duration > MAX_TRIAL_SECONDS and not loss.is_cuda and not is_sharded:
+                break
+        seconds = duration
         del loss, states
     except (RuntimeError, MemoryError) as error:
         if not is_full(error):
             raise
-        fits = False
     model.train(was_training)
     model.zero_grad(set_to_none=True)
     gc.collect()  # an error may keep tensors alive
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return fits
+    return seconds

@@ -72,19 +72,23 @@ def check_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
+def warmup_steps(warmup: float, total_steps: int) -> int:
+    """Steps of the warm-up, which is a share of the run if below 1, else a number of steps."""
+    return round(warmup * total_steps) if warmup < 1 else int(warmup)
+
+
 def make_schedule(
     schedule: str, peak: float, warmup: float, total_steps: int
 ) -> Callable[[int], float]:
-    """The learning rate by update (1 is the first), above 0 in every step of the run. `warmup` is a
-    share of the run if below 1, else a number of steps."""
-    warmup_steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
+    """The learning rate by update (1 is the first), above 0 in every step of the run."""
+    num_warmup = warmup_steps(warmup, total_steps)
     decay_steps = max(1, round(WSD_DECAY_SHARE * total_steps))
 
     def rate(step: int) -> float:
-        if step <= warmup_steps:
-            return peak * step / warmup_steps
+        if step <= num_warmup:
+            return peak * step / num_warmup
         left = max(0, total_steps + 1 - step)  # 1 in the last step
-        share = left / max(1, total_steps + 1 - max(1, warmup_steps))
+        share = left / max(1, total_steps + 1 - max(1, num_warmup))
         factors = {
             "linear": share,
             "cosine": 0.5 * (1 - math.cos(math.pi * share)),

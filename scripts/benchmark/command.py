@@ -4,8 +4,9 @@ Only real tokens count, never padding. prepare: text to token ids, compared with
 alone. data: plan, pairs, packing and masks. train: whole steps, compared with transformers.Trainer
 on the same pairs. profile: operators or kernels of a step. blocks: MLM alone, compared with Trainer
 on blocks without padding. start: seconds to the first step, from scratch and from a checkpoint.
-largest: the largest micro-batch. numerics: the device compared with fp32 on the CPU. Parts of the
-GPU check (scripts/gpu_check.sh): attention, variants, resume, fp16, use.
+largest: the largest micro-batch. numerics: the device compared with fp32 on the CPU. Only on
+request: quality, the minutes until pretrain.py is as good as Trainer is after --minutes; and parts
+of the GPU check (scripts/gpu_check.sh): attention, variants, resume, fp16, use.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from pretrain.cli import read_command_line
 from pretrain.errors import UserError, check
 from pretrain.files import as_json, write_json
 from pretrain.preflight import validate
-from pretrain.schema import integer, number, option
+from pretrain.schema import each, integer, number, option
 from scripts.benchmark.processes import Command, Process, ProcessError, send_rows
 from scripts.benchmark.report import add_ratios, print_report
 
@@ -35,8 +36,10 @@ PARTS = {  # part -> module, in the order of the runs
     **dict.fromkeys(("train", "profile", "blocks"), "steps"),
     "start": "start",
     **dict.fromkeys(("largest", "numerics"), "limits"),
+    "quality": "quality",
 }
-SPEEDS = tuple(part for part in PARTS if part not in CHECKS)
+SLOW = ("quality",)
+SPEEDS = tuple(part for part in PARTS if part not in CHECKS + SLOW)
 COMPUTING = ("attention", "prepare", "data", "largest", "numerics")  # others start processes
 QUICK = {"model": "mini", "max_length": 128, "batch_size": 16, "micro_batch_size": 16, "steps": 4}
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
@@ -60,9 +63,17 @@ class BenchmarkOptions(
     batch_size: int = option(64, "sequences of max-length in an optimizer step", integer(1))
     micro_batch_size: int = option(32, "sequences per forward pass", integer(1))
     steps: int = option(10, "timed steps of each side; on a GPU, in blocks of 8", integer(1))
-    parts: tuple[str, ...] = option(SPEEDS, "what to measure", choices=SPEEDS + CHECKS)
+    parts: tuple[str, ...] = option(SPEEDS, "what to measure", choices=SPEEDS + SLOW + CHECKS)
     quick: bool = option(False, "small sizes and few steps: two minutes for all parts on two cores")
-    minutes: float = option(7.5, "time limit of the part variants", number(0, above=True))
+    minutes: float = option(
+        7.5, "time limit of the part variants, and of each run of quality", number(0, above=True)
+    )
+    old_rates: tuple[float, ...] = option(
+        (5e-5,),
+        "for quality: learning rates of Trainer, one run each; the best counts",
+        each(number(0, above=True)),
+        metavar="RATE",
+    )
     json: str | None = option(None, "file for the report, updated after each part", metavar="FILE")
 
 
@@ -79,9 +90,11 @@ class Bench:
         return 3 if self.options.quick else 5
 
     def run_options(self, **changed: object) -> dict:
-        """Options of pretrain.py, with the given changes, for a run without validation."""
+        """Options of pretrain.py, with the given changes, for a run without validation. The
+        classic recipe has what the peer has: AdamW, one length, dropout."""
         known = {entry.name for entry in dataclasses.fields(config.Config)}
-        values = dataclasses.asdict(self.options) | {"valid_fraction": 0.0} | changed
+        fixed = {"valid_fraction": 0.0, "recipe": "classic"}
+        values = dataclasses.asdict(self.options) | fixed | changed
         return {name: value for name, value in values.items() if name in known}
 
     def make_run(self):

@@ -13,7 +13,7 @@ from pretrain.build import set_up_model
 from pretrain.data.loader import PretrainingDataset
 from pretrain.model.attention import VARLEN
 from pretrain.model.loading import from_size
-from pretrain.runtime.memory import is_full, micro_batch_fits
+from pretrain.runtime.memory import is_full, trial_seconds
 from pretrain.runtime.optim import autocast
 from pretrain.train import train_step
 from scripts.benchmark.peer import describe
@@ -50,7 +50,8 @@ def largest(fits: Callable[[int], bool], cap: int) -> int:
 def ours_fits(run, size: int) -> bool:
     """Whether a run accepts a micro-batch of `size`, as full as the text can fill it."""
     batch = fullest_batch(run, size, run.phases[0].collator.fill).to(run.device)
-    return micro_batch_fits(run.model, batch, autocast(run.device, run.precision))
+    seconds = trial_seconds(run.model, batch, autocast(run.device, run.precision))
+    return seconds is not None
 
 
 def peer_fits(run, size: int, folder: Path) -> bool:

@@ -21,18 +21,19 @@ def _row(ids: np.ndarray, token_types: np.ndarray, vocabulary: Vocabulary) -> di
     }
 
 
-def same_examples(run, number: int) -> list[dict]:
-    """The first `number` examples of the run, in order."""
+def same_examples(run, number: int | None = None) -> list[dict]:
+    """The first `number` examples of the run, in order (None: those of one epoch)."""
     dataset, vocabulary, rows = run.phases[0].dataset, run.phases[0].collator.vocabulary, []
-    positions = dataset.positions(DataPosition(0, 0, 0))
-    while len(rows) < number:
-        examples = dataset[next(positions)]
+    for position in dataset.positions(DataPosition(0, 0, 0), end_epoch=None if number else 1):
+        examples = dataset[position]
         packed = pack(examples, vocabulary)
         ends = np.cumsum(packed.lengths)[:-1]
         sequences = zip(np.split(packed.ids, ends), np.split(packed.token_type_ids, ends))
         for (ids, token_types), label in zip(sequences, examples.plan.label.tolist()):
             labels = {"next_sentence_label": label} if dataset.task.pairs else {}
             rows.append(_row(ids, token_types, vocabulary) | labels)
+        if number and len(rows) >= number:
+            break
     return rows[:number]
 
 

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity
 from pretrain.build import build
 from pretrain.config import Config
 from pretrain.runtime.distributed import wrap
-from pretrain.runtime.memory import FULL, micro_batch_fits
+from pretrain.runtime.memory import FULL, trial_seconds
 from pretrain.runtime.nan_guard import NanGuard
 from pretrain.runtime.optim import autocast, make_optimizers, peak_flops
 from pretrain.train import train_step
@@ -98,7 +98,7 @@ class Ours:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             batch = run.phases[0].fullest_batch().to(self.device)
-            micro_batch_fits(run.model, batch, self.autocast)
+            trial_seconds(run.model, batch, self.autocast)
             peak = torch.cuda.max_memory_allocated(self.device)
             total = torch.cuda.get_device_properties(self.device).total_memory
             is_tight = (1 + PEER_MEMORY) * peak > 0.9 * total

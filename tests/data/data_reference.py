@@ -86,11 +86,11 @@ def plan_of(shard: Shard, task: Task, epoch: int = 0) -> Plan:
 
 
 def micro_batches(
-    shard: Shard, plan: Plan, collator: Collator, bounds=None, mask_rate=None
+    shard: Shard, plan: Plan, collator: Collator, bounds=None, progress=0.0
 ) -> list[Batch]:
     bounds = bounds or plan.bounds
     return [
-        collator(Examples(shard, plan.take(slice(start, end)), mask_rate))
+        collator(Examples(shard, plan.take(slice(start, end)), progress))
         for start, end in zip(bounds, bounds[1:])
     ]
 

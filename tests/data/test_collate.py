@@ -73,10 +73,13 @@ SHARDS = st.builds(
 TASK = Task("random", 32, 4, 0.15, 0)
 
 
+def collator_of(task: Task, options=Masking(), *filling) -> Collator:
+    """Masks at the rate that the task is planned for."""
+    return Collator(task, VOCABULARY, replace(options, mask_rate=(task.mask_rate,)), *filling)
+
+
 def batches_of(shard: Shard, task: Task, options=Masking(), fill=False, **more) -> list[Batch]:
-    return micro_batches(
-        shard, plan_of(shard, task), Collator(task, VOCABULARY, options, fill), **more
-    )
+    return micro_batches(shard, plan_of(shard, task), collator_of(task, options, fill), **more)
 
 
 def budget_of(text: list[int], rate: float) -> int:
@@ -178,7 +181,7 @@ def test_an_entity_cut_by_a_segment_start_is_a_new_entity():
     columns = (np.full(num, value) for value in (2, 8, 0, 2, 0))
     plan = Plan(*columns, keys=np.arange(num, dtype=np.uint64) + key(3))
     options = Masking("entity", (1.0, 0.0, 0.0), 0.5, 1.0)
-    batch = Collator(Task("swapped", 16, 1, 0.01, 0), VOCABULARY, options)(Examples(shard, plan))
+    batch = collator_of(Task("swapped", 16, 1, 0.01, 0), options)(Examples(shard, plan))
     shown = batch.input_ids.numpy().reshape(num, 13) == MASK
     a, b = shown[:, 1:5], shown[:, 10:12]
     assert np.array_equal(a.all(1), a.any(1)) and np.array_equal(b.all(1), b.any(1))
@@ -202,7 +205,7 @@ def test_masks_do_not_depend_on_the_rest_of_the_micro_batch(shard, task, name, f
     other_plan = plan.take(np.array(data.draw(st.permutations(range(count)))))
     cuts = data.draw(st.sets(st.integers(1, max(1, count - 1)), max_size=6))
     bounds = sorted({0, *cuts, count})
-    collators = [Collator(task, VOCABULARY, MASKINGS[name], filled) for filled in (fill, False)]
+    collators = [collator_of(task, MASKINGS[name], filled) for filled in (fill, False)]
     found = [
         examples_of(micro_batches(shard, plan, collators[0])),
         examples_of(micro_batches(shard, other_plan, collators[1], bounds)),
@@ -217,13 +220,15 @@ def test_masks_do_not_depend_on_the_rest_of_the_micro_batch(shard, task, name, f
 def test_another_rate_changes_only_masks(shard, task, name, fill, share):
     """Masks equal those of a task with that rate. At a lower rate, masked tokens are a subset, with
     the same replacements."""
-    plan, rate = plan_of(shard, task), share * task.mask_rate
-    collator = Collator(task, VOCABULARY, MASKINGS[name], fill)
-    rates = (task.mask_rate, None, rate)
-    same, high, low = (micro_batches(shard, plan, collator, mask_rate=each) for each in rates)
+    plan, rates = plan_of(shard, task), (task.mask_rate, share * task.mask_rate)
+    options = replace(MASKINGS[name], mask_rate=rates)
+    collator = Collator(task, VOCABULARY, options, fill)
+    high, low = (micro_batches(shard, plan, collator, progress=done) for done in (0.0, 1.0))
+    same = batches_of(shard, task, MASKINGS[name], fill)
     assert list(map(contents, same)) == list(map(contents, high))
-    lower_task = replace(task, mask_rate=rate)
-    collator = Collator(lower_task, VOCABULARY, MASKINGS[name])
+    rate = options.rate(1.0)
+    assert rate == pytest.approx(rates[1])
+    collator = collator_of(replace(task, mask_rate=rate), MASKINGS[name])
     for one, other, alone in zip(high, low, micro_batches(shard, plan, collator, plan.bounds)):
         assert restored(one) == restored(other) and other.shortfall == alone.shortfall
         assert examples_of([other]) == examples_of([alone])
@@ -271,8 +276,8 @@ def test_labels_of_another_loss_are_counted_and_filled(monkeypatch, fill):
 @given(SHARDS, TASKS, NAMES, st.booleans(), st.sampled_from([2, 32, 100]))
 def test_filling_adds_only_what_is_ignored(shard, task, name, fill, multiple):
     plan = plan_of(shard, task)
-    exact = micro_batches(shard, plan, Collator(task, VOCABULARY, MASKINGS[name]))
-    collator = Collator(task, VOCABULARY, MASKINGS[name], fill, multiple)
+    exact = micro_batches(shard, plan, collator_of(task, MASKINGS[name]))
+    collator = collator_of(task, MASKINGS[name], fill, multiple)
     filled = micro_batches(shard, plan, collator)
     for real, batch in zip(exact, filled, strict=True):
         for part in ("counts", "num_tokens", "num_sequences", "shortfall", "max_length"):

@@ -8,12 +8,13 @@ import json
 import multiprocessing
 import pickle
 import shutil
+from dataclasses import replace
 from itertools import islice, product
 
 import numpy as np
 import pytest
 import torch
-from data_reference import contents
+from data_reference import contents, restored
 
 from pretrain.batch import Batch
 from pretrain.data import sources as reading
@@ -49,7 +50,7 @@ def dataset(source) -> PretrainingDataset:
 
 @pytest.fixture(scope="module")
 def collator(vocabulary) -> Collator:
-    return Collator(TASK, vocabulary, Masking("word"))
+    return Collator(TASK, vocabulary, Masking("word", mask_rate=(rate_of(0), rate_of(STEPS - 1))))
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +86,14 @@ def test_advance_counts_positions(dataset, uninterrupted):
     assert dataset.advance(START, len(uninterrupted)) == DataPosition(2, 0, 0)
 
 
-def test_the_mask_rate_does_not_affect_positions(dataset, uninterrupted, collator):
-    """Positions have no rate of their own; None means the rate of the task."""
+def test_progress_affects_masks_but_not_positions(dataset, uninterrupted, collator):
     position = uninterrupted[9]
-    assert position.mask_rate is None
-    rated = position._replace(mask_rate=0.05)
-    assert list(dataset.positions(rated, 2)) == uninterrupted[9:]
-    assert dataset.advance(rated, 4) == uninterrupted[13]
-    rates = [position._replace(mask_rate=rate) for rate in (None, 0.05, 0.15)]
-    whole, low, same = (collator(dataset[each]) for each in rates)
-    assert contents(whole) == contents(same) and low.counts["mlm"] < whole.counts["mlm"]
+    assert position.progress == 0
+    late = position._replace(progress=1.0)
+    assert list(dataset.positions(late, 2)) == uninterrupted[9:]
+    assert dataset.advance(late, 4) == uninterrupted[13]
+    early, late = (collator(dataset[each]) for each in (position, late))
+    assert restored(early) == restored(late) and late.counts["mlm"] < early.counts["mlm"]
 
 
 def test_the_fullest_micro_batch_is_in_the_first_shard_with_text(source):
@@ -181,7 +180,7 @@ def train_data(source, collator, **more) -> TrainData:
     for task in (TASK, LONG, TASK):
         made = Collator(task, collator.vocabulary, collator.masking)
         phases.append((PretrainingDataset(Corpus(source.folder), task), made))
-    return TrainData(phases, ENDS, MICRO_BATCHES, **({"mask_rate": rate_of} | more))
+    return TrainData(phases, ENDS, MICRO_BATCHES, total_steps=STEPS, **more)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +199,7 @@ def steps(source, collator) -> list[tuple[int, DataPosition, list[dict]]]:
             beginning = (epoch, place + (micro_batch > 0), 0)
             index = next(i for i, position in enumerate(walks[phase]) if position >= beginning)
         positions = walks[phase][index : index + MICRO_BATCHES]
-        positions = [position._replace(mask_rate=rate_of(step)) for position in positions]
+        positions = [position._replace(progress=step / (STEPS - 1)) for position in positions]
         batches = [contents(collate(dataset[position])) for position in positions]
         found.append((phase, positions[0], batches))
         index += MICRO_BATCHES
@@ -250,25 +249,27 @@ def test_facts_about_the_last_step(source, collator, steps, capsys):
     """Step, phase, the position that rebuilds its data, and what the log shows. One line on stderr
     says where the length changes."""
     data = train_data(source, collator, rank=0)
-    assert (data.step, data.phase, data.logged()) == (0, 0, {"train/max_length": 64})
+    assert (data.step, data.phase) == (0, 0)
     for number, (phase, position, batches) in enumerate(steps):
         next(data)
         assert (data.step, data.phase, data.position) == (number + 1, phase, position)
         length = (64, 128, 64)[phase]
-        assert data.logged() == {"optim/mask_rate": rate_of(number), "train/max_length": length}
+        expected = {"optim/mask_rate": pytest.approx(rate_of(number)), "train/max_length": length}
+        assert data.logged() == expected
         dataset, collate = data.phases[phase]
         assert contents(collate(dataset[data.position])) == batches[0]
     told = capsys.readouterr().err
     assert [line.split(":")[0] for line in told.splitlines()] == ["step 5", "step 15"]
     state = data.state_dict()
     after = resumed(source, collator, state)
-    assert (after.step, after.phase) == (STEPS, 2) and after.logged() == {"train/max_length": 64}
+    assert (after.step, after.phase) == (STEPS, 2)
     take_steps(train_data(source, collator, rank=1, world_size=2), STEPS)
     assert capsys.readouterr().err == ""
 
 
 def test_one_phase_without_a_schedule(dataset, collator, uninterrupted):
     """As in the benchmark: no end, nothing to log."""
+    collator = replace(collator, masking=Masking("word"))
     data = TrainData([(dataset, collator)], (), 3)
     for step in range(2):
         for batch, position in zip(next(data), uninterrupted[3 * step :], strict=False):

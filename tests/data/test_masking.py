@@ -296,6 +296,19 @@ def test_a_strategy_is_a_function_and_a_name(monkeypatch):
     assert 0.4 < np.mean(shown) < 0.6 and len(shown) > 500
 
 
+def test_a_strategy_may_order_its_units(monkeypatch):
+    """Tokens from the last on, whatever their keys."""
+
+    def backwards(packed, options):
+        order = (2**10 - packed.position_ids).astype(np.uint64) << np.uint64(24)
+        return [Units(np.ones(len(packed.ids), bool), order=order)]
+
+    monkeypatch.setitem(masking.STRATEGIES, "backwards", backwards)
+    for example in planned_examples(make_shard(), TASK, Masking("backwards")):
+        places = [place for place, token in enumerate(example["text"]) if not SPECIAL[token]]
+        assert example["masked"] == places[len(places) - len(example["masked"]) :]
+
+
 def test_every_strategy_is_a_choice():
     (option,) = [entry for entry in fields(TaskOptions) if entry.name == "masking"]
     assert option.metadata["form"].choices == tuple(masking.STRATEGIES)
@@ -607,7 +620,7 @@ def test_masks_are_repeatable_and_differ_between_epochs():
     shard, task = make_shard(60, 2, 12), Task(None, 64, 4, 0.3, 0)
     shown = []
     for epoch in (0, 0, 1):
-        examples = planned_examples(shard, task, epoch=epoch)
+        examples = planned_examples(shard, task, Masking(mask_rate=(0.3,)), epoch)
         shown.append({tuple(example["text"]): example for example in examples})
     masks = [{text: example["masked"] for text, example in epoch.items()} for epoch in shown]
     assert masks[0] == masks[1]

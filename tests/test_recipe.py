@@ -1,0 +1,204 @@
+"""What "auto" stands for in the options of a run, and which folder a run recommends."""
+
+import itertools
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+from conftest import (
+    arguments_of,
+    make_documents,
+    pretrain_into,
+    refusal,
+    resume,
+    rows,
+    write_documents,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from pretrain import recipe
+from pretrain.commands import pretrain
+from pretrain.config import Config, counted_length, longest, min_micro_batch_size, phase_lengths
+from pretrain.recipe import CONTINUED, FRESH_HEAD, SCRATCH, Situation, resolve
+
+STARTS = st.sampled_from((SCRATCH, FRESH_HEAD, CONTINUED))
+SITUATIONS = st.builds(
+    Situation,
+    text_tokens=st.integers(100, 10**11),
+    width=st.sampled_from((128, 256, 384, 768, 1024)),
+    start=STARTS,
+    dropout=st.just(0.1),
+)
+GIVEN = {
+    "optimizer": st.sampled_from(("adamw", "muon")),
+    "epochs": st.floats(0.01, 1000),
+    "max_steps": st.integers(1, 10**7),
+    "mask_rate": st.sampled_from(((0.15,), (0.4, 0.2))),
+    "learning_rate": st.floats(1e-9, 1),
+    "warmup": st.one_of(st.floats(0, 0.9), st.integers(1, 1000).map(float)),
+    "schedule": st.sampled_from(("linear", "cosine", "constant", "wsd")),
+    "dropout": st.floats(0, 0.9),
+    "max_length": st.integers(8, 4096),
+    "entity_fill": st.sampled_from(("word", "none")),
+    "recipe": st.sampled_from(("auto", "classic")),
+}
+OPTIONS = st.fixed_dictionaries({}, optional=GIVEN)
+SIZES = st.one_of(
+    st.just({}),
+    st.integers(1, 500).map(lambda size: {"batch_size": size}),
+    st.integers(1, 64).map(lambda size: {"micro_batch_size": size}),
+    st.tuples(st.integers(1, 64), st.integers(1, 16)).map(
+        lambda pair: {"micro_batch_size": pair[0], "batch_size": pair[0] * pair[1]}
+    ),
+)
+
+
+@given(SITUATIONS, OPTIONS, SIZES)
+def test_given_values_stay_and_the_rest_is_chosen(situation, options, sizes):
+    asked = Config(**options, **sizes)
+    config = resolve(asked, {}, situation)
+    for name, value in options.items():
+        assert getattr(config, name) == value
+    values = recipe.values_of(config)
+    assert not set(recipe.UNSET) & {value for name, value in values.items() if name != "phases"}
+    assert config.micro_batch_size == asked.micro_batch_size
+    assert config.batch_size % (config.micro_batch_size or 1) == 0
+    assert config.batch_size % min_micro_batch_size(config) == 0
+    lengths = phase_lengths(config)
+    assert math.isclose(sum(share for _, share in lengths), 1)
+    assert longest(config) == longest(asked) <= config.batch_size * counted_length(config)
+    if "batch_size" in sizes:
+        assert (config.batch_size, counted_length(config)) == (asked.batch_size, longest(asked))
+
+
+@given(SITUATIONS, OPTIONS, SIZES)
+def test_a_resumed_run_keeps_its_values(situation, options, sizes):
+    """They come from the checkpoint, as JSON, even if another version would choose others."""
+    asked = Config(**options, **sizes)
+    config = resolve(asked, {}, situation)
+    values = recipe.values_of(replace(config, warmup=7.0))
+    saved = {"recipe": json.loads(json.dumps(values))}
+    resumed = resolve(asked, saved, replace(situation, text_tokens=5, start=CONTINUED))
+    assert recipe.values_of(resumed) == values
+    longer = resolve(replace(asked, epochs=1e4), saved, situation)
+    assert recipe.values_of(longer) == values | {"epochs": 1e4}
+
+
+@given(SITUATIONS, st.integers(2, 1000))
+def test_more_text_means_larger_steps_and_fewer_epochs(situation, times):
+    less = resolve(Config(), {}, situation)
+    tokens = situation.text_tokens * times
+    more = resolve(Config(), {}, replace(situation, text_tokens=tokens))
+    assert more.epochs <= less.epochs and more.epochs * times >= less.epochs
+    tokens_of = [config.batch_size * counted_length(config) for config in (less, more)]
+    assert tokens_of[0] <= tokens_of[1] <= 256 * 128
+    assert tokens_of[0] >= 1024 or situation.text_tokens < 10_000
+    if tokens > 10**9:
+        assert tokens_of[1] == 256 * 128
+
+
+def test_classic_is_the_recipe_of_bert():
+    situation = Situation(10**6, 768, SCRATCH, dropout=0.1)
+    config = resolve(Config(recipe="classic"), {}, situation)
+    assert (config.optimizer, config.batch_size, config.learning_rate) == ("adamw", 256, 1e-4)
+    assert (config.mask_rate, config.dropout, config.phases) == ((0.15,), 0.1, ())
+    assert (config.epochs, config.warmup, config.schedule) == (40, 0.01, "linear")
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def arguments(text_file, cache):
+    """Ten steps that learn, at one length, without the options that a recipe chooses."""
+    return arguments_of(
+        "--model tiny --precision fp32 --vocab-size 120 --max-length 32 --max-steps 10",
+        "--eval-every 4 --save-every 5 --log-every 3 --eval-tokens 600",
+        "--config-override num_hidden_layers=1 num_attention_heads=2",
+        ["--train", text_file, "--cache", cache],
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    return pretrain_into(tmp_path_factory.mktemp("recipe") / "finished", arguments)
+
+
+def summary_of(output):
+    return json.loads((output / "summary.json").read_text())
+
+
+def test_the_run_saves_what_was_chosen_and_what_was_asked(finished, capsys):
+    options = json.loads((finished / "config.json").read_text())
+    assert options["learning_rate"] == options["batch_size"] == "auto"
+    state = json.loads((finished / "checkpoint-10" / "training_state.json").read_text())
+    assert state["options"]["learning_rate"] == "auto"
+    peak = max(row.get("optim/learning_rate", 0) for row in rows(finished))
+    assert 0 < peak <= state["recipe"]["learning_rate"]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(finished, output):
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / "checkpoint-10")
+    shutil.rmtree(output / "final")
+    resume(output)
+    assert rows(output) == rows(finished)
+    weights = [load_file(folder / "final" / "model.safetensors") for folder in (finished, output)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+@pytest.mark.parametrize("has_text", [True, False])
+def test_a_model_that_gets_worse_is_not_recommended(finished, arguments, output, has_text, capsys):
+    """At a rate of 1, ten steps ruin it; without validation text nobody knows."""
+    to_continue = [word for word in arguments if word not in ("--vocab-size", "120")]
+    to_continue = to_continue[: to_continue.index("--config-override")] + to_continue[-4:]
+    more = ["--model", finished / "final", "--learning-rate", 1, "--valid-fraction", 0.05]
+    pretrain_into(output, to_continue, more if has_text else [*more[:-1], 0])
+    summary = summary_of(output)
+    (note,) = summary["notes"]
+    assert note in capsys.readouterr().out
+    if has_text:
+        assert summary["use"] == str(output / "best") and str(output / "best") in note
+        assert summary["best_step"] == 0
+        weights = [
+            load_file(at / "model.safetensors") for at in (finished / "final", output / "best")
+        ]
+        assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    else:
+        assert summary["use"] == str(output / "final")
+
+
+def test_a_run_that_overfits_stops_and_recommends_its_best_model(arguments, output, tmp_path):
+    """Three sentences in many orders, and other text to validate on."""
+    sentences = make_documents(1, seed=1)[0][:3]
+    orders = list(itertools.permutations(sentences))
+    text = write_documents(
+        tmp_path / "few.txt", [[*order, str(n)] for n, order in enumerate(orders * 4)]
+    )
+    other = write_documents(tmp_path / "other.txt", make_documents(20, seed=2))
+    more = "--max-steps 100 --learning-rate 3e-3"
+    more = arguments_of(["--train", text, "--valid", other], more)
+    pretrain_into(output, arguments, more)
+    summary = summary_of(output)
+    assert summary["steps"] < 100 and summary["state"] == "finished"
+    assert summary["use"] == str(output / "best") and summary["best_step"] < summary["steps"]
+    stopped, recommended = summary["notes"]
+    assert "--patience auto" in stopped and str(output / "best") in recommended
+    resume(output)
+    assert summary_of(output) == summary
+
+
+def test_little_text_is_reported(finished, arguments, output, tmp_path, capsys):
+    pretrain_into(output, arguments, "--max-steps 1")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("--train") and "only 20,617 tokens" in line for line in lines)
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--learning-rate", "--batch-size", "--dropout"])
+def test_another_word_than_auto_is_refused(option, arguments, output, capsys):
+    argv = [*arguments, "--output", output, option, "automatic"]
+    assert refusal(pretrain.main, argv, capsys).startswith(f"{option}: ")
