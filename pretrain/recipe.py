@@ -75,10 +75,7 @@ def resolve(asked: Config, saved: dict, situation: Situation) -> Config:
     `patience` stays: "auto" is a rule, see `TrainState.is_out_of_patience`."""
     if not saved:
         return _choose(asked, situation)
-    values = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in saved["recipe"].items()
-    }
+    values = as_options(saved["recipe"])
     if asked.epochs != AUTO:  # may change on resume
         values["epochs"] = asked.epochs
     return replace(asked, **values)
@@ -87,6 +84,13 @@ def resolve(asked: Config, saved: dict, situation: Situation) -> Config:
 def values_of(config: Config) -> dict:
     """The chosen and the given values, for a checkpoint."""
     return {name: getattr(config, name) for name in FORM}
+
+
+def as_options(values: dict) -> dict:
+    """`values_of` a run, as read from JSON, in the types of the options."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
 
 
 def _choose(asked: Config, situation: Situation) -> Config:

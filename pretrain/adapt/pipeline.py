@@ -119,13 +119,9 @@ def _run_of(experiment: Experiment, name: str, **changes: object) -> Pretraining
 
 def pretrain(experiment: Experiment, name: str, same: dict | None = None) -> dict:
     """Pretrain on a text, with options that are the `same` as before; returns the summary."""
-    changes = {
-        option: tuple(value) if isinstance(value, list) else value
-        for option, value in (same or {}).items()
-    }
     if name == "adapted" and "control" in experiment.texts:
         _run_of(experiment, "control")  # to check its text before hours are spent
-    run = _run_of(experiment, name, **changes)
+    run = _run_of(experiment, name, **recipe.as_options(same or {}))
     run.open_output()
     print_plan(run)
     return train(run) | {
