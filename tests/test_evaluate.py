@@ -1,6 +1,7 @@
 """Validation numbers equal a slow computation with the stock model, whatever the micro-batch size;
 evaluating draws no random number and leaves the model as it was; sample predictions are right."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -114,6 +115,22 @@ def test_filled_batches_give_the_same_numbers(make, sides, vocabulary):
 def test_at_most_max_tokens_are_read(max_tokens, make):
     read = sum(batch.num_tokens for batch in make(max_tokens=max_tokens).batches)
     assert max_tokens - MAX_LENGTH < read <= max_tokens
+
+
+def test_batches_hold_only_validation_text(make, sides, vocabulary):
+    """Each segment without its masks is a part of one document, a random B included."""
+    shard, segments = sides[1].select(ALL), []
+    bounds = shard.sentences[shard.documents].tolist()
+    documents = [shard.ids[start:end].tolist() for start, end in itertools.pairwise(bounds)]
+    texts = [f" {' '.join(map(str, ids))} " for ids in documents]
+    for batch in make().batches:
+        ids = batch.input_ids.index_copy(0, batch.masked_positions, batch.labels["mlm"])
+        for sequence in ids.split(batch.lengths):
+            shown = f" {' '.join(map(str, sequence.tolist()[1:]))} "
+            segments += shown.split(f" {vocabulary.sep_id} ")[:-1]
+    assert len(segments) > 100
+    for segment in segments:
+        assert any(f" {segment.strip()} " in text for text in texts)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,10 +1,11 @@
 """Pretraining text without test texts.
 
 Removals equal a slow search over all runs of sentences, entities keep their words, and the counts
-are right.
+are right. An interruption leaves no file.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
@@ -110,3 +111,15 @@ def test_each_text_of_a_pair_is_a_copy_and_so_are_task_texts(clean):
     )
     kept = [[("middle", ())], [("next .", ())], [("new one .", ())], [("two", ()), ("lines", ())]]
     assert left == kept and counts == {"documents": 4, "removed": 2 + 3, "task_texts": 3}
+
+
+def test_an_interruption_leaves_no_text_without_its_end(tmp_path):
+    def stream():
+        yield from [("one .", ()), None]
+        assert list(tmp_path.iterdir()), "writing has begun"
+        raise KeyboardInterrupt
+
+    text = SimpleNamespace(sentences=stream)
+    with pytest.raises(KeyboardInterrupt):
+        dedup.write_cleaned(text, [("absent",)], [], tmp_path / "clean.jsonl")
+    assert list(tmp_path.iterdir()) == []

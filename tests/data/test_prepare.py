@@ -309,6 +309,31 @@ def test_the_command_prepares_once(arguments, tmp_path, capsys):
     assert f"{info['tokens']:,} tokens" in made[0]
 
 
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        ([], [None]),
+        (["--workers", "2"], [2]),
+        (["--ray"], ["local", None, "cluster"]),
+        (["--ray", "auto"], ["auto", None, "cluster"]),
+    ],
+)
+def test_the_command_says_who_prepares(arguments, monkeypatch, more, expected):
+    """The number of workers, or the address of a cluster and what runs on it."""
+    asked = []
+
+    def on_cluster(function, shared, tasks):
+        asked.append("cluster")
+        yield from enumerate(function(shared, *task) for task in tasks)
+
+    monkeypatch.setitem(sys.modules, "ray", sys)
+    monkeypatch.setattr(parallel, "connect", asked.append)
+    monkeypatch.setattr(parallel, "choose_workers", lambda workers, *_: asked.append(workers) or 1)
+    monkeypatch.setattr(parallel, "on_cluster", on_cluster)
+    PREPARE.main([str(part) for part in [*arguments, *more]])
+    assert asked == expected
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "no shard", "no manifest"])
 def test_a_damaged_corpus_in_the_cache_is_prepared_again(arguments, tmp_path, capsys, damage):
     argv = [str(part) for part in arguments]

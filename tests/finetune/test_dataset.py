@@ -422,3 +422,12 @@ def test_the_update_equals_torchs_mean_for_any_micro_batch_size(weights, checkpo
     mean = (totals.sums["label"] / totals.counts["label"]).item()
     assert mean == pytest.approx(loss.item(), rel=1e-5)
     assert totals.num_correct["label"] == (logits.argmax(-1) == labels).sum()
+
+
+@pytest.mark.parametrize("weight", [3.0, 0.25])
+def test_the_weight_of_a_class_does_not_scale_a_step_of_one_row(weight, checkpoint):
+    """The last step of an epoch may hold one row; torch's weighted mean of one is its loss."""
+    examples = [(*make_examples(1)[0][:2], 0)]
+    _, plain, _ = step(checkpoint, examples, 1)
+    _, weighted, _ = step(checkpoint, examples, 1, [weight, 1.0, 1.0])
+    torch.testing.assert_close(norm_of(weighted), norm_of(plain), rtol=1e-5, atol=0.0)
