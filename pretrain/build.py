@@ -115,7 +115,9 @@ def build(asked: Config) -> PretrainingRun:
         workers=plan.count_workers(config, device),
         pin_memory=device.type == "cuda",
     )
-    twentieth, tenth = (max(10, min(1000, total_steps // parts)) for parts in (20, 10))
+    # In steps. Most checkpoints follow an evaluation.
+    eval_every = max(10, min(1000, total_steps // 20))
+    save_every = eval_every if eval_every > 500 else 2 * eval_every
     return PretrainingRun(
         asked=asked,
         config=config,
@@ -127,8 +129,8 @@ def build(asked: Config) -> PretrainingRun:
         model=model,
         data=data,
         phase_ends=ends,
-        eval_every=plan.steps_between(config.eval_every, epoch, auto=twentieth),
-        save_every=plan.steps_between(config.save_every, epoch, auto=tenth),
+        eval_every=plan.steps_between(config.eval_every, epoch, auto=eval_every),
+        save_every=plan.steps_between(config.save_every, epoch, auto=save_every),
         compile=_should_compile(config, model),
         checkpoint=checkpoint,
         saved=saved,

@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
+from itertools import takewhile
 from pathlib import Path
 
 from pretrain.errors import UserError, option_named, os_error, refusing, what_it_takes
@@ -124,6 +125,23 @@ def options_of(values: dict, options: type) -> object:
 def parse(argv: Sequence[str], options: type, description: str, ignored: type | None = None):
     """An instance of the dataclass `options`: its defaults, then --config FILE, then `argv`."""
     return read_command_line(argv, options, description, ignored)()
+
+
+def join_quoted(argv: Sequence[str], options: type) -> list[str]:
+    """`argv` with each of --pretrain and --finetune and its value as one word: argparse would read
+    a separate value that starts with dashes as another option."""
+    joined, own = [], {flag(entry.name) for entry in fields(options)}
+    for place, word in enumerate(argv):
+        if joined and joined[-1] in ("--pretrain", "--finetune"):
+            name, rest = joined[-1], argv[place + 1 :]
+            values = list(takewhile(lambda other: other.partition("=")[0] not in own, rest))
+            if word.startswith("--") and " " not in word and values:
+                expected = f'{name} "{" ".join([word, *values])}"'
+                raise UserError(f"{name} {word}: needs quotes; expected {expected}")
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def read_options(path: str | Path) -> dict:

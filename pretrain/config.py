@@ -356,6 +356,17 @@ class AdaptOptions(LabelOptions):
     overwrite: bool = changeable(False, "start the experiment in --output over")
 
 
+@dataclass(frozen=True)
+class SuiteOptions:
+    """Suite: all options of suite.py."""
+
+    model: str | None = option(None, "encoder: a folder or a hub name", required=True)
+    tasks: str | None = option(None, "folder with a subfolder for each task", FILE, required=True)
+    seeds: int = changeable(3, "fine-tune on each task N times, with seeds 0..", COUNT)
+    finetune: str = changeable("", "options of finetune.py, in quotes", metavar="OPTIONS")
+    output: str = changeable("runs/suite", "folder of the results, where it resumes")
+
+
 # Derived from the options.
 
 

@@ -53,7 +53,9 @@ TOKENS_OF_ROOT = 7600  # tokens of a run per square root of the text's tokens
 MAX_FRESH_EPOCHS = {SCRATCH: 20, FRESH_HEAD: 4, CONTINUED: 4}
 # At width 256 and one step, by optimizer and whether it starts from scratch.
 RATES = {("muon", True): 0.1, ("adamw", True): 0.05, ("muon", False): 0.03, ("adamw", False): 0.014}
-MIN_RATED_STEPS = 400  # shorter runs get the rate of this many steps
+# Shorter and longer runs get the rate of this many steps. At the maximum, that of AdamW for
+# BERT-base is 0.9e-4, where Devlin et al. 2019 used 1e-4 for a million steps of the same size.
+MIN_RATED_STEPS, MAX_RATED_STEPS = 400, 1 << 15
 # At first, short sequences, which teach attention sooner: for this share of the steps, or fewer.
 SHORT_LENGTH, SHORT_SHARE, SHORT_TOKENS = 32, 0.7, 7e6
 MIN_PHASED_STEPS = 20
@@ -151,7 +153,8 @@ def _step_tokens(asked: Config, run_tokens: float, text_tokens: int) -> int:
 def _rate(situation: Situation, optimizer: str, steps: float) -> float:
     """The peak learning rate: lower for long runs and for wide models."""
     rate = RATES[optimizer, situation.start == SCRATCH]
-    return rate / math.sqrt(max(MIN_RATED_STEPS, steps)) * 256 / situation.width
+    steps = min(max(steps, MIN_RATED_STEPS), MAX_RATED_STEPS)
+    return rate / math.sqrt(steps) * 256 / situation.width
 
 
 def explain(asked: Config, config: Config, situation: Situation, steps: int) -> str:

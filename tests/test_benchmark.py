@@ -169,7 +169,7 @@ def test_a_report_is_printed(capsys):
 def test_quality_compares_both_sides_on_the_same_masks(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "MAX_STEPS", 20)
     ours_gets = quality.our_options
-    short = {"max_steps": 20}
+    short = {"max_steps": 20, "save_every": "10"}
     monkeypatch.setattr(quality, "our_options", lambda *values: ours_gets(*values) | short)
     given = [*arguments, "--old-rates", "1e-5", "1e-2", "--minutes", "60"]
     bench, found = command.Bench(parse(given, command.BenchmarkOptions, ""), tmp_path, "cpu"), {}

@@ -33,7 +33,7 @@ LEVELS = (  # from top to bottom: a module imports from its own level or from be
 WINGS = LEVELS[-2]
 NAME_FLAGS = re.compile(
     r"pretrain\.(config|preflight|cli|run|resume|build|plan|inputs|corpora|demo|commands\..*"
-    r"|finetune\.build|adapt\.(checks|pipeline))"
+    r"|finetune\.build|adapt\.(checks|pipeline|suite))"
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

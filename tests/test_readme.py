@@ -1,5 +1,5 @@
-"""The commands in the README: those in "Your text", "Your masks" and "Does it help?" run on small
-files with the names in the commands; the others parse."""
+"""The commands in README.md, of which those in "Your text", "Your masks" and "Does it help?" run on
+small files with the names in the commands (the others parse), and all those in README.zh.md."""
 
 import gzip
 import json
@@ -23,17 +23,24 @@ from pretrain.preflight import validate
 
 datasets = pytest.importorskip("datasets")
 
-README = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
-LINES = [line for line in README.splitlines() if line.startswith("python scripts/")]
+READMES = [
+    (ROOT / name).read_text("utf-8").replace("\\\n", " ") for name in ("README.md", "README.zh.md")
+]
 
 
-def commands(title):
-    section = README.split(f"## {title}")[1].split("\n## ")[0].splitlines()
-    return [line for line in section if line in LINES]
+def commands(text):
+    """Once each: the README in Chinese repeats some."""
+    found = [line for line in text.splitlines() if line.startswith("python scripts/")]
+    return list(dict.fromkeys(found))
 
 
-COMMANDS = commands("Your text\n") + commands("Your masks\n")
-HELP = commands("Does it help?\n")
+def section(title):
+    return commands(READMES[0].split(f"## {title}\n")[1].split("\n## ")[0])
+
+
+ENGLISH = section("Your text") + section("Your masks") + section("Does it help?")
+CHINESE = commands(READMES[1])
+LINES = commands("\n".join(READMES))
 SMALL = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -84,11 +91,16 @@ def home(documents, roberta_tokenizer, tmp_path_factory):
     spans = [[[of.start(), of.end(), "X"] for of in found] for found in marks]
     marked = [{"text": row, "entities": of} for row, of in zip(rows, spans)]
     reviews = [" ".join(map(str.capitalize, document)) for document in documents]
+    segmented = "\n\n".join(f"今天 心情 很 好 。\n我们 去 公园 散步 {n} 。" for n in range(40))
     other = [f"The train was slow.\nThe river is quick, {number}." for number in range(40)]
     files = {
         "my_text/a.txt": text,
         "other_text/b.txt": "\n\n".join(other),
         "zh.txt": chinese,
+        "zh_reviews.csv": "review\n" + "".join(f'"{row}"\n' for row in chinese.split("\n\n")),
+        "zh_segmented.txt": segmented,
+        "zh_terms.txt": "心情\n人工智能\n",
+        "zh_similar.tsv": "心情\t天气\n公园\t大学\n",
         "reviews.csv": "label,review\n" + "".join(f'1,"{row}"\n' for row in reviews),
         "spans.jsonl": "".join(json.dumps(row) + "\n" for row in marked),
         "ner.conll": "\n".join(tagged),
@@ -100,6 +112,9 @@ def home(documents, roberta_tokenizer, tmp_path_factory):
         kinds = ("river water {},water", "bank model {},money")
         labeled = [kinds[number % 2].format(number) for number in range(start, start + 10)]
         files[f"{name}.csv"] = "text,label\n" + "\n".join(labeled) + "\n"
+        kinds = ("今天心情很好{},1", "天气不错{},0")
+        labeled = [kinds[number % 2].format(number) for number in range(start, start + 10)]
+        files[f"zh_{name}.csv"] = "text,label\n" + "\n".join(labeled) + "\n"
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content, "utf-8")
@@ -109,69 +124,64 @@ def home(documents, roberta_tokenizer, tmp_path_factory):
     (folder / "tables").mkdir()
     table.to_parquet(folder / "tables" / "a.parquet")
     table.save_to_disk(folder / "saved_dataset")
+    table = datasets.Dataset.from_dict({"text": chinese.split("\n\n")})
+    table.save_to_disk(folder / "zh_dataset")
     write_models(folder, text, chinese, roberta_tokenizer)
     return folder
 
 
 @pytest.fixture
 def run(home, monkeypatch):
-    """Run a command of the README in `home`, as a shell would."""
+    """Run a command of a README in `home`, as a shell would, after those that make its model."""
     monkeypatch.chdir(home)
 
     def run(line):
+        model = re.search(r"--model (runs/\w+)", line)
+        if model and not (home / model[1]).exists():
+            run(next(other for other in LINES if f"--output {model[1]}" in f"{other} "))
         _, path, *words = shlex.split(line)
         name = path.removeprefix("scripts/").removesuffix(".py")
         found = [sorted(map(str, home.glob(word))) if "*" in word else [word] for word in words]
         argv = sum(found, []) + shlex.split(MORE.get(name, ""))
+        output = re.search(r"--output (runs/\w+)", line)
+        if output and (home / output[1]).exists() and "--resume" not in line:
+            argv += ["--overwrite"]  # another command needed it
         return script(name).main(argv)
 
     return run
 
 
-def test_the_section_has_a_line_for_each_case():
-    assert len(COMMANDS) >= 14
+PRINTED = {
+    "adapt": "report.html",
+    "domain": "pieces per word",
+    "evaluate": "perplexity",
+    "fill_mask": r"(?m)^token +score +sentence\n(\S+) +0\.\d+  今天\1情很好$",
+    "finetune": "mean of the classes",
+    "predict": r"10 rows in \w+\.csv",
+    "show_masks": "entities|words",
+}
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_each_command_of_the_section_runs(line, home, run, capsys):
-    if "fill_mask" in line and not (home / "runs" / "zh").exists():
-        run(next(other for other in COMMANDS if "runs/zh" in other))
+def test_the_sections_have_a_line_for_each_case():
+    assert len(ENGLISH) >= 18
+    assert len(CHINESE) >= 15
+
+
+@pytest.mark.parametrize("line", [*ENGLISH, *(line for line in CHINESE if line not in ENGLISH)])
+def test_each_command_runs(line, home, run, capsys):
+    if "--resume" in line:
+        run(next(other for other in CHINESE if "runs/zh_mini" in other))
     run(line)
-    printed = capsys.readouterr().out
-    if "pretrain.py" in line:
-        AutoModelForMaskedLM.from_pretrained(home / re.search(r"runs/\w+", line)[0] / "final")
-    elif "fill_mask" in line:
-        table = r"^token +score +sentence\n(\S+) +0\.\d+  今天\1情很好$"
-        assert re.search(table, printed, re.MULTILINE)
-    else:
-        assert "entities" in printed
-
-
-@pytest.mark.parametrize("line", HELP)
-def test_each_command_of_does_it_help_runs(line, home, run, capsys):
     name = re.search(r"scripts/(\w+)\.py", line)[1]
-    pretrain = "python scripts/pretrain.py --train my_text/ --model bert-base-uncased"
-    classify = next(line for line in HELP if "/finetune.py" in line)
-    classify = classify.replace("--model runs/adapted", "--model bert-base-uncased")
-    if name == "finetune" and not (home / "runs" / "adapted").exists():
-        run(f"{pretrain} --output runs/adapted")
-    if name == "predict" and not (home / "runs" / "classifier").exists():
-        run(classify)
-    if name == "finetune" and (home / "runs" / "classifier").exists():
-        line += " --overwrite"
-    run(line)
-    expected = {
-        "adapt": "report.html",
-        "finetune": "mean of the classes",
-        "predict": "10 rows in predictions.csv",
-        "domain": "pieces per word",
-    }
-    assert expected[name] in capsys.readouterr().out
+    if name == "pretrain":
+        AutoModelForMaskedLM.from_pretrained(home / re.search(r"runs/\w+", line)[0] / "final")
+    else:
+        assert re.search(PRINTED[name], capsys.readouterr().out)
 
 
 def test_all_other_commands_parse():
     kinds = {"scripts/pretrain.py": Config, "scripts/adapt.py": AdaptOptions}
-    others = [line for line in LINES if line not in COMMANDS + HELP]
+    others = [line for line in LINES if line not in ENGLISH + CHINESE]
     lines = [shlex.split(line, comments=True)[1:] for line in others]
     assert "scripts/pretrain.py" in {line[0] for line in lines}
     for name, *argv in lines:

@@ -101,6 +101,12 @@ def test_more_text_means_larger_steps_and_fewer_epochs(situation, times):
         assert tokens_of[1] == 256 * 128
 
 
+@pytest.mark.parametrize("tokens", [10**9, 10**11])
+def test_the_rate_of_a_long_run_of_bert_base_is_near_that_of_the_paper(tokens):
+    config = resolve(Config(optimizer="adamw"), {}, Situation(tokens, 768, SCRATCH, dropout=0.1))
+    assert 0.8e-4 < config.learning_rate < 1.2e-4
+
+
 def test_classic_is_the_recipe_of_bert():
     situation = Situation(10**6, 768, SCRATCH, dropout=0.1)
     config = resolve(Config(recipe="classic"), {}, situation)

@@ -3,14 +3,14 @@
 import json
 import shlex
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pretrain import config
 from pretrain.adapt.domain import read_text
+from pretrain.adapt.parts import Parts
 from pretrain.build import decide_precision, task_problems
 from pretrain.cli import parse
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
@@ -18,7 +18,6 @@ from pretrain.data.sources import content_key, expand
 from pretrain.errors import UserError, check, option_named
 from pretrain.files import (
     lock,
-    locks_released,
     model_folder,
     read_json,
     sha256_of,
@@ -59,7 +58,7 @@ class Experiment:
     texts: dict[str, TextFiles]  # "text" and, if there is one, "control"
     fresh_parts: list[str]  # heads that the model does not have
     output: Path
-    seconds: dict[str, float] = field(default_factory=dict)  # by part
+    parts: Parts
     replaced: Path | None = None  # under --overwrite, the old folder, kept until the new report
 
     @property
@@ -71,23 +70,9 @@ class Experiment:
                 models[name] = str(self.output / name / "final")
         return models
 
-    def part_file(self, name: str) -> Path:
-        return self.output / "parts" / f"{name}.json"
-
     def part(self, name: str, work: Callable[..., dict], *arguments: object) -> dict:
-        """The saved result of a part, or else the result of `work(self, *arguments)`, timed."""
-        path = self.part_file(name)
-        if path.is_file():
-            result = read_json(path, {}, "a result; remove the file to run the part again")
-        else:
-            begin = time.monotonic()
-            with locks_released():  # this process holds the lock of the experiment
-                result = work(self, *arguments)
-            result["wall_seconds"] = time.monotonic() - begin
-            write_json(path, result)
-            result = read_json(path)  # the same now and after an interruption
-        self.seconds[name] = result["wall_seconds"]
-        return result
+        """The saved result of a part, or else the result of `work(self, *arguments)`."""
+        return self.parts.result(name, work, self, *arguments)
 
 
 def build_experiment(options: AdaptOptions) -> Experiment:
@@ -118,7 +103,16 @@ def build_experiment(options: AdaptOptions) -> Experiment:
         for text in texts.values():
             check_sample(text, task.tokenizer, MODEL_WAYS)
     return Experiment(
-        options, pretraining, finetuning, rows, classes, budgets, texts, fresh, output
+        options,
+        pretraining,
+        finetuning,
+        rows,
+        classes,
+        budgets,
+        texts,
+        fresh,
+        output,
+        Parts(output),
     )
 
 

@@ -54,7 +54,7 @@ def run_experiment(experiment: Experiment) -> dict:
         "rows": {name: len(rows.labels) for name, rows in experiment.rows.items()},
         "truth": [experiment.classes.index(label) for label in test.labels],
         "seen_in_training": sum(text in seen for text in test.texts),
-        "seconds": experiment.seconds,
+        "seconds": experiment.parts.seconds,
         "scores": {name: {budget: [] for budget in budgets} for name in encoders},
     }
     facts["text"] = part("text", clean)
@@ -67,7 +67,7 @@ def run_experiment(experiment: Experiment) -> dict:
     facts["perplexity"] = part("perplexity", measure_perplexity)
     for budget, seed, name in runs:
         run = f"finetune-{name}-{budget}-{seed}"
-        is_saved = experiment.part_file(run).is_file()
+        is_saved = experiment.parts.file(run).is_file()
         result = part(run, fine_tune, name, budget, seed)
         facts["scores"][name][budget].append(result)
         score = f"{metric.replace('_', ' ')} {result['test'][metric]:.3f}"

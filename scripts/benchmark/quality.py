@@ -19,6 +19,7 @@ from pretrain.build import build, set_up_model
 from pretrain.config import Config
 from pretrain.evaluate import evaluate
 from pretrain.model.loading import from_checkpoint
+from pretrain.runtime.checkpoint import STATE_JSON, checkpoints
 from scripts.benchmark.clock import begin_clock
 from scripts.benchmark.peer import Peer, describe
 from scripts.benchmark.processes import Command, Process, ProcessError
@@ -146,19 +147,15 @@ def our_options(options, output: Path) -> dict:
 
 
 def our_points(output: Path, score: Callable[[Path], dict]) -> list[dict]:
-    """The scores of a run's checkpoints, at the time of its own evaluation in that step.
+    """The scores of a run's checkpoints, at the time when each was written.
 
-    That evaluation is no score: in a phase of short sequences it is easier."""
-    events = EventAccumulator(str(output), size_guidance={"scalars": 0}).Reload()
-    if "eval/perplexity" not in events.Tags()["scalars"]:
-        return []
-    begin, points = events.FirstEventTimestamp(), []
-    for event in events.Scalars("eval/perplexity"):
-        folder = output / f"checkpoint-{event.step}"
-        if folder.is_dir():
-            minutes, scores = (event.wall_time - begin) / 60, score(folder)
-            point = {"side": "ours", "minutes": minutes, "step": event.step}
-            points.append(point | {"perplexity": scores["perplexity"]})
+    The run's own evaluations are no scores: in a phase of short sequences they are easier."""
+    begin, points = EventAccumulator(str(output)).Reload().FirstEventTimestamp(), []
+    for folder in reversed(checkpoints(output)):  # oldest first
+        seconds = (folder / STATE_JSON).stat().st_mtime - begin
+        step = int(folder.name.rpartition("-")[2])
+        point = {"side": "ours", "minutes": seconds / 60, "step": step}
+        points.append(point | {"perplexity": score(folder)["perplexity"]})
     return points
 
 

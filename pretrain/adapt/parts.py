@@ -1,0 +1,33 @@
+"""Work whose parts save their results, so that an interrupted command resumes where it stopped."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pretrain.files import locks_released, read_json, write_json
+
+
+class Parts:
+    """Results of work in the folder `output`, by name."""
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.seconds: dict[str, float] = {}  # by part
+
+    def file(self, name: str) -> Path:
+        return self.output / "parts" / f"{name}.json"
+
+    def result(self, name: str, work: Callable[..., dict], *arguments: object) -> dict:
+        """The saved result of a part, or else the result of `work(*arguments)`, timed."""
+        path = self.file(name)
+        if path.is_file():
+            result = read_json(path, {}, "a result; remove the file to run the part again")
+        else:
+            begin = time.monotonic()
+            with locks_released():  # this process holds the lock of `output`
+                result = work(*arguments)
+            result["wall_seconds"] = time.monotonic() - begin
+            write_json(path, result)
+            result = read_json(path)  # the same now and after an interruption
+        self.seconds[name] = result["wall_seconds"]
+        return result

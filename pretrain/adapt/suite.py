@@ -1,0 +1,184 @@
+"""Fine-tune one encoder on a folder of tasks, several times each: one table, one average.
+
+Each task is a subfolder with labeled rows and perhaps a task.json with options of finetune.py. The
+result of each run is kept under a hash of everything that it depends on, so the same command
+resumes, and a changed task or option runs again what it changes.
+"""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+
+from pretrain.adapt.checks import RUN_OPTIONS, naming
+from pretrain.adapt.parts import Parts
+from pretrain.cli import as_command, parse, read_options
+from pretrain.config import FinetuneOptions, SuiteOptions
+from pretrain.data.sources import expand
+from pretrain.errors import UserError, check
+from pretrain.files import key_of, markdown_table, model_folder, sha256_of, write_json, write_text
+from pretrain.finetune.build import build
+from pretrain.finetune.scores import numbers_of
+from pretrain.preflight import start_problems, validate
+from pretrain.runtime.checkpoint import checkpoints
+from pretrain.schema import flag
+from pretrain.train import train
+
+TASK_FILE = "task.json"
+SPLITS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
+SET_HERE = (*RUN_OPTIONS, "seed", "save_model")
+NOT_SCORES = ("loss",)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checked task."""
+
+    options: FinetuneOptions
+    metric: str  # the score that counts
+    split: str  # "test", or "valid" without test rows
+    key: str  # changes with anything that decides its results
+
+
+def read_tasks(options: SuiteOptions) -> dict[str, Task]:
+    """The tasks in the subfolders of --tasks, by name; all their rows and options are checked.
+
+    UserError names the task and what is wrong."""
+    _check_passed_on(options)
+    root = Path(options.tasks)
+    folders = sorted(path for path in root.glob("*/") if not path.name.startswith("."))
+    if not folders:
+        raise UserError(f"--tasks {root}: has no subfolder; expected one for each task")
+    tasks, problems = {}, []
+    for folder in folders:
+        try:
+            tasks[folder.name] = _read_task(folder, options)
+        except UserError as error:
+            problems += [f"--tasks {folder}: {line}" for line in str(error).splitlines()]
+    check(problems)
+    return tasks
+
+
+def _check_passed_on(options: SuiteOptions) -> None:
+    """UserError about --finetune if it has an option that the suite or the task sets."""
+    with naming(options, "finetune"):
+        typed, default = (
+            parse(shlex.split(options.finetune), FinetuneOptions, ""),
+            FinetuneOptions(),
+        )
+        names = [
+            name for name in (*SET_HERE, *SPLITS) if getattr(typed, name) != getattr(default, name)
+        ]
+        check([f"omit {flag(name)}: the suite sets it" for name in names])
+
+
+def _read_task(folder: Path, options: SuiteOptions) -> Task:
+    task_file = folder / TASK_FILE
+    values = read_options(task_file) if task_file.is_file() else {}
+    problems = [f"omit {name}: the suite sets it" for name in SET_HERE if name in values]
+    check([f"{TASK_FILE}: {problem}" for problem in problems])
+    words = [f"--config={task_file}"] if values else []
+    typed = parse([*words, *shlex.split(options.finetune)], FinetuneOptions, "")
+    files = {name: _files_of(folder, name, values.get(name, ())) for name in SPLITS}
+    finetuning = replace(typed, **files, model=options.model, save_model=False)
+    check(validate(finetuning) + start_problems(finetuning))
+    # Outside the task's folder, since nothing is written there.
+    output = Path(options.output) / "runs" / ".check"
+    run = build(replace(finetuning, output=str(output)), keep_head=False, quiet=True)
+    split = "test" if finetuning.test else "valid"
+    return Task(finetuning, run.score[0], split, _key_of(finetuning))
+
+
+def _files_of(folder: Path, split: str, given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The files of a split: those in task.json (null: none), or train.*, valid.* or dev.*, test.*.
+
+    UserError if there is none, except for "test"."""
+    if given is None:
+        return ()
+    patterns = [given] if isinstance(given, str) else list(given)
+    found = [str(path) for pattern in patterns for path in sorted(folder.glob(pattern))]
+    for stem in () if patterns else SPLITS[split]:
+        found = found or sorted(str(path) for path in folder.glob(f"{stem}.*"))
+    if not found and (patterns or split != "test"):
+        expected = " or ".join(f"{stem}.*" for stem in SPLITS[split])
+        missing = ", ".join(patterns) or f"the split {split}"
+        raise UserError(f"{missing} is missing; expected {expected}, or names in {TASK_FILE}")
+    return tuple(found)
+
+
+def _key_of(options: FinetuneOptions) -> str:
+    model = Path(model_folder(options.model))
+    files = expand([*options.train, *options.valid, *options.test])
+    files += sorted([*model.glob("*.json"), *model.glob("*.safetensors")])
+    sums = [sha256_of(Path(path)) for path in files]
+    names = {"model": "", "train": (), "valid": (), "test": ()}  # their content counts
+    return key_of([asdict(replace(options, **names)), sums])
+
+
+def run_suite(options: SuiteOptions, tasks: dict[str, Task]) -> dict:
+    """Fine-tune on each task with each seed, unless that is done; returns the facts of a report."""
+    output, facts = Path(options.output), {"model": options.model, "tasks": {}}
+    parts = Parts(output)
+    for name, task in tasks.items():
+        runs = []
+        for seed in range(options.seeds):
+            part = f"{name}-{seed}-{task.key}"
+            is_saved = parts.file(part).is_file()
+            runs.append(parts.result(part, _fine_tune, task, seed, output / "runs" / part))
+            score = runs[-1][task.split][task.metric]
+            took = "already done" if is_saved else f"{runs[-1]['wall_seconds']:.0f} s"
+            print(f"{name}, seed {seed}: {task.metric.replace('_', ' ')} {score:.3f} ({took})")
+        scores = [numbers_of(run[task.split], "") for run in runs]
+        facts["tasks"][name] = {
+            "metric": task.metric,
+            "split": task.split,
+            "scores": [found[task.metric] for found in scores],
+            "all_scores": {key: [found[key] for found in scores] for key in scores[0]},
+            "command": as_command("finetune", replace(task.options, save_model=True)),
+        }
+    columns = zip(*(task["scores"] for task in facts["tasks"].values()))
+    facts["averages"] = [mean(column) for column in columns]  # of the tasks, by seed
+    return facts
+
+
+def _fine_tune(task: Task, seed: int, output: Path) -> dict:
+    """The summary of a run in `output`, which resumes if it was interrupted."""
+    resume = bool(checkpoints(output))
+    folder = {"output": str(output), "resume": resume, "overwrite": not resume}
+    run = build(replace(task.options, seed=seed, **folder), keep_head=False, quiet=True)
+    run.open_output()
+    summary = train(run)
+    if task.split not in summary:
+        raise UserError("\n".join(summary["notes"]))  # the outputs are not finite
+    return summary
+
+
+def write_report(output: Path, facts: dict) -> str:
+    """Write report.md and suite.json; returns the table: mean and deviation of each task, and of
+    the average over tasks."""
+    rows = []
+    for name, task in facts["tasks"].items():
+        others = [key for key in task["all_scores"] if key not in (*NOT_SCORES, task["metric"])]
+        more = [f"{key.replace('_', ' ')} {mean(task['all_scores'][key]):.3f}" for key in others]
+        metric = task["metric"].replace("_", " ")
+        rows.append([name, metric, task["split"], spread(task["scores"]), ", ".join(more)])
+    rows.append(["**average**", "", "", f"**{spread(facts['averages'])}**", ""])
+    table = markdown_table(["task", "score", "rows", "mean ± deviation", "others"], rows)
+    seeds = len(facts["averages"])
+    commands = "\n".join(f"{task['command']}" for task in facts["tasks"].values())
+    text = (
+        f"# {facts['model']} on {len(facts['tasks'])} tasks\n\n{table}\n\n"
+        f"Means over {seeds} seeds, with the standard deviation. The average weighs all tasks "
+        f"equally.\n\n```bash\n{commands}\n```\n"
+    )
+    write_text(output / "report.md", text)
+    write_json(output / "suite.json", json.loads(json.dumps(facts)))
+    return table
+
+
+def spread(scores: Sequence[float]) -> str:
+    """Mean and standard deviation, which needs two scores."""
+    shown = f"{mean(scores):.3f}"
+    return f"{shown} ± {stdev(scores):.3f}" if len(scores) > 1 else shown

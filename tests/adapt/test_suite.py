@@ -1,0 +1,132 @@
+"""A suite of small tasks: its numbers are those of its runs, and only what changed runs again."""
+
+import json
+import shutil
+from statistics import mean, stdev
+
+import pytest
+import torch
+from conftest import refusal, script
+from transformers import BertConfig, BertModel
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+SUITE = script("suite").main
+FAST = "--max-steps 2 --batch-size 8 --max-length 16 --learning-rate 1e-2 --precision fp32"
+SMALL = dict(num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=16)
+
+
+def write_rows(path, header, count):
+    rows = [f"river {n} bank,{'odd' if n % 2 else 'even'},money" for n in range(count)]
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("\n".join([header, *rows]) + "\n", "utf-8")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_tokenizer, tmp_path_factory):
+    """A model and two tasks, one of them with other names, pairs and no test rows."""
+    folder = tmp_path_factory.mktemp("suite")
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(tiny_tokenizer), **SMALL)).save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    for split in ("train", "valid", "test"):
+        write_rows(folder / "tasks" / "plain" / f"{split}.csv", "text,label,more", 16)
+    pairs = folder / "tasks" / "pairs"
+    for split in ("first_train", "dev", "test"):
+        write_rows(pairs / f"{split}.csv", "sentence1,gold,sentence2", 16)
+    values = {"train": "first_*.csv", "test": None, "text_field": "sentence1"}
+    values |= {"text-pair-field": "sentence2", "label_field": "gold", "metric": "accuracy"}
+    (pairs / "task.json").write_text(json.dumps(values), "utf-8")
+    return folder
+
+
+def options_for(place, tasks, output, *more):
+    options = {"--model": place / "model", "--tasks": tasks, "--output": output, "--finetune": FAST}
+    return [*(str(word) for pair in options.items() for word in pair), *more]
+
+
+def saved(output):
+    """Name of each result -> when it was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (output / "parts").iterdir()}
+
+
+def test_its_numbers_are_those_of_its_runs_and_it_runs_only_what_changed(place, tmp_path, capsys):
+    tasks, output = tmp_path / "tasks", tmp_path / "out"
+    shutil.copytree(place / "tasks", tasks)
+    SUITE(options_for(place, tasks, output, "--seeds", "2"))
+    facts, first = json.loads((output / "suite.json").read_text()), saved(output)
+    assert {name: task["split"] for name, task in facts["tasks"].items()} == {
+        "pairs": "valid",
+        "plain": "test",
+    }
+    for name, task in facts["tasks"].items():
+        for seed, score in enumerate(task["scores"]):
+            (folder,) = (output / "runs").glob(f"{name}-{seed}-*")
+            summary = json.loads((folder / "summary.json").read_text())
+            assert score == summary[task["split"]][task["metric"]]
+            options = json.loads((folder / "config.json").read_text())
+            assert (options["seed"], options["save_model"]) == (seed, False)
+        report = (output / "report.md").read_text()
+        assert f"{mean(task['scores']):.3f} ± {stdev(task['scores']):.3f}" in report
+    columns = zip(*(task["scores"] for task in facts["tasks"].values()))
+    assert facts["averages"] == [mean(column) for column in columns]
+
+    write_rows(tasks / "plain" / "train.csv", "text,label,more", 24)
+    SUITE(options_for(place, tasks, output, "--seeds", "3"))
+    again = saved(output)
+    assert first.items() <= again.items()  # nothing ran twice
+    assert sorted(name.rsplit("-", 1)[0] for name in again.keys() - first.keys()) == [
+        "pairs-2",
+        "plain-0",
+        "plain-1",
+        "plain-2",
+    ]
+
+
+def test_an_interrupted_suite_gives_the_same_result(place, tmp_path):
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    for folder in (whole, output):
+        SUITE(options_for(place, place / "tasks", folder, "--seeds", "1"))
+    shutil.rmtree(output / "runs")
+    next((output / "parts").glob("plain-*")).unlink()
+    (output / "suite.json").unlink()
+    SUITE(options_for(place, place / "tasks", output, "--seeds", "1"))
+    assert (output / "report.md").read_text() == (whole / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "breaks, named",
+    [
+        (lambda tasks: shutil.rmtree(tasks / "plain") or shutil.rmtree(tasks / "pairs"), ["tasks"]),
+        (lambda tasks: (tasks / "plain" / "valid.csv").unlink(), ["plain", "valid"]),
+        (lambda tasks: (tasks / "pairs" / "task.json").write_text('{"seed": 1}'), ["seed"]),
+        (lambda tasks: (tasks / "pairs" / "task.json").write_text('{"color": 1}'), ["color"]),
+        (lambda tasks: (tasks / "plain" / "task.json").write_text("{"), ["plain", "JSON"]),
+        (
+            lambda tasks: (tasks / "plain" / "task.json").write_text('{"label_field": "class"}'),
+            ["plain", "class"],
+        ),
+    ],
+)
+def test_a_bad_task_is_named_before_any_work(breaks, named, place, tmp_path, capsys):
+    tasks, output = tmp_path / "tasks", tmp_path / "out"
+    shutil.copytree(place / "tasks", tasks)
+    breaks(tasks)
+    message = refusal(SUITE, options_for(place, tasks, output), capsys)
+    assert all(word in message for word in ["--tasks", *named])
+    assert not (output / "parts").exists()
+
+
+@pytest.mark.parametrize(
+    "more, option",
+    [
+        (["--finetune", "--seed 3"], "--seed"),
+        (["--finetune", "--train x.csv"], "--train"),
+        (["--seeds", "0"], "--seeds"),
+        (["--tasks", "nowhere"], "--tasks"),
+    ],
+)
+def test_bad_options_are_refused(more, option, place, tmp_path, capsys):
+    argv = options_for(place, place / "tasks", tmp_path / "out", *more)
+    assert option in refusal(SUITE, argv, capsys)
