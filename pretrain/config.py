@@ -6,7 +6,7 @@ pretrain/preflight.py checks the values.
 
 import codecs
 from dataclasses import dataclass, fields
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from pretrain.errors import UserError
 from pretrain.schema import (
@@ -32,6 +32,12 @@ MODEL_SIZES = {  # (layers, width); heads: width / 64, inner width: 4 x width (T
 }
 # --objective -> pairs: in half of them B comes from another document, or is swapped with A.
 OBJECTIVES = {"mlm+nsp": "random", "mlm+sop": "swapped", "mlm": None}
+# --task of fine-tuning -> scores that may select the best model; the first is the default.
+TASK_METRICS = {
+    "classification": ("macro_f1", "accuracy", "matthews"),
+    "ner": ("f1", "macro_f1"),
+    "regression": ("pearson", "spearman", "correlation"),
+}
 PLAIN_FORMATS = ("sentences", "lines", "text")
 RECORD_FORMATS = ("jsonl", "conll", "csv", "tsv", "parquet", "arrow")
 LANGUAGES = (  # ISO 639-1; sentencex would treat any other code as English
@@ -96,7 +102,8 @@ REPLACE = one_of("mask", "similar")
 OPTIMIZER = one_of("adamw", "muon")
 RECIPE = one_of("auto", "classic")
 DROPOUT = number(0, 0.9)
-METRIC = one_of("macro_f1", "accuracy")
+TASK = one_of(*TASK_METRICS)
+METRIC = one_of(*dict.fromkeys(chain.from_iterable(TASK_METRICS.values())))
 CLASS_WEIGHTS = one_of("none", "balanced")
 WORKERS = integer(0, 256)
 TOKENS = each(pattern(r".+", "a token", "TOKEN"))
@@ -305,12 +312,12 @@ class ColumnOptions:
     encoding: str = option(UTF8, ENCODING_HELP, ENCODING)
     text_field: str | None = option(None, "text column (default: text, or the only one)", NAME)
     text_pair_field: str | None = option(None, "column of a second text to pair with it", NAME)
-    label_field: str = option("label", "label column, names or whole numbers", NAME)
+    label_field: str = option("label", "label column: names, numbers or, for ner, spans", NAME)
 
 
 @dataclass(frozen=True)
 class LabelOptions(ColumnOptions):
-    """Rows: CSV, TSV, JSONL or Parquet files with labels."""
+    """Rows: CSV, TSV, JSONL or Parquet files with labels; for ner also CoNLL."""
 
     train: Texts = option((), "labeled rows to train on", FILES, required=True)
     valid: Texts = option((), "labeled rows to select the model with", FILES, required=True)
@@ -322,6 +329,7 @@ class FinetuneOptions(RunOptions, MachineOptions, OptimizationOptions, LabelOpti
     """Fine-tuning: all options of finetune.py."""
 
     model: str | None = option(None, "encoder: a folder or a hub name", required=True)
+    task: str = option("classification", "classes, ner (entities) or a number per row", TASK)
     label_budget: int = option(0, "train on N rows, in class proportion (0: all)", COUNT_OR_0)
     max_length: int | None = option(None, "tokens per example (default: at most 512)", LENGTH)
     batch_size: int = option(32, "examples per optimizer step", COUNT)
@@ -329,7 +337,7 @@ class FinetuneOptions(RunOptions, MachineOptions, OptimizationOptions, LabelOpti
     epochs: float = changeable(10.0, "passes over the rows, if --max-steps is 0", EPOCHS)
     learning_rate: float = option(5e-5, "peak learning rate, for either optimizer", POSITIVE)
     patience: int = changeable(3, "stop after N evaluations without gain (0: off)", COUNT_OR_0)
-    metric: str = option("macro_f1", "score that selects the best model", METRIC)
+    metric: str = option(AUTO, "score that selects the best model, of those of --task", METRIC)
     class_weights: str = option("none", "balanced: all classes weigh the same", CLASS_WEIGHTS)
     seed: int = option(0, "seed for head, dropout, row order and sampling", SEED)
     output: str | None = changeable(None, "run folder (default: runs/finetune-DATE-TIME)")

@@ -88,7 +88,7 @@ class LossTotals:
         means = {name: self.sums[name] / count for name, count in counts.items() if count}
         numbers = {}
         for name, mean in means.items():
-            prefix = "" if name == "label" else f"{name}_"  # the only term of classification
+            prefix = "" if name == "label" else f"{name}_"  # the only term of fine-tuning
             numbers[f"{prefix}loss"] = mean
             if name in self.num_correct:
                 numbers[f"{prefix}accuracy"] = self.num_correct[name] / counts[name]

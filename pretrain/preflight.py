@@ -16,6 +16,7 @@ from pretrain.config import (
     OBJECTIVES,
     PATHS,
     PHASES,
+    TASK_METRICS,
     min_micro_batch_size,
     typed,
 )
@@ -116,6 +117,13 @@ def _conflicts(options: object) -> list[str]:
     ):
         expected = "expected --valid PATHS, or a share above 0"
         refuse(f"no validation text; {expected}", "patience", "valid_fraction")
+    metrics = TASK_METRICS.get(value("task"), ())
+    if metrics and value("metric") not in (AUTO, *metrics):
+        refuse(f"not a score of this task; expected {', '.join(metrics)}", "metric", "task")
+    if metrics and value("class_weights") == "balanced" and value("task") != "classification":
+        refuse("has no classes; expected --task classification", "class_weights", "task")
+    if value("text_pair_field") and value("task") == "ner":
+        refuse("entities are in one text; expected no second one", "text_pair_field", "task")
     if value("precision") == "fp16" and value("device") == "cpu":
         refuse("a CPU does not train in fp16; expected bf16 or fp32", "precision")
     return problems

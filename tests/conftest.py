@@ -24,7 +24,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers  # noqa: E402
-from transformers import RobertaTokenizer, XLMRobertaTokenizer  # noqa: E402
+from transformers import BertModel, RobertaTokenizer, XLMRobertaTokenizer  # noqa: E402
 
 from pretrain.cli import run_command  # noqa: E402
 from pretrain.data import tokenizer  # noqa: E402
@@ -138,6 +138,21 @@ def xlm_roberta_tokenizer(all_sentences) -> XLMRobertaTokenizer:
     trainer = trainers.UnigramTrainer(unk_token="<unk>", **settings)
     state = trained_state(models.Unigram(), trainer, all_sentences)
     return XLMRobertaTokenizer(vocab=[tuple(entry) for entry in state["vocab"]])
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny_tokenizer, vocabulary, tmp_path_factory):
+    """A pretrained encoder: one narrow layer, at most 64 tokens."""
+    import packed_reference
+
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(3)
+    config = packed_reference.small_config(
+        vocabulary.size, num_hidden_layers=1, hidden_dropout_prob=0.1
+    )
+    BertModel(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 # Runs of the commands.

@@ -112,11 +112,12 @@ def pad(batch: Batch, pad_id: int = 0) -> dict[str, Tensor]:
         "attention_mask": (torch.ones_like(batch.input_ids), 0),
     }
     others = {}
-    if "label" in batch.labels:
+    if batch.masked_positions is None:
         others["labels"] = batch.labels["label"][: batch.num_sequences]
     else:
-        labels, number = torch.full(batch.input_ids.shape, IGNORED), int(batch.counts["mlm"])
-        labels[batch.masked_positions[:number]] = batch.labels["mlm"][:number]
+        name = "label" if "label" in batch.labels else "mlm"
+        labels, number = torch.full(batch.input_ids.shape, IGNORED), int(batch.counts[name])
+        labels[batch.masked_positions[:number]] = batch.labels[name][:number]
         packed["labels"] = (labels, IGNORED)
     for name in batch.labels.keys() & {"nsp", "sop"}:
         others["next_sentence_label"] = batch.labels[name][: batch.num_sequences]

@@ -115,6 +115,8 @@ def home(documents, roberta_tokenizer, tmp_path_factory):
         kinds = ("今天心情很好{},1", "天气不错{},0")
         labeled = [kinds[number % 2].format(number) for number in range(start, start + 10)]
         files[f"zh_{name}.csv"] = "text,label\n" + "\n".join(labeled) + "\n"
+    words = "quick\tO\nbank\tB-X\nmodel\tI-X\n\nriver\tB-Y\nwater\tO\n\n"
+    files |= {"train.conll": words * 4, "valid.conll": words}
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content, "utf-8")
@@ -156,7 +158,7 @@ PRINTED = {
     "domain": "pieces per word",
     "evaluate": "perplexity",
     "fill_mask": r"(?m)^token +score +sentence\n(\S+) +0\.\d+  今天\1情很好$",
-    "finetune": "mean of the classes",
+    "finetune": "mean of the classes|all entities",
     "predict": r"10 rows in \w+\.csv",
     "show_masks": "entities|words",
 }

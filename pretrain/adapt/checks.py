@@ -11,6 +11,7 @@ from pathlib import Path
 from pretrain import config
 from pretrain.adapt.domain import read_text
 from pretrain.adapt.parts import Parts
+from pretrain.adapt.report import METRICS
 from pretrain.build import decide_precision, task_problems
 from pretrain.cli import parse
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
@@ -23,7 +24,7 @@ from pretrain.files import (
     sha256_of,
     write_json,
 )
-from pretrain.finetune.build import build
+from pretrain.finetune.build import build, metric_of
 from pretrain.finetune.dataset import LabeledRows
 from pretrain.inputs import MODEL_WAYS, TextFiles, check_sample
 from pretrain.model.loading import from_checkpoint
@@ -83,7 +84,13 @@ def build_experiment(options: AdaptOptions) -> Experiment:
         pretraining = replace(pretraining, encoding=options.encoding)
     finetuning = _passed_on(options, "finetune", FinetuneOptions)
     labels = {name: getattr(options, name) for name in LABEL_OPTIONS}
-    finetuning = replace(finetuning, **labels, model=options.model, save_model=False)
+    metric = metric_of(finetuning)
+    if finetuning.task != "classification" or metric not in METRICS:
+        problem = f"{typed(finetuning, 'task')} --metric {metric}: cannot be compared"
+        with naming(options, "finetune"):
+            raise UserError(f"{problem}; expected classification by {' or '.join(METRICS)}")
+    settings = {"model": options.model, "metric": metric, "save_model": False}
+    finetuning = replace(finetuning, **labels, **settings)
     output = Path(options.output)
     ways = None if (output / "experiment.json").is_file() else "a new folder"
     with option_named("--output"):

@@ -1,4 +1,4 @@
-"""Predict labels and probabilities for the rows of a file; print scores if they have labels."""
+"""Predict labels, entities or numbers for the rows of a file; print scores if they have labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ TABLE = pattern(r".*\.(csv|jsonl)", "a name that ends in .csv or .jsonl", "FILE"
 class PredictOptions(DeviceOptions, ColumnOptions):
     """Prediction"""
 
-    model: str | None = option(None, "classifier or its run: folder or hub name", required=True)
-    input: tuple[str, ...] = option((), "rows: CSV, TSV, JSONL or Parquet", FILES, required=True)
+    model: str | None = option(None, "fine-tuned model or its run, or a hub name", required=True)
+    input: tuple[str, ...] = option(
+        (), "rows: CSV, TSV, JSONL or Parquet; CoNLL for entities", FILES, required=True
+    )
     output: str | None = option(
-        None, "file for rows, labels and probabilities: .csv or .jsonl", TABLE, required=True
+        None, "file for rows and predictions: .csv or .jsonl", TABLE, required=True
     )
     max_length: int | None = option(None, "tokens in a row (default: as in fine-tuning)", LENGTH)
     batch_size: int = option(64, "rows per forward pass", COUNT)
@@ -39,9 +41,10 @@ def main(argv: Sequence[str]) -> None:
 
     from pretrain.build import decide_precision
     from pretrain.finetune.build import check_tokens, load_model
-    from pretrain.finetune.dataset import LabeledDataset, read_texts
+    from pretrain.finetune.heads import task_of
     from pretrain.finetune.predict import check_rows, predict, predict_rows, write_rows
-    from pretrain.finetune.scores import Tally, numbers_of, only_class, score_table
+    from pretrain.finetune.scores import numbers_of, score_table
+    from pretrain.finetune.tasks import TASKS
     from pretrain.runtime.distributed import start
     from pretrain.runtime.optim import autocast, overflow_advice
 
@@ -49,39 +52,39 @@ def main(argv: Sequence[str]) -> None:
         _, device = start(options.device, alone="prediction")
     precision = decide_precision(options, {}, device)
     tokenizer, model = load_model(options.model, options, device, precision)
-    classes, context = list(model.config.id2label.values()), autocast(device, precision)
+    task, context = TASKS[task_of(model.config)], autocast(device, precision)
+    classes = [] if task.name == "regression" else list(model.config.id2label.values())
     with option_named("--input"):
-        check_rows(options.input, options, classes)
-    tally = Tally(classes)
+        check_rows(options.input, options, task, classes)
+    tally = task.tally(classes)
 
     def predict_chunk(rows):
-        dataset = LabeledDataset(rows, tokenizer)
-        if not tally.predicted.any():  # the first chunk stands for all
+        dataset = task.dataset(rows, tokenizer)
+        if not tally.num_scored + tally.num_unlabeled:  # the first chunk stands for all
             check_tokens(typed(options, "input"), dataset, tokenizer, rows.texts)
-        probabilities = predict(model, dataset, options.batch_size, context)
-        bad = np.flatnonzero(~np.isfinite(probabilities).all(-1))
-        if len(bad):
-            problem = f"its output in {precision} is not finite for {rows.texts[bad[0]][0][:60]!r}"
+        outputs = predict(model, dataset, options.batch_size, context)
+        if not np.isfinite(outputs).all():
+            problem = f"its output in {precision} is not finite"
             expected = f"expected {overflow_advice(precision)}"
             raise UserError(f"--model {options.model}: {problem}; {expected}")
-        tally.add(dataset.labels, probabilities)
-        return probabilities
+        tally.add(dataset.labels, outputs)
+        return dataset, outputs
 
     def write(path):
-        rows = read_texts(options.input, options, [])
-        predicted = predict_rows(rows, options.label_field, classes, predict_chunk)
+        rows = task.documents(options.input, options, [])
+        predicted = predict_rows(rows, options, task, classes, predict_chunk)
         write_rows(path, predicted, as_csv=output.suffix == ".csv")
 
     with option_named("--output"), exclusive(output, wait=False), option_named(f"{output}:"):
         write_aside(output, write)
-    scored, scores = int(tally.confusion.sum()), {}
-    print(f"{scored + tally.unlabeled:,} rows in {output}")
-    if only := only_class(tally.predicted, classes):
-        print(f"--model {options.model}: all rows get the label {only}")
-    if scored:
+    num_rows, scores = tally.num_scored + tally.num_unlabeled, {}
+    print(f"{num_rows:,} rows in {output}")
+    if warning := task.warning(tally.predicted, classes):
+        print(f"--model {options.model}: {warning}")
+    if tally.num_scored:
         scores = tally.scores()
         print(score_table(scores))
-    if tally.unlabeled:
-        known = ", ".join(classes[:20])
-        print(f"not scored: {tally.unlabeled:,} rows without a label of the model ({known})")
-    print(as_json({"rows": scored + tally.unlabeled} | numbers_of(scores)))
+    if tally.num_unlabeled:
+        known = f" ({', '.join(task.names(classes)[:20])})" if classes else ""
+        print(f"not scored: {tally.num_unlabeled:,} rows without a label of the model{known}")
+    print(as_json({"rows": num_rows} | numbers_of(scores)))

@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from pretrain.data.sentences import Sentence
+from pretrain.data.spans import Entity
 from pretrain.errors import UserError
 
 NUMBERED = re.compile(r"(.)(\d+)")  # a character and its position in a word
@@ -18,17 +19,24 @@ SAMPLED_TOKENS = 2000  # from which the way to join tokens is detected
 BEGIN, CONTINUE, OPEN = ("B", "S"), ("I", "M", "E"), ("B", "I", "M")
 
 Row = tuple[int, str, str]  # line, token, tag
+Tagged = tuple[str, tuple[Entity, ...]]  # text, its entities in order
 
 
 def read_tagged(path: Path) -> Iterator[list[Sentence]]:
+    """Documents of a file, with the spans of their entities; see `read_entities`."""
+    for document in read_entities(path):
+        yield [(text, tuple(span[:2] for span in entities)) for text, entities in document]
+
+
+def read_entities(path: Path, encoding: str = "utf-8-sig") -> Iterator[list[Tagged]]:
     """Documents of a file. A blank line ends a document, or a sentence if the file has -DOCSTART-.
 
     A few I- tags without a B- before them are read as B-; UserError if there are more."""
-    separator = _separator(path)
+    separator = _separator(path, encoding)
     strays: list[tuple[int, str]] = []  # (line, tag) of I- tags without a B-
-    document: list[Sentence] = []
+    document: list[Tagged] = []
     num_entities, has_documents = 0, None
-    for rows, starts_document in _blocks(path):
+    for rows, starts_document in _blocks(path, encoding):
         has_documents = starts_document if has_documents is None else has_documents
         if document and (starts_document or not has_documents):
             yield document
@@ -47,10 +55,10 @@ def read_tagged(path: Path) -> Iterator[list[Sentence]]:
         print(f"{problem} ({share}): read as B-")
 
 
-def _blocks(path: Path) -> Iterator[tuple[list[Row], bool]]:
+def _blocks(path: Path, encoding: str) -> Iterator[tuple[list[Row], bool]]:
     """(rows up to a blank line, whether they start a document)."""
     rows, starts_document = [], False
-    with path.open(encoding="utf-8-sig", newline="\n") as handle:
+    with path.open(encoding=encoding, newline="\n") as handle:
         for number, line in enumerate(chain(handle, [""]), start=1):
             line = line.rstrip("\r\n")
             is_start = line.startswith("-DOCSTART-")
@@ -67,9 +75,9 @@ def _blocks(path: Path) -> Iterator[tuple[list[Row], bool]]:
             starts_document = starts_document or is_start
 
 
-def _separator(path: Path) -> str | None:
+def _separator(path: Path, encoding: str) -> str | None:
     """What joins the tokens of a file: " ", "", or None if the tokens are numbered characters."""
-    rows = chain.from_iterable(rows for rows, _ in _blocks(path))
+    rows = chain.from_iterable(rows for rows, _ in _blocks(path, encoding))
     tokens = [token for _, token, _ in islice(rows, SAMPLED_TOKENS)]
     if sum(bool(NUMBERED.fullmatch(token)) for token in tokens) > 0.98 * len(tokens):
         shown = f"tokens such as {tokens[0]!r} are a character and its position in a word"
@@ -80,7 +88,7 @@ def _separator(path: Path) -> str | None:
 
 def _sentence(
     rows: list[Row], separator: str | None, path: Path, strays: list[tuple[int, str]]
-) -> Sentence:
+) -> Tagged:
     """The tokens of a sentence, joined; I- tags without a B- are added to `strays`."""
     text, spans, open_type = "", [], None
     for line, token, tag in rows:
@@ -91,12 +99,12 @@ def _sentence(
             gap = " " if place == "0" else ""
         if text:
             text += gap
-        prefix, _, kind = tag.replace("_", "-", 1).partition("-")
+        prefix, kind = [*re.split("[-_]", tag, maxsplit=1), ""][:2]
         end = len(text) + len(token)
         if prefix in CONTINUE and open_type == kind:
-            spans[-1] = (spans[-1][0], end)
+            spans[-1] = (spans[-1][0], end, kind)
         elif prefix in BEGIN + CONTINUE:
-            spans.append((len(text), end))
+            spans.append((len(text), end, kind))
             if prefix in CONTINUE:
                 strays.append((line, tag))
         elif tag != "O":

@@ -26,6 +26,7 @@ from pretrain.data.sentences import (
     sentences,
 )
 from pretrain.data.sources import CHUNK_BYTES, Source, check_files, expand, files_of, states_of
+from pretrain.data.spans import check_spans, read_spans
 from pretrain.data.tables import TEXT_FORMATS, choose_field, format_of, no_column, read_rows
 from pretrain.errors import UserError, refusing, require
 from pretrain.files import (
@@ -40,8 +41,6 @@ from pretrain.files import (
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
 CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages for what Python cannot read
-SPAN_KEYS = ("start end", "start_offset end_offset", "start_pos end_pos", "begin end")
-SPAN_FORMS = '[start, end, ...] or {"start": 0, "end": 4}, in characters'
 VERSION = 1  # of the converted files
 SEAL = ".seal.json"  # in a folder of the cache: bytes, mtime in ns and SHA-256 of each file
 
@@ -266,35 +265,9 @@ def _rows(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
             raise UserError(f"{where}: {field} is {str(text)[:40]!r}; expected text")
         # JSON may hold half a surrogate pair.
         text = (text or "").encode("utf-8", "replace").decode()
-        spans = _spans(row.get(columns.entities), text, where) if columns.entities else []
+        spans = []
+        if columns.entities:
+            found = read_spans(row.get(columns.entities), where)
+            spans = sorted({(start, end) for start, end, _ in found})
+            check_spans(spans, text, where)
         yield {"text": text, "entities": spans} if spans else {"text": text}
-
-
-def _spans(value: object, text: str, where: str) -> list[tuple[int, int]]:
-    """The sorted entities of a record, which holds a list of spans or a single span."""
-    if isinstance(value, str):  # a cell of a table
-        with refusing(f"{where}: {value[:40]!r} is not JSON", "expected [[start, end], ...]"):
-            value = json.loads(value or "[]")
-    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
-        value = [dict(zip(value, row)) for row in zip(*value.values())]  # columns to rows
-    if value is None:
-        return []
-    items = value if isinstance(value, list) else [value]
-    spans = sorted({_span(item, where) for item in items})
-    previous_end = 0
-    for start, end in spans:
-        if not previous_end <= start < end <= len(text):
-            expected = f"spans within the {len(text)} characters, without overlap"
-            raise UserError(f"{where}: bad span [{start}, {end}]; expected {expected}")
-        previous_end = end
-    return spans
-
-
-def _span(span: object, where: str) -> tuple[int, int]:
-    ends = span
-    if isinstance(span, dict):
-        known = [keys.split() for keys in SPAN_KEYS if set(keys.split()) <= set(span)]
-        ends = [span[key] for key in known[0]] if known else None
-    if isinstance(ends, (list, tuple)) and [type(end) for end in ends[:2]] == [int, int]:
-        return ends[0], ends[1]
-    raise UserError(f"{where}: {str(span)[:60]!r} is not a span; expected {SPAN_FORMS}")

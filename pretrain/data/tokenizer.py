@@ -142,11 +142,14 @@ def without_limits(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return backend
 
 
-def encode_together(backend: Tokenizer, texts: Sequence, **more: bool) -> Iterator[Encoding]:
+def encode_together(
+    backend: Tokenizer, texts: Sequence, with_offsets: bool = False, **more: bool
+) -> Iterator[Encoding]:
     """The encodings of `texts`, in order, on all threads, a part at a time in memory."""
+    encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
     for group in in_groups(texts, characters_of, ENCODED_TOGETHER):
         with refusing_to_encode():
-            encodings = backend.encode_batch_fast(group, **more)
+            encodings = encode(group, **more)
         yield from encodings
 
 

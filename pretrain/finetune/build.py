@@ -1,13 +1,13 @@
-"""Text classification on a pretrained encoder: from options to a `FinetuningRun` for `train`.
+"""Fine-tuning of a pretrained encoder: from options to a `FinetuningRun` for `train`.
 
-Labeled rows flow in. A run folder comes out: the best model in `final/`, which opens with
-AutoModelForSequenceClassification, its scores, its predictions for the test rows, and a plot of the
+Labeled rows flow in. A run folder comes out: the best model in `final/`, which opens with an Auto
+class of transformers, its scores, its predictions for the test rows and, for classes, a plot of the
 confusion matrix.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -18,20 +18,17 @@ from transformers import PreTrainedTokenizerBase
 
 from pretrain import plots
 from pretrain.build import decide_precision, enable_gradient_checkpointing
-from pretrain.config import FinetuneOptions, typed
+from pretrain.config import TASK_METRICS, FinetuneOptions, typed
 from pretrain.data import tokenizer as tokenizers
 from pretrain.errors import UserError, check, option_named, require
-from pretrain.files import key_of
-from pretrain.finetune.dataset import (
-    LabeledDataset,
-    LabeledRows,
-    LabeledSteps,
-    budget_rows,
-    read_labeled,
-)
-from pretrain.finetune.heads import PackedClassifier, load_classifier
-from pretrain.finetune.predict import new_cells, predict, write_rows
-from pretrain.finetune.scores import Tally, numbers_of, only_class
+from pretrain.files import key_of, write_text
+from pretrain.finetune.dataset import LabeledDataset, LabeledRows, LabeledSteps, budget_rows
+from pretrain.finetune.entities import labels_of, tags_of
+from pretrain.finetune.heads import PackedClassifier, load_classifier, task_of
+from pretrain.finetune.predict import predict, write_rows
+from pretrain.finetune.scores import numbers_of, predicted_of, score_table
+from pretrain.finetune.tasks import TASKS, Classification
+from pretrain.finetune.windows import TaggedDataset
 from pretrain.inputs import check_vocabulary
 from pretrain.model.attention import choose_attention
 from pretrain.plan import report_ineffective, steps_between
@@ -42,7 +39,7 @@ from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import start
 from pretrain.runtime.monitor import Monitor
 from pretrain.runtime.optim import overflow_advice
-from pretrain.schema import TEXT
+from pretrain.schema import AUTO, TEXT
 
 MAX_LENGTH = 512  # tokens, unless --max-length is given
 SAMPLED_ROWS = 1000  # to show what is unknown to the tokenizer
@@ -56,9 +53,9 @@ class FinetuningRun(Run):
 
     Until then its weights are kept in memory and in every checkpoint."""
 
-    classes: list[str]
+    classes: list[str]  # as in LabeledRows
     rows: dict[str, LabeledRows]  # train, valid and, if given, test
-    datasets: dict[str, LabeledDataset]  # with the same keys
+    datasets: dict[str, LabeledDataset | TaggedDataset]  # with the same keys
     best_weights: dict[str, Tensor] = field(default_factory=dict)  # on the CPU
     test_scores: dict = field(default_factory=dict)
 
@@ -66,13 +63,20 @@ class FinetuningRun(Run):
     higher_is_better = True
     scores_form = {}  # some are nested
     has_fixed_shapes = False
-    results = ("final", "confusion.png")
-    charts = {
-        "scores": {
-            "held-out accuracy and F1": ["Multiline", ["eval/accuracy", "eval/macro_f1"]],
-            "loss, training and held-out": ["Multiline", ["train/loss", "eval/loss"]],
+    results = ("final", "confusion.png", "scores.txt")
+
+    @property
+    def task(self) -> Classification:
+        return TASKS[self.config.task]
+
+    @property
+    def charts(self) -> dict:
+        return {
+            "scores": {
+                "held-out scores": ["Multiline", [*self.task.curves]],
+                "loss, training and held-out": ["Multiline", ["train/loss", "eval/loss"]],
+            }
         }
-    }
 
     @property
     def score(self) -> tuple[str, str]:
@@ -83,14 +87,14 @@ class FinetuningRun(Run):
         return self.score_rows("valid", stop)[1]
 
     def score_rows(self, name: str, stop=lambda: 0) -> tuple[np.ndarray | None, dict | None]:
-        """(probabilities, scores) of the rows `name`; (None, None) if `stop` cut it short."""
+        """(outputs, scores) of the rows `name`; (None, None) if `stop` cut it short."""
         dataset, size = self.datasets[name], self.micro_batch_size
-        probabilities = predict(self.model, dataset, size, self.autocast(), stop)
-        if probabilities is None:
+        outputs = predict(self.model, dataset, size, self.autocast(), stop)
+        if outputs is None:
             return None, None
-        tally = Tally(self.classes)
-        tally.add(dataset.labels, probabilities)
-        return probabilities, tally.scores()
+        tally = self.task.tally(self.classes)
+        tally.add(dataset.labels, outputs)
+        return outputs, tally.scores()
 
     def logged(self, scores: dict) -> dict[str, float]:
         """The scores that are numbers, and the F1 of the first classes."""
@@ -113,24 +117,29 @@ class FinetuningRun(Run):
             self.best_weights[name] = state[name].to("cpu", copy=True).view_as(weight)
 
     def finish(self, state) -> None:
-        """Score the best model on the test rows; write predictions, plot and model. UserError if no
-        evaluation had finite scores."""
+        """Score the best model on the test rows; write predictions, plot or scores, and model.
+        UserError if no evaluation had finite scores."""
         if not self.best_weights:
             problem = "the model's outputs were not finite in any evaluation"
             expected = f"a lower --learning-rate, {overflow_advice(self.precision)}"
             raise UserError(f"{typed(self.config, 'valid')}: {problem}; expected {expected}")
         self.model.load_state_dict(self.best_weights)
         state.scores = scores = state.best_scores  # the scores of `final/`
-        name, classes = "validation", self.classes
+        name = "validation"
         if "test" in self.datasets:
-            probabilities, self.test_scores = self.score_rows("test")
+            outputs, self.test_scores = self.score_rows("test")
         if self.has_test_scores():
             name, scores = "test", self.test_scores
-            rows = zip(self.rows["test"].labels, probabilities)
-            cells = ({"label": label} | new_cells(row, classes) for label, row in rows)
-            write_rows(self.output / "test_predictions.csv", cells, as_csv=True)
-        title = f"Predictions for the {name} rows of each class"
-        plots.confusion(self.output / "confusion.png", title, {"": scores["confusion"]}, classes)
+            labels = self.task.label_cells(self.rows["test"])
+            predicted = self.task.cells(self.datasets["test"], outputs, self.classes)
+            path = self.output / self.task.predictions
+            write_rows(path, (a | b for a, b in zip(labels, predicted)), path.suffix == ".csv")
+        if "confusion" in scores:
+            title = f"Predictions for the {name} rows of each class"
+            matrices = {"": scores["confusion"]}
+            plots.confusion(self.output / "confusion.png", title, matrices, self.classes)
+        else:
+            write_text(self.output / "scores.txt", f"{name} rows\n{score_table(scores)}\n")
         if self.config.save_model:
             super().finish(state)
 
@@ -139,7 +148,7 @@ class FinetuningRun(Run):
         return math.isfinite(self.test_scores.get("loss", math.nan))
 
     def notes(self, state) -> list[str]:
-        """Also says if the last step was the best, if one class is chosen for all rows, and if
+        """Also says if the last step was the best, if all rows get the same prediction, and if
         there are no test scores."""
         found, options = super().notes(state), self.config
         score = state.best_scores[self.score[0]]
@@ -147,8 +156,8 @@ class FinetuningRun(Run):
             length = typed(options, "max_steps" if options.max_steps else "epochs")
             found.append(f"{length}: the last step was the best; a longer run may score higher")
         for name, scores in (("valid", state.best_scores), ("test", self.test_scores)):
-            if scores and (only := only_class(np.sum(scores["confusion"], axis=0), self.classes)):
-                found.append(f"--{name}: the model chooses {only} for every row")
+            warning = self.task.warning(predicted_of(scores), self.classes) if scores else None
+            found += [f"--{name}: {warning}"] if warning else []
         if "test" in self.datasets and not self.has_test_scores():
             problem = f"the outputs in {self.precision} are not finite, so there are no scores"
             found.append(f"{typed(options, 'test')}: {problem}")
@@ -157,7 +166,7 @@ class FinetuningRun(Run):
     def complete_summary(self, state, summary: dict) -> None:
         """Add the best validation scores and the test scores."""
         summary.pop("mask_shortfall", None)
-        summary["train_rows"] = len(self.datasets["train"])
+        summary["train_rows"] = len(self.rows["train"].texts)
         if state.best_scores:
             summary |= {"best_step": state.best_step, "valid": state.best_scores}
         if self.has_test_scores():
@@ -173,20 +182,21 @@ class FinetuningRun(Run):
         ckpt.check_finite(weights)
         self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
+        names = self.task.names(self.classes)
         facts = [
             ["started from", self.config.model],
-            ["classes", ", ".join(self.classes)],
-            ["training rows", len(self.datasets["train"])],
+            *([["classes", ", ".join(names)]] if names else []),
+            ["training rows", len(self.rows["train"].texts)],
             ["tokens per example", self.tokenizer.model_max_length],
             ["step of the best model", state.best_step],
             ["seed", self.config.seed],
         ]
         numbers = numbers_of(state.best_scores, "valid ") | numbers_of(self.test_scores, "test ")
         facts += [[name.replace("_", " "), f"{value:.4f}"] for name, value in numbers.items()]
-        task, family = "text-classification", self.model.config.model_type
-        title = f"{family}, fine-tuned to choose one of {len(self.classes)} classes"
-        opens_with = f'`AutoModelForSequenceClassification` and `pipeline("{task}")` of'
-        card = ckpt.model_card(task, [family], title, f"{opens_with} transformers.", facts)
+        task, family = self.task, self.model.config.model_type
+        title = f"{family}, fine-tuned to {task.title(self.classes)}"
+        opens_with = f'`{task.auto_class}` and `pipeline("{task.pipeline}")` of transformers.'
+        card = ckpt.model_card(task.pipeline, [family], title, opens_with, facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -195,7 +205,9 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
 
     With `keep_head`, a head for the same classes is kept; with `quiet`, nothing is printed."""
     check(validate(options))
-    require("matplotlib", "the plot of the confusion matrix")
+    task = TASKS[options.task]
+    if task.name == "classification":
+        require("matplotlib", "the plot of the confusion matrix")
     with option_named("--device"):
         world, device = start(options.device, alone="fine-tuning")
     output = run_folder(options.output, "finetune-")
@@ -212,10 +224,11 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     torch.manual_seed(options.seed)
     source = str(checkpoint or options.model)
     keep_head |= bool(checkpoint)
-    tokenizer, model = load_model(source, options, device, precision, classes, keep_head)
+    loaded = (source, options, device, precision, classes, keep_head, task.name)
+    tokenizer, model = load_model(*loaded)
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    datasets = {name: LabeledDataset(part, tokenizer) for name, part in rows.items()}
+    datasets = {name: task.dataset(part, tokenizer) for name, part in rows.items()}
     for name, dataset in () if saved or quiet else datasets.items():
         check_tokens(typed(options, name), dataset, tokenizer, rows[name].texts)
     train = datasets["train"]
@@ -232,7 +245,7 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     torch.manual_seed(options.seed)  # for dropout, independent of the draws for the head
     run = FinetuningRun(
         asked=options,
-        config=options,
+        config=replace(options, metric=metric_of(options)),
         world=world,
         device=device,
         precision=precision,
@@ -258,24 +271,43 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     return run
 
 
+def metric_of(options: FinetuneOptions) -> str:
+    """The score that selects the best model."""
+    return TASK_METRICS[options.task][0] if options.metric == AUTO else options.metric
+
+
 def load_model(
-    name: str, options, device: torch.device, precision: str, classes=None, keep_head: bool = True
+    name: str,
+    options,
+    device: torch.device,
+    precision: str,
+    classes: list[str] | None = None,
+    keep_head: bool = True,
+    task: str | None = None,
 ) -> tuple[PreTrainedTokenizerBase, PackedClassifier]:
     """(tokenizer, model of `load_classifier`), checked; `options` of finetune.py or predict.py.
 
     The tokenizer's `model_max_length` is set, so that a pipeline cuts at the same length."""
     with option_named("--model"):
         tokenizer = tokenizers.load(name)
-        model = load_classifier(name, classes, keep_head)
+        model = load_classifier(name, classes, keep_head, task)
+    tags = list(model.config.id2label.values())
+    if task_of(model.config) == "ner" and set(tags) != set(tags_of(labels_of(tags))):
+        raise UserError(
+            f"--model {name}: has the tags {', '.join(tags[:20])}; expected O, B- and I-"
+        )
     num_ids, size = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
     if num_ids > size:
         problem = f"the model has vectors for {size:,} of {num_ids:,} tokens"
         raise UserError(f"--model {name}: {problem}; expected the model's own tokenizer")
-    limit = MAX_LENGTH if classes else int(tokenizer.model_max_length)
+    limit = MAX_LENGTH if classes is not None else int(tokenizer.model_max_length)
     tokenizer.model_max_length = options.max_length or min(limit, model.max_length)
     with option_named("--max-length"):
         check(model.length_problems(tokenizer.model_max_length))
     pair = options.text_pair_field
+    if pair and task_of(model.config) == "ner":
+        problem = "entities are in one text; expected no second one"
+        raise UserError(f"--text-pair-field {pair}: {problem}")
     if pair:
         types = set(tokenizers.without_limits(tokenizer).encode("a", "a").type_ids)
         if max(types) >= model.config.type_vocab_size:
@@ -291,16 +323,19 @@ def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
     for name in ("train", "valid", "test"):
         if paths := getattr(options, name):
             with option_named(f"--{name}"):
-                rows[name] = read_labeled(paths, options, classes)
+                rows[name] = TASKS[options.task].read(paths, options, classes)
             classes = rows["train"].classes
     train, budget = rows["train"], options.label_budget
     if not budget:
         return rows
-    least, most = len(classes), len(train.labels)
+    has_classes = options.task == "classification"
+    least, most = len(classes) if has_classes else 1, len(train.labels)
     if not least <= budget <= most:
-        expected = f"{least} (one row per class) to {most} (all rows of --train)"
+        expected = f"{least} (one row per class)" if has_classes else "1"
+        expected += f" to {most} (all rows of --train)"
         raise UserError(f"--label-budget {budget}: expected {expected}")
-    chosen = budget_rows(train.labels, budget, options.seed).tolist()
+    strata = train.labels if has_classes else [""] * most
+    chosen = budget_rows(strata, budget, options.seed).tolist()
     texts = [train.texts[row] for row in chosen]
     labels = [train.labels[row] for row in chosen]
     return rows | {"train": LabeledRows(texts, labels, classes)}
@@ -308,7 +343,7 @@ def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
 
 def check_tokens(
     name: str,
-    dataset: LabeledDataset,
+    dataset: LabeledDataset | TaggedDataset,
     tokenizer: PreTrainedTokenizerBase,
     texts: list[tuple[str, ...]],
 ) -> None:
@@ -318,18 +353,21 @@ def check_tokens(
 
 
 def print_rows(run: FinetuningRun) -> None:
-    """Print the rows per class, how many are cut, and how many texts are also in --train."""
-    seen = set(run.rows["train"].texts)
+    """Print the rows per class, how many are cut, how many entities end inside a word, and how many
+    texts are also in --train."""
+    seen, task = set(run.rows["train"].texts), run.task
     for name, dataset in run.datasets.items():
-        counts = np.bincount(dataset.labels, minlength=len(run.classes))
-        facts = [f"{len(dataset):,} rows"]
-        facts += [f"{label} {count:,}" for label, count in zip(run.classes[:20], counts)]
+        rows = run.rows[name]
+        facts = [f"{len(rows.texts):,} rows", *task.counts(rows, dataset)]
         if dataset.num_cut:
-            facts.append(f"{dataset.num_cut:,} exceed {dataset.max_length} tokens and are cut")
+            facts.append(f"{dataset.num_cut:,} exceed {dataset.max_length} tokens {task.is_cut}")
         print(f"--{name}: {', '.join(facts)}")
-        repeated = sum(text in seen for text in run.rows[name].texts)
+        if snapped := getattr(dataset, "num_snapped", 0):
+            found = f"{typed(run.config, name)}: {snapped:,} entities begin or end inside a word"
+            print(f"{found}: the whole word is tagged, and no prediction can equal them")
+        repeated = sum(text in seen for text in rows.texts)
         if name != "train" and repeated:
-            found = f"{typed(run.config, name)}: {repeated:,} of {len(dataset):,} texts"
+            found = f"{typed(run.config, name)}: {repeated:,} of {len(rows.texts):,} texts"
             print(f"{found} are also in --train, so scores will look too good; expected other rows")
 
 

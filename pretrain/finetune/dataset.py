@@ -1,9 +1,10 @@
-"""Labeled texts for classification: rows of tables -> checked texts and labels -> packed batches.
+"""Labeled texts: rows of tables -> checked texts and labels -> packed batches.
 
-A row has one or two texts and a label, which is a name or a whole number. Classes are sorted by
-number or alphabetically.
+A row has one or two texts and a label: a name or a whole number in classification, where classes
+are sorted by number or alphabetically; any number in regression. For entities see entities.py.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,16 +28,27 @@ WHOLE_NUMBER = re.compile(r"-?\d+", re.ASCII)
 FRACTION = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", re.ASCII)
 
 Row = tuple[str, dict, tuple[str, ...]]  # file and line, record, its one or two texts
-Example = tuple[np.ndarray, np.ndarray, int]  # token ids, token types, label
+Example = tuple[np.ndarray, np.ndarray, float]  # token ids, token types, number of the label
 
 
 @dataclass(frozen=True)
 class LabeledRows:
-    """Texts of one or two parts each, their labels, and the labels that a model chooses from."""
+    """Texts of one or two parts each, their labels, and the labels that a model chooses from.
+
+    A label is a class, a number, or the entities of a text (None if they are unknown)."""
 
     texts: list[tuple[str, ...]]
-    labels: list[str]
-    classes: list[str]
+    labels: list
+    classes: list[str]  # [] in regression; tags such as B-PER for entities
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """int64 [rows]: the class of each row, IGNORED if unknown. Without classes, float64: the
+        labels themselves, NaN if unknown."""
+        if not self.classes:
+            return np.array(self.labels, np.float64)
+        places = {label: number for number, label in enumerate(self.classes)}
+        return np.array([places.get(label, IGNORED) for label in self.labels], np.int64)
 
 
 def choose_columns(record: dict, where: str, options: ColumnOptions) -> tuple[str, ...]:
@@ -90,6 +102,18 @@ def _shown(value: object) -> str:
     return repr(label_of(value)[:SHOWN_CHARACTERS])
 
 
+def read_cells(
+    paths: Sequence[str], options: ColumnOptions, problems: list[str]
+) -> Iterator[tuple[str, tuple[str, ...], object]]:
+    """(file and line, texts, label cell) of each row; what is wrong goes to `problems`."""
+    field = options.label_field
+    for where, record, texts in read_texts(paths, options, problems):
+        if field not in record:
+            problems.append(str(no_column(record, where, field, "label")))
+            return  # the next rows would only repeat it
+        yield where, texts, record[field]
+
+
 def read_labeled(
     paths: Sequence[str], options: ColumnOptions, classes: list[str] | None = None
 ) -> LabeledRows:
@@ -101,14 +125,10 @@ def read_labeled(
     source, field, expected = " ".join(paths), options.label_field, "a name or a whole number"
     if classes:
         expected = f"a label of the training rows, such as {', '.join(classes[:20])}"
-    for where, record, texts in read_texts(paths, options, problems):
-        if field not in record:
-            problems.append(str(no_column(record, where, field, "label")))
-            break  # the next rows would only repeat it
-        label, kind = label_of(record[field]), _kind_of(record[field])
+    for where, texts, value in read_cells(paths, options, problems):
+        label, kind = label_of(value), _kind_of(value)
         if not kind or (classes and label not in classes):
-            found = _shown(record[field])
-            problems.append(f"{where}: column {field} has {found}; expected {expected}")
+            problems.append(f"{where}: column {field} has {_shown(value)}; expected {expected}")
         kinds.setdefault(kind, f"the {kind} {label!r} ({where})")
         all_texts.append(texts)
         labels.append(label)
@@ -134,6 +154,32 @@ def classes_of(labels: list[str], source: str) -> list[str]:
     return classes
 
 
+def number_of(value: object) -> float:
+    """The finite number in a cell, NaN if there is none."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def read_numbers(paths: Sequence[str], options: ColumnOptions) -> LabeledRows:
+    """The rows of files, in order, for regression.
+
+    UserError lists every row without text or number; also if all numbers are equal."""
+    all_texts, labels, problems, field = [], [], [], options.label_field
+    for where, texts, value in read_cells(paths, options, problems):
+        labels.append(number_of(value))
+        all_texts.append(texts)
+        if math.isnan(labels[-1]):
+            problems.append(f"{where}: column {field} has {_shown(value)}; expected a number")
+    check(problems)
+    if len(set(labels)) < 2:
+        found = f"{' '.join(paths)}: {labels[0]:g} is the only number in {len(labels):,} rows"
+        raise UserError(f"{found}; expected two or more")
+    return LabeledRows(all_texts, labels, [])
+
+
 def budget_rows(labels: list[str], budget: int, seed: int) -> np.ndarray:
     """int64 [budget]: rows to train on, drawn by `seed`, with every class in proportion and at
     least once. A smaller budget takes the first rows of a larger one."""
@@ -149,15 +195,14 @@ def budget_rows(labels: list[str], budget: int, seed: int) -> np.ndarray:
 class LabeledDataset:
     """Rows as token ids, cut to the tokenizer's `model_max_length`.
 
-    `labels`: int64 [rows], IGNORED if unknown. `class_weights`: float64 [classes], in the loss."""
+    `labels`: the `numbers` of the rows. `class_weights`: float64 [classes], in the loss."""
 
     def __init__(self, rows: LabeledRows, tokenizer: PreTrainedTokenizerBase):
         backend = without_limits(tokenizer)
         self.max_length = tokenizer.model_max_length
         backend.enable_truncation(self.max_length, direction=tokenizer.truncation_side)
         self.class_weights: np.ndarray | None = None
-        numbers = {label: number for number, label in enumerate(rows.classes)}
-        self.labels = np.array([numbers.get(label, IGNORED) for label in rows.labels])
+        self.labels = rows.numbers
         self.num_cut = num_unknown = num_tokens = 0
         self.examples: list[Example] = []
         if tokenizer.truncation_side == "left":
@@ -189,9 +234,11 @@ def pack(
 ) -> Batch:
     """The examples, end to end. The loss is divided by the sum of the weights of the labels."""
     ids, type_ids, labels = zip(*examples)
-    lengths, labels = np.array([len(part) for part in ids]), np.array(labels, np.int64)
+    lengths, labels = np.array([len(part) for part in ids]), np.array(labels)
     ends = np.cumsum(lengths)
-    known = labels[labels != IGNORED]
+    if labels.dtype.kind == "f":
+        labels = labels.astype(np.float32)
+    known = labels[is_known(labels)]
     count = len(known) if class_weights is None else class_weights[known].sum()
     return Batch(
         input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
@@ -205,6 +252,11 @@ def pack(
         num_sequences=len(lengths),
         counts={"label": float(count)},
     )
+
+
+def is_known(labels: np.ndarray) -> np.ndarray:
+    """bool [labels]: which classes are not IGNORED, which numbers are not NaN."""
+    return ~np.isnan(labels) if labels.dtype.kind == "f" else labels != IGNORED
 
 
 @lru_cache(maxsize=1)  # most steps are in the same epoch as the previous one

@@ -1,17 +1,25 @@
-"""Text classification on packed batches: the classes of transformers, under the same names."""
+"""Heads for fine-tuning on packed batches: the classes of transformers, under the same names."""
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 from pretrain.batch import Batch, Loss
 from pretrain.errors import UserError
 from pretrain.model.loading import load_config, load_weights
-from pretrain.model.losses import cross_entropy
+from pretrain.model.losses import cross_entropy, squared_error
 from pretrain.model.packed import PackedModel
 from pretrain.model.roberta import PackedRoberta
 
-ONE_CLASS = "single_label_classification"
+ONE_CLASS, A_NUMBER = "single_label_classification", "regression"  # config.problem_type
+EXPECTED = {  # heads by task
+    "classification": "a classifier",
+    "ner": "a model for entities",
+    "regression": "a model for regression",
+    None: "a fine-tuned model",
+}
 
 
 class PackedClassifier(PackedModel):
@@ -21,7 +29,7 @@ class PackedClassifier(PackedModel):
     head_may_differ = True
 
     def label_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """float32 [N, classes]."""
+        """float32 [N, classes]; [N, 1] in regression."""
         # [N, 1, width]: a pooler, or a head without pooler, reads token 0.
         first = self.first_tokens(hidden, batch)[:, None]
         pooler = getattr(self.base_model, "pooler", None)
@@ -32,12 +40,36 @@ class PackedClassifier(PackedModel):
     def losses(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
         """The terms of the training loss, by name. Add your own here."""
         logits, labels = self.label_logits(hidden, batch), batch.labels["label"]
+        if self.config.problem_type == A_NUMBER:
+            return {"label": squared_error(logits[:, 0], labels)}
         return {"label": cross_entropy(logits, labels, class_weights=self.class_weights)}
 
+    def outputs(self, logits: Tensor) -> Tensor:
+        """Probabilities [N, classes]; numbers [N] in regression."""
+        return logits[:, 0] if self.config.problem_type == A_NUMBER else logits.softmax(-1)
 
-def _packed(stock: type, family: type[PackedModel] = PackedModel) -> type[PackedClassifier]:
+
+class PackedTagger(PackedClassifier):
+    """Batch -> losses by name; the head reads the tagged tokens: the first of each word."""
+
+    head_layers = ("head", "drop", "dropout")  # before `classifier`; a family has some of them
+
+    def label_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """float32 [M, tags]."""
+        tagged = hidden[batch.masked_positions]
+        for name in self.head_layers:
+            if hasattr(self, name):
+                tagged = self.get_submodule(name)(tagged)
+        return self.classifier(tagged).float()
+
+
+def _packed(
+    stock: type,
+    family: type[PackedModel] = PackedModel,
+    head: type[PackedClassifier] = PackedClassifier,
+) -> type[PackedClassifier]:
     """`stock` on packed batches, under the same name, which `save_pretrained` writes."""
-    return type(stock.__name__, (PackedClassifier, family, stock), {})
+    return type(stock.__name__, (head, family, stock), {"family": family})
 
 
 CLASSIFIERS = {
@@ -46,29 +78,54 @@ CLASSIFIERS = {
     "xlm-roberta": _packed(transformers.XLMRobertaForSequenceClassification, PackedRoberta),
     "camembert": _packed(transformers.CamembertForSequenceClassification, PackedRoberta),
 }  # by config.model_type
+TAGGERS = {
+    name: _packed(
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[kind.config_class], kind.family, PackedTagger
+    )
+    for name, kind in CLASSIFIERS.items()
+}
+
+
+def task_of(config: PreTrainedConfig) -> str | None:
+    """The task that a head with this config is for; None if we have none such. An encoder without
+    head counts as a classifier."""
+    architecture = (config.architectures or [""])[0]
+    if architecture.endswith("ForTokenClassification"):
+        return "ner" if config.num_labels > 1 else None
+    if config.num_labels == 1 and config.problem_type in (None, A_NUMBER):
+        return "regression"
+    chooses_one = config.num_labels > 1 and config.problem_type in (None, ONE_CLASS)
+    return "classification" if chooses_one else None
 
 
 def load_classifier(
-    name: str, classes: list[str] | None = None, keep_head: bool = True
+    name: str, classes: list[str] | None = None, keep_head: bool = True, task: str | None = None
 ) -> PackedClassifier:
-    """The classifier in a checkpoint or, given `classes`, a classifier for them on its encoder.
+    """The model in a checkpoint for `task` (None: whichever it has) or, given `classes`, a model
+    for them on its encoder: classes, tags, or [] in regression.
 
-    A head for the same labels is kept; a fresh head is drawn with the global seed."""
+    A head for the same task and labels is kept; a fresh head is drawn with the global seed."""
     config = load_config(name)
-    chooses_one = config.num_labels > 1 and config.problem_type in (None, ONE_CLASS)
-    keep_head &= chooses_one and classes in (None, list(config.id2label.values()))
+    found = task_of(config)
+    task = task or found if classes is None else task or "classification"
+    is_same = found == task is not None
+    keep_head &= is_same and classes in (None, [], list(config.id2label.values()))
     if classes is not None:
-        config.id2label = dict(enumerate(classes))
-        config.label2id = {label: number for number, label in enumerate(classes)}
-        config.problem_type = ONE_CLASS
+        config.id2label = dict(enumerate(classes or ["LABEL_0"]))
+        config.label2id = {label: number for number, label in config.id2label.items()}
+        problem_types = {"classification": ONE_CLASS, "regression": A_NUMBER, "ner": None}
+        config.problem_type = problem_types[task]
+    elif task == "regression":
+        config.problem_type = A_NUMBER
     if config.model_type not in CLASSIFIERS:
         families = ", ".join(CLASSIFIERS)
         raise UserError(f"{name}: is a {config.model_type} model; expected one of {families}")
-    model, missing = load_weights(CLASSIFIERS[config.model_type], name, config)
+    heads = TAGGERS if task == "ner" else CLASSIFIERS
+    model, missing = load_weights(heads[config.model_type], name, config)
     has_head = not any(key.startswith("classifier") for key in missing)
-    if classes is None and not (has_head and chooses_one):
-        expected = "a classifier, such as one from finetune.py"
-        raise UserError(f"{name}: no head that chooses one of several classes; expected {expected}")
+    if classes is None and not (has_head and is_same):
+        expected = f"{EXPECTED[task]}, such as one from finetune.py"
+        raise UserError(f"{name}: no head that fits; expected {expected}")
     if not (keep_head and has_head):  # even if the sizes happen to match
         torch.manual_seed(torch.initial_seed())  # other missing weights may have drawn numbers
         for weight in model.classifier.parameters():

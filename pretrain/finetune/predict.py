@@ -1,4 +1,4 @@
-"""Predicted labels and probabilities of texts, in order.
+"""Predictions for texts, in order: labels and probabilities, entities, or numbers.
 
 Rows stream: a file of any size is read, predicted and written in chunks.
 """
@@ -14,46 +14,47 @@ from pretrain.config import ColumnOptions
 from pretrain.data.tokenizer import characters_of, in_groups
 from pretrain.errors import UserError, check
 from pretrain.files import as_json
-from pretrain.finetune.dataset import LabeledDataset, LabeledRows, Row, label_of, read_texts
+from pretrain.finetune.dataset import LabeledDataset, LabeledRows, Row
 from pretrain.finetune.heads import PackedClassifier
+from pretrain.finetune.tasks import Classification
+from pretrain.finetune.windows import TaggedDataset
 
 CHUNK = 1024  # rows
 
 
 @torch.no_grad()
 def predict(
-    model: PackedClassifier, dataset: LabeledDataset, batch_size: int, precision, stop=lambda: 0
+    model: PackedClassifier,
+    dataset: LabeledDataset | TaggedDataset,
+    batch_size: int,
+    precision,
+    stop=lambda: 0,
 ) -> np.ndarray | None:
-    """float32 [rows, classes]: probabilities, in the order of the dataset; None if `stop` (a
-    signal) cut it short. `precision` is an autocast context."""
+    """float32, in the order of the dataset: probabilities [rows, classes] or [words, tags], or
+    numbers [rows]; None if `stop` (a signal) cut it short. `precision` is an autocast context."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    logits = []
+    logits, was_cut_short = [], False
     with precision:
         for batch in dataset.micro_batches(range(len(dataset)), batch_size):
-            if stop():
+            was_cut_short = bool(stop())
+            if was_cut_short:
                 break
             batch = batch.to(device)
             logits.append(model.label_logits(model.encode(batch), batch))
     model.train(was_training)
-    if sum(map(len, logits)) < len(dataset):
+    if was_cut_short:
         return None
-    return torch.cat(logits).softmax(-1).cpu().numpy()
+    return model.outputs(torch.cat(logits)).cpu().numpy()
 
 
-def new_cells(probabilities: np.ndarray, classes: list[str]) -> dict[str, object]:
-    """The cells that a prediction adds to a row, from its probabilities [classes]."""
-    cells = {"predicted_label": classes[int(probabilities.argmax())]}
-    for label, probability in zip(classes, probabilities):
-        cells[f"probability_{label}"] = round(float(probability), 6)
-    return cells
-
-
-def check_rows(paths: Sequence[str], options: ColumnOptions, classes: list[str]) -> None:
-    """UserError lists the rows without text, and new columns that a row already has."""
-    problems, taken, added = [], {}, new_cells(np.zeros(len(classes)), classes)
-    for where, record, _ in read_texts(paths, options, problems):
-        for name in sorted(added.keys() & record.keys()):
+def check_rows(
+    paths: Sequence[str], options: ColumnOptions, task: Classification, classes: list[str]
+) -> None:
+    """UserError lists the rows that cannot be read, and new columns that a row already has."""
+    problems, taken, added = [], {}, set(task.columns(classes))
+    for where, record, _ in task.documents(paths, options, problems):
+        for name in sorted(added & record.keys()):
             taken.setdefault(name, f"{where}: column {name!r} exists; expected another name")
     problems += taken.values()
     check(problems)
@@ -65,15 +66,20 @@ def size_of(row: Row) -> int:
 
 
 def predict_rows(
-    rows: Iterable[Row], label_field: str, classes: list[str], predict_chunk: Callable
+    rows: Iterable[Row],
+    options: ColumnOptions,
+    task: Classification,
+    classes: list[str],
+    predict_chunk: Callable,
 ) -> Iterator[dict]:
-    """The records with their `new_cells`. `predict_chunk`: LabeledRows -> [rows, classes]."""
+    """The records with the cells of their predictions. `predict_chunk`: LabeledRows -> (dataset,
+    outputs of `predict`)."""
     for chunk in in_groups(rows, size_of, CHUNK):
-        labels = [label_of(record.get(label_field)) for _, record, _ in chunk]
+        labels = [task.label(row, options, classes) for row in chunk]
         texts = [text for *_, text in chunk]
-        probabilities = predict_chunk(LabeledRows(texts, labels, classes))
-        for (_, record, _), row in zip(chunk, probabilities):
-            yield record | new_cells(row, classes)
+        dataset, outputs = predict_chunk(LabeledRows(texts, labels, classes))
+        for (_, record, _), cells in zip(chunk, task.cells(dataset, outputs, classes)):
+            yield record | cells
 
 
 def write_rows(path: Path, rows: Iterable[dict], as_csv: bool) -> None:

@@ -1,4 +1,4 @@
-"""Summed cross-entropy and the number of correct predictions."""
+"""Summed cross-entropy with the number of correct predictions, and summed squared errors."""
 
 import torch
 import torch.nn.functional as F
@@ -20,3 +20,8 @@ def cross_entropy(
         loss = F.cross_entropy(scores, labels, class_weights, ignore_index=IGNORED, reduction="sum")
         num_correct = (logits.detach().argmax(-1) == labels).sum()
     return Loss(loss, num_correct, weight)
+
+
+def squared_error(outputs: Tensor, labels: Tensor) -> Loss:
+    """outputs and labels [N] -> the sum in float32."""
+    return Loss((outputs.float() - labels).square().sum())

@@ -561,6 +561,8 @@ OTHERS = {
         ("finetune", "--label-field x", ""),
         ("finetune", "--no-save-model", ""),  # a switch alone is one word
         ("finetune", "--epochs 0", "--epochs 0"),
+        ("finetune", "--task ner", "--task ner "),
+        ("finetune", "--metric matthews", "--task classification --metric matthews: "),
         ("finetune", "--max-length 9999", "--max-length 9999: "),
         ("text", "absent.txt", ""),
         ("test", "absent.csv", ""),

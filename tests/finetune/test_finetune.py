@@ -22,18 +22,19 @@ from packed_reference import small_config
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_dataset import write
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from pretrain import train
 from pretrain.cli import parse, run_command
 from pretrain.commands import finetune as FINETUNE
 from pretrain.commands import predict as PREDICT
-from pretrain.config import FinetuneOptions
+from pretrain.config import ColumnOptions, FinetuneOptions
 from pretrain.errors import UserError
 from pretrain.files import model_folder
 from pretrain.finetune import build as module
 from pretrain.finetune import predict
 from pretrain.finetune.scores import Tally, score_table
+from pretrain.finetune.tasks import TASKS
 from pretrain.resume import portable_options
 from pretrain.runtime import checkpoint as ckpt
 
@@ -71,17 +72,6 @@ def read(path):
         if str(path).endswith(".csv"):
             return list(csv.DictReader(handle))
         return [json.loads(line) for line in handle]
-
-
-@pytest.fixture(scope="session")
-def encoder(tiny_tokenizer, vocabulary, tmp_path_factory):
-    """A pretrained encoder: one narrow layer, at most 64 tokens."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(3)
-    config = small_config(vocabulary.size, num_hidden_layers=1, hidden_dropout_prob=0.1)
-    BertModel(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -217,7 +207,8 @@ def test_numbers_go_to_the_log_and_to_tensorboard(finished, data):
     assert names <= training[0].keys() and not any("label" in name for name in training[0])
     macro = [f"eval/macro_{name}" for name in ("precision", "recall", "f1")]
     of_class = [f"eval_f1/{label}" for label in CLASSES]
-    assert evaluated[0].keys() == {"step", "eval/loss", "eval/accuracy", *macro, *of_class}
+    single = {"step", "eval/loss", "eval/accuracy", "eval/matthews"}
+    assert evaluated[0].keys() == {*single, *macro, *of_class}
     assert training[0]["train/loss"] == pytest.approx(np.log(3), abs=0.3)
     assert training[-1]["train/loss"] < 0.2 and training[-1]["train/accuracy"] > 0.9
     accumulator = EventAccumulator(str(output), size_guidance={"scalars": 0})
@@ -412,14 +403,13 @@ def test_a_run_that_only_skips_stops(data, output):
 # Interrupted and resumed.
 
 
-def assert_same_result(left, right):
+def assert_same_result(left, right, name="test_predictions.csv"):
     """Weights, scores, predictions and logged numbers are equal bit for bit."""
     summaries = [summary_of(output) for output in (left, right)]
     for summary in summaries:
         assert summary["state"] == "finished" and summary.pop("seconds") > 0
         del summary["sequences_per_second"], summary["tokens_per_second"]
     assert summaries[0] == summaries[1] and exact_rows(left) == exact_rows(right)
-    name = "test_predictions.csv"
     assert (left / name).read_bytes() == (right / name).read_bytes()
     assert_same(*(load_file(of / "final" / "model.safetensors") for of in (left, right)))
     for output in (left, right):
@@ -742,6 +732,8 @@ def test_scores_are_those_of_scikit_learn(present):
         for number, label in enumerate(tally.classes):
             expected = report.get(str(number), {theirs: 0.0})[theirs]
             assert scores["classes"][label][name] == pytest.approx(expected)
+    expected = sklearn_metrics.matthews_corrcoef(labels, predicted)
+    assert scores["matthews"] == pytest.approx(expected)
     rest = sklearn_loss(labels[1:], found[1:], labels=range(4)) * 49
     assert scores["loss"] == pytest.approx((rest - np.log(1e-30)) / 50, rel=1e-5)
     matrix = sklearn_metrics.confusion_matrix(labels, predicted, labels=range(4)).tolist()
@@ -896,7 +888,7 @@ def test_rows_come_back_in_order_with_the_numbers_of_the_stock_pipeline(
     report = sklearn_report(*([row[name] for row in found] for name in ("label", ADDED[0])))
     assert last["rows"] == 23 and last["accuracy"] == pytest.approx(report["accuracy"])
     assert last["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"])
-    assert 0.5 < last["accuracy"] < 1 and f"accuracy {last['accuracy']:.3f}\n" in text
+    assert 0.5 < last["accuracy"] < 1 and f"accuracy {last['accuracy']:.3f}, " in text
     assert text.startswith(f"23 rows in {output}\n") and "not scored" not in text
 
 
@@ -913,10 +905,11 @@ def test_rows_stream_a_chunk_at_a_time(monkeypatch):
     def predict_chunk(rows):
         assert rows.texts == [(f"text {number}",) for number in read[-len(rows.texts) :]]
         labels.extend(rows.labels)
-        return np.array([[0.25, 0.75]] * len(rows.texts))
+        return None, np.array([[0.25, 0.75]] * len(rows.texts))
 
     added = {"predicted_label": "b", "probability_a": 0.25, "probability_b": 0.75}
-    found = predict.predict_rows(rows(), "kind", ["a", "b"], predict_chunk)
+    options, task = ColumnOptions(label_field="kind"), TASKS["classification"]
+    found = predict.predict_rows(rows(), options, task, ["a", "b"], predict_chunk)
     for number, row in enumerate(found):
         seen.append(len(read))
         assert row == {"text": f"text {number}", "kind": "bax"[number % 3]} | added

@@ -1,9 +1,10 @@
 """Classifiers: packed logits, losses and gradients equal the stock classes of transformers on the
 same texts, padded; folders open with AutoModelForSequenceClassification and keep their labels; a
-head is kept if the labels match and starts fresh otherwise."""
+head is kept if the labels match and starts fresh otherwise. The same for regression and tags."""
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from packed_reference import (
     small_stock,
     stock_class,
 )
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from pretrain.errors import UserError
 from pretrain.finetune.dataset import pack
-from pretrain.finetune.heads import CLASSIFIERS, load_classifier
+from pretrain.finetune.heads import CLASSIFIERS, load_classifier, task_of
+from pretrain.model.loading import load_config
 
 HEAD, VOCAB, CLASSES = "ForSequenceClassification", 90, ["calm", "glad", "sad"]
 
@@ -188,15 +190,94 @@ def test_encoders_with_and_without_a_pooler_get_the_same_head(tmp_path):
         assert_equal(heads[0], other)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"problem_type": "multi_label_classification"}, {"classes": ["x"]}], ids=str
-)
-def test_multi_label_and_regression_heads_are_not_used(settings, tmp_path):
-    stock_classifier("bert", **settings).save_pretrained(tmp_path)
+def test_multi_label_heads_are_not_used(tmp_path):
+    stock_classifier("bert", problem_type="multi_label_classification").save_pretrained(tmp_path)
     with refused(tmp_path):
         load_classifier(str(tmp_path))
     config = load_classifier(str(tmp_path), ["a", "b"]).config
     assert config.problem_type == "single_label_classification"
+
+
+@BOTH
+@pytest.mark.parametrize("task", ["classification", "regression", "ner"])
+def test_a_head_of_another_task_is_not_used(task, saved, tmp_path):
+    """Even if its sizes and labels match, as those of a classifier and a tagger may."""
+    family, own = saved[0], {"classification": CLASSES, "regression": [], "ner": CLASSES}
+    torch.manual_seed(7)
+    model = load_classifier(saved[1], own[task], task=task)
+    model.save_pretrained(tmp_path)
+    assert task_of(model.config) == task == task_of(load_config(str(tmp_path)))
+    for other, classes in own.items():
+        if other == task:
+            assert_equal(
+                load_classifier(str(tmp_path), classes, task=other).state_dict(), model.state_dict()
+            )
+            continue
+        with refused(tmp_path):
+            load_classifier(str(tmp_path), task=other)
+        torch.manual_seed(8)
+        fresh = load_classifier(str(tmp_path), classes, task=other)
+        shared = head_of(fresh).keys() & head_of(model).keys()
+        assert not any(
+            torch.equal(head_of(fresh)[name], head_of(model)[name])
+            for name in shared
+            if name.endswith("weight")
+        ), family
+
+
+# Regression and tags.
+
+
+def test_numbers_loss_and_gradients_of_regression_equal_the_stock_model(saved, tmp_path):
+    family, folder = saved
+    batch = make_batch(pairs=family == "bert")
+    numbers = torch.randn(batch.num_sequences, generator=torch.Generator().manual_seed(3))
+    batch = replace(batch, labels={"label": numbers})
+    load_classifier(folder, [], task="regression").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["problem_type"] == "regression" and config["id2label"] == {"0": "LABEL_0"}
+    model = load_classifier(str(tmp_path)).train()
+    stock = stock_class(family, HEAD).from_pretrained(tmp_path).train()
+    theirs = stock(**pad(batch, model.config.pad_token_id))
+    outputs = model.outputs(model.label_logits(model.encode(batch), batch))
+    torch.testing.assert_close(outputs, theirs.logits[:, 0], atol=1e-5, rtol=1e-5)
+    loss = model(batch)["label"].sum / batch.counts["label"]
+    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    theirs.loss.backward()
+    assert_close(gradients(model), gradients(stock), atol=1e-5, rtol=1e-4)
+
+
+TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tags_loss_and_gradients_equal_the_stock_model_padded(family, tmp_path):
+    """Tokens without a tag are IGNORED there, and not even scored here."""
+    stock_classifier(family, "ForTokenClassification", TAGS).save_pretrained(tmp_path)
+    batch, source = make_batch(), np.random.default_rng(4)
+    places = np.flatnonzero(source.random(batch.num_tokens) < 0.6)
+    labels = {"label": torch.from_numpy(source.integers(0, len(TAGS), len(places)))}
+    positions, counts = torch.from_numpy(places), {"label": float(len(places))}
+    batch = replace(batch, masked_positions=positions, labels=labels, counts=counts)
+    model = load_classifier(str(tmp_path)).train()
+    auto = AutoModelForTokenClassification.from_pretrained(tmp_path)
+    stock = stock_class(family, "ForTokenClassification").from_pretrained(tmp_path).train()
+    assert type(auto) is type(stock) and isinstance(model, type(stock))
+    arguments = pad(batch, model.config.pad_token_id)
+    theirs = stock(**arguments)
+    is_real = arguments["attention_mask"].bool()
+    logits = model.label_logits(model.encode(batch), batch)
+    packed = theirs.logits[is_real][positions]
+    torch.testing.assert_close(logits, packed, atol=1e-5, rtol=1e-5)
+    terms = model(batch)
+    loss = terms["label"].sum / batch.counts["label"]
+    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=1e-5)
+    assert terms["label"].num_correct == (packed.argmax(-1) == labels["label"]).sum()
+    loss.backward()
+    theirs.loss.backward()
+    assert_close(gradients(model), gradients(stock), atol=1e-5, rtol=1e-4)
+    assert gradients(model).keys() == dict(model.named_parameters()).keys()
 
 
 def test_twelve_labels_are_in_numeric_order(tmp_path):

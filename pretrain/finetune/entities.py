@@ -1,0 +1,170 @@
+"""Entities in text: labeled spans of characters -> checked rows; spans <-> tags of words.
+
+Input is CoNLL (a token and its BIO, BIOES or BMES tag per line; a blank line ends a row) or a table
+with a text and a list of spans. A model predicts BIO tags for the words of its tokenizer.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.config import UTF8, ColumnOptions
+from pretrain.data.conll import read_entities
+from pretrain.data.sources import check_files, expand
+from pretrain.data.spans import Entity, check_spans, read_spans
+from pretrain.data.tables import TABLES, format_of
+from pretrain.errors import UserError, check
+from pretrain.finetune.dataset import LabeledRows, Row, no_column, read_texts
+
+OUTSIDE = "O"
+FIELDS = ("entities", "spans", "labels", "label")  # columns of spans, unless one is named
+Entities = tuple[Entity, ...]  # of a text, in order, without overlap
+
+
+# From files to rows.
+
+
+def read_documents(
+    paths: Sequence[str], options: ColumnOptions, problems: list[str]
+) -> Iterator[Row]:
+    """The rows of tables and of CoNLL files, in order; what is wrong with a row of a table goes to
+    `problems`. The record of a CoNLL sentence has its text and entities."""
+    entries = [entry for path in paths for entry in expand([path])]
+    for is_table, group in groupby(entries, lambda entry: format_of(entry) in TABLES):
+        if is_table:
+            yield from read_texts(list(group), options, problems)
+        else:
+            for source in check_files(map(Path, group), encoding=options.encoding):
+                encoding = "utf-8-sig" if source.encoding == UTF8 else source.encoding
+                yield from _sentences(Path(source.path), encoding)
+
+
+def _sentences(path: Path, encoding: str) -> Iterator[Row]:
+    number = 0
+    for document in read_entities(path, encoding):
+        for text, entities in document:
+            number += 1
+            where = f"{path}, sentence {number}"
+            spans = [dict(zip(("start", "end", "label"), entity)) for entity in entities]
+            yield where, {"text": text, "entities": spans}, (text,)
+    if not number:
+        raise UserError(f"{path}: no rows; expected a token and its tag on each line")
+
+
+def entities_of(record: dict, text: str, where: str, options: ColumnOptions) -> Entities | None:
+    """The entities of a record, without white space at their ends; None if it has no column for
+    them. UserError if they overlap, lie outside the text, or have no label."""
+    named = options.label_field
+    names = FIELDS if named == ColumnOptions.label_field else (named,)
+    name = next((name for name in names if name in record), None)
+    if name is None:
+        return None
+    found = sorted(read_spans(record[name], f"{where}: column {name}"))
+    check_spans(found, text, where)
+    entities = []
+    for start, end, label in found:
+        inside = text[start:end]
+        start += len(inside) - len(inside.lstrip())
+        end -= len(inside) - len(inside.rstrip())
+        if not (label and start < end):
+            expected = "a label" if not label else "characters other than white space"
+            raise UserError(f"{where}: the span [{start}, {end}] has none; expected {expected}")
+        entities.append((start, end, label))
+    return tuple(entities)
+
+
+def read_tagged_rows(
+    paths: Sequence[str], options: ColumnOptions, tags: list[str] | None = None
+) -> LabeledRows:
+    """The rows of files, in order; `tags` are those of the training rows, None while reading these.
+
+    UserError lists every row with spans that cannot be used, or labels that `tags` lack."""
+    texts, labels, problems, source = [], [], [], " ".join(paths)
+    for where, record, row_texts in read_documents(paths, options, problems):
+        try:
+            entities = entities_of(record, row_texts[0], where, options)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if entities is None:
+            problems.append(str(no_column(record, where, options.label_field, "span")))
+            break  # the next rows would only repeat it
+        texts.append(row_texts)
+        labels.append(entities)
+    check(problems)
+    found = sorted({label for entities in labels for *_, label in entities})
+    if not found:
+        raise UserError(f"{source}: no entities; expected tags such as B-PER, or spans")
+    unknown = sorted(set(found) - set(labels_of(tags))) if tags else []
+    if unknown:
+        expected = f"labels of the training rows, such as {', '.join(labels_of(tags)[:20])}"
+        raise UserError(f"{source}: {', '.join(unknown)}: not a label there; expected {expected}")
+    return LabeledRows(texts, labels, tags or tags_of(found))
+
+
+# Tags.
+
+
+def tags_of(labels: Sequence[str]) -> list[str]:
+    """BIO tags of labels: O, then B- and I- of each."""
+    return [OUTSIDE, *(f"{prefix}-{label}" for label in labels for prefix in "BI")]
+
+
+def labels_of(tags: Sequence[str]) -> list[str]:
+    """The labels in tags, sorted."""
+    return sorted({_split(tag)[1] for tag in tags} - {""})
+
+
+def _split(tag: str) -> tuple[bool, str]:
+    """(whether a tag begins an entity, its label), as a pipeline of transformers reads it."""
+    if tag == OUTSIDE:
+        return False, ""
+    return tag.startswith("B-"), tag[2:] if tag.startswith(("B-", "I-")) else tag
+
+
+def tag_words(entities: Entities, words: np.ndarray, tags: Sequence[str]) -> tuple[np.ndarray, int]:
+    """(int64 [words]: a tag for each word, number of entities that end inside a word).
+
+    `words`: int64 [words, 2], the first character of each and the end. An entity takes every word
+    that it touches and that no entity before it has taken."""
+    numbers = {tag: number for number, tag in enumerate(tags)}
+    tagged, taken, num_snapped = np.full(len(words), numbers[OUTSIDE]), 0, 0
+    for start, end, label in entities:
+        first = max(taken, int(np.searchsorted(words[:, 1], start, "right")))
+        taken = max(first, int(np.searchsorted(words[:, 0], end, "left")))
+        touched = words[first:taken]
+        tagged[first:taken] = numbers[f"I-{label}"]
+        tagged[first : min(first + 1, taken)] = numbers[f"B-{label}"]
+        is_exact = len(touched) and (touched[0, 0], touched[-1, 1]) == (start, end)
+        num_snapped += not is_exact
+    return tagged, num_snapped
+
+
+def decode(
+    probabilities: np.ndarray, words: np.ndarray, tags: Sequence[str]
+) -> list[tuple[int, int, str, float]]:
+    """(start, end, label, score) of each entity, from probabilities [words, tags]; the score is the
+    mean probability of its tags.
+
+    As in seqeval and the pipelines of transformers, B- begins an entity, and so does I- unless an
+    entity with that label is open."""
+    best, found, open_label = probabilities.argmax(-1), [], ""
+    split = [_split(tag) for tag in tags]
+    for place in np.flatnonzero(np.array([bool(label) for _, label in split])[best]):
+        begins, label = split[best[place]]
+        continues = not begins and label == open_label and place == found[-1][1]
+        if not continues:
+            found.append([place, place, label])
+        found[-1][1] = place + 1
+        open_label = label
+    return [
+        (
+            int(words[first, 0]),
+            int(words[end - 1, 1]),
+            label,
+            float(probabilities[first:end].max(-1).mean()),
+        )
+        for first, end, label in found
+    ]

@@ -1,0 +1,221 @@
+"""What differs between the tasks: how rows are read, encoded, scored and written.
+
+`TASKS` has one object per --task. The run, the loop and prediction are the same for all.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from pretrain.config import ColumnOptions
+from pretrain.errors import UserError
+from pretrain.finetune.dataset import (
+    LabeledDataset,
+    LabeledRows,
+    Row,
+    label_of,
+    number_of,
+    read_labeled,
+    read_numbers,
+    read_texts,
+)
+from pretrain.finetune.entities import (
+    Entities,
+    decode,
+    entities_of,
+    labels_of,
+    read_documents,
+    read_tagged_rows,
+)
+from pretrain.finetune.scores import EntityTally, NumberTally, Tally, only_class
+from pretrain.finetune.windows import TaggedDataset, TaggedText
+
+SHOWN_CLASSES = 20
+KEYS = ("start", "end", "label")  # of an entity in a file
+
+
+class Classification:
+    """One of several classes for a row."""
+
+    name = "classification"
+    auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
+    dataset, tally = LabeledDataset, Tally
+    is_cut = "and are cut"  # what happens to long texts
+    predictions = "test_predictions.csv"
+    curves = ("eval/accuracy", "eval/macro_f1")
+
+    def read(
+        self, paths: Sequence[str], options: ColumnOptions, classes: list[str] | None = None
+    ) -> LabeledRows:
+        """The labeled rows of files; `classes` are those of the training rows, if not these."""
+        return read_labeled(paths, options, classes)
+
+    def documents(
+        self, paths: Sequence[str], options: ColumnOptions, problems: list[str]
+    ) -> Iterator[Row]:
+        """The rows of files, labeled or not; what is wrong with one goes to `problems`."""
+        return read_texts(paths, options, problems)
+
+    def label(self, row: Row, options: ColumnOptions, classes: list[str]) -> object:
+        """The label of a row to predict, which may be unknown to the model, or missing."""
+        return label_of(row[1].get(options.label_field))
+
+    def columns(self, classes: list[str]) -> list[str]:
+        """The names of the cells that a prediction adds to a row."""
+        return ["predicted_label", *(f"probability_{label}" for label in classes)]
+
+    def cells(
+        self, dataset: LabeledDataset, outputs: np.ndarray, classes: list[str]
+    ) -> Iterator[dict]:
+        """For each row, the cells that a prediction adds, from `outputs` of `predict`."""
+        names = self.columns(classes)
+        for row in outputs:
+            numbers = [round(float(probability), 6) for probability in row]
+            yield dict(zip(names, [classes[int(row.argmax())], *numbers]))
+
+    def label_cells(self, rows: LabeledRows) -> Iterator[dict]:
+        """For each row, its label as written beside its prediction."""
+        return ({"label": label} for label in rows.labels)
+
+    def counts(self, rows: LabeledRows, dataset: LabeledDataset) -> list[str]:
+        """Numbers of rows by class, to print."""
+        numbers = np.bincount(dataset.labels, minlength=len(rows.classes))
+        named = zip(rows.classes[:SHOWN_CLASSES], numbers)
+        return [f"{label} {count:,}" for label, count in named]
+
+    def warning(self, predicted: Sequence[int], classes: list[str]) -> str | None:
+        """What is wrong with a model that `predicted` each class so often."""
+        only = only_class(predicted, classes)
+        return f"the model chooses {only} for every row" if only else None
+
+    def names(self, classes: list[str]) -> list[str]:
+        """The labels that a model knows."""
+        return classes
+
+    def title(self, classes: list[str]) -> str:
+        """What a model does, for its card."""
+        return f"choose one of {len(classes)} classes"
+
+
+class Regression(Classification):
+    """A number for a row."""
+
+    name, dataset, tally = "regression", LabeledDataset, NumberTally
+    curves = ("eval/pearson", "eval/spearman")
+
+    def read(
+        self, paths: Sequence[str], options: ColumnOptions, classes: list[str] | None = None
+    ) -> LabeledRows:
+        """The rows of files with numbers."""
+        return read_numbers(paths, options)
+
+    def label(self, row: Row, options: ColumnOptions, classes: list[str]) -> float:
+        """NaN if it has none."""
+        return number_of(row[1].get(options.label_field))
+
+    def columns(self, classes: list[str]) -> list[str]:
+        """One number."""
+        return ["predicted_label"]
+
+    def cells(
+        self, dataset: LabeledDataset, outputs: np.ndarray, classes: list[str]
+    ) -> Iterator[dict]:
+        """For each row, the number."""
+        return ({"predicted_label": round(float(number), 6)} for number in outputs)
+
+    def counts(self, rows: LabeledRows, dataset: LabeledDataset) -> list[str]:
+        """The range of the numbers, to print."""
+        low, high, mean = min(rows.labels), max(rows.labels), np.mean(rows.labels)
+        return [f"numbers from {low:g} to {high:g}, {mean:.4g} on average"]
+
+    def warning(self, predicted: Sequence[int], classes: list[str]) -> str | None:
+        """None: the scores of a constant say it all."""
+
+    def title(self, classes: list[str]) -> str:
+        """What a model does, for its card."""
+        return "give a text a number"
+
+
+class EntityRecognition(Classification):
+    """Labeled spans in a text."""
+
+    name = "ner"
+    auto_class, pipeline = "AutoModelForTokenClassification", "token-classification"
+    dataset, tally = TaggedDataset, EntityTally
+    is_cut = "and are read in overlapping windows"
+    predictions = "test_predictions.jsonl"
+    curves = ("eval/precision", "eval/recall", "eval/f1")
+
+    def read(
+        self, paths: Sequence[str], options: ColumnOptions, classes: list[str] | None = None
+    ) -> LabeledRows:
+        """The rows of tables and CoNLL files with entities."""
+        return read_tagged_rows(paths, options, classes)
+
+    def documents(
+        self, paths: Sequence[str], options: ColumnOptions, problems: list[str]
+    ) -> Iterator[Row]:
+        """The rows of tables and CoNLL files, with or without entities."""
+
+        def check_entities(row: Row) -> bool:
+            where, record, (text, *_) = row
+            try:
+                entities_of(record, text, where, options)
+            except UserError as error:
+                problems.append(str(error))
+                return False
+            return True
+
+        return filter(check_entities, read_documents(paths, options, problems))
+
+    def label(self, row: Row, options: ColumnOptions, classes: list[str]) -> Entities | None:
+        """None if it has no column for entities, or one with a label that the model lacks."""
+        where, record, (text, *_) = row
+        entities = entities_of(record, text, where, options)
+        found, known = {label for *_, label in entities or ()}, set(labels_of(classes))
+        return entities if found <= known else None
+
+    def columns(self, classes: list[str]) -> list[str]:
+        """A list of entities."""
+        return ["predicted_entities"]
+
+    def cells(
+        self, dataset: TaggedDataset, outputs: np.ndarray, classes: list[str]
+    ) -> Iterator[dict]:
+        """For each row, the entities with label, text and score."""
+        labels: list[TaggedText] = dataset.labels
+        bounds = np.cumsum([len(text.words) for text in labels])[:-1]
+        for text, shares in zip(labels, np.split(outputs, bounds)):
+            entities = []
+            for *span, score in decode(shares, text.words, classes):
+                shown = {"text": text.text[span[0] : span[1]], "score": round(score, 6)}
+                entities.append(dict(zip(KEYS, span)) | shown)
+            yield {"predicted_entities": entities}
+
+    def label_cells(self, rows: LabeledRows) -> Iterator[dict]:
+        """For each row, its text and entities."""
+        for (text, *_), entities in zip(rows.texts, rows.labels):
+            yield {"text": text, "entities": [dict(zip(KEYS, entity)) for entity in entities]}
+
+    def counts(self, rows: LabeledRows, dataset: TaggedDataset) -> list[str]:
+        """Numbers of entities by label, to print."""
+        found = [label for entities in rows.labels for *_, label in entities]
+        named = labels_of(rows.classes)[:SHOWN_CLASSES]
+        return [f"{label} {found.count(label):,}" for label in named]
+
+    def warning(self, predicted: Sequence[int], classes: list[str]) -> str | None:
+        """Nothing found, as at the start of a training that needs more steps."""
+        return None if sum(predicted) else "the model finds no entities"
+
+    def names(self, classes: list[str]) -> list[str]:
+        """The labels in its tags."""
+        return labels_of(classes)
+
+    def title(self, classes: list[str]) -> str:
+        """What a model does, for its card."""
+        return f"find entities with {len(labels_of(classes))} labels"
+
+
+TASKS: dict[str, Classification] = {
+    task.name: task for task in (Classification(), EntityRecognition(), Regression())
+}

@@ -1,0 +1,136 @@
+"""Texts of any length -> overlapping windows of tokens that a model can read.
+
+Each token counts once: in the window where it has the most context. Of a word, only the first token
+has a tag (Devlin et al. 2019, section 5.3).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+from pretrain.batch import IGNORED, Batch
+from pretrain.data.tokenizer import encode_together, is_unspaced, without_limits
+from pretrain.finetune.dataset import LabeledRows, is_known, pack
+from pretrain.finetune.entities import Entities, tag_words
+
+OVERLAP = 4  # windows share a quarter of their tokens
+
+
+@dataclass(frozen=True)
+class TaggedText:
+    """A text, its words as the tokenizer sees them, and their tags."""
+
+    text: str
+    words: np.ndarray  # int64 [words, 2]: the first character of each and the end
+    tags: np.ndarray  # int64 [words]; IGNORED if unknown
+    entities: Entities | None  # as given, whatever the words; None: unknown
+
+
+class TaggedDataset:
+    """Rows as windows of token ids; an example is a window.
+
+    `labels`: a TaggedText for each row. Tags of `micro_batches` are in the order of the words of
+    all rows."""
+
+    class_weights = None
+
+    def __init__(self, rows: LabeledRows, tokenizer: PreTrainedTokenizerBase):
+        backend = without_limits(tokenizer)
+        self.max_length = tokenizer.model_max_length
+        room = self.max_length - backend.num_special_tokens_to_add(False)
+        backend.enable_truncation(self.max_length, stride=room // OVERLAP)
+        texts = [text for text, *_ in rows.texts]
+        self.labels: list[TaggedText] = []
+        # Of each window: ids, types, places of tagged tokens, and their tags.
+        self.examples: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        self.num_cut = self.num_snapped = num_tokens = num_unknown = 0
+        encodings = encode_together(backend, texts, with_offsets=True)
+        for text, entities, encoding in zip(texts, rows.labels, encodings):
+            windows = [encoding, *encoding.overflowing]
+            owned = assign(windows, room - room // OVERLAP)
+            words, is_first = find_words(text, *_tokens(windows, owned))
+            tags = np.full(len(words), IGNORED)
+            if entities is not None:
+                tags, num_snapped = tag_words(entities, words, rows.classes)
+                self.num_snapped += num_snapped
+            self.labels.append(TaggedText(text, words, tags, entities))
+            self.num_cut += len(windows) > 1
+            bounds = np.cumsum([len(places) for places in owned])[:-1]
+            for window, places, first in zip(windows, owned, np.split(is_first, bounds)):
+                ids, types = np.array(window.ids, np.uint32), np.array(window.type_ids, np.uint8)
+                num_tagged = int(first.sum())
+                self.examples.append((ids, types, places[first], tags[:num_tagged]))
+                tags = tags[num_tagged:]
+                num_tokens += len(ids)
+                num_unknown += int((ids == tokenizer.unk_token_id).sum())
+        self.unknown_share = num_unknown / max(1, num_tokens)  # of the tokens
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def micro_batches(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
+        """The windows `rows`, packed in micro-batches of `size`."""
+        for start in range(0, len(rows), size):
+            windows = [self.examples[row] for row in rows[start : start + size]]
+            batch = pack([(ids, types, IGNORED) for ids, types, *_ in windows], self.max_length)
+            begins = batch.cu_seqlens[:-1].tolist()
+            places = np.concatenate([begin + of[2] for begin, of in zip(begins, windows)])
+            tags = np.concatenate([of[3] for of in windows])
+            yield replace(
+                batch,
+                masked_positions=torch.from_numpy(places),
+                labels={"label": torch.from_numpy(tags)},
+                counts={"label": float(is_known(tags).sum())},
+            )
+
+
+def assign(windows: Sequence[Encoding], step: int) -> list[np.ndarray]:
+    """int64 [owned tokens] of each window: the places of the tokens that count there, so that each
+    token of the text counts once, in order. A window starts `step` tokens after the one before.
+
+    A token of two windows is as far from the end of the first as from the start of the second, or
+    nearer to one of them: it counts in the other. No token is in three, as OVERLAP is above 2."""
+    content = [np.flatnonzero(~np.array(of.special_tokens_mask, bool)) for of in windows]
+    starts = step * np.arange(len(windows))
+    ends = starts + [len(places) for places in content]
+    middles = (ends[:-1] + starts[1:] + 1) // 2
+    bounds = [0, *middles.tolist(), int(ends[-1])]
+    ranges = zip(content, starts, bounds, bounds[1:])
+    return [places[low - start : high - start] for places, start, low, high in ranges]
+
+
+def _tokens(windows: Sequence[Encoding], owned: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets int64 [tokens, 2], number of its word for each) of the tokens of a text."""
+    offsets, numbers = [], []
+    for window, places in zip(windows, owned):
+        offsets.append(np.array(window.offsets, np.int64).reshape(-1, 2)[places])
+        numbers.append(np.array(window.word_ids)[places].astype(np.int64))
+    return np.concatenate(offsets), np.concatenate(numbers)
+
+
+def find_words(
+    text: str, offsets: np.ndarray, numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(words int64 [words, 2], bool [tokens]: which tokens are the first of a word).
+
+    A word is what the tokenizer splits into pieces. In Chinese and Japanese each token is one:
+    SentencePiece knows no words there. Tokens of white space belong to none."""
+    words, is_first, previous = [], np.zeros(len(offsets), bool), None
+    for place, ((start, end), number) in enumerate(zip(offsets.tolist(), numbers.tolist())):
+        while start < end and text[start].isspace():  # SentencePiece keeps it with the word
+            start += 1
+        if start == end:
+            continue
+        # Several tokens may share one character, as in byte-level BPE.
+        is_apart = not words or start >= words[-1][1]
+        is_unspaced_here = any(map(is_unspaced, text[max(0, start - 1) : start + 1]))
+        if is_apart and (number != previous or is_unspaced_here):
+            words.append([start, end])
+            is_first[place] = True
+        words[-1][1] = max(words[-1][1], end)
+        previous = number
+    return np.array(words, np.int64).reshape(-1, 2), is_first

@@ -1,0 +1,403 @@
+"""Entities: every way to write them gives the same rows; windows show each token once, where it has
+the most context; tags and spans turn into each other; scores equal seqeval's and a slow form."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_dataset import problems, write
+from transformers import AutoTokenizer
+
+from pretrain.batch import IGNORED
+from pretrain.config import LabelOptions
+from pretrain.data.tokenizer import without_limits
+from pretrain.finetune.dataset import LabeledRows
+from pretrain.finetune.entities import decode, labels_of, read_tagged_rows, tag_words, tags_of
+from pretrain.finetune.scores import EntityTally
+from pretrain.finetune.windows import OVERLAP, TaggedDataset, TaggedText
+
+TEXTS = ["Ada met Bo Li in Rome .", "nothing here", "Rome"]
+ENTITIES = [((0, 3, "PER"), (8, 13, "PER"), (17, 21, "LOC")), (), ((0, 4, "LOC"),)]
+TAGS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+
+
+def read(*paths, tags=None, **options):
+    return read_tagged_rows([str(path) for path in paths], LabelOptions(**options), tags)
+
+
+def as_conll(texts, entities, scheme="BIO", separator="\t"):
+    """Words and tags of texts whose words are separated by spaces."""
+    middle, last = {"BIO": "II", "BIOES": "IE", "BMES": "ME"}[scheme]
+    lines = []
+    for text, spans in zip(texts, entities):
+        place = 0
+        for word in text.split(" "):
+            inside = [span for span in spans if span[0] <= place < span[1]]
+            tag = "O"
+            if inside:
+                ((start, end, label),) = inside
+                begins, ends = place == start, place + len(word) == end
+                prefix = "B" if begins else last if ends else middle
+                prefix = "S" if begins and ends and scheme != "BIO" else prefix
+                tag = f"{prefix}-{label}"
+            lines.append(f"{word}{separator}{tag}")
+            place += len(word) + 1
+        lines.append("")
+    return "\n".join(lines)
+
+
+# Reading.
+
+
+@pytest.mark.parametrize("scheme", ["BIO", "BIOES", "BMES"])
+@pytest.mark.parametrize("name, encoding", [("a.conll", "utf-8"), ("a.txt", "utf-16")])
+def test_tagged_tokens_become_rows(scheme, name, encoding, tmp_path):
+    path = tmp_path / name
+    path.write_text(as_conll(TEXTS, ENTITIES, scheme), encoding=encoding)
+    rows = read(path, encoding=encoding)
+    assert rows.texts == [(text,) for text in TEXTS] and rows.labels == ENTITIES
+    assert rows.classes == TAGS
+
+
+def test_labels_may_hold_both_separators_and_sentences_are_rows(tmp_path):
+    path = tmp_path / "a.bio"
+    path.write_text("-DOCSTART- O\n\nab B_X-Y_Z\ncd I_X-Y_Z\n\nef B-U_V\n")
+    assert read(path).labels == [((0, 5, "X-Y_Z"),), ((0, 2, "U_V"),)]
+
+
+SPELLINGS = {
+    "entities": lambda *span: dict(zip(("start", "end", "label"), span)),
+    "spans": lambda *span: dict(zip(("start_offset", "end_offset", "type"), span)),
+    "labels": lambda *span: list(span),
+    "label": lambda *span: dict(zip(("begin", "end", "tag"), span)),
+    "mine": lambda *span: dict(zip(("start", "end", "entity_group"), span)),
+}
+
+
+@pytest.mark.parametrize("column", SPELLINGS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+def test_spans_in_every_spelling_become_rows(column, suffix, tmp_path):
+    """Out of order, with white space at their ends, and with tagged tokens in another file."""
+    found = [[SPELLINGS[column](*span) for span in spans[::-1]] for spans in ENTITIES]
+    found[0][0] = SPELLINGS[column](16, 22, "LOC")
+    cells = found if suffix == ".jsonl" else map(json.dumps, found)
+    rows = [{"text": text, column: of} for text, of in zip(TEXTS, cells)]
+    options = {"label_field": "mine"} if column == "mine" else {}
+    path, more = write(tmp_path / f"a{suffix}", rows), tmp_path / "b.conll"
+    more.write_text("Rome B-LOC\n")
+    if column == "mine":
+        assert read(path, **options).labels == ENTITIES
+        return
+    found = read(path, more, path, **options)
+    assert found.labels == [*ENTITIES, ((0, 4, "LOC"),), *ENTITIES]
+
+
+BAD_ROWS = {
+    "overlap": [[0, 5, "PER"], [3, 8, "LOC"]],
+    "outside": [[4, 99, "PER"]],
+    "backwards": [[5, 2, "PER"]],
+    "negative": [[-2, 2, "PER"]],
+    "no label": [[0, 3]],
+    "blank": [[3, 4, "PER"]],
+    "not spans": ["PER"],
+    "not a list": 7,
+}
+
+
+def test_every_row_with_bad_spans_is_reported(tmp_path):
+    rows = [{"text": TEXTS[0], "spans": spans} for spans in ([], *BAD_ROWS.values())]
+    path = write(tmp_path / "a.jsonl", [*rows, {"text": "", "spans": []}])
+    found = problems(read, path)
+    assert len(found) == len(BAD_ROWS) + 1
+    for number, line in enumerate(found, start=2):
+        assert line.startswith(f"{path}, line {number}: ") or f"{path}, line {number}" in line
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ("a B-X\nb Q-X\n", "a.conll, line 2: "),
+        ("a B-X\nb I\n", "a.conll, line 2: "),
+        ("one\ncolumn\n", "a.conll, line 1: "),
+        ("a O\nb O\n", "a.conll: "),
+        ("", "a.conll"),
+        ("a B\nb I\n", "a.conll, sentence 1"),
+    ],
+)
+def test_bad_tags_are_one_message(content, named, tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text(content)
+    (line,) = problems(read, path)
+    assert named in line
+
+
+def test_labels_that_training_rows_lack_are_named(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text("a B-PER\nb B-NEW\nc B-OTHER\n")
+    (line,) = problems(read, path, tags=TAGS)
+    assert "NEW, OTHER" in line and "LOC, PER" in line
+    rows = [{"text": "a", "marks": []}]
+    (line,) = problems(read, write(tmp_path / "b.jsonl", rows))
+    assert line.startswith(f"{tmp_path / 'b.jsonl'}, line 1: ")
+
+
+# Words and windows.
+
+WORDS = st.sampled_from(
+    [
+        "bank",
+        "banking",
+        "riverization",
+        "waterally",
+        "x",
+        "slowly,",
+        "teach-ing",
+        "中文",
+        "a中b",
+        "",
+    ]
+)
+TEXT = st.lists(WORDS, min_size=1, max_size=40).map(" ".join).filter(str.strip)
+
+
+@pytest.fixture(params=["tiny_tokenizer", "roberta_tokenizer", "xlm_roberta_tokenizer"])
+def any_tokenizer(request, tmp_path_factory):
+    """A tokenizer of each kind: WordPiece, byte-level BPE, SentencePiece."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    request.getfixturevalue(request.param).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def slow_owner(place, count, windows):
+    """The window (begin, end) in which a token has the most context; where a text ends, its
+    context is complete."""
+
+    def context(window):
+        begin, end = window
+        before = place - begin if begin else count
+        after = end - 1 - place if end < count else count
+        return min(before, after)
+
+    holding = [window for window in windows if window[0] <= place < window[1]]
+    return max(holding, key=context)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=TEXT, max_length=st.integers(8, 30))
+def test_each_token_counts_once_where_it_has_the_most_context(tiny_tokenizer, text, max_length):
+    tokenizer = tiny_tokenizer
+    backend = without_limits(tokenizer)
+    whole = backend.encode(text, add_special_tokens=False)
+    tokenizer.model_max_length = max_length
+    dataset = TaggedDataset(LabeledRows([(text,)], [()], TAGS), tokenizer)
+    room = max_length - 2
+    step, count = room - room // OVERLAP, len(whole.ids)
+    begins = [0]
+    while begins[-1] + room < count:
+        begins.append(begins[-1] + step)
+    windows = [(begin, min(begin + room, count)) for begin in begins]
+    assert len(dataset) == len(windows) and dataset.num_cut == (len(windows) > 1)
+    seen = []
+    for (ids, types, places, _), (begin, end) in zip(dataset.examples, windows):
+        inner = whole.ids[begin:end]
+        assert ids.tolist() == [tokenizer.cls_token_id, *inner, tokenizer.sep_token_id]
+        assert len(types) == len(ids) and not types.any()
+        for place in (places - 1 + begin).tolist():
+            assert slow_owner(place, count, windows) == (begin, end)
+            seen.append(place)
+    words, first = whole.word_ids, []
+    for place in range(count):
+        if place == 0 or words[place] != words[place - 1]:
+            first.append(place)
+    assert seen == first
+    starts = [whole.offsets[place][0] for place in first]
+    assert dataset.labels[0].words[:, 0].tolist() == starts
+
+
+def test_a_text_that_fits_is_read_whole(any_tokenizer):
+    """Also by tokenizers whose tokens share a character or begin with a space."""
+    texts = ["banking slowly , 中文 x", " the river a中b", "\u3000中\u3000", "teach-ing (token)"]
+    expected = ["banking slowly , 中 文 x", "the river a 中 b", "中", "teach - ing ( token )"]
+    any_tokenizer.model_max_length = 64
+    dataset = TaggedDataset(
+        LabeledRows([(text,) for text in texts], [None] * 4, TAGS), any_tokenizer
+    )
+    assert len(dataset) == 4 and not dataset.num_cut
+    for text, tagged, example, words in zip(texts, dataset.labels, dataset.examples, expected):
+        assert example[0].tolist() == any_tokenizer(text)["input_ids"]
+        found = [text[start:end] for start, end in tagged.words.tolist()]
+        assert "".join(found) == "".join(words.split())
+        if "▁" not in any_tokenizer.get_vocab():  # that one joins unknown characters in one token
+            assert set("中文") & set(text) <= set(found)
+        assert (tagged.tags == IGNORED).all() and len(tagged.tags) == len(example[2]) == len(found)
+
+
+def test_micro_batches_hold_the_tags_of_all_words(tiny_tokenizer):
+    tiny_tokenizer.model_max_length = 12
+    texts = ["bank river " * 20, "money", "slow banking " * 9]
+    entities = [((0, 4, "LOC"), (5, 10, "PER")), (), ((5, 12, "LOC"),)]
+    dataset = TaggedDataset(LabeledRows([(of,) for of in texts], entities, TAGS), tiny_tokenizer)
+    batches = list(dataset.micro_batches(range(len(dataset)), 3))
+    assert len(batches) == -(-len(dataset) // 3) > 2
+    tags = np.concatenate([batch.labels["label"].numpy() for batch in batches])
+    assert tags.tolist() == np.concatenate([of.tags for of in dataset.labels]).tolist()
+    assert sum(batch.counts["label"] for batch in batches) == len(tags)
+    for batch in batches:
+        ids = batch.input_ids[batch.masked_positions]
+        pieces = tiny_tokenizer.convert_ids_to_tokens(ids.tolist())
+        assert not any(piece.startswith(("##", "[CLS]", "[SEP]")) for piece in pieces)
+
+
+# Tags and spans.
+
+
+@st.composite
+def tagged_texts(draw):
+    """(words [words, 2], entities that begin and end with words, tags of another opinion)."""
+    sizes = draw(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=12))
+    words, place = [], 0
+    for gap, size in sizes:
+        words.append((place + gap, place + gap + size))
+        place += gap + size
+    entities, first = [], 0
+    while first < len(words):
+        length = draw(st.integers(0, 3))
+        last = min(first + length, len(words)) - 1
+        if length:
+            entities.append(
+                (words[first][0], words[last][1], draw(st.sampled_from(["LOC", "PER"])))
+            )
+        first = max(last, first) + 1
+    other = draw(st.lists(st.integers(0, 4), min_size=len(words), max_size=len(words)))
+    return np.array(words), tuple(entities), np.array(other)
+
+
+def sure_of(tags):
+    """Probabilities that say `tags`, differently sure of each."""
+    shares = np.full((len(tags), len(TAGS)), 0.01)
+    shares[np.arange(len(tags)), tags] = np.linspace(0.5, 0.9, len(tags))
+    return shares
+
+
+def slow_decode(tags, words):
+    """conlleval's rule, one word at a time."""
+    spans, current = [], None
+    for tag, (start, end) in zip([TAGS[number] for number in tags], words.tolist()):
+        if tag == "O":
+            current = None
+        elif tag[0] == "B" or current is None or current[2] != tag[2:]:
+            current = [start, end, tag[2:]]
+            spans.append(current)
+        else:
+            current[1] = end
+    return [tuple(span) for span in spans]
+
+
+@settings(max_examples=80, deadline=None)
+@given(case=tagged_texts())
+def test_tags_and_spans_turn_into_each_other(case):
+    words, entities, other = case
+    tags, num_snapped = tag_words(entities, words, TAGS)
+    assert num_snapped == 0
+    assert tuple(span[:3] for span in decode(sure_of(tags), words, TAGS)) == entities
+    assert [span[:3] for span in decode(sure_of(other), words, TAGS)] == slow_decode(other, words)
+
+
+def test_the_score_is_the_mean_probability_of_the_tags():
+    shares = sure_of([3, 4, 0, 4])
+    words = np.array([[0, 1], [2, 3], [4, 5], [6, 7]])
+    first, second = decode(shares, words, TAGS)
+    assert first == (0, 3, "PER", pytest.approx(shares[:2].max(1).mean()))
+    assert second == (6, 7, "PER", pytest.approx(shares[3].max()))
+
+
+@pytest.mark.parametrize(
+    "entities, expected, num_snapped",
+    [
+        ([(1, 4, "PER")], "B-PER O O", 1),
+        ([(0, 6, "PER")], "B-PER I-PER O", 1),
+        ([(0, 2, "PER"), (2, 4, "LOC")], "B-PER O O", 2),  # two in one word
+        ([(2, 7, "PER"), (7, 10, "LOC")], "B-PER I-PER O", 2),
+        ([(4, 5, "PER")], "O O O", 1),  # a character that the tokenizer drops
+        ([(0, 4, "PER"), (5, 8, "PER")], "B-PER B-PER O", 0),
+    ],
+)
+def test_entities_that_end_inside_a_word_take_it_whole(entities, expected, num_snapped):
+    words = np.array([[0, 4], [5, 8], [9, 12]])
+    tags, found = tag_words([*entities], words, TAGS)
+    if entities[-1][1] == 10:
+        expected = "B-PER I-PER B-LOC"  # its first word is taken, its second is not
+    assert " ".join(TAGS[tag] for tag in tags) == expected and found == num_snapped
+
+
+# Scores.
+
+
+def slow_scores(given, found, label=None):
+    """Precision, recall and F1 from lists of entities by text."""
+    pairs = [
+        (
+            {of for of in left if label in (None, of[2])},
+            {of for of in right if label in (None, of[2])},
+        )
+        for left, right in zip(given, found)
+    ]
+    right = sum(len(left & other) for left, other in pairs)
+    precision = right / max(1, sum(len(other) for _, other in pairs))
+    recall = right / max(1, sum(len(left) for left, _ in pairs))
+    return precision, recall, 2 * precision * recall / max(1e-9, precision + recall)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases=st.lists(tagged_texts(), min_size=1, max_size=5))
+def test_scores_are_those_of_seqeval_and_of_a_slow_form(cases):
+    tally, given_tags, found_tags = EntityTally(TAGS), [], []
+    given_entities, found_entities = [], []
+    texts, outputs = [], []
+    for words, entities, other in cases:
+        tags, _ = tag_words(entities, words, TAGS)
+        texts.append(TaggedText("", words, tags, entities))
+        outputs.append(sure_of(other))
+        given_tags.append([TAGS[tag] for tag in tags])
+        found_tags.append([TAGS[tag] for tag in other])
+        given_entities.append(set(entities))
+        found_entities.append(set(slow_decode(other, words)))
+    for start in range(0, len(texts), 2):
+        tally.add(texts[start : start + 2], np.concatenate(outputs[start : start + 2]))
+    scores, names = tally.scores(), ("precision", "recall", "f1")
+    expected = slow_scores(given_entities, found_entities)
+    assert [scores[name] for name in names] == pytest.approx(expected)
+    for label in labels_of(TAGS):
+        expected = slow_scores(given_entities, found_entities, label)
+        row = scores["classes"][label]
+        assert [row[name] for name in names] == pytest.approx(expected)
+        assert row["entities"] == sum(of[2] == label for spans in given_entities for of in spans)
+    try:
+        from seqeval.metrics import classification_report
+    except ImportError:
+        return
+    report = classification_report(given_tags, found_tags, output_dict=True, zero_division=0)
+    theirs = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
+    for label, row in [*scores["classes"].items(), ("micro avg", scores)]:
+        if label in report:
+            for name in names:
+                assert row[name] == pytest.approx(report[label][theirs[name]])
+
+
+def test_texts_without_entities_are_not_scored_and_nan_is_no_score():
+    words, shares = np.array([[0, 1]]), sure_of([3])
+    tally = EntityTally(TAGS)
+    known, unknown = (TaggedText("a", words, np.array([3]), of) for of in (((0, 1, "PER"),), None))
+    tally.add([unknown, known], np.concatenate([sure_of([1]), shares]))
+    scores = tally.scores()
+    assert (tally.num_scored, tally.num_unlabeled, scores["f1"]) == (1, 1, 1.0)
+    assert scores["loss"] == pytest.approx(-np.log(shares[0, 3])) and scores["macro_f1"] == 1.0
+    tally.add([known], shares * np.nan)
+    broken = tally.scores()
+    assert all(np.isnan(broken[name]) for name in ("loss", "precision", "recall", "f1", "macro_f1"))
+
+
+def test_tags_of_labels():
+    assert tags_of(["LOC", "PER"]) == TAGS and labels_of(TAGS) == ["LOC", "PER"]
