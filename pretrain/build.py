@@ -5,6 +5,7 @@ plan. Cheap checks that often fail come first; text is tokenized once everything
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -24,16 +25,17 @@ from pretrain.config import (
     phase_ends,
     typed,
 )
-from pretrain.corpora import open_text, text_facts
+from pretrain.corpora import Text, make_dataset, open_text, text_facts
 from pretrain.data import masking
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.collate import Collator, pack
 from pretrain.data.corpus import Corpus
-from pretrain.data.loader import DataPosition, PretrainingDataset, TrainData
+from pretrain.data.loader import PretrainingDataset, TrainData
+from pretrain.data.mixture import Mixture
 from pretrain.data.sources import read_lines
 from pretrain.data.tokenizer import Vocabulary
 from pretrain.errors import UserError, check, option_named
-from pretrain.evaluate import make_validation_set
+from pretrain.evaluate import ValidationSet, make_validation_set
 from pretrain.files import lock, sha256_of
 from pretrain.inputs import prepare_tokenizer
 from pretrain.model.attention import VARLEN, choose_attention
@@ -62,10 +64,9 @@ class Inputs:
     masks: masking.Masking  # their rate is chosen later
     model: PackedModel
     fresh: list[str]  # parts of the model that start fresh
-    training: Corpus
-    validation: Corpus | None
+    texts: list[Text]  # several for a mixture
     facts: dict[str, object]  # to check on resume that they are the same
-    added_tokens: dict[str, int]  # their occurrences in the training text
+    added_tokens: dict[str, int]  # their occurrences in the texts
 
 
 @explained("--micro-batch-size", "--workers")
@@ -97,11 +98,14 @@ def build(asked: Config) -> PretrainingRun:
     model = place(inputs.model, device, config.shard)
     phases, epoch, seconds = fit_phases(config, saved, inputs, precision, world)
     size = phases[0].dataset.task.micro_batch_size
-    total_steps = plan.count_steps(config, asked, saved, epoch)
+    total_steps = plan.count_steps(config, asked, saved, epoch.steps)
+    passes = tuple(count * total_steps / epoch.steps for count in epoch.passes)
+    plan.check_passes(config, passes)
     ends = phase_ends(config, total_steps)
     if config.masking == "entity":
         _report_long_entities(config, phases, inputs.vocabulary)
-    plan.report_ineffective(config, total_steps, world, has_validation=bool(inputs.validation))
+    has_validation = inputs.texts[0].validation is not None
+    plan.report_ineffective(config, total_steps, world, has_validation)
     torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
@@ -115,6 +119,7 @@ def build(asked: Config) -> PretrainingRun:
         workers=plan.count_workers(config, device),
         pin_memory=device.type == "cuda",
     )
+    facts = {"steps_per_epoch": epoch.steps, "recipe": recipe.values_of(config)}
     # In steps. Most checkpoints follow an evaluation.
     eval_every = max(10, min(1000, total_steps // 20))
     save_every = eval_every if eval_every > 500 else 2 * eval_every
@@ -129,14 +134,15 @@ def build(asked: Config) -> PretrainingRun:
         model=model,
         data=data,
         phase_ends=ends,
-        eval_every=plan.steps_between(config.eval_every, epoch, auto=eval_every),
-        save_every=plan.steps_between(config.save_every, epoch, auto=save_every),
+        eval_every=plan.steps_between(config.eval_every, epoch.steps, auto=eval_every),
+        save_every=plan.steps_between(config.save_every, epoch.steps, auto=save_every),
         compile=_should_compile(config, model),
         checkpoint=checkpoint,
         saved=saved,
         phases=phases,
         micro_batch_size=size,
-        data_facts={"steps_per_epoch": epoch, "recipe": recipe.values_of(config), **inputs.facts},
+        data_facts=facts | inputs.facts,
+        passes=passes,
         added_tokens=inputs.added_tokens,
         situation=situation,
         trial_seconds=seconds,
@@ -155,25 +161,29 @@ def read_inputs(config: Config, checkpoint: Path | None, saved: dict, world: Wor
     if saved and digest != saved.get("similar_words"):
         problem = f"{typed(config, 'similar')}: has changed since the run started"
         raise UserError(f"{problem}; restore the file, or start a new run")
-    training, validation = open_text(config, tokenizer, vocabulary, text, world, saved)
-    occurrences = _report_added(training, added, tokenizer)
+    texts = open_text(config, tokenizer, vocabulary, text, world, saved)
+    corpora = [text.training for text in texts]
+    occurrences = _report_added(corpora, added, tokenizer)
     if MLM_HEAD in fresh:
-        model.start_at_frequencies(training.unigram_shares(model.config.vocab_size))
-    facts = {"similar_words": digest, **text_facts(config, training, validation, saved)}
-    return Inputs(
-        tokenizer, vocabulary, masks, model, fresh, training, validation, facts, occurrences
-    )
+        of_texts = [corpus.unigram_shares(model.config.vocab_size) for corpus in corpora]
+        model.start_at_frequencies(np.average(of_texts, axis=0, weights=config.mix or None))
+    facts = {"similar_words": digest, **text_facts(config, texts, saved)}
+    return Inputs(tokenizer, vocabulary, masks, model, fresh, texts, facts, occurrences)
 
 
 def _situation(config: Config, inputs: Inputs) -> recipe.Situation:
+    """A mixture counts as a text of as many tokens as it gives in one pass over its first text, the
+    one whose passes are the epochs."""
     held_out = 0.0 if config.valid else config.valid_fraction
+    share = config.mix[0] / sum(config.mix) if config.mix else 1.0
     start = recipe.CONTINUED
     if config.model in MODEL_SIZES:
         start = recipe.SCRATCH
     elif MLM_HEAD in inputs.fresh:
         start = recipe.FRESH_HEAD
     settings = inputs.model.config
-    tokens = max(1, round(inputs.training.info["tokens"] * (1 - held_out)))
+    in_first = inputs.texts[0].training.info["tokens"] * (1 - held_out)
+    tokens = max(1, round(in_first / share))
     return recipe.Situation(tokens, settings.hidden_size, start, settings.hidden_dropout_prob)
 
 
@@ -183,23 +193,24 @@ def fit_phases(
     inputs: Inputs,
     precision: str,
     world: World,
-) -> tuple[list[Phase], int, float | None]:
-    """(phases whose micro-batches fit in memory, steps per epoch, seconds per micro-batch).
+) -> tuple[list[Phase], plan.Epoch, float | None]:
+    """(phases whose micro-batches fit in memory, an epoch, seconds per micro-batch).
 
     A resumed run skips the trial."""
     model, device = inputs.model, inputs.model.device
     size = plan.first_micro_batch_size(config, saved, device, world)
     while True:
         tasks = plan.make_tasks(config, size)
-        datasets = [PretrainingDataset(inputs.training, task) for task in tasks]
-        epoch = saved.get("steps_per_epoch")
-        if not epoch:  # the first length counts, but every phase is checked
+        datasets = [make_dataset(config, inputs.texts, task) for task in tasks]
+        if saved:
+            epoch = plan.Epoch(saved["steps_per_epoch"])
+        else:  # the first length counts, but every phase is checked
             epoch = [plan.count_epoch(dataset, config) for dataset in datasets][0]
         fill = model.attention == VARLEN
         phases = []
         for dataset in datasets:
             collator = Collator(dataset.task, inputs.vocabulary, inputs.masks, fill, SHAPE_MULTIPLE)
-            phases.append(_make_phase(config, dataset, collator, inputs.validation))
+            phases.append(_make_phase(config, dataset, collator, inputs.texts))
         if saved:
             return phases, epoch, None
         seconds = _trial_seconds(model, phases, autocast(device, precision), config.shard)
@@ -249,25 +260,24 @@ def enable_gradient_checkpointing(model: PackedModel) -> None:
 
 
 def _make_phase(
-    config: Config, dataset: PretrainingDataset, collator: Collator, text: Corpus | None
+    config: Config,
+    dataset: PretrainingDataset | Mixture,
+    collator: Collator,
+    texts: Sequence[Text],
 ) -> Phase:
     task = dataset.task
     # As many tokens as a micro-batch in training, but at least one sequence.
     size = config.eval_batch_size or task.micro_batch_size
     size = max(1, size * task.counted_length // task.max_length)
-    if text is None:
-        return Phase(dataset, collator, None, size)
-    validation = make_validation_set(
-        text,
-        task.pairs,
-        task.max_length,
-        size,
-        collator.vocabulary,
-        config.eval_tokens,
-        collator.fill,
-        training=dataset.source,
-    )
-    return Phase(dataset, collator, validation, size)
+    shape = (task.pairs, task.max_length, size, collator.vocabulary, config.eval_tokens)
+    sets: list[ValidationSet | None] = []
+    for text in texts:
+        held_out = text.validation
+        if held_out is not None:
+            held_out = make_validation_set(held_out, *shape, collator.fill, text.training)
+        sets.append(held_out)
+    others = {text.name: found for text, found in zip(texts[1:], sets[1:]) if found}
+    return Phase(dataset, collator, sets[0], size, others)
 
 
 def _trial_seconds(
@@ -317,9 +327,9 @@ def make_masking(
 
 def _report_long_entities(config: Config, phases: list[Phase], vocabulary: Vocabulary) -> None:
     """Warn if many entities exceed the budget of their sequence, as in short documents."""
-    dataset = min(phases, key=lambda phase: phase.max_length).dataset
+    dataset = min(phases, key=lambda phase: phase.max_length).dataset.parts[0]
     num_entities = num_fitting = 0
-    positions = dataset.positions(DataPosition(0, 0, 0), end_epoch=1)
+    positions = dataset.positions(dataset.start, end_epoch=1)
     for position in islice(positions, SAMPLED_MICRO_BATCHES):
         packed = pack(dataset[position], vocabulary)
         entities = packed.maskable & packed.in_entity
@@ -336,7 +346,7 @@ def _report_long_entities(config: Config, phases: list[Phase], vocabulary: Vocab
 
 
 def _report_added(
-    corpus: Corpus, added: dict[int, list[int]], tokenizer: PreTrainedTokenizerBase
+    corpora: list[Corpus], added: dict[int, list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, int]:
     """Count the added tokens in the training text, most frequent first; prints a summary."""
     if not added:
@@ -344,8 +354,9 @@ def _report_added(
     ids = sorted(added)
     size = ids[-1] + 2  # the last one counts all ids above
     counts = np.zeros(size, np.int64)
-    for index in range(corpus.num_shards):
-        counts += np.bincount(np.minimum(corpus.tokens(index), size - 1), minlength=size)
+    for corpus in corpora:
+        for index in range(corpus.num_shards):
+            counts += np.bincount(np.minimum(corpus.tokens(index), size - 1), minlength=size)
     found = Counter(dict(zip(tokenizer.convert_ids_to_tokens(ids), counts[ids].tolist())))
     most = ", ".join(f"{token} {count:,}" for token, count in found.most_common(8))
     never = [token for token, count in found.items() if not count]

@@ -111,6 +111,7 @@ NAME = pattern(r".*\S.*", "a name; omit the option for none", "NAME")
 FILE = pattern(r".*\S.*", "a file; omit the option for none", "FILE")
 FILES = each(FILE)
 PATHS = each(pattern(r".+", "files, folders or globs", "PATH"))
+TEXTS = each(pattern(r".+", "NAME=PATH of several texts, or paths of one", "PATH"))
 LANGUAGE = Rule(
     lambda code: code == "auto" or code in LANGUAGES.split(),
     "a two-letter code such as en or zh (ISO 639-1), or auto",
@@ -124,6 +125,7 @@ ASSIGNMENTS = each(pattern(r"[^\W\d]\w*=.*", "KEY=VALUE", "KEY=VALUE"), nargs="*
 BETA = Rule(lambda beta: 0 <= beta < 1, "numbers of at least 0 and below 1", metavar="BETA")
 BETAS = each(BETA, nargs=2)
 SPLIT = Rule(_is_split, "three shares from 0 to 1 that sum to 1", metavar="SHARE", nargs=3)
+WEIGHTS = each(Rule(POSITIVE.holds, "finite numbers above 0", metavar="SHARE"))
 MASK_RATE = Rule(
     lambda rates: 1 <= len(rates) <= 2 and all(0 < rate <= 0.8 for rate in rates),
     "one or two shares above 0 and at most 0.8",
@@ -190,6 +192,7 @@ class DataOptions(TextOptions):
     """Data: text to train on, and text to validate on."""
 
     train: Texts = option((), "files, folders, globs, hub:NAME[:CONFIG[:SPLIT]], corpus", PATHS)
+    mix: Numbers = option((), "shares of tokens, by entry of --train (default: one text)", WEIGHTS)
     valid: Texts = option((), "validation text (default: a share of --train)", PATHS)
     valid_fraction: float = option(0.05, "that share of the documents (0: none)", number(0, 0.5))
     workers: int | None = changeable(None, "processes for data (default: CPU 0, GPU 2)", WORKERS)
@@ -354,6 +357,7 @@ class AdaptOptions(LabelOptions):
     model: str | None = option(None, "encoder: a folder or a hub name", required=True)
     text: Texts = option((), "domain text to pretrain on", PATHS, required=True)
     control: Texts = option((), "text of another domain, for comparison", PATHS)
+    general: Texts = changeable((), "general text: does the encoder get worse at it?", PATHS)
     test: Texts = option((), "labeled rows to compare on", FILES, required=True)
     task_text: bool = option(False, "also pretrain on the texts of --train")
     label_budgets: Texts = changeable(("all",), "rows to fine-tune on, or all", BUDGETS)

@@ -1,14 +1,18 @@
 """From checked text to corpora: found in the cache, prepared there, or those of a resumed run."""
 
 import os
-from collections.abc import Iterable
-from dataclasses import replace
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from pretrain.config import OBJECTIVES, Config, typed
+from pretrain.config import OBJECTIVES, Config, DataOptions, typed
 from pretrain.data.corpus import FORMAT_VERSION, Corpus, damage_of, is_corpus, open_corpus
+from pretrain.data.loader import PretrainingDataset
+from pretrain.data.mixture import Mixture
+from pretrain.data.pairs import Task
 from pretrain.data.prepare import prepare
 from pretrain.data.sources import content_key, expand, states_of
 from pretrain.data.tokenizer import Vocabulary
@@ -20,9 +24,27 @@ from pretrain.inputs import (
     check_sample,
     check_text,
     check_vocabulary,
+    marked_in,
     no_entities,
+    option_of,
+    text_paths,
 )
 from pretrain.runtime.distributed import World, gather, main_first
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to train on, and what of it is held out for validation."""
+
+    name: str  # of its scores in the log of a mixture
+    paths: tuple[str, ...]  # as given
+    training: Corpus
+    validation: Corpus | None
+
+    @property
+    def shown(self) -> str:
+        """The option and its paths, for messages."""
+        return f"--train {' '.join(self.paths)}"
 
 
 def open_text(
@@ -32,42 +54,77 @@ def open_text(
     text: dict[str, TextFiles],
     world: World,
     saved: dict,
-) -> tuple[Corpus, Corpus | None]:
-    """(training text, validation text), prepared if necessary; UserError if there is too little.
+) -> list[Text]:
+    """The text of a run, or the texts of its mixture, prepared if necessary; UserError if there is
+    too little. --valid is validation text of the first one.
 
     A resumed run opens the corpora in its `saved` values, even if the text has changed. UserError
     if it has, and they no longer exist."""
     opened: dict[str, Corpus] = {}
-    folders = saved.get("corpus_folders", {})
-    for name in ("train", "valid"):
-        option, paths, folder = f"--{name}", getattr(config, name), folders.get(name)
+    folders, all_paths = saved.get("corpus_folders", {}), text_paths(config)
+    for name, paths in all_paths.items():
+        option, folder, masking = option_of(name), folders.get(name), marked_in(name, config)
         with option_named(option):
             is_usable = gather(world.is_main and _is_usable(folder, config))[0]
-        if is_usable and paths:
+        if is_usable:
             with option_named(option):
                 opened[name] = open_corpus(folder, vocabulary)
             if saved.get("text") and saved["text"].get(name) != text_key(paths):
                 kept = f"the run continues on its corpus, {folder}"
-                print(f"{typed(config, name)}: has changed since the run started; {kept}")
-        elif paths:
-            masking = config.masking if name == "train" else "token"
+                changed = f"{option} {' '.join(paths)}: has changed since the run started"
+                print(f"{changed}; {kept}")
+        else:
             files = text.get(name) or check_text(paths, option, config, world, masking)
             cache = Path(config.cache)
             opened[name] = open_or_prepare(
                 files, tokenizer, vocabulary, cache, world, masking, is_accepted=bool(saved)
             )
-    training, validation = opened["train"], opened.get("valid")
-    if saved and saved["corpus"] != training.fingerprint:
+    given = opened.pop("valid", None)
+    if saved and saved["corpus"] != _fingerprint(opened.values()):
         problem = f"{typed(config, 'train')}: the text has changed since the run was started"
         raise UserError(f"{problem}; expected the original text, or a new run in another --output")
-    shared = validation.count_shared(training) if validation and not saved else 0
+    found, names = [], iter(text_names(config.train))
+    for name, corpus in opened.items():
+        training, validation = corpus, given if name == "train" else None
+        if validation is None and config.valid_fraction:
+            training, validation = corpus.split(config.valid_fraction)
+        found.append(Text(next(names), all_paths[name], training, validation))
+    for entry in found:
+        if given and not saved:
+            _report_shared(config, given, entry)
+        _check_sizes(config, entry, is_given=entry.validation is given)
+    return found
+
+
+def make_dataset(
+    config: DataOptions, texts: Sequence[Text], task: Task
+) -> PretrainingDataset | Mixture:
+    """The micro-batches of a text, or of a mixture."""
+    parts = [PretrainingDataset(text.training, task) for text in texts]
+    return Mixture(parts, config.mix) if config.mix else parts[0]
+
+
+def text_names(entries: Sequence[str]) -> list[str]:
+    """A name for each entry of --train, from its file or folder: "a/en_web.txt" is en_web."""
+    names: list[str] = []
+    for number, entry in enumerate(entries, 1):
+        stem = Path(os.path.abspath(entry)).name.partition(".")[0]
+        name = re.sub(r"\W+", "_", stem).strip("_") or f"text_{number}"
+        names.append(f"{name}_{number}" if name in names else name)
+    return names
+
+
+def _fingerprint(corpora: Iterable[Corpus]) -> str:
+    return "+".join(corpus.fingerprint for corpus in corpora)
+
+
+def _report_shared(config: Config, validation: Corpus, text: Text) -> None:
+    """Print how many documents of --valid are also in a text to train on."""
+    shared = validation.count_shared(text.training)
     if shared:
         shown = f"{typed(config, 'valid')}: {shared:,} of {validation.count():,} documents"
-        print(f"{shown} are also in --train, so scores will look too good; expected other text")
-    if validation is None and config.valid_fraction:
-        training, validation = training.split(config.valid_fraction)
-    _check_sizes(config, training, validation)
-    return training, validation
+        where = text.shown if config.mix else "--train"
+        print(f"{shown} are also in {where}, so scores will look too good; expected other text")
 
 
 def _is_usable(folder: str | None, config: Config) -> bool:
@@ -90,37 +147,36 @@ def text_key(paths: Iterable[str]) -> str:
     return key_of([[Path(path).name, *state] for path, *state in states])
 
 
-def text_facts(
-    config: Config, training: Corpus, validation: Corpus | None, saved: dict
-) -> dict[str, object]:
+def text_facts(config: Config, texts: Sequence[Text], saved: dict) -> dict[str, object]:
     """What a checkpoint records about the text, for `open_text` in a resumed run."""
-    folders = {"train": str(training.folder.absolute())}
-    if config.valid:
-        folders["valid"] = str(validation.folder.absolute())
-    keys = saved.get("text") or {name: text_key(getattr(config, name)) for name in folders}
-    return {"corpus": training.fingerprint, "corpus_folders": folders, "text": keys}
+    all_paths, corpora = text_paths(config), [text.training for text in texts]
+    opened = corpora + ([texts[0].validation] if config.valid else [])
+    folders = {name: str(corpus.folder.absolute()) for name, corpus in zip(all_paths, opened)}
+    keys = saved.get("text") or {name: text_key(paths) for name, paths in all_paths.items()}
+    return {"corpus": _fingerprint(corpora), "corpus_folders": folders, "text": keys}
 
 
-def _check_sizes(config: Config, training: Corpus, validation: Corpus | None) -> None:
-    """UserError if there are too few documents for the objective, with a way that works."""
+def _check_sizes(config: Config, text: Text, is_given: bool) -> None:
+    """UserError if there are too few documents for the objective, with a way that works. `is_given`
+    says that the validation text is --valid."""
+    training, validation = text.training, text.validation
     needed = 2 if OBJECTIVES[config.objective] == "random" else 1  # random: from another document
     ways = f"more text or another --format{', or --objective mlm' if needed == 2 else ''}"
-    name, whole = "train", training.info["documents"]
+    shown, whole = text.shown, training.info["documents"]
     if training.count(at_most=needed) < needed:
         found = f"{training.count()} for training"
-        if not config.valid and whole >= needed:  # copies of a document stay on one side
+        if not is_given and whole >= needed:  # copies of a document stay on one side
             found += f", besides validation documents and their copies ({whole:,} in all)"
             ways = "other documents, --valid PATHS or --valid-fraction 0"
     elif validation and validation.count(at_most=needed) < needed:
         found = f"{validation.count()} for validation"
-        if config.valid:
-            name = "valid"
+        if is_given:
+            shown = typed(config, "valid")
         else:
             ways = f"--valid PATHS, --valid-fraction 0, {ways}"
     else:
         return
-    problem = f"{typed(config, name)}: has {found}"
-    raise UserError(f"{problem}; expected {needed} or more documents: {ways}")
+    raise UserError(f"{shown}: has {found}; expected {needed} or more documents: {ways}")
 
 
 def open_or_prepare(
@@ -177,7 +233,8 @@ def open_or_prepare(
         check_vocabulary(text.name, share, tokenizer, sample, ways)
     if masking == "entity" and not info["entities"]:
         raise no_entities(text)
-    print(f"{text.option}: {_shown(info)} ({verb} in {corpus.folder})")
+    name = text.name if len(text.paths) == 1 else text.option
+    print(f"{name}: {_shown(info)} ({verb} in {corpus.folder})")
     return corpus
 
 

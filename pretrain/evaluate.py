@@ -32,9 +32,11 @@ SHOWN_SEQUENCES, SHOWN_GUESSES = 4, 3
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Batches in memory, and the perplexity of guessing each token by its frequency."""
+    """Batches in memory, the document that each sequence begins in, and the perplexity of guessing
+    each token by its frequency."""
 
     batches: list[Batch]
+    documents: np.ndarray  # int64 [sequences]
     unigram_perplexity: float | None = None
 
 
@@ -59,7 +61,9 @@ def make_validation_set(
     bounds = pairwise(micro_batch_bounds(plan, task))
     batches = [collator(Examples(shard, plan.take(slice(*pair)))) for pair in bounds]
     unigram = training and unigram_perplexity(training, batches, vocabulary.size)
-    return ValidationSet(batches, unigram)
+    starts = shard.sentences[shard.documents]
+    documents = np.searchsorted(starts, plan.a_start, side="right") - 1
+    return ValidationSet(batches, documents, unigram)
 
 
 def unigram_perplexity(corpus: Corpus, batches: list[Batch], vocab_size: int) -> float:

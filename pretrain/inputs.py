@@ -5,13 +5,20 @@ The main process checks and prepares; the others wait and open what it wrote.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from pretrain.config import MODEL_SIZES, Config, TextOptions, TokenizerOptions, typed
+from pretrain.config import (
+    MODEL_SIZES,
+    Config,
+    DataOptions,
+    TextOptions,
+    TokenizerOptions,
+    typed,
+)
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.annotate import (
     CHINESE_SHARE,
@@ -108,12 +115,12 @@ def check_text(
 
 
 def _check_corpus(text: TextFiles, options: TextOptions) -> None:
-    """UserError for anything besides the corpus, or options of text that no --valid can use."""
+    """UserError for anything besides the corpus, or options of text that no other text can use."""
     if len(text.paths) > 1:
         raise UserError(f"{' '.join(text.paths)}: expected one prepared corpus, or text")
     names = [entry.name for entry in fields(TextOptions) if entry.name != "cache"]
     given = [name for name in names if getattr(options, name) != getattr(TextOptions, name)]
-    if given and not getattr(options, "valid", None):
+    if given and not (getattr(options, "valid", None) or getattr(options, "mix", None)):
         problem = f"{typed(options, *given)}: {text.name} is already prepared"
         raise UserError(f"{problem}; expected raw text, or pass the options to prepare.py")
 
@@ -145,7 +152,7 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
 def prepare_tokenizer(
     config: Config, checkpoint: Path | None, world: World
 ) -> tuple[PreTrainedTokenizerBase, dict[str, TextFiles], dict[int, list[int]]]:
-    """(tokenizer, checked text of "train" and "valid", ids that each new token replaces).
+    """(tokenizer, checked text by name as in `text_paths`, ids that each new token replaces).
 
     With a checkpoint, its tokenizer and no text."""
     if checkpoint:
@@ -153,13 +160,36 @@ def prepare_tokenizer(
     tokenizer = find_tokenizer(config, config.model)
     # Before the text, which may take long to convert.
     added = add_tokens(tokenizer, config) if tokenizer else {}
-    text = {"train": check_text(config.train, "--train", config, world, config.masking)}
-    if config.valid:  # evaluation masks single tokens
-        text["valid"] = check_text(config.valid, "--valid", config, world)
+    text = {}
+    for name, paths in text_paths(config).items():
+        text[name] = check_text(paths, option_of(name), config, world, marked_in(name, config))
     if not tokenizer:
-        tokenizer = make_tokenizer(config, text["train"], world)
+        tokenizer = make_tokenizer(config, [text[name] for name in text if name != "valid"], world)
         added = add_tokens(tokenizer, config)
     return tokenizer, text, added
+
+
+def text_paths(config: DataOptions) -> dict[str, tuple[str, ...]]:
+    """The paths of each text of a run: "train", with --mix also "train-2", "train-3" ..., and
+    "valid" if it is given."""
+    texts = {"train": config.train}
+    if config.mix:
+        for number, path in enumerate(config.train, 1):
+            texts[f"train-{number}" if number > 1 else "train"] = (path,)
+    return texts | ({"valid": config.valid} if config.valid else {})
+
+
+def option_of(name: str) -> str:
+    """The option of a text in `text_paths`."""
+    return "--valid" if name == "valid" else "--train"
+
+
+def marked_in(name: str, config: Config) -> str:
+    """What to mark in a text of `text_paths`; see `check_text`. Evaluation masks single tokens, and
+    only the first text of a mixture must have entities."""
+    if name == "valid":
+        return "token"
+    return "any" if config.masking == "entity" and name != "train" else config.masking
 
 
 def find_tokenizer(
@@ -180,26 +210,31 @@ def find_tokenizer(
 
 
 def make_tokenizer(
-    options: TokenizerOptions, text: TextFiles, world: World
+    options: TokenizerOptions, texts: Sequence[TextFiles], world: World
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a corpus, or one trained on the text."""
-    if text.is_corpus:
-        with option_named(text.option):
-            return load_tokenizer(text.paths[0])
+    """The tokenizer of the first corpus among `texts`, or else one trained on all of them."""
+    for text in texts:
+        if text.is_corpus:
+            with option_named(text.option):
+                return load_tokenizer(text.paths[0])
     lowercase = options.lowercase == "on"
-    key = content_key(text.sources, text.text_format, options.vocab_size, lowercase)
+    sources = [source for text in texts for source in text.sources]
+    formats = [text.text_format for text in texts]
+    key = content_key(sources, *formats, options.vocab_size, lowercase)
     folder = Path(options.cache) / f"tokenizer-{key}"
     with main_first(world):
         if problem_of(folder, needed=()):
-            _train_tokenizer(folder, text, options.vocab_size, lowercase)
+            _train_tokenizer(folder, texts, options.vocab_size, lowercase)
     return tokenizers.load(str(folder))
 
 
-def _train_tokenizer(folder: Path, text: TextFiles, vocab_size: int, lowercase: bool) -> None:
-    lines = replace(text, markup=Markup())
+def _train_tokenizer(
+    folder: Path, texts: Sequence[TextFiles], vocab_size: int, lowercase: bool
+) -> None:
+    unmarked = [replace(text, markup=Markup()) for text in texts]
 
     def read() -> Iterator[str]:
-        return (item[0] for item in lines.sentences() if item)
+        return (item[0] for text in unmarked for item in text.sentences() if item)
 
     with exclusive(folder):
         if problem := problem_of(folder, needed=()):  # else another process was faster

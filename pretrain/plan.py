@@ -3,7 +3,8 @@
 Micro-batches, steps, phases, intervals: computed once, printed before training, saved with the run.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ from pretrain.config import (
     typed,
 )
 from pretrain.data.loader import PretrainingDataset
+from pretrain.data.mixture import Mixture
 from pretrain.data.pairs import Task
 from pretrain.errors import UserError
 from pretrain.runtime.distributed import World
 
 MIN_TRUE_SHARE = 0.1  # of the planned pairs
 CPU_SEQUENCES, GPU_TOKENS = 32, 1 << 15  # of a micro-batch, by default
+MAX_PASSES = 1000  # of a run, over a text of a mixture
 COUNTED_SHARDS = 4  # planned at the start to count an epoch, extrapolated to the rest
 
 
@@ -98,25 +101,59 @@ def check_processes(config: Config, micro_batch_size: int, world: World) -> None
         )
 
 
-def count_epoch(dataset: PretrainingDataset, config: Config) -> int:
-    """Optimizer steps of an epoch, estimated from the first shards.
+@dataclass(frozen=True)
+class Epoch:
+    """A pass over the text or, of a mixture, over its first text."""
 
-    UserError if the text does not fit the task."""
+    steps: int  # of the optimizer
+    passes: tuple[float, ...] = ()  # over each text of a mixture
+
+
+def count_epoch(dataset: PretrainingDataset | Mixture, config: Config) -> Epoch:
+    """An epoch, estimated from the first shards. UserError if the text does not fit the task."""
+    counts = []
+    for number, part in enumerate(dataset.parts):
+        name = f" in {config.train[number]}" if config.mix else ""
+        step_share = dataset.shares[0] if number == 0 else 0.0  # the others may be repeated
+        counts.append(_count_pass(part, config, step_share, name))
+    drawn = counts[0][0] / dataset.shares[0]  # tokens of the epoch
+    passes = [share * drawn / max(1, n) for share, (n, _) in zip(dataset.shares, counts)]
+    micro_batches = sum(count * number for count, (_, number) in zip(passes, counts))
+    steps = max(1, round(micro_batches * dataset.task.micro_batch_size / config.batch_size))
+    return Epoch(steps, tuple(passes) if config.mix else ())
+
+
+def check_passes(config: Config, passes: Sequence[float]) -> None:
+    """UserError if a text of a mixture, besides the first, is so small that the run would repeat it
+    absurdly often. `passes`: of the run, over each text; () if they are not known."""
+    for path, count in list(zip(config.train, passes))[1:]:
+        if count > MAX_PASSES:
+            problem = f"{path} would be read {count:,.0f} times"
+            expected = f"expected at most {MAX_PASSES:,}: a smaller share, or more text"
+            raise UserError(f"{typed(config, 'mix')}: {problem}; {expected}")
+
+
+def _count_pass(
+    dataset: PretrainingDataset, config: Config, step_share: float, in_text: str
+) -> tuple[float, float]:
+    """(tokens, micro-batches) of a pass over a text, estimated from its first shards.
+
+    UserError if the text does not fit the task, or has fewer tokens than `step_share` of a step."""
     task, corpus = dataset.task, dataset.source
     counted = range(min(COUNTED_SHARDS, corpus.num_shards))
     plans, share = [dataset.plan(0, place) for place in counted], len(counted) / corpus.num_shards
-    at_length = f" at {task.max_length} tokens" if config.phases else ""
+    at_length = f"{in_text} at {task.max_length} tokens" if config.phases else in_text
     if task.pairs:
         check_pairs(np.concatenate([plan.label for plan in plans]), config, at_length)
         shards = [corpus.shard(dataset.shard_at(0, place)) for place in counted]
         num_long = sum(int((np.diff(each.sentences) > task.max_tokens).sum()) for each in shards)
         if num_long:
-            count = f"{round(num_long / share):,}"
-            print(f"sentences over {task.max_tokens} tokens, cut into pieces of half that: {count}")
+            sentences = f"sentences over {task.max_tokens} tokens{in_text}"
+            print(f"{sentences}, cut into pieces of half that: {round(num_long / share):,}")
     num_tokens = sum(int(plan.lengths.sum()) for plan in plans)
-    step_tokens = config.batch_size * task.counted_length
+    step_tokens = round(step_share * config.batch_size * task.counted_length)
     if num_tokens < step_tokens and share == 1:
-        largest = num_tokens // task.counted_length
+        largest = int(num_tokens / step_share) // task.counted_length
         expected = f"more text, or {length_option(config)} below {num_tokens} tokens"
         if largest:
             expected = f"at most --batch-size {largest} --micro-batch-size {largest}, or more text"
@@ -124,8 +161,7 @@ def count_epoch(dataset: PretrainingDataset, config: Config) -> int:
             f"--batch-size {config.batch_size}: a step is {step_tokens:,} tokens, the text has "
             f"{num_tokens:,}{at_length}; expected {expected}"
         )
-    micro_batches = sum(plan.num_micro_batches for plan in plans) / share
-    return max(1, round(micro_batches * task.micro_batch_size / config.batch_size))
+    return num_tokens / share, sum(plan.num_micro_batches for plan in plans) / share
 
 
 def check_pairs(labels: np.ndarray, config: Config, at_length: str = "") -> None:

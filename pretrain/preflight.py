@@ -17,10 +17,12 @@ from pretrain.config import (
     PATHS,
     PHASES,
     TASK_METRICS,
+    TEXTS,
+    WEIGHTS,
     min_micro_batch_size,
     typed,
 )
-from pretrain.data.sources import expand
+from pretrain.data.sources import by_name, expand
 from pretrain.errors import UserError
 from pretrain.files import check_writable, file_problem
 from pretrain.schema import AUTO, flag
@@ -98,6 +100,12 @@ def _conflicts(options: object) -> list[str]:
     if micro > 0 and phases and PHASES.holds(phases) and micro < min_micro_batch_size(options):
         expected = f"expected at least {min_micro_batch_size(options)}"
         refuse(f"no room for the longest sequence; {expected}", "micro_batch_size", "phases")
+    mix, num_texts = value("mix") or (), len(value("train") or ())
+    is_whole = len(mix) == num_texts > 1
+    if mix and WEIGHTS.holds(mix) and not is_whole:
+        expected = "a number for each of two or more entries (a folder or a quoted glob is one)"
+        found = f"{len(mix)} for {num_texts} entries of --train"
+        refuse(f"{found}; expected {expected}", "mix")
     masking, similar, replaces = value("masking"), value("similar"), value("replace") == "similar"
     lacks = ["--similar FILE"] if not similar else []
     lacks += ["--masking word, span or entity"] if masking == "token" else []
@@ -144,9 +152,10 @@ def _absent_files(options: object) -> list[str]:
 def _absent_paths(options: object) -> list[str]:
     problems = []
     for entry in fields(options):
-        if entry.metadata["form"] in (PATHS, FILES):
+        form, values = entry.metadata["form"], getattr(options, entry.name)
+        if form in (PATHS, FILES, TEXTS):
             try:
-                expand(getattr(options, entry.name))
+                expand(sum(by_name(values).values(), ()) if form is TEXTS else values)
             except UserError as error:
                 problems += [f"{flag(entry.name)} {line}" for line in str(error).splitlines()]
     return problems
@@ -155,7 +164,7 @@ def _absent_paths(options: object) -> list[str]:
 def _unknown_names(options: object) -> list[str]:
     """Models and tokenizers that can be neither a folder nor a name on the hub."""
     problems = []
-    for name in ("model", "tokenizer"):
+    for name in ("model", "baseline", "tokenizer"):
         value = getattr(options, name, None) or ""
         takes_size = name == "model" and getattr(type(options), name, None) in MODEL_SIZES
         sizes = MODEL_SIZES if takes_size else {}

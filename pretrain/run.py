@@ -23,6 +23,7 @@ from pretrain.batch import Batch
 from pretrain.config import EPOCHS, Config, counted_length, typed
 from pretrain.data.collate import Collator
 from pretrain.data.loader import PretrainingDataset, TrainData
+from pretrain.data.mixture import Mixture
 from pretrain.evaluate import ValidationSet, evaluate, sample_predictions
 from pretrain.files import lock, write_json, write_text
 from pretrain.model.packed import PackedModel, count_flops
@@ -64,8 +65,8 @@ PRETRAINING_FORM = SAVED_FORM | {
     "steps_per_epoch": integer(1),
     "similar_words": optional(TEXT),  # hash of the table
     "corpus": TEXT,  # fingerprint of the training text
-    "corpus_folders": {"train": optional(TEXT), "valid": optional(TEXT)},  # by option
-    "text": optional(values_of(TEXT, "text by option")),  # the `text_key` of each option
+    "corpus_folders": values_of(TEXT, "folders by text"),  # named as in `text_paths`
+    "text": optional(values_of(TEXT, "keys by text")),  # the `text_key` of each
 }
 
 
@@ -270,10 +271,11 @@ class Run:
 class Phase:
     """The data of one sequence length; a run without --phases has one phase."""
 
-    dataset: PretrainingDataset
+    dataset: PretrainingDataset | Mixture
     collator: Collator
     validation: ValidationSet | None
     eval_batch_size: int  # sequences in a micro-batch of the validation set
+    others: dict[str, ValidationSet] = field(default_factory=dict)  # of the mixture's other texts
 
     @property
     def max_length(self) -> int:
@@ -281,8 +283,11 @@ class Phase:
 
     def fullest_batch(self) -> Batch:
         """With as many masks as at the start or the end of the run, whichever is more."""
-        position = self.dataset.fullest()
-        ends = [self.dataset[position._replace(progress=progress)] for progress in (0.0, 1.0)]
+        ends = [
+            part[part.fullest()._replace(progress=progress)]
+            for part in self.dataset.parts
+            for progress in (0.0, 1.0)
+        ]
         return max(map(self.collator, ends), key=lambda batch: batch.counts["mlm"])
 
 
@@ -294,12 +299,29 @@ class PretrainingRun(Run):
     situation: recipe.Situation  # what the recipe depends on
     trial_seconds: float | None  # for the fullest micro-batch; None: not measured, as on resume
     added_tokens: dict[str, int] = field(default_factory=dict)  # occurrences in the training text
+    passes: tuple[float, ...] = ()  # over each text of a mixture; (): no mixture, or not counted
 
-    def rebuild_command(self, step: int, position: Sequence) -> str:
+    @property
+    def charts(self) -> dict:
+        """Also a chart of the perplexity on each text of a mixture."""
+        names = [f"eval_{name}/perplexity" for name in self.phases[-1].others]
+        if not names:
+            return PRETRAINING_CHARTS
+        by_text = {"held-out, by text": ["Multiline", ["eval/perplexity", *names]]}
+        return {"perplexity": PRETRAINING_CHARTS["perplexity"] | by_text}
+
+    def logged(self, scores: dict) -> dict[str, float]:
+        """Those of the other texts of a mixture as eval_TEXT/NAME."""
+        return {
+            f"eval_{name}" if "/" in name else f"eval/{name}": value
+            for name, value in scores.items()
+        }
+
+    def rebuild_command(self, step: int, position: object) -> str:
         """The command that shows the micro-batches of a step and saves them to a file."""
         size, config = self.micro_batch_size, self.config
         num_sampled = config.batch_size // size
-        arguments = ["--config", self.output / "config.json", "--position", *position]
+        arguments = ["--config", self.output / "config.json", "--position", *str(position).split()]
         arguments += ["--mask-rate", *config.mask_rate] if config.entity_fill != "none" else []
         if config.phases:
             size = size * counted_length(config) // self.phases[0].max_length
@@ -309,15 +331,20 @@ class PretrainingRun(Run):
         return shlex.join(["python", "scripts/show_masks.py", *map(str, arguments)])
 
     def validate(self, step: int, stop: Callable[[], int], monitor: Monitor) -> dict | None:
-        """Scores from `evaluate`; sample predictions go to TensorBoard."""
-        validation = self.phases[self.phase_at(step)].validation
-        if validation is None:
+        """Scores from `evaluate`, and those on the other texts of a mixture as TEXT/NAME; sample
+        predictions go to TensorBoard."""
+        phase = self.phases[self.phase_at(step)]
+        if phase.validation is None:
             return {}
         model, device, precision = self.model, self.device, self.autocast()
-        scores = evaluate(model, validation, device, precision, self.world, stop)
-        if scores is not None:
-            samples = sample_predictions(model, validation, self.tokenizer, device, precision)
-            monitor.log(step, {"held-out predictions": samples})
+        scores: dict[str, float] = {}
+        for name, validation in {"": phase.validation, **phase.others}.items():
+            found = evaluate(model, validation, device, precision, self.world, stop)
+            if found is None:
+                return None
+            scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
+        samples = sample_predictions(model, phase.validation, self.tokenizer, device, precision)
+        monitor.log(step, {"held-out predictions": samples})
         return scores
 
     def export(self, folder: Path, weights: dict[str, Tensor], state) -> None:
@@ -344,6 +371,8 @@ class PretrainingRun(Run):
         }
         if not config.phases:
             del facts["phases"]
+        if config.mix:
+            facts["mix"] = list(config.mix)
         ckpt.write_model(folder, self.model, self.tokenizer, facts, weights)
 
     def has_result(self) -> bool:
@@ -425,6 +454,13 @@ def print_plan(run: PretrainingRun) -> None:
     )
     if not run.saved:
         print(recipe.explain(run.asked, config, run.situation, steps))
+    if run.passes:
+        weights = zip(config.train, config.mix, run.passes)
+        shares = [
+            f"{weight / sum(config.mix):.1%} {path} (read {count:.3g} times)"
+            for path, weight, count in weights
+        ]
+        print(f"mix: {', '.join(shares)}; epochs are passes over the first text")
     if run.situation.text_tokens < FEW_TOKENS:
         ways = "more text"
         if run.situation.start == recipe.SCRATCH:

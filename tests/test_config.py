@@ -21,6 +21,7 @@ from pretrain.preflight import missing, validate
 
 BAD = {  # option -> values that are refused, between bars
     "--mask-rate": "1.5 | 0.1 0.2 0.3 | 0.1 0.0 | 0.1 nan",
+    "--mix": "0.0 1.0 | 3.0 -1.0 | nan 1.0 | inf 1.0",
     "--mask-split": "0.5 0.1 0.1 | 1.5 -0.5 0.0",
     "--entity-probability": "0.0 | 1.5",
     "--entity-budget": "-1.0",
@@ -73,6 +74,10 @@ BAD_TOGETHER = """
 --similar x
 --lexicon x
 --entity-field x
+--mix 3.0 1.0
+--mix 3.0 --train a
+--mix 3.0 1.0 --train a
+--mix 3.0 1.0 1.0 --train a b
 """.strip().splitlines()
 GOOD = """
 --phases 128:0.9 512:0.1
@@ -89,6 +94,7 @@ GOOD = """
 --config-override hidden_size=32 name=a=b
 --patience 2 --valid-fraction 0 --valid x
 --seed 9223372036854775807 --workers 0
+--mix 3 1 0.5 --train a b c --valid d
 """.strip().splitlines()
 
 

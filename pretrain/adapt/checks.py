@@ -36,7 +36,7 @@ from pretrain.schema import flag
 LABEL_OPTIONS = tuple(entry.name for entry in fields(config.LabelOptions))
 RUN_OPTIONS = ("model", "output", "overwrite", "resume", "max_minutes")
 SET_HERE = {  # options of the two commands that only the experiment may set
-    "pretrain": (*RUN_OPTIONS, "train", "valid", "patience"),
+    "pretrain": (*RUN_OPTIONS, "train", "mix", "valid", "patience"),
     "finetune": (*RUN_OPTIONS, "label_budget", "seed", "save_model", *LABEL_OPTIONS),
 }
 TRAINED_ON = {"adapted": "text", "control": "control"}  # encoder -> text
@@ -57,6 +57,7 @@ class Experiment:
     classes: list[str]
     budgets: dict[str, int]  # name -> number of rows, smallest first
     texts: dict[str, TextFiles]  # "text" and, if there is one, "control"
+    general: TextFiles | None  # to measure forgetting on
     fresh_parts: list[str]  # heads that the model does not have
     output: Path
     parts: Parts
@@ -106,8 +107,10 @@ def build_experiment(options: AdaptOptions) -> Experiment:
         with option_named("--device"):
             device = start(pretraining.device)[1]
         decide_precision(pretraining, {}, device)
-        texts = _read_texts(options, pretraining)
-        for text in texts.values():
+        texts, general = _read_texts(options, pretraining), None
+        if options.general:
+            general = read_text(options.general, "--general", pretraining, "token")
+        for text in [*texts.values(), *filter(None, [general])]:
             check_sample(text, task.tokenizer, MODEL_WAYS)
     return Experiment(
         options,
@@ -117,6 +120,7 @@ def build_experiment(options: AdaptOptions) -> Experiment:
         classes,
         budgets,
         texts,
+        general,
         fresh,
         output,
         Parts(output),

@@ -10,21 +10,25 @@ import json
 import shlex
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 from pretrain import build as pretraining
 from pretrain import recipe
-from pretrain.adapt import domain
+from pretrain.adapt import domain, forgetting
 from pretrain.adapt.checks import TRAINED_ON, Experiment, naming
 from pretrain.adapt.dedup import write_cleaned
 from pretrain.cli import as_command
 from pretrain.config import UTF8
+from pretrain.corpora import open_or_prepare
 from pretrain.data import tokenizer as tokenizers
+from pretrain.data.sources import content_key
 from pretrain.errors import UserError
 from pretrain.evaluate import evaluate
 from pretrain.files import write_text
 from pretrain.finetune import build as finetuning
+from pretrain.inputs import MODEL_WAYS
 from pretrain.model.loading import from_checkpoint
-from pretrain.model.packed import PackedModel
+from pretrain.model.packed import MLM_HEAD, PackedModel
 from pretrain.run import PretrainingRun, print_plan
 from pretrain.runtime.checkpoint import checkpoints
 from pretrain.runtime.optim import autocast, warmup_steps
@@ -65,6 +69,10 @@ def run_experiment(experiment: Experiment) -> dict:
         same["max_steps"] = facts["pretraining"]["adapted"]["steps"]
         facts["pretraining"]["control"] = part("pretrain-control", pretrain, "control", same)
     facts["perplexity"] = part("perplexity", measure_perplexity)
+    facts["forgetting"] = {}
+    if experiment.general:  # it may be added or replaced later
+        key = content_key(experiment.general.sources, experiment.general.text_format)
+        facts["forgetting"] = part(f"forgetting.{key}", measure_forgetting)
     for budget, seed, name in runs:
         run = f"finetune-{name}-{budget}-{seed}"
         is_saved = experiment.parts.file(run).is_file()
@@ -169,6 +177,19 @@ def measure_perplexity(experiment: Experiment) -> dict:
         pretraining.set_up_model(model, run.config, run.device, run.precision)
         result["control"] = perplexity_of(model.to(run.device))
     return result
+
+
+def measure_forgetting(experiment: Experiment) -> dict:
+    """The change of the perplexity on the general text; see `forgetting.measure`."""
+    run = _run_of(experiment, "adapted", output=str(experiment.output / "untrained"))
+    adapted, _ = from_checkpoint(experiment.encoders["adapted"])
+    pretraining.set_up_model(adapted, run.config, run.device, run.precision)
+    vocabulary = tokenizers.describe(run.tokenizer)
+    cache, has_head = Path(run.config.cache), MLM_HEAD not in experiment.fresh_parts
+    corpus = open_or_prepare(
+        experiment.general, run.tokenizer, vocabulary, cache, run.world, ways=MODEL_WAYS
+    )
+    return forgetting.measure(run, adapted.to(run.device), corpus, vocabulary, has_head)
 
 
 def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict:

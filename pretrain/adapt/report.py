@@ -17,8 +17,9 @@ import torch
 import transformers
 
 from pretrain import plots
-from pretrain.adapt.bootstrap import DRAWS, bootstrap
 from pretrain.adapt.domain import draw_overlap
+from pretrain.adapt.forgetting import MARGIN
+from pretrain.bootstrap import DRAWS, bootstrap
 from pretrain.files import markdown_table, write_text
 
 TEMPLATE = Path(__file__).with_name("report_template.md")
@@ -45,7 +46,8 @@ def write_report(output: Path, facts: dict) -> str:
     metric, budgets, differences = facts["metric"], facts["budgets"], {}
     for other in [name for name in facts["scores"] if name != "adapted"]:
         differences[other] = {name: _difference(facts, other, name) for name in budgets}
-    answer = verdict(differences, budgets, metric) + caveats(facts)
+    answer = verdict(differences, budgets, metric) + forgotten(facts["forgetting"])
+    answer += caveats(facts)
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     names = [TEXTS[name] for name in facts["overlap"]["overlap"]]
@@ -64,6 +66,7 @@ def write_report(output: Path, facts: dict) -> str:
         scores_table=_compare_scores(output, facts, differences),
         classes_table=_compare_classes(output, facts),
         perplexities=_compare_perplexities(output, facts),
+        forgetting_section=_describe_forgetting(facts["forgetting"]),
         overlap_table=draw_overlap(output / "overlap.png", facts["overlap"], names),
         pieces_table=table(PIECES_HEADER, pieces, ",", ".2f", ".2%"),
         time_table=_time_table(facts),
@@ -187,6 +190,22 @@ def caveats(facts: dict) -> str:
     return f" Note that {', and that '.join(found)}." if found else ""
 
 
+def forgotten(change: dict) -> str:
+    """A sentence about the change of the perplexity on general text; "" if it was not measured."""
+    if not change:
+        return ""
+    if None in change.values():
+        return " The perplexity on general text is not finite."
+    said = "It may have forgotten general text"
+    if change["low"] > MARGIN:
+        said = "It forgot general text"
+    elif change["high"] <= MARGIN:
+        said = "It did not forget general text"
+    interval = "{difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}".format(**change)
+    numbers = "perplexity {before:,.4g} before, {after:,.4g} after".format(**change)
+    return f" {said}: {numbers} (log-perplexity {interval}; margin {MARGIN:g})."
+
+
 def _is_still_improving(run: dict, metric: str) -> bool:
     """Whether the last step of a fine-tuning run had its best score, below a perfect one."""
     return run["best_step"] == run["steps"] and run["valid"][metric] < 1
@@ -267,6 +286,28 @@ def _compare_perplexities(output: Path, facts: dict) -> str:
     return table(["", "perplexity"], rows, ",.1f") + "\n\n![Perplexity](perplexity.png)"
 
 
+def _describe_forgetting(change: dict) -> str:
+    """A section of the report; "" if it was not measured."""
+    if not change:
+        return ""
+    rows = [["original encoder", change["before"]]]
+    rows.append(["pretrained on your text", change["after"]])
+    method = "Each predicts with its own MLM head."
+    if change["trains_head"]:
+        method = (
+            "The original encoder came without an MLM head. So both got the same fresh head, which "
+            "was trained on four fifths of the general text while the encoder stayed frozen; the "
+            "rest was predicted."
+        )
+    meaning = (
+        "Both predict the same masked tokens of the general text. The difference of the logarithms "
+        f"counts as forgetting if its 95 % interval, drawn over {change['drawn']}, lies above "
+        f"{MARGIN:g} (a perplexity that is {np.exp(MARGIN) - 1:.0%} higher)."
+    )
+    shown = table(["", "perplexity on general text"], rows, ",.2f")
+    return f"\n\n## Did it forget general text?\n\n{meaning} {method}\n\n{shown}"
+
+
 def _text_rows(texts: dict[str, dict], *keys: str) -> list[list[object]]:
     return [[TEXTS[name], *map(facts.get, keys)] for name, facts in texts.items() if name in TEXTS]
 
@@ -274,6 +315,7 @@ def _text_rows(texts: dict[str, dict], *keys: str) -> list[list[object]]:
 def _time_table(facts: dict) -> str:
     minutes: Counter[str] = Counter()
     for name, seconds in facts["seconds"].items():
+        name = name.partition(".")[0]  # what follows identifies a text
         minutes[" ".join(name.split("-")[:2])] += seconds / 60  # all fine-tuning runs of an encoder
     return table(["part", "minutes"], [*minutes.items(), ("total", minutes.total())], ",.1f")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pretrain import config
 from pretrain.cli import parse
-from pretrain.config import COUNT, COUNT_OR_0, LENGTH, OBJECTIVES, PATHS
+from pretrain.config import COUNT, COUNT_OR_0, LENGTH, NAME, OBJECTIVES, TEXTS, typed
+from pretrain.data.sources import by_name
 from pretrain.errors import UserError, check, option_named
 from pretrain.preflight import problems_of
 from pretrain.schema import number, one_of, option
@@ -22,8 +23,12 @@ class EvaluateOptions(config.DeviceOptions, config.TextOptions):
     """Evaluation: options of evaluate.py; the defaults come from the run that made the model."""
 
     model: str | None = option(None, "BERT checkpoint: folder or hub name", required=True)
+    baseline: str | None = option(None, "another one, to compare with on the same masks", NAME)
     input: tuple[str, ...] = option(
-        (), "text: files, folders, globs, or one prepared corpus", PATHS, required=True
+        (),
+        "text: files, folders, globs, or one prepared corpus; NAME=PATH for several texts",
+        TEXTS,
+        required=True,
     )
     valid_fraction: float = option(
         0.0, "use only the documents that pretrain.py holds out (0: all)", number(0, 0.5)
@@ -42,13 +47,11 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv, EvaluateOptions, __doc__)
     check(problems_of(options))
 
-    from pretrain import evaluate
-    from pretrain.corpora import open_or_prepare
     from pretrain.files import as_json, model_folder
-    from pretrain.inputs import MODEL_WAYS, check_text
+    from pretrain.inputs import check_text
     from pretrain.runtime import distributed
     from pretrain.runtime.checkpoint import read_facts
-    from pretrain.runtime.optim import autocast, choose_precision, overflow_advice
+    from pretrain.runtime.optim import choose_precision
 
     with option_named("--model"):
         facts = DEFAULT | read_facts(Path(model_folder(options.model)))
@@ -58,50 +61,99 @@ def main(argv: Sequence[str]) -> None:
     same = options.precision == "auto" and facts.get("precision") in ("bf16", "fp32")
     with option_named("--precision"):
         precision = choose_precision(facts["precision"] if same else options.precision, device)
-    text = check_text(options.input, "--input", options, world)
-    pairs, length = OBJECTIVES[options.objective], options.max_length
-    model, tokenizer, vocabulary = load_model(options)
+    texts = {}
+    for name, paths in by_name(options.input).items():
+        texts[name] = check_text(paths, f"--input {name}".strip(), options, world)
+    model, tokenizer, vocabulary = load_model(options, "model")
+    models = {options.model: model.to(device)}
+    if options.baseline:
+        baseline, _, other = load_model(options, "baseline")
+        if other.fingerprint != vocabulary.fingerprint:
+            problem = "its tokenizer differs from that of --model, so masks cannot be the same"
+            raise UserError(f"{typed(options, 'baseline')}: {problem}; expected the same tokenizer")
+        models[options.baseline] = baseline.to(device)
+    numbers = {}
+    for name, text in texts.items():
+        corpus = open_input(options, text, tokenizer, vocabulary, world)
+        numbers[name] = measure(options, name, corpus, vocabulary, models, precision, world)
+    print(as_json(numbers.get("", numbers)))
+
+
+def open_input(options: EvaluateOptions, text, tokenizer, vocabulary, world):
+    """The corpus of a text; UserError if it has too few documents."""
+    from pretrain.corpora import open_or_prepare
+    from pretrain.inputs import MODEL_WAYS
+
     cache = Path(options.cache)
     corpus = open_or_prepare(text, tokenizer, vocabulary, cache, world, ways=MODEL_WAYS)
     if options.valid_fraction:
         corpus = corpus.split(options.valid_fraction)[1]
-    documents, least = corpus.count(), 2 if pairs == "random" else 1
+    documents, least = corpus.count(), 2 if OBJECTIVES[options.objective] == "random" else 1
     if documents < least:
         problem = f"{documents} documents; --objective {options.objective} needs {least}"
         ways = "expected more text, another --format, or --objective mlm"
         raise UserError(f"{text.name}: {problem}; {ways}")
+    return corpus
+
+
+def measure(
+    options: EvaluateOptions, name: str, corpus, vocabulary, models: dict, precision: str, world
+) -> dict:
+    """Print and return the numbers of the first of `models` on a text, and how the second, if there
+    is one, differs from it. UserError if one is not finite."""
+    from pretrain import evaluate
+    from pretrain.compare import compare
+    from pretrain.runtime.optim import autocast, overflow_advice
+
+    pairs, length = OBJECTIVES[options.objective], options.max_length
     shape = (length, options.eval_batch_size, vocabulary, options.eval_tokens)
     validation = evaluate.make_validation_set(corpus, pairs, *shape)
-    context = autocast(device, precision)
-    numbers = evaluate.evaluate(model.to(device), validation, device, context, world)
+    (shown, model), *others = models.items()
+    context = autocast(model.device, precision)
+    numbers = evaluate.evaluate(model, validation, model.device, context, world)
+    changes = {}
+    for other, baseline in others:
+        change = compare(baseline, model, validation, model.device, context)
+        changes[other] = change
+        numbers |= {
+            "baseline_perplexity": change.before,
+            "log_perplexity_difference": change.difference,
+            "difference_low": change.low,
+            "difference_high": change.high,
+        }
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
     if bad:
         problem = f"{', '.join(bad)} not finite on this text in {precision}"
         expected = f"expected {overflow_advice(precision)}"
         raise UserError(f"--model {options.model}: {problem}; {expected}")
     tokens = sum(batch.num_tokens for batch in validation.batches)
+    of_text = f"{name}: " if name else ""
     print(
-        f"{options.model} on {tokens:,} tokens of {documents:,} documents, {options.objective} at "
-        f"{length} tokens, in {precision}"
+        f"{of_text}{shown} on {tokens:,} tokens of {corpus.count():,} documents, "
+        f"{options.objective} at {length} tokens, in {precision}"
     )
-    for name, value in numbers.items():
-        print(f"{name.replace('_', ' '):16} {value:,.4f}")
-    print(as_json(numbers))
+    for key, value in numbers.items():
+        print(f"{key.replace('_', ' '):26} {value:,.4f}")
+    for other, change in changes.items():
+        print(f"{of_text}from {other} to {shown}: {change}")
+    return numbers
 
 
-def load_model(options: EvaluateOptions) -> tuple:
-    """(model, tokenizer, vocabulary); UserError if they do not fit each other or the options."""
+def load_model(options: EvaluateOptions, name: str) -> tuple:
+    """(model, tokenizer, vocabulary) of the option `name`; UserError if they do not fit each other
+    or the options."""
     from pretrain.data import tokenizer as tokenizers
     from pretrain.model.loading import from_checkpoint
 
-    with option_named("--model"):
-        model, fresh = from_checkpoint(options.model)
-        tokenizer = tokenizers.load(options.model)
+    folder = getattr(options, name)
+    with option_named(f"--{name}"):
+        model, fresh = from_checkpoint(folder)
+        tokenizer = tokenizers.load(folder)
         vocabulary = tokenizers.describe(tokenizer)
         size, rows = vocabulary.size, model.config.vocab_size
         if size > rows:
             problem = f"its tokenizer has {size:,} entries, the model {rows:,}"
-            raise UserError(f"{options.model}: {problem}; expected the model's own tokenizer")
+            raise UserError(f"{folder}: {problem}; expected the model's own tokenizer")
     with option_named("--max-length"):
         check(model.length_problems(options.max_length))
     has_pairs = OBJECTIVES[options.objective] is not None
@@ -109,5 +161,5 @@ def load_model(options: EvaluateOptions) -> tuple:
         check(model.pair_problems(options.objective) if has_pairs else [])
     model.use_pairs(1.0 if has_pairs else None)
     if fresh:
-        print(f"{options.model} has no {', '.join(fresh)}: these numbers are meaningless")
+        print(f"{folder} has no {', '.join(fresh)}: these numbers are meaningless")
     return model, tokenizer, vocabulary

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     text = check_text(options.input, "--input", options, world, masking="any")
     if text.is_corpus:
         check([f"{text.name}: already a prepared corpus; expected text"])
-    tokenizer = tokenizer or make_tokenizer(options, text, world)
+    tokenizer = tokenizer or make_tokenizer(options, [text], world)
     add_tokens(tokenizer, options)
     if options.ray:
         with option_named("--ray"):

@@ -112,7 +112,7 @@ def report(output: Path, summary: dict) -> None:
     rows["TensorBoard"] = f"tensorboard --logdir {output}"
     formats = {float: ",.4f", int: ","}
     for name, value in rows.items():
-        print(f"{name.replace('_', ' '):24}{value:{formats.get(type(value), '')}}")
+        print(f"{name.replace('_', ' '):23} {value:{formats.get(type(value), '')}}")
     for note in notes:
         print(note)
 

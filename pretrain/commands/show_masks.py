@@ -28,13 +28,18 @@ KINDS = {  # what the model reads for a masked token -> terminal color, name
 
 
 def _is_position(numbers: tuple[float, ...]) -> bool:
-    place, progress = numbers[:3], numbers[3:]
-    is_place = len(place) == 3 and all(number % 1 == 0 and number < 2**31 for number in place)
-    return is_place and min(numbers) >= 0 and len(progress) < 2 and max(progress, default=0) <= 1
+    in_texts = len(numbers) // 4 * 4 if len(numbers) >= 8 else 3
+    place, progress = numbers[:in_texts], numbers[in_texts:]
+    is_place = len(place) == in_texts and all(number % 1 == 0 for number in place)
+    is_small = min(numbers) >= 0 and max(numbers) < 2**53
+    return is_place and is_small and len(progress) < 2 and max(progress, default=0) <= 1
 
 
 POSITION = Rule(
-    _is_position, "epoch, place, micro-batch and, if any, share of the run done", metavar="NUMBER"
+    _is_position,
+    "epoch, place, micro-batch (with --mix also tokens, and these four of each text) and, if any, "
+    "share of the run done",
+    metavar="NUMBER",
 )
 
 
@@ -72,17 +77,14 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from pretrain.data.collate import pack
-    from pretrain.data.loader import DataPosition
 
     dataset, collator, tokenizer = open_data(options)
     in_color = options.color == "on"
     if options.color == "auto":
         in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    start, end_epoch = DataPosition(0, 0, 0), 1
+    start, end_epoch = dataset.start, 1
     if options.position:
-        place, progress = map(int, options.position[:3]), options.position[3:]
-        start, end_epoch = DataPosition(*place, *progress), None
-        _check_position(options, dataset, start)
+        start, end_epoch = _read_position(options, dataset), None
     counts, saved, left = Counter(), [], options.examples
     for position in islice(dataset.positions(start, end_epoch), options.sampled):
         examples = dataset[position._replace(progress=start.progress)]
@@ -100,24 +102,32 @@ def main(argv: Sequence[str]) -> None:
         print(f"{options.save}: {len(saved)} micro-batches for torch.load")
 
 
-def _check_position(options: ShowMasksOptions, dataset, position) -> None:
-    """UserError if the data end before --position."""
+def _read_position(options: ShowMasksOptions, dataset):
+    """The position in --position; UserError if it has numbers of other data, or the data end before
+    it."""
     shown = f"--position {' '.join(f'{number:g}' for number in options.position)}"
-    last = dataset.source.num_shards - 1
-    if position.place > last:
-        raise UserError(f"{shown}: has place {position.place}; expected 0 to {last}")
-    last = dataset.plan(position.epoch, position.place).num_micro_batches - 1
-    if position.micro_batch > last:
-        raise UserError(f"{shown}: has micro-batch {position.micro_batch}; expected 0 to {last}")
+    count = len(dataset.start.numbers)
+    numbers, progress = options.position[:count], options.position[count:]
+    if len(numbers) < count or len(progress) > 1:
+        found, expected = len(options.position), f"expected {count}, or {count + 1}"
+        raise UserError(f"{shown}: has {found} numbers; {expected}, as the run prints it")
+    position = dataset.position_of([int(number) for number in numbers])
+    for part, place in zip(dataset.parts, position.places):
+        last = part.source.num_shards - 1
+        if place.place > last:
+            raise UserError(f"{shown}: has place {place.place}; expected 0 to {last}")
+        last = part.plan(place.epoch, place.place).num_micro_batches - 1
+        if place.micro_batch > last:
+            raise UserError(f"{shown}: has micro-batch {place.micro_batch}; expected 0 to {last}")
+    return position._replace(progress=progress[0] if progress else 0.0)
 
 
 def open_data(options: ShowMasksOptions) -> tuple:
     """(dataset, collator, tokenizer) of a run; `options` take the place of its Config."""
     from pretrain import build, demo, plan
-    from pretrain.corpora import open_text
+    from pretrain.corpora import make_dataset, open_text
     from pretrain.data import tokenizer as tokenizers
     from pretrain.data.collate import Collator
-    from pretrain.data.loader import PretrainingDataset
     from pretrain.inputs import prepare_tokenizer
     from pretrain.runtime.distributed import World
 
@@ -127,11 +137,12 @@ def open_data(options: ShowMasksOptions) -> tuple:
     tokenizer, text, _ = prepare_tokenizer(options, None, World())
     vocabulary = tokenizers.describe(tokenizer)
     masking = build.make_masking(options, tokenizer, vocabulary)
-    corpus, _ = open_text(options, tokenizer, vocabulary, text, World(), {})
+    texts = open_text(options, tokenizer, vocabulary, text, World(), {})
     task = plan.make_tasks(options, options.micro_batch_size)[options.phase - 1]
-    dataset = PretrainingDataset(corpus, task)
+    dataset = make_dataset(options, texts, task)
     if task.pairs:
-        plan.check_pairs(dataset.plan(0, 0).label, options)
+        for part in dataset.parts:
+            plan.check_pairs(part.plan(0, 0).label, options)
     collator = Collator(task, vocabulary, masking, multiple=build.SHAPE_MULTIPLE)
     return dataset, collator, tokenizer
 

@@ -3,7 +3,11 @@ which owns the step, position and phase of the data.
 
 A micro-batch is a pure function of its position. So a checkpoint saves three numbers (the progress
 follows from its step), and 1, 2 or 8 processes, with or without workers, train on the same batches.
+Several texts in given shares are a `Mixture` (pretrain/data/mixture.py), whose positions have more
+numbers.
 """
+
+from __future__ import annotations
 
 import math
 import sys
@@ -40,6 +44,15 @@ class DataPosition(NamedTuple):
     micro_batch: int
     progress: float = 0.0  # share of the run that is done, 0 to 1; only masks may depend on it
 
+    @property
+    def places(self) -> tuple[DataPosition, ...]:  # a position in a mixture has several
+        return (self,)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All but the progress; `PretrainingDataset.position_of` reads them."""
+        return self[:3]
+
     def __str__(self) -> str:  # the form that show_masks.py takes
         return " ".join(map(str, self))
 
@@ -47,9 +60,16 @@ class DataPosition(NamedTuple):
 class PretrainingDataset(Dataset):
     """Micro-batches of `source` under `task`, by data position."""
 
+    start = DataPosition(0, 0, 0)
+    shares = (1.0,)  # of the tokens, by part
+
     def __init__(self, source: Corpus, task: Task):
         self.source, self.task = source, task
         self._plans: dict[tuple[int, int], Plan] = {}
+
+    @property
+    def parts(self) -> tuple[PretrainingDataset, ...]:  # a mixture has several
+        return (self,)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_plans": {}}
@@ -76,9 +96,20 @@ class PretrainingDataset(Dataset):
         first, last = plan.bounds[position.micro_batch : position.micro_batch + 2]
         return Examples(shard, plan.take(slice(first, last)), position.progress)
 
+    def position_of(self, numbers: Sequence[int]) -> DataPosition:
+        """The position with these `numbers`; ValueError if they are not three."""
+        epoch, place, micro_batch = numbers
+        return DataPosition(epoch, place, micro_batch)
+
+    def count_tokens(self, position: DataPosition) -> int:
+        """Tokens of the micro-batch at `position`, [CLS] and [SEP] included."""
+        plan = self.plan(position.epoch, position.place)
+        first, last = plan.bounds[position.micro_batch : position.micro_batch + 2]
+        return int(plan.take(slice(first, last)).lengths.sum())
+
     def fullest(self) -> DataPosition:
         """The micro-batch with the most tokens, in the first shard that has any."""
-        epoch, place, *_ = next(self.positions(DataPosition(0, 0, 0)))
+        epoch, place, *_ = next(self.positions(self.start))
         plan = self.plan(epoch, place)
         num_tokens = np.add.reduceat(plan.lengths, plan.bounds[:-1])
         return DataPosition(epoch, place, int(np.argmax(num_tokens)))
@@ -99,6 +130,11 @@ class PretrainingDataset(Dataset):
         """The position `count` micro-batches after `position`."""
         return next(islice(self.positions(position), count, None))
 
+    def next_shards(self, position: DataPosition) -> DataPosition:
+        """The beginning of the next shard, or `position` itself if it begins one."""
+        whole = DataPosition(position.epoch, position.place + (position.micro_batch > 0), 0)
+        return self.advance(whole, 0)  # of the next epoch if that was the last shard
+
 
 def progress_at(step: int, total_steps: float) -> float:
     """Share of a run that is done: 0 at its first step, which is step 0, and 1 at its last."""
@@ -117,7 +153,7 @@ class TrainData(Iterator[list[Batch]]):
 
     UserError if a shard is damaged, even if a worker process finds it."""
 
-    phases: Sequence[tuple[PretrainingDataset, Collator]]
+    phases: Sequence[tuple[PretrainingDataset, Collator]]  # or a Mixture in each phase
     phase_ends: Sequence[int]  # the last step of each phase; ignored for the last phase
     micro_batches: int  # in a step, over all processes
     rank: int = 0
@@ -129,17 +165,19 @@ class TrainData(Iterator[list[Batch]]):
     state_form = {"step": integer(), "phase": integer(), "position": [integer()]}
 
     def __post_init__(self):
-        self.load_state_dict({"step": 0, "phase": 0, "position": (0, 0, 0)})
+        dataset, _ = self.phases[0]
+        self.load_state_dict({"step": 0, "phase": 0, "position": dataset.start.numbers})
 
     def state_dict(self) -> dict:
         """Plain values: steps handed out, phase of the last one, position of the next one."""
-        return {"step": self.step, "phase": self.phase, "position": list(self._next[:3])}
+        return {"step": self.step, "phase": self.phase, "position": list(self._next.numbers)}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue after the step of `state`."""
         self.step = state["step"]  # steps handed out
         self.phase = state["phase"]  # of the last of them
-        self._next = DataPosition(*state["position"])  # of the next step's first micro-batch
+        dataset, _ = self.phases[0]  # all phases have the same texts
+        self._next = dataset.position_of(state["position"])  # the next step's first micro-batch
         self.position = self._next  # of the last step's
         self._loader: Iterator[Batch] | None = None
 
@@ -167,13 +205,12 @@ class TrainData(Iterator[list[Batch]]):
         return numbers
 
     def _begin_phase(self, phase: int) -> None:
-        """Skip the rest of the current shard. All phases read the shards in the same order, but a
-        position inside a shard depends on the length, and no text may be read twice."""
+        """Skip the rest of the current shard, of each text. All phases read the shards in the same
+        order, but a position inside a shard depends on the length, and no text may be read twice.
+        """
         dataset, _ = self.phases[phase]
         self.phase, self._loader = phase, None  # ends the old loader's workers
-        epoch, place, micro_batch, _ = self._next
-        whole = DataPosition(epoch, place + (micro_batch > 0), 0)
-        self._next = dataset.advance(whole, 0)  # of the next epoch if that was the last shard
+        self._next = dataset.next_shards(self._next)
         if self.rank == 0:
             length = dataset.task.max_length
             position = self._next._replace(progress=progress_at(self.step, self.total_steps))

@@ -55,6 +55,19 @@ def expand(paths: Iterable[str]) -> list[str]:
     return sorted(files)
 
 
+def by_name(entries: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """{name: paths} of NAME=PATH entries, or {"": entries} of plain paths, which may contain "=" if
+    they exist. UserError for a mixture of both."""
+    paths: dict[str, list[str]] = {}
+    for entry in entries:
+        name, found, path = entry.partition("=")
+        has_name = name and found and "/" not in name and not os.path.exists(entry)
+        paths.setdefault(name if has_name else "", []).append(path if has_name else entry)
+    if "" in paths and len(paths) > 1:
+        raise UserError(f"{paths[''][0]}: has no name; expected NAME=PATH for all, or for none")
+    return {name: tuple(of_name) for name, of_name in paths.items()}
+
+
 def files_of(path: Path) -> list[Path]:
     """A file itself, or all files in a folder that are not hidden."""
     if path.is_file() or any((path / name).is_file() for name in SAVED_DATASET):

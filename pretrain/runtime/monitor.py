@@ -133,9 +133,11 @@ class Monitor:
         step, now = row["step"], time.monotonic()
         scores = []
         for name, value in row.items():
-            if name.startswith("eval/") and not name.endswith("loss"):
+            group, _, score = name.partition("/")
+            if group.startswith("eval") and not score.endswith("loss"):
                 shown = "not finite" if value is None else f"{value:.4g}"
-                scores.append(f"{name.removeprefix('eval/').replace('_', ' ')} {shown}")
+                text = f"{group.removeprefix('eval_')} " if group != "eval" else ""
+                scores.append(f"{text}{score.replace('_', ' ')} {shown}")
         numbers = {name: row.get(name) for name in SHOWN}
         found = [SHOWN[name].format(value) for name, value in numbers.items() if value is not None]
         if found:

@@ -20,8 +20,8 @@ import torch
 from conftest import make_documents, refusal, rows, script, write_documents
 from transformers import BertConfig, BertForPreTraining, BertModel
 
-from pretrain import plots, train
-from pretrain.adapt import bootstrap, pipeline
+from pretrain import bootstrap, plots, train
+from pretrain.adapt import pipeline
 from pretrain.cli import parse, run_command
 from pretrain.config import FinetuneOptions
 from pretrain.data import tokenizer as tokenizers

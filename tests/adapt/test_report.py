@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pretrain import plots
-from pretrain.adapt import bootstrap, report
+from pretrain import bootstrap, plots
+from pretrain.adapt import report
 
 metrics = pytest.importorskip("sklearn.metrics")
 imread = pytest.importorskip("matplotlib.image").imread

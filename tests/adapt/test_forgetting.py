@@ -1,0 +1,124 @@
+"""adapt.py --general: a rate that is twenty times too high is flagged as forgetting and a gentle
+one is not, with the encoder's own MLM head and with a head that is trained on the frozen
+encoder."""
+
+import csv
+import json
+import random
+
+import pytest
+from conftest import (
+    ENDINGS,
+    SIZES,
+    STEMS,
+    make_documents,
+    pretrain_into,
+    refusal,
+    script,
+    write_documents,
+)
+from transformers import BertModel
+
+from pretrain import bootstrap, plots
+from pretrain.adapt import forgetting, report
+from pretrain.compare import Change
+from pretrain.data import tokenizer as tokenizers
+
+pytest.importorskip("sklearn")
+ADAPT = script("adapt").main
+FINE = "--max-steps 1 --batch-size 4 --max-length 32 --precision fp32"
+GENTLE = 1e-3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Skips plots; test_report.py tests them."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(bootstrap, "DRAWS", 400)
+        context.setattr(forgetting, "HEAD_STEPS", 100)
+        for name in ("overlap", "curves", "confusion"):
+            context.setattr(plots, name, lambda path, *_: path.write_bytes(path.name.encode()))
+        yield
+
+
+def topical(seed, count=60):
+    """Documents whose sentences have one stem each, unlike those of `make_documents`. An encoder
+    that reads the context soon guesses it."""
+    source, documents = random.Random(seed), make_documents(count, seed)
+
+    def sentence(length):
+        stem = source.choice(STEMS.split())
+        return " ".join(stem + ending for ending in source.choices(ENDINGS, k=length))
+
+    return [[sentence(len(line.split())) for line in document] for document in documents]
+
+
+@pytest.fixture(scope="module")
+def place(documents, cache, tmp_path_factory):
+    """An encoder that knows general text, the same without its heads, and texts of a domain."""
+    folder = tmp_path_factory.mktemp("forgetting")
+    write_documents(folder / "general.txt", topical(1, 120))
+    write_documents(folder / "held-out.txt", topical(2))
+    write_documents(folder / "text.txt", documents)
+    for name, start in (("train", 0), ("valid", 20), ("test", 30)):
+        lines = [(f"river water {n}", n % 2) for n in range(start, start + 10)]
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *lines])
+    options = "--model tiny --vocab-size 120 --objective mlm --max-length 32 --precision fp32"
+    more = "--max-steps 150 --batch-size 16 --learning-rate 5e-3 --eval-every 150 --eval-tokens 900"
+    files = ["--train", folder / "general.txt", "--cache", cache]
+    model = pretrain_into(folder / "model", files, SIZES, options, more) / "final"
+    BertModel.from_pretrained(model).save_pretrained(folder / "headless")
+    tokenizers.load(str(model)).save_pretrained(folder / "headless")
+    return folder
+
+
+def adapt(place, cache, output, model, rate):
+    """The change on general text, and the report, of an experiment with this learning rate."""
+    pretrain = "--objective mlm --max-length 32 --max-steps 10 --batch-size 16 --precision fp32"
+    pretrain += f" --learning-rate {rate} --eval-tokens 9000 --cache {cache}"
+    argv = ["--model", place / model, "--text", place / "text.txt", "--output", output]
+    for name in ("train", "valid", "test"):
+        argv += [f"--{name}", place / f"{name}.csv"]
+    argv += ["--general", place / "held-out.txt", "--seeds", 1, "--pretrain", pretrain]
+    ADAPT([*map(str, argv), "--finetune", FINE])
+    (path,) = output.glob("parts/forgetting.*.json")
+    return json.loads(path.read_text()), (output / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("model", ["model", "headless"])
+def test_a_rate_twenty_times_too_high_is_flagged(place, cache, tmp_path, model):
+    found = {}
+    for name, rate in (("gentle", GENTLE), ("harsh", 20 * GENTLE)):
+        change, text = adapt(place, cache, tmp_path / name, model, rate)
+        assert change["trains_head"] == (model == "headless")
+        assert "Did it forget general text?" in text
+        found[name] = (change, text)
+    change, text = found["gentle"]
+    assert change["high"] <= forgetting.MARGIN and "It did not forget general text" in text
+    change, text = found["harsh"]
+    assert change["low"] > forgetting.MARGIN and "It forgot general text" in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.06, 0.09, " It forgot "),
+        (0.01, 0.05, " It did not forget "),
+        (-0.2, -0.1, " It did not forget "),
+        (0.01, 0.09, " It may have forgotten "),
+    ],
+)
+def test_the_sentence_says_what_the_interval_says(low, high, said):
+    change = Change(30.0, 32.0, (low + high) / 2, low, high, "60 documents")
+    text = report.forgotten(vars(change))
+    assert text.startswith(said) and f"{low:+.3f} to {high:+.3f}" in text
+    assert report.forgotten({}) == "" and "not finite" in report.forgotten({"after": None})
+
+
+def test_general_text_that_does_not_exist_is_refused(place, tmp_path, capsys):
+    argv = ["--model", place / "model", "--text", place / "text.txt", "--output", tmp_path / "out"]
+    for name in ("train", "valid", "test"):
+        argv += [f"--{name}", place / f"{name}.csv"]
+    told = refusal(ADAPT, [*argv, "--general", place / "absent.txt"], capsys)
+    assert told.startswith("--general ") and "\n" not in told

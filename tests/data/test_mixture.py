@@ -1,0 +1,200 @@
+"""Mixtures: whose turn it is, against a slow form in fractions; the shares of the tokens; steps
+against a slow loop, for any number of processes, through phases and after a resume."""
+
+import json
+from fractions import Fraction
+from itertools import islice
+
+import pytest
+from conftest import make_documents, write_documents
+from data_reference import contents
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.data.collate import Collator
+from pretrain.data.loader import PretrainingDataset, TrainData
+from pretrain.data.masking import Masking
+from pretrain.data.mixture import Mixture, MixturePosition, furthest_behind
+from pretrain.data.pairs import Task
+from pretrain.data.prepare import prepare
+from pretrain.data.sources import check_files
+from pretrain.schema import misfit
+
+WEIGHTS = (5, 2, 1)
+SHARES = [Fraction(weight, sum(WEIGHTS)) for weight in WEIGHTS]
+TASKS = [Task("random", length, 4, 0.15, 11, counted_length=32) for length in (32, 48)]
+STEPS, ENDS, MICRO_BATCHES = 12, (7, 12), 4
+
+
+@pytest.fixture(scope="module")
+def corpora(tiny_tokenizer, tmp_path_factory):
+    """Three texts of several shards; the last is small."""
+    folder, made = tmp_path_factory.mktemp("mixture"), []
+    for seed, count in enumerate((60, 40, 8)):
+        path = write_documents(folder / f"{seed}.txt", make_documents(count, seed))
+        options = {"piece_bytes": 9000}
+        files = check_files([path])
+        made.append(prepare(files, "sentences", tiny_tokenizer, folder / str(seed), **options))
+    assert all(corpus.num_shards > 1 for corpus in made)
+    return made
+
+
+def mixture_of(corpora, task=TASKS[0], weights=WEIGHTS):
+    return Mixture([PretrainingDataset(corpus, task) for corpus in corpora], weights)
+
+
+# Whose turn it is.
+
+
+@given(st.data())
+def test_the_text_furthest_behind_its_share_is_next(data):
+    count = data.draw(st.integers(2, 5))
+    weights = data.draw(st.lists(st.integers(1, 50), min_size=count, max_size=count))
+    sizes = st.integers(1, 40_000)
+    tokens = [0] * count
+    for _ in range(data.draw(st.integers(0, 60))):
+        shares = [Fraction(weight, sum(weights)) for weight in weights]
+        missing = [share * sum(tokens) - given for share, given in zip(shares, tokens)]
+        found = furthest_behind(tokens, weights)
+        assert missing[found] == max(missing) and found == missing.index(max(missing))
+        tokens[found] += data.draw(sizes)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=6), st.randoms(use_true_random=False))
+def test_shares_are_kept_whatever_the_weights(weights, source):
+    """After any number of micro-batches, each text is within a few of its share."""
+    tokens = [0] * len(weights)
+    for _ in range(400):
+        tokens[furthest_behind(tokens, weights)] += source.randint(200, 256)
+        for weight, drawn in zip(weights, tokens):
+            share = weight / sum(weights) * sum(tokens)
+            assert abs(drawn - share) <= 256 * len(weights)
+
+
+# The micro-batches.
+
+
+def slow_walk(parts):
+    """(part, position) of each micro-batch, endless: for each part a list of its own, and the
+    tokens counted from the batches."""
+    walks, tokens = [part.positions(part.start) for part in parts], [0] * len(parts)
+    while True:
+        total = sum(tokens)
+        missing = [share * total - given for share, given in zip(SHARES, tokens)]
+        number = missing.index(max(missing))
+        position = next(walks[number])
+        yield number, position
+        tokens[number] += int(parts[number][position].plan.lengths.sum())
+
+
+def test_positions_equal_the_slow_walk(corpora):
+    mixture = mixture_of(corpora)
+    count, drawn = 300, [0, 0, 0]
+    slow = islice(slow_walk(mixture_of(corpora).parts), count)
+    walk = list(islice(mixture.positions(mixture.start), count))
+    for position, (number, place) in zip(walk, slow, strict=True):
+        assert position.tokens == tuple(drawn) and position.places[number] == place
+        found, expected = mixture[position], mixture.parts[number][place]
+        assert (found.plan.keys == expected.plan.keys).all()
+        drawn[number] += int(found.plan.lengths.sum())
+    assert walk[-1].places[2].epoch > walk[-1].places[0].epoch, "it was repeated"
+    for first in (0, 1, 17, 120):
+        again = mixture_of(corpora).positions(walk[first])
+        assert list(islice(again, 50)) == walk[first : first + 50]
+        assert mixture_of(corpora).advance(walk[first], 100) == walk[first + 100]
+
+
+@pytest.mark.parametrize("pairs", ["random", "swapped", None])
+def test_shares_are_within_one_percent_over_any_thousand_micro_batches(corpora, pairs):
+    mixture = mixture_of(corpora, Task(pairs, 32, 4, 0.15, 3))
+    tokens = [position.tokens for position in islice(mixture.positions(mixture.start), 2501)]
+    for first in range(0, 1500, 50):
+        gained = [new - old for old, new in zip(tokens[first], tokens[first + 1000])]
+        for share, count in zip(SHARES, gained):
+            assert abs(count / sum(gained) - share) < 0.01
+
+
+def test_an_epoch_is_a_pass_over_the_first_text(corpora):
+    mixture = mixture_of(corpora)
+    walk = list(mixture.positions(mixture.start, end_epoch=1))
+    first = mixture.parts[0]
+    seen = {position.places[0] for position in walk}
+    assert seen == set(first.positions(first.start, 1))
+    assert walk[-1].places[0].epoch == 0
+
+
+def test_a_position_survives_as_plain_numbers(corpora):
+    mixture = mixture_of(corpora)
+    position = mixture.advance(mixture.start, 77)
+    assert mixture.position_of(json.loads(json.dumps(position.numbers))) == position
+    numbers = [float(word) for word in str(position._replace(progress=0.25)).split()]
+    assert numbers == [*position.numbers, 0.25]
+    for numbers in (position.numbers[:-1], position.numbers[:8], ()):
+        with pytest.raises(ValueError):
+            mixture.position_of(numbers)
+
+
+# Steps.
+
+
+def train_data(corpora, vocabulary, **more) -> TrainData:
+    """The data of a new process: a phase for each task."""
+    phases = []
+    for task in TASKS:
+        collator = Collator(task, vocabulary, Masking("word", mask_rate=(0.15, 0.1)))
+        phases.append((mixture_of(corpora, task), collator))
+    return TrainData(phases, ENDS, MICRO_BATCHES, total_steps=STEPS, **more)
+
+
+def take(data, count):
+    return [[contents(batch) for batch in batches] for batches in islice(data, count)]
+
+
+@pytest.fixture(scope="module")
+def steps(corpora, vocabulary):
+    """Contents of the micro-batches of each step, the slow way: one at a time."""
+    found, position = [], None
+    for step in range(STEPS):
+        dataset, collator = train_data(corpora, vocabulary).phases[int(step >= ENDS[0])]
+        if step in (0, ENDS[0]):
+            position = dataset.start if step == 0 else next_shards(dataset, position)
+        batches = []
+        for _ in range(MICRO_BATCHES):
+            position = next(dataset.positions(position))
+            at_step = position._replace(progress=step / (STEPS - 1))
+            batches.append(contents(collator(dataset[at_step])))
+            position = dataset.advance(position, 1)
+        found.append(batches)
+    return found
+
+
+def next_shards(dataset: Mixture, position: MixturePosition) -> MixturePosition:
+    """Each text where its next shard begins; the tokens stay."""
+    places = []
+    for part, place in zip(dataset.parts, position.places):
+        walk = part.positions(part.start)
+        begun = place.micro_batch > 0
+        beginnings = (at for at in walk if at.micro_batch == 0 and at >= place)
+        places.append(next(at for at in beginnings if not begun or at[:2] > place[:2]))
+    return position._replace(places=tuple(places))
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 0), (4, 0)])
+def test_steps_equal_the_slow_loop(corpora, vocabulary, steps, world_size, workers):
+    for rank in range(world_size):
+        more = {"rank": rank, "world_size": world_size, "workers": workers}
+        found = take(train_data(corpora, vocabulary, **more), STEPS)
+        assert found == [batches[rank::world_size] for batches in steps]
+
+
+@pytest.mark.parametrize("step", [1, 6, 7, 8, 11])
+def test_a_resumed_run_reads_the_remaining_steps(corpora, vocabulary, steps, step):
+    data = train_data(corpora, vocabulary)
+    take(data, step)
+    state = json.loads(json.dumps(data.state_dict()))
+    assert misfit(state, data.state_form) is None
+    after = train_data(corpora, vocabulary, workers=step % 2)
+    after.load_state_dict(state)
+    assert take(after, STEPS - step) == steps[step:]
+    take(data, STEPS - step)
+    assert after.state_dict() == data.state_dict()

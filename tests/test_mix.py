@@ -1,0 +1,234 @@
+"""--mix: the batches of a run have its shares; interrupted anywhere, with workers, equals
+uninterrupted; two processes equal one; each text has its scores; bad shares are refused."""
+
+import json
+import shlex
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    SHORT_RUN,
+    SIZES,
+    arguments_of,
+    assert_same_run,
+    make_documents,
+    observed_steps,
+    pretrain_into,
+    refusal,
+    resume,
+    rows,
+    write_documents,
+)
+from test_faults import KILL, NO_DROPOUT, assert_close_runs, at, send, start
+
+from pretrain import build, plan, train
+from pretrain.cli import parse
+from pretrain.commands import evaluate, show_masks
+from pretrain.commands.pretrain import main
+from pretrain.config import Config
+from pretrain.corpora import text_names
+from pretrain.files import read_json
+from pretrain.run import print_plan
+from pretrain.runtime import checkpoint as ckpt
+
+MIX = "--mix 3 1 --phases 32:0.6 48:0.4 --micro-batch-size 4"
+OTHER = "eval_general_notes"
+
+
+@pytest.fixture(scope="module")
+def texts(text_file, tmp_path_factory):
+    """The paths of two texts; the second has its own words, and is small."""
+    path = tmp_path_factory.mktemp("mix") / "general notes.v1.txt"
+    return [text_file, write_documents(path, make_documents(12, seed=9))]
+
+
+@pytest.fixture(scope="module")
+def arguments(texts, cache):
+    """Options of ten steps of four micro-batches, in two phases, with dropout and NSP."""
+    files = ["--train", *texts, "--cache", cache]
+    return arguments_of(files, SHORT_RUN, SIZES, "--vocab-size 120", MIX)
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    """The uninterrupted run, and the micro-batches of its steps."""
+    folder = tmp_path_factory.mktemp("mix") / "finished"
+    with observed_steps() as seen:
+        output = pretrain_into(folder, arguments)
+    return SimpleNamespace(output=output, steps=list(seen))
+
+
+def run_of(arguments, output):
+    return build.build(parse(arguments_of(arguments, ["--output", output]), Config, ""))
+
+
+# What is read.
+
+
+def test_batches_are_those_of_the_texts_in_their_shares(finished, arguments, tmp_path):
+    """Each micro-batch equals one that the text alone gives, and three in four tokens are from the
+    first text, up to one micro-batch."""
+    run = run_of(arguments, tmp_path / "run")
+    names = ["eval/perplexity", f"{OTHER}/perplexity"]
+    assert run.charts["perplexity"]["held-out, by text"] == ["Multiline", names]
+    assert len(finished.steps) == 10 and {len(batches) for batches in finished.steps} == {4}
+    drawn = np.zeros(2)
+    for step, batches in enumerate(finished.steps):
+        number = int(step >= 6)
+        phase = run.phases[number]
+        if step in (0, 6):  # with one shard, a new length begins the next pass
+            parts = phase.dataset.parts
+            walks = [part.positions(part.start._replace(epoch=number)) for part in parts]
+        for batch in batches:
+            number = int(drawn[0] > 3 * drawn[1])
+            position = next(walks[number])._replace(progress=step / 9)
+            expected = phase.collator(phase.dataset.parts[number][position])
+            assert torch.equal(batch.input_ids, expected.input_ids)
+            drawn[number] += batch.num_tokens
+    assert abs(drawn[0] / drawn.sum() - 0.75) < 0.03
+
+
+def test_the_first_text_decides_steps_and_recipe(arguments, tmp_path):
+    """An epoch is a pass over it, so it has a third more steps than the text alone."""
+    run = run_of([*arguments, "--epochs", 1, "--max-steps", 0], tmp_path / "run")
+    parts = run.phases[0].dataset.parts
+    sizes = []
+    for part in parts:
+        walk = list(part.positions(part.start, 1))
+        sizes.append((sum(map(part.count_tokens, walk)), len(walk)))
+    (tokens, count), (others, other_count) = sizes
+    passes = tokens / 3 / others
+    assert run.passes == pytest.approx((1.0, passes))
+    assert run.total_steps == round((count + passes * other_count) / 4)
+    alone = parts[0].source.info["tokens"] * 0.95
+    assert run.situation.text_tokens == round(alone / 0.75)
+
+
+def test_the_plan_says_how_often_each_text_is_read(arguments, output, texts, capsys):
+    print_plan(run_of(arguments, output))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mix: ")]
+    assert all(str(path) in line for path in texts) and "75.0%" in line and "25.0%" in line
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm+sop"])
+def test_other_objectives(arguments, output, objective, steps_seen):
+    pretrain_into(output, arguments, "--max-steps 3 --objective", [objective])
+    counts = [batch.counts for batches in steps_seen for batch in batches]
+    assert len(counts) == 12
+    for of_batch in counts:
+        assert {name for name, count in of_batch.items() if count} == set(objective.split("+"))
+    assert f"{OTHER}/perplexity" in rows(output)[-1]
+
+
+def test_a_prepared_corpus_is_a_text_of_a_mixture(finished, texts, cache, output):
+    """Its tokenizer is that of the run."""
+    folders = read_json(finished.output / "checkpoint-10" / "training_state.json")
+    folder = folders["corpus_folders"]["train-2"]
+    files = ["--train", texts[0], folder, "--cache", cache]
+    pretrain_into(output, files, SHORT_RUN, SIZES, MIX, "--max-steps 2 --format sentences")
+    own, other = (run / "final" / "tokenizer.json" for run in (output, finished.output))
+    assert own.read_text() == other.read_text()
+
+
+def test_each_name_is_used_once():
+    entries = ["a/en_web.txt", "b/en_web.txt", "hub:some/set:train", "data/*.parquet", "./***"]
+    assert text_names(entries) == ["en_web", "en_web_2", "set_train", "text_4", "text_5"]
+
+
+# Interrupted, and with several processes.
+
+
+@pytest.mark.parametrize(("call", "workers"), [(3, 2), (9, 0)])
+def test_killed_then_resumed(finished, arguments, output, call, workers):
+    kill = at(train, "train_step", call, send(KILL))
+    start(output, arguments, "--resume", fault=kill, ends_with=-KILL)
+    resume(output, arguments, f"--workers {workers}")
+    assert_same_run(finished.output, output)
+
+
+def test_two_processes_equal_one(arguments, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for output, count in ((one, 1), (two, 2)):
+        start(output, arguments, NO_DROPOUT, count=count)
+    assert_close_runs(one, two, "adamw")
+
+
+def test_a_run_without_a_mixture_saves_what_it_did(text_file, cache, output):
+    files = ["--train", text_file, "--cache", cache, "--vocab-size", 120]
+    pretrain_into(output, files, SHORT_RUN, SIZES, "--max-steps 2 --micro-batch-size 8")
+    checkpoint = output / "checkpoint-2"
+    state = read_json(checkpoint / "training_state.json")
+    assert state["corpus_folders"].keys() == state["text"].keys() == {"train"}
+    assert "+" not in state["corpus"]
+    position = ckpt.read_states(checkpoint)["data"]["position"]
+    assert len(position) == 3 and "mix" not in read_json(checkpoint / "pretraining.json")
+
+
+# Numbers.
+
+
+def test_each_text_has_its_scores(finished, texts, cache, capsys):
+    """They equal those of evaluate.py; the first text's decide."""
+    last = rows(finished.output)[-1]
+    for group, path in (("eval", texts[0]), (OTHER, texts[1])):
+        files = ["--model", finished.output / "final", "--input", path, "--cache", cache]
+        evaluate.main(arguments_of(files, "--valid-fraction 0.05 --precision fp32"))
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        names = [name for name in last if name.startswith(f"{group}/") and "unigram" not in name]
+        assert found == {name.partition("/")[2]: last[name] for name in names}
+    summary = read_json(finished.output / "summary.json")
+    evaluated = [row for row in rows(finished.output) if "eval/perplexity" in row]
+    in_last_phase = [row["eval/perplexity"] for row in evaluated if row["step"] > 6]
+    assert summary["best_perplexity"] == min(in_last_phase)
+    name = OTHER.removeprefix("eval_")
+    assert summary[f"eval_{name}/perplexity"] == last[f"{OTHER}/perplexity"]
+    facts = read_json(finished.output / "final" / "pretraining.json")
+    assert facts["mix"] == [3, 1] and f"{name}/perplexity" in facts["held_out"]
+
+
+def test_show_masks_repeats_the_data_of_a_step(finished, arguments, tmp_path, monkeypatch):
+    run = run_of([*arguments, "--resume"], finished.output)
+    state = ckpt.read_states(finished.output / "checkpoint-4")["data"]
+    position = run.phases[0].dataset.position_of(state["position"])
+    argv = shlex.split(run.rebuild_command(5, position))[2:]
+    monkeypatch.chdir(tmp_path)
+    show_masks.main(argv)
+    shown = torch.load("batch.pt")
+    assert len(shown) == 4
+    for left, right in zip(shown, finished.steps[4]):
+        assert torch.equal(left["input_ids"], right.input_ids)
+
+
+# Refused.
+
+
+def test_a_text_that_would_be_read_absurdly_often_is_refused(
+    arguments, output, capsys, monkeypatch
+):
+    monkeypatch.setattr(plan, "MAX_PASSES", 5)
+    command = arguments_of(arguments, "--max-steps 5000", ["--output", output])
+    told = refusal(main, command, capsys)
+    assert told.startswith("--mix 3.0 1.0: ") and "\n" not in told
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("more", ["--mix 1.0 1.0", "--mix 1.0 3.0"])
+def test_other_shares_are_refused_on_resume(finished, more, capsys):
+    told = refusal(main, arguments_of("--resume --output", [finished.output], more), capsys)
+    assert told.startswith(f"{more}: ") and "--mix 3.0 1.0" in told and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        ("--position 0 0 1", "--position 0.0 0.0 1.0: "),
+        ("--position 0 0 0 0 0 99 0 0", "--position 0 0 0 0 0 99 0 0: "),
+        ("--position 0 0 0 0 0 0 0 0 0 0 0 0", "--position 0 0 0 0 0 0 0 0 0 0 0 0: "),
+    ],
+)
+def test_a_position_of_other_data_is_refused(texts, cache, more, shown, capsys):
+    command = ["--train", *texts, "--mix", 3, 1, "--vocab-size", 120, "--cache", cache]
+    told = refusal(show_masks.main, arguments_of(command, more), capsys)
+    assert told.replace(".0", "").startswith(shown.replace(".0", "")) and "\n" not in told
