@@ -181,10 +181,11 @@ def _situation(config: Config, inputs: Inputs) -> recipe.Situation:
         start = recipe.SCRATCH
     elif MLM_HEAD in inputs.fresh:
         start = recipe.FRESH_HEAD
-    settings = inputs.model.config
+    model = inputs.model
     in_first = inputs.texts[0].training.info["tokens"] * (1 - held_out)
     tokens = max(1, round(in_first / share))
-    return recipe.Situation(tokens, settings.hidden_size, start, settings.hidden_dropout_prob)
+    dropout = (model.config_dropout, model.dropout_fields)
+    return recipe.Situation(tokens, model.config.hidden_size, start, *dropout)
 
 
 def fit_phases(
@@ -245,9 +246,10 @@ def _should_compile(config, model: PackedModel) -> bool:
 def set_up_model(model: PackedModel, config: Config, device: torch.device, precision: str) -> None:
     """Choose attention, losses, dropout and gradient checkpointing."""
     model.attention = choose_attention(device, precision)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = config.dropout
+    if config.dropout != model.config_dropout:  # else each module keeps its own rate
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = config.dropout
     model.use_pairs(config.nsp_weight if OBJECTIVES[config.objective] else None)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -384,7 +386,8 @@ def make_model(
     overrides, length = config.config_override, longest(config)
     if from_scratch:
         with option_named("--config-override"):
-            model = from_size(config.model, vocabulary.size, length, vocabulary.pad_id, overrides)
+            sizes = (vocabulary.size, length, vocabulary.pad_id)
+            model = from_size(config.model, *sizes, overrides, config.architecture)
         fresh = list(model.parts.values())
     else:
         with option_named("--model"):

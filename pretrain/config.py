@@ -30,6 +30,8 @@ MODEL_SIZES = {  # (layers, width); heads: width / 64, inner width: 4 x width (T
     "base": (12, 768),
     "large": (24, 1024),
 }
+# Families that a model from scratch can have -> whether they have a head for pairs.
+ARCHITECTURES = {"bert": True, "modernbert": False}
 # --objective -> pairs: in half of them B comes from another document, or is swapped with A.
 OBJECTIVES = {"mlm+nsp": "random", "mlm+sop": "swapped", "mlm": None}
 # --task of fine-tuning -> scores that may select the best model; the first is the default.
@@ -93,6 +95,7 @@ AUTO_ON_OFF = one_of("auto", "on", "off")
 PRECISION = one_of("auto", "bf16", "fp16", "fp32")
 FORMAT = one_of("auto", *PLAIN_FORMATS, *RECORD_FORMATS)
 WORDS = one_of("auto", "tokenizer", "spaces", "jieba")
+ARCHITECTURE = one_of(*ARCHITECTURES)
 OBJECTIVE = one_of(*OBJECTIVES)
 MASKING = one_of("token", "word", "span", "entity")
 SCHEDULE = one_of("linear", "cosine", "constant", "wsd")
@@ -150,6 +153,7 @@ class ModelOptions:
     """Model: what is trained."""
 
     model: str = option("base", f"folder or hub name, or a size: {', '.join(MODEL_SIZES)}")
+    architecture: str = option("bert", "family of a model from scratch", ARCHITECTURE)
     config_override: Texts = option((), "change its config: hidden_dropout_prob=0", ASSIGNMENTS)
 
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import fields
 
 from pretrain.config import (
+    ARCHITECTURES,
     FILES,
     MODEL_SIZES,
     OBJECTIVES,
@@ -106,6 +107,9 @@ def _conflicts(options: object) -> list[str]:
         expected = "a number for each of two or more entries (a folder or a quoted glob is one)"
         found = f"{len(mix)} for {num_texts} entries of --train"
         refuse(f"{found}; expected {expected}", "mix")
+    has_pairs = OBJECTIVES.get(value("objective")) is not None
+    if has_pairs and not ARCHITECTURES.get(value("architecture"), True):
+        refuse("has no NSP head; expected --objective mlm", "architecture", "objective")
     masking, similar, replaces = value("masking"), value("similar"), value("replace") == "similar"
     lacks = ["--similar FILE"] if not similar else []
     lacks += ["--masking word, span or entity"] if masking == "token" else []
@@ -192,6 +196,8 @@ def _contradictions(options: object) -> list[str]:
             problems.append(f"{typed(options, *names)}: cannot be combined; expected {expected}")
 
     refuse("one of them: only a new vocabulary has a size", "tokenizer", "vocab_size")
+    if getattr(options, "model", None) not in MODEL_SIZES:
+        refuse(f"a size ({', '.join(MODEL_SIZES)}) as the --model", "model", "architecture")
     if OBJECTIVES.get(getattr(options, "objective", None), "") is None:
         refuse("an objective with pairs, or no --nsp-weight", "objective", "nsp_weight")
     if getattr(options, "entity_fill", "") == "none":

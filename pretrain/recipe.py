@@ -69,6 +69,7 @@ class Situation:
     width: int  # of the model's hidden states
     start: str  # SCRATCH, FRESH_HEAD or CONTINUED
     dropout: float  # in the model's config
+    dropout_fields: tuple[str, ...] = ("hidden_dropout_prob",)  # its names there
 
 
 def resolve(asked: Config, saved: dict, situation: Situation) -> Config:
@@ -111,7 +112,8 @@ def _choose(asked: Config, situation: Situation) -> Config:
     from_scratch, length = situation.start == SCRATCH, longest(asked)
     fades = from_scratch and asked.entity_fill != "none"  # else no rate has an effect
     keeps_dropout = run_tokens > MAX_FRESH_EPOCHS[situation.start] * situation.text_tokens
-    keeps_dropout |= any(entry.startswith("hidden_dropout") for entry in asked.config_override)
+    overridden = {entry.partition("=")[0] for entry in asked.config_override}
+    keeps_dropout |= not overridden.isdisjoint(situation.dropout_fields)
     values = {
         "optimizer": "muon" if from_scratch else "adamw",
         "epochs": run_tokens / situation.text_tokens,
@@ -160,7 +162,7 @@ def _rate(situation: Situation, optimizer: str, steps: float) -> float:
 def explain(asked: Config, config: Config, situation: Situation, steps: int) -> str:
     """What was chosen for a run of `steps`, with the reasons of the automatic recipe."""
     step_tokens = config.batch_size * counted_length(config)
-    repeats = config.epochs > MAX_FRESH_EPOCHS[situation.start]
+    repeats = config.dropout and config.epochs > MAX_FRESH_EPOCHS[situation.start]
     rates = sorted(set(config.mask_rate), reverse=True)
     chosen = {
         "batch_size": (f"{step_tokens:,} tokens per step", "longer runs take larger steps"),

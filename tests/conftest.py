@@ -23,8 +23,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers  # noqa: E402
-from transformers import BertModel, RobertaTokenizer, XLMRobertaTokenizer  # noqa: E402
+from tokenizers import (  # noqa: E402
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import (  # noqa: E402
+    BertModel,
+    PreTrainedTokenizerFast,
+    RobertaTokenizer,
+    XLMRobertaTokenizer,
+)
 
 from pretrain.cli import run_command  # noqa: E402
 from pretrain.data import tokenizer  # noqa: E402
@@ -129,6 +143,25 @@ def roberta_tokenizer(all_sentences) -> RobertaTokenizer:
     settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
     state = trained_state(models.BPE(), trainers.BpeTrainer(**settings), all_sentences)
     return RobertaTokenizer(vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]])
+
+
+@pytest.fixture(scope="session")
+def modernbert_tokenizer(all_sentences) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with BERT's special tokens, as ModernBERT has it."""
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    settings = {"special_tokens": tokenizer.SPECIAL_TOKENS, "show_progress": False}
+    settings |= {"vocab_size": 400, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    made.train_from_iterator(all_sentences, trainers.BpeTrainer(**settings))
+    ends = [(token, made.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+    )
+    names = {f"{token[1:-1].lower()}_token": token for token in tokenizer.SPECIAL_TOKENS}
+    names["mask_token"] = AddedToken("[MASK]", lstrip=True, special=True)
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=8192, **names)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BertConfig, PreTrainedModel
+from transformers import BertConfig, PreTrainedConfig, PreTrainedModel
 
 from pretrain.batch import IGNORED, Batch
 from pretrain.config import OBJECTIVES
@@ -18,10 +18,13 @@ from pretrain.data.loader import DataPosition, PretrainingDataset
 from pretrain.data.masking import Masking
 from pretrain.data.pairs import Task
 from pretrain.model.bert import BertForPreTraining
+from pretrain.model.loading import FAMILIES as LOADED_FAMILIES
+from pretrain.model.packed import PackedModel
 
 MAX_LENGTH = 64
 ROBERTAS = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
-FAMILIES = {"bert": "Bert", **ROBERTAS}  # by config.model_type, how the stock classes are named
+# By config.model_type, how the stock classes are named.
+FAMILIES = {"bert": "Bert", **ROBERTAS, "distilbert": "DistilBert", "modernbert": "ModernBert"}
 SMALL = {  # two narrow layers without dropout
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -30,6 +33,21 @@ SMALL = {  # two narrow layers without dropout
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+OWN_NAMES = {  # of fields that BERT calls otherwise; None: there is no such field
+    "distilbert": {
+        "intermediate_size": "hidden_dim",
+        "hidden_dropout_prob": "dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+        "classifier_dropout": "seq_classif_dropout",
+        "type_vocab_size": None,
+    },
+    "modernbert": {
+        "hidden_dropout_prob": "mlp_dropout",
+        "attention_probs_dropout_prob": None,
+        "type_vocab_size": None,
+    },
+}
+WINDOW = 8  # tokens to either side in half of the small ModernBERT's layers
 
 
 def small_config(vocab_size: int, **settings) -> BertConfig:
@@ -43,16 +61,38 @@ def stock_class(family: str, head: str) -> type[PreTrainedModel]:
     return getattr(transformers, FAMILIES[family] + head)
 
 
-def small_stock(family: str, head: str, vocab_size: int, **settings) -> PreTrainedModel:
-    """A stock model of SMALL with noise on every weight, for texts of MAX_LENGTH tokens."""
-    kind, own = stock_class(family, head), {"max_position_embeddings": MAX_LENGTH}
-    if family != "bert":  # as fairseq has it: positions start after that of padding
+def small_config_of(family: str, vocab_size: int, **settings) -> PreTrainedConfig:
+    """A config of SMALL, in the family's own names, for texts of MAX_LENGTH tokens."""
+    own = {"max_position_embeddings": MAX_LENGTH}
+    if family in ROBERTAS:  # as fairseq has it: positions start after that of padding
         own = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "type_vocab_size": 1}
         pad_id = settings.get("pad_token_id", own["pad_token_id"])
         own["max_position_embeddings"] = MAX_LENGTH + pad_id + 1
+    if family == "distilbert":
+        own["classifier_dropout"] = 0.0  # 0.2 by default
+    if family == "modernbert":
+        own["local_attention"] = 2 * WINDOW
+        own |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+        own["pad_token_id"] = 0
+    fields = {**SMALL, "vocab_size": vocab_size, **own, **settings}
+    names = OWN_NAMES.get(family, {})
+    fields = {names.get(name, name): value for name, value in fields.items()}
+    fields.pop(None, None)
+    return stock_class(family, "ForMaskedLM").config_class(**fields)
+
+
+def small_stock(family: str, head: str, vocab_size: int, **settings) -> PreTrainedModel:
+    """A stock model of `small_config_of` with noise on every weight."""
     torch.manual_seed(5)
-    config = kind.config_class(**{**SMALL, "vocab_size": vocab_size, **own, **settings})
-    return roughen(kind(config))
+    return roughen(stock_class(family, head)(small_config_of(family, vocab_size, **settings)))
+
+
+def small_packed(family: str, vocab_size: int, **settings) -> PackedModel:
+    """Our model for masked tokens of `small_config_of`, in training mode, with the same noise."""
+    torch.manual_seed(5)
+    model = LOADED_FAMILIES[family](small_config_of(family, vocab_size, **settings))
+    model.use_pairs(None)
+    return roughen(model).train()
 
 
 def roughen(model: torch.nn.Module, seed: int = 11) -> torch.nn.Module:
@@ -148,14 +188,17 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol, rtol=
         )
 
 
-def dense_attention(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
+def dense_attention(qkv: Tensor, cu_seqlens: Tensor, window: int | None = None) -> Tensor:
     """The slow form of packed attention: softmax(QK' / sqrt(D)) V over the whole pack [T, 3, H, D],
-    -inf between tokens of different sequences. Tensor operations only: this compiles."""
+    -inf between tokens of different sequences, or with more than `window` places in between. Tensor
+    operations only: this compiles."""
     query, key, value = qkv.permute(1, 2, 0, 3)  # [H, T, D] each
     place = torch.arange(len(qkv), device=qkv.device)
     sequence = (place[:, None] >= cu_seqlens[None, 1:]).sum(1)
     scores = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
     scores = scores.masked_fill(sequence[:, None] != sequence[None, :], float("-inf"))
+    if window is not None:
+        scores = scores.masked_fill((place[:, None] - place).abs() > window, float("-inf"))
     return (scores.softmax(-1) @ value).transpose(0, 1)
 
 

@@ -15,7 +15,14 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import ROOT, interrupted_copy, rows, script, ten_steps
-from packed_reference import dense_attention, gradients, make_batches, offsets, small_model
+from packed_reference import (
+    dense_attention,
+    gradients,
+    make_batches,
+    offsets,
+    small_model,
+    small_packed,
+)
 from torch._dynamo.utils import counters
 
 from pretrain.cli import run_command
@@ -100,6 +107,47 @@ def test_a_kernel_equals_dense_attention(kernel, dtype, lengths, head_dim):
     (found,) = torch.autograd.grad(ours, qkv, direction.to(dtype))
     (wanted,) = torch.autograd.grad(expected, exact, direction)
     torch.testing.assert_close(found.float(), wanted, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("window", [1, 20, 128, 511])
+def test_a_sliding_window_equals_dense_attention_with_a_band(window):
+    """Also before dummies without tokens, and where the window covers every sequence."""
+    lengths, generator = (512, 1, 300, 129, 82, 0, 0), torch.Generator().manual_seed(1)
+    qkv = torch.randn(sum(lengths), 3, 2, 64, generator=generator)
+    qkv = qkv.to(GPU, torch.bfloat16).requires_grad_()
+    exact, cu_seqlens = qkv.detach().float().requires_grad_(), offsets(lengths).to(GPU)
+    ours = packed_varlen(qkv, cu_seqlens, max(lengths), window=window)
+    expected = dense_attention(exact, cu_seqlens, window)
+    torch.testing.assert_close(ours.float(), expected, atol=2e-2, rtol=2e-2)
+    direction = torch.randn(ours.shape, generator=generator).to(GPU)
+    (found,) = torch.autograd.grad(ours, qkv, direction.bfloat16())
+    (wanted,) = torch.autograd.grad(expected, exact, direction)
+    torch.testing.assert_close(found.float(), wanted, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("length", SEQUENCES)
+@pytest.mark.parametrize("family", ["distilbert", "modernbert"])
+def test_other_families_compiled_are_close_to_float32_on_the_cpu(
+    family, length, corpus, vocabulary
+):
+    torch._dynamo.reset()
+    sizes = {"max_position_embeddings": length, "hidden_size": 64}
+    loop = small_packed(family, vocabulary.size, **sizes)
+    kernel = copy.deepcopy(loop).to(GPU)
+    kernel.attention = VARLEN
+    sizes = {"micro_batch_size": SEQUENCES[length], "max_length": length}
+    (batch,) = make_batches(corpus, vocabulary, "mlm", fill=True, **sizes)
+    expected = loop(batch)["mlm"].sum
+    expected.backward()
+    with autocast(GPU, "bf16"):
+        found = wrap(kernel, compiled=True)(batch.to(GPU))["mlm"].sum
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-2)
+    wanted = gradients(loop)
+    largest = max(gradient.norm() for gradient in wanted.values())
+    for name, gradient in gradients(kernel).items():
+        size = wanted[name].norm().clamp(min=1e-2 * largest)
+        assert (gradient.cpu() - wanted[name]).norm() < 0.06 * size, name
 
 
 @pytest.mark.parametrize("length", SEQUENCES)

@@ -764,6 +764,14 @@ BAD = {  # options -> what the messages begin with
     "--config-override width=3": "--config-override width=3: ",
     "--config-override num_hidden_layers=-1": "--config-override num_hidden_layers",
     "--config-override type_vocab_size=1": "--objective mlm+nsp: ",
+    "--architecture electra": "--architecture electra: ",
+    "--architecture modernbert": "--architecture modernbert --objective mlm+nsp: ",
+    "--architecture modernbert --objective mlm --config-override hidden_dropout_prob=0": (
+        "--config-override hidden_dropout_prob=0: "
+    ),
+    "--model {finished}/final --config-override --architecture modernbert --objective mlm": (
+        "--model {finished}/final --architecture modernbert: "
+    ),
     "--replace similar": "--replace similar: ",
     "--replace similar --masking token --similar {text}": "--replace similar: ",
     "--replace similar --similar absent": "--similar absent: ",

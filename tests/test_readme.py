@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
     BertForPreTraining,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -62,18 +64,22 @@ def save(folder, model, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
-def write_models(folder, english, chinese, roberta_tokenizer):
-    """Small models named bert-base-uncased, bert-base-chinese and roberta-base."""
+def write_models(folder, english, chinese, roberta_tokenizer, modernbert_tokenizer):
+    """Small models under the names that the commands have."""
     for name, text in (("bert-base-uncased", english), ("bert-base-chinese", chinese)):
         tokenizer = tokenizers.train(lambda text=text: text.splitlines(), 200)
         model = BertForPreTraining(BertConfig(vocab_size=len(tokenizer), **SMALL))
         save(folder / name, model, tokenizer)
     model = RobertaForMaskedLM(RobertaConfig(vocab_size=len(roberta_tokenizer), **SMALL))
     save(folder / "roberta-base", model, roberta_tokenizer)
+    model = ModernBertForMaskedLM(
+        ModernBertConfig(vocab_size=len(modernbert_tokenizer), pad_token_id=0, **SMALL)
+    )
+    save(folder / "answerdotai" / "ModernBERT-base", model, modernbert_tokenizer)
 
 
 @pytest.fixture(scope="module")
-def home(documents, roberta_tokenizer, tmp_path_factory):
+def home(documents, roberta_tokenizer, modernbert_tokenizer, tmp_path_factory):
     """A folder with the files and models that the commands name, all small."""
     folder = tmp_path_factory.mktemp("readme")
     rows = ["\n".join(document) for document in documents]
@@ -128,7 +134,7 @@ def home(documents, roberta_tokenizer, tmp_path_factory):
     table.save_to_disk(folder / "saved_dataset")
     table = datasets.Dataset.from_dict({"text": chinese.split("\n\n")})
     table.save_to_disk(folder / "zh_dataset")
-    write_models(folder, text, chinese, roberta_tokenizer)
+    write_models(folder, text, chinese, roberta_tokenizer, modernbert_tokenizer)
     return folder
 
 

@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT, refusal, script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packed_reference import small_config
+from packed_reference import small_config, small_stock
 
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.corpus import ADVICE, ARRAYS, Corpus, load_tokenizer, open_corpus, seal
@@ -304,6 +304,26 @@ def test_a_mutated_config(model, model_copy, mutate):
             load(str(model_copy))
         except UserError as error:
             assert str(model_copy) in str(error)
+
+
+@pytest.fixture(scope="module", params=["distilbert", "modernbert"])
+def other_model(request, vocabulary, tmp_path_factory):
+    """A model whose config has other fields than BERT's."""
+    folder = tmp_path_factory.mktemp("safety") / request.param
+    small_stock(request.param, "ForMaskedLM", vocabulary.size).save_pretrained(folder)
+    return folder
+
+
+@FUZZ
+@given(mutate=mutations())
+def test_a_mutated_config_of_another_family(other_model, tmp_path, mutate):
+    folder = Path(shutil.copytree(other_model, tmp_path / "model", dirs_exist_ok=True))
+    change_json(folder / "config.json", mutate)
+    for load in (from_checkpoint, lambda name: load_classifier(name, ["a", "b"])):
+        try:
+            load(str(folder))
+        except UserError as error:
+            assert str(folder) in str(error)
 
 
 SIZES = "num_hidden_layers hidden_size num_attention_heads intermediate_size vocab_size"

@@ -36,7 +36,7 @@ from pretrain.schema import flag
 LABEL_OPTIONS = tuple(entry.name for entry in fields(config.LabelOptions))
 RUN_OPTIONS = ("model", "output", "overwrite", "resume", "max_minutes")
 SET_HERE = {  # options of the two commands that only the experiment may set
-    "pretrain": (*RUN_OPTIONS, "train", "mix", "valid", "patience"),
+    "pretrain": (*RUN_OPTIONS, "architecture", "train", "mix", "valid", "patience"),
     "finetune": (*RUN_OPTIONS, "label_budget", "seed", "save_model", *LABEL_OPTIONS),
 }
 TRAINED_ON = {"adapted": "text", "control": "control"}  # encoder -> text

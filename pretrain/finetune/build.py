@@ -310,7 +310,8 @@ def load_model(
         raise UserError(f"--text-pair-field {pair}: {problem}")
     if pair:
         types = set(tokenizers.without_limits(tokenizer).encode("a", "a").type_ids)
-        if max(types) >= model.config.type_vocab_size:
+        # A family without token types tells two texts apart by [SEP] alone.
+        if max(types) >= getattr(model.config, "type_vocab_size", len(types)):
             problem = f"the model lacks the {len(types)} token types that tell two texts apart"
             raise UserError(f"--text-pair-field {pair}: {problem}; expected another model")
     model.attention = choose_attention(device, precision)

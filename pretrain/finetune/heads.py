@@ -8,8 +8,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 
 from pretrain.batch import Batch, Loss
 from pretrain.errors import UserError
+from pretrain.model.distilbert import PackedDistilBert
 from pretrain.model.loading import load_config, load_weights
 from pretrain.model.losses import cross_entropy, squared_error
+from pretrain.model.modernbert import PackedModernBert
 from pretrain.model.packed import PackedModel
 from pretrain.model.roberta import PackedRoberta
 
@@ -23,19 +25,14 @@ EXPECTED = {  # heads by task
 
 
 class PackedClassifier(PackedModel):
-    """Batch -> losses by name; the head reads the first token of each sequence."""
+    """Batch -> losses by name; the head reads `classifier_input`."""
 
     class_weights: Tensor | None = None  # float32 [classes]; None: equal weights
     head_may_differ = True
 
     def label_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """float32 [N, classes]; [N, 1] in regression."""
-        # [N, 1, width]: a pooler, or a head without pooler, reads token 0.
-        first = self.first_tokens(hidden, batch)[:, None]
-        pooler = getattr(self.base_model, "pooler", None)
-        if pooler is not None:
-            first = self.dropout(pooler(first))
-        return self.classifier(first).float()
+        return self.classifier(self.classifier_input(hidden, batch)).float()
 
     def losses(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
         """The terms of the training loss, by name. Add your own here."""
@@ -77,6 +74,8 @@ CLASSIFIERS = {
     "roberta": _packed(transformers.RobertaForSequenceClassification, PackedRoberta),
     "xlm-roberta": _packed(transformers.XLMRobertaForSequenceClassification, PackedRoberta),
     "camembert": _packed(transformers.CamembertForSequenceClassification, PackedRoberta),
+    "distilbert": _packed(transformers.DistilBertForSequenceClassification, PackedDistilBert),
+    "modernbert": _packed(transformers.ModernBertForSequenceClassification, PackedModernBert),
 }  # by config.model_type
 TAGGERS = {
     name: _packed(
@@ -131,4 +130,5 @@ def load_classifier(
         for weight in model.classifier.parameters():
             weight._is_hf_initialized = False  # transformers skips loaded weights
         model.classifier.apply(model._init_weights)
+        model._init_weights(model)  # ModernBERT has a rule of its own, for the model as a whole
     return model

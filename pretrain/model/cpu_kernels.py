@@ -33,15 +33,17 @@ class GroupedBackward(torch.autograd.Function):
     the matrix rate. Scores are float32: bf16 is too coarse for a sharp attention head."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, lengths: tuple[int, ...], attend: Callable) -> Tensor:
-        """qkv [T, 3, H, D] -> attend(qkv, lengths) [T, H, D]."""
+    def forward(
+        ctx, qkv: Tensor, lengths: tuple[int, ...], window: int | None, attend: Callable
+    ) -> Tensor:
+        """qkv [T, 3, H, D] -> attend(qkv, lengths, window) [T, H, D]."""
         ctx.save_for_backward(qkv)
-        ctx.lengths = lengths
-        return attend(qkv, lengths)
+        ctx.lengths, ctx.window = lengths, window
+        return attend(qkv, lengths, window)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """The gradient of `qkv`."""
         lengths, (qkv,) = ctx.lengths, ctx.saved_tensors
         gradients = torch.empty_like(qkv)
@@ -50,10 +52,11 @@ class GroupedBackward(torch.autograd.Function):
         for group in _groups(lengths, num_heads=qkv.shape[2]):
             padded = pad_sequence([inputs[number] for number in group], batch_first=True)
             tensors = padded.permute(2, 0, 3, 1, 4)  # [4, G, H, L, D], 0 beyond a sequence
-            grads = _attention_gradients(tensors, [lengths[number] for number in group])
+            of_group = [lengths[number] for number in group]
+            grads = _attention_gradients(tensors, of_group, ctx.window)
             for number, part in zip(group, grads.permute(1, 3, 0, 2, 4)):
                 outputs[number].copy_(part[: lengths[number]])
-        return gradients, None, None
+        return gradients, None, None, None
 
 
 def _groups(lengths: tuple[int, ...], num_heads: int) -> Iterator[list[int]]:
@@ -65,7 +68,7 @@ def _groups(lengths: tuple[int, ...], num_heads: int) -> Iterator[list[int]]:
         order = order[size:]
 
 
-def _attention_gradients(tensors: Tensor, lengths: list[int]) -> Tensor:
+def _attention_gradients(tensors: Tensor, lengths: list[int], window: int | None) -> Tensor:
     """Query, key, value and the gradient of the output [4, G, H, L, D] -> gradients of the first
     three [3, G, H, L, D]. Sequence g has lengths[g] tokens, longest first."""
     shape, scale = tensors.shape, tensors.shape[-1] ** -0.5
@@ -75,6 +78,11 @@ def _attention_gradients(tensors: Tensor, lengths: list[int]) -> Tensor:
         is_padding = torch.arange(lengths[0]) >= torch.tensor(lengths)[:, None]
         by_sequence = scores.unflatten(0, shape[1:3])  # [G, H, L, L]
         by_sequence.masked_fill_(is_padding[:, None, None], float("-inf"))
+    if window is not None and lengths[0] > window + 1:
+        places = torch.arange(lengths[0])
+        is_far = (places[:, None] - places).abs() > window
+        # The lowest number, not -inf: beyond a sequence, every score of a row may be masked.
+        scores.masked_fill_(is_far, torch.finfo(scores.dtype).min)
     probabilities = scores.softmax(-1)
     weighted = torch.bmm(grad, value.transpose(1, 2)) * probabilities
     weighted.sub_(probabilities * weighted.sum(-1, keepdim=True))

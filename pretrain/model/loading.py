@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, BertConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -25,20 +25,37 @@ from pretrain.config import MODEL_SIZES
 from pretrain.errors import UserError, refusing
 from pretrain.files import CHECKSUMS, CODE_FIELDS, model_folder, read_json, sums_of
 from pretrain.model.bert import BertForPreTraining
+from pretrain.model.distilbert import DistilBertForMaskedLM
+from pretrain.model.modernbert import ModernBertForMaskedLM
 from pretrain.model.packed import PackedModel
 from pretrain.model.roberta import CamembertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
-from pretrain.schema import FILE_NAME, Rule, integer, misfit, number, one_of, optional, values_of
+from pretrain.schema import (
+    FILE_NAME,
+    Rule,
+    integer,
+    misfit,
+    number,
+    one_of,
+    optional,
+    values_of,
+)
 
 FAMILIES: dict[str, type[PackedModel]] = {
     "bert": BertForPreTraining,
     "roberta": RobertaForMaskedLM,
     "xlm-roberta": XLMRobertaForMaskedLM,
     "camembert": CamembertForMaskedLM,
+    "distilbert": DistilBertForMaskedLM,
+    "modernbert": ModernBertForMaskedLM,
 }  # by config.model_type; names can mislead: chinese-roberta-wwm-ext is a BERT
 
 SIZES = "hidden_size num_attention_heads intermediate_size type_vocab_size max_position_embeddings"
 SHARES = "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout layer_norm_eps"
 NOTHING = Rule(lambda value: value is None, "nothing")
+NAMES = Rule(
+    lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
+    "a list of names",
+)
 NO_HUB_CODE = Rule(lambda value: "/" not in str(value), "a name without /: hub code is not run")
 MODEL_FORM = {  # of config.json: what sets sizes, or would fail deep inside the library
     **dict.fromkeys(SIZES.split(), optional(integer(1, 1 << 20))),
@@ -46,6 +63,7 @@ MODEL_FORM = {  # of config.json: what sets sizes, or would fail deep inside the
     "vocab_size": optional(integer(1, 1 << 24)),
     **dict.fromkeys(SHARES.split(), optional(number(0, 1))),
     "initializer_range": optional(number(0, 1e3)),
+    "architectures": optional(NAMES),
     "num_labels": optional(integer(0, 1 << 16)),
     "pad_token_id": optional(integer(0, 1 << 24)),
     "chunk_size_feed_forward": optional(integer(0, 0)),
@@ -67,23 +85,29 @@ transformers.utils.logging.disable_progress_bar()  # its bar for each file break
 
 
 def from_size(
-    size: str, vocab_size: int, max_length: int, pad_id: int, overrides: Sequence[str] = ()
-) -> BertForPreTraining:
-    """A BERT from scratch of a size in MODEL_SIZES; UserError if `overrides` do not fit."""
+    size: str,
+    vocab_size: int,
+    max_length: int,
+    pad_id: int,
+    overrides: Sequence[str] = (),
+    architecture: str = "bert",
+) -> PackedModel:
+    """A model from scratch of a size in MODEL_SIZES and a family in FAMILIES; UserError if
+    `overrides` do not fit."""
     layers, width = MODEL_SIZES[size]
-    config = BertConfig(
+    family = FAMILIES[architecture]
+    config = family.config_class(
         vocab_size=vocab_size,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
-        intermediate_size=4 * width,
-        max_position_embeddings=max(512, max_length),
         pad_token_id=pad_id,
+        **family.sizes(width, max_length),
     )
     override(config, overrides)
     value = " ".join(overrides) or size
     with refusing(f"{value}: cannot build a model", "expected fields that fit together"):
-        return BertForPreTraining(config)
+        return family(config)
 
 
 def from_checkpoint(
@@ -94,7 +118,8 @@ def from_checkpoint(
     config = config or load_config(name)
     model, missing = load_weights(FAMILIES[config.model_type], name, config)
     is_fresh = {prefix: any(key.startswith(prefix) for key in missing) for prefix in model.parts}
-    return model, [part for prefix, part in model.parts.items() if is_fresh[prefix]]
+    fresh = [part for prefix, part in model.parts.items() if is_fresh[prefix]]
+    return model, list(dict.fromkeys(fresh))  # a part may have several prefixes
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -102,14 +127,14 @@ def load_config(name: str) -> PreTrainedConfig:
     folder, problem = model_folder(name), "its config.json cannot be used"
     path, expected = Path(folder, "config.json"), "the config of a model"
     if path.is_file():  # checked before a number in it allocates something large
-        read_json(path, MODEL_FORM, expected)
+        kind = read_json(path, MODEL_FORM, expected).get("model_type")
+        if type(kind) is str:
+            _check_family(name, kind)  # also one that transformers does not know
     else:
         problem, expected = "cannot be found", "a folder or a hub name (offline: a folder)"
     with refusing(f"{name}: {problem}", f"expected {expected}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.model_type not in FAMILIES:
-        problem = f"has model_type {config.model_type!r} in its config"
-        raise UserError(f"{name}: {problem}; expected one of {', '.join(FAMILIES)}")
+    _check_family(name, config.model_type)
     for field in CODE_FIELDS:
         vars(config).pop(field, None)
     # The file may list labels in any order.
@@ -118,19 +143,24 @@ def load_config(name: str) -> PreTrainedConfig:
     return config
 
 
+def _check_family(name: str, model_type: str) -> None:
+    if model_type not in FAMILIES:
+        problem = f"has model_type {model_type!r} in its config"
+        raise UserError(f"{name}: {problem}; expected one of {', '.join(FAMILIES)}")
+
+
 def check_config(config: PreTrainedConfig, value: str) -> None:
     """UserError about `value` if the fields of `config` do not make a model."""
-    problem = misfit(config.to_dict(), MODEL_FORM)
-    width, heads = config.hidden_size, config.num_attention_heads
-    if not problem and width % heads:
-        problem = f"hidden_size is {width}; expected a multiple of num_attention_heads, {heads}"
+    family = FAMILIES[config.model_type]
+    problem = misfit(config.to_dict(), MODEL_FORM | family.config_form)
+    problem = problem or family.config_problem(config)
     if problem:
         raise UserError(f"{value}: {problem}")
 
 
 def override(config: PreTrainedConfig, entries: Sequence[str]) -> None:
-    """Set fields of `config` from KEY=VALUE entries, in the types of BERT's defaults."""
-    kinds = {name: type(value) for name, value in BertConfig().to_dict().items()}
+    """Set fields of `config` from KEY=VALUE entries, in the types of its family's defaults."""
+    kinds = {name: type(value) for name, value in type(config)().to_dict().items()}
     known = {name for name, kind in kinds.items() if kind in PARSERS and hasattr(config, name)}
     known -= NOT_OVERRIDDEN
     for entry in entries:
@@ -140,8 +170,12 @@ def override(config: PreTrainedConfig, entries: Sequence[str]) -> None:
         kind = kinds[name]
         with refusing(f"{entry}: cannot be read", f"expected a value of type {kind.__name__}"):
             setattr(config, name, PARSERS[kind](text))
-    if entries:
-        check_config(config, " ".join(entries))
+    if not entries:
+        return
+    check_config(config, " ".join(entries))
+    if kinds := getattr(config, "layer_types", None):  # one per layer, in the family's usual order
+        usual = type(config)(num_hidden_layers=config.num_hidden_layers).layer_types
+        config.layer_types = [*kinds, *usual[len(kinds) :]][: config.num_hidden_layers]
 
 
 def load_weights(

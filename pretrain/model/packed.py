@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from pretrain.batch import Batch, Loss
 from pretrain.model.attention import SDPA, PackedSelfAttention, attention_over
@@ -14,12 +15,17 @@ MLM_HEAD = "MLM head"  # the part of every family that predicts masked tokens
 
 class PackedModel:
     """Batch -> losses by name: a mixin for a pretrained model of transformers. A family is one file
-    (see roberta.py) with `transform` and whatever differs from BERT, and one line in
-    `loading.FAMILIES`. Class and weight names stay stock: transformers reads the files."""
+    (see roberta.py, distilbert.py, modernbert.py) with `transform` and whatever differs from BERT,
+    and one line in `loading.FAMILIES`. Class and weight names stay stock: transformers reads the
+    files."""
 
     parts: dict[str, str] = {}  # weight prefix -> name of the part, which starts fresh if missing
     pair_parts: tuple[str, ...] = ()  # modules that only the NSP loss trains; (): no NSP head
     position_offset = 0  # position id of the first token
+    config_form: dict = {}  # of the config's fields, besides `loading.MODEL_FORM`
+    dropout_fields: tuple[str, ...] = ("hidden_dropout_prob",)  # of the config
+    # End of a weight's name -> number of matrices stacked in it; Muon takes them one by one.
+    stacked: dict[str, int] = {}
     head_may_differ = False  # in size from the checkpoint, and then starts fresh
     nsp_weight: float | None = None  # of the NSP or SOP loss; None: MLM only
     attention = SDPA  # or VARLEN
@@ -32,11 +38,41 @@ class PackedModel:
                 module.__class__ = REPLACEMENTS[type(module)]
         super().post_init()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Our modules are stock ones: without this, transformers would skip some of their rules for
+        fresh weights, as it does for code from the hub."""
+        return False
+
+    @classmethod
+    def sizes(cls, width: int, max_length: int) -> dict[str, object]:
+        """Fields of the config of a model from scratch, besides its width, layers and heads."""
+        return {"intermediate_size": 4 * width, "max_position_embeddings": max(512, max_length)}
+
+    @classmethod
+    def config_problem(cls, config: PreTrainedConfig) -> str | None:
+        """Why the fields of `config` do not fit together; None if they do."""
+        width, heads = config.hidden_size, config.num_attention_heads
+        if width % heads:
+            return f"hidden_size is {width}; expected a multiple of num_attention_heads, {heads}"
+        return None
+
     @property
     def layers(self) -> nn.ModuleList:
         return self.base_model.encoder.layer
 
+    @property
+    def windows(self) -> list[int | None]:
+        """How far a token sees in each layer; None: to the ends of its sequence."""
+        return [None] * len(self.layers)
+
+    @property
+    def config_dropout(self) -> float:
+        """The highest of the config's own rates."""
+        return max(getattr(self.config, name) for name in self.dropout_fields)
+
     def replace_attention(self) -> None:
+        """Put packed attention, which takes `attend`, in place of each layer's own."""
         for layer in self.layers:
             layer.attention.self = PackedSelfAttention(layer.attention.self)
 
@@ -81,9 +117,12 @@ class PackedModel:
 
     @torch.no_grad()
     def start_at_frequencies(self, shares: np.ndarray) -> None:
-        """Set the decoder's bias so that a fresh MLM head guesses each token by its share of the
-        text, float64 [vocabulary]. A run would spend its first hundreds of steps on learning it."""
-        self.get_output_embeddings().bias.copy_(torch.from_numpy(np.log(shares)))
+        """Set the decoder's bias, if it has one, so that a fresh MLM head guesses each token by its
+        share of the text, float64 [vocabulary]. A run would spend its first hundreds of steps on
+        learning it."""
+        bias = self.get_output_embeddings().bias
+        if bias is not None:
+            bias.copy_(torch.from_numpy(np.log(shares)))
 
     def losses(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
         """The terms of the training loss by name: add yours here. Multiply by masks: indexing with
@@ -114,6 +153,13 @@ class PackedModel:
         the last token of the pack."""
         return hidden[batch.cu_seqlens[:-1].clamp(max=len(hidden) - 1).long()]
 
+    def classifier_input(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """[N, 1, width]: what `classifier` of a fine-tuned model reads. A pooler, or a head without
+        pooler, reads token 0."""
+        first = self.first_tokens(hidden, batch)[:, None]
+        pooler = getattr(self.base_model, "pooler", None)
+        return first if pooler is None else self.dropout(pooler(first))
+
     @torch.no_grad()
     def add_vectors(self, size: int, pieces: dict[int, list[int]], from_pieces: bool) -> None:
         """Grow embeddings, decoder and bias to `size` tokens. With `from_pieces` a new token starts
@@ -123,18 +169,21 @@ class PackedModel:
         decoder = self.get_output_embeddings()
         for weights in (self.get_input_embeddings().weight, decoder.weight, decoder.bias):
             for number, old in pieces.items():
-                if old and from_pieces:
+                if old and from_pieces and weights is not None:
                     weights[number] = weights[old].mean(0)
 
 
 def count_flops(model: PackedModel, batch: Batch) -> float:
     """FLOPs of a forward and backward pass over the real tokens: 6 per encoder weight and token,
-    12 x layers x width per pair of tokens that attend, 6 per MLM head weight and masked position.
+    12 x width per layer and pair of tokens that attend, 6 per MLM head weight and masked position.
     """
-    config = model.config
+    config, lengths = model.config, np.array(batch.lengths[: batch.num_sequences])
     encoder = sum(weight.numel() for weight in model.layers.parameters() if weight.ndim == 2)
     head = config.hidden_size * (config.hidden_size + config.vocab_size)
-    pairs = sum(length * length for length in batch.lengths[: batch.num_sequences])
-    attention = config.num_hidden_layers * config.hidden_size * pairs
+    pairs = 0
+    for window in model.windows:
+        beyond = 0 if window is None else np.maximum(0, lengths - window)  # tokens at one end
+        pairs += int((lengths**2 - beyond * np.maximum(0, beyond - 1)).sum())
+    attention = config.hidden_size * pairs
     masked = batch.counts.get("mlm", 0)  # none in classification
     return 6.0 * encoder * batch.num_tokens + 12.0 * attention + 6.0 * head * masked

@@ -120,8 +120,10 @@ def aligned_linear(hidden: Tensor, linear: nn.Linear, multiple: int = ALIGNMENT)
     begin at multiples of 16 bytes."""
     missing = -linear.out_features % multiple
     weight = linear.weight.to(hidden.dtype)  # as autocast would, but before the copy
-    bias = linear.bias.to(hidden.dtype)
-    scores = F.linear(hidden, F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing)))
+    bias = linear.bias
+    if bias is not None:
+        bias = F.pad(bias.to(hidden.dtype), (0, missing))
+    scores = F.linear(hidden, F.pad(weight, (0, 0, 0, missing)), bias)
     return scores[:, : linear.out_features]
 
 

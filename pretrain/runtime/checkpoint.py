@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_PRETRAINING_MAPPING, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pretrain.config import OBJECTIVES
@@ -247,7 +247,9 @@ def write_model(
     shown = {name: value for name, value in facts.items() if not isinstance(value, dict)}
     shown |= {f"validation {name}": f"{value:.4f}" for name, value in facts["held_out"].items()}
     rows = [[name.replace("_", " "), value] for name, value in shown.items()]
-    autos = "`AutoModelForPreTraining`, `AutoModelForMaskedLM`, `AutoModel`"
+    autos = "`AutoModelForMaskedLM`, `AutoModel`"
+    if type(model.config) in MODEL_FOR_PRETRAINING_MAPPING:
+        autos = f"`AutoModelForPreTraining`, {autos}"
     opens_with = f'{autos} and `pipeline("fill-mask")` of transformers.'
     frozen = {
         name.rpartition(".")[0]

@@ -22,7 +22,8 @@ MAX_ELEMENTS = 1 << 26  # of the matrices handled together; bounds the memory
 
 class Muon(torch.optim.Optimizer):
     """For matrices [rows, columns], orthogonalized in `dtype`; decay is decoupled, as in AdamW. If
-    the caller sets `found_inf` (float scalar) to 1, a step changes nothing."""
+    the caller sets `found_inf` (float scalar) to 1, a step changes nothing. A weight of a group
+    with "stacked" is that many matrices, one above the other."""
 
     _step_supports_amp_scaling = True  # as in torch's fused optimizers: reads found_inf
     found_inf: Tensor | None = None
@@ -30,7 +31,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable, lr: float, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16
     ):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(params, settings | {"stacked": 1})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -59,9 +61,11 @@ class Muon(torch.optim.Optimizer):
             gradient = torch.where(is_finite, weight.grad, buffer)  # leaves the buffer unchanged
             buffer.lerp_(gradient, 1 - group["momentum"])
             directions.append(whole(gradient.lerp(buffer, group["momentum"])))  # Nesterov
+        together = torch.stack(directions).to(self.dtype)  # [weights, rows, columns]
+        matrices = together.flatten(0, 1).unflatten(0, (len(weights) * group["stacked"], -1))
         rate = is_finite * group["lr"]
-        scale = rate * ADAMW_RMS * math.sqrt(max(weights[0].shape))
-        updates = orthogonalized(torch.stack(directions).to(self.dtype)).float() * scale
+        scale = rate * ADAMW_RMS * math.sqrt(max(matrices.shape[1:]))
+        updates = orthogonalized(matrices).reshape(together.shape).float() * scale
         for weight, update in zip(weights, updates):
             weight.mul_(1 - rate * group["weight_decay"])
             weight.sub_(part_like(weight, update))

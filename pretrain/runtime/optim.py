@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import torch
@@ -27,20 +28,25 @@ def make_optimizers(model: nn.Module, options: OptimizationOptions) -> list[torc
     rate of a group by its "rate_scale", if it has one."""
     rate, decay = options.learning_rate, options.weight_decay
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    matrices = []  # of the encoder
+    matrices = defaultdict(list)  # of the encoder, by how many are stacked in one weight
     if options.optimizer == "muon":
         of_layers = set(model.layers.parameters())
         names = [name for name in trained if trained[name] in of_layers and trained[name].ndim == 2]
-        matrices = [trained.pop(name) for name in names]
+        for name in names:
+            # Queries, keys and values are separate maps, and separate weights in BERT. Stacked in
+            # one weight (ModernBERT's Wqkv), they would share the singular values of one update.
+            stacked = [count for end, count in model.stacked.items() if name.endswith(end)]
+            matrices[max(stacked, default=1)].append(trained.pop(name))
     tables = [weight for weight in trained.values() if weight.ndim >= 2]
     others = [weight for weight in trained.values() if weight.ndim < 2]
     groups = [{"params": tables, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     betas, epsilon = tuple(options.adam_betas), options.adam_epsilon
     optimizers = [torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)]
     if matrices:
-        is_fast = choose_precision("auto", matrices[0].device) == "bf16"
+        groups = [{"params": weights, "stacked": count} for count, weights in matrices.items()]
+        is_fast = choose_precision("auto", groups[0]["params"][0].device) == "bf16"
         dtype = torch.bfloat16 if is_fast else torch.float32
-        optimizers.append(Muon(matrices, rate, decay, dtype=dtype))
+        optimizers.append(Muon(groups, rate, decay, dtype=dtype))
     return optimizers
 
 

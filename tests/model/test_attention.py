@@ -2,6 +2,7 @@
 pass gives the exact gradients; the kernel's path (tensors and one constant) gives the same
 through the whole model, and compiles once for batches of any lengths."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from packed_reference import (
     make_batches,
     offsets,
     small_model,
+    small_packed,
 )
 from torch._dynamo.testing import CompileCounter
 
@@ -26,14 +28,15 @@ from pretrain.model.attention import SDPA, VARLEN, choose_attention, packed_sdpa
 from pretrain.runtime.distributed import wrap
 
 EACH_OBJECTIVE = pytest.mark.parametrize("objective", OBJECTIVES)
+WINDOWS = st.one_of(st.none(), st.integers(0, 30))
 
 
 @pytest.fixture
 def with_mask(monkeypatch):
     """A model with `dense_attention` in place of the kernel."""
 
-    def dense(qkv, cu_seqlens, **_):
-        return dense_attention(qkv, cu_seqlens)
+    def dense(qkv, cu_seqlens, window, **_):
+        return dense_attention(qkv, cu_seqlens, window)
 
     monkeypatch.setattr(attention, "packed_varlen", dense)
     torch._dynamo.reset()
@@ -66,13 +69,20 @@ def assert_equal_runs(left, right):
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any),
     heads=st.integers(1, 3),
     width=st.sampled_from([1, 4, 8]),
+    window=WINDOWS,
+    block=st.integers(1, 8),
     seed=st.integers(0, 99),
 )
-def test_packed_sdpa_equals_dense_attention_with_a_block_diagonal_mask(lengths, heads, width, seed):
+def test_packed_sdpa_equals_dense_attention_with_a_block_diagonal_mask(
+    lengths, heads, width, window, block, seed
+):
     qkv = torch.randn(sum(lengths), 3, heads, width, generator=torch.Generator().manual_seed(seed))
-    ours = packed_sdpa(qkv, tuple(lengths))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "LEAST_BLOCK", block)
+        ours = packed_sdpa(qkv, tuple(lengths), window)
     assert ours.shape == (sum(lengths), heads, width)
-    torch.testing.assert_close(ours, dense_attention(qkv, offsets(lengths)), atol=1e-5, rtol=1e-5)
+    expected = dense_attention(qkv, offsets(lengths), window)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -81,9 +91,10 @@ def test_packed_sdpa_equals_dense_attention_with_a_block_diagonal_mask(lengths, 
     heads=st.integers(1, 3),
     scores=st.sampled_from([1, 2000, 1 << 19]),
     sharpness=st.sampled_from([1.0, 3.0]),
+    window=WINDOWS,
     seed=st.integers(0, 99),
 )
-def test_gradients_by_groups_equal_float64(lengths, heads, scores, sharpness, seed):
+def test_gradients_by_groups_equal_float64(lengths, heads, scores, sharpness, window, seed):
     """In bf16 on CPU, for groups of one, a few and all sequences, and for sharp heads."""
     generator = torch.Generator().manual_seed(seed)
     qkv = sharpness * torch.randn(sum(lengths), 3, heads, 16, generator=generator)
@@ -92,10 +103,10 @@ def test_gradients_by_groups_equal_float64(lengths, heads, scores, sharpness, se
     exact = qkv.detach().double().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_kernels, "GROUP_SCORES", scores)
-        ours = packed_sdpa(qkv, tuple(lengths))
+        ours = packed_sdpa(qkv, tuple(lengths), window)
         assert "Grouped" in type(ours.grad_fn).__name__
         (found,) = torch.autograd.grad(ours, qkv, direction)
-    expected = dense_attention(exact, offsets(lengths))
+    expected = dense_attention(exact, offsets(lengths), window)
     (wanted,) = torch.autograd.grad(expected, exact, direction.double())
     assert torch.linalg.norm(found.double() - wanted) <= 0.01 * torch.linalg.norm(wanted) + 1e-3
 
@@ -176,6 +187,24 @@ def test_filled_batches_compile_once_for_each_shape_without_a_graph_break(
         assert counter.frame_count == len(shapes) < len(batches)
     else:
         assert counter.frame_count > 1
+
+
+@pytest.mark.parametrize("family", ["distilbert", "modernbert"])
+def test_other_families_take_the_kernels_path_and_compile_without_a_graph_break(
+    family, corpus, vocabulary, with_mask, monkeypatch
+):
+    counter, loop = CompileCounter(), small_packed(family, vocabulary.size)
+    model, batches = copy.deepcopy(loop), []
+    model.attention = VARLEN
+    compile_with = partial(torch.compile, backend=counter, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compile_with)
+    compiled = wrap(model, True)
+    for length in (16, 40):
+        batches += make_batches(corpus, vocabulary, "mlm", fill=True, count=2, max_length=length)
+    for batch in batches * 2:
+        assert_equal_runs(run(model, batch, compiled), run(loop, batch))
+    shapes = {(len(batch.input_ids), len(batch.lengths)) for batch in batches}
+    assert counter.frame_count == len(shapes) < len(batches)
 
 
 CPU, AMPERE, TURING = ("cpu", (0, 0)), ("cuda", (8, 0)), ("cuda", (7, 5))

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from packed_reference import small_model
+from packed_reference import FAMILIES, small_packed
 from torch import nn
 
 from pretrain.model.losses import cross_entropy
@@ -23,9 +23,11 @@ def relative_error(found, wanted):
     return (torch.linalg.norm(found.double() - wanted) / torch.linalg.norm(wanted)).item()
 
 
-def test_every_stock_module_of_a_model_is_replaced(vocabulary):
-    kinds = {type(module) for module in small_model(vocabulary.size).modules()}
-    assert not kinds & set(REPLACEMENTS) and set(REPLACEMENTS.values()) <= kinds
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stock_module_of_a_model_is_replaced(family, vocabulary):
+    kinds = {type(module) for module in small_packed(family, vocabulary.size).modules()}
+    assert not kinds & set(REPLACEMENTS)
+    assert set(REPLACEMENTS.values()) <= kinds
 
 
 # Dropout.

@@ -37,6 +37,27 @@ def test_muon_equals_torchs(dtype, tolerance):
         assert (left - start).abs().max() > 100 * tolerance or dtype == torch.float32
 
 
+def test_stacked_matrices_equal_separate_ones():
+    """Three in one weight, as the queries, keys and values of some models."""
+    separate = [nn.Parameter(torch.randn(16, 12)) for _ in range(6)]
+    stacks = [separate[:3], separate[3:]]
+    stacked = [nn.Parameter(torch.cat(parts).detach()) for parts in stacks]
+    optimizers = [
+        Muon(separate, RATE, DECAY),
+        Muon([{"params": stacked, "stacked": 3}], RATE, DECAY),
+    ]
+    for number in range(4):
+        torch.manual_seed(number)
+        for parts, weight in zip(stacks, stacked):
+            weight.grad = torch.randn(weight.shape)
+            for part, gradient in zip(parts, weight.grad.chunk(3)):
+                part.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for parts, weight in zip(stacks, stacked):
+        torch.testing.assert_close(torch.cat(parts), weight, atol=1e-6, rtol=0.0)
+
+
 def test_batched_matrices_equal_single_ones(monkeypatch):
     together, alone = make_weights(), make_weights()
     take_steps(together, Muon(together, RATE, DECAY))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_reference import small_model
+from packed_reference import small_model, small_packed
 from torch import nn
 
 from pretrain.config import OptimizationOptions
@@ -102,6 +102,22 @@ def test_groups_of_a_model(name, vocabulary):
         assert decay[id(weight)] == (0.0 if is_plain else 0.1), key
         in_encoder = key.startswith("bert.encoder.") and not is_plain
         assert (id(weight) in of_muon) == (in_encoder and name == "muon"), key
+
+
+def test_muon_takes_stacked_matrices_one_by_one(vocabulary):
+    model = small_packed("modernbert", vocabulary.size)
+    _, optimizer = make_optimizers(model, replace(OPTIONS, optimizer="muon", learning_rate=1e-3))
+    names = {weight: name for name, weight in model.named_parameters()}
+    found = {
+        group["stacked"]: {names[weight].split("layers.")[1][2:] for weight in group["params"]}
+        for group in optimizer.param_groups
+    }
+    assert found == {
+        1: {"attn.Wo.weight", "mlp.Wo.weight"},
+        2: {"mlp.Wi.weight"},
+        3: {"attn.Wqkv.weight"},
+    }
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2 * 4
 
 
 def test_the_update_equals_torchs_adamw():

@@ -1,15 +1,22 @@
-"""A run of RoBERTa and XLM-RoBERTa goes from text to a model that fills masks."""
+"""A run of each family goes from text to a model that fills masks, and on to a classifier."""
 
+import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import assert_same_run, interrupted_copy, refusal, rows, script
 from packed_reference import small_stock, stock_class
 from test_fill_mask import assert_stock_scores
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
-PRETRAIN, EVALUATE = script("pretrain"), script("evaluate")
+PRETRAIN, EVALUATE, FINETUNE = script("pretrain"), script("evaluate"), script("finetune")
 OPTIONS = (
     "--objective mlm --masking word --max-length 64 --batch-size 16 --micro-batch-size 8 "
     "--max-steps 6 --save-every 2 --eval-every 3 --keep 9 --eval-tokens 600 "
@@ -18,11 +25,20 @@ OPTIONS = (
 WORD_STARTS = ("\u0120", "\u2581")  # of byte-level BPE and of SentencePiece
 
 
-@pytest.fixture(scope="module", params=["roberta", "xlm-roberta"])
-def base(request, roberta_tokenizer, xlm_roberta_tokenizer, tmp_path_factory):
+TOKENIZERS = {  # family -> fixture
+    "roberta": "roberta_tokenizer",
+    "xlm-roberta": "xlm_roberta_tokenizer",
+    "distilbert": "tiny_tokenizer",
+    "modernbert": "modernbert_tokenizer",
+}
+NEW = pytest.mark.parametrize("base", ["distilbert", "modernbert"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def base(request, tmp_path_factory):
     """(family, a checkpoint with its tokenizer); dropout is on."""
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = {"roberta": roberta_tokenizer, "xlm-roberta": xlm_roberta_tokenizer}[request.param]
+    tokenizer = request.getfixturevalue(TOKENIZERS[request.param])
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
     ids = {name: getattr(tokenizer, name) for name in names}
     dropout = {"hidden_dropout_prob": 0.1}
@@ -65,6 +81,7 @@ def test_a_run_trains_and_its_model_opens_with_transformers(base, finished):
 def test_whole_words_are_masked(base, arguments, tmp_path, steps_seen):
     PRETRAIN.main([*arguments, "--max-steps", "2", "--output", str(tmp_path / "run")])
     tokenizer, pieces = AutoTokenizer.from_pretrained(base[1]), 0
+    is_wordpiece = base[0] == "distilbert"
     for batch in (batch for batches in steps_seen for batch in batches):
         number = int(batch.counts["mlm"])  # what follows is filling
         positions, ids = batch.masked_positions[:number], batch.input_ids.clone()
@@ -73,7 +90,12 @@ def test_whole_words_are_masked(base, arguments, tmp_path, steps_seen):
         tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
         for place, token in enumerate(tokens):
             before = tokens[place - 1].lstrip("".join(WORD_STARTS))
-            if not token.startswith(WORD_STARTS) and token.isalpha() and before.isalpha():
+            if token.startswith("##") or (
+                not is_wordpiece
+                and not token.startswith(WORD_STARTS)
+                and token.isalpha()
+                and before.isalpha()
+            ):
                 assert (place in masked) == (place - 1 in masked), tokens[place - 1 : place + 1]
                 pieces += place in masked
     assert pieces > 20
@@ -110,3 +132,66 @@ def test_what_the_model_cannot_do_is_refused_by_option_and_value(
         message = refusal(main, options, capsys)
         assert message.startswith(f"{option} {value}: ") and "\n" not in message
     assert not (tmp_path / "run").exists()
+
+
+@NEW
+@pytest.mark.parametrize("masking", ["token", "span", "entity"])
+def test_masks_of_all_kinds(masking, base, arguments, documents, tmp_path, steps_seen):
+    """Of entities, all of their tokens and no others."""
+    terms, text = ("bank", "river"), tmp_path / "text.jsonl"
+    with text.open("w") as out:
+        for document in documents:
+            for sentence in document:
+                words = sentence.split(" ")
+                starts = [len(" ".join([*words[:place], ""])) for place in range(len(words))]
+                spans = [[at, at + len(of)] for at, of in zip(starts, words) if of in terms]
+                out.write(json.dumps({"text": sentence, "entities": spans}) + "\n")
+    more = ["--masking", masking, "--max-steps", "2", "--output", str(tmp_path / "run")]
+    if masking == "entity":
+        more += ["--train", str(text), "--entity-fill", "none", "--entity-budget", "0.5"]
+    PRETRAIN.main([*arguments, *more])
+    tokenizer, found = AutoTokenizer.from_pretrained(base[1]), []
+    for batch in (batch for batches in steps_seen for batch in batches):
+        number = int(batch.counts["mlm"])  # what follows is filling
+        positions, labels = batch.masked_positions[:number], batch.labels["mlm"][:number]
+        assert not set(labels.tolist()) & set(tokenizer.all_special_ids)
+        run = torch.cat([torch.zeros(1), (positions.diff() != 1).cumsum(0)])[:number]
+        found += [tokenizer.decode(labels[run == which]) for which in run.unique()]
+    if masking == "entity":
+        assert {word for text in found for word in text.split()} == set(terms)
+    else:
+        assert len(found) > 20
+
+
+@pytest.fixture(scope="module")
+def labeled(tmp_path_factory):
+    """Files of rows with two classes, which a word tells apart."""
+    folder, files = tmp_path_factory.mktemp("rows"), {}
+    for name, start in (("train", 0), ("valid", 40), ("test", 60)):
+        kinds = ("river water {} teach,water", "bank train {} model,money")
+        lines = [kinds[number % 2].format("slow " * (number % 7)) for number in range(start, 80)]
+        files[name] = folder / f"{name}.csv"
+        files[name].write_text("\n".join(["text,label", *lines]) + "\n")
+    return [str(word) for name, path in files.items() for word in (f"--{name}", path)]
+
+
+@NEW
+def test_fine_tuning_gives_a_stock_classifier(base, finished, labeled, tmp_path):
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "classifier"
+    options = ["--model", finished / "final", "--epochs", 4, "--learning-rate", "3e-3"]
+    options += ["--precision", "fp32", "--output", output]
+    FINETUNE.main([*labeled, *map(str, options)])
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["test"]["macro_f1"] > 0.9
+    stock = AutoModelForSequenceClassification.from_pretrained(output / "final").eval()
+    assert type(stock) is stock_class(base[0], "ForSequenceClassification")
+    tokenizer = AutoTokenizer.from_pretrained(output / "final")
+    lines = Path(labeled[-1]).read_text().splitlines()
+    texts = [row["text"] for row in csv.DictReader(lines)]
+    with torch.no_grad():
+        logits = [stock(**tokenizer(text, return_tensors="pt")).logits for text in texts]
+    predicted = csv.DictReader((output / "test_predictions.csv").read_text().splitlines())
+    for row, expected in zip(predicted, torch.cat(logits).softmax(-1).tolist(), strict=True):
+        names = [f"probability_{label}" for label in ("money", "water")]
+        assert [float(row[name]) for name in names] == pytest.approx(expected, abs=1e-4)

@@ -1,0 +1,324 @@
+"""ModernBERT: rotations, windows and heads of any config equal the stock class; sizes from scratch;
+configs that make no model; a run from scratch that resumes bit for bit."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from conftest import (
+    arguments_of,
+    assert_same_run,
+    interrupted_copy,
+    pretrain_into,
+    resume,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_reference import (
+    MAX_LENGTH,
+    WINDOW,
+    assert_close,
+    gradients,
+    make_batches,
+    pad,
+    roughen,
+    small_config_of,
+    small_packed,
+    small_stock,
+    stock_class,
+)
+from transformers import AutoModelForMaskedLM, ModernBertConfig, pipeline
+
+from pretrain.batch import IGNORED, Batch
+from pretrain.build import set_up_model
+from pretrain.config import MODEL_SIZES, Config
+from pretrain.errors import UserError
+from pretrain.finetune.dataset import pack
+from pretrain.finetune.heads import load_classifier
+from pretrain.model.loading import from_checkpoint, from_size, load_config, override
+from pretrain.model.packed import count_flops
+
+VOCAB = 90
+SEQUENCE_HEAD = "ForSequenceClassification"
+
+
+def refused(value):
+    return pytest.raises(UserError, match=f"^{re.escape(str(value))}: ")
+
+
+def make_batch(lengths, every=5):
+    """Random tokens; every fifth one is masked."""
+    generator, total = torch.Generator().manual_seed(4), sum(lengths)
+    ids = torch.randint(5, VOCAB, (total,), generator=generator)
+    masked = torch.arange(1, total, every)
+    return Batch(
+        input_ids=ids,
+        token_type_ids=torch.zeros_like(ids),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        masked_positions=masked,
+        labels={"mlm": torch.randint(5, VOCAB, masked.shape, generator=generator)},
+        counts={"mlm": len(masked)},
+        lengths=tuple(lengths),
+        max_length=max(lengths),
+        num_tokens=total,
+        num_sequences=len(lengths),
+    )
+
+
+# The same numbers as the stock class.
+
+THETAS = {"full_attention": 500.0, "sliding_attention": 90.0}
+OTHER = {
+    "default": {},
+    "untied": {"tie_word_embeddings": False},
+    "biases": {
+        **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True),
+        "decoder_bias": False,
+    },
+    "positions": {
+        "rope_parameters": {
+            kind: {"rope_type": "linear", "factor": 2.0, "rope_theta": theta}
+            for kind, theta in THETAS.items()
+        },
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("lengths", [(WINDOW + 1, 32, 1, 9), (200, 64), (1024, 130)], ids=str)
+def test_logits_loss_and_gradients_equal_the_stock_model_padded(lengths, name, tmp_path):
+    """In windows and beyond; weights go both ways."""
+    if lengths[0] > 500 and name != "default":
+        pytest.skip("slow, and the same")
+    more = {"max_position_embeddings": 1024, "num_hidden_layers": 3, **OTHER[name]}
+    small_stock("modernbert", "ForMaskedLM", VOCAB, **more).save_pretrained(tmp_path / "stock")
+    model, fresh = from_checkpoint(str(tmp_path / "stock"))
+    assert fresh == []
+    model.train().save_pretrained(tmp_path / "ours")
+    stock = transformers.ModernBertForMaskedLM.from_pretrained(tmp_path / "ours").train()
+    decoder, table = model.get_output_embeddings(), model.get_input_embeddings()
+    assert (decoder.weight is table.weight) == (name != "untied")
+    batch = make_batch(lengths)
+    inputs = pad(batch)
+    theirs = stock(**inputs)
+    hidden = model.encode(batch)
+    expected = theirs.logits[inputs["labels"] != IGNORED]
+    ours = model.masked_lm_logits(hidden, batch)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    loss = model(batch)["mlm"].sum / batch.counts["mlm"]
+    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    theirs.loss.backward()
+    assert_close(gradients(model), gradients(stock), atol=1e-5, rtol=1e-4)
+    assert gradients(model).keys() == dict(model.named_parameters()).keys()
+
+
+def test_a_token_sees_as_far_as_its_windows_reach():
+    """A changed token changes the outputs of one sliding layer within the window only."""
+    model = small_packed("modernbert", VOCAB, layer_types=["sliding_attention"] * 2).eval()
+    batch, place = make_batch((60, 20)), 25
+    before = model.encode(batch)
+    batch.input_ids[place] = 5 + (batch.input_ids[place] - 4) % (VOCAB - 5)
+    changed = (model.encode(batch) - before).abs().amax(-1) > 1e-6
+    found = changed.nonzero()[:, 0].tolist()
+    assert (found[0], found[-1]) == (place - 2 * WINDOW, place + 2 * WINDOW)
+
+
+def test_bf16_gradients_are_close_to_float32(corpus, vocabulary):
+    model = small_packed("modernbert", vocabulary.size, num_hidden_layers=4)
+    (batch,), found = make_batches(corpus, vocabulary, "mlm"), []
+    for is_bf16 in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            model(batch)["mlm"].sum.backward()
+        found.append(gradients(model))
+    exact, rounded = found
+    for name, gradient in exact.items():
+        assert (rounded[name] - gradient).norm() < 0.03 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_classifier_equals_the_stock_one_padded(pooling, tmp_path):
+    more = {"classifier_pooling": pooling, "num_labels": 3}
+    small_stock("modernbert", SEQUENCE_HEAD, VOCAB, **more).save_pretrained(tmp_path)
+    model = load_classifier(str(tmp_path)).train()
+    stock = stock_class("modernbert", SEQUENCE_HEAD).from_pretrained(tmp_path).train()
+    ids = torch.randint(5, VOCAB, (80,), generator=torch.Generator().manual_seed(1)).numpy()
+    parts = [ids[:40], ids[40:43], ids[43:]]
+    batch = pack([(part, 0 * part, label) for label, part in enumerate(parts)], MAX_LENGTH)
+    theirs, terms = stock(**pad(batch)), model(batch)["label"]
+    torch.testing.assert_close(terms.sum / 3, theirs.loss, atol=1e-5, rtol=1e-5)
+    (terms.sum / 3).backward()
+    theirs.loss.backward()
+    assert_close(gradients(model), gradients(stock), atol=1e-5, rtol=1e-4)
+
+
+def test_a_fresh_head_has_the_deviation_of_the_stock_one(tmp_path):
+    """1 / sqrt(width), where other families have `initializer_range`."""
+    small_stock("modernbert", "ForMaskedLM", VOCAB).save_pretrained(tmp_path)
+    model = load_classifier(str(tmp_path), [str(number) for number in range(40)])
+    stock = stock_class("modernbert", SEQUENCE_HEAD)(model.config)
+    deviations = [of.classifier.weight.std().item() for of in (model, stock)]
+    assert deviations[0] == pytest.approx(deviations[1], rel=0.1)
+    assert not model.classifier.bias.any()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 20))
+def test_counted_pairs_are_those_within_windows(lengths, window):
+    kinds = {"layer_types": ["sliding_attention"] * 2, "local_attention": 2 * window}
+    model, batch = small_packed("modernbert", VOCAB, **kinds), make_batch(lengths)
+    pairs = sum(
+        abs(query - key) <= window
+        for length in lengths
+        for query in range(length)
+        for key in range(length)
+    )
+    encoder = sum(weight.numel() for weight in model.layers.parameters() if weight.ndim == 2)
+    head = 32 * (32 + VOCAB) * batch.counts["mlm"]
+    assert count_flops(model, batch) == 6 * encoder * sum(lengths) + 12 * 2 * 32 * pairs + 6 * head
+
+
+# From scratch.
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_sizes_have_about_the_weights_of_bert(size):
+    with torch.device("meta"):
+        model, bert = (
+            from_size(size, 1000, 64, 3, architecture=name) for name in ("modernbert", "bert")
+        )
+    layers, width = MODEL_SIZES[size]
+    assert len(model.layers) == layers and model.config.hidden_size == width
+    counts = [sum(of.numel() for of in made.layers.parameters()) for made in (model, bert)]
+    assert counts[0] == pytest.approx(counts[1], rel=0.05)
+    assert model.config.pad_token_id == 3 and model.config.eos_token_id is None
+    assert model.max_length == 8192 and model.length_problems(8193)
+    assert model.windows == [None if not number % 3 else 64 for number in range(layers)]
+
+
+def test_fresh_weights_are_those_of_the_stock_class():
+    torch.manual_seed(8)
+    model = from_size("tiny", 120, 64, 0, ["num_hidden_layers=3"], "modernbert")
+    torch.manual_seed(8)
+    stock = transformers.ModernBertForMaskedLM(model.config)
+    assert_close(model.state_dict(), stock.state_dict(), atol=0.0, rtol=0.0)
+
+
+def test_a_size_reaches_longer_sequences():
+    model = from_size("tiny", 120, 10_000, 0, ["num_hidden_layers=1"], "modernbert")
+    assert model.max_length == 10_000
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_types_of_layers_follow_their_number(count):
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    config = small_config_of("modernbert", VOCAB, num_hidden_layers=3, layer_types=kinds)
+    override(config, [f"num_hidden_layers={count}", "mlp_dropout=0.2", "local_attention=6"])
+    usual = ["full_attention", "sliding_attention"]  # of the layers 3 and 4
+    assert config.layer_types == [*kinds, *usual][:count]
+    assert (config.mlp_dropout, config.local_attention) == (0.2, 6)
+
+
+BAD = """hidden_dropout_prob=0 local_attention=0 local_attention=wide mlp_dropout=2 norm_eps=-1
+classifier_pooling=max hidden_activation=nothing classifier_activation=nothing
+num_hidden_layers=1000000000 hidden_size=31 hidden_size=30 initializer_cutoff_factor=0"""
+
+
+@pytest.mark.parametrize("entry", BAD.split())
+def test_overrides_that_make_no_model_are_refused(entry):
+    with refused(entry):
+        override(small_config_of("modernbert", VOCAB), [entry])
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+WRONG = [
+    {"layer_types": ["full_attention"]},
+    {"layer_types": ["full_attention", "chunked_attention"]},
+    {"layer_types": None, "global_attn_every_n_layers": 0},
+    {"rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": DYNAMIC}},
+    {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": -1.0}}},
+    {"local_attention": 10**400},
+    {"mlp_dropout": "none"},
+    {"norm_eps": float("nan")},
+]
+
+
+@pytest.mark.parametrize("fields", WRONG, ids=str)
+def test_a_config_that_makes_no_model_is_refused(fields, tmp_path):
+    small_stock("modernbert", "ForMaskedLM", VOCAB).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with refused(tmp_path):
+        from_checkpoint(str(tmp_path))
+
+
+def test_the_form_takes_the_configs_of_published_checkpoints(tmp_path):
+    """Those of 2024 say how often a layer is full, and have two fields for the rotations."""
+    config = small_config_of("modernbert", VOCAB).to_dict()
+    for name in ("layer_types", "rope_parameters"):
+        del config[name]
+    older = {"global_attn_every_n_layers": 2, "global_rope_theta": 16e4, "local_rope_theta": 1e4}
+    older |= {"position_embedding_type": "absolute", "reference_compile": None}
+    (tmp_path / "config.json").write_text(json.dumps(config | older))
+    loaded = load_config(str(tmp_path))
+    assert loaded.layer_types == ["full_attention", "sliding_attention"]
+    thetas = {kind: of["rope_theta"] for kind, of in loaded.rope_parameters.items()}
+    assert thetas == {"full_attention": 16e4, "sliding_attention": 1e4}
+
+
+@pytest.mark.parametrize("dropout", [0.2, 0.1])
+def test_dropout_of_a_run_replaces_the_models_own_unless_they_agree(dropout):
+    rates = {"mlp_dropout": 0.2, "embedding_dropout": 0.1}
+    model = roughen(from_size("tiny", VOCAB, 64, 0, [], "modernbert"))
+    for name, rate in rates.items():
+        setattr(model.config, name, rate)
+    model.base_model.embeddings.drop.p = 0.1
+    for layer in model.layers:
+        layer.mlp.drop.p = 0.2
+    config = Config(objective="mlm", dropout=dropout)
+    set_up_model(model, config, torch.device("cpu"), "fp32")
+    layer = model.layers[1]
+    found = [of.p for of in (model.base_model.embeddings.drop, layer.mlp.drop, layer.attn.out_drop)]
+    assert found == ([0.1, 0.2, 0.0] if dropout == 0.2 else [0.1, 0.1, 0.1])
+
+
+# A run.
+
+
+@pytest.fixture(scope="module")
+def arguments(text_file, cache):
+    """Steps with short and long sequences, Muon and dropout."""
+    return arguments_of(
+        "--architecture modernbert --model tiny --objective mlm --masking word --vocab-size 120",
+        "--phases 32:0.5 96:0.5 --batch-size 16 --micro-batch-size 8 --max-steps 6 --dropout 0.1",
+        "--learning-rate 5e-3 --save-every 2 --eval-every 3 --keep 9 --eval-tokens 600",
+        "--precision fp32 --config-override hidden_size=32 intermediate_size=64",
+        f"num_attention_heads=2 num_hidden_layers=3 local_attention={2 * WINDOW}",
+        ["--train", text_file, "--cache", cache],
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    return pretrain_into(tmp_path_factory.mktemp("runs") / "finished", arguments)
+
+
+def test_a_run_from_scratch_resumes_bit_for_bit(finished, tmp_path):
+    interrupted_copy(finished, tmp_path / "run", 2)
+    assert_same_run(finished, resume(tmp_path / "run"), step=6)
+
+
+def test_its_model_opens_with_transformers(finished):
+    model, info = AutoModelForMaskedLM.from_pretrained(finished / "final", output_loading_info=True)
+    assert type(model) is transformers.ModernBertForMaskedLM
+    assert type(model.config) is ModernBertConfig
+    assert not any(info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
+    fill = pipeline("fill-mask", model=str(finished / "final"), device="cpu")
+    assert len(fill("quick [MASK] learn .", top_k=3)) == 3
+    card = (finished / "final" / "README.md").read_text()
+    assert "AutoModelForMaskedLM" in card and "AutoModelForPreTraining" not in card
