@@ -20,12 +20,15 @@ from dataclasses import Field, fields
 from itertools import takewhile
 from pathlib import Path
 
+from pretrain import __version__
 from pretrain.errors import UserError, option_named, os_error, refusing, what_it_takes
 from pretrain.files import locks_released, read_text
 from pretrain.schema import AUTO, flag
 from pretrain.signals import Interrupted, handled
 
 FORMER_NAMES = {"--colour": "--color"}  # still accepted, in no help
+CONSOLE_PREFIX = "bert-"  # of the commands that a wheel installs
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"  # only in a clone
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,6 +44,7 @@ def build_parser(options: type, description: str) -> argparse.ArgumentParser:
     parser = _Parser(
         description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
+    parser.add_argument("--version", action="version", version=f"bert-pretrain {__version__}")
     config_help = "YAML or JSON file of options; the command line overrides it"
     parser.add_argument("--config", metavar="FILE", help=config_help)
     groups, hints = {}, typing.get_type_hints(options)
@@ -211,14 +215,30 @@ def _as_flags(values: dict, options: type) -> list[str]:
     return flags
 
 
-def as_command(script: str, options: object) -> str:
+def command(name: str, *words: object) -> str:
+    """The command line that runs the command `name` with `words`, quoted for a shell.
+
+    As this process was started: `bert-NAME` from a console script or without a clone, else `python
+    scripts/NAME.py`, with a path that is valid in the current folder."""
+    started = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name
+    if started.startswith(CONSOLE_PREFIX) or not (SCRIPTS / "pretrain.py").is_file():
+        begin = [CONSOLE_PREFIX + name.replace("_", "-")]
+    else:
+        path = SCRIPTS / f"{name}.py"
+        if path.is_relative_to(Path.cwd()):
+            path = path.relative_to(Path.cwd())
+        begin = ["python", path]
+    return shlex.join(map(str, [*begin, *words]))
+
+
+def as_command(name: str, options: object) -> str:
     """The command line of `options`: every value that is not its default."""
     changed = {}
     for entry in fields(options):
         value = getattr(options, entry.name)
         if value != entry.default:
             changed[entry.name] = value
-    return shlex.join(["python", f"scripts/{script}.py", *_as_flags(changed, type(options))])
+    return command(name, *_as_flags(changed, type(options)))
 
 
 def run_command(

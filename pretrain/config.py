@@ -366,8 +366,8 @@ class AdaptOptions(LabelOptions):
     task_text: bool = option(False, "also pretrain on the texts of --train")
     label_budgets: Texts = changeable(("all",), "rows to fine-tune on, or all", BUDGETS)
     seeds: int = changeable(5, "fine-tune each encoder N times per budget, with seeds 0..", COUNT)
-    pretrain: str = changeable("", "options of pretrain.py, in quotes", metavar="OPTIONS")
-    finetune: str = changeable("", "options of finetune.py, in quotes", metavar="OPTIONS")
+    pretrain: str = changeable("", "options of the pretraining, in quotes", metavar="OPTIONS")
+    finetune: str = changeable("", "options of the fine-tuning, in quotes", metavar="OPTIONS")
     output: str = changeable("runs/adapt", "folder of the experiment, where it resumes")
     overwrite: bool = changeable(False, "start the experiment in --output over")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 SHOWN_PROBLEMS = 20
 MORE = "and "  # begins the line that counts the others
-EXPECTED = {  # by number of an error of the operating system
+EXPECTED: dict[int | None, str] = {  # by number of an error of the operating system
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "more open files (ulimit -n)"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "permission to read and write"),

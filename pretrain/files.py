@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from pretrain.errors import UserError, os_error, refusing, what_it_takes
 from pretrain.schema import Form, misfit
@@ -65,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
     write_aside(path, write)
 
 
-def as_json(content: object, **options: object) -> str:
+def as_json(content: object, **options: Any) -> str:
     """`content` in strict JSON, which has no NaN and no infinity: these become null. `options` are
     those of json.dumps."""
     return json.dumps(_finite(content), allow_nan=False, **options)

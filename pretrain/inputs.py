@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from pretrain.cli import command
 from pretrain.config import (
     MODEL_SIZES,
     Config,
@@ -122,7 +123,8 @@ def _check_corpus(text: TextFiles, options: TextOptions) -> None:
     given = [name for name in names if getattr(options, name) != getattr(TextOptions, name)]
     if given and not (getattr(options, "valid", None) or getattr(options, "mix", None)):
         problem = f"{typed(options, *given)}: {text.name} is already prepared"
-        raise UserError(f"{problem}; expected raw text, or pass the options to prepare.py")
+        expected = f"expected raw text, or pass the options to {command('prepare')}"
+        raise UserError(f"{problem}; {expected}")
 
 
 def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Markup:

@@ -6,7 +6,6 @@ fine-tuning. The loop asks a run for scores, model folders and numbers to log.
 
 import math
 import platform
-import shlex
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -20,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pretrain import recipe
 from pretrain.batch import Batch
+from pretrain.card import hub_datasets
+from pretrain.cli import command
 from pretrain.config import EPOCHS, Config, counted_length, typed
 from pretrain.data.collate import Collator
 from pretrain.data.loader import PretrainingDataset, TrainData
@@ -328,7 +329,7 @@ class PretrainingRun(Run):
             arguments += ["--phases", *config.phases, "--phase", self.phase_at(step) + 1]
         arguments += ["--micro-batch-size", size, "--sampled", num_sampled]
         arguments += ["--save", "batch.pt"]
-        return shlex.join(["python", "scripts/show_masks.py", *map(str, arguments)])
+        return command("show_masks", *arguments)
 
     def validate(self, step: int, stop: Callable[[], int], monitor: Monitor) -> dict | None:
         """Scores from `evaluate`, and those on the other texts of a mixture as TEXT/NAME; sample
@@ -358,6 +359,8 @@ class PretrainingRun(Run):
             "masking": config.masking,
             "mask_rate": list(config.mask_rate),
             "started_from": config.model,
+            "language": None if config.split_sentences == AUTO else config.split_sentences,
+            "datasets": list(hub_datasets(config.train)),
             "eval_tokens": config.eval_tokens,
             "eval_batch_size": phase.eval_batch_size,
             "batch_size": config.batch_size,
@@ -369,10 +372,9 @@ class PretrainingRun(Run):
             "held_out_step": state.evaluated_at if state.scores else 0,
             "held_out": state.scores,
         }
-        if not config.phases:
-            del facts["phases"]
-        if config.mix:
-            facts["mix"] = list(config.mix)
+        facts["mix"] = list(config.mix)
+        optional = ("phases", "language", "datasets", "mix")
+        facts = {name: value for name, value in facts.items() if value or name not in optional}
         ckpt.write_model(folder, self.model, self.tokenizer, facts, weights)
 
     def has_result(self) -> bool:

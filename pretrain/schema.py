@@ -8,11 +8,12 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import starmap
+from typing import Any, TypeAlias
 
-Form = "Rule | dict[str, Form] | list[Form]"
+Form: TypeAlias = "Rule | dict[str, Form] | list[Form]"
 SHOWN_CHARACTERS = 60  # of a value in a message
 AUTO = "auto"  # the value of an option that the program chooses
 
@@ -21,7 +22,7 @@ AUTO = "auto"  # the value of an option that the program chooses
 class Rule:
     """What one value must be; `expected` completes the sentence "expected ..."."""
 
-    holds: Callable[[object], bool]
+    holds: Callable[[Any], bool]
     expected: str
     choices: tuple = ()  # all valid values, if there are few
     metavar: str | None = None  # what --help calls the value
@@ -52,7 +53,7 @@ def integer(low: int = 0, high: int = 2**53) -> Rule:
 def number(low: float = 0.0, high: float = math.inf, above: bool = False) -> Rule:
     """A finite number within low..high; with `above`, `low` itself is excluded."""
 
-    def holds(value: object) -> bool:
+    def holds(value: Any) -> bool:
         # Not math.isfinite, which raises an error for integers too large for a float.
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             return False
@@ -100,14 +101,14 @@ def misfit(value: object, form: Form, place: str = "") -> str | None:
         shown = "missing" if value is None else str(value)[:SHOWN_CHARACTERS]
         shown = shown if isinstance(value, (str, int, float, type(None))) else type(value).__name__
         return f"{place} is {shown}; expected {form.expected}"
-    if not isinstance(value, type(form)):
-        expected = "an array" if isinstance(form, list) else "an object"
-        return f"{place or 'the content'} is {type(value).__name__}; expected {expected}"
-    if isinstance(form, list):
+    if isinstance(form, list) and isinstance(value, list):
         parts = ((item, form[0], f"{place}[{index}]") for index, item in enumerate(value))
-    else:
+    elif isinstance(form, dict) and isinstance(value, dict):
         start = f"{place}." if place else ""
         parts = ((value.get(key), inner, f"{start}{key}") for key, inner in form.items())
+    else:
+        expected = "an array" if isinstance(form, list) else "an object"
+        return f"{place or 'the content'} is {type(value).__name__}; expected {expected}"
     return next(filter(None, starmap(misfit, parts)), None)
 
 
@@ -120,12 +121,12 @@ def option(
     required: bool = False,
     excludes: str = "",
     **argparse_arguments: object,
-) -> Field:
+) -> Any:  # a Field, but the class declares the type of its value
     """A dataclass field that is also a command-line option, with `text` as its help.
 
     `form` is for values other than the default. `may_change`: on resume. `excludes`: an option that
     cannot be combined with it. The rest goes to argparse; `positional` means no flag."""
-    arguments = {"nargs": "+"} if isinstance(default, tuple) else {}
+    arguments: dict[str, object] = {"nargs": "+"} if isinstance(default, tuple) else {}
     if form and form.choices:  # only shown: `validate` reports all wrong values at once
         arguments["metavar"] = f"{{{','.join(map(str, form.choices))}}}"
     for name in ("metavar", "nargs"):

@@ -18,6 +18,7 @@ from pretrain import cli, config
 from pretrain.schema import AUTO
 
 LEVELS = (  # from top to bottom: a module imports from its own level or from below
+    ("__main__",),
     ("commands",),
     ("adapt",),
     ("finetune", "demo"),
@@ -29,9 +30,10 @@ LEVELS = (  # from top to bottom: a module imports from its own level or from be
     ("bootstrap", "metrics"),
     ("cli", "plots", "preflight"),
     ("data", "model", "runtime"),
+    ("card",),
     ("batch", "config", "schema", "signals", "files", "errors"),
 )
-WINGS = LEVELS[-2]
+WINGS = ("data", "model", "runtime")
 NAME_FLAGS = re.compile(
     r"pretrain\.(config|preflight|cli|run|resume|build|plan|inputs|corpora|demo|commands\..*"
     r"|finetune\.build|adapt\.(checks|pipeline|suite))"

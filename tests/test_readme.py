@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 from conftest import ROOT, script
+from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
@@ -182,7 +183,10 @@ def test_each_command_runs(line, home, run, capsys):
     run(line)
     name = re.search(r"scripts/(\w+)\.py", line)[1]
     if name == "pretrain":
-        AutoModelForMaskedLM.from_pretrained(home / re.search(r"runs/\w+", line)[0] / "final")
+        folder = home / re.search(r"runs/\w+", line)[0] / "final"
+        AutoModelForMaskedLM.from_pretrained(folder)
+        scores = ModelCard.load(folder / "README.md").data.eval_results
+        assert {"perplexity", "accuracy"} == {score.metric_type for score in scores}
     else:
         assert re.search(PRINTED[name], capsys.readouterr().out)
 

@@ -181,7 +181,7 @@ def open_experiment(experiment: Experiment) -> None:
         lock(output)
     record, path = _record_of(experiment), output / "experiment.json"
     if path.is_file() and not options.overwrite:
-        saved = read_json(path, dict.fromkeys(record, {}), "an experiment of adapt.py")
+        saved = read_json(path, dict.fromkeys(record, {}), "an experiment")
         changed = _differences(saved, record)
         if [*output.glob("parts/pretrain-*"), *output.glob("*/checkpoint-*")]:
             begin = f"--output {output}: was started with"

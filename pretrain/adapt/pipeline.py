@@ -7,7 +7,6 @@ and every encoder is fine-tuned for every label budget and seed. Each part saves
 
 import csv
 import json
-import shlex
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,7 +16,7 @@ from pretrain import recipe
 from pretrain.adapt import domain, forgetting
 from pretrain.adapt.checks import TRAINED_ON, Experiment, naming
 from pretrain.adapt.dedup import write_cleaned
-from pretrain.cli import as_command
+from pretrain.cli import as_command, command
 from pretrain.config import UTF8
 from pretrain.corpora import open_or_prepare
 from pretrain.data import tokenizer as tokenizers
@@ -112,8 +111,7 @@ def compare(experiment: Experiment) -> dict:
         inputs.append(f"{name}={path}")
     ignored = domain.stop_words("auto")
     facts, _ = domain.compare(texts, tokenizers.load(model), COMPARED_WORDS, ignored)
-    command = ["python", "scripts/domain.py", "--input", *inputs, "--tokenizer", model]
-    return facts | {"command": shlex.join(command)}
+    return facts | {"command": command("domain", "--input", *inputs, "--tokenizer", model)}
 
 
 def _run_of(experiment: Experiment, name: str, **changes: object) -> PretrainingRun:
@@ -206,6 +204,6 @@ def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict
         raise UserError("\n".join(summary["notes"]))  # the outputs are not finite
     with (output / "test_predictions.csv").open(encoding="utf-8", newline="") as rows:
         labels = [row["predicted_label"] for row in csv.DictReader(rows)]
-    command = as_command("finetune", replace(options, save_model=True))
     predicted = [experiment.classes.index(label) for label in labels]
-    return summary | {"command": command, "predicted": predicted}
+    typed = as_command("finetune", replace(options, save_model=True))
+    return summary | {"command": typed, "predicted": predicted}

@@ -1,9 +1,8 @@
 """Find out whether further pretraining on your text helps your task; writes a report."""
 
-import shlex
 import shutil
 
-from pretrain.cli import join_quoted, parse
+from pretrain.cli import command, join_quoted, parse
 from pretrain.config import AdaptOptions
 
 
@@ -18,7 +17,7 @@ def main(argv: list[str]) -> None:
     experiment = build_experiment(options)
     open_experiment(experiment)
     facts = run_experiment(experiment)
-    facts["command"] = shlex.join(["python", "scripts/adapt.py", *argv])
+    facts["command"] = command("adapt", *argv)
     output = experiment.output
     answer = write_report(output, facts)
     if experiment.replaced:

@@ -31,7 +31,7 @@ class EvaluateOptions(config.DeviceOptions, config.TextOptions):
         required=True,
     )
     valid_fraction: float = option(
-        0.0, "use only the documents that pretrain.py holds out (0: all)", number(0, 0.5)
+        0.0, "use only the documents that pretraining holds out (0: all)", number(0, 0.5)
     )
     # By default the run's values, else those of DEFAULT.
     objective: str | None = option(None, "the run's, else mlm+nsp", one_of(*OBJECTIVES))

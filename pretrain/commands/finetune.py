@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.cli import read_command_line
+from pretrain.cli import command, read_command_line
 from pretrain.commands.pretrain import read_saved
 from pretrain.config import FinetuneOptions
 from pretrain.errors import UserError, check, option_named
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     if notes := summary.get("notes"):
         print("\n" + "\n".join(notes))
     if summary["state"] != FINISHED:
-        print(f"\nresume: python scripts/finetune.py --resume --output {output}")
+        print(f"\nresume: {command('finetune', '--resume', '--output', output)}")
     else:
         print(f"\nmodel: {output / 'final'}" if options.save_model else f"\nscores: {output}")
     print(f"TensorBoard: tensorboard --logdir {output}")

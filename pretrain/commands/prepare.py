@@ -1,10 +1,10 @@
-"""Convert text into a corpus folder (token ids, tokenizer) that `pretrain.py --train` opens."""
+"""Convert text into a corpus folder (token ids, tokenizer), to pretrain on with --train."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.cli import parse
+from pretrain.cli import command, parse
 from pretrain.config import PATHS, TextOptions, TokenizerOptions, typed
 from pretrain.errors import check, option_named, require
 from pretrain.preflight import output_problems, problems_of
@@ -77,4 +77,4 @@ def main(argv: Sequence[str]) -> None:
         workers=options.workers,
         on_cluster=options.ray is not None,
     )
-    print(f"to train on it: python scripts/pretrain.py --train {corpus.folder}")
+    print(f"to train on it: {command('pretrain', '--train', corpus.folder)}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain.cli import options_of, read_command_line, read_options
+from pretrain.cli import command, options_of, read_command_line, read_options
 from pretrain.commands.fill_mask import fill_masks, open_pipeline
 from pretrain.config import Config
 from pretrain.errors import UserError, check
@@ -108,7 +108,7 @@ def report(output: Path, summary: dict) -> None:
     if summary["state"] == "finished":
         rows["model"] = rows.pop("use")
     else:
-        rows["resume"] = f"python scripts/pretrain.py --resume --output {output}"
+        rows["resume"] = command("pretrain", "--resume", "--output", output)
     rows["TensorBoard"] = f"tensorboard --logdir {output}"
     formats = {float: ",.4f", int: ","}
     for name, value in rows.items():

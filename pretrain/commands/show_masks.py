@@ -1,7 +1,7 @@
 """Show what the model will read: some examples with their masks in color, and statistics of the
 masking strategy.
 
-Takes the data and task options of pretrain.py; trains nothing."""
+Takes the data and task options of pretraining; trains nothing."""
 
 import os
 import sys
@@ -49,11 +49,11 @@ class ShowMasksOptions(
 ):
     """Display: options of show_masks.py."""
 
-    model: str = option("base", "model whose tokenizer is used, or a size, as in pretrain.py")
+    model: str = option("base", "model whose tokenizer is used, or a size, as in pretraining")
     examples: int = option(12, "sequences to show", config.COUNT_OR_0)
     sampled: int = option(100, "micro-batches to compute the statistics from", config.COUNT)
     micro_batch_size: int = option(32, "sequences of max-length in a micro-batch", config.COUNT)
-    seed: int = option(0, "seed of pairs and masks, as in pretrain.py", config.SEED)
+    seed: int = option(0, "seed of pairs and masks, as in pretraining", config.SEED)
     position: tuple[float, ...] = option(
         (), "data position to start at, as a run prints it (default: 0 0 0)", POSITION
     )

@@ -1,4 +1,4 @@
-"""Make a table of similar words for `pretrain.py --similar` from your word vectors."""
+"""Make a table of similar words, to pretrain on with --similar, from your word vectors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -90,13 +90,15 @@ def _sentence(
     rows: list[Row], separator: str | None, path: Path, strays: list[tuple[int, str]]
 ) -> Tagged:
     """The tokens of a sentence, joined; I- tags without a B- are added to `strays`."""
-    text, spans, open_type = "", [], None
+    spans: list[Entity] = []
+    text, open_type = "", None
     for line, token, tag in rows:
-        gap = separator
         if separator is None:
             numbered = NUMBERED.fullmatch(token)
             token, place = numbered.groups() if numbered else (token, "0")
             gap = " " if place == "0" else ""
+        else:
+            gap = separator
         if text:
             text += gap
         prefix, kind = [*re.split("[-_]", tag, maxsplit=1), ""][:2]

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.data.tokenizer import MAX_IDS, Vocabulary, load
 from pretrain.errors import UserError, refusing
 from pretrain.files import key_of, read_json, sha256_of
-from pretrain.schema import FILE_NAME, TEXT, integer, misfit
+from pretrain.schema import FILE_NAME, TEXT, Form, integer, misfit
 
 FORMAT_VERSION = 3
 WORD_START, ENTITY_START, ENTITY_INSIDE = 1, 2, 4  # bits of `flags`
@@ -44,15 +44,15 @@ OPEN_SHARDS = 4  # kept mapped by a process
 # Counted in a shard and in a corpus; the first three are at least 1.
 COUNTS = ("documents", "sentences", "tokens", "unknown_tokens", "words", "entities")
 _COUNTS = {name: integer(int(name in COUNTS[:3])) for name in COUNTS}
-_FILE = {"bytes": integer(), "sha256": TEXT}
-_FORM = {
+_FILE: dict[str, Form] = {"bytes": integer(), "sha256": TEXT}
+_FORM: dict[str, Form] = {
     **_COUNTS,
     "words": integer(1),
     "vocab_size": integer(1, MAX_IDS),
     **dict.fromkeys(("fingerprint", "tokenizer", "words_by"), TEXT),
     "smallest_hashes": [integer(0, HASH_RANGE - 2)],
     "tokenizer_files": [{"name": FILE_NAME, **_FILE}],
-    "shards": [{"name": FILE_NAME, "arrays": dict.fromkeys(ARRAYS, _FILE), **_COUNTS}],
+    "shards": [{"name": FILE_NAME, "arrays": {name: _FILE for name in ARRAYS}, **_COUNTS}],
 }
 
 
@@ -210,11 +210,11 @@ class Corpus:
         order = np.argsort(hashes, kind="stable")
         before = np.cumsum(tokens[order]) - tokens[order]
         order = order[: max(2, int(np.searchsorted(before, max_tokens)))]
-        parts: list[Shard | None] = [None] * len(order)
+        parts: dict[int, Shard] = {}
         for rank in np.argsort(owners[order], kind="stable").tolist():  # opens each shard once
             document = order[rank]
             parts[rank] = _document(self.shard(int(owners[document])), int(places[document]))
-        return concatenate(parts)
+        return concatenate([parts[rank] for rank in range(len(order))])
 
 
 def _check_hashes(files: Iterable[tuple[Path, dict]]) -> None:
@@ -311,7 +311,7 @@ def seal(info: dict) -> dict:
 
 def _read_manifest(folder: Path) -> dict:
     path = folder / "corpus.json"
-    info = read_json(path, expected=f"a folder that prepare.py wrote; {ADVICE}")
+    info = read_json(path, expected=f"a prepared corpus; {ADVICE}")
     if info.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not a corpus of format {FORMAT_VERSION}; {ADVICE}")
     with refusing(f"{path}: cannot be read", ADVICE):

@@ -58,7 +58,7 @@ def open_files(paths: tuple[str, ...], options: TextOptions, read_entities: bool
 
     Plain text is read in place unless it is compressed, mixed with tables, or limited by
     max_documents. UserError if a file cannot be read; nothing is left half-written."""
-    given_as = {}  # file -> entry that the user named
+    given_as: dict[str, str] = {}  # file -> entry that the user named
     for entry in expand(paths):
         is_packed = Path(entry).suffix.lower() in COMPRESSED
         files = _unpack(entry, Path(options.cache)) if is_packed else [entry]

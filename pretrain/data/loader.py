@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -227,7 +227,7 @@ class TrainData(Iterator[list[Batch]]):
             position._replace(progress=progress_at(step + number // micro_batches, total_steps))
             for number, position in islice(numbered, self.rank, None, self.world_size)
         )
-        options = {}
+        options: dict[str, Any] = {}
         if self.workers:
             options = {"num_workers": self.workers, "prefetch_factor": 4}
             options |= {"timeout": SILENCE_SECONDS, "worker_init_fn": begin_worker}

@@ -124,8 +124,11 @@ def plan_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) 
         return plan
     swapped = (plan.label == 0) & (uniform(derive(plan.keys, SWAP)) < 0.5)
     a, b = (plan.a_start, plan.a_length), (plan.b_start, plan.b_length)
-    columns = zip((*b, *a, 1), (*a, *b, plan.label))
-    return Plan(*(np.where(swapped, new, old) for new, old in columns), plan.keys)
+    a_start, a_length, b_start, b_length = (
+        np.where(swapped, new, old) for new, old in zip(b + a, a + b)
+    )
+    labels = np.where(swapped, 1, plan.label)
+    return Plan(a_start, a_length, b_start, b_length, labels, plan.keys)
 
 
 def whole_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
@@ -33,7 +33,7 @@ def choose_workers(workers: int | None, sizes: Sequence[int], worthwhile: int) -
 
 def in_processes(
     function: Callable, shared: object, tasks: Sequence[tuple], workers: int
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Run in `workers` processes; close the iterator (contextlib.closing) to end them at once."""
     # A forked process would lack the threads of the tokenizer.
     context = multiprocessing.get_context("spawn")
@@ -84,7 +84,7 @@ def connect(address: str) -> None:
 
 def on_cluster(
     function: Callable, shared: object, tasks: Sequence[tuple]
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Run on the cluster that `connect` has opened; disconnects at the end."""
     ray = require("ray", "a cluster")
     try:

@@ -193,6 +193,7 @@ def _make_shard(recipe: _Recipe, piece: list[Span], advance: Callable[[int], obj
         if by_character:
             flags = mark(marked, encodings, starts_word, recipe.markup.words)
         else:
+            assert starts_word is not None, "such a tokenizer is read by character"
             flags = starts_word.astype(np.uint8) * WORD_START
         parts.append((ids, flags, lengths))
         for item in batch:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import cast
 
 from pretrain.data.sources import MAX_CHARACTERS, too_long
 
@@ -112,7 +113,7 @@ def documents(stream: Stream) -> Iterator[list[Sentence]]:
     """The documents of a stream of sentences, one in memory at a time."""
     for is_end, items in groupby(stream, key=lambda item: item is None):
         if not is_end:
-            yield list(items)
+            yield cast(list[Sentence], list(items))
 
 
 def as_record(sentences: list[Sentence]) -> dict:

@@ -73,7 +73,7 @@ def choose_field(record: dict, where: str) -> str:
     return texts[0]
 
 
-def no_column(record: dict, where: str, name: str, field: str) -> UserError:
+def no_column(record: dict, where: str, name: str | None, field: str) -> UserError:
     """The error for a record without the column `name`; `field` is text, label or the like."""
     columns = ", ".join(map(str, record))
     return UserError(f"{where}: no column {name!r}; expected the {field} field among {columns}")
@@ -110,7 +110,8 @@ def _array_items(handle: TextIO) -> Iterator[list]:
     separator = re.compile(r"\s*")
     while True:
         try:
-            item, place = decode(text, separator.match(text, place).end())
+            begin = separator.match(text, place).end()  # type: ignore[union-attr] # None: see below
+            item, place = decode(text, begin)
         except (ValueError, AttributeError) as error:  # the item or the comma is not complete
             if end := re.compile(r"\s*\]").match(text, place):
                 if (text[end.end() :] + handle.read(CHUNK_BYTES)).strip():

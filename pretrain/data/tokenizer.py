@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -121,7 +122,8 @@ def train(
     # processes, and breaks ties by number. Entries passed as special tokens keep their order, so
     # the first pass finds the characters and the second gets them sorted.
     # The limit on characters keeps rare ones from crowding out words, but leaves room for Chinese.
-    limits = {"show_progress": False, "limit_alphabet": max(256, vocab_size * 6 // 10)}
+    alphabet = max(256, vocab_size * 6 // 10)
+    limits: dict[str, Any] = {"show_progress": False, "limit_alphabet": alphabet}
     entries: dict[str, int] = {}
     for size in (0, vocab_size):  # size 0 gives only the single characters
         first = SPECIAL_TOKENS + sorted(entries.keys() - set(SPECIAL_TOKENS))
@@ -156,7 +158,8 @@ def encode_together(
 def in_groups(items: Iterable, size_of: Callable, at_most: int) -> Iterator[list]:
     """Lists of the items, in order, each with `at_most` items and, unless it has only one,
     ENCODED_CHARACTERS characters; `size_of(item)` is a number of characters."""
-    group, room = [], ENCODED_CHARACTERS
+    group: list = []
+    room = ENCODED_CHARACTERS
     for item in items:
         size = size_of(item)
         if group and size > room:

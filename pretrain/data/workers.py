@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from multiprocessing.context import BaseContext
+from typing import Any
 
 from pretrain.signals import ignore_stop_signals, signal_on_parent_exit
 
@@ -42,7 +43,7 @@ multiprocessing.util.Finalize(None, _kill_workers, exitpriority=0)
 
 def worker_context() -> BaseContext:
     """A multiprocessing context that starts `Worker`s with the start method of this process."""
-    context = copy.copy(multiprocessing.get_context())
+    context: Any = copy.copy(multiprocessing.get_context())
     context.Process = Worker
     return context
 
@@ -52,7 +53,8 @@ def begin_worker(number: int = 0) -> None:
     # To the kernel, the parent is the thread that forked, so its signal is used only if that is the
     # main thread, which lasts. Under forkserver the kernel's parent is the server.
     ignore_stop_signals()
-    parent, worker = multiprocessing.parent_process(), multiprocessing.current_process()
+    parent: Any = multiprocessing.parent_process()
+    worker: Any = multiprocessing.current_process()  # a Worker
     is_killed = worker.by_main_thread and signal_on_parent_exit(signal.SIGKILL)
     if not is_killed or os.getppid() != parent.pid:  # forkserver's child, or already an orphan
         # Exit code 0: to the DataLoader any other is a failure, even while it ends its workers.

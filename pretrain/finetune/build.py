@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pretrain import plots
 from pretrain.build import decide_precision, enable_gradient_checkpointing
+from pretrain.card import Card, results, write_card
 from pretrain.config import TASK_METRICS, FinetuneOptions, typed
 from pretrain.data import tokenizer as tokenizers
 from pretrain.errors import UserError, check, option_named, require
@@ -43,6 +44,14 @@ from pretrain.schema import AUTO, TEXT
 
 MAX_LENGTH = 512  # tokens, unless --max-length is given
 SAMPLED_ROWS = 1000  # to show what is unknown to the tokenizer
+PUBLISHED = {  # in the hub's index of models
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "macro_f1": "f1",
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+}
 MAX_CURVES = 30  # classes whose F1 is logged
 FINETUNING_FORM = SAVED_FORM | {"rows": TEXT}  # of training_state.json
 
@@ -194,10 +203,18 @@ class FinetuningRun(Run):
         numbers = numbers_of(state.best_scores, "valid ") | numbers_of(self.test_scores, "test ")
         facts += [[name.replace("_", " "), f"{value:.4f}"] for name, value in numbers.items()]
         task, family = self.task, self.model.config.model_type
-        title = f"{family}, fine-tuned to {task.title(self.classes)}"
-        opens_with = f'`{task.auto_class}` and `pipeline("{task.pipeline}")` of transformers.'
-        card = ckpt.model_card(task.pipeline, [family], title, opens_with, facts)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        scores = results(task.pipeline, "validation rows", state.best_scores, PUBLISHED)
+        scores += results(task.pipeline, "test rows", self.test_scores, PUBLISHED)
+        card = Card(
+            task.pipeline,
+            title=f"{family}, fine-tuned to {task.title(self.classes)}",
+            opens_with=f'`{task.auto_class}` and `pipeline("{task.pipeline}")` of transformers.',
+            rows=facts,
+            tags=[family],
+            started_from=self.config.model,
+            scores=scores,
+        )
+        write_card(folder, card)
 
 
 def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False) -> FinetuningRun:

@@ -188,6 +188,12 @@ def load_weights(
     with refusing(f"{name}: its weights cannot be read", expected):
         _check_files(family, name, config)
         _report_changes(Path(model_folder(name)))
+        cached_file(  # so that pretrain/card.py finds the license of a hub model in the cache
+            model_folder(name),
+            "README.md",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
         options = {"ignore_mismatched_sizes": family.head_may_differ, "output_loading_info": True}
         model, info = family.from_pretrained(
             model_folder(name), config=config, dtype=torch.float32, **options

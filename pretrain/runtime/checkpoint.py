@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +19,12 @@ from torch import Tensor
 from transformers import MODEL_FOR_PRETRAINING_MAPPING, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from pretrain.card import Card, results, write_card
 from pretrain.config import OBJECTIVES
 from pretrain.errors import EXHAUSTED, UserError, first_line, os_error, what_it_takes
 from pretrain.files import (
     CHECKSUMS,
     check_writable,
-    markdown_table,
     read_json,
     remove_leftovers,
     sums_of,
@@ -45,6 +46,9 @@ FACTS_FORM = {
     "eval_tokens": integer(1, 1 << 40),
     "eval_batch_size": integer(1, 1 << 20),
 }
+# Scores for the hub's index of models, and its names for them.
+PUBLISHED = {"perplexity": "perplexity", "mlm_accuracy": "accuracy"}
+TASK = "fill-mask"  # of the pipeline that a pretrained model is for
 STATE_FORMAT = 3
 STATE_FORMAT_RULE = Rule(
     lambda value: value == STATE_FORMAT,
@@ -54,7 +58,7 @@ STATE_JSON, STATE_TENSORS = "training_state.json", "training_state.pt"
 TORCH_DISK_ERRORS = (RuntimeError, SafetensorError)  # of torch.save and safetensors
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a new folder, which replaces `folder` once it has been read back. UserError
     if the disk is full or not writable; the old folder is then intact."""
     partial, previous = (_aside(folder, suffix) for suffix in ("partial", "previous"))
@@ -179,7 +183,7 @@ def new_folder(wanted: Path) -> Path:
 
 def write_copy(source: Path, folder: Path) -> None:
     """Write the model of the checkpoint `source` to `folder`."""
-    options = {"dirs_exist_ok": True}
+    options: dict[str, Any] = {"dirs_exist_ok": True}
     options["ignore"] = shutil.ignore_patterns(CHECKSUMS, STATE_JSON, STATE_TENSORS)
     write_folder(folder, lambda partial: shutil.copytree(source, partial, **options))
 
@@ -239,14 +243,16 @@ def check_finite(values: object) -> None:
 def write_model(
     folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, facts: dict, weights: dict
 ) -> None:
-    """A model folder that opens with transformers: `weights`, tokenizer, `facts` and model card."""
+    """A model folder that opens with transformers: `weights`, tokenizer, `facts` and model card.
+
+    `facts` has "objective", "started_from", "held_out" (scores), and may have "language" and
+    "datasets", see `Card`."""
     check_finite(weights)
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     write_json(folder / FACTS, facts)
     shown = {name: value for name, value in facts.items() if not isinstance(value, dict)}
     shown |= {f"validation {name}": f"{value:.4f}" for name, value in facts["held_out"].items()}
-    rows = [[name.replace("_", " "), value] for name, value in shown.items()]
     autos = "`AutoModelForMaskedLM`, `AutoModel`"
     if type(model.config) in MODEL_FOR_PRETRAINING_MAPPING:
         autos = f"`AutoModelForPreTraining`, {autos}"
@@ -259,9 +265,19 @@ def write_model(
     if frozen:
         opens_with += f"\n\nNot trained: `{'`, `'.join(sorted(frozen))}`."
     family = model.config.model_type
-    title = f"{family}, pretrained with {facts['objective']}"
-    card = model_card("fill-mask", [family, "pretraining"], title, opens_with, rows)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    card = Card(
+        TASK,
+        title=f"{family}, pretrained with {facts['objective']}",
+        opens_with=opens_with,
+        rows=[[name.replace("_", " "), value] for name, value in shown.items()],
+        tags=[family, "pretraining"],
+        started_from=facts["started_from"],
+        language=facts.get("language"),
+        datasets=tuple(facts.get("datasets", ())),
+        mask_token=tokenizer.mask_token,
+        scores=results(TASK, "held-out text", facts["held_out"], PUBLISHED),
+    )
+    write_card(folder, card)
 
 
 def read_facts(folder: Path) -> dict:
@@ -274,17 +290,6 @@ def read_facts(folder: Path) -> dict:
     return {name: value for name, value in facts.items() if name not in invalid}
 
 
-def model_card(
-    task: str, tags: list[str], title: str, opens_with: str, rows: list[list[object]]
-) -> str:
-    """README.md of a model folder, in the hub's format."""
-    listed = "".join(f"- {tag}\n" for tag in tags)
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n{listed}---\n\n"
-        f"# {title}\n\nOpens with {opens_with}\n\n{markdown_table(['what', 'value'], rows)}\n"
-    )
-
-
 def write_state(folder: Path, states: dict[str, dict], values: dict) -> None:
     """Write the training state into a new checkpoint: state dicts by name, and plain values.
     UserError if a tensor is not finite or something cannot be read without unpickling."""
@@ -294,7 +299,7 @@ def write_state(folder: Path, states: dict[str, dict], values: dict) -> None:
     write_json(folder / STATE_JSON, {"format": STATE_FORMAT, **values})
 
 
-def read_values(folder: Path, form: Form) -> dict:
+def read_values(folder: Path, form: dict[str, Form]) -> dict:
     """The plain values of a training state; UserError if they do not fit `form`."""
     return read_json(folder / STATE_JSON, {"format": STATE_FORMAT_RULE, **form})
 

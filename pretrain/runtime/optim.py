@@ -43,10 +43,10 @@ def make_optimizers(model: nn.Module, options: OptimizationOptions) -> list[torc
     betas, epsilon = tuple(options.adam_betas), options.adam_epsilon
     optimizers = [torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)]
     if matrices:
-        groups = [{"params": weights, "stacked": count} for count, weights in matrices.items()]
-        is_fast = choose_precision("auto", groups[0]["params"][0].device) == "bf16"
+        stacks = [{"params": weights, "stacked": count} for count, weights in matrices.items()]
+        is_fast = choose_precision("auto", model.device) == "bf16"
         dtype = torch.bfloat16 if is_fast else torch.float32
-        optimizers.append(Muon(groups, rate, decay, dtype=dtype))
+        optimizers.append(Muon(stacks, rate, decay, dtype=dtype))
     return optimizers
 
 

@@ -86,7 +86,7 @@ class OptimizerState:
     def __init__(self, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]):
         self.optimizers = list(optimizers)
         names = {weight: name for name, weight in model.named_parameters()}
-        self._owned = {}  # by name: a weight, its optimizer, and the group it is in
+        self._owned: dict[str, tuple] = {}  # by name: a weight, its optimizer, its group
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for weight in group["params"]:

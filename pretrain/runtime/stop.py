@@ -5,6 +5,7 @@ import os
 import signal
 import time
 import types
+from typing import Any
 
 from pretrain.runtime.distributed import any_rank, max_over_ranks
 from pretrain.signals import handled
@@ -25,7 +26,7 @@ class StopFlag:
         self._handled.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._handled.__exit__(*error)
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import arguments_of, assert_same, in_processes, refusal
 from conftest import rows as exact_rows
+from huggingface_hub import ModelCard
 from packed_reference import small_config
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -245,9 +246,21 @@ def test_the_folder_opens_in_transformers_and_has_a_model_card(finished):
     assert list(model.config.id2label.values()) == list(CLASSES)
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 24, "a pipeline cuts there"
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "pipeline_tag: text-classification" in card and "| tokens per example | 24 |" in card
+    assert "| tokens per example | 24 |" in card
     assert "| classes | finance, nature, school |" in card
     assert f"| test macro f1 | {summary['test']['macro_f1']:.4f} |" in card
+    data = ModelCard.load(folder / "README.md").data
+    assert data.pipeline_tag == "text-classification"
+    scores = {(of.dataset_name, of.metric_type): of.metric_value for of in data.eval_results}
+    assert scores == {
+        (f"{rows} rows", metric): pytest.approx(summary[part][name], abs=1e-4)
+        for rows, part in (("validation", "valid"), ("test", "test"))
+        for metric, name in (
+            ("accuracy", "accuracy"),
+            ("f1", "macro_f1"),
+            ("matthews_correlation", "matthews"),
+        )
+    }
     assert model_folder(str(finished[0])) == str(folder)
 
 

@@ -1,0 +1,141 @@
+"""Model cards as the hub's own library reads them: metadata, the index of scores, and what a model
+inherits from the one that it started from."""
+
+import dataclasses
+import math
+
+import pytest
+from huggingface_hub import EvalResult, ModelCard, constants, metadata_load
+
+from pretrain import __version__
+from pretrain.card import Card, hub_datasets, inherited, results, write_card
+
+SCORES = {"perplexity": 12.34567, "mlm_accuracy": 0.5, "nsp_accuracy": math.nan}
+METRICS = {"perplexity": "perplexity", "mlm_accuracy": "accuracy", "nsp_accuracy": "accuracy"}
+CARD = Card(
+    task="fill-mask",
+    title="bert, pretrained with mlm",
+    opens_with="`AutoModel` of transformers.",
+    rows=[["a | b", "c: [d]\n"]],
+    tags=["bert", "pretraining"],
+    started_from="tiny",
+    scores=results("fill-mask", "held-out text", SCORES, METRICS),
+)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a card with some fields changed; returns it as the hub's library reads it."""
+
+    def write(**changes):
+        folder = tmp_path / "mine" / "final"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_card(folder, dataclasses.replace(CARD, **changes))
+        return ModelCard.load(folder / "README.md")
+
+    return write
+
+
+@pytest.fixture
+def base_card(tmp_path):
+    """Write the card of a local model; returns its folder."""
+
+    def write(text):
+        folder = tmp_path / "base"
+        folder.mkdir(exist_ok=True)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        return str(folder)
+
+    return write
+
+
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch):
+    """Put files of a model on the hub into its cache."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def write(name, files):
+        folder = cache / f"models--{name.replace('/', '--')}"
+        snapshot = folder / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0" * 40)
+        for file, text in files.items():
+            (snapshot / file).write_text(text)
+
+    return write
+
+
+def test_the_index_of_scores_is_read_back_as_it_was_written(written):
+    data = written().data
+    assert data.model_name == "mine" and data.eval_results == list(CARD.scores)
+    measured = EvalResult(
+        task_type="fill-mask",
+        dataset_type="custom-held-out-text",
+        dataset_name="held-out text",
+        metric_type="perplexity",
+        metric_name="perplexity",
+        metric_value=12.3457,
+    )
+    assert data.eval_results[0] == measured
+    assert [result.metric_name for result in data.eval_results] == ["perplexity", "mlm accuracy"]
+
+
+def test_metadata_of_a_model_from_scratch(written, tmp_path):
+    card = written(language="zh", datasets=("a/b",), mask_token="<mask>")
+    found = metadata_load(tmp_path / "mine" / "final" / "README.md")
+    assert found["library_name"] == "transformers" and found["pipeline_tag"] == "fill-mask"
+    assert found["tags"] == CARD.tags and found["datasets"] == ["a/b"] and found["language"] == "zh"
+    assert "license" not in found and "base_model" not in found
+    assert found["widget"] == [{"text": "今天<mask>情很好。"}]
+    assert f"version = {{{__version__}}}" in card.text and "devlin2019bert" in card.text
+    assert "| a \\| b |" in card.text
+
+
+def test_a_card_without_scores_has_no_index(written):
+    assert "model-index" not in written(scores=()).data.to_dict()
+    assert written(scores=(), started_from="gone/away").data.to_dict().get("base_model") is None
+
+
+def test_a_local_model_passes_on_its_license_language_and_base(written, base_card):
+    folder = base_card(
+        "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE.md\nlanguage: [en, de]\n"
+        "base_model: google/bert\ntags: [x]\nmodel-index: nonsense\n---\ntext"
+    )
+    data = written(started_from=folder).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "own", "LICENSE.md")
+    assert data.language == ["en", "de"] and data.base_model == "google/bert"
+    assert data.tags == CARD.tags and data.widget[0]["text"].startswith("The capital of France")
+    assert written(started_from=folder, language="zh").data.language == "zh"
+
+
+def test_a_model_on_the_hub_is_the_base_model(written, on_hub):
+    on_hub("google/bert", {"config.json": "{}", "README.md": "---\nlicense: mit\n---\n"})
+    on_hub("google/bare", {"config.json": "{}"})
+    assert inherited("google/bert") == {"license": "mit", "base_model": "google/bert"}
+    assert inherited("google/bare") == {"base_model": "google/bare"}
+    assert written(started_from="google/bert").data.license == "mit"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "---\n- a\n---\n",
+        "---\na: [\n---\n",
+        "---\nlicense: {a: 1}\nlanguage: ['x y', 2]\n---\n",
+    ],
+)
+def test_a_garbled_card_passes_on_nothing(text, base_card):
+    assert inherited(base_card(text)) == {}
+
+
+@pytest.mark.parametrize("name", ["base", "gone/away", "/no/such folder", "..", "a\0b"])
+def test_a_name_without_a_card_passes_on_nothing(name):
+    assert inherited(name) == {}
+
+
+def test_names_of_data_sets_on_the_hub():
+    paths = ["text.txt", "hub:a/b:en:train", "hub:c", "hub:a/b:de", "folder/hub:x"]
+    assert hub_datasets(paths) == ("a/b", "c")
