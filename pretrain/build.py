@@ -172,8 +172,8 @@ def read_inputs(config: Config, checkpoint: Path | None, saved: dict, world: Wor
 
 
 def _situation(config: Config, inputs: Inputs) -> recipe.Situation:
-    """A mixture counts as a text of as many tokens as it gives in one pass over its first text, the
-    one whose passes are the epochs."""
+    """What the recipe depends on. A mixture counts as a text of as many tokens as it gives in one
+    epoch, a pass over its first text."""
     held_out = 0.0 if config.valid else config.valid_fraction
     share = config.mix[0] / sum(config.mix) if config.mix else 1.0
     start = recipe.CONTINUED

@@ -1,5 +1,5 @@
 """Compare two models on the same masks of the same text, such as one before and after training: how
-much did the loss of predicting masked tokens change, and is that more than chance?
+much did the loss at masked tokens change, and is that more than chance?
 
 The difference of log-perplexities is one of mean losses. Its interval draws documents, because
 tokens of one document are alike.
@@ -17,13 +17,13 @@ from pretrain.evaluate import ValidationSet, evaluation_mode
 from pretrain.metrics import MAX_LOG_PERPLEXITY
 from pretrain.model.packed import PackedModel
 
-MIN_DOCUMENTS = 20  # of fewer (books, for example) an interval draws the sequences
+MIN_DOCUMENTS = 20  # with fewer (books, for example), an interval draws sequences instead
 
 
 @dataclass(frozen=True)
 class Change:
     """Two perplexities, and the log-perplexity after minus the one before, in nats, with its 95 %
-    interval: 0.05 is a perplexity that is 5 % higher."""
+    interval. A difference of 0.05 is a perplexity about 5 % higher."""
 
     before: float
     after: float

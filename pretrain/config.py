@@ -114,7 +114,7 @@ NAME = pattern(r".*\S.*", "a name; omit the option for none", "NAME")
 FILE = pattern(r".*\S.*", "a file; omit the option for none", "FILE")
 FILES = each(FILE)
 PATHS = each(pattern(r".+", "files, folders or globs", "PATH"))
-TEXTS = each(pattern(r".+", "NAME=PATH of several texts, or paths of one", "PATH"))
+NAMED_PATHS = each(pattern(r".+", "NAME=PATH of several texts, or paths of one", "PATH"))
 LANGUAGE = Rule(
     lambda code: code == "auto" or code in LANGUAGES.split(),
     "a two-letter code such as en or zh (ISO 639-1), or auto",
@@ -196,7 +196,7 @@ class DataOptions(TextOptions):
     """Data: text to train on, and text to validate on."""
 
     train: Texts = option((), "files, folders, globs, hub:NAME[:CONFIG[:SPLIT]], corpus", PATHS)
-    mix: Numbers = option((), "shares of tokens, by entry of --train (default: one text)", WEIGHTS)
+    mix: Numbers = option((), "token share of each entry of --train (default: one text)", WEIGHTS)
     valid: Texts = option((), "validation text (default: a share of --train)", PATHS)
     valid_fraction: float = option(0.05, "that share of the documents (0: none)", number(0, 0.5))
     workers: int | None = changeable(None, "processes for data (default: CPU 0, GPU 2)", WORKERS)
@@ -336,7 +336,7 @@ class FinetuneOptions(RunOptions, MachineOptions, OptimizationOptions, LabelOpti
     """Fine-tuning: all options of finetune.py."""
 
     model: str | None = option(None, "encoder: a folder or a hub name", required=True)
-    task: str = option("classification", "classes, ner (entities) or a number per row", TASK)
+    task: str = option("classification", "predicts a class, entities (ner) or a number", TASK)
     label_budget: int = option(0, "train on N rows, in class proportion (0: all)", COUNT_OR_0)
     max_length: int | None = option(None, "tokens per example (default: at most 512)", LENGTH)
     batch_size: int = option(32, "examples per optimizer step", COUNT)

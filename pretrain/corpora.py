@@ -83,12 +83,12 @@ def open_text(
     if saved and saved["corpus"] != _fingerprint(opened.values()):
         problem = f"{typed(config, 'train')}: the text has changed since the run was started"
         raise UserError(f"{problem}; expected the original text, or a new run in another --output")
-    found, names = [], iter(text_names(config.train))
-    for name, corpus in opened.items():
-        training, validation = corpus, given if name == "train" else None
+    found = []
+    for (name, training), shown in zip(opened.items(), text_names(config.train)):
+        validation = given if name == "train" else None
         if validation is None and config.valid_fraction:
-            training, validation = corpus.split(config.valid_fraction)
-        found.append(Text(next(names), all_paths[name], training, validation))
+            training, validation = training.split(config.valid_fraction)
+        found.append(Text(shown, all_paths[name], training, validation))
     for entry in found:
         if given and not saved:
             _report_shared(config, given, entry)

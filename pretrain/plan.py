@@ -124,8 +124,8 @@ def count_epoch(dataset: PretrainingDataset | Mixture, config: Config) -> Epoch:
 
 
 def check_passes(config: Config, passes: Sequence[float]) -> None:
-    """UserError if a text of a mixture, besides the first, is so small that the run would repeat it
-    absurdly often. `passes`: of the run, over each text; () if they are not known."""
+    """UserError if the run would read a text of a mixture, other than the first, more than
+    MAX_PASSES times. `passes`: of the run, over each text; () if they are not known."""
     for path, count in list(zip(config.train, passes))[1:]:
         if count > MAX_PASSES:
             problem = f"{path} would be read {count:,.0f} times"

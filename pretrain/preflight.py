@@ -14,11 +14,11 @@ from pretrain.config import (
     ARCHITECTURES,
     FILES,
     MODEL_SIZES,
+    NAMED_PATHS,
     OBJECTIVES,
     PATHS,
     PHASES,
     TASK_METRICS,
-    TEXTS,
     WEIGHTS,
     min_micro_batch_size,
     typed,
@@ -157,9 +157,9 @@ def _absent_paths(options: object) -> list[str]:
     problems = []
     for entry in fields(options):
         form, values = entry.metadata["form"], getattr(options, entry.name)
-        if form in (PATHS, FILES, TEXTS):
+        if form in (PATHS, FILES, NAMED_PATHS):
             try:
-                expand(sum(by_name(values).values(), ()) if form is TEXTS else values)
+                expand(sum(by_name(values).values(), ()) if form is NAMED_PATHS else values)
             except UserError as error:
                 problems += [f"{flag(entry.name)} {line}" for line in str(error).splitlines()]
     return problems

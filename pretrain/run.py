@@ -312,7 +312,8 @@ class PretrainingRun(Run):
         return {"perplexity": PRETRAINING_CHARTS["perplexity"] | by_text}
 
     def logged(self, scores: dict) -> dict[str, float]:
-        """Those of the other texts of a mixture as eval_TEXT/NAME."""
+        """`scores` under their names in the log: eval/NAME or, for the other texts of a mixture,
+        eval_TEXT/NAME."""
         return {
             f"eval_{name}" if "/" in name else f"eval/{name}": value
             for name, value in scores.items()
@@ -457,10 +458,9 @@ def print_plan(run: PretrainingRun) -> None:
     if not run.saved:
         print(recipe.explain(run.asked, config, run.situation, steps))
     if run.passes:
-        weights = zip(config.train, config.mix, run.passes)
         shares = [
             f"{weight / sum(config.mix):.1%} {path} (read {count:.3g} times)"
-            for path, weight, count in weights
+            for path, weight, count in zip(config.train, config.mix, run.passes)
         ]
         print(f"mix: {', '.join(shares)}; epochs are passes over the first text")
     if run.situation.text_tokens < FEW_TOKENS:

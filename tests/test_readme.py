@@ -55,6 +55,7 @@ MORE = {  # so that a command takes seconds
     "pretrain": FAST,
     "show_masks": "--max-length 32",
     "finetune": "--max-steps 2",
+    "suite": "--seeds 1 --finetune '--max-steps 2'",
     "adapt": f"--label-budgets 4 all --seeds 1 --pretrain '{FAST}' "
     "--finetune '--max-steps 2 --max-length 32'",
 }
@@ -122,10 +123,12 @@ def home(documents, roberta_tokenizer, modernbert_tokenizer, tmp_path_factory):
         kinds = ("今天心情很好{},1", "天气不错{},0")
         labeled = [kinds[number % 2].format(number) for number in range(start, start + 10)]
         files[f"zh_{name}.csv"] = "text,label\n" + "\n".join(labeled) + "\n"
+        if name != "new":
+            files[f"tasks/river/{name}.csv"] = files[f"{name}.csv"]
     words = "quick\tO\nbank\tB-X\nmodel\tI-X\n\nriver\tB-Y\nwater\tO\n\n"
     files |= {"train.conll": words * 4, "valid.conll": words}
     for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, "utf-8")
     with gzip.open(folder / "notes.jsonl.gz", "wt") as notes:
         notes.writelines(json.dumps({"text": row}) + "\n" for row in rows)
@@ -168,6 +171,7 @@ PRINTED = {
     "finetune": "mean of the classes|all entities",
     "predict": r"10 rows in \w+\.csv",
     "show_masks": "entities|words",
+    "suite": "average",
 }
 
 

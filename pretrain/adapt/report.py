@@ -290,12 +290,14 @@ def _describe_forgetting(change: dict) -> str:
     """A section of the report; "" if it was not measured."""
     if not change:
         return ""
-    rows = [["original encoder", change["before"]]]
-    rows.append(["pretrained on your text", change["after"]])
+    rows = [
+        ["original encoder", change["before"]],
+        ["pretrained on your text", change["after"]],
+    ]
     method = "Each predicts with its own MLM head."
     if change["trains_head"]:
         method = (
-            "The original encoder came without an MLM head. So both got the same fresh head, which "
+            "The original encoder came without an MLM head, so both got the same fresh head. It "
             "was trained on four fifths of the general text while the encoder stayed frozen; the "
             "rest was predicted."
         )

@@ -1,11 +1,10 @@
 """Fine-tune one encoder on a folder of tasks, several times each: one table, one average.
 
 Each task is a subfolder with labeled rows and perhaps a task.json with options of finetune.py. The
-result of each run is kept under a hash of everything that it depends on, so the same command
-resumes, and a changed task or option runs again what it changes.
+result of each run is kept under a hash of everything that it depends on. So the same command
+resumes, and what a changed task or option affects runs again.
 """
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -64,14 +63,10 @@ def read_tasks(options: SuiteOptions) -> dict[str, Task]:
 def _check_passed_on(options: SuiteOptions) -> None:
     """UserError about --finetune if it has an option that the suite or the task sets."""
     with naming(options, "finetune"):
-        typed, default = (
-            parse(shlex.split(options.finetune), FinetuneOptions, ""),
-            FinetuneOptions(),
-        )
-        names = [
-            name for name in (*SET_HERE, *SPLITS) if getattr(typed, name) != getattr(default, name)
-        ]
-        check([f"omit {flag(name)}: the suite sets it" for name in names])
+        typed = parse(shlex.split(options.finetune), FinetuneOptions, "")
+        names = (*SET_HERE, *SPLITS)
+        given = [name for name in names if getattr(typed, name) != getattr(FinetuneOptions, name)]
+        check([f"omit {flag(name)}: the suite sets it" for name in given])
 
 
 def _read_task(folder: Path, options: SuiteOptions) -> Task:
@@ -84,8 +79,7 @@ def _read_task(folder: Path, options: SuiteOptions) -> Task:
     files = {name: _files_of(folder, name, values.get(name, ())) for name in SPLITS}
     finetuning = replace(typed, **files, model=options.model, save_model=False)
     check(validate(finetuning) + start_problems(finetuning))
-    # Outside the task's folder, since nothing is written there.
-    output = Path(options.output) / "runs" / ".check"
+    output = Path(options.output) / "runs" / ".check"  # never made: the run does not start
     run = build(replace(finetuning, output=str(output)), keep_head=False, quiet=True)
     split = "test" if finetuning.test else "valid"
     return Task(finetuning, run.score[0], split, _key_of(finetuning))
@@ -130,7 +124,7 @@ def run_suite(options: SuiteOptions, tasks: dict[str, Task]) -> dict:
             score = runs[-1][task.split][task.metric]
             took = "already done" if is_saved else f"{runs[-1]['wall_seconds']:.0f} s"
             print(f"{name}, seed {seed}: {task.metric.replace('_', ' ')} {score:.3f} ({took})")
-        scores = [numbers_of(run[task.split], "") for run in runs]
+        scores = [numbers_of(run[task.split]) for run in runs]
         facts["tasks"][name] = {
             "metric": task.metric,
             "split": task.split,
@@ -167,14 +161,14 @@ def write_report(output: Path, facts: dict) -> str:
     rows.append(["**average**", "", "", f"**{spread(facts['averages'])}**", ""])
     table = markdown_table(["task", "score", "rows", "mean ± deviation", "others"], rows)
     seeds = len(facts["averages"])
-    commands = "\n".join(f"{task['command']}" for task in facts["tasks"].values())
+    commands = "\n".join(task["command"] for task in facts["tasks"].values())
     text = (
         f"# {facts['model']} on {len(facts['tasks'])} tasks\n\n{table}\n\n"
         f"Means over {seeds} seeds, with the standard deviation. The average weighs all tasks "
         f"equally.\n\n```bash\n{commands}\n```\n"
     )
     write_text(output / "report.md", text)
-    write_json(output / "suite.json", json.loads(json.dumps(facts)))
+    write_json(output / "suite.json", facts)
     return table
 
 

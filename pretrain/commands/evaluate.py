@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pretrain import config
 from pretrain.cli import parse
-from pretrain.config import COUNT, COUNT_OR_0, LENGTH, NAME, OBJECTIVES, TEXTS, typed
+from pretrain.config import COUNT, COUNT_OR_0, LENGTH, NAME, NAMED_PATHS, OBJECTIVES, typed
 from pretrain.data.sources import by_name
 from pretrain.errors import UserError, check, option_named
 from pretrain.preflight import problems_of
@@ -23,11 +23,11 @@ class EvaluateOptions(config.DeviceOptions, config.TextOptions):
     """Evaluation: options of evaluate.py; the defaults come from the run that made the model."""
 
     model: str | None = option(None, "BERT checkpoint: folder or hub name", required=True)
-    baseline: str | None = option(None, "another one, to compare with on the same masks", NAME)
+    baseline: str | None = option(None, "checkpoint to compare with on the same masks", NAME)
     input: tuple[str, ...] = option(
         (),
         "text: files, folders, globs, or one prepared corpus; NAME=PATH for several texts",
-        TEXTS,
+        NAMED_PATHS,
         required=True,
     )
     valid_fraction: float = option(

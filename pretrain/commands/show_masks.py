@@ -28,6 +28,7 @@ KINDS = {  # what the model reads for a masked token -> terminal color, name
 
 
 def _is_position(numbers: tuple[float, ...]) -> bool:
+    # A mixture has four for each of its two or more texts.
     in_texts = len(numbers) // 4 * 4 if len(numbers) >= 8 else 3
     place, progress = numbers[:in_texts], numbers[in_texts:]
     is_place = len(place) == in_texts and all(number % 1 == 0 for number in place)
@@ -37,8 +38,8 @@ def _is_position(numbers: tuple[float, ...]) -> bool:
 
 POSITION = Rule(
     _is_position,
-    "epoch, place, micro-batch (with --mix also tokens, and these four of each text) and, if any, "
-    "share of the run done",
+    "epoch, place, micro-batch (with --mix, these and tokens for each text) and, optionally, the "
+    "share of the run that is done",
     metavar="NUMBER",
 )
 

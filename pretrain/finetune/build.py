@@ -241,8 +241,7 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     torch.manual_seed(options.seed)
     source = str(checkpoint or options.model)
     keep_head |= bool(checkpoint)
-    loaded = (source, options, device, precision, classes, keep_head, task.name)
-    tokenizer, model = load_model(*loaded)
+    tokenizer, model = load_model(source, options, device, precision, classes, keep_head, task.name)
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     datasets = {name: task.dataset(part, tokenizer) for name, part in rows.items()}
@@ -378,11 +377,12 @@ def print_rows(run: FinetuningRun) -> None:
         rows = run.rows[name]
         facts = [f"{len(rows.texts):,} rows", *task.counts(rows, dataset)]
         if dataset.num_cut:
-            facts.append(f"{dataset.num_cut:,} exceed {dataset.max_length} tokens {task.is_cut}")
+            exceeding = f"{dataset.num_cut:,} exceed {dataset.max_length} tokens"
+            facts.append(f"{exceeding} and {task.when_long}")
         print(f"--{name}: {', '.join(facts)}")
         if snapped := getattr(dataset, "num_snapped", 0):
             found = f"{typed(run.config, name)}: {snapped:,} entities begin or end inside a word"
-            print(f"{found}: the whole word is tagged, and no prediction can equal them")
+            print(f"{found}: they are tagged as whole words, so no prediction can match them")
         repeated = sum(text in seen for text in rows.texts)
         if name != "train" and repeated:
             found = f"{typed(run.config, name)}: {repeated:,} of {len(rows.texts):,} texts"

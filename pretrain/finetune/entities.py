@@ -19,6 +19,7 @@ from pretrain.errors import UserError, check
 from pretrain.finetune.dataset import LabeledRows, Row, no_column, read_texts
 
 OUTSIDE = "O"
+KEYS = ("start", "end", "label")  # of an entity in a file
 FIELDS = ("entities", "spans", "labels", "label")  # columns of spans, unless one is named
 Entities = tuple[Entity, ...]  # of a text, in order, without overlap
 
@@ -47,7 +48,7 @@ def _sentences(path: Path, encoding: str) -> Iterator[Row]:
         for text, entities in document:
             number += 1
             where = f"{path}, sentence {number}"
-            spans = [dict(zip(("start", "end", "label"), entity)) for entity in entities]
+            spans = [dict(zip(KEYS, entity)) for entity in entities]
             yield where, {"text": text, "entities": spans}, (text,)
     if not number:
         raise UserError(f"{path}: no rows; expected a token and its tag on each line")
@@ -65,12 +66,13 @@ def entities_of(record: dict, text: str, where: str, options: ColumnOptions) -> 
     check_spans(found, text, where)
     entities = []
     for start, end, label in found:
-        inside = text[start:end]
+        inside, shown = text[start:end], f"{where}: the span [{start}, {end}]"
+        if not label:
+            raise UserError(f"{shown} has no label; expected one, such as PER")
+        if inside.isspace():
+            raise UserError(f"{shown} holds only white space; expected other characters")
         start += len(inside) - len(inside.lstrip())
         end -= len(inside) - len(inside.rstrip())
-        if not (label and start < end):
-            expected = "a label" if not label else "characters other than white space"
-            raise UserError(f"{where}: the span [{start}, {end}] has none; expected {expected}")
         entities.append((start, end, label))
     return tuple(entities)
 
@@ -99,8 +101,9 @@ def read_tagged_rows(
         raise UserError(f"{source}: no entities; expected tags such as B-PER, or spans")
     unknown = sorted(set(found) - set(labels_of(tags))) if tags else []
     if unknown:
-        expected = f"labels of the training rows, such as {', '.join(labels_of(tags)[:20])}"
-        raise UserError(f"{source}: {', '.join(unknown)}: not a label there; expected {expected}")
+        expected = f"expected those, such as {', '.join(labels_of(tags)[:20])}"
+        problem = f"{', '.join(unknown)} not among the labels of the training rows"
+        raise UserError(f"{source}: {problem}; {expected}")
     return LabeledRows(texts, labels, tags or tags_of(found))
 
 

@@ -106,8 +106,8 @@ def load_classifier(
     A head for the same task and labels is kept; a fresh head is drawn with the global seed."""
     config = load_config(name)
     found = task_of(config)
-    task = task or found if classes is None else task or "classification"
-    is_same = found == task is not None
+    task = task or (found if classes is None else "classification")
+    is_same = task is not None and task == found
     keep_head &= is_same and classes in (None, [], list(config.id2label.values()))
     if classes is not None:
         config.id2label = dict(enumerate(classes or ["LABEL_0"]))

@@ -122,7 +122,7 @@ class EntityTally:
         return {
             "loss": self.loss_sum / max(1, self.num_words),
             **total,
-            "macro_f1": float(np.mean(f1)) if f1 else 0.0 * self.loss_sum,
+            "macro_f1": float(np.mean(f1)) if f1 else 0.0 * self.loss_sum,  # NaN if the loss is
             "classes": classes,
         }
 

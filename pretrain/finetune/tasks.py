@@ -20,6 +20,7 @@ from pretrain.finetune.dataset import (
     read_texts,
 )
 from pretrain.finetune.entities import (
+    KEYS,
     Entities,
     decode,
     entities_of,
@@ -31,7 +32,6 @@ from pretrain.finetune.scores import EntityTally, NumberTally, Tally, only_class
 from pretrain.finetune.windows import TaggedDataset, TaggedText
 
 SHOWN_CLASSES = 20
-KEYS = ("start", "end", "label")  # of an entity in a file
 
 
 class Classification:
@@ -40,7 +40,7 @@ class Classification:
     name = "classification"
     auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
     dataset, tally = LabeledDataset, Tally
-    is_cut = "and are cut"  # what happens to long texts
+    when_long = "are cut"  # what happens to texts that are too long
     predictions = "test_predictions.csv"
     curves = ("eval/accuracy", "eval/macro_f1")
 
@@ -84,7 +84,7 @@ class Classification:
         return [f"{label} {count:,}" for label, count in named]
 
     def warning(self, predicted: Sequence[int], classes: list[str]) -> str | None:
-        """What is wrong with a model that `predicted` each class so often."""
+        """What is wrong with a model that predicted each class this often; None if nothing is."""
         only = only_class(predicted, classes)
         return f"the model chooses {only} for every row" if only else None
 
@@ -100,7 +100,7 @@ class Classification:
 class Regression(Classification):
     """A number for a row."""
 
-    name, dataset, tally = "regression", LabeledDataset, NumberTally
+    name, tally = "regression", NumberTally
     curves = ("eval/pearson", "eval/spearman")
 
     def read(
@@ -129,7 +129,7 @@ class Regression(Classification):
         return [f"numbers from {low:g} to {high:g}, {mean:.4g} on average"]
 
     def warning(self, predicted: Sequence[int], classes: list[str]) -> str | None:
-        """None: the scores of a constant say it all."""
+        """None: the correlations of a constant are 0 already."""
 
     def title(self, classes: list[str]) -> str:
         """What a model does, for its card."""
@@ -142,7 +142,7 @@ class EntityRecognition(Classification):
     name = "ner"
     auto_class, pipeline = "AutoModelForTokenClassification", "token-classification"
     dataset, tally = TaggedDataset, EntityTally
-    is_cut = "and are read in overlapping windows"
+    when_long = "are read in overlapping windows"
     predictions = "test_predictions.jsonl"
     curves = ("eval/precision", "eval/recall", "eval/f1")
 
@@ -169,7 +169,7 @@ class EntityRecognition(Classification):
         return filter(check_entities, read_documents(paths, options, problems))
 
     def label(self, row: Row, options: ColumnOptions, classes: list[str]) -> Entities | None:
-        """None if it has no column for entities, or one with a label that the model lacks."""
+        """None if it has no column for entities, or if the model lacks one of their labels."""
         where, record, (text, *_) = row
         entities = entities_of(record, text, where, options)
         found, known = {label for *_, label in entities or ()}, set(labels_of(classes))
@@ -204,7 +204,7 @@ class EntityRecognition(Classification):
         return [f"{label} {found.count(label):,}" for label in named]
 
     def warning(self, predicted: Sequence[int], classes: list[str]) -> str | None:
-        """Nothing found, as at the start of a training that needs more steps."""
+        """That it finds nothing, as in a run that needs more steps."""
         return None if sum(predicted) else "the model finds no entities"
 
     def names(self, classes: list[str]) -> list[str]:

@@ -51,7 +51,7 @@ class TaggedDataset:
         encodings = encode_together(backend, texts, with_offsets=True)
         for text, entities, encoding in zip(texts, rows.labels, encodings):
             windows = [encoding, *encoding.overflowing]
-            owned = assign(windows, room - room // OVERLAP)
+            owned = assign_tokens(windows, room - room // OVERLAP)
             words, is_first = find_words(text, *_tokens(windows, owned))
             tags = np.full(len(words), IGNORED)
             if entities is not None:
@@ -78,8 +78,8 @@ class TaggedDataset:
             windows = [self.examples[row] for row in rows[start : start + size]]
             batch = pack([(ids, types, IGNORED) for ids, types, *_ in windows], self.max_length)
             begins = batch.cu_seqlens[:-1].tolist()
-            places = np.concatenate([begin + of[2] for begin, of in zip(begins, windows)])
-            tags = np.concatenate([of[3] for of in windows])
+            places = np.concatenate([begin + window[2] for begin, window in zip(begins, windows)])
+            tags = np.concatenate([window[3] for window in windows])
             yield replace(
                 batch,
                 masked_positions=torch.from_numpy(places),
@@ -88,13 +88,13 @@ class TaggedDataset:
             )
 
 
-def assign(windows: Sequence[Encoding], step: int) -> list[np.ndarray]:
+def assign_tokens(windows: Sequence[Encoding], step: int) -> list[np.ndarray]:
     """int64 [owned tokens] of each window: the places of the tokens that count there, so that each
     token of the text counts once, in order. A window starts `step` tokens after the one before.
 
     A token of two windows is as far from the end of the first as from the start of the second, or
     nearer to one of them: it counts in the other. No token is in three, as OVERLAP is above 2."""
-    content = [np.flatnonzero(~np.array(of.special_tokens_mask, bool)) for of in windows]
+    content = [np.flatnonzero(~np.array(window.special_tokens_mask, bool)) for window in windows]
     starts = step * np.arange(len(windows))
     ends = starts + [len(places) for places in content]
     middles = (ends[:-1] + starts[1:] + 1) // 2

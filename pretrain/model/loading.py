@@ -173,9 +173,10 @@ def override(config: PreTrainedConfig, entries: Sequence[str]) -> None:
     if not entries:
         return
     check_config(config, " ".join(entries))
-    if kinds := getattr(config, "layer_types", None):  # one per layer, in the family's usual order
-        usual = type(config)(num_hidden_layers=config.num_hidden_layers).layer_types
-        config.layer_types = [*kinds, *usual[len(kinds) :]][: config.num_hidden_layers]
+    if layer_types := getattr(config, "layer_types", None):  # one per layer, new ones as usual
+        num_layers = config.num_hidden_layers
+        usual = type(config)(num_hidden_layers=num_layers).layer_types
+        config.layer_types = [*layer_types, *usual[len(layer_types) :]][:num_layers]
 
 
 def load_weights(

@@ -44,7 +44,7 @@ class PackedAttention(ModernBertAttention):
 
 def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """qkv [T, 3, H, D] with queries and keys rotated, in float32 (RoPE, Su et al. 2021). cos and
-    sin are [1, T, D], of the angles of D / 2 planes, twice."""
+    sin are [1, T, D]: the angles of D / 2 planes, repeated once."""
     first, second = qkv[:, :2].float().chunk(2, -1)
     cos, sin = (angles[0, :, None, None, : qkv.shape[-1] // 2] for angles in (cos, sin))
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
@@ -70,8 +70,8 @@ class PackedModernBert(PackedModel):
 
     @classmethod
     def sizes(cls, width: int, max_length: int) -> dict[str, object]:
-        """Two thirds of BERT's inner width: a gated layer has three matrices instead of two, and so
-        as many weights. Without special ids, whose defaults are those of another vocabulary."""
+        """Two thirds of BERT's inner width: a gated layer has three matrices instead of two, so the
+        number of weights is the same. Special ids are None: the defaults fit another vocabulary."""
         ids = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
         return {
             "intermediate_size": ALIGNMENT * round(4 * width * 2 / 3 / ALIGNMENT),
@@ -81,7 +81,7 @@ class PackedModernBert(PackedModel):
 
     @classmethod
     def config_problem(cls, config: PreTrainedConfig) -> str | None:
-        """Also a width of heads that cannot be rotated."""
+        """Why the heads do not fit: each needs an even width, because pairs are rotated."""
         width, heads = config.hidden_size, config.num_attention_heads
         if width % (2 * heads):
             return f"hidden_size is {width}; expected a multiple of 2 x {heads} attention heads"
@@ -98,7 +98,7 @@ class PackedModernBert(PackedModel):
         return [self.config.local_attention // 2 if sliding else None for sliding in is_sliding]
 
     def replace_attention(self) -> None:
-        """Also makes a rate of 0 a dropout module, so that another rate can be set."""
+        """Also add a dropout module where a rate of 0 left none, for a rate that is set later."""
         for layer in self.layers:
             layer.attn.__class__ = PackedAttention
             if isinstance(layer.attn.out_drop, nn.Identity):
@@ -123,7 +123,7 @@ class PackedModernBert(PackedModel):
         return self.head(hidden)
 
     def classifier_input(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[N, width], of the first token or of the mean of all tokens, as the config says."""
+        """[N, width], from the first token or the mean of all tokens, as the config says."""
         if self.config.classifier_pooling == "mean":
             lengths = batch.cu_seqlens.diff().long()
             pooled = torch.segment_reduce(hidden.float(), "mean", lengths=lengths)

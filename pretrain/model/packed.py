@@ -154,8 +154,8 @@ class PackedModel:
         return hidden[batch.cu_seqlens[:-1].clamp(max=len(hidden) - 1).long()]
 
     def classifier_input(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[N, 1, width]: what `classifier` of a fine-tuned model reads. A pooler, or a head without
-        pooler, reads token 0."""
+        """What `classifier` of a fine-tuned model reads: [N, width] from a pooler or, without one,
+        [N, 1, width]. A pooler and a classifier without one both read token 0."""
         first = self.first_tokens(hidden, batch)[:, None]
         pooler = getattr(self.base_model, "pooler", None)
         return first if pooler is None else self.dropout(pooler(first))
