@@ -105,7 +105,7 @@ def build(asked: Config) -> PretrainingRun:
     if config.masking == "entity":
         _report_long_entities(config, phases, inputs.vocabulary)
     has_validation = inputs.texts[0].validation is not None
-    plan.report_ineffective(config, total_steps, world, has_validation)
+    plan.report_ineffective(config, total_steps, world, has_validation, asked)
     torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training

@@ -69,7 +69,10 @@ def _add_option(group: argparse._ArgumentGroup, entry: Field, hint: object) -> N
         arguments["action"] = argparse.BooleanOptionalAction
     else:
         kinds = [part for part in typing.get_args(hint) if part is not types.NoneType] or [hint]
-        arguments["type"] = _auto_or(kinds[0]) if default == AUTO else kinds[0]
+        takes_auto = default == AUTO or entry.metadata["takes_auto"]
+        arguments["type"] = _auto_or(kinds[0]) if takes_auto else kinds[0]
+        if entry.metadata["takes_auto"]:
+            arguments["action"] = _AutoOrValues
         arguments.setdefault("metavar", kinds[0].__name__.upper())
     text = entry.metadata["help"].replace("%", "%%")
     if "default:" not in text and default not in ((), None, False, ""):
@@ -86,6 +89,16 @@ def _auto_or(kind: type) -> Callable:
 
     read.__name__ = kind.__name__  # for argparse's messages
     return read
+
+
+class _AutoOrValues(argparse.Action):
+    """Stores the values; for the word auto, none."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if AUTO in values and len(values) > 1:
+            shown = " ".join(map(str, values))
+            raise argparse.ArgumentError(self, f"{shown}; expected values, or auto alone")
+        setattr(namespace, self.dest, [value for value in values if value != AUTO])
 
 
 def read_command_line(

@@ -254,10 +254,17 @@ class RecipeOptions(OptimizationOptions):
     warmup: float | str = option(AUTO, "share of the run if below 1, else steps", NOT_NEGATIVE)
     schedule: str = option(AUTO, "learning rate after warm-up", SCHEDULE)
     mask_rate: Numbers = option(
-        (), "share to predict; two: linear schedule (default: auto)", MASK_RATE
+        (),
+        "share to predict; two: linear schedule (default: auto)",
+        MASK_RATE,
+        takes_auto=True,
     )
     phases: Texts = option(
-        (), "lengths, each for a share of steps (default: auto)", PHASES, excludes="max_length"
+        (),
+        "lengths, each for a share of steps (default: auto)",
+        PHASES,
+        excludes="max_length",
+        takes_auto=True,
     )
     dropout: float | str = option(AUTO, "in training; the saved config is unchanged", DROPOUT)
     patience: int | str = changeable(

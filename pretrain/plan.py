@@ -202,8 +202,15 @@ def count_steps(config: Config, asked: Config, saved: dict, steps_per_epoch: int
     return total
 
 
-def report_ineffective(config, total_steps: int, world: World, has_validation: bool = True) -> None:
-    """Print which options of pretrain.py or finetune.py have no effect, or not the full one."""
+def report_ineffective(
+    config, total_steps: int, world: World, has_validation: bool = True, asked=None
+) -> None:
+    """Print which options of pretrain.py or finetune.py have no effect, or not the full one.
+
+    `asked`: as the user gave them, where `config` has chosen values."""
+    asked = asked or config
+    if asked.max_steps and asked.epochs != type(asked).epochs:
+        print(f"{typed(asked, 'epochs', 'max_steps')}: the steps count; --epochs has no effect")
     if config.warmup > max(1, total_steps):
         problem = f"longer than the run of {total_steps:,} steps"
         print(f"{typed(config, 'warmup')}: {problem}; the learning rate does not reach its peak")

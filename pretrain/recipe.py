@@ -56,6 +56,9 @@ RATES = {("muon", True): 0.1, ("adamw", True): 0.05, ("muon", False): 0.03, ("ad
 # Shorter and longer runs get the rate of this many steps. At the maximum, that of AdamW for
 # BERT-base is 0.9e-4, where Devlin et al. 2019 used 1e-4 for a million steps of the same size.
 MIN_RATED_STEPS, MAX_RATED_STEPS = 400, 1 << 15
+# From scratch, a run this short or shorter gets a rate in proportion to its steps: at the full rate
+# it ends worse than guessing by frequency.
+MIN_FULL_STEPS = 200
 # At first, short sequences, which teach attention sooner: for this share of the steps, or fewer.
 SHORT_LENGTH, SHORT_SHARE, SHORT_TOKENS = 32, 0.7, 7e6
 MIN_PHASED_STEPS = 20
@@ -153,10 +156,12 @@ def _step_tokens(asked: Config, run_tokens: float, text_tokens: int) -> int:
 
 
 def _rate(situation: Situation, optimizer: str, steps: float) -> float:
-    """The peak learning rate: lower for long runs and for wide models."""
-    rate = RATES[optimizer, situation.start == SCRATCH]
-    steps = min(max(steps, MIN_RATED_STEPS), MAX_RATED_STEPS)
-    return rate / math.sqrt(steps) * 256 / situation.width
+    """The peak learning rate: lower for long runs, for wide models, and for very short runs."""
+    from_scratch = situation.start == SCRATCH
+    rate = RATES[optimizer, from_scratch] * 256 / situation.width
+    if from_scratch and steps < MIN_FULL_STEPS:
+        rate *= steps / MIN_FULL_STEPS
+    return rate / math.sqrt(min(max(steps, MIN_RATED_STEPS), MAX_RATED_STEPS))
 
 
 def explain(asked: Config, config: Config, situation: Situation, steps: int) -> str:

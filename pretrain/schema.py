@@ -120,12 +120,14 @@ def option(
     may_change: bool = False,
     required: bool = False,
     excludes: str = "",
+    takes_auto: bool = False,
     **argparse_arguments: object,
 ) -> Any:  # a Field, but the class declares the type of its value
     """A dataclass field that is also a command-line option, with `text` as its help.
 
     `form` is for values other than the default. `may_change`: on resume. `excludes`: an option that
-    cannot be combined with it. The rest goes to argparse; `positional` means no flag."""
+    cannot be combined with it. `takes_auto`: the word auto stands for the default, (). The rest
+    goes to argparse; `positional` means no flag."""
     arguments: dict[str, object] = {"nargs": "+"} if isinstance(default, tuple) else {}
     if form and form.choices:  # only shown: `validate` reports all wrong values at once
         arguments["metavar"] = f"{{{','.join(map(str, form.choices))}}}"
@@ -138,6 +140,7 @@ def option(
         "may_change": may_change,
         "required": required,
         "excludes": excludes,
+        "takes_auto": takes_auto,
         "argparse": arguments | argparse_arguments,
     }
     return field(default=default, metadata=metadata)

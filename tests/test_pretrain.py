@@ -860,6 +860,8 @@ def test_a_batch_that_no_good_micro_batch_divides_is_reported(capsys):
         ("--warmup 10 --shard --eval-every 2", 10, 2, True, []),
         ("--warmup 0.5", 1, 1, True, []),
         ("", 3, 1, False, []),
+        ("--max-steps 3", 3, 1, True, []),
+        ("--max-steps 3 --epochs 2", 3, 1, True, ["--epochs"]),
     ],
 )
 def test_what_has_no_effect_is_reported(

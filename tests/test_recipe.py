@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pretrain import recipe
+from pretrain.cli import parse
 from pretrain.commands import pretrain
 from pretrain.config import Config, counted_length, longest, min_micro_batch_size, phase_lengths
 from pretrain.recipe import CONTINUED, FRESH_HEAD, SCRATCH, Situation, resolve
@@ -105,6 +106,19 @@ def test_more_text_means_larger_steps_and_fewer_epochs(situation, times):
 def test_the_rate_of_a_long_run_of_bert_base_is_near_that_of_the_paper(tokens):
     config = resolve(Config(optimizer="adamw"), {}, Situation(tokens, 768, SCRATCH, dropout=0.1))
     assert 0.8e-4 < config.learning_rate < 1.2e-4
+
+
+def test_a_run_of_few_steps_from_scratch_has_a_lower_rate():
+    """Otherwise it ends worse than guessing by frequency; a checkpoint takes the full rate."""
+    for start in (SCRATCH, CONTINUED):
+        situation = Situation(10**5, 128, start, dropout=0.1)
+        rates = [
+            resolve(Config(max_steps=steps), {}, situation).learning_rate
+            for steps in (20, 60, 200, 400, 800)
+        ]
+        assert rates[2] == rates[3] > rates[4]
+        expected = [0.1, 0.3] if start == SCRATCH else [1, 1]
+        assert [rate / rates[2] for rate in rates[:2]] == pytest.approx(expected)
 
 
 def test_classic_is_the_recipe_of_bert():
@@ -208,3 +222,17 @@ def test_little_text_is_reported(finished, arguments, output, tmp_path, capsys):
 def test_another_word_than_auto_is_refused(option, arguments, output, capsys):
     argv = [*arguments, "--output", output, option, "automatic"]
     assert refusal(pretrain.main, argv, capsys).startswith(f"{option}: ")
+
+
+@pytest.mark.parametrize("option", ["--mask-rate", "--phases"])
+def test_auto_is_accepted_where_it_is_the_default(option, arguments, output, tmp_path, capsys):
+    """On the command line, over a value in a file, and in a file."""
+    given = {"mask_rate": [0.2], "max_length": 64}
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    (tmp_path / "auto.json").write_text(json.dumps({option[2:].replace("-", "_"): "auto"}))
+    field = option[2:].replace("-", "_")
+    for words in (["given.json", option, "auto"], ["auto.json"]):
+        config = parse([f"--config={tmp_path / words[0]}", *words[1:]], Config, "")
+        assert getattr(config, field) == ()
+    argv = [*arguments, "--output", output, option, "auto", "0.5"]
+    assert refusal(pretrain.main, argv, capsys).startswith(f"{option}: auto 0.5")

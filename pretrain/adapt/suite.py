@@ -16,13 +16,13 @@ from pretrain.adapt.parts import Parts
 from pretrain.cli import as_command, parse, read_options
 from pretrain.config import FinetuneOptions, SuiteOptions
 from pretrain.data.sources import expand
-from pretrain.errors import UserError, check
+from pretrain.errors import UserError, check, refusing
 from pretrain.files import key_of, markdown_table, model_folder, sha256_of, write_json, write_text
 from pretrain.finetune.build import build
 from pretrain.finetune.scores import numbers_of
 from pretrain.preflight import start_problems, validate
 from pretrain.runtime.checkpoint import checkpoints
-from pretrain.schema import flag
+from pretrain.schema import SHOWN_CHARACTERS, flag
 from pretrain.train import train
 
 TASK_FILE = "task.json"
@@ -88,13 +88,19 @@ def _read_task(folder: Path, options: SuiteOptions) -> Task:
 def _files_of(folder: Path, split: str, given: str | Sequence[str] | None) -> tuple[str, ...]:
     """The files of a split: those in task.json (null: none), or train.*, valid.* or dev.*, test.*.
 
-    UserError if there is none, except for "test"."""
+    UserError if there is none, except for "test", or if there are several that task.json does not
+    name: they may contain each other."""
     if given is None:
         return ()
-    patterns = [given] if isinstance(given, str) else list(given)
-    found = [str(path) for pattern in patterns for path in sorted(folder.glob(pattern))]
+    patterns = [given] if isinstance(given, str) else given
+    expected = "expected names of files in the folder, or null for none"
+    with refusing(f"{TASK_FILE}: {split} is {str(given)[:SHOWN_CHARACTERS]!r}", expected):
+        found = [str(path) for pattern in patterns for path in sorted(folder.glob(pattern))]
     for stem in () if patterns else SPLITS[split]:
         found = found or sorted(str(path) for path in folder.glob(f"{stem}.*"))
+    if len(found) > 1 and not patterns:
+        names = ", ".join(Path(path).name for path in found)
+        raise UserError(f"{names}: several files; expected one, or names in {TASK_FILE}")
     if not found and (patterns or split != "test"):
         expected = " or ".join(f"{stem}.*" for stem in SPLITS[split])
         missing = ", ".join(patterns) or f"the split {split}"

@@ -107,6 +107,19 @@ def test_an_interrupted_suite_gives_the_same_result(place, tmp_path):
             lambda tasks: (tasks / "plain" / "task.json").write_text('{"label_field": "class"}'),
             ["plain", "class"],
         ),
+        *(
+            (
+                lambda tasks, value=value: (tasks / "plain" / "task.json").write_text(value),
+                ["plain", "task.json", "train"],
+            )
+            for value in ('{"train": 5}', '{"train": ["train.csv", 5]}', '{"train": "/train.csv"}')
+        ),
+        (
+            lambda tasks: shutil.copy(
+                tasks / "plain" / "train.csv", tasks / "plain" / "train.1k.csv"
+            ),
+            ["plain", "train.1k.csv, train.csv"],
+        ),
     ],
 )
 def test_a_bad_task_is_named_before_any_work(breaks, named, place, tmp_path, capsys):
