@@ -148,6 +148,9 @@ def _absent_files(options: object) -> list[str]:
         if value and value.strip() and value not in NOT_FILES.get(name, ()):
             problem = file_problem(value)
             problems += [f"{flag(name)} {value}: {problem}; expected a file"] if problem else []
+    tasks = getattr(options, "tasks", None)
+    if tasks and not os.path.isdir(tasks):
+        problems.append(f"--tasks {tasks}: is not a folder; expected one with a subfolder per task")
     cache = getattr(options, "cache", "")
     problems += [f"--cache {cache}: is a file; expected a folder"] if os.path.isfile(cache) else []
     return problems
