@@ -42,8 +42,8 @@ from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
 from pretrain.model.packed import MLM_HEAD, PackedModel
 from pretrain.preflight import validate
+from pretrain.pretraining import PRETRAINING_FORM, Phase, PretrainingRun
 from pretrain.resume import resume_point, run_folder
-from pretrain.run import PRETRAINING_FORM, Phase, PretrainingRun
 from pretrain.runtime.distributed import World, any_rank, start
 from pretrain.runtime.memory import explained, trial_seconds
 from pretrain.runtime.optim import autocast, choose_precision

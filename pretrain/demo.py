@@ -21,7 +21,7 @@ from pretrain import files
 from pretrain.build import build
 from pretrain.config import Config
 from pretrain.data.loader import DataPosition
-from pretrain.run import PretrainingRun
+from pretrain.pretraining import PretrainingRun
 from pretrain.runtime.distributed import gather
 from pretrain.runtime.optim import autocast, make_optimizers
 from pretrain.schema import AUTO

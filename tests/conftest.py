@@ -15,6 +15,7 @@ import struct
 import sys
 import time
 import traceback
+import types
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -330,6 +331,13 @@ def observed_steps():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train, "train_step", observed)
         yield seen
+
+
+def observed_run(folder: Path, arguments: list[str]) -> types.SimpleNamespace:
+    """The output of a run into `folder`, and the micro-batches of its steps."""
+    with observed_steps() as seen:
+        output = pretrain_into(folder, arguments)
+    return types.SimpleNamespace(output=output, steps=list(seen))
 
 
 @pytest.fixture

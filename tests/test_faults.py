@@ -51,7 +51,7 @@ from pretrain.data import loader
 from pretrain.data.collate import Collator
 from pretrain.data.loader import TrainData
 from pretrain.model.packed import PackedModel
-from pretrain.run import PRETRAINING_FORM, PretrainingRun
+from pretrain.pretraining import PRETRAINING_FORM, PretrainingRun
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime import nan_guard
 from pretrain.runtime.monitor import Monitor

@@ -23,7 +23,7 @@ LEVELS = (  # from top to bottom: a module imports from its own level or from be
     ("adapt",),
     ("finetune", "demo"),
     ("train", "build"),
-    ("run",),
+    ("pretraining", "run"),
     ("corpora", "inputs", "plan", "recipe", "resume"),
     ("compare",),
     ("evaluate",),
@@ -35,8 +35,8 @@ LEVELS = (  # from top to bottom: a module imports from its own level or from be
 )
 WINGS = ("data", "model", "runtime")
 NAME_FLAGS = re.compile(
-    r"pretrain\.(config|preflight|cli|run|resume|build|plan|inputs|corpora|demo|commands\..*"
-    r"|finetune\.build|adapt\.(checks|pipeline|suite))"
+    r"pretrain\.(config|preflight|cli|pretraining|run|resume|build|plan|inputs|corpora|demo"
+    r"|commands\..*|finetune\.build|adapt\.(checks|pipeline|suite))"
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -3,7 +3,6 @@ uninterrupted; two processes equal one; each text has its scores; bad shares are
 
 import json
 import shlex
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from conftest import (
     arguments_of,
     assert_same_run,
     make_documents,
-    observed_steps,
+    observed_run,
     pretrain_into,
     refusal,
     resume,
@@ -30,7 +29,7 @@ from pretrain.commands.pretrain import main
 from pretrain.config import Config
 from pretrain.corpora import text_names
 from pretrain.files import read_json
-from pretrain.run import print_plan
+from pretrain.pretraining import print_plan
 from pretrain.runtime import checkpoint as ckpt
 
 MIX = "--mix 3 1 --phases 32:0.6 48:0.4 --micro-batch-size 4"
@@ -53,11 +52,7 @@ def arguments(texts, cache):
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory):
-    """The uninterrupted run, and the micro-batches of its steps."""
-    folder = tmp_path_factory.mktemp("mix") / "finished"
-    with observed_steps() as seen:
-        output = pretrain_into(folder, arguments)
-    return SimpleNamespace(output=output, steps=list(seen))
+    return observed_run(tmp_path_factory.mktemp("mix") / "finished", arguments)
 
 
 def run_of(arguments, output):

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shlex
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from conftest import (
     assert_same,
     assert_same_run,
     leaves,
-    observed_steps,
+    observed_run,
     pretrain_into,
     refusal,
     resume,
@@ -40,7 +39,7 @@ from pretrain.data.sources import check_files
 from pretrain.data.tokenizer import describe, load
 from pretrain.errors import UserError
 from pretrain.files import read_json
-from pretrain.run import print_plan
+from pretrain.pretraining import print_plan
 from pretrain.runtime import checkpoint as ckpt
 
 SWITCH = 6  # steps of the first phase of `finished`
@@ -71,11 +70,7 @@ def arguments(of_one_length):
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory):
-    """The uninterrupted run, and the micro-batches of its steps."""
-    folder = tmp_path_factory.mktemp("phases") / "finished"
-    with observed_steps() as seen:
-        output = pretrain_into(folder, arguments)
-    return SimpleNamespace(output=output, steps=list(seen))
+    return observed_run(tmp_path_factory.mktemp("phases") / "finished", arguments)
 
 
 def position_after(output, step):

@@ -20,7 +20,7 @@ from pretrain.data.pairs import Task
 from pretrain.data.tokenizer import Vocabulary
 from pretrain.evaluate import MASK_RATE, SEED, evaluation_mode, make_validation_set
 from pretrain.model.packed import PackedModel
-from pretrain.run import PretrainingRun
+from pretrain.pretraining import PretrainingRun
 from pretrain.runtime.optim import make_optimizers, make_schedule
 from pretrain.train import train_step
 

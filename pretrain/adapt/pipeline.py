@@ -28,7 +28,7 @@ from pretrain.finetune import build as finetuning
 from pretrain.inputs import MODEL_WAYS
 from pretrain.model.loading import from_checkpoint
 from pretrain.model.packed import MLM_HEAD, PackedModel
-from pretrain.run import PretrainingRun, print_plan
+from pretrain.pretraining import PretrainingRun, print_plan
 from pretrain.runtime.checkpoint import checkpoints
 from pretrain.runtime.optim import autocast, warmup_steps
 from pretrain.train import train

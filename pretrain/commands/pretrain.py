@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from pretrain import demo
     from pretrain.build import build
-    from pretrain.run import print_plan
+    from pretrain.pretraining import print_plan
     from pretrain.runtime.checkpoint import read_facts
     from pretrain.runtime.distributed import stop
     from pretrain.train import FINISHED, train

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.batch import IGNORED, Batch
@@ -192,19 +193,51 @@ def budget_rows(labels: list[str], budget: int, seed: int) -> np.ndarray:
     return shuffled[np.argsort(rank[shuffled], kind="stable")][:budget]
 
 
-class LabeledDataset:
+class EncodedRows:
+    """Token ids in pieces of at most `max_length` tokens, and micro-batches of them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.max_length = tokenizer.model_max_length
+        self.examples: list[tuple] = []  # ids, type ids and what a subclass adds
+        self.num_cut = 0  # texts that exceed `max_length`
+        self._unk, self._num_tokens, self._num_unknown = tokenizer.unk_token_id, 0, 0
+
+    def add(self, encoding: Encoding, *more: object) -> None:
+        """Append an example; `more` is stored after its ids (uint32) and type ids (uint8)."""
+        ids, type_ids = np.array(encoding.ids, np.uint32), np.array(encoding.type_ids, np.uint8)
+        self.examples.append((ids, type_ids, *more))
+        self._num_tokens += len(ids)
+        self._num_unknown += int((ids == self._unk).sum())
+
+    @property
+    def unknown_share(self) -> float:
+        """Of the tokens, the share that the tokenizer does not know."""
+        return self._num_unknown / max(1, self._num_tokens)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def micro_batches(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
+        """The examples `rows`, packed in micro-batches of `size`."""
+        for start in range(0, len(rows), size):
+            yield self.pack([self.examples[row] for row in rows[start : start + size]])
+
+    def pack(self, examples: Sequence[tuple]) -> Batch:
+        """A micro-batch of these examples."""
+        raise NotImplementedError
+
+
+class LabeledDataset(EncodedRows):
     """Rows as token ids, cut to the tokenizer's `model_max_length`.
 
     `labels`: the `numbers` of the rows. `class_weights`: float64 [classes], in the loss."""
 
     def __init__(self, rows: LabeledRows, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer)
         backend = without_limits(tokenizer)
-        self.max_length = tokenizer.model_max_length
         backend.enable_truncation(self.max_length, direction=tokenizer.truncation_side)
         self.class_weights: np.ndarray | None = None
         self.labels = rows.numbers
-        self.num_cut = num_unknown = num_tokens = 0
-        self.examples: list[Example] = []
         if tokenizer.truncation_side == "left":
             part = slice(-MAX_CHARACTERS, None)
         else:
@@ -212,21 +245,11 @@ class LabeledDataset:
         parts = ([text[part] for text in texts] for texts in rows.texts)
         inputs = [tuple(texts) if len(texts) == 2 else texts[0] for texts in parts]
         for label, encoding in zip(self.labels, encode_together(backend, inputs)):
-            ids, type_ids = np.array(encoding.ids, np.uint32), np.array(encoding.type_ids, np.uint8)
-            self.examples.append((ids, type_ids, label))
+            self.add(encoding, label)
             self.num_cut += bool(encoding.overflowing)
-            num_tokens += len(ids)
-            num_unknown += int((ids == tokenizer.unk_token_id).sum())
-        self.unknown_share = num_unknown / max(1, num_tokens)  # of the tokens
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def micro_batches(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
-        """The rows, packed in micro-batches of `size`."""
-        for start in range(0, len(rows), size):
-            examples = [self.examples[row] for row in rows[start : start + size]]
-            yield pack(examples, self.max_length, self.class_weights)
+    def pack(self, examples: Sequence[Example]) -> Batch:
+        return pack(examples, self.max_length, self.class_weights)
 
 
 def pack(

@@ -4,7 +4,7 @@ Each token counts once: in the window where it has the most context. Of a word, 
 has a tag (Devlin et al. 2019, section 5.3).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pretrain.batch import IGNORED, Batch
 from pretrain.data.tokenizer import encode_together, is_unspaced, without_limits
-from pretrain.finetune.dataset import LabeledRows, is_known, pack
+from pretrain.finetune.dataset import EncodedRows, LabeledRows, is_known, pack
 from pretrain.finetune.entities import Entities, tag_words
 
 OVERLAP = 4  # windows share a quarter of their tokens
@@ -30,7 +30,7 @@ class TaggedText:
     entities: Entities | None  # as given, whatever the words; None: unknown
 
 
-class TaggedDataset:
+class TaggedDataset(EncodedRows):
     """Rows as windows of token ids; an example is a window.
 
     `labels`: a TaggedText for each row. Tags of `micro_batches` are in the order of the words of
@@ -39,15 +39,13 @@ class TaggedDataset:
     class_weights = None
 
     def __init__(self, rows: LabeledRows, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer)
         backend = without_limits(tokenizer)
-        self.max_length = tokenizer.model_max_length
         room = self.max_length - backend.num_special_tokens_to_add(False)
         backend.enable_truncation(self.max_length, stride=room // OVERLAP)
         texts = [text for text, *_ in rows.texts]
         self.labels: list[TaggedText] = []
-        # Of each window: ids, types, places of tagged tokens, and their tags.
-        self.examples: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-        self.num_cut = self.num_snapped = num_tokens = num_unknown = 0
+        self.num_snapped = 0
         encodings = encode_together(backend, texts, with_offsets=True)
         for text, entities, encoding in zip(texts, rows.labels, encodings):
             windows = [encoding, *encoding.overflowing]
@@ -61,31 +59,22 @@ class TaggedDataset:
             self.num_cut += len(windows) > 1
             bounds = np.cumsum([len(places) for places in owned])[:-1]
             for window, places, first in zip(windows, owned, np.split(is_first, bounds)):
-                ids, types = np.array(window.ids, np.uint32), np.array(window.type_ids, np.uint8)
                 num_tagged = int(first.sum())
-                self.examples.append((ids, types, places[first], tags[:num_tagged]))
+                self.add(window, places[first], tags[:num_tagged])
                 tags = tags[num_tagged:]
-                num_tokens += len(ids)
-                num_unknown += int((ids == tokenizer.unk_token_id).sum())
-        self.unknown_share = num_unknown / max(1, num_tokens)  # of the tokens
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def micro_batches(self, rows: Sequence[int], size: int) -> Iterator[Batch]:
-        """The windows `rows`, packed in micro-batches of `size`."""
-        for start in range(0, len(rows), size):
-            windows = [self.examples[row] for row in rows[start : start + size]]
-            batch = pack([(ids, types, IGNORED) for ids, types, *_ in windows], self.max_length)
-            begins = batch.cu_seqlens[:-1].tolist()
-            places = np.concatenate([begin + window[2] for begin, window in zip(begins, windows)])
-            tags = np.concatenate([window[3] for window in windows])
-            yield replace(
-                batch,
-                masked_positions=torch.from_numpy(places),
-                labels={"label": torch.from_numpy(tags)},
-                counts={"label": float(is_known(tags).sum())},
-            )
+    def pack(self, windows: Sequence[tuple]) -> Batch:
+        """`windows` hold ids, types, places of tagged tokens, and their tags."""
+        batch = pack([(ids, types, IGNORED) for ids, types, *_ in windows], self.max_length)
+        begins = batch.cu_seqlens[:-1].tolist()
+        places = np.concatenate([begin + window[2] for begin, window in zip(begins, windows)])
+        tags = np.concatenate([window[3] for window in windows])
+        return replace(
+            batch,
+            masked_positions=torch.from_numpy(places),
+            labels={"label": torch.from_numpy(tags)},
+            counts={"label": float(is_known(tags).sum())},
+        )
 
 
 def assign_tokens(windows: Sequence[Encoding], step: int) -> list[np.ndarray]:

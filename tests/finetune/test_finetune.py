@@ -458,6 +458,16 @@ def interrupting(monkeypatch, target, name, call, number):
     return lambda rank: monkeypatch.setattr(target, name, watched)
 
 
+def kill_and_resume(monkeypatch, tmp_path, output, options, target, name, call):
+    """Run a command whose process is killed at a call of a function; then resume it here."""
+    command = [*options, "--save-every", "2", "--resume", "--output", output]
+    kill = interrupting(monkeypatch, target, name, call, signal.SIGKILL)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    ((code, text),) = in_processes(tmp_path, FINETUNE.main, command, prepare=kill)
+    assert code == -signal.SIGKILL, text
+    printed(FINETUNE.main, command)
+
+
 @pytest.mark.parametrize(
     "optimizer, target, name, call",
     [
@@ -478,12 +488,7 @@ def test_killed_anywhere_then_resumed(
     optimizer, target, name, call, whole, output, tmp_path, monkeypatch
 ):
     options, undisturbed = whole[optimizer]
-    command = [*options, "--save-every", "2", "--resume", "--output", output]
-    kill = interrupting(monkeypatch, target, name, call, signal.SIGKILL)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    ((code, text),) = in_processes(tmp_path, FINETUNE.main, command, prepare=kill)
-    assert code == -signal.SIGKILL, text
-    printed(FINETUNE.main, command)
+    kill_and_resume(monkeypatch, tmp_path, output, options, target, name, call)
     assert_same_result(undisturbed, output)
 
 

@@ -5,15 +5,22 @@ before anything is written."""
 import json
 import random
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import arguments_of, in_processes, refusal
+from conftest import arguments_of, refusal
 from test_dataset import write
 from test_entities import as_conll
-from test_finetune import FP32, assert_same_result, interrupting, metrics, printed, read, summary_of
+from test_finetune import (
+    FP32,
+    assert_same_result,
+    kill_and_resume,
+    metrics,
+    printed,
+    read,
+    summary_of,
+)
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -225,12 +232,7 @@ def test_a_run_resumed_at_every_step_is_the_same(whole, output):
 )
 def test_killed_anywhere_then_resumed(target, name, call, whole, output, tmp_path, monkeypatch):
     options, undisturbed = whole
-    command = [*options, "--save-every", "2", "--resume", "--output", output]
-    kill = interrupting(monkeypatch, target, name, call, signal.SIGKILL)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    ((code, text),) = in_processes(tmp_path, FINETUNE.main, command, prepare=kill)
-    assert code == -signal.SIGKILL, text
-    printed(FINETUNE.main, command)
+    kill_and_resume(monkeypatch, tmp_path, output, options, target, name, call)
     assert_same_result(output, undisturbed, "test_predictions.jsonl")
 
 

@@ -1,0 +1,258 @@
+"""`PretrainingRun`: a run on masked tokens and pairs, with its phases, its plan and its verdict."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from pretrain import recipe
+from pretrain.batch import Batch
+from pretrain.card import hub_datasets
+from pretrain.cli import command
+from pretrain.config import counted_length, typed
+from pretrain.data.collate import Collator
+from pretrain.data.loader import PretrainingDataset
+from pretrain.data.mixture import Mixture
+from pretrain.evaluate import ValidationSet, evaluate, sample_predictions
+from pretrain.files import write_text
+from pretrain.run import SAVED_FORM, Run
+from pretrain.runtime import checkpoint as ckpt
+from pretrain.runtime.distributed import gather
+from pretrain.runtime.monitor import PRETRAINING_CHARTS, Monitor
+from pretrain.schema import (
+    AUTO,
+    TEXT,
+    integer,
+    optional,
+    values_of,
+)
+
+SAME_PERPLEXITY = 1e-3  # smaller relative differences do not decide which model to use
+FEW_TOKENS = 50_000  # for a useful model
+# See `PretrainingRun.has_turned`: a share of the run, evaluations, nats.
+EARLY, MIN_RISES, MIN_EXCESS = 0.2, 3, 0.05
+PRETRAINING_FORM = SAVED_FORM | {
+    "recipe": recipe.FORM,
+    "steps_per_epoch": integer(1),
+    "similar_words": optional(TEXT),  # hash of the table
+    "corpus": TEXT,  # fingerprint of the training text
+    "corpus_folders": values_of(TEXT, "folders by text"),  # named as in `text_paths`
+    "text": optional(values_of(TEXT, "keys by text")),  # the `text_key` of each
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The data of one sequence length; a run without --phases has one phase."""
+
+    dataset: PretrainingDataset | Mixture
+    collator: Collator
+    validation: ValidationSet | None
+    eval_batch_size: int  # sequences in a micro-batch of the validation set
+    others: dict[str, ValidationSet] = field(default_factory=dict)  # of the mixture's other texts
+
+    @property
+    def max_length(self) -> int:
+        return self.dataset.task.max_length
+
+    def fullest_batch(self) -> Batch:
+        """With as many masks as at the start or the end of the run, whichever is more."""
+        ends = [
+            part[part.fullest()._replace(progress=progress)]
+            for part in self.dataset.parts
+            for progress in (0.0, 1.0)
+        ]
+        return max(map(self.collator, ends), key=lambda batch: batch.counts["mlm"])
+
+
+@dataclass(kw_only=True)
+class PretrainingRun(Run):
+    """Pretraining: validation perplexity selects `best/`; the last model is `final/`."""
+
+    phases: list[Phase]
+    situation: recipe.Situation  # what the recipe depends on
+    trial_seconds: float | None  # for the fullest micro-batch; None: not measured, as on resume
+    added_tokens: dict[str, int] = field(default_factory=dict)  # occurrences in the training text
+    passes: tuple[float, ...] = ()  # over each text of a mixture; (): no mixture, or not counted
+
+    @property
+    def charts(self) -> dict:
+        """Also a chart of the perplexity on each text of a mixture."""
+        names = [f"eval_{name}/perplexity" for name in self.phases[-1].others]
+        if not names:
+            return PRETRAINING_CHARTS
+        by_text = {"held-out, by text": ["Multiline", ["eval/perplexity", *names]]}
+        return {"perplexity": PRETRAINING_CHARTS["perplexity"] | by_text}
+
+    def logged(self, scores: dict) -> dict[str, float]:
+        """`scores` under their names in the log: eval/NAME or, for the other texts of a mixture,
+        eval_TEXT/NAME."""
+        return {
+            f"eval_{name}" if "/" in name else f"eval/{name}": value
+            for name, value in scores.items()
+        }
+
+    def rebuild_command(self, step: int, position: object) -> str:
+        """The command that shows the micro-batches of a step and saves them to a file."""
+        size, config = self.micro_batch_size, self.config
+        num_sampled = config.batch_size // size
+        arguments = ["--config", self.output / "config.json", "--position", *str(position).split()]
+        arguments += ["--mask-rate", *config.mask_rate] if config.entity_fill != "none" else []
+        if config.phases:
+            size = size * counted_length(config) // self.phases[0].max_length
+            arguments += ["--phases", *config.phases, "--phase", self.phase_at(step) + 1]
+        arguments += ["--micro-batch-size", size, "--sampled", num_sampled]
+        arguments += ["--save", "batch.pt"]
+        return command("show_masks", *arguments)
+
+    def validate(self, step: int, stop: Callable[[], int], monitor: Monitor) -> dict | None:
+        """Scores from `evaluate`, and those on the other texts of a mixture as TEXT/NAME; sample
+        predictions go to TensorBoard."""
+        phase = self.phases[self.phase_at(step)]
+        if phase.validation is None:
+            return {}
+        model, device, precision = self.model, self.device, self.autocast()
+        scores: dict[str, float] = {}
+        for name, validation in {"": phase.validation, **phase.others}.items():
+            found = evaluate(model, validation, device, precision, self.world, stop)
+            if found is None:
+                return None
+            scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
+        samples = sample_predictions(model, phase.validation, self.tokenizer, device, precision)
+        monitor.log(step, {"held-out predictions": samples})
+        return scores
+
+    def export(self, folder: Path, weights: dict[str, Tensor], state) -> None:
+        """Write model, tokenizer, model card, and facts that scripts/evaluate.py reads."""
+        config = self.config
+        phase = self.phases[state.evaluated_in if state.scores else self.phase_at(state.step)]
+        facts = {
+            "objective": config.objective,
+            "max_length": phase.max_length,
+            "phases": list(config.phases),
+            "masking": config.masking,
+            "mask_rate": list(config.mask_rate),
+            "started_from": config.model,
+            "language": None if config.split_sentences == AUTO else config.split_sentences,
+            "datasets": list(hub_datasets(config.train)),
+            "eval_tokens": config.eval_tokens,
+            "eval_batch_size": phase.eval_batch_size,
+            "batch_size": config.batch_size,
+            "total_steps": self.total_steps,
+            "learning_rate": config.learning_rate,
+            "precision": self.precision,
+            "corpus": self.data_facts["corpus"],
+            "step": state.step,
+            "held_out_step": state.evaluated_at if state.scores else 0,
+            "held_out": state.scores,
+        }
+        facts["mix"] = list(config.mix)
+        optional = ("phases", "language", "datasets", "mix")
+        facts = {name: value for name, value in facts.items() if value or name not in optional}
+        ckpt.write_model(folder, self.model, self.tokenizer, facts, weights)
+
+    def has_result(self) -> bool:
+        """Whether the run is finished and `final/` is its model. All processes must call this."""
+        final, has_final = self.output / "final", False
+        if self.world.is_main and self.saved.get("finished") and not self.is_extended:
+            folders = [final, self.output / "best"] if self.phases[-1].validation else [final]
+            is_whole = not any(ckpt.problem_of(folder, needed=()) for folder in folders)
+            step = ckpt.step_of(self.checkpoint)
+            has_final = is_whole and ckpt.read_facts(final).get("step") == step
+        return gather(has_final)[0]
+
+    def has_turned(self, state) -> bool:
+        """Whether the model clearly overfits: its loss rises from evaluation to evaluation and is
+        far above the lowest. Early in a run, a rise proves nothing: with a high learning rate, the
+        loss of a good model rises before it falls."""
+        is_early = state.step < EARLY * self.total_steps
+        if is_early or state.rises < MIN_RISES or not state.best_scores:
+            return False
+        return state.scores["mlm_loss"] - state.best_scores["mlm_loss"] >= MIN_EXCESS
+
+    def recommended(self, state) -> Path:
+        """The folder to use: `final/`, unless an earlier model is clearly better, or the model of
+        the start is better at all."""
+        last, best = self.sort_key(state.scores), self.sort_key(state.best_scores)
+        allowed = abs(best[0]) * SAME_PERPLEXITY if state.best_step else 0.0
+        return self.output / ("final" if last >= best or last[0] >= best[0] - allowed else "best")
+
+    def notes(self, state) -> list[str]:
+        """Also which folder to use instead of `final/`, or that nothing can tell."""
+        found, folder = super().notes(state), self.recommended(state)
+        if not state.scores:
+            expected = "expected --valid PATHS or --valid-fraction above 0"
+            problem = "no validation text, so the run cannot tell whether training helped"
+            found.append(f"{problem}; {expected}")
+        elif folder.name != "final":
+            last, lowest = (scores["perplexity"] for scores in (state.scores, state.best_scores))
+            reason = "the perplexity has risen since"
+            if state.best_step == 0:
+                reason = "training did not improve the starting model"
+            numbers = f"validation perplexity {lowest:.4g}, in final/ {last:.4g}"
+            found.append(f"use {folder}, of step {state.best_step:,}: {numbers}; {reason}")
+        return found
+
+    def complete_summary(self, state, summary: dict) -> None:
+        """Add the last and the best scores, and the folder to use."""
+        summary |= {f"eval_{name}": value for name, value in state.scores.items()}
+        if state.best_scores:
+            summary["best_perplexity"] = state.best_scores["perplexity"]
+            summary["best_step"] = state.best_step
+        if state.is_finished(self):
+            summary["use"] = str(self.recommended(state))
+
+    def open_output(self) -> None:
+        """Create the run folder and list the added tokens in it."""
+        super().open_output()
+        if self.added_tokens and self.world.is_main:
+            lines = [f"{token}\t{count}\n" for token, count in self.added_tokens.items()]
+            write_text(self.output / "added_tokens.tsv", "".join(lines))
+
+
+def print_plan(run: PretrainingRun) -> None:
+    """Print every derived number, before training starts."""
+    config, world, settings = run.config, run.world, run.model.config
+    steps, epoch = run.total_steps, run.data_facts["steps_per_epoch"]
+    weights = sum(weight.numel() for weight in run.model.parameters())
+    length, size = counted_length(config), run.micro_batch_size
+    accumulation = config.batch_size // size // world.size
+    processes = f"{world.size} process{'es' if world.size > 1 else ''}"
+    micro_batches = f"{accumulation} micro-batch{'es' if accumulation > 1 else ''}"
+    print(
+        f"model: {settings.num_hidden_layers}x{settings.hidden_size}, {weights / 1e6:.1f} M "
+        f"weights, vocabulary {settings.vocab_size:,}, on {run.device} in {run.precision}, "
+        f"attention by {run.model.attention}{', compiled' if run.compile else ''}\n"
+        f"step: {config.batch_size} x {length} = {config.batch_size * length:,} tokens, in "
+        f"{micro_batches} of {size} x {length} on each of {processes}\n"
+        f"run: {steps:,} steps, {steps / epoch:.1f} epochs of {epoch:,} steps; evaluation every "
+        f"{run.eval_every:,}, checkpoint every {run.save_every:,}; {run.output}"
+    )
+    if not run.saved:
+        print(recipe.explain(run.asked, config, run.situation, steps))
+    if run.passes:
+        shares = [
+            f"{weight / sum(config.mix):.1%} {path} (read {count:.3g} times)"
+            for path, weight, count in zip(config.train, config.mix, run.passes)
+        ]
+        print(f"mix: {', '.join(shares)}; epochs are passes over the first text")
+    if run.situation.text_tokens < FEW_TOKENS:
+        ways = "more text"
+        if run.situation.start == recipe.SCRATCH:
+            ways = "more text, or a pretrained --model,"
+        problem = f"only {run.situation.text_tokens:,} tokens; expect a weak model"
+        print(f"{typed(config, 'train')}: {problem}: {ways} helps most")
+    if run.trial_seconds:
+        minutes = steps * accumulation * run.trial_seconds / 60
+        shown = f"{minutes:.2g} minutes" if minutes < 99.5 else f"{minutes / 60:,.1f} hours"
+        print(f"time: about {shown} on this machine, without evaluations")
+    if not config.phases:
+        return
+    tokens = run.phases[0].dataset.task.token_limit
+    starts = [1, *(end + 1 for end in run.phase_ends)]
+    for index, phase in enumerate(run.phases):
+        print(
+            f"phase {index + 1}: steps {starts[index]:,} to {run.phase_ends[index]:,}, sequences "
+            f"of {phase.max_length} tokens, {tokens / phase.max_length:.4g} per micro-batch"
+        )
