@@ -76,4 +76,13 @@ bert-pretrain --resume --output runs/tiny
 bert-fill-mask --model runs/tiny "The [MASK] is deep."
 bert-finetune --model runs/tiny --train train.csv --valid valid.csv --epochs 2 --output runs/classes
 bert-predict --model runs/classes --input valid.csv --output predicted.csv
+bert-evaluate --model runs/tiny --input text.txt
+bert-show-masks --model runs/tiny --train text.txt
+bert-domain --input river=text.txt labels=train.csv --output runs/domain
+mkdir -p tasks/rivers
+cp train.csv valid.csv tasks/rivers
+bert-suite --model runs/tiny --tasks tasks --seeds 1 --output runs/suite
+bert-adapt --model runs/tiny --text text.txt --train train.csv --valid valid.csv --test valid.csv \
+    --seeds 2 --pretrain "--max-steps 5" --finetune "--epochs 1" --output runs/answer
+bert-pretrain --max-steps 3 --output runs/demo # the embedded text
 echo "the wheel works in $outside"
