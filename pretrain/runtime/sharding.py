@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pretrain.batch import Loss
 from pretrain.errors import UserError
 from pretrain.runtime.distributed import World, gather, is_sharded
 
@@ -21,7 +22,9 @@ def place(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
         return model.to(device)
     from torch.distributed.device_mesh import init_device_mesh  # slow to import
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.export import register_dataclass
 
+    register_dataclass(Loss)  # FSDP before torch 2.12 finds no gradients in other dataclasses
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in [*model.layers, model]:
         fully_shard(layer, mesh=mesh)
