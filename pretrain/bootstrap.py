@@ -5,7 +5,7 @@ losses over documents. The 95 % interval of the difference comes from a paired b
 uses the same rows and seeds, or documents, for both (Efron and Tibshirani 1993, chapter 13).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -21,38 +21,24 @@ def _draw_counts(rng: np.random.Generator, num_rows: int) -> Iterator[np.ndarray
         yield counts.astype(np.float32)
 
 
-def scores_of(
-    weights: np.ndarray, truth: np.ndarray, predictions: np.ndarray, metric: str
-) -> np.ndarray:
-    """float [draws, seeds]: the metric when test row n counts `weights[draw, n]` times.
-
-    `truth` is int [rows], `predictions` int [seeds, rows]."""
-    if metric == "accuracy":
-        num_right = weights @ (predictions == truth).T.astype(np.float32)
-        return num_right / weights.sum(1, keepdims=True)
-    is_class = np.eye(max(truth.max(), predictions.max()) + 1, dtype=np.float32)
-    num_true = weights @ is_class[truth]  # [draws, classes]
-    scores = []
-    for predicted in predictions:
-        num_right = weights @ (is_class[truth] * (predicted == truth)[:, None])
-        total = num_true + weights @ is_class[predicted]
-        f1 = np.full_like(total, np.nan)  # a class that never occurs is left out of the mean
-        np.divide(2 * num_right, total, out=f1, where=total > 0)
-        scores.append(np.nanmean(f1, axis=1))
-    return np.stack(scores, axis=1)
-
-
 def bootstrap(
-    truth: np.ndarray, left: np.ndarray, right: np.ndarray, metric: str, seed: int = 0
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    left: np.ndarray,
+    right: np.ndarray,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % interval of mean score of `right` minus mean score of `left`, both int [seeds, rows]."""
+    """95 % interval of the mean score of `right` minus that of `left`, over rows and seeds.
+
+    `left` and `right` are [seeds, rows, ...]: what is known of each row. `score(weights, rows)`
+    is float [draws], the score when row n of `rows` counts `weights[draw, n]` times."""
     rng = np.random.default_rng(seed)
-    num_seeds, num_rows = left.shape
+    num_seeds, num_rows = left.shape[:2]
     differences = []
     for weights in _draw_counts(rng, num_rows):
-        gains = scores_of(weights, truth, right, metric) - scores_of(weights, truth, left, metric)
+        pairs = zip(left, right, strict=True)
+        gains = [score(weights, after) - score(weights, before) for before, after in pairs]
         seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), DRAWN_TOGETHER)
-        differences.append((gains * (seeds / num_seeds)).sum(1))
+        differences.append((np.stack(gains, axis=1) * (seeds / num_seeds)).sum(1))
     low, high = np.quantile(np.concatenate(differences), BOUNDS)
     return float(low), float(high)
 

@@ -136,6 +136,8 @@ def _conflicts(options: object) -> list[str]:
         refuse("has no classes; expected --task classification", "class_weights", "task")
     if value("text_pair_field") and value("task") == "ner":
         refuse("entities are in one text; expected no second one", "text_pair_field", "task")
+    if value("replay") and not value("general"):
+        refuse("no general text; expected --general PATHS", "replay")
     if value("precision") == "fp16" and value("device") == "cpu":
         refuse("a CPU does not train in fp16; expected bf16 or fp32", "precision")
     return problems

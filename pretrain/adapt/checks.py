@@ -10,13 +10,13 @@ from pathlib import Path
 
 from pretrain import config
 from pretrain.adapt.domain import read_text
+from pretrain.adapt.measures import MEASURES, Classification
 from pretrain.adapt.parts import Parts
-from pretrain.adapt.report import METRICS
 from pretrain.build import decide_precision, task_problems
 from pretrain.cli import parse
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
 from pretrain.data.sources import content_key, expand
-from pretrain.errors import UserError, check, option_named
+from pretrain.errors import UserError, check, option_named, require
 from pretrain.files import (
     lock,
     model_folder,
@@ -24,9 +24,9 @@ from pretrain.files import (
     sha256_of,
     write_json,
 )
-from pretrain.finetune.build import build, metric_of
+from pretrain.finetune.build import budget_range, build, metric_of
 from pretrain.finetune.dataset import LabeledRows
-from pretrain.inputs import MODEL_WAYS, TextFiles, check_sample
+from pretrain.inputs import MODEL_WAYS, TextFiles, check_sample, marked_in
 from pretrain.model.loading import from_checkpoint
 from pretrain.preflight import problems_of, start_problems, validate
 from pretrain.runtime.checkpoint import check_output, make_output
@@ -54,10 +54,10 @@ class Experiment:
     pretraining: Config
     finetuning: FinetuneOptions
     rows: dict[str, LabeledRows]
-    classes: list[str]
+    labels: list[str]  # classes, or types of entities; [] in regression
     budgets: dict[str, int]  # name -> number of rows, smallest first
     texts: dict[str, TextFiles]  # "text" and, if there is one, "control"
-    general: TextFiles | None  # to measure forgetting on
+    general: TextFiles | None  # to measure forgetting on, and to replay
     fresh_parts: list[str]  # heads that the model does not have
     output: Path
     parts: Parts
@@ -72,6 +72,21 @@ class Experiment:
                 models[name] = str(self.output / name / "final")
         return models
 
+    @property
+    def cleaned(self) -> dict[str, TextFiles]:
+        """The texts to pretrain on, with the general one if it is replayed."""
+        return self.texts | ({"general": self.general} if self.options.replay else {})
+
+    @property
+    def score(self) -> tuple[str, str]:
+        """The task and the metric that are compared."""
+        return self.finetuning.task, self.finetuning.metric
+
+    @property
+    def measure(self) -> Classification:
+        """What the task has to compare."""
+        return MEASURES[self.finetuning.task]
+
     def part(self, name: str, work: Callable[..., dict], *arguments: object) -> dict:
         """The saved result of a part, or else the result of `work(self, *arguments)`."""
         return self.parts.result(name, work, self, *arguments)
@@ -85,21 +100,17 @@ def build_experiment(options: AdaptOptions) -> Experiment:
         pretraining = replace(pretraining, encoding=options.encoding)
     finetuning = _passed_on(options, "finetune", FinetuneOptions)
     labels = {name: getattr(options, name) for name in LABEL_OPTIONS}
-    metric = metric_of(finetuning)
-    if finetuning.task != "classification" or metric not in METRICS:
-        problem = f"{typed(finetuning, 'task')} --metric {metric}: cannot be compared"
-        with naming(options, "finetune"):
-            raise UserError(f"{problem}; expected classification by {' or '.join(METRICS)}")
-    settings = {"model": options.model, "metric": metric, "save_model": False}
+    require("matplotlib", "the plots of the report")
+    settings = {"model": options.model, "metric": metric_of(finetuning), "save_model": False}
     finetuning = replace(finetuning, **labels, **settings)
     output = Path(options.output)
     ways = None if (output / "experiment.json").is_file() else "a new folder"
     with option_named("--output"):
         check_output(output, options.overwrite, ways, ENTRIES)
     with naming(options, "finetune"):
-        task = build(replace(finetuning, output=str(output / "finetune" / ".check")))
-    rows, classes = task.rows, task.classes
-    budgets = _count_budgets(options, len(classes), len(rows["train"].labels))
+        run = build(replace(finetuning, output=str(output / "finetune" / ".check")))
+    rows, task = run.rows, run.task
+    budgets = _count_budgets(options, *budget_range(task, rows["train"]))
     with option_named("--model"):
         model, fresh = from_checkpoint(options.model)
     with naming(options, "pretrain"):
@@ -107,17 +118,22 @@ def build_experiment(options: AdaptOptions) -> Experiment:
         with option_named("--device"):
             device = start(pretraining.device)[1]
         decide_precision(pretraining, {}, device)
+        if options.replay and not pretraining.valid_fraction:
+            expected = "expected a share above 0, to measure the general text on"
+            raise UserError(f"{typed(pretraining, 'valid_fraction')}: no text is left; {expected}")
         texts, general = _read_texts(options, pretraining), None
         if options.general:
-            general = read_text(options.general, "--general", pretraining, "token")
+            # Replayed text is marked like any other text of a mixture but the first.
+            masking = marked_in("train-2", pretraining) if options.replay else "token"
+            general = read_text(options.general, "--general", pretraining, masking)
         for text in [*texts.values(), *filter(None, [general])]:
-            check_sample(text, task.tokenizer, MODEL_WAYS)
+            check_sample(text, run.tokenizer, MODEL_WAYS)
     return Experiment(
         options,
         pretraining,
         finetuning,
         rows,
-        classes,
+        task.names(run.classes),
         budgets,
         texts,
         general,
@@ -153,12 +169,11 @@ def naming(options: AdaptOptions, name: str) -> Iterator[None]:
         raise UserError("\n".join(lines)) from error
 
 
-def _count_budgets(options: AdaptOptions, num_classes: int, num_rows: int) -> dict[str, int]:
+def _count_budgets(options: AdaptOptions, allowed: range, expected: str) -> dict[str, int]:
     names = options.label_budgets
-    budgets = {name: num_rows if name == "all" else int(name) for name in names}
-    bounds = f"{num_classes} (one row per class) to {num_rows} (all rows of --train)"
-    wrong = [name for name, count in budgets.items() if not num_classes <= count <= num_rows]
-    check([f"--label-budgets {name}: expected {bounds}, or all" for name in wrong])
+    budgets = {name: allowed[-1] if name == "all" else int(name) for name in names}
+    wrong = [name for name, count in budgets.items() if count not in allowed]
+    check([f"--label-budgets {name}: expected {expected}, or all" for name in wrong])
     return dict(sorted(budgets.items(), key=lambda item: item[1]))
 
 
@@ -204,7 +219,7 @@ def _record_of(experiment: Experiment) -> dict[str, dict]:
     files += filter(None, [pretraining.lexicon, pretraining.similar, pretraining.add_tokens])
     values, changeable = asdict(options), config.may_change(AdaptOptions)
     texts = {}
-    for name, text in experiment.texts.items():
+    for name, text in experiment.cleaned.items():
         texts[name] = content_key(text.sources, text.text_format, text.markup.key)
     record = {
         "options": {name: value for name, value in values.items() if name not in changeable},

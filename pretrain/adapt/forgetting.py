@@ -35,13 +35,16 @@ def measure(
     corpus: Corpus,
     vocabulary: Vocabulary,
     has_head: bool,
+    held_out: float = 0.0,
 ) -> dict:
     """The fields of the `Change` from the model of `run`, which has not been trained, to `adapted`,
-    at the length of the last phase; with `trains_head`."""
+    at the length of the last phase; with `trains_head` and `held_out`: the share of the corpus that
+    `adapted` was not trained on, 0.0 if it was trained on none of it."""
     phase, before = run.phases[-1], run.model
     task = Task(None, phase.max_length, phase.eval_batch_size, MASK_RATE, SEED)
+    if held_out or not has_head:
+        training, corpus = corpus.split(held_out or HEAD_HELD_OUT)
     if not has_head:
-        training, corpus = corpus.split(HEAD_HELD_OUT)
         _share_head(before, adapted)
         for model in (before, adapted):
             data = (PretrainingDataset(training, task), Collator(task, vocabulary, Masking()))
@@ -49,7 +52,7 @@ def measure(
     shape = (None, task.max_length, task.micro_batch_size, vocabulary, run.config.eval_tokens)
     validation = make_validation_set(corpus, *shape)
     change = compare(before, adapted, validation, run.device, run.autocast())
-    return asdict(change) | {"trains_head": not has_head}
+    return asdict(change) | {"trains_head": not has_head, "held_out": held_out}
 
 
 def head_of(model: PackedModel) -> dict[str, torch.nn.Parameter]:

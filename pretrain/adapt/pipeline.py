@@ -5,7 +5,6 @@ and every encoder is fine-tuned for every label budget and seed. Each part saves
 `parts/`, so an interrupted experiment resumes where it stopped.
 """
 
-import csv
 import json
 from dataclasses import replace
 from itertools import product
@@ -25,6 +24,7 @@ from pretrain.errors import UserError
 from pretrain.evaluate import evaluate
 from pretrain.files import write_text
 from pretrain.finetune import build as finetuning
+from pretrain.finetune.predict import read_predictions
 from pretrain.inputs import MODEL_WAYS
 from pretrain.model.loading import from_checkpoint
 from pretrain.model.packed import MLM_HEAD, PackedModel
@@ -42,20 +42,22 @@ COMPARED_WORDS = 10_000
 def run_experiment(experiment: Experiment) -> dict:
     """Run the parts that have no result yet; returns the facts for the report."""
     part, budgets, encoders = experiment.part, experiment.budgets, experiment.encoders
-    seeds, metric = experiment.options.seeds, experiment.finetuning.metric
+    seeds, (task, metric) = experiment.options.seeds, experiment.score
     runs = list(product(budgets, range(seeds), encoders))
     counts = ", ".join(f"{count:,}" for count in budgets.values())
-    print(f"{', '.join(encoders)}: {len(runs)} fine-tuning runs, {counts} labels, {seeds} seeds")
+    print(f"{', '.join(encoders)}: {len(runs)} fine-tuning runs, {counts} rows, {seeds} seeds")
     test, seen = experiment.rows["test"], set(experiment.rows["train"].texts)
     facts = {
         "model": experiment.options.model,
+        "task": task,
         "metric": metric,
-        "classes": experiment.classes,
+        "labels": experiment.labels,
         "budgets": budgets,
         "seeds": seeds,
+        "replay": experiment.options.replay,
         "fresh_parts": experiment.fresh_parts,
         "rows": {name: len(rows.labels) for name, rows in experiment.rows.items()},
-        "truth": [experiment.classes.index(label) for label in test.labels],
+        "truth": experiment.measure.truth(test),
         "seen_in_training": sum(text in seen for text in test.texts),
         "seconds": experiment.parts.seconds,
         "scores": {name: {budget: [] for budget in budgets} for name in encoders},
@@ -79,7 +81,7 @@ def run_experiment(experiment: Experiment) -> dict:
         facts["scores"][name][budget].append(result)
         score = f"{metric.replace('_', ' ')} {result['test'][metric]:.3f}"
         took = "already done" if is_saved else f"{result['wall_seconds']:.0f} s"
-        print(f"{name}, {budgets[budget]:,} labels, seed {seed}: {score} ({took})")
+        print(f"{name}, {budgets[budget]:,} rows, seed {seed}: {score} ({took})")
     return facts
 
 
@@ -89,7 +91,7 @@ def run_experiment(experiment: Experiment) -> dict:
 def clean(experiment: Experiment) -> dict:
     """Write each text to NAME.jsonl without copies of test texts; --task-text adds task texts."""
     counts, rows = {}, experiment.rows
-    for name, text in experiment.texts.items():
+    for name, text in experiment.cleaned.items():
         more = rows["train"].texts if experiment.options.task_text and name == "text" else []
         path = experiment.output / f"{name}.jsonl"
         counts[name] = write_cleaned(text, rows["test"].texts, more, path)
@@ -116,8 +118,12 @@ def compare(experiment: Experiment) -> dict:
 
 def _run_of(experiment: Experiment, name: str, **changes: object) -> PretrainingRun:
     """A pretraining run; problems with its options are reported under --pretrain."""
-    text, output = experiment.output / f"{TRAINED_ON[name]}.jsonl", experiment.output / name
-    settings = CLEANED | {"train": (str(text),), "output": str(output), "resume": True} | changes
+    output, share = experiment.output, experiment.options.replay
+    texts = {TRAINED_ON[name]: round(1 - share, 9)} | ({"general": share} if share else {})
+    settings = CLEANED | {"output": str(output / name), "resume": True}
+    settings["train"] = tuple(str(output / f"{text}.jsonl") for text in texts)
+    settings["mix"] = tuple(texts.values()) if share else ()
+    settings |= changes
     config = replace(experiment.pretraining, model=experiment.options.model, **settings)
     with naming(experiment.options, "pretrain"):
         return pretraining.build(config)
@@ -178,20 +184,24 @@ def measure_perplexity(experiment: Experiment) -> dict:
 
 
 def measure_forgetting(experiment: Experiment) -> dict:
-    """The change of the perplexity on the general text; see `forgetting.measure`."""
+    """The change of the perplexity on the general text; see `forgetting.measure`. If it was
+    replayed, on the documents that pretraining held out."""
     run = _run_of(experiment, "adapted", output=str(experiment.output / "untrained"))
     adapted, _ = from_checkpoint(experiment.encoders["adapted"])
     pretraining.set_up_model(adapted, run.config, run.device, run.precision)
     vocabulary = tokenizers.describe(run.tokenizer)
     cache, has_head = Path(run.config.cache), MLM_HEAD not in experiment.fresh_parts
-    corpus = open_or_prepare(
-        experiment.general, run.tokenizer, vocabulary, cache, run.world, ways=MODEL_WAYS
-    )
-    return forgetting.measure(run, adapted.to(run.device), corpus, vocabulary, has_head)
+    general, held_out = experiment.general, 0.0
+    if experiment.options.replay:
+        path, held_out = str(experiment.output / "general.jsonl"), run.config.valid_fraction
+        general = domain.read_text((path,), "--general", run.config, "token")
+    corpus = open_or_prepare(general, run.tokenizer, vocabulary, cache, run.world, ways=MODEL_WAYS)
+    adapted = adapted.to(run.device)
+    return forgetting.measure(run, adapted, corpus, vocabulary, has_head, held_out)
 
 
 def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict:
-    """Fine-tune an encoder; returns the summary of the run and the class of each test row."""
+    """Fine-tune an encoder; returns the summary of the run, with what it predicts for each row."""
     model, label_budget = experiment.encoders[name], 0 if budget == "all" else int(budget)
     options = replace(experiment.finetuning, model=model, seed=seed, label_budget=label_budget)
     output = experiment.output / "finetune" / f"{name}-{budget}-{seed}"
@@ -202,8 +212,7 @@ def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict
     summary = train(run)
     if "test" not in summary:
         raise UserError("\n".join(summary["notes"]))  # the outputs are not finite
-    with (output / "test_predictions.csv").open(encoding="utf-8", newline="") as rows:
-        labels = [row["predicted_label"] for row in csv.DictReader(rows)]
-    predicted = [experiment.classes.index(label) for label in labels]
+    cells = read_predictions(output / run.task.predictions)
+    predicted = experiment.measure.predicted(cells, experiment.labels)
     typed = as_command("finetune", replace(options, save_model=True))
     return summary | {"command": typed, "predicted": predicted}

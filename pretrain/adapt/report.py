@@ -19,6 +19,7 @@ import transformers
 from pretrain import plots
 from pretrain.adapt.domain import draw_overlap
 from pretrain.adapt.forgetting import MARGIN
+from pretrain.adapt.measures import MEASURES, Metric
 from pretrain.bootstrap import DRAWS, bootstrap
 from pretrain.files import markdown_table, write_text
 
@@ -29,24 +30,27 @@ ENCODERS = {
     "adapted": "pretrained on your text",
     "control": "pretrained on the control text",
 }
-TEXTS = {"text": "your text", "task": "the task", "control": "the control text"}
+BEFORE_AND_AFTER = ("base", "control", "adapted")
+TEXTS = {
+    "text": "your text",
+    "task": "the task",
+    "control": "the control text",
+    "general": "the general text",
+}
 TEXTS_HEADER = ["text", "documents", "copies removed", "training rows added"]
 PIECES_HEADER = ["text", "words", "pieces per word", "unknown words"]
-METRICS = {"macro_f1": "macro F1", "accuracy": "accuracy"}
-MEANING = {
-    "accuracy": "Accuracy is the share of test rows that are classified correctly.",
-    "macro_f1": "F1 combines recall (the share of a class's rows that are found) and precision "
-    "(the share of predictions of a class that are right); macro F1 is the mean over classes.",
-}
+SHOWN_LABELS = 20
+GUESS = "the most frequent class"
 Difference = tuple[float, float, float]  # between two mean scores, and its 95 % interval
 
 
 def write_report(output: Path, facts: dict) -> str:
     """Write report.md, report.html and their plots; returns the verdict."""
-    metric, budgets, differences = facts["metric"], facts["budgets"], {}
+    measure, metric, guess = MEASURES[facts["task"]], _metric_of(facts), _guess(facts)
+    budgets, differences = facts["budgets"], {}
     for other in [name for name in facts["scores"] if name != "adapted"]:
         differences[other] = {name: _difference(facts, other, name) for name in budgets}
-    answer = verdict(differences, budgets, metric) + forgotten(facts["forgetting"])
+    answer = verdict(differences, budgets, metric.title) + forgotten(facts["forgetting"])
     answer += caveats(facts)
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -57,14 +61,14 @@ def write_report(output: Path, facts: dict) -> str:
         **facts,
         answer=answer,
         encoder=cell(facts["model"]),
-        num_classes=len(facts["classes"]),
-        class_names=cell(", ".join(facts["classes"][:20])),
-        meaning=MEANING[metric],
-        guess=_guess(facts),
+        replayed=f", {facts['replay']:.0%} on general text" if facts["replay"] else "",
+        predicts=measure.describe(facts["labels"]) + _names(facts["labels"]),
+        meaning=metric.meaning,
+        guess="" if guess is None else f" Always predicting {GUESS} would reach {guess:.3f}.",
         draws=DRAWS,
         texts_table=table(TEXTS_HEADER, texts, ",", ",", ","),
         scores_table=_compare_scores(output, facts, differences),
-        classes_table=_compare_classes(output, facts),
+        labels_section=_compare_labels(output, facts),
         perplexities=_compare_perplexities(output, facts),
         forgetting_section=_describe_forgetting(facts["forgetting"]),
         overlap_table=draw_overlap(output / "overlap.png", facts["overlap"], names),
@@ -82,8 +86,16 @@ def _difference(facts: dict, other: str, budget: str) -> Difference:
     """How much better the adapted encoder is than another."""
     left, right = (facts["scores"][name][budget] for name in (other, "adapted"))
     gain = np.mean(_scores_of(right, facts)) - np.mean(_scores_of(left, facts))
-    predictions = [np.array([run["predicted"] for run in runs]) for runs in (left, right)]
-    return float(gain), *bootstrap(np.array(facts["truth"]), *predictions, facts["metric"])
+    outcomes = [[_outcomes_of(run["predicted"], facts) for run in runs] for runs in (left, right)]
+    return float(gain), *bootstrap(_metric_of(facts).score, *map(np.stack, outcomes))
+
+
+def _metric_of(facts: dict) -> Metric:
+    return MEASURES[facts["task"]].metrics[facts["metric"]]
+
+
+def _outcomes_of(predicted: list, facts: dict) -> np.ndarray:
+    return MEASURES[facts["task"]].outcomes(facts["truth"], predicted, facts["labels"])
 
 
 def _scores_of(runs: list[dict], facts: dict) -> list[float]:
@@ -131,20 +143,20 @@ def _change(difference: Difference) -> str:
 
 
 def verdict(
-    differences: dict[str, dict[str, Difference]], budgets: dict[str, int], metric: str
+    differences: dict[str, dict[str, Difference]], budgets: dict[str, int], score: str
 ) -> str:
     """The answer: "yes" only for budgets whose interval lies above 0.
 
-    `differences`: adapted encoder minus "base" and, if it ran, minus "control"."""
+    `differences` in a `score`: adapted encoder minus "base" and, if it ran, minus "control"."""
     gains, over_control = differences["base"], differences.get("control")
 
     def numbers(found: dict[str, Difference], names: Iterable[str]) -> str:
-        shown = [f"{_change(found[name])} with {budgets[name]:,} labels" for name in names]
-        return f"{METRICS[metric]} {', '.join(shown)}"
+        shown = [f"{_change(found[name])} with {budgets[name]:,} labeled rows" for name in names]
+        return f"{score} {', '.join(shown)}"
 
     def only(names: list[str]) -> str:
         counts = " and ".join(f"{budgets[name]:,}" for name in names)
-        return "" if len(names) == len(gains) else f" with {counts} labels"
+        return "" if len(names) == len(gains) else f" with {counts} labeled rows"
 
     helped = [name for name, (_, low, _) in gains.items() if low > 0]
     hurt = [name for name, (_, _, high) in gains.items() if high < 0]
@@ -172,13 +184,13 @@ def caveats(facts: dict) -> str:
     groups = [group for by_budget in facts["scores"].values() for group in by_budget.values()]
     runs = [run for group in groups for run in group]
     unfinished = sum(_is_still_improving(run, facts["metric"]) for run in runs)
-    constant = sum(len(set(run["predicted"])) == 1 for run in runs)
+    constant = sum(all(row == run["predicted"][0] for row in run["predicted"]) for run in runs)
     too_short = perplexity.get("after", 0) > perplexity.get("unigram", 0)
     warnings = {
         "there is only one seed": facts["seeds"] == 1,
         f"in {unfinished} of the {len(runs)} fine-tuning runs the last step was the best, so "
         "longer ones may score higher": unfinished > MANY_RUNS * len(runs),
-        f"{constant} of the {len(runs)} fine-tuned models choose one class for every row": constant,
+        f"{constant} of the {len(runs)} fine-tuned models predict the same for every row": constant,
         "pretraining was too short: guessing by frequency still beats this model": too_short,
         f"{rows} test rows are few": rows < FEW_ROWS,
         f"{seen:,} of the {rows:,} test texts are also training rows": seen > rows // 20,
@@ -211,18 +223,25 @@ def _is_still_improving(run: dict, metric: str) -> bool:
     return run["best_step"] == run["steps"] and run["valid"][metric] < 1
 
 
-def _guess(facts: dict) -> float:
-    """The score of always predicting the most frequent class of the test rows."""
-    counts = np.unique(facts["truth"], return_counts=True)[1]
-    share = counts.max() / counts.sum()
-    return {"accuracy": share, "macro_f1": 2 * share / (1 + share) / len(counts)}[facts["metric"]]
+def _guess(facts: dict) -> float | None:
+    """The score of always predicting the most frequent class of the test rows, if there is one."""
+    predicted = MEASURES[facts["task"]].guess(facts["truth"])
+    if predicted is None:
+        return None
+    each_once = np.ones((1, len(predicted)), np.float32)
+    return float(_metric_of(facts).score(each_once, _outcomes_of(predicted, facts))[0])
+
+
+def _names(labels: list[str]) -> str:
+    """The first labels in parentheses; "" if there are none."""
+    return f" ({cell(', '.join(labels[:SHOWN_LABELS]))})" if labels else ""
 
 
 # Sections: a table each, and a plot.
 
 
 def _compare_scores(output: Path, facts: dict, differences: dict) -> str:
-    budgets, seeds, metric = facts["budgets"], facts["seeds"], METRICS[facts["metric"]]
+    budgets, seeds, metric = facts["budgets"], facts["seeds"], _metric_of(facts).title
     rows, curves = {budget: [f"{count:,}"] for budget, count in budgets.items()}, {}
     for name, runs in facts["scores"].items():
         means, deviations = [], []
@@ -235,7 +254,8 @@ def _compare_scores(output: Path, facts: dict, differences: dict) -> str:
         curves[ENCODERS[name]] = (list(budgets.values()), means, deviations)
     path, labels = output / "learning_curve.png", ("labeled training rows", metric)
     title = f"{metric} on the test rows: mean and deviation over the seeds ({seeds})"
-    levels = {"always the most frequent class": _guess(facts)}
+    guess = _guess(facts)
+    levels = {} if guess is None else {f"always {GUESS}": guess}
     plots.curves(path, title, labels, curves, levels, "x")
 
     header = ["labeled rows", *curves]
@@ -246,18 +266,30 @@ def _compare_scores(output: Path, facts: dict, differences: dict) -> str:
     return table(header, rows.values())
 
 
-def _compare_classes(output: Path, facts: dict) -> str:
+def _compare_labels(output: Path, facts: dict) -> str:
+    """A section: F1 of each class or type, and the plot of the classes; "" without labels."""
+    measure = MEASURES[facts["task"]]
+    if not measure.by_label:
+        return ""
     budget, count = list(facts["budgets"].items())[-1]  # the largest
-    classes, f1, matrices = facts["classes"], [], {}
-    for name in ("base", "adapted"):
+    labels, f1, matrices = facts["labels"], {}, {}
+    for name in [name for name in BEFORE_AND_AFTER if name in facts["scores"]]:
         tests = [run["test"] for run in facts["scores"][name][budget]]
-        matrices[ENCODERS[name]] = np.sum([test["confusion"] for test in tests], axis=0)
-        f1.append([np.mean([test["classes"][label]["f1"] for test in tests]) for label in classes])
-    title = f"Predicted classes with {count:,} labeled rows, summed over seeds"
-    plots.confusion(output / "confusion.png", title, matrices, classes)
-    num_rows = [tests[0]["classes"][label]["rows"] for label in classes]
-    rows = zip(classes, num_rows, *f1, np.subtract(f1[1], f1[0]))
-    return table(["class", "test rows", *matrices, "difference"], rows, ".3f", ".3f", "+.3f")
+        f1[name] = [np.mean([test["classes"][label]["f1"] for test in tests]) for label in labels]
+        if "confusion" in tests[0]:
+            matrices[ENCODERS[name]] = np.sum([test["confusion"] for test in tests], axis=0)
+    support = [tests[0]["classes"][label][measure.support_key] for label in labels]
+    header = [measure.label, measure.support, *map(ENCODERS.get, f1), "difference"]
+    rows = zip(labels, support, *f1.values(), np.subtract(f1["adapted"], f1["base"]))
+    formats = [","] + [".3f"] * len(f1) + ["+.3f"]
+    how = f"F1 with {count:,} labeled rows, as the mean over the seeds."
+    text = f"\n\n## {measure.by_label}\n\n{how} The difference is to the original encoder.\n\n"
+    text += table(header, rows, *formats)
+    if matrices:
+        title = f"Predicted classes with {count:,} labeled rows, summed over seeds"
+        plots.confusion(output / "confusion.png", title, matrices, labels)
+        text += "\n\n![Confusion before and after](confusion.png)"
+    return text
 
 
 def _compare_perplexities(output: Path, facts: dict) -> str:
@@ -294,12 +326,14 @@ def _describe_forgetting(change: dict) -> str:
         ["original encoder", change["before"]],
         ["pretrained on your text", change["after"]],
     ]
-    method = "Each predicts with its own MLM head."
+    method, rest = "Each predicts with its own MLM head.", "four fifths of the general text"
+    if change.get("held_out"):
+        rest = "the replayed part of the general text"
+        method += f" The text is the {change['held_out']:.0%} that was not replayed."
     if change["trains_head"]:
         method = (
             "The original encoder came without an MLM head, so both got the same fresh head. It "
-            "was trained on four fifths of the general text while the encoder stayed frozen; the "
-            "rest was predicted."
+            f"was trained on {rest} while the encoder stayed frozen; the rest was predicted."
         )
     meaning = (
         "Both predict the same masked tokens of the general text. The difference of the logarithms "

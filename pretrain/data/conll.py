@@ -5,6 +5,7 @@ Tags are BIO, BIOES or BMES. Tokens are words, characters, or characters numbere
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -52,7 +53,13 @@ def read_entities(path: Path, encoding: str = "utf-8-sig") -> Iterator[list[Tagg
         share = f"{len(strays)} of {num_entities} in the file"
         if len(strays) > MAX_STRAY_SHARE * num_entities:
             raise UserError(f"{problem} ({share}); expected B- at the first token of each entity")
-        print(f"{problem} ({share}): read as B-")
+        _say_once(f"{problem} ({share}): read as B-")
+
+
+@cache
+def _say_once(notice: str) -> None:
+    """Print a notice about a file; each run of an experiment reads the same files."""
+    print(notice)
 
 
 def _blocks(path: Path, encoding: str) -> Iterator[tuple[list[Row], bool]]:
@@ -81,7 +88,7 @@ def _separator(path: Path, encoding: str) -> str | None:
     tokens = [token for _, token, _ in islice(rows, SAMPLED_TOKENS)]
     if sum(bool(NUMBERED.fullmatch(token)) for token in tokens) > 0.98 * len(tokens):
         shown = f"tokens such as {tokens[0]!r} are a character and its position in a word"
-        print(f"{path}: {shown}; words are joined with spaces")
+        _say_once(f"{path}: {shown}; words are joined with spaces")
         return None
     return "" if sum(len(token) == 1 for token in tokens) > 0.9 * len(tokens) else " "
 

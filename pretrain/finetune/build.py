@@ -334,28 +334,29 @@ def load_model(
     return tokenizer, model.to(device)
 
 
+def budget_range(task: Classification, rows: LabeledRows) -> tuple[range, str]:
+    """The label budgets that the training rows allow, and the same in words."""
+    least, most = len(set(task.strata(rows))), len(rows.labels)
+    first = f"{least} (one row per class)" if task.has_classes else f"{least}"
+    return range(least, most + 1), f"{first} to {most} (all rows of --train)"
+
+
 def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
     """The rows of each option; the rows of --train are limited by --label-budget."""
-    rows, classes = {}, None
+    rows, classes, task = {}, None, TASKS[options.task]
     for name in ("train", "valid", "test"):
         if paths := getattr(options, name):
             with option_named(f"--{name}"):
-                rows[name] = TASKS[options.task].read(paths, options, classes)
+                rows[name] = task.read(paths, options, classes)
             classes = rows["train"].classes
     train, budget = rows["train"], options.label_budget
     if not budget:
         return rows
-    has_classes = options.task == "classification"
-    least, most = len(classes) if has_classes else 1, len(train.labels)
-    if not least <= budget <= most:
-        expected = f"{least} (one row per class)" if has_classes else "1"
-        expected += f" to {most} (all rows of --train)"
+    allowed, expected = budget_range(task, train)
+    if budget not in allowed:
         raise UserError(f"--label-budget {budget}: expected {expected}")
-    strata = train.labels if has_classes else [""] * most
-    chosen = budget_rows(strata, budget, options.seed).tolist()
-    texts = [train.texts[row] for row in chosen]
-    labels = [train.labels[row] for row in chosen]
-    return rows | {"train": LabeledRows(texts, labels, classes)}
+    chosen = budget_rows(task.strata(train), budget, options.seed)
+    return rows | {"train": train.take(chosen.tolist())}
 
 
 def check_tokens(

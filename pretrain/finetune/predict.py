@@ -4,6 +4,7 @@ Rows stream: a file of any size is read, predicted and written in chunks.
 """
 
 import csv
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -102,6 +103,12 @@ def write_rows(path: Path, rows: Iterable[dict], as_csv: bool) -> None:
             except ValueError as error:
                 problem = f"row {number} has different columns from the first"
                 raise UserError(f"{problem} ({error}); expected .jsonl") from error
+
+
+def read_predictions(path: Path) -> Iterator[dict]:
+    """The rows of a file that `write_rows` wrote; the cells of CSV are text."""
+    with path.open(encoding="utf-8", newline="") as rows:
+        yield from csv.DictReader(rows) if path.suffix == ".csv" else map(json.loads, rows)
 
 
 def _as_json(value: object) -> str:

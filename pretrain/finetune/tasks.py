@@ -40,6 +40,7 @@ class Classification:
     name = "classification"
     auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
     dataset, tally = LabeledDataset, Tally
+    has_classes = True  # a row has one of them
     when_long = "are cut"  # what happens to texts that are too long
     predictions = "test_predictions.csv"
     curves = ("eval/accuracy", "eval/macro_f1")
@@ -49,6 +50,10 @@ class Classification:
     ) -> LabeledRows:
         """The labeled rows of files; `classes` are those of the training rows, if not these."""
         return read_labeled(paths, options, classes)
+
+    def strata(self, rows: LabeledRows) -> list[str]:
+        """The groups that a label budget takes rows from in proportion: one for each row."""
+        return rows.labels if self.has_classes else [""] * len(rows.labels)
 
     def documents(
         self, paths: Sequence[str], options: ColumnOptions, problems: list[str]
@@ -100,7 +105,7 @@ class Classification:
 class Regression(Classification):
     """A number for a row."""
 
-    name, tally = "regression", NumberTally
+    name, tally, has_classes = "regression", NumberTally, False
     curves = ("eval/pearson", "eval/spearman")
 
     def read(
@@ -120,8 +125,8 @@ class Regression(Classification):
     def cells(
         self, dataset: LabeledDataset, outputs: np.ndarray, classes: list[str]
     ) -> Iterator[dict]:
-        """For each row, the number."""
-        return ({"predicted_label": round(float(number), 6)} for number in outputs)
+        """For each row, the number, in the fewest digits that no other float32 has."""
+        return ({"predicted_label": float(str(number))} for number in outputs)
 
     def counts(self, rows: LabeledRows, dataset: LabeledDataset) -> list[str]:
         """The range of the numbers, to print."""
@@ -142,6 +147,7 @@ class EntityRecognition(Classification):
     name = "ner"
     auto_class, pipeline = "AutoModelForTokenClassification", "token-classification"
     dataset, tally = TaggedDataset, EntityTally
+    has_classes = False
     when_long = "are read in overlapping windows"
     predictions = "test_predictions.jsonl"
     curves = ("eval/precision", "eval/recall", "eval/f1")

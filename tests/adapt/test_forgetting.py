@@ -1,6 +1,6 @@
 """adapt.py --general: a rate that is twenty times too high is flagged as forgetting and a gentle
 one is not, with the encoder's own MLM head and with a head that is trained on the frozen
-encoder."""
+encoder. With --replay, part of the general text is trained on, and the rest is measured."""
 
 import csv
 import json
@@ -14,6 +14,7 @@ from conftest import (
     make_documents,
     pretrain_into,
     refusal,
+    rows,
     script,
     write_documents,
 )
@@ -73,15 +74,20 @@ def place(documents, cache, tmp_path_factory):
     return folder
 
 
-def adapt(place, cache, output, model, rate):
-    """The change on general text, and the report, of an experiment with this learning rate."""
+def argv_of(place, cache, output, model, rate, *more):
+    """The command line of an experiment with this learning rate."""
     pretrain = "--objective mlm --max-length 32 --max-steps 10 --batch-size 16 --precision fp32"
     pretrain += f" --learning-rate {rate} --eval-tokens 9000 --cache {cache}"
     argv = ["--model", place / model, "--text", place / "text.txt", "--output", output]
     for name in ("train", "valid", "test"):
         argv += [f"--{name}", place / f"{name}.csv"]
     argv += ["--general", place / "held-out.txt", "--seeds", 1, "--pretrain", pretrain]
-    ADAPT([*map(str, argv), "--finetune", FINE])
+    return [*map(str, [*argv, *more]), "--finetune", FINE]
+
+
+def adapt(place, cache, output, model, rate, *more):
+    """The change on general text, and the report, of an experiment with this learning rate."""
+    ADAPT(argv_of(place, cache, output, model, rate, *more))
     (path,) = output.glob("parts/forgetting.*.json")
     return json.loads(path.read_text()), (output / "report.md").read_text(encoding="utf-8")
 
@@ -98,6 +104,55 @@ def test_a_rate_twenty_times_too_high_is_flagged(place, cache, tmp_path, model):
     assert change["high"] <= forgetting.MARGIN and "It did not forget general text" in text
     change, text = found["harsh"]
     assert change["low"] > forgetting.MARGIN and "It forgot general text" in text
+
+
+def test_replayed_text_is_measured_where_it_was_held_out(place, cache, tmp_path, capsys):
+    """As in the mixture's own log; the change is smaller than without replay."""
+    output = tmp_path / "out"
+    general = tmp_path / "general.txt"  # with a copy of a test row
+    general.write_text((place / "held-out.txt").read_text() + "river  water 31\n\nriver .\n")
+    more = ["--general", general, "--replay", 0.4, "--control", place / "general.txt"]
+    change, text = adapt(place, cache, output, "model", 5 * GENTLE, *more)
+    for name, own in (("adapted", "text"), ("control", "control")):
+        config = json.loads((output / name / "config.json").read_text())
+        assert config["train"] == [str(output / f"{of}.jsonl") for of in (own, "general")]
+        assert config["mix"] == [0.6, 0.4]
+    logged = [
+        row["eval_general/perplexity"]
+        for row in rows(output / "adapted")
+        if "eval/perplexity" in row
+    ]
+    assert [change["before"], change["after"]] == pytest.approx([logged[0], logged[-1]], rel=1e-4)
+    texts = [
+        json.loads(line)["text"] for line in (output / "general.jsonl").read_text().splitlines()
+    ]
+    assert len(texts) == 61 and texts[-1] == "river ."
+    assert "40% on general text" in text and "the general text | 61 | 1 |" in text
+    without, _ = adapt(place, cache, tmp_path / "without", "model", 5 * GENTLE)
+    assert change["difference"] < 0.8 * without["difference"]
+    # The general text decides the result: it can no longer be replaced.
+    other = argv_of(
+        place, cache, output, "model", 5 * GENTLE, *more, "--general", place / "general.txt"
+    )
+    assert refusal(ADAPT, other, capsys).startswith(f"--output {output}: ")
+
+
+def test_a_fresh_head_is_trained_on_what_was_replayed(place, cache, tmp_path):
+    change, text = adapt(place, cache, tmp_path / "out", "headless", GENTLE, "--replay", 0.4)
+    assert change["trains_head"] and change["held_out"] == 0.05
+    assert "trained on the replayed part of the general text" in text
+
+
+def test_replay_needs_general_text_of_which_some_is_held_out(place, cache, tmp_path, capsys):
+    argv = argv_of(place, cache, tmp_path / "out", "model", GENTLE, "--replay", 0.4)
+    number = argv.index("--general")
+    lacking = argv[:number] + argv[number + 2 :]
+    assert refusal(ADAPT, lacking, capsys).startswith("--replay 0.4: ")
+    assert refusal(ADAPT, [*argv, "--replay", "1"], capsys).startswith("--replay 1")
+    pretrain = f"{argv[argv.index('--pretrain') + 1]} --valid-fraction 0"
+    told = refusal(ADAPT, [*argv, "--pretrain", pretrain], capsys)
+    assert told.startswith(f'--pretrain "{pretrain}": --valid-fraction 0') and "\n" not in told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -205,10 +205,11 @@ def test_report_numbers_match_the_parts(finished):
             assert float(low) <= float(shown) <= float(high)
     for row, label in zip(classes[1:], LABELS, strict=True):
         of_class = {key: [run["classes"][label]["f1"] for run in of] for key, of in runs.items()}
-        base, adapted = (np.mean(of_class[name, "all"]) for name in ENCODERS[:2])
+        base, adapted, control = (np.mean(of_class[name, "all"]) for name in ENCODERS)
         count = runs["base", "all"][0]["classes"][label]["rows"]
-        numbers = [str(count), f"{base:.3f}", f"{adapted:.3f}", f"{adapted - base:+.3f}"]
-        assert row == [label.replace("|<b>", "\\|&lt;b&gt;"), *numbers]
+        numbers = [f"{value:.3f}" for value in (base, control, adapted)]
+        name = label.replace("|<b>", "\\|&lt;b&gt;")
+        assert row == [name, str(count), *numbers, f"{adapted - base:+.3f}"]
 
 
 def test_every_section_of_the_report(finished, place):
@@ -561,8 +562,9 @@ OTHERS = {
         ("finetune", "--label-field x", ""),
         ("finetune", "--no-save-model", ""),  # a switch alone is one word
         ("finetune", "--epochs 0", "--epochs 0"),
-        ("finetune", "--task ner", "--task ner "),
-        ("finetune", "--metric matthews", "--task classification --metric matthews: "),
+        ("finetune", "--metric f1", "--metric f1 --task classification: "),
+        ("finetune", "--task ner --metric accuracy", "--metric accuracy --task ner: "),
+        ("finetune", "--task regression --metric f1", "--metric f1 --task regression: "),
         ("finetune", "--max-length 9999", "--max-length 9999: "),
         ("text", "absent.txt", ""),
         ("test", "absent.csv", ""),

@@ -143,6 +143,15 @@ def test_labels_that_training_rows_lack_are_named(tmp_path):
     assert line.startswith(f"{tmp_path / 'b.jsonl'}, line 1: ")
 
 
+def test_a_notice_about_a_file_is_printed_once(tmp_path, capsys):
+    """Each run of an experiment reads the same files."""
+    path = tmp_path / "numbered.conll"
+    path.write_text("科0\tO\n技1\tO\n好0\tO\n人0\tB-PER\n", encoding="utf-8")
+    for _ in range(2):
+        assert read(path).texts == [("科技 好 人",)]
+    assert capsys.readouterr().out.count(str(path)) == 1
+
+
 # Words and windows.
 
 WORDS = st.sampled_from(

@@ -1,0 +1,275 @@
+"""Experiments on entities and numbers, from end to end on a tiny encoder.
+
+The report shows the parts, whose scores follow from the saved predictions; a restart gives the same
+report; bad input is refused."""
+
+import json
+import random
+import shutil
+from itertools import product
+
+import numpy as np
+import pytest
+from conftest import refusal
+from test_measures import LABELS, slow_classes, slow_entities, slow_numbers
+from test_pipeline import (  # noqa: F401
+    ADAPT,
+    BUDGETS,
+    ENCODERS,
+    PRETRAIN,
+    adapt,
+    argv,
+    fine_tunings,
+    forbid_work,
+    interrupted,
+    part,
+    place,
+    quick,
+    report_of,
+    tables,
+)
+
+from pretrain import bootstrap, train
+from pretrain.adapt.measures import MEASURES
+
+NAMES = {"LOC": ["river", "river bank"], "ORG": ["bank", "water bank"], "PER": ["teacher"]}
+OTHERS = ["quick", "slow", "token", "mask", "money"]
+FINE = "--max-length 32 --precision fp32 --batch-size 8 --max-steps 12 --eval-every 6"
+FINE += " --learning-rate 1e-2"
+TASKS = {"ner": "--task ner", "regression": "--task regression"}
+SLOW = {"ner": slow_entities, "regression": slow_numbers}
+KEYS = ("start", "end", "label")
+
+
+def make_row(source):
+    """A text and its entities; its number is how many of them it has."""
+    words, entities, start = [], [], 0
+    for _ in range(source.randint(3, 7)):
+        label = source.choice(["", "", *LABELS])
+        words.append(source.choice(NAMES.get(label, OTHERS)))
+        if label:
+            entities.append(dict(zip(KEYS, (start, start + len(words[-1]), label))))
+        start += len(words[-1]) + 1
+    return {"text": " ".join(words), "entities": entities, "label": len(entities) / 2}
+
+
+def as_conll(row):
+    """A word and its tag per line."""
+    lines, start = [], 0
+    for word in row["text"].split():
+        tag = "O"
+        for entity in row["entities"]:
+            if entity["start"] <= start < entity["end"]:
+                tag = f"{'B' if start == entity['start'] else 'I'}-{entity['label']}"
+        lines.append(f"{word}\t{tag}\n")
+        start += len(word) + 1
+    return "".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def row_files(tmp_path_factory):
+    """Rows for both tasks; the training rows of entities are tagged words."""
+    folder, source = tmp_path_factory.mktemp("rows"), random.Random(4)
+    for name, count in {"train": 30, "valid": 12, "test": 20}.items():
+        rows = [make_row(source) for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.conll").write_text("".join(map(as_conll, rows)))
+    return folder
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def options_of(task, place, row_files, cache):  # noqa: F811
+    """Of an experiment with a control; its text has the first test row, and one other."""
+    first, second = (row["text"] for row in read_jsonl(row_files / "test.jsonl")[:2])
+    text = row_files / "text.txt"
+    # White space does not tell copies apart.
+    copies = f"{first.replace(' ', '  ')}\nriver .\n\n{second}\n{first}\n\n"
+    text.write_text(copies + (place / "text.txt").read_text())
+    kinds = {"ner": ("conll", "jsonl", "conll"), "regression": ("jsonl",) * 3}
+    splits = ("train", "valid", "test")
+    files = {name: row_files / f"{name}.{kind}" for name, kind in zip(splits, kinds[task])}
+    return {
+        "model": place / "model",
+        "text": text,
+        "control": place / "control.txt",
+        **files,
+        "pretrain": f"{PRETRAIN} --cache {cache}",
+        "finetune": f"{FINE} {TASKS[task]}",
+        "seeds": 2,
+        "label-budgets": [*BUDGETS],
+    }
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def experiment(request, place, row_files, cache, tmp_path_factory):  # noqa: F811
+    """(task, options, folder of a finished experiment)."""
+    options = options_of(request.param, place, row_files, cache)
+    output = tmp_path_factory.mktemp("experiment") / request.param
+    return request.param, options, adapt(options, output)
+
+
+def truth_and_predictions(task, folder, name):
+    """What a fine-tuning run wrote for the test rows, in the form of `MEASURES`."""
+    run = folder / "finetune" / name
+    if task == "ner":
+        rows = read_jsonl(run / "test_predictions.jsonl")
+        columns = ("entities", "predicted_entities")
+        return [
+            [[[of[key] for key in KEYS] for of in row[column]] for row in rows]
+            for column in columns
+        ]
+    lines = (run / "test_predictions.csv").read_text().splitlines()[1:]
+    return [list(column) for column in zip(*(map(float, line.split(",")) for line in lines))]
+
+
+def test_report_of_the_parts_and_scores_of_the_predictions(experiment):
+    task, _, output = experiment
+    slow, measure = SLOW[task], MEASURES[task]
+    metric = next(iter(measure.metrics))
+    scores, outcomes = {}, {}
+    for name, budget in product(ENCODERS, BUDGETS):
+        for seed in range(2):
+            run = f"{name}-{budget}-{seed}"
+            result = part(output, f"finetune-{run}")
+            truth, predicted = truth_and_predictions(task, output, run)
+            assert result["predicted"] == predicted and len(truth) == 20
+            expected = slow(truth, predicted, metric)
+            assert result["test"][metric] == pytest.approx(expected, abs=1e-6)
+            assert result["train_rows"] == (30 if budget == "all" else int(budget))
+            scores.setdefault((name, budget), []).append(result["test"][metric])
+            found = measure.outcomes(truth, predicted, LABELS)
+            outcomes.setdefault((name, budget), []).append(found)
+    assert len(set(map(tuple, scores.values()))) > 3, "equal scores would show nothing"
+    report = report_of(output)
+    _, shown, *_ = tables(report)
+    for row, budget in zip(shown[1:], BUDGETS, strict=True):
+        of = [scores[name, budget] for name in ENCODERS]
+        assert row[1:4] == [f"{np.mean(run):.3f} ± {np.std(run, ddof=1):.3f}" for run in of]
+        for cell, other in zip(row[4:], ("base", "control"), strict=True):
+            sides = [np.stack(outcomes[name, budget]) for name in (other, "adapted")]
+            low, high = bootstrap.bootstrap(measure.metrics[metric].score, *sides)
+            gain = np.mean(scores["adapted", budget]) - np.mean(scores[other, budget])
+            assert cell == f"{gain:+.3f} ({low:+.3f} to {high:+.3f})"
+    assert measure.metrics[metric].title in report and "most frequent class" not in report
+
+
+def test_entities_by_type_are_compared(experiment):
+    task, _, output = experiment
+    report = report_of(output)
+    assert "confusion.png" not in report and not (output / "confusion.png").exists()
+    assert ("## Entities per type before and after" in report) == (task == "ner")
+    assert "## Which classes?" not in report
+    if task != "ner":
+        assert "a number for each row; 30 training rows" in report.replace("\n  ", " ")
+        return
+    header, *rows = tables(report)[2]
+    assert (
+        header[:2] == ["type", "test entities"] and "entities of 3 types (LOC, ORG, PER)" in report
+    )
+    for row, label in zip(rows, LABELS, strict=True):
+        f1 = {}
+        for name in ENCODERS:
+            found = [truth_and_predictions(task, output, f"{name}-all-{seed}") for seed in range(2)]
+            of_label = [
+                [[[of for of in entities if of[2] == label] for entities in side] for side in run]
+                for run in found
+            ]
+            f1[name] = np.mean([slow_entities(*run, "f1") for run in of_label])
+        support = sum(len(entities) for entities in of_label[0][0])
+        numbers = [f"{f1[name]:.3f}" for name in ("base", "control", "adapted")]
+        assert row == [label, str(support), *numbers, f"{f1['adapted'] - f1['base']:+.3f}"]
+
+
+def test_copies_of_test_rows_are_removed(experiment):
+    _, options, output = experiment
+    first, second = (row["text"] for row in read_jsonl(options["text"].parent / "test.jsonl")[:2])
+    assert part(output, "text")["text"]["removed"] >= 2
+    texts = [row["text"] for row in read_jsonl(output / "text.jsonl")]
+    assert "river ." in texts and not {first, second} & set("\n".join(texts).split("\n"))
+
+
+def test_an_interrupted_experiment_gives_the_same_report(experiment, tmp_path):
+    """It stops in the second fine-tuning run."""
+    _, options, finished = experiment
+    small = options | {"seeds": 1, "label-budgets": ["all"]}
+    expected = adapt(small, shutil.copytree(finished, tmp_path / "all"))
+    interrupted(argv(small, tmp_path / "out"), train, "train_step", 20)
+    assert report_of(adapt(small, tmp_path / "out")) == report_of(expected)
+
+
+def test_the_report_is_rewritten_from_the_parts(experiment, tmp_path, monkeypatch):
+    """Also once the folders of the fine-tuning runs are gone."""
+    _, options, finished = experiment
+    output = shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(output / "finetune")
+    (output / "report.md").unlink()
+    forbid_work(monkeypatch)
+    assert report_of(adapt(options, output)) == report_of(finished)
+
+
+@pytest.mark.parametrize(
+    "task, metric",
+    [("ner", "macro_f1"), ("regression", "spearman"), ("classification", "matthews")],
+)
+def test_other_metrics_are_compared(task, metric, place, row_files, cache, tmp_path):  # noqa: F811
+    options = options_of("regression", place, row_files, cache)
+    del options["control"]
+    if task == "classification":  # the number of entities, as a class
+        for name in ("train", "valid", "test"):
+            lines = [f"{row['text']}\t{int(row['label'] > 1)}" for row in read_jsonl(options[name])]
+            options[name] = tmp_path / f"{name}.tsv"
+            options[name].write_text("\n".join(["text\tlabel", *lines]))
+    else:
+        options["label-field"] = "entities" if task == "ner" else "label"
+    fine = f"{FINE} --task {task} --metric {metric}"
+    more = {"seeds": 1, "label-budgets": [12], "finetune": fine}
+    output = adapt(options, tmp_path / "out", task_text=True, **more)
+    texts = "\n".join(row["text"] for row in read_jsonl(output / "text.jsonl"))
+    assert all(row["text"] in texts for row in read_jsonl(row_files / "train.jsonl"))
+    result = part(output, "finetune-adapted-12-0")
+    report = report_of(output)
+    metrics = MEASURES[task].metrics
+    assert f"{result['test'][metric]:.3f}" == tables(report)[1][1][2]
+    assert metrics[metric].title in report and metrics[metric].meaning in report
+    if task == "classification":
+        truth = [int(line.rpartition("\t")[2]) for line in lines]
+        expected = slow_classes(truth, result["predicted"], metric)
+        assert result["test"][metric] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "task, option, value, named",
+    [
+        ("ner", "test", "O.conll", "--test {folder}/O.conll: "),
+        ("ner", "test", "NEW.conll", "--test {folder}/NEW.conll: "),
+        ("ner", "label-budgets", "0", "--label-budgets 0: "),
+        ("ner", "label-budgets", "31", "--label-budgets 31: "),
+        ("ner", "text-pair-field", "text", "--text-pair-field text "),
+        ("ner", "finetune", "--task ner --metric pearson", '--finetune "--task ner --metric '),
+        ("regression", "test", "O.conll", "--test {folder}/O.conll"),
+        ("regression", "test", "same.jsonl", "--test {folder}/same.jsonl: "),
+        ("regression", "label-budgets", "0", "--label-budgets 0: "),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    task,
+    option,
+    value,
+    named,
+    place,  # noqa: F811
+    row_files,
+    cache,
+    tmp_path,
+    capsys,
+):
+    (tmp_path / "O.conll").write_text("river\tO\nbank\tO\n")
+    (tmp_path / "NEW.conll").write_text("river\tB-NEW\nbank\tO\n")
+    (tmp_path / "same.jsonl").write_text('{"text": "river", "label": 1}\n' * 3)
+    options = options_of(task, place, row_files, cache)
+    value = tmp_path / value if option == "test" else value
+    message = refusal(ADAPT, argv(options, tmp_path / "out", **{option: value}), capsys)
+    assert message.startswith(named.format(folder=tmp_path)) and "\n" not in message
+    assert not (tmp_path / "out").exists()
