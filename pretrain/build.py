@@ -34,7 +34,7 @@ from pretrain.data.loader import PretrainingDataset, TrainData
 from pretrain.data.mixture import Mixture
 from pretrain.data.sources import read_lines
 from pretrain.data.tokenizer import Vocabulary
-from pretrain.errors import UserError, check, option_named
+from pretrain.errors import UserError, check, counted, option_named
 from pretrain.evaluate import ValidationSet, make_validation_set
 from pretrain.files import lock, sha256_of
 from pretrain.inputs import prepare_tokenizer
@@ -322,7 +322,8 @@ def make_masking(
         problem = "no word has a similar word with the same number of tokens"
         expected = "expected one word per line, then its similar words, separated by tabs"
         raise UserError(f"{shown}: {problem}; {expected}")
-    found = f"{len(similar.counts):,} words with {similar.counts.sum():,} similar words"
+    pairs = counted(similar.counts.sum(), "similar word")
+    found = f"{counted(len(similar.counts), 'word')} with {pairs}"
     print(f"{shown}: {found} of the same number of tokens")
     return masking.Masking(**options | {"similar": similar})
 
@@ -342,7 +343,8 @@ def _report_long_entities(config: Config, phases: list[Phase], vocabulary: Vocab
         num_entities += int((sizes > 0).sum())
         num_fitting += int(((sizes > 0) & fits).sum())
     if num_fitting < MIN_FITTING_SHARE * num_entities or not num_entities:
-        found = f"{num_fitting:,} of {num_entities:,} entities fit in that share of a sequence"
+        entities = counted(num_entities, "entity")
+        found = f"{num_fitting:,} of {entities} fit in that share of a sequence"
         advice = "the others are never masked whole; use a higher budget or longer documents"
         print(f"{typed(config, 'entity_budget')}: {found}; {advice}")
 
@@ -364,7 +366,7 @@ def _report_added(
     never = [token for token, count in found.items() if not count]
     if never:
         most += f"; {len(never):,} never occur, such as {', '.join(never[:3])}"
-    total = f"{len(found):,} added tokens occur {found.total():,} times"
+    total = f"{counted(len(found), 'added token')}, {counted(found.total(), 'occurrence')}"
     print(f"{total}: {most}; added_tokens.tsv lists all")
     return dict(found.most_common())
 

@@ -21,8 +21,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from pretrain import __version__
-from pretrain.errors import UserError, option_named, os_error, refusing, what_it_takes
+from pretrain.errors import UserError, check, option_named, os_error, refusing, what_it_takes
 from pretrain.files import locks_released, read_text
+from pretrain.preflight import misfits
 from pretrain.schema import AUTO, flag
 from pretrain.signals import Interrupted, handled
 
@@ -128,9 +129,21 @@ def read_command_line(
                 if "" not in pair and pair & layer.keys():
                     values = {name: value for name, value in values.items() if name not in pair}
             values |= layer
-        return options(**values)
+        made = options(**values)
+        _check_values_of_file(made, path, from_file.keys() - typed.keys())
+        return made
 
     return with_defaults
+
+
+def _check_values_of_file(options: object, path: str, names: set[str]) -> None:
+    """UserError with all values of `options` that are out of bounds, if one of `names`, which the
+    file `path` decides, is among them: it names the file. The command checks the rest."""
+    problems = misfits(options)
+    in_file = problems.keys() & names
+    for name in in_file:
+        problems[name] = f"--config {path}: {problems[name]}"
+    check(list(problems.values()) if in_file else [])
 
 
 def options_of(values: dict, options: type) -> object:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from pretrain.batch import IGNORED
 from pretrain.bootstrap import interval_of_mean
+from pretrain.errors import counted
 from pretrain.evaluate import ValidationSet, evaluation_mode
 from pretrain.metrics import MAX_LOG_PERPLEXITY
 from pretrain.model.packed import PackedModel
@@ -73,9 +74,9 @@ def compare(
     old, counts = sequence_losses(before, validation, device, precision)
     new, _ = sequence_losses(after, validation, device, precision)
     _, groups = np.unique(validation.documents, return_inverse=True)
-    drawn = f"{groups.max() + 1:,} documents"
+    drawn = counted(groups.max() + 1, "document")
     if groups.max() + 1 < MIN_DOCUMENTS:
-        groups, drawn = np.arange(len(counts)), f"{len(counts):,} sequences"
+        groups, drawn = np.arange(len(counts)), counted(len(counts), "sequence")
     by_group = [np.bincount(groups, values) for values in (new - old, counts)]
     total = counts.sum()
     means = [float(losses.sum() / total) for losses in (old, new)]

@@ -8,7 +8,7 @@ import codecs
 from dataclasses import dataclass, fields
 from itertools import accumulate, chain
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, counted
 from pretrain.schema import (
     AUTO,
     Rule,
@@ -430,7 +430,7 @@ def phase_ends(config: TaskOptions, total_steps: int) -> list[int]:
     ends[-1] = total_steps
     steps = [end - begin for begin, end in zip([0, *ends], ends)]
     if min(steps) < 1:
-        problem = f"{typed(config, 'phases')}: {total_steps} steps are split into {steps}"
+        problem = f"{typed(config, 'phases')}: {counted(total_steps, 'step')} split into {steps}"
         advice = "change the shares, --max-steps or --epochs"
         raise UserError(f"{problem}; expected at least one per phase: {advice}")
     return ends

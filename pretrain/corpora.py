@@ -1,5 +1,6 @@
 """From checked text to corpora: found in the cache, prepared there, or those of a resumed run."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -16,11 +17,12 @@ from pretrain.data.pairs import Task
 from pretrain.data.prepare import prepare
 from pretrain.data.sources import content_key, expand, states_of
 from pretrain.data.tokenizer import Vocabulary
-from pretrain.errors import UserError, option_named
+from pretrain.errors import UserError, counted, option_named
 from pretrain.files import key_of
 from pretrain.inputs import (
     TRAINING_WAYS,
     TextFiles,
+    cache_named,
     check_sample,
     check_text,
     check_vocabulary,
@@ -122,9 +124,9 @@ def _report_shared(config: Config, validation: Corpus, text: Text) -> None:
     """Print how many documents of --valid are also in a text to train on."""
     shared = validation.count_shared(text.training)
     if shared:
-        shown = f"{typed(config, 'valid')}: {shared:,} of {validation.count():,} documents"
+        shown = f"{typed(config, 'valid')}: {shared:,} of {counted(validation.count(), 'document')}"
         where = text.shown if config.mix else "--train"
-        print(f"{shown} are also in {where}, so scores will look too good; expected other text")
+        print(f"{shown} also in {where}, so scores will look too good; expected other text")
 
 
 def _is_usable(folder: str | None, config: Config) -> bool:
@@ -213,15 +215,16 @@ def open_or_prepare(
                 found = (markup.find(*item) for item in text.sentences() if item)
                 if (masking == "entity" or markup.lexicon) and not any(found):
                     raise no_entities(text)
-            corpus = prepare(
-                text.sources,
-                text.text_format,
-                tokenizer,
-                folder,
-                markup=markup,
-                replace_damaged=not output,  # what is in the cache is ours
-                **more_arguments,
-            )
+            with contextlib.nullcontext() if output else cache_named(cache):
+                corpus = prepare(
+                    text.sources,
+                    text.text_format,
+                    tokenizer,
+                    folder,
+                    markup=markup,
+                    replace_damaged=not output,  # what is in the cache is ours
+                    **more_arguments,
+                )
     if vocabulary.is_special[corpus.shard(0).ids[: 1 << 20]].all():
         problem = "only special and unknown tokens, so nothing can be masked"
         raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
@@ -240,9 +243,9 @@ def open_or_prepare(
 
 def _shown(info: dict) -> str:
     """The counts in the manifest of a corpus."""
-    parts = [f"{info[name]:,} {name}" for name in ("documents", "sentences", "tokens")]
+    parts = [counted(info[f"{noun}s"], noun) for noun in ("document", "sentence", "token")]
     by = f" by {info['words_by']}" if info["words_by"] != "tokenizer" else ""
     parts.append(f"{info['tokens'] / info['words']:.2f} per word{by}")
     parts.append(f"{info['unknown_tokens'] / info['tokens']:.2%} unknown to the tokenizer")
-    parts += [f"{info['entities']:,} entities"] if info["entities"] else []
+    parts += [counted(info["entities"], "entity")] if info["entities"] else []
     return ", ".join(parts)

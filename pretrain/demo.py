@@ -21,6 +21,7 @@ from pretrain import files
 from pretrain.build import build
 from pretrain.config import Config
 from pretrain.data.loader import DataPosition
+from pretrain.inputs import cache_named
 from pretrain.pretraining import PretrainingRun
 from pretrain.runtime.distributed import gather
 from pretrain.runtime.optim import autocast, make_optimizers
@@ -43,7 +44,8 @@ def write_text(cache: Path) -> Path:
         text = "\n\n".join("\n".join(document) for document in _documents())
         partial.write_text(f"{text}\n", encoding="utf-8")
 
-    files.write_once(path, write)
+    with cache_named(cache):
+        files.write_once(path, write)
     return path
 
 

@@ -20,15 +20,28 @@ EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # these say nothing abou
 PACKAGES = {"sklearn": "scikit-learn"}  # module -> package, where more than "_" and "-" differ
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: "1 step", "2,000 steps", "3 entities", "2 batches"."""
+    if number == 1:
+        return f"1 {noun}"
+    if noun.endswith("y"):
+        return f"{number:,} {noun[:-1]}ies"
+    return f"{number:,} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}"
+
+
 class UserError(ValueError):
     """A problem that the user can fix: printed without a traceback, exit code 2."""
+
+
+class NotWritable(UserError):
+    """There is no permission to write a file or folder."""
 
 
 def check(problems: list[str]) -> None:
     """Raise one UserError with all `problems`, one per line, up to SHOWN_PROBLEMS."""
     lines, more = problems[:SHOWN_PROBLEMS], len(problems) - SHOWN_PROBLEMS
     if more > 0:
-        lines.append(f"{MORE}{more:,} more problems")
+        lines.append(f"{MORE}{counted(more, 'more problem')}")
     if lines:
         raise UserError("\n".join(lines))
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-from pretrain.errors import UserError, os_error, refusing, what_it_takes
+from pretrain.errors import NotWritable, UserError, os_error, refusing, what_it_takes
 from pretrain.schema import Form, misfit
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from a file system without locks
@@ -245,14 +245,15 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """UserError unless a file or folder can be created at `path` or, if it exists, changed."""
+    """UserError unless a file or folder can be created at `path` or, if it exists, changed; it is
+    NotWritable without permission."""
     base = Path(path)
     while not os.path.exists(base):
         base = base.parent
     if base != Path(path) and not os.path.isdir(base):
         raise UserError(f"{path}: {base} is a file; expected a folder")
     if not os.access(base, os.W_OK):
-        raise UserError(f"{path}: no permission to write to {base}; expected another folder")
+        raise NotWritable(f"{path}: no permission to write to {base}; expected another folder")
 
 
 def model_folder(name: str) -> str:

@@ -3,6 +3,7 @@
 The main process checks and prepares; the others wait and open what it wrote.
 """
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ from pretrain.data.corpus import (
 from pretrain.data.formats import open_files
 from pretrain.data.sentences import Span, Stream, cut_into_pieces, sentences
 from pretrain.data.sources import Source, content_key, read_lines
-from pretrain.errors import UserError, check, option_named, require
+from pretrain.errors import NotWritable, UserError, check, counted, option_named, require
 from pretrain.files import exclusive
 from pretrain.model.loading import load_config
 from pretrain.runtime.checkpoint import problem_of, write_folder
@@ -45,7 +46,7 @@ SAMPLED_PIECES, SAMPLED_CHARACTERS = 16, 1 << 18  # read to detect the script of
 # Shares of unknown tokens: one for a warning, one for a UserError. A vocabulary that fits leaves
 # less than 1 %.
 WARNED_UNKNOWN, MAX_UNKNOWN = 0.05, 0.3
-SHOWN_UNKNOWN = 20  # characters
+SHOWN_UNKNOWN = 10  # characters, or words and characters of a word
 # What a command can take to know its text.
 TOKENIZER_WAYS = "expected a --tokenizer for this text, or a larger --vocab-size to train one"
 TRAINING_WAYS = (
@@ -98,6 +99,15 @@ class TextFiles:
         return "\n".join(parts)
 
 
+@contextlib.contextmanager
+def cache_named(cache: str | Path) -> Iterator[None]:
+    """Name --cache if what is made inside cannot be written there."""
+    try:
+        yield
+    except NotWritable as error:
+        raise UserError(f"--cache {cache}: {error}") from error
+
+
 def check_text(
     paths: tuple[str, ...], option: str, options: TextOptions, world: World, masking: str = "token"
 ) -> TextFiles:
@@ -109,7 +119,7 @@ def check_text(
         if any(map(is_corpus, paths)):
             _check_corpus(text, options)
             return text
-        with main_first(world):
+        with main_first(world), cache_named(options.cache):
             sources, text_format = open_files(paths, options, masking in ("entity", "any"))
     text = replace(text, sources=sources, text_format=text_format)
     return replace(text, markup=_choose_markup(text, options, masking))
@@ -224,7 +234,7 @@ def make_tokenizer(
     formats = [text.text_format for text in texts]
     key = content_key(sources, *formats, options.vocab_size, lowercase)
     folder = Path(options.cache) / f"tokenizer-{key}"
-    with main_first(world):
+    with main_first(world), cache_named(options.cache):
         if problem_of(folder, needed=()):
             _train_tokenizer(folder, texts, options.vocab_size, lowercase)
     return tokenizers.load(str(folder))
@@ -271,7 +281,7 @@ def _read_new_words(tokenizer: PreTrainedTokenizerBase, options: TokenizerOption
         examples = f" ({', '.join(found[:3])})" if any(found) else ""
         parts += [f"{len(found):,} {reason}{examples}"] if found else []
     if parts:
-        print(f"{shown}: {len(kept):,} new words; skipped {', '.join(parts)}")
+        print(f"{shown}: {counted(len(kept), 'new word')}; skipped {', '.join(parts)}")
     return kept
 
 
@@ -299,9 +309,10 @@ def check_vocabulary(
     _, parts = tokenizers.find_unknown(tokenizer, sample[:SAMPLED_CHARACTERS].split("\n"))
     problem = f"{name}: {share:.0%} of the tokens are unknown to the tokenizer"
     if parts:
-        common = [part[:SHOWN_UNKNOWN] for part, _ in Counter(parts).most_common(3)]
-        script = main_script("".join(parts))
+        counts = tokenizers.unknown_characters(tokenizer, parts) or Counter(parts)
+        script = main_script("".join(counts.elements()))
         script = f"mostly {script} characters" if script else "mostly symbols"
+        common = [part[:SHOWN_UNKNOWN] for part, _ in counts.most_common(SHOWN_UNKNOWN)]
         problem += f", {script}, such as {' '.join(common)}"
     limit = getattr(tokenizer.backend_tokenizer.model, "max_input_chars_per_word", math.inf)
     if 2 * sum(len(part) > limit for part in parts) > len(parts):

@@ -22,7 +22,7 @@ from pretrain.config import (
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.mixture import Mixture
 from pretrain.data.pairs import Task
-from pretrain.errors import UserError
+from pretrain.errors import UserError, counted
 from pretrain.runtime.distributed import World
 
 MIN_TRUE_SHARE = 0.1  # of the planned pairs
@@ -95,8 +95,8 @@ def check_processes(config: Config, micro_batch_size: int, world: World) -> None
     if micro_batches % world.size:
         fits = [count for count in range(1, micro_batches + 1) if micro_batches % count == 0]
         raise UserError(
-            f"{world.size} processes: a step of --batch-size {config.batch_size} has "
-            f"{micro_batches} micro-batches of --micro-batch-size {micro_batch_size}; "
+            f"{counted(world.size, 'process')}: a step of --batch-size {config.batch_size} has "
+            f"{counted(micro_batches, 'micro-batch')} of --micro-batch-size {micro_batch_size}; "
             f"expected a number of processes that divides them: {', '.join(map(str, fits))}"
         )
 
@@ -212,7 +212,7 @@ def report_ineffective(
     if asked.max_steps and asked.epochs != type(asked).epochs:
         print(f"{typed(asked, 'epochs', 'max_steps')}: the steps count; --epochs has no effect")
     if config.warmup > max(1, total_steps):
-        problem = f"longer than the run of {total_steps:,} steps"
+        problem = f"longer than the run of {counted(total_steps, 'step')}"
         print(f"{typed(config, 'warmup')}: {problem}; the learning rate does not reach its peak")
     if getattr(config, "shard", False) and world.size == 1:
         print("--shard: has no effect in one process; start several with torchrun")

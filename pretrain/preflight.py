@@ -24,7 +24,7 @@ from pretrain.config import (
     typed,
 )
 from pretrain.data.sources import by_name, expand
-from pretrain.errors import UserError
+from pretrain.errors import UserError, counted
 from pretrain.files import check_writable, file_problem
 from pretrain.schema import AUTO, flag
 
@@ -71,18 +71,25 @@ def missing(options: object) -> list[str]:
 
 def validate(options: object) -> list[str]:
     """All problems with the values that can be found without opening a file."""
-    problems = []
+    problems = list(misfits(options).values())
     for entry in fields(options):
-        value, form = getattr(options, entry.name), entry.metadata["form"]
-        if value == entry.default:
+        if getattr(options, entry.name) == entry.default:
             continue
-        if form and not form.holds(value):
-            problems.append(f"{typed(options, entry.name)}: expected {form.expected}")
         other = entry.metadata["excludes"]
         if other and getattr(options, other) != getattr(type(options), other):
             pair = typed(options, entry.name, other)
             problems.append(f"{pair}: cannot be combined; expected one of them")
     return problems + _conflicts(options)
+
+
+def misfits(options: object) -> dict[str, str]:
+    """By name, the problem of each value that is out of its own bounds."""
+    problems = {}
+    for entry in fields(options):
+        value, form = getattr(options, entry.name), entry.metadata["form"]
+        if form and value != entry.default and not form.holds(value):
+            problems[entry.name] = f"{typed(options, entry.name)}: expected {form.expected}"
+    return problems
 
 
 def _conflicts(options: object) -> list[str]:
@@ -105,7 +112,7 @@ def _conflicts(options: object) -> list[str]:
     is_whole = len(mix) == num_texts > 1
     if mix and WEIGHTS.holds(mix) and not is_whole:
         expected = "a number for each of two or more entries (a folder or a quoted glob is one)"
-        found = f"{len(mix)} for {num_texts} entries of --train"
+        found = f"{len(mix)} for {counted(num_texts, 'entry')} of --train"
         refuse(f"{found}; expected {expected}", "mix")
     has_pairs = OBJECTIVES.get(value("objective")) is not None
     if has_pairs and not ARCHITECTURES.get(value("architecture"), True):

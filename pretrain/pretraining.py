@@ -1,5 +1,6 @@
 """`PretrainingRun`: a run on masked tokens and pairs, with its phases, its plan and its verdict."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from pretrain.config import counted_length, typed
 from pretrain.data.collate import Collator
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.mixture import Mixture
+from pretrain.errors import counted
 from pretrain.evaluate import ValidationSet, evaluate, sample_predictions
 from pretrain.files import write_text
 from pretrain.run import SAVED_FORM, Run
@@ -179,7 +181,8 @@ class PretrainingRun(Run):
         return self.output / ("final" if last >= best or last[0] >= best[0] - allowed else "best")
 
     def notes(self, state) -> list[str]:
-        """Also which folder to use instead of `final/`, or that nothing can tell."""
+        """Also which folder to use instead of `final/`, or that nothing can tell, and whether the
+        model to use is no better than guessing."""
         found, folder = super().notes(state), self.recommended(state)
         if not state.scores:
             expected = "expected --valid PATHS or --valid-fraction above 0"
@@ -192,6 +195,13 @@ class PretrainingRun(Run):
                 reason = "training did not improve the starting model"
             numbers = f"validation perplexity {lowest:.4g}, in final/ {last:.4g}"
             found.append(f"use {folder}, of step {state.best_step:,}: {numbers}; {reason}")
+        scores = state.scores if folder.name == "final" else state.best_scores
+        guessing = scores.get("unigram_perplexity", math.inf)
+        if scores and not scores["perplexity"] < guessing:
+            numbers = f"perplexity {scores['perplexity']:.4g}, of guessing {guessing:.4g}"
+            problem = f"{folder} is no better than guessing by token frequency ({numbers})"
+            ways = "more steps (--epochs or --max-steps), more text, or a lower --learning-rate"
+            found.append(f"{problem}; expected {ways}")
         return found
 
     def complete_summary(self, state, summary: dict) -> None:
@@ -218,22 +228,22 @@ def print_plan(run: PretrainingRun) -> None:
     weights = sum(weight.numel() for weight in run.model.parameters())
     length, size = counted_length(config), run.micro_batch_size
     accumulation = config.batch_size // size // world.size
-    processes = f"{world.size} process{'es' if world.size > 1 else ''}"
-    micro_batches = f"{accumulation} micro-batch{'es' if accumulation > 1 else ''}"
+    processes, micro_batches = counted(world.size, "process"), counted(accumulation, "micro-batch")
     print(
         f"model: {settings.num_hidden_layers}x{settings.hidden_size}, {weights / 1e6:.1f} M "
         f"weights, vocabulary {settings.vocab_size:,}, on {run.device} in {run.precision}, "
         f"attention by {run.model.attention}{', compiled' if run.compile else ''}\n"
         f"step: {config.batch_size} x {length} = {config.batch_size * length:,} tokens, in "
         f"{micro_batches} of {size} x {length} on each of {processes}\n"
-        f"run: {steps:,} steps, {steps / epoch:.1f} epochs of {epoch:,} steps; evaluation every "
+        f"run: {counted(steps, 'step')}, {steps / epoch:.1f} epochs of {counted(epoch, 'step')}; "
+        f"evaluation every "
         f"{run.eval_every:,}, checkpoint every {run.save_every:,}; {run.output}"
     )
     if not run.saved:
         print(recipe.explain(run.asked, config, run.situation, steps))
     if run.passes:
         shares = [
-            f"{weight / sum(config.mix):.1%} {path} (read {count:.3g} times)"
+            f"{weight / sum(config.mix):.1%} {path} (passes over it: {count:.3g})"
             for path, weight, count in zip(config.train, config.mix, run.passes)
         ]
         print(f"mix: {', '.join(shares)}; epochs are passes over the first text")

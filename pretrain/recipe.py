@@ -17,6 +17,7 @@ from pretrain.config import (
     longest,
     min_micro_batch_size,
 )
+from pretrain.errors import counted
 from pretrain.schema import AUTO, TEXT, integer, number, optional
 
 SCRATCH, FRESH_HEAD, CONTINUED = "from scratch", "with a fresh MLM head", "with its MLM head"
@@ -166,12 +167,12 @@ def _rate(situation: Situation, optimizer: str, steps: float) -> float:
 
 def explain(asked: Config, config: Config, situation: Situation, steps: int) -> str:
     """What was chosen for a run of `steps`, with the reasons of the automatic recipe."""
-    step_tokens = config.batch_size * counted_length(config)
+    step_tokens, in_steps = config.batch_size * counted_length(config), counted(steps, "step")
     repeats = config.dropout and config.epochs > MAX_FRESH_EPOCHS[situation.start]
     rates = sorted(set(config.mask_rate), reverse=True)
     chosen = {
         "batch_size": (f"{step_tokens:,} tokens per step", "longer runs take larger steps"),
-        "epochs": (f"{config.epochs:.3g} epochs = {steps:,} steps", "less text, more epochs"),
+        "epochs": (f"{config.epochs:.3g} epochs = {in_steps}", "less text, more epochs"),
         "optimizer": (config.optimizer, f"for a model {situation.start}"),
         "learning_rate": (f"learning rate {config.learning_rate:.2g}", "lower for longer runs"),
         "warmup": (f"warm-up {config.warmup:.0%}", ""),

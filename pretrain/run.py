@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.batch import Batch
 from pretrain.config import EPOCHS, Config, typed
 from pretrain.data.loader import TrainData
+from pretrain.errors import counted
 from pretrain.files import lock, write_json
 from pretrain.model.packed import PackedModel, count_flops
 from pretrain.resume import portable_options
@@ -239,8 +240,9 @@ class Run:
         """What a user should know about a finished run besides its numbers."""
         if state.step >= self.total_steps:
             return []
-        score, evaluations = self.score[0].replace("_", " "), state.evaluations_without_gain
-        reason = f"no better {score} since step {state.best_step:,} ({evaluations} evaluations)"
+        score = self.score[0].replace("_", " ")
+        evaluations = counted(state.evaluations_without_gain, "evaluation")
+        reason = f"no better {score} since step {state.best_step:,} ({evaluations})"
         stopped = f"stopped early, at step {state.step:,} of {self.total_steps:,}"
         if self.config.patience == AUTO:
             reason = f"the validation loss rose {state.rises} times in a row; --patience 0 goes on"

@@ -181,7 +181,7 @@ def test_the_corpus_holds_the_tokens_whole_and_their_number_is_printed(
     assert counts_of(output) == shown
     assert list(counts_of(output).values()) == sorted(slow.values(), reverse=True)
     total = sum(slow.values())
-    assert f"{total:,} times" in capsys.readouterr().out
+    assert f" {total:,} occurrences" in capsys.readouterr().out
     part = counts_of(run(base[1], "--valid-fraction", "0.4", output=tmp_path / "part"))
     assert 0.4 * total < sum(part.values()) < 0.8 * total  # validation documents do not count
     state = json.loads((output / "checkpoint-1" / "training_state.json").read_text())

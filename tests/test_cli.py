@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pretrain.cli import as_command, parse, read_command_line, run_command
 from pretrain.config import AdaptOptions, Config, FinetuneOptions
-from pretrain.errors import UserError
+from pretrain.errors import UserError, counted
 from pretrain.preflight import validate
 
 VALUES = {
@@ -109,6 +109,28 @@ def test_a_wrong_file_is_named(content, named, in_file):
     assert "\n" not in told
 
 
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "evaluate"])
+def test_a_file_with_values_out_of_bounds_is_named(name, in_file, capsys):
+    wrong = {"device": "cpu", "precision": "fp8"} | ({"seed": -1} if name != "evaluate" else {})
+    argv = in_file(wrong)
+    more = ["--batch-size", "0"] if name in ("pretrain", "finetune") else []
+    lines = refusal(script(name).main, [*argv, *more], capsys).splitlines()
+    named = {line.rsplit(": ", 1)[0] for line in lines}
+    values = ["--precision fp8"] + (["--seed -1"] if "seed" in wrong else [])
+    assert {f"--config {argv[1]}: {value}" for value in values} <= named
+    assert " ".join(more) in " ".join(named)
+    fixed = ["--precision", "fp32"] + (["--seed", "1"] if "seed" in wrong else [])
+    assert "--config" not in refusal(script(name).main, [*argv, *more, *fixed], capsys)
+
+
+def test_a_file_may_hold_a_part_of_what_belongs_together(in_file):
+    """The rest comes from the command line or, on resume, from the run."""
+    with_defaults = read_command_line(in_file({"mix": [3, 1], "resume": True}), Config, "")
+    assert with_defaults().mix == (3.0, 1.0)
+    config = with_defaults({"train": ["a", "b"], "output": "run"})
+    assert config.resume and validate(config) == []
+
+
 def test_a_file_that_cannot_be_read_is_named_and_an_empty_one_is_none(in_file, tmp_path):
     for path in (tmp_path / "absent.yaml", in_file("{", "garbled.json")[1], tmp_path):
         with pytest.raises(UserError, match=f"^--config {path}: "):
@@ -138,6 +160,23 @@ MISSING = {
 def test_missing_options_are_reported_at_once(name, capsys):
     lines = refusal(script(name).main, [], capsys).splitlines()
     assert sorted(line.partition(":")[0] for line in lines) == sorted(MISSING[name].split())
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "shown"),
+    [
+        (0, "step", "0 steps"),
+        (1, "step", "1 step"),
+        (2000, "step", "2,000 steps"),
+        (1, "entity", "1 entity"),
+        (2, "entity", "2 entities"),
+        (3, "micro-batch", "3 micro-batches"),
+        (1, "process", "1 process"),
+        (2, "process", "2 processes"),
+    ],
+)
+def test_a_number_agrees_with_its_noun(number, noun, shown):
+    assert counted(number, noun) == shown
 
 
 # Exit codes.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import arguments_of, make_documents, refusal, write_documents
-from packed_reference import MAX_LENGTH, pad, small_model, stock_class
+from packed_reference import MAX_LENGTH, pad, small_model, small_stock, stock_class
 from transformers import BertConfig, BertForPreTraining
 
 from pretrain import compare
@@ -125,7 +125,8 @@ def test_few_documents_are_drawn_by_sequence(validation, vocabulary, monkeypatch
 
 @pytest.fixture(scope="module")
 def place(text_file, tiny_tokenizer, vocabulary, tmp_path_factory):
-    """Two models of one vocabulary, one of another, and texts, one with "=" in its name."""
+    """Two models of one vocabulary, one of another, two of a family without NSP head, and texts,
+    one with "=" in its name."""
     folder = tmp_path_factory.mktemp("compare")
     model = small_model(vocabulary.size)
     for name, saved in (("one", model), ("two", changed(model, 2.0))):
@@ -135,6 +136,10 @@ def place(text_file, tiny_tokenizer, vocabulary, tmp_path_factory):
     sizes = dict(num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=16)
     BertForPreTraining(BertConfig(vocab_size=len(other), **sizes)).save_pretrained(folder / "other")
     other.save_pretrained(folder / "other")
+    for name in ("distil", "modern"):
+        stock = small_stock(f"{name}bert", "ForMaskedLM", vocabulary.size)
+        stock.save_pretrained(folder / name)
+        tiny_tokenizer.save_pretrained(folder / name)
     for name in ("a.txt", "b=c.txt"):
         write_documents(folder / name, make_documents(8, len(name)))
     return folder
@@ -171,6 +176,26 @@ def test_a_baseline_is_compared_on_the_same_masks(evaluated):
         logs = np.log([numbers["perplexity"], before[name]["perplexity"]])
         assert numbers["log_perplexity_difference"] == pytest.approx(logs[0] - logs[1], rel=1e-3)
         assert 0 < numbers["difference_low"] < numbers["difference_high"]
+
+
+@pytest.mark.parametrize("line", ["one modern", "distil one", "modern distil"])
+def test_a_family_without_nsp_head_is_compared_by_mlm_alone(evaluated, line):
+    model, baseline = line.split()
+    both = f"--model {model} --baseline {baseline} --input a.txt"
+    _, found = evaluated(both)
+    _, expected = evaluated(f"{both} --objective mlm")
+    assert found == expected and "nsp_loss" not in found
+    _, alone = evaluated(f"--model {model} --input a.txt --objective mlm")
+    assert alone.items() <= found.items()
+
+
+def test_pairs_that_were_asked_for_are_refused_by_model(place, cache, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    more = ["--max-length", 64, "--cache", cache]
+    for line in ("--model one --baseline modern", "--model modern --baseline one"):
+        argv = arguments_of(line, "--input a.txt --objective mlm+nsp", more)
+        told = refusal(command.main, argv, capsys)
+        assert "--objective mlm+nsp: " in told and " modern " in told, told
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from conftest import (
     rows,
     script,
     ten_steps,
+    without_privileges,
     write_documents,
 )
 from hypothesis import given, settings
@@ -268,6 +269,33 @@ def test_a_restart_loop_ends(finished, output):
     shutil.copytree(finished / "final", output / "final")
     start(output, "--resume")
     assert f"{output} is finished" in printed(output) and not ckpt.checkpoints(output)
+
+
+@pytest.mark.parametrize(("more", "code"), [([], 0), (["--max-steps", 20], 2)])
+def test_a_finished_run_in_a_read_only_folder_is_reported(finished, output, more, code):
+    """With its summary, and without writing; one that would go on is refused."""
+    shutil.copytree(finished, output)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    shown = output.with_name("shown")
+
+    def prepare(rank):
+        sys.stdout = shown.open("w", buffering=1)
+        without_privileges()
+
+    output.chmod(0o555)
+    try:
+        argv = arguments_of("--resume --output", [output], more)
+        ((ended, told),) = in_processes(output.parent, main, argv, prepare=prepare)
+    finally:
+        output.chmod(0o755)
+    assert ended == code and "Traceback" not in told, told
+    if code:
+        assert told.startswith(f"error: --output {output}: ")
+    else:
+        summary = json.loads((finished / "summary.json").read_text())
+        for name in ("eval_perplexity", "best_perplexity"):
+            assert f" {summary[name]:,.4f}\n" in shown.read_text()
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 uninterrupted; two processes equal one; each text has its scores; bad shares are refused."""
 
 import json
+import re
 import shlex
 
 import numpy as np
@@ -197,6 +198,29 @@ def test_show_masks_repeats_the_data_of_a_step(finished, arguments, tmp_path, mo
 
 
 # Refused.
+
+
+def test_a_text_without_documents_to_hold_out_is_refused_by_name(texts, output, tmp_path, capsys):
+    """Each text has its own validation split, also the second."""
+    few = write_documents(tmp_path / "few.txt", make_documents(1, seed=4))
+    command = ["--train", texts[0], few, "--mix", 3, 1, "--cache", tmp_path, "--output", output]
+    more = "--vocab-size 120 --format sentences"
+    told = refusal(main, arguments_of(command, SHORT_RUN, SIZES, more), capsys)
+    assert told.startswith(f"--train {few}: ") and "\n" not in told and not output.exists()
+
+
+def test_a_first_text_that_is_smaller_than_its_share_of_a_step_is_refused(
+    texts, output, tmp_path, capsys
+):
+    """The message has a batch size that works."""
+    few = write_documents(tmp_path / "few.txt", make_documents(6, seed=4))
+    files = ["--train", few, texts[0], "--mix", 3, 1, "--cache", tmp_path, "--output", output]
+    sizes = "--vocab-size 120 --max-length 64 --valid-fraction 0 --max-steps 1"
+    command = arguments_of(files, SHORT_RUN, SIZES, sizes)
+    told = refusal(main, [*command, "--batch-size", "4096"], capsys)
+    assert told.startswith("--batch-size 4096: ") and "\n" not in told and not output.exists()
+    advice = re.search(r"--batch-size (\d+) --micro-batch-size (\d+)", told)[0]
+    pretrain_into(output, command, advice)
 
 
 def test_a_text_that_would_be_read_absurdly_often_is_refused(

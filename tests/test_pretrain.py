@@ -399,7 +399,8 @@ def test_text_that_the_tokenizer_does_not_know_is_refused_early(
         more = ["--max-steps", "1"] if command is main else []
         command([str(word) for word in [*argv, foreign["some"], *more]])
         told = capsys.readouterr().out  # most of the text is in Latin letters
-        assert re.search(f"^{option} {foreign['some']}: .*Cyrillic.* москва ", told, re.M)
+        (line,) = re.findall(f"^{option} {foreign['some']}: .*Cyrillic.*", told, re.M)
+        assert set("москвати") <= set(line.split())
         shutil.rmtree(tmp_path / "cache")
         shutil.rmtree(output, ignore_errors=True)
 

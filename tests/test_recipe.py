@@ -192,6 +192,22 @@ def test_a_model_that_gets_worse_is_not_recommended(finished, arguments, output,
         assert summary["use"] == str(output / "final")
 
 
+@pytest.mark.parametrize("rate", [1e-30, 3.0])
+def test_a_model_that_is_no_better_than_guessing_is_reported(
+    finished, arguments, output, rate, capsys
+):
+    """One that learned nothing, and one that was ruined; not one that learned."""
+    learned = summary_of(finished)
+    assert learned["eval_perplexity"] < learned["eval_unigram_perplexity"]
+    assert "notes" not in learned
+    pretrain_into(output, arguments, "--learning-rate", [rate])
+    summary = summary_of(output)
+    assert summary["eval_perplexity"] >= summary["eval_unigram_perplexity"]
+    note = summary["notes"][-1]
+    assert note.startswith(f"{summary['use']} ") and note in capsys.readouterr().out
+    assert "--learning-rate" in note and "--max-steps" in note
+
+
 def test_a_run_that_overfits_stops_and_recommends_its_best_model(arguments, output, tmp_path):
     """Three sentences in many orders, and other text to validate on."""
     sentences = make_documents(1, seed=1)[0][:3]
@@ -206,7 +222,7 @@ def test_a_run_that_overfits_stops_and_recommends_its_best_model(arguments, outp
     summary = summary_of(output)
     assert summary["steps"] < 100 and summary["state"] == "finished"
     assert summary["use"] == str(output / "best") and summary["best_step"] < summary["steps"]
-    stopped, recommended = summary["notes"]
+    stopped, recommended, _ = summary["notes"]
     assert "--patience auto" in stopped and str(output / "best") in recommended
     resume(output)
     assert summary_of(output) == summary

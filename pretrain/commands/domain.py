@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pretrain.cli import parse
 from pretrain.config import COUNT, ON_OFF, TextOptions
-from pretrain.errors import check, option_named, require
+from pretrain.errors import check, counted, option_named, require
 from pretrain.files import as_json, write_json, write_text
 from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import each, option, pattern
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         print(f"share of the {num_words:,} most frequent words in common:\n{table}")
         write_text(output / "overlap.md", f"{table}\n")
     for name, counts in facts["texts"].items():
-        line = f"{name}: {counts['words']:,} words, {counts['distinct_words']:,} distinct"
+        line = f"{name}: {counted(counts['words'], 'word')}, {counts['distinct_words']:,} distinct"
         if tokenizer:
             path = output / f"candidates-{name}.txt"
             candidates = [f"{word}\n" for word, _, _ in broken[name][: options.candidates]]

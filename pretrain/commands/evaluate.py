@@ -11,7 +11,7 @@ from pretrain import config
 from pretrain.cli import parse
 from pretrain.config import COUNT, COUNT_OR_0, LENGTH, NAME, NAMED_PATHS, OBJECTIVES, typed
 from pretrain.data.sources import by_name
-from pretrain.errors import UserError, check, option_named
+from pretrain.errors import UserError, check, counted, option_named
 from pretrain.preflight import problems_of
 from pretrain.schema import number, one_of, option
 
@@ -34,7 +34,9 @@ class EvaluateOptions(config.DeviceOptions, config.TextOptions):
         0.0, "use only the documents that pretraining holds out (0: all)", number(0, 0.5)
     )
     # By default the run's values, else those of DEFAULT.
-    objective: str | None = option(None, "the run's, else mlm+nsp", one_of(*OBJECTIVES))
+    objective: str | None = option(
+        None, "the run's, else mlm+nsp, or mlm for a model without NSP head", one_of(*OBJECTIVES)
+    )
     max_length: int | None = option(None, "tokens in a sequence (the run's, else 128)", LENGTH)
     eval_tokens: int | None = option(None, "limit of tokens (the run's, else 200000)", COUNT)
     eval_batch_size: int | None = option(
@@ -55,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
 
     with option_named("--model"):
         facts = DEFAULT | read_facts(Path(model_folder(options.model)))
+    asked = options.objective
     options = replace(options, **{name: getattr(options, name) or facts[name] for name in DEFAULT})
     with option_named("--device"):
         world, device = distributed.start(options.device)
@@ -65,13 +68,17 @@ def main(argv: Sequence[str]) -> None:
     for name, paths in by_name(options.input).items():
         texts[name] = check_text(paths, f"--input {name}".strip(), options, world)
     model, tokenizer, vocabulary = load_model(options, "model")
-    models = {options.model: model.to(device)}
+    loaded = {"model": model}
     if options.baseline:
-        baseline, _, other = load_model(options, "baseline")
+        loaded["baseline"], _, other = load_model(options, "baseline")
         if other.fingerprint != vocabulary.fingerprint:
             problem = "its tokenizer differs from that of --model, so masks cannot be the same"
             raise UserError(f"{typed(options, 'baseline')}: {problem}; expected the same tokenizer")
-        models[options.baseline] = baseline.to(device)
+    options = replace(options, objective=fitting_objective(options, loaded, asked is not None))
+    models = {}
+    for name, one in loaded.items():
+        one.use_pairs(1.0 if OBJECTIVES[options.objective] else None)
+        models[getattr(options, name)] = one.to(device)
     numbers = {}
     for name, text in texts.items():
         corpus = open_input(options, text, tokenizer, vocabulary, world)
@@ -90,7 +97,7 @@ def open_input(options: EvaluateOptions, text, tokenizer, vocabulary, world):
         corpus = corpus.split(options.valid_fraction)[1]
     documents, least = corpus.count(), 2 if OBJECTIVES[options.objective] == "random" else 1
     if documents < least:
-        problem = f"{documents} documents; --objective {options.objective} needs {least}"
+        problem = f"{counted(documents, 'document')}; --objective {options.objective} needs {least}"
         ways = "expected more text, another --format, or --objective mlm"
         raise UserError(f"{text.name}: {problem}; {ways}")
     return corpus
@@ -129,7 +136,7 @@ def measure(
     tokens = sum(batch.num_tokens for batch in validation.batches)
     of_text = f"{name}: " if name else ""
     print(
-        f"{of_text}{shown} on {tokens:,} tokens of {corpus.count():,} documents, "
+        f"{of_text}{shown} on {tokens:,} tokens of {counted(corpus.count(), 'document')}, "
         f"{options.objective} at {length} tokens, in {precision}"
     )
     for key, value in numbers.items():
@@ -139,9 +146,25 @@ def measure(
     return numbers
 
 
+def fitting_objective(options: EvaluateOptions, models: dict, was_asked: bool) -> str:
+    """The objective of `options`; mlm if one of `models`, by option, is not made for pairs. If the
+    objective `was_asked` for, UserError names that model instead."""
+    if OBJECTIVES[options.objective] is None:
+        return options.objective
+    for name, model in models.items():
+        problems = model.pair_problems(options.objective)
+        if was_asked:
+            with option_named(f"{typed(options, name)} --objective"):
+                check(problems)
+        elif problems:
+            print(f"{typed(options, name)}: not made for pairs of texts, so mlm alone is evaluated")
+            return "mlm"
+    return options.objective
+
+
 def load_model(options: EvaluateOptions, name: str) -> tuple:
     """(model, tokenizer, vocabulary) of the option `name`; UserError if they do not fit each other
-    or the options."""
+    or --max-length."""
     from pretrain.data import tokenizer as tokenizers
     from pretrain.model.loading import from_checkpoint
 
@@ -154,12 +177,8 @@ def load_model(options: EvaluateOptions, name: str) -> tuple:
         if size > rows:
             problem = f"its tokenizer has {size:,} entries, the model {rows:,}"
             raise UserError(f"{folder}: {problem}; expected the model's own tokenizer")
-    with option_named("--max-length"):
+    with option_named(f"--{name} {folder} --max-length"):
         check(model.length_problems(options.max_length))
-    has_pairs = OBJECTIVES[options.objective] is not None
-    with option_named("--objective"):
-        check(model.pair_problems(options.objective) if has_pairs else [])
-    model.use_pairs(1.0 if has_pairs else None)
     if fresh:
         print(f"{folder} has no {', '.join(fresh)}: these numbers are meaningless")
     return model, tokenizer, vocabulary

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pretrain.cli import parse
 from pretrain.config import COUNT
-from pretrain.errors import UserError, check, option_named, refusing
+from pretrain.errors import UserError, check, counted, option_named, refusing
 from pretrain.files import model_folder
 from pretrain.preflight import problems_of
 from pretrain.schema import option
@@ -69,7 +69,7 @@ def fill_masks(fill, text: str, top: int, max_length: int) -> list[list[tuple[st
     masked = mask.join(parts)
     length = len(fill.tokenizer(masked).input_ids)
     if len(parts) < 2 or length > max_length:
-        found = f"has {len(parts) - 1} masks and {length} tokens"
+        found = f"has {counted(len(parts) - 1, 'mask')} and {counted(length, 'token')}"
         raise UserError(f"{text!r}: {found}; expected a [MASK], and at most {max_length} tokens")
     guesses = fill(masked, top_k=min(top, fill.model.config.vocab_size))
     tables = []

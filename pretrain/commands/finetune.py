@@ -1,5 +1,6 @@
 """Fine-tune an encoder for text classification: best model, scores, confusion matrix."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,11 +29,13 @@ def main(argv: Sequence[str]) -> None:
     from pretrain.runtime.checkpoint import prune
     from pretrain.train import FINISHED, train
 
-    if options.output:
+    is_read_only = output.is_dir() and not os.access(output, os.W_OK)
+    if options.output and not (resumes and is_read_only):  # `build` refuses an unfinished run
         with option_named("--output"):
             lock(output)
     if resumes and _is_finished(output, options.save_model):
-        prune(output, keep=0)  # if a kill left checkpoints
+        if not is_read_only:
+            prune(output, keep=0)  # if a kill left checkpoints
         print(f"{output} is finished; its scores are in {output / 'summary.json'}")
         return
     run = build(options)

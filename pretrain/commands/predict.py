@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pretrain.cli import parse
 from pretrain.config import COUNT, FILES, LENGTH, ColumnOptions, DeviceOptions, typed
-from pretrain.errors import UserError, check, option_named
+from pretrain.errors import UserError, check, counted, option_named
 from pretrain.files import as_json, exclusive, write_aside
 from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import option, pattern
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     with option_named("--output"), exclusive(output, wait=False), option_named(f"{output}:"):
         write_aside(output, write)
     num_rows, scores = tally.num_scored + tally.num_unlabeled, {}
-    print(f"{num_rows:,} rows in {output}")
+    print(f"{counted(num_rows, 'row')} in {output}")
     if warning := task.warning(tally.predicted, classes):
         print(f"--model {options.model}: {warning}")
     if tally.num_scored:
@@ -86,5 +86,6 @@ def main(argv: Sequence[str]) -> None:
         print(score_table(scores))
     if tally.num_unlabeled:
         known = f" ({', '.join(task.names(classes)[:20])})" if classes else ""
-        print(f"not scored: {tally.num_unlabeled:,} rows without a label of the model{known}")
+        unlabeled = counted(tally.num_unlabeled, "row")
+        print(f"not scored: {unlabeled} without a label of the model{known}")
     print(as_json({"rows": num_rows} | numbers_of(scores)))

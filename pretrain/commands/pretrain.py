@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
     if saved and (output / "final").is_dir() and not list(output.glob("checkpoint-*")):
         print(f"{output} is finished and has no checkpoints; the model is {output / 'final'}")
         return
+    if saved and not os.access(output, os.W_OK) and report_finished(config, saved):
+        return
 
     if is_demo:  # before torch is imported; waiting threads then sleep (see scripts/README.md)
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -99,6 +101,27 @@ def read_saved(output: Path, options: type) -> dict | None:
         problems += [f"{path}: {problem.removeprefix(f'{path}: ')}" for problem in found]
     check(problems)
     return None
+
+
+def report_finished(config: Config, saved: dict) -> bool:
+    """Report a finished run again without writing anything. False if it is not whole, or if an
+    option differs from the `saved` ones, which may mean more steps."""
+    from pretrain.files import read_json
+    from pretrain.resume import portable_options
+    from pretrain.runtime.checkpoint import problem_of
+    from pretrain.train import FINISHED
+
+    output = Path(config.output)
+    options = portable_options(config)
+    is_same = all(options[name] == value for name, value in saved.items())
+    if not is_same or problem_of(output / "final", needed=()):
+        return False
+    summary = read_json(output / "summary.json")
+    if summary.get("state") != FINISHED:
+        return False
+    print(f"{output} is finished and read-only")
+    report(output, summary)
+    return True
 
 
 def report(output: Path, summary: dict) -> None:

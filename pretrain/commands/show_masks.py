@@ -15,7 +15,7 @@ import numpy as np
 
 from pretrain import config
 from pretrain.cli import parse
-from pretrain.errors import UserError, check
+from pretrain.errors import UserError, check, counted
 from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import Rule, option
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
     print_numbers(counts, options)
     if options.save:
         torch.save(saved, options.save)
-        print(f"{options.save}: {len(saved)} micro-batches for torch.load")
+        print(f"{options.save}: {counted(len(saved), 'micro-batch')} for torch.load")
 
 
 def _read_position(options: ShowMasksOptions, dataset):
@@ -215,7 +215,7 @@ def print_numbers(counts: Counter, options: ShowMasksOptions) -> None:
     word_length = counts["maskable"] / max(1, counts["words"])
     how = f"at {rate} (shown: the first)" if options.entity_fill != "none" else "alone"
     task = f"masking {options.masking} {how}, {options.objective}"
-    print(f"{task}, {counts['tokens']:,} tokens")
+    print(f"{task}, {counted(counts['tokens'], 'token')}")
     shortfall = f"shortfall {share('shortfall', 'masked')} of the masked tokens"
     print(f"masked           {share('masked', 'maskable')} of the ordinary tokens; {shortfall}")
     print(f"replaced by      {', '.join(kinds)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pretrain.cli import parse
 from pretrain.config import COUNT, FILE
-from pretrain.errors import check, option_named
+from pretrain.errors import check, counted, option_named
 from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import option
 
@@ -39,4 +39,4 @@ def main(argv: Sequence[str]) -> None:
     rows = nearest(vectors, min(options.count, len(words) - 1))
     lines = ["\t".join([word, *map(words.__getitem__, row)]) for word, row in zip(words, rows)]
     write_text(output, "\n".join(lines) + "\n")
-    print(f"{len(words):,} words in {output}")
+    print(f"{counted(len(words), 'word')} in {output}")

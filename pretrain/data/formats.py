@@ -28,7 +28,7 @@ from pretrain.data.sentences import (
 from pretrain.data.sources import CHUNK_BYTES, Source, check_files, expand, files_of, states_of
 from pretrain.data.spans import check_spans, read_spans
 from pretrain.data.tables import TEXT_FORMATS, choose_field, format_of, no_column, read_rows
-from pretrain.errors import UserError, refusing, require
+from pretrain.errors import UserError, counted, refusing, require
 from pretrain.files import (
     exclusive,
     key_of,
@@ -72,7 +72,7 @@ def open_files(paths: tuple[str, ...], options: TextOptions, read_entities: bool
         for file, entry in given_as.items():
             if file != entry:
                 message = message.replace(file, f"{entry} ({Path(file).name})")
-        raise UserError(message) from error
+        raise type(error)(message) from error
 
 
 def _open_unpacked(entries: list[str], options: TextOptions, read_entities: bool) -> Opened:
@@ -234,9 +234,9 @@ def _convert(inputs: list[tuple[str, str]], columns: _Columns, limit: int, targe
         raise UserError(f"{shown}: has no text; expected at least one document")
     if columns.needs_entities and not num_entities:
         raise UserError(f"{shown}: no entities in {columns.entities!r}; expected some spans")
-    marked = f" with {num_entities:,} entities" if num_entities else ""
+    marked = f" with {counted(num_entities, 'entity')}" if num_entities else ""
     skipped = f"; skipped {num_blank:,} without text" if num_blank else ""
-    print(f"{shown}: {num_documents:,} documents{marked}{skipped}")
+    print(f"{shown}: {counted(num_documents, 'document')}{marked}{skipped}")
 
 
 def _records(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:

@@ -7,6 +7,7 @@ vectorized, and a worker process receives a few kilobytes instead of a tokenizer
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def characters_of(text: str | tuple[str, ...]) -> int:
 def find_unknown(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
 ) -> tuple[float, list[str]]:
-    """(share of the tokens of `texts` that are unknown to the tokenizer, their characters)."""
+    """(share of the tokens of `texts` that are unknown to the tokenizer, the text of each)."""
     backend, parts, num_tokens = without_limits(tokenizer), [], 0
     for text in texts:
         with refusing_to_encode():
@@ -192,6 +193,19 @@ def find_unknown(
             if number == tokenizer.unk_token_id:
                 parts.append(text[start:end])
     return len(parts) / max(1, num_tokens), parts
+
+
+def unknown_characters(tokenizer: PreTrainedTokenizerBase, parts: Sequence[str]) -> Counter[str]:
+    """The characters in `parts`, unknown tokens, that the tokenizer does not know by themselves,
+    with their frequencies. One of them makes a whole word unknown, in the script of the others."""
+    backend = without_limits(tokenizer)
+    counts = Counter("".join(parts))
+    with refusing_to_encode():
+        for character in list(counts):
+            encoded = backend.encode(character, add_special_tokens=False)
+            if tokenizer.unk_token_id not in encoded.ids:
+                del counts[character]
+    return counts
 
 
 def refusing_to_encode() -> AbstractContextManager:

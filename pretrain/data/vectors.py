@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.errors import UserError, refusing
+from pretrain.errors import UserError, counted, refusing
 
 BLOCK_SCORES = 1 << 24  # cosines in memory at a time
 MAX_LINE = 1 << 20  # characters
@@ -40,7 +40,8 @@ def read_vectors(path: str, max_words: int) -> tuple[list[str], np.ndarray]:
             if len(vectors) == max_words:
                 break
     if len(vectors) < 2:
-        raise UserError(f"{path}: {len(vectors)} words with a vector; expected at least two")
+        found = f"{counted(len(vectors), 'word')} with a vector"
+        raise UserError(f"{path}: {found}; expected at least two")
     return list(vectors), np.stack(list(vectors.values()))
 
 

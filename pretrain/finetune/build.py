@@ -21,7 +21,7 @@ from pretrain.build import decide_precision, enable_gradient_checkpointing
 from pretrain.card import Card, results, write_card
 from pretrain.config import TASK_METRICS, FinetuneOptions, typed
 from pretrain.data import tokenizer as tokenizers
-from pretrain.errors import UserError, check, option_named, require
+from pretrain.errors import UserError, check, counted, option_named, require
 from pretrain.files import key_of, write_text
 from pretrain.finetune.dataset import LabeledDataset, LabeledRows, LabeledSteps, budget_rows
 from pretrain.finetune.entities import labels_of, tags_of
@@ -376,18 +376,17 @@ def print_rows(run: FinetuningRun) -> None:
     seen, task = set(run.rows["train"].texts), run.task
     for name, dataset in run.datasets.items():
         rows = run.rows[name]
-        facts = [f"{len(rows.texts):,} rows", *task.counts(rows, dataset)]
+        facts = [counted(len(rows.texts), "row"), *task.counts(rows, dataset)]
         if dataset.num_cut:
-            exceeding = f"{dataset.num_cut:,} exceed {dataset.max_length} tokens"
-            facts.append(f"{exceeding} and {task.when_long}")
+            facts.append(f"{dataset.num_cut:,} over {dataset.max_length} tokens, {task.when_long}")
         print(f"--{name}: {', '.join(facts)}")
         if snapped := getattr(dataset, "num_snapped", 0):
-            found = f"{typed(run.config, name)}: {snapped:,} entities begin or end inside a word"
-            print(f"{found}: they are tagged as whole words, so no prediction can match them")
+            found = f"{typed(run.config, name)}: {counted(snapped, 'entity')} cut inside a word"
+            print(f"{found}: the tags are of whole words, so no prediction can match")
         repeated = sum(text in seen for text in rows.texts)
         if name != "train" and repeated:
-            found = f"{typed(run.config, name)}: {repeated:,} of {len(rows.texts):,} texts"
-            print(f"{found} are also in --train, so scores will look too good; expected other rows")
+            found = f"{typed(run.config, name)}: {repeated:,} of {counted(len(rows.texts), 'text')}"
+            print(f"{found} also in --train, so scores will look too good; expected other rows")
 
 
 def print_plan(run: FinetuningRun) -> None:
@@ -395,5 +394,5 @@ def print_plan(run: FinetuningRun) -> None:
     settings, length = run.model.config, run.tokenizer.model_max_length
     size = f"{settings.model_type} {settings.num_hidden_layers}x{settings.hidden_size}"
     print(f"model: {size} on {run.device} in {run.precision}, at most {length} tokens per example")
-    steps = f"{run.total_steps:,} steps of {run.config.batch_size} examples"
+    steps = f"{counted(run.total_steps, 'step')} of {counted(run.config.batch_size, 'example')}"
     print(f"run: {steps}, evaluation every {run.eval_every:,}; {run.output}")

@@ -20,7 +20,7 @@ from pretrain.config import ColumnOptions
 from pretrain.data.hash_rng import derive, key
 from pretrain.data.tables import choose_field, no_column, open_tables
 from pretrain.data.tokenizer import encode_together, without_limits
-from pretrain.errors import UserError, check
+from pretrain.errors import UserError, check, counted
 from pretrain.schema import SHOWN_CHARACTERS
 
 MAX_CLASSES = 1000
@@ -152,7 +152,8 @@ def classes_of(labels: list[str], source: str) -> list[str]:
         classes.sort(key=int)
     first = f"{source}: {classes[0]!r}"
     if len(classes) < 2:
-        raise UserError(f"{first} is the only label in {num_rows:,} rows; expected two or more")
+        found = f"{first} is the only label in {counted(num_rows, 'row')}"
+        raise UserError(f"{found}; expected two or more")
     if len(classes) > min(MAX_CLASSES, num_rows / 2 + 1):
         expected = f"at most {MAX_CLASSES}, with several rows each (is it the right label field?)"
         found = f"{first} and others are {len(classes):,} labels in {num_rows:,} rows"
@@ -181,7 +182,8 @@ def read_numbers(paths: Sequence[str], options: ColumnOptions) -> LabeledRows:
             problems.append(f"{where}: column {field} has {_shown(value)}; expected a number")
     check(problems)
     if len(set(labels)) < 2:
-        found = f"{' '.join(paths)}: {labels[0]:g} is the only number in {len(labels):,} rows"
+        in_rows = f"in {counted(len(labels), 'row')}"
+        found = f"{' '.join(paths)}: {labels[0]:g} is the only number {in_rows}"
         raise UserError(f"{found}; expected two or more")
     return LabeledRows(all_texts, labels, [])
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pretrain.config import ColumnOptions
-from pretrain.errors import UserError
+from pretrain.errors import UserError, counted
 from pretrain.finetune.dataset import (
     LabeledDataset,
     LabeledRows,
@@ -41,7 +41,7 @@ class Classification:
     auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
     dataset, tally = LabeledDataset, Tally
     has_classes = True  # a row has one of them
-    when_long = "are cut"  # what happens to texts that are too long
+    when_long = "cut"  # what happens to texts that are too long
     predictions = "test_predictions.csv"
     curves = ("eval/accuracy", "eval/macro_f1")
 
@@ -148,7 +148,7 @@ class EntityRecognition(Classification):
     auto_class, pipeline = "AutoModelForTokenClassification", "token-classification"
     dataset, tally = TaggedDataset, EntityTally
     has_classes = False
-    when_long = "are read in overlapping windows"
+    when_long = "read in overlapping windows"
     predictions = "test_predictions.jsonl"
     curves = ("eval/precision", "eval/recall", "eval/f1")
 
@@ -219,7 +219,7 @@ class EntityRecognition(Classification):
 
     def title(self, classes: list[str]) -> str:
         """What a model does, for its card."""
-        return f"find entities with {len(labels_of(classes))} labels"
+        return f"find entities with {counted(len(labels_of(classes)), 'label')}"
 
 
 TASKS: dict[str, Classification] = {

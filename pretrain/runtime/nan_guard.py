@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, counted
 from pretrain.schema import integer
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -50,7 +50,8 @@ class NanGuard:
         """UserError if nearly all of the `steps` of a run were skipped."""
         skipped = self.state_dict()["skipped"]
         if skipped >= max(1, MAX_SKIPPED_SHARE * steps):
-            problem = f"the gradients of {skipped:,} of the {steps:,} steps were not finite"
+            shown = f"{skipped:,} of the {counted(steps, 'step')}"
+            problem = f"the gradients of {shown} were not finite"
             raise UserError(f"{problem}, so there is no final model; {self._advice(steps)}")
 
     def _advice(self, step: int) -> str:

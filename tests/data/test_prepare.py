@@ -2,6 +2,7 @@
 processes, Ray's; killed before any of its file operations, with torn pieces or a killed worker, the
 next call finishes the same corpus. No process outlives its parent."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -352,18 +353,22 @@ def test_a_damaged_corpus_in_the_cache_is_prepared_again(arguments, tmp_path, ca
 
 
 def test_a_read_only_cache_serves_what_it_holds(arguments, tmp_path):
-    """Only text that it lacks needs to be written."""
+    """Only text that it lacks needs to be written; --cache names another folder."""
     cache, argv = tmp_path / "cache", [str(part) for part in arguments]
     PREPARE.main(argv)
     (cache / "sources.json").unlink()
     cache.chmod(0o555)
     (tmp_path / "other.txt").write_text("bank .\n\nriver .\n")
+    (tmp_path / "other.csv").write_text("text\nbank .\nriver .\n")
+    (tmp_path / "other.txt.gz").write_bytes(gzip.compress(b"bank .\n\nriver .\n"))
+    others = [["--input", tmp_path / f"other.{kind}"] for kind in ("txt", "csv", "txt.gz")]
+    others.append([*others[0], "--tokenizer="])
     try:
-        for more, code in (([], 0), (["--input", tmp_path / "other.txt"], 2)):
+        for more, code in (([], 0), *((other, 2) for other in others)):
             given = {"prepare": lambda rank: without_privileges()}
             ((found, text),) = in_processes(tmp_path, PREPARE.main, [*argv, *more], **given)
             assert found == code and "Traceback" not in text, text
-        assert str(cache) in text
+            assert (f"error: --cache {cache}: " in text) == (code == 2), text
     finally:
         cache.chmod(0o755)
 

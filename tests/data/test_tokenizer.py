@@ -28,6 +28,7 @@ from pretrain.data.tokenizer import (
     SPECIAL_TOKENS,
     add_tokens,
     describe,
+    find_unknown,
     fingerprint,
     from_vocabulary,
     load,
@@ -35,6 +36,7 @@ from pretrain.data.tokenizer import (
     read_vocabulary,
     special_problems,
     train,
+    unknown_characters,
 )
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Café Ångström — naïve coöperation!"]
@@ -197,6 +199,16 @@ def test_ids_without_an_entry_are_never_drawn():
     """A vocabulary with a line twice has an id that no entry holds."""
     found = describe(from_vocabulary({**numbered(SPECIAL_TOKENS), "a": 5, "b": 7}, True))
     assert found.size == 8 and found.is_special[6] and found.ordinary_ids.tolist() == [5, 7]
+
+
+def test_characters_that_make_a_word_unknown_are_told_from_the_others(tiny_tokenizer):
+    """Not the letters beside them, and not an accent, which the tokenizer removes."""
+    text = "bank\U0001f600 r\u00edver bank\u0436\U0001f600 \u6c34 teach"
+    share, parts = find_unknown(tiny_tokenizer, [text])
+    assert parts == ["bank\U0001f600", "bank\u0436\U0001f600", "\u6c34"] and share >= 3 / 7
+    found = unknown_characters(tiny_tokenizer, parts)
+    assert found == {"\U0001f600": 2, "\u0436": 1, "\u6c34": 1}
+    assert not unknown_characters(tiny_tokenizer, ["bank" * 40])  # only too long
 
 
 def test_fingerprint_does_not_change_with_use():

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import arguments_of, assert_same, in_processes, refusal
+from conftest import arguments_of, assert_same, in_processes, refusal, without_privileges
 from conftest import rows as exact_rows
 from huggingface_hub import ModelCard
 from packed_reference import small_config
@@ -542,6 +542,23 @@ def test_a_signal_at_the_end_keeps_the_result(whole, output, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
+def test_a_finished_run_in_a_read_only_folder_is_reported(whole, output):
+    shutil.copytree(whole["adamw"][1], output)
+    output.chmod(0o555)
+    given = {"prepare": lambda rank: without_privileges()}
+    argv = ["--resume", "--output", output]
+    try:
+        ((code, told),) = in_processes(output.parent, FINETUNE.main, argv, **given)
+        assert (code, told) == (0, "")
+        output.chmod(0o755)
+        (output / "summary.json").unlink()
+        output.chmod(0o555)
+        ((code, told),) = in_processes(output.parent, FINETUNE.main, argv, **given)
+        assert code == 2 and told.startswith(f"error: --output {output}: ")
+    finally:
+        output.chmod(0o755)
+
+
 @pytest.mark.parametrize("name", ["summary.json", "final/model.safetensors", "final/config.json"])
 def test_a_damaged_result_is_made_again(name, whole, output):
     """Empty, as after a power failure, or with another number."""
@@ -644,7 +661,7 @@ def test_rows_that_are_cut_or_trained_on_are_reported(data, files, tmp_path, cap
     assert lines.pop().startswith(f"--test {tmp_path / 'mixed.csv'}: 5 of 14 texts ")
     for line, (name, of) in zip(lines, rows.items(), strict=True):
         cut = sum(len(tokenizer(row["text"])["input_ids"]) > 12 for row in of)
-        assert line.startswith(f"--{name}: {len(of)} rows, ") and f" {cut} exceed 12 tokens" in line
+        assert line.startswith(f"--{name}: {len(of)} rows, ") and f" {cut} over 12 tokens" in line
         assert cut
 
 
