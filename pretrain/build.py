@@ -4,7 +4,6 @@ Order: values, device, run folder, text files, tokenizer and model (their config
 plan. Cheap checks that often fail come first; text is tokenized once everything else fits.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -25,11 +24,10 @@ from pretrain.config import (
     phase_ends,
     typed,
 )
-from pretrain.corpora import Text, make_dataset, open_text, text_facts
+from pretrain.corpora import Text, make_dataset, open_text, report_added, text_facts
 from pretrain.data import masking
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.collate import Collator, pack
-from pretrain.data.corpus import Corpus
 from pretrain.data.loader import PretrainingDataset, TrainData
 from pretrain.data.mixture import Mixture
 from pretrain.data.sources import read_lines
@@ -51,7 +49,8 @@ from pretrain.runtime.sharding import place
 from pretrain.schema import AUTO
 
 MIN_FITTING_SHARE = 0.8  # of the entities; below this, a warning is printed
-SAMPLED_MICRO_BATCHES = 20  # to count entities in
+MIN_SIMILAR_SHARE = 0.5  # of the words, likewise
+SAMPLED_MICRO_BATCHES = 20  # to count entities and words in
 SHAPE_MULTIPLE = 32  # tokens; micro-batches without fixed shapes are filled up to this multiple
 
 
@@ -104,6 +103,8 @@ def build(asked: Config) -> PretrainingRun:
     ends = phase_ends(config, total_steps)
     if config.masking == "entity":
         _report_long_entities(config, phases, inputs.vocabulary)
+    if inputs.masks.similar and not saved:
+        _report_similar(config, phases[0], inputs.masks.similar, inputs.vocabulary)
     has_validation = inputs.texts[0].validation is not None
     plan.report_ineffective(config, total_steps, world, has_validation, asked)
     torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
@@ -163,7 +164,7 @@ def read_inputs(config: Config, checkpoint: Path | None, saved: dict, world: Wor
         raise UserError(f"{problem}; restore the file, or start a new run")
     texts = open_text(config, tokenizer, vocabulary, text, world, saved)
     corpora = [text.training for text in texts]
-    occurrences = _report_added(corpora, added, tokenizer)
+    occurrences = report_added(corpora, added, tokenizer)
     if MLM_HEAD in fresh:
         of_texts = [corpus.unigram_shares(model.config.vocab_size) for corpus in corpora]
         model.start_at_frequencies(np.average(of_texts, axis=0, weights=config.mix or None))
@@ -328,6 +329,21 @@ def make_masking(
     return masking.Masking(**options | {"similar": similar})
 
 
+def _report_similar(
+    config: Config, phase: Phase, table: masking.SimilarWords, vocabulary: Vocabulary
+) -> None:
+    """Print which share of the words of a sample has a similar word, with a warning if it is small:
+    all others become random tokens."""
+    dataset = phase.dataset
+    positions = islice(dataset.positions(dataset.start, end_epoch=1), SAMPLED_MICRO_BATCHES)
+    packs = (pack(dataset[position], vocabulary) for position in positions)
+    share = np.concatenate([masking.has_similar(packed, table) for packed in packs]).mean()
+    found = f"{typed(config, 'similar')}: has a similar word for {share:.1%} of the words"
+    if share < MIN_SIMILAR_SHARE:
+        found += "; the others become random tokens: expected a table that covers the text"
+    print(found)
+
+
 def _report_long_entities(config: Config, phases: list[Phase], vocabulary: Vocabulary) -> None:
     """Warn if many entities exceed the budget of their sequence, as in short documents."""
     dataset = min(phases, key=lambda phase: phase.max_length).dataset.parts[0]
@@ -347,28 +363,6 @@ def _report_long_entities(config: Config, phases: list[Phase], vocabulary: Vocab
         found = f"{num_fitting:,} of {entities} fit in that share of a sequence"
         advice = "the others are never masked whole; use a higher budget or longer documents"
         print(f"{typed(config, 'entity_budget')}: {found}; {advice}")
-
-
-def _report_added(
-    corpora: list[Corpus], added: dict[int, list[int]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, int]:
-    """Count the added tokens in the training text, most frequent first; prints a summary."""
-    if not added:
-        return {}
-    ids = sorted(added)
-    size = ids[-1] + 2  # the last one counts all ids above
-    counts = np.zeros(size, np.int64)
-    for corpus in corpora:
-        for index in range(corpus.num_shards):
-            counts += np.bincount(np.minimum(corpus.tokens(index), size - 1), minlength=size)
-    found = Counter(dict(zip(tokenizer.convert_ids_to_tokens(ids), counts[ids].tolist())))
-    most = ", ".join(f"{token} {count:,}" for token, count in found.most_common(8))
-    never = [token for token, count in found.items() if not count]
-    if never:
-        most += f"; {len(never):,} never occur, such as {', '.join(never[:3])}"
-    total = f"{counted(len(found), 'added token')}, {counted(found.total(), 'occurrence')}"
-    print(f"{total}: {most}; added_tokens.tsv lists all")
-    return dict(found.most_common())
 
 
 def make_model(

@@ -3,10 +3,12 @@
 import contextlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.config import OBJECTIVES, Config, DataOptions, typed
@@ -32,6 +34,8 @@ from pretrain.inputs import (
     text_paths,
 )
 from pretrain.runtime.distributed import World, gather, main_first
+
+SHOWN_TOKENS = 8  # of the added ones, with their counts
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,29 @@ def text_facts(config: Config, texts: Sequence[Text], saved: dict) -> dict[str, 
     folders = {name: str(corpus.folder.absolute()) for name, corpus in zip(all_paths, opened)}
     keys = saved.get("text") or {name: text_key(paths) for name, paths in all_paths.items()}
     return {"corpus": _fingerprint(corpora), "corpus_folders": folders, "text": keys}
+
+
+def report_added(
+    corpora: Iterable[Corpus], added: dict[int, list[int]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, int]:
+    """Count the added tokens in the training text, most frequent first; prints a summary."""
+    if not added:
+        return {}
+    ids = sorted(added)
+    size = ids[-1] + 2  # the last one counts all ids above
+    counts = np.zeros(size, np.int64)
+    for corpus in corpora:
+        for index in range(corpus.num_shards):
+            counts += np.bincount(np.minimum(corpus.tokens(index), size - 1), minlength=size)
+    found = Counter(dict(zip(tokenizer.convert_ids_to_tokens(ids), counts[ids].tolist())))
+    never = [token for token, count in found.items() if not count]
+    common = found.most_common(min(SHOWN_TOKENS, len(found) - len(never)))
+    parts = [", ".join(f"{token} {count:,}" for token, count in common)] if common else []
+    if never:
+        parts.append(f"{len(never):,} never occur, such as {', '.join(never[:3])}")
+    total = f"{counted(len(found), 'added token')}, {counted(found.total(), 'occurrence')}"
+    print(f"{total}: {'; '.join(parts)}; added_tokens.tsv lists all")
+    return dict(found.most_common())
 
 
 def _check_sizes(config: Config, text: Text, is_given: bool) -> None:

@@ -103,12 +103,13 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {sentence[:200]}"
 
 
-def require(module: str, what: str) -> types.ModuleType:
-    """Import an optional module; UserError with the pip command if it is not installed."""
+def require(module: str, what: str, ways: str = "") -> types.ModuleType:
+    """Import an optional module; UserError with the pip command, and other `ways` out, if it is not
+    installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.partition(".")[0]
         package = PACKAGES.get(name, name.replace("_", "-"))
-        advice = f"install it with: pip install {package}"
+        advice = f"install it with: pip install {package}{ways and f', or {ways}'}"
         raise UserError(f"{what}: needs the package {package}; {advice}") from error

@@ -99,8 +99,9 @@ def file_problem(path: str | Path) -> str | None:
     return "is a folder" if stat.S_ISDIR(mode) else "is a pipe or a device"
 
 
-def read_text(path: str | Path, expected: str) -> str:
-    """The text of a regular file in UTF-8; UserError if there is none."""
+def read_text(path: str | Path, expected: str, convert: str = "") -> str:
+    """The text of a regular file in UTF-8; UserError if there is none. `convert` says how to get
+    UTF-8 from other text."""
     problem = file_problem(path)
     if problem:
         raise UserError(f"{path}: {problem}; expected {expected}")
@@ -110,7 +111,7 @@ def read_text(path: str | Path, expected: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         problem = f"is not UTF-8 at byte offset {error.start}"
-        raise UserError(f"{path}: {problem}; expected {expected}") from error
+        raise UserError(f"{path}: {problem}; expected {expected}{convert}") from error
 
 
 def read_json(path: Path, form: Form | None = None, expected: str = "a JSON object") -> dict:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.cli import command
 from pretrain.config import (
     MODEL_SIZES,
+    PLAIN_FORMATS,
     Config,
     DataOptions,
     TextOptions,
@@ -29,13 +30,15 @@ from pretrain.data.annotate import (
     main_script,
     read_terms,
 )
+from pretrain.data.conll import looks_tagged
 from pretrain.data.corpus import (
     is_corpus,
     load_tokenizer,
 )
 from pretrain.data.formats import open_files
 from pretrain.data.sentences import Span, Stream, cut_into_pieces, sentences
-from pretrain.data.sources import Source, content_key, read_lines
+from pretrain.data.sources import Source, content_key, expand, read_lines
+from pretrain.data.tables import SPLIT, splits_of
 from pretrain.errors import NotWritable, UserError, check, counted, option_named, require
 from pretrain.files import exclusive
 from pretrain.model.loading import load_config
@@ -121,8 +124,23 @@ def check_text(
             return text
         with main_first(world), cache_named(options.cache):
             sources, text_format = open_files(paths, options, masking in ("entity", "any"))
+            for entry in expand(paths):
+                _report_unread_splits(option, entry)
     text = replace(text, sources=sources, text_format=text_format)
+    if options.format == "auto" and text_format in PLAIN_FORMATS and looks_tagged(text.sample()):
+        problem = "each line looks like a token and its tag, but is read as text"
+        print(f"{text.name}: {problem}; to read the tags, use --format conll")
     return replace(text, markup=_choose_markup(text, options, masking))
+
+
+def _report_unread_splits(option: str, entry: str) -> None:
+    """Print which part of a saved DatasetDict is read, if it has several."""
+    others = [name for name in splits_of(entry) if name != SPLIT]
+    if others:
+        found = f"{option} {entry}: reads its split {SPLIT}, not {', '.join(others)}"
+        names = [name for name in others if name.startswith("valid")]
+        advice = f"; to validate on it, use --valid {entry}/{names[0]}" if names else ""
+        print(found + (advice if option == "--train" else ""))
 
 
 def _check_corpus(text: TextFiles, options: TextOptions) -> None:
@@ -141,7 +159,9 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
     """How to split and mark the text; UserError if a package or a term is missing."""
     chinese_share, is_segmented = describe_script(text.sample())
     words, language, terms = options.words, options.split_sentences or "", ()
-    if words == "auto" and (masking == "token" or chinese_share < CHINESE_SHARE):
+    fills_words = getattr(options, "entity_fill", "word") == "word"
+    uses_words = masking in ("word", "span") or masking != "token" and fills_words
+    if words == "auto" and (not uses_words or chinese_share < CHINESE_SHARE):
         words = "tokenizer"
     elif words == "auto":
         words = "spaces" if is_segmented else "jieba"
@@ -149,7 +169,7 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
     if language == "auto":
         language = "zh" if chinese_share > 0.5 else "en"
     if words == "jieba":
-        require("rjieba", "--words jieba")
+        _require_jieba(options, masking)
     if language:
         require("sentencex", f"--split-sentences {language}")
     if options.lexicon:
@@ -159,6 +179,16 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
     elif masking == "entity" and text.text_format != "jsonl":
         raise no_entities(text)
     return Markup(language, words, terms if masking != "token" else ())
+
+
+def _require_jieba(options: TextOptions, masking: str) -> None:
+    """UserError with the ways out if the package for Chinese words is not installed."""
+    shown, ways = "--words jieba", "use --words tokenizer"
+    if options.words == "auto" and hasattr(options, "masking"):
+        shown = typed(options, "masking")
+    if masking == "entity":
+        ways += " or --entity-fill none"
+    require("rjieba", f"{shown}: finding Chinese words", ways)
 
 
 def prepare_tokenizer(

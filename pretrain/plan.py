@@ -26,6 +26,7 @@ from pretrain.errors import UserError, counted
 from pretrain.runtime.distributed import World
 
 MIN_TRUE_SHARE = 0.1  # of the planned pairs
+MAX_ALONE_SHARE = 0.5  # of the documents, that are one long sentence; above: a warning
 CPU_SEQUENCES, GPU_TOKENS = 32, 1 << 15  # of a micro-batch, by default
 MAX_PASSES = 1000  # of a run, over a text of a mixture
 COUNTED_SHARDS = 4  # planned at the start to count an epoch, extrapolated to the rest
@@ -146,10 +147,17 @@ def _count_pass(
     if task.pairs:
         check_pairs(np.concatenate([plan.label for plan in plans]), config, at_length)
         shards = [corpus.shard(dataset.shard_at(0, place)) for place in counted]
-        num_long = sum(int((np.diff(each.sentences) > task.max_tokens).sum()) for each in shards)
-        if num_long:
+        is_long = [np.diff(each.sentences) > task.max_tokens for each in shards]
+        if num_long := sum(int(each.sum()) for each in is_long):
             sentences = f"sentences over {task.max_tokens} tokens{in_text}"
             print(f"{sentences}, cut into pieces of half that: {round(num_long / share):,}")
+            alone = [_is_alone(shard.documents, long) for shard, long in zip(shards, is_long)]
+            if np.concatenate(alone).mean() > MAX_ALONE_SHARE:
+                ways = "use --objective mlm"
+                if not config.split_sentences:
+                    ways = "use --split-sentences, or --objective mlm"
+                problem = f"--objective {config.objective}: most documents are one long sentence"
+                print(f"{problem}, so a pair has two halves of one; {ways}")
     num_tokens = sum(int(plan.lengths.sum()) for plan in plans)
     step_tokens = round(step_share * config.batch_size * task.counted_length)
     if num_tokens < step_tokens and share == 1:
@@ -162,6 +170,12 @@ def _count_pass(
             f"{num_tokens:,}{at_length}; expected {expected}"
         )
     return num_tokens / share, sum(plan.num_micro_batches for plan in plans) / share
+
+
+def _is_alone(documents: np.ndarray, is_long: np.ndarray) -> np.ndarray:
+    """bool [documents]: which of them, that end where the next begins in `documents`, are a single
+    sentence that `is_long` (bool [sentences])."""
+    return is_long[documents[:-1]] & (np.diff(documents) == 1)
 
 
 def check_pairs(labels: np.ndarray, config: Config, at_length: str = "") -> None:

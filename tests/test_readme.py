@@ -107,11 +107,16 @@ def home(documents, roberta_tokenizer, modernbert_tokenizer, tmp_path_factory):
         "zh.txt": chinese,
         "zh_reviews.csv": "review\n" + "".join(f'"{row}"\n' for row in chinese.split("\n\n")),
         "zh_segmented.txt": segmented,
+        "zh_heldout.txt": "昨天天气很好。\n他去公园散步。\n",
         "zh_terms.txt": "心情\n人工智能\n",
+        "zh_vectors.txt": "心情 1 0\n天气 1 1\n公园 0 1\n大学 0 2\n",
         "zh_similar.tsv": "心情\t天气\n公园\t大学\n",
+        "zh_new.jsonl": '{"text": "他在北京大学学习。"}\n',
         "reviews.csv": "label,review\n" + "".join(f'1,"{row}"\n' for row in reviews),
         "spans.jsonl": "".join(json.dumps(row) + "\n" for row in marked),
         "ner.conll": "\n".join(tagged),
+        "zh_ner_train.conll": "\n".join(tagged[:20]),
+        "zh_ner_valid.conll": "\n".join(tagged[20:30]),
         "terms.txt": "bank\nriver money\n",
         "similar.tsv": "bank\triver\tmoney\n",
         "words.txt": "river money\nbank-model\n",
@@ -136,8 +141,9 @@ def home(documents, roberta_tokenizer, modernbert_tokenizer, tmp_path_factory):
     (folder / "tables").mkdir()
     table.to_parquet(folder / "tables" / "a.parquet")
     table.save_to_disk(folder / "saved_dataset")
-    table = datasets.Dataset.from_dict({"text": chinese.split("\n\n")})
-    table.save_to_disk(folder / "zh_dataset")
+    halves = {"train": chinese.split("\n\n")[:30], "validation": chinese.split("\n\n")[30:]}
+    tables = {name: datasets.Dataset.from_dict({"text": half}) for name, half in halves.items()}
+    datasets.DatasetDict(tables).save_to_disk(folder / "zh_dataset")
     write_models(folder, text, chinese, roberta_tokenizer, modernbert_tokenizer)
     return folder
 
@@ -155,7 +161,7 @@ def run(home, monkeypatch):
         name = path.removeprefix("scripts/").removesuffix(".py")
         found = [sorted(map(str, home.glob(word))) if "*" in word else [word] for word in words]
         argv = sum(found, []) + shlex.split(MORE.get(name, ""))
-        output = re.search(r"--output (runs/\w+)", line)
+        output = re.search(r"--output (runs/\w+|\w+\.tsv)", line)
         if output and (home / output[1]).exists() and "--resume" not in line:
             argv += ["--overwrite"]  # another command needed it
         return script(name).main(argv)
@@ -169,8 +175,9 @@ PRINTED = {
     "evaluate": "perplexity",
     "fill_mask": r"(?m)^token +score +sentence\n(\S+) +0\.\d+  今天\1情很好$",
     "finetune": "mean of the classes|all entities",
-    "predict": r"10 rows in \w+\.csv",
+    "predict": r"\d+ rows? in \w+\.(csv|jsonl)",
     "show_masks": "entities|words",
+    "similar_words": r"4 words in \w+\.tsv",
     "suite": "average",
 }
 

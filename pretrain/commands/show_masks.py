@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain import config
+from pretrain import config, recipe
 from pretrain.cli import parse
 from pretrain.errors import UserError, check, counted
 from pretrain.preflight import output_problems, problems_of
@@ -51,6 +51,12 @@ class ShowMasksOptions(
     """Display: options of show_masks.py."""
 
     model: str = option("base", "model whose tokenizer is used, or a size, as in pretraining")
+    mask_rate: config.Numbers = option(
+        (),
+        "share to predict; two: linear schedule (default: auto, as in pretraining)",
+        config.MASK_RATE,
+        takes_auto=True,
+    )
     examples: int = option(12, "sequences to show", config.COUNT_OR_0)
     sampled: int = option(100, "micro-batches to compute the statistics from", config.COUNT)
     micro_batch_size: int = option(32, "sequences of max-length in a micro-batch", config.COUNT)
@@ -74,6 +80,9 @@ def main(argv: Sequence[str]) -> None:
     if options.phase > num_phases:
         problems.append(f"--phase {options.phase}: expected a phase of --phases, 1 to {num_phases}")
     check(problems + (output_problems(options, "save", may_exist=True) if options.save else []))
+    if not options.mask_rate:
+        rate = recipe.auto_mask_rate(options, options.model in config.MODEL_SIZES)
+        options = replace(options, mask_rate=rate)
 
     import torch
 
@@ -97,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
         left = max(0, left - batch.num_sequences)
         if options.save:
             saved.append(asdict(batch))
-    print_numbers(counts, options)
+    print_numbers(counts, options, collator.masking.rate(start.progress), start.progress)
     if options.save:
         torch.save(saved, options.save)
         print(f"{options.save}: {counted(len(saved), 'micro-batch')} for torch.load")
@@ -203,19 +212,21 @@ def print_example(tokenizer, packed, batch, kinds, number: int, in_color: bool) 
     print(" ".join(words), end="\n\n")
 
 
-def print_numbers(counts: Counter, options: ShowMasksOptions) -> None:
-    """Print the statistics of the strategy."""
+def print_numbers(counts: Counter, options: ShowMasksOptions, rate: float, progress: float) -> None:
+    """Print the statistics of the strategy, for the mask rate after that share of the run."""
 
     def share(part: str, whole: str) -> str:
         return f"{counts[part] / max(1, counts[whole]):.1%}"
 
-    rate = " to ".join(f"{value:g}" for value in options.mask_rate)
     kinds = [f"{text} {share(kind, 'masked')}" for kind, (_, text) in KINDS.items() if counts[kind]]
     run_length = counts["masked"] / max(1, counts["runs"])
     word_length = counts["maskable"] / max(1, counts["words"])
-    how = f"at {rate} (shown: the first)" if options.entity_fill != "none" else "alone"
-    task = f"masking {options.masking} {how}, {options.objective}"
-    print(f"{task}, {counted(counts['tokens'], 'token')}")
+    how = f"mask rate {rate:g}" if options.entity_fill != "none" else "nothing else"
+    if len(set(options.mask_rate)) > 1:
+        first, last = options.mask_rate[0], options.mask_rate[-1]
+        how += f" (of {first:g} to {last:g}, after {progress:.0%} of the run)"
+    shown = f"{options.objective}, {counted(counts['tokens'], 'token')}"
+    print(f"masking          {options.masking}, {how}; {shown}")
     shortfall = f"shortfall {share('shortfall', 'masked')} of the masked tokens"
     print(f"masked           {share('masked', 'maskable')} of the ordinary tokens; {shortfall}")
     print(f"replaced by      {', '.join(kinds)}")

@@ -19,8 +19,18 @@ SAMPLED_TOKENS = 2000  # from which the way to join tokens is detected
 # Prefixes of tags that begin an entity, continue it, and leave it open.
 BEGIN, CONTINUE, OPEN = ("B", "S"), ("I", "M", "E"), ("B", "I", "M")
 
+TAGGED_LINE = re.compile(r"\S+[\t ](?:.*[\t ])?(O|[BIESM][-_]\S+)")
+MIN_TAGGED_SHARE = 0.9  # of the lines of a text that looks tagged
+
 Row = tuple[int, str, str]  # line, token, tag
 Tagged = tuple[str, tuple[Entity, ...]]  # text, its entities in order
+
+
+def looks_tagged(sample: str) -> bool:
+    """Whether nearly all lines of a text end in a tag, and some tag begins an entity."""
+    lines = [line for line in map(str.strip, sample.split("\n")) if line]
+    tags = [found[1] for found in map(TAGGED_LINE.fullmatch, lines) if found]
+    return len(tags) > MIN_TAGGED_SHARE * len(lines) and set(tags) != {"O"}
 
 
 def read_tagged(path: Path) -> Iterator[list[Sentence]]:

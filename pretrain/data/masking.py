@@ -273,6 +273,14 @@ def similar_ids(
     return np.where(known, table.ids[np.where(known, source, 0)], -1)
 
 
+def has_similar(packed: Packed, table: SimilarWords) -> np.ndarray:
+    """bool [words that can be masked]: which of them the table can replace."""
+    places = np.flatnonzero(packed.maskable)
+    leader = first_of_unit(packed.words)
+    is_first = np.diff(leader[places], prepend=-1) > 0
+    return similar_ids(packed, places, leader, table)[is_first] >= 0
+
+
 def read_similar(lines: Iterable[str], encode: Callable[[str], list[int]]) -> SimilarWords | None:
     """Table from lines "word<TAB>similar<TAB>similar..."; similar words with another number of
     tokens are ignored. None if nothing is left."""

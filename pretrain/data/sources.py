@@ -220,7 +220,8 @@ def likely_encodings(sample: bytes) -> dict[str, str]:
 
 def read_lines(path: str) -> list[str]:
     """The lines of a small UTF-8 file, stripped."""
-    text = read_text(path, "UTF-8 text")
+    convert = 'iconv -f ENCODING -t UTF-8 converts it; the option "encoding" is for other text'
+    text = read_text(path, "UTF-8 text", f" ({convert})")
     return [line.strip() for line in text.removesuffix("\n").split("\n")]
 
 

@@ -5,6 +5,7 @@ import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import TextIO
@@ -12,11 +13,13 @@ from typing import TextIO
 from pretrain.config import RECORD_FORMATS, UTF8
 from pretrain.data.sources import CHUNK_BYTES, MAX_CHARACTERS, check_files, expand, too_long
 from pretrain.errors import UserError, check, refusing, require
-from pretrain.files import check_regular
+from pretrain.files import check_regular, read_json
 
 ALIASES = {"ndjson": "jsonl", "json": "jsonl", "bio": "conll", "bmes": "conll", "bioes": "conll"}
 TABLES = ("csv", "tsv", "jsonl", "parquet", "arrow")
 TEXT_FORMATS = {"plain", "jsonl", "csv", "tsv", "conll"}  # the others have no encoding
+SPLIT = "train"  # is read, unless another one is named
+MAX_NAME, SHOWN_NAMES = 20, 20  # characters of a column, columns in a message
 HUB_FORMS = "hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"
 
 
@@ -31,17 +34,33 @@ def format_of(entry: str, wanted: str = "auto") -> str:
     return kind if kind in RECORD_FORMATS else "plain"
 
 
+def splits_of(entry: str) -> list[str]:
+    """The parts of a saved DatasetDict, of which SPLIT is read; [] for any other input."""
+    path = Path(entry) / "dataset_dict.json"
+    with suppress(UserError):  # a damaged one is reported where it is read
+        return list(map(str, read_json(path).get("splits", []))) if path.is_file() else []
+    return []
+
+
 def open_tables(paths: Iterable[str], encoding: str = UTF8) -> Iterator[tuple[str, dict]]:
     """(file and line, record) of each row of the tables that `paths` name, in order.
 
     UserError before the first row if a file has another format, or is not UTF-8 or `encoding`."""
     entries = [entry for path in paths for entry in expand([path])]
     others = [entry for entry in entries if format_of(entry) not in TABLES]
-    check([f"{entry}: not a table; expected {', '.join(TABLES)}" for entry in others])
+    check([f"{entry}: not a table; {_table_for(entry)}" for entry in others])
     texts = [Path(entry) for entry in entries if format_of(entry) in TEXT_FORMATS]
     found = {source.path: source.encoding for source in check_files(texts, encoding=encoding)}
     tables = (read_rows(entry, format_of(entry), found.get(entry, UTF8)) for entry in entries)
     return chain.from_iterable(tables)
+
+
+def _table_for(entry: str) -> str:
+    """What was expected in place of a file that is no table."""
+    expected = f"expected {', '.join(TABLES)}"
+    if Path(entry).suffix.lower() == ".txt":
+        expected += ": if it has columns separated by tabs, rename it to .tsv"
+    return expected
 
 
 def read_rows(entry: str, kind: str, encoding: str = UTF8) -> Iterator[tuple[str, dict]]:
@@ -75,8 +94,17 @@ def choose_field(record: dict, where: str) -> str:
 
 def no_column(record: dict, where: str, name: str | None, field: str) -> UserError:
     """The error for a record without the column `name`; `field` is text, label or the like."""
-    columns = ", ".join(map(str, record))
-    return UserError(f"{where}: no column {name!r}; expected the {field} field among {columns}")
+    option = "label" if field == "span" else field.replace(" ", "_")
+    names = [str(column) for column in record]
+    shown = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..." for name in names]
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    columns = f"{', '.join(shown[:SHOWN_NAMES])}{more}"
+    path = where.rpartition(", ")[0]
+    header = ""
+    if format_of(path) in ("csv", "tsv"):
+        where, header = f"{path}, line 1", " in the header" + " (is it missing?)" * (shown != names)
+    expected = f'the option "{option}_field" with one of {columns}'
+    return UserError(f"{where}: no column {name!r}{header}; expected {expected}")
 
 
 def _json_rows(path: str, encoding: str) -> Iterator[tuple[int, dict]]:
@@ -176,12 +204,16 @@ def _dataset_rows(entry: str, kind: str) -> Iterator[dict]:
         if kind == "saved":
             check_regular(Path(entry))
             table = datasets.load_from_disk(entry)
-            table = table["train"] if isinstance(table, dict) else table
+            if isinstance(table, dict):
+                if SPLIT not in table:
+                    found = f"has no split {SPLIT}, but {', '.join(table)}"
+                    raise UserError(f"{entry}: {found}; expected {entry}/{next(iter(table))}")
+                table = table[SPLIT]
         elif kind == "hub":
             name, config, split, *more = entry.removeprefix("hub:").split(":") + ["", "", ""]
             if not name or any(more):
                 raise UserError(f"{entry}: not the name of a data set; expected {HUB_FORMS}")
-            split = split or "train"
+            split = split or SPLIT
             table = datasets.load_dataset(name, config or None, split=split, streaming=True)
         else:
             file = glob.escape(entry)

@@ -211,7 +211,7 @@ def test_the_text_column(scratch, kind):
     assert texts(read(both, text_field="title")) == [["t"], ["u"]]
     numbers = {} if kind in ("csv", "tsv") else {"flag": [True, False]}
     assert texts(read(table(number=[1, 2], body=["a", "b"], **numbers))) == [["a"], ["b"]]
-    place = "line 2" if kind in ("csv", "tsv") else "line 1" if kind == "jsonl" else "row 1"
+    place = "line 1" if kind in ("csv", "tsv", "jsonl") else "row 1"
     two = table(title=["t"], body=["a"])
     for name, options in (
         ("text", {}),

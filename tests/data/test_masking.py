@@ -503,6 +503,17 @@ def replaced_words(words: list[list[int]], num: int, options: Masking) -> list[t
     return [tuple(part.tolist()) for part in np.split(shown, np.cumsum(sizes)[:-1])]
 
 
+def test_the_words_with_a_similar_one():
+    """Words of one sequence each, one by one in the table."""
+    words = [(5,), (7,), (6,), (5, 40), (5, 42), (6, 5), (5, 6), (5, 40, 41), (5, 41, 40)]
+    flags = [flag for word in words for flag in [WORD_START] + [0] * (len(word) - 1)]
+    sequence = np.zeros(len(flags), int)
+    packed = packed_of(flags, sequence, derive(key(8), sequence), ids=np.concatenate(words))
+    expected = [bool(TABLE.get(word)) for word in words]
+    assert masking.has_similar(packed, SIMILAR).tolist() == expected
+    assert True in expected and False in expected
+
+
 @pytest.mark.parametrize("word", [(5,), (5, 40), (5, 6)])
 def test_similar_words_replace_masks(word):
     """80 % are words of the table, equally often; 10 % are random; 10 % stay. One draw per

@@ -145,8 +145,24 @@ def test_a_missing_label_column_is_reported_once(tmp_path):
     good = write(tmp_path / "a.csv", [{"text": "one", "label": "x"}])
     other = write(tmp_path / "b.csv", [{"text": "one", "kind": "x"}] * 3)
     (line,) = problems(read, good, other)
-    assert line.startswith(f"{other}, line 2: ") and "'label'" in line and "text, kind" in line
+    assert line.startswith(f"{other}, line 1: ") and "'label'" in line and "text, kind" in line
+    assert "label_field" in line
     assert problems(read, other) == [line]
+
+
+def test_a_row_in_place_of_the_header_is_not_printed_whole(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("".join(f"{'word ' * 100}\t{number}\n" for number in (1, 2)))
+    (line,) = problems(read, path)
+    assert line.startswith(f"{path}, line 1: ") and len(line.removeprefix(str(path))) < 200
+
+
+def test_a_text_file_with_columns_can_be_renamed(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text\tlabel\none\tx\ntwo\ty\n")
+    (line,) = problems(read, path)
+    assert line.startswith(f"{path}: ") and ".tsv" in line
+    assert read(path.rename(tmp_path / "a.tsv")).classes == ["x", "y"]
 
 
 @pytest.mark.parametrize(
