@@ -163,7 +163,7 @@ class TokenizerOptions:
     """Tokenizer: loaded, or trained on the text."""
 
     tokenizer: str | None = option(None, "folder, vocab.txt or hub name (default: the model's)")
-    vocab_size: int = option(30522, "size of a trained vocabulary", integer(100, 1 << 20))
+    vocab_size: int = option(30522, "largest size of a trained vocabulary", integer(100, 1 << 20))
     lowercase: str = option("on", "strip case and accents (trained or vocab.txt)", ON_OFF)
     add_tokens: str | None = option(None, "file of words to add as tokens, one per line", FILE)
     add_special_tokens: Texts = option((), "never split or masked: [name], eos_token=[EOT]", TOKENS)

@@ -262,7 +262,8 @@ def make_tokenizer(
     lowercase = options.lowercase == "on"
     sources = [source for text in texts for source in text.sources]
     formats = [text.text_format for text in texts]
-    key = content_key(sources, *formats, options.vocab_size, lowercase)
+    rules = (options.vocab_size, tokenizers.MIN_OCCURRENCES, lowercase)
+    key = content_key(sources, *formats, *rules)
     folder = Path(options.cache) / f"tokenizer-{key}"
     with main_first(world), cache_named(options.cache):
         if problem_of(folder, needed=()):
@@ -281,7 +282,7 @@ def _train_tokenizer(
     with exclusive(folder):
         if problem := problem_of(folder, needed=()):  # else another process was faster
             shown = problem if folder.is_dir() else folder
-            print(f"{shown}: training a WordPiece vocabulary of {vocab_size:,} entries")
+            print(f"{shown}: training a WordPiece vocabulary of up to {vocab_size:,} entries")
             trained = tokenizers.train(read, vocab_size, lowercase)
             write_folder(folder, trained.save_pretrained)
 

@@ -25,6 +25,7 @@ from pretrain.files import CODE_FIELDS, key_of, model_folder, read_json, read_te
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+MIN_OCCURRENCES = 5  # in the text, of the pieces that a new entry joins
 NEEDED = ("pad", "cls", "sep", "mask")  # special tokens that pretraining needs
 # Chinese characters in Unicode 16, and Japanese syllables.
 HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
@@ -118,20 +119,22 @@ def train(
 ) -> PreTrainedTokenizerBase:
     """A WordPiece tokenizer of at most `vocab_size` entries, trained on the texts of `read()`.
 
-    Memory grows only with the number of distinct words. The text is read twice."""
+    Small texts get fewer entries: those of rare words would hardly be trained, nor would the pieces
+    that words of other texts are made of. Memory grows only with the number of distinct words. The
+    text is read twice."""
     # The trainer numbers single characters in the order of a hash table, which differs between
     # processes, and breaks ties by number. Entries passed as special tokens keep their order, so
     # the first pass finds the characters and the second gets them sorted.
     # The limit on characters keeps rare ones from crowding out words, but leaves room for Chinese.
     alphabet = max(256, vocab_size * 6 // 10)
-    limits: dict[str, Any] = {"show_progress": False, "limit_alphabet": alphabet}
+    limits: dict[str, Any] = {"limit_alphabet": alphabet, "min_frequency": MIN_OCCURRENCES}
     entries: dict[str, int] = {}
     for size in (0, vocab_size):  # size 0 gives only the single characters
         first = SPECIAL_TOKENS + sorted(entries.keys() - set(SPECIAL_TOKENS))
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        settings = {"vocab_size": size, "special_tokens": first, **limits}
+        settings = {"vocab_size": size, "special_tokens": first, "show_progress": False, **limits}
         tokenizer.train_from_iterator(read(), trainers.WordPieceTrainer(**settings))
         entries = tokenizer.get_vocab()
     return from_vocabulary(entries, lowercase)

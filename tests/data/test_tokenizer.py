@@ -25,6 +25,7 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from pretrain.data.annotate import mark
 from pretrain.data.corpus import WORD_START
 from pretrain.data.tokenizer import (
+    MIN_OCCURRENCES,
     SPECIAL_TOKENS,
     add_tokens,
     describe,
@@ -84,6 +85,16 @@ def test_lowercase_on_and_off():
     entries = on.get_vocab().keys() - set(SPECIAL_TOKENS)
     assert all(entry == entry.lower() and "é" not in entry for entry in entries)
     assert off.tokenize("cafe") != ["Café"] and "É" not in off.get_vocab()
+
+
+def test_rare_words_are_made_of_pieces_of_common_ones():
+    """An entry for each would be trained hardly ever, and so would the pieces of unseen words."""
+    texts = ["teaching banks"] * MIN_OCCURRENCES + ["river teaches"] * (MIN_OCCURRENCES - 1)
+    made = train(lambda: texts, 30_000)
+    assert {"teaching", "banks"} <= made.vocab.keys()
+    assert made.vocab.keys().isdisjoint({"river", "teaches"})
+    assert made.tokenize("teaches")[0].startswith("teach")
+    assert made.unk_token not in made.tokenize("reviver teacher")
 
 
 def test_a_trained_vocabulary_has_the_size_and_all_characters(documents):
