@@ -138,7 +138,7 @@ def _conflicts(options: object) -> list[str]:
         refuse(f"no validation text; {expected}", "patience", "valid_fraction")
     metrics = TASK_METRICS.get(value("task"), ())
     if metrics and value("metric") not in (AUTO, *metrics):
-        refuse(f"not a score of this task; expected {', '.join(metrics)}", "metric", "task")
+        refuse(f"the task has no such score; expected {', '.join(metrics)}", "task", "metric")
     if metrics and value("class_weights") == "balanced" and value("task") != "classification":
         refuse("has no classes; expected --task classification", "class_weights", "task")
     if value("text_pair_field") and value("task") == "ner":

@@ -198,7 +198,7 @@ class PretrainingRun(Run):
         scores = state.scores if folder.name == "final" else state.best_scores
         guessing = scores.get("unigram_perplexity", math.inf)
         if scores and not scores["perplexity"] < guessing:
-            numbers = f"perplexity {scores['perplexity']:.4g}, of guessing {guessing:.4g}"
+            numbers = f"perplexity {scores['perplexity']:.4g}; guessing: {guessing:.4g}"
             problem = f"{folder} is no better than guessing by token frequency ({numbers})"
             ways = "more steps (--epochs or --max-steps), more text, or a lower --learning-rate"
             found.append(f"{problem}; expected {ways}")
@@ -256,6 +256,8 @@ def print_plan(run: PretrainingRun) -> None:
     if run.trial_seconds:
         minutes = steps * accumulation * run.trial_seconds / 60
         shown = f"{minutes:.2g} minutes" if minutes < 99.5 else f"{minutes / 60:,.1f} hours"
+        if minutes < 1:
+            shown = counted(math.ceil(minutes * 60), "second")
         print(f"time: about {shown} on this machine, without evaluations")
     if not config.phases:
         return

@@ -16,7 +16,7 @@ from pretrain.build import decide_precision, task_problems
 from pretrain.cli import parse
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
 from pretrain.data.sources import content_key, expand
-from pretrain.errors import UserError, check, option_named, require
+from pretrain.errors import MORE, UserError, check, option_named, require
 from pretrain.files import (
     lock,
     model_folder,
@@ -164,7 +164,7 @@ def naming(options: AdaptOptions, name: str) -> Iterator[None]:
     except ValueError as error:  # UserError, or from shlex
         lines = str(error).splitlines()
         for number, line in enumerate(lines):
-            if line.split(" ")[0].rstrip(":") not in own:
+            if not line.startswith(MORE) and line.split(" ")[0].rstrip(":") not in own:
                 lines[number] = f'--{name} "{getattr(options, name)}": {line}'
         raise UserError("\n".join(lines)) from error
 

@@ -58,8 +58,10 @@ def open_tables(paths: Iterable[str], encoding: str = UTF8) -> Iterator[tuple[st
 def _table_for(entry: str) -> str:
     """What was expected in place of a file that is no table."""
     expected = f"expected {', '.join(TABLES)}"
-    if Path(entry).suffix.lower() == ".txt":
-        expected += ": if it has columns separated by tabs, rename it to .tsv"
+    if format_of(entry) == "conll":
+        expected += '; a CoNLL file has entities, which need the option "task" ner'
+    elif Path(entry).suffix.lower() == ".txt":
+        expected += "; rename it to .tsv if tabs separate its columns"
     return expected
 
 

@@ -539,7 +539,7 @@ def test_options_without_quotes_are_refused_with_the_quotes(option, after, small
 
 
 OTHERS = {
-    "text-field": "--train {place}/train.csv, line 2: ",
+    "text-field": "--train {place}/train.csv, line 1: ",
     "max-steps": "unrecognized arguments: --max-steps 3",
 }
 

@@ -269,8 +269,8 @@ def test_bad_rows_are_reported_in_one_line(name, content, data, files, tmp_path,
 @pytest.mark.parametrize(
     "more, option",
     [
-        ("--metric accuracy", "--metric accuracy --task ner:"),
-        ("--metric pearson", "--metric pearson --task ner:"),
+        ("--metric accuracy", "--task ner --metric accuracy:"),
+        ("--metric pearson", "--task ner --metric pearson:"),
         ("--class-weights balanced", "--class-weights balanced --task ner:"),
         ("--text-pair-field spans", "--text-pair-field spans --task ner:"),
         ("--task spans", "--task spans:"),
