@@ -562,9 +562,9 @@ OTHERS = {
         ("finetune", "--label-field x", ""),
         ("finetune", "--no-save-model", ""),  # a switch alone is one word
         ("finetune", "--epochs 0", "--epochs 0"),
-        ("finetune", "--metric f1", "--metric f1 --task classification: "),
-        ("finetune", "--task ner --metric accuracy", "--metric accuracy --task ner: "),
-        ("finetune", "--task regression --metric f1", "--metric f1 --task regression: "),
+        ("finetune", "--metric f1", "--task classification --metric f1: "),
+        ("finetune", "--task ner --metric accuracy", "--task ner --metric accuracy: "),
+        ("finetune", "--task regression --metric f1", "--task regression --metric f1: "),
         ("finetune", "--max-length 9999", "--max-length 9999: "),
         ("text", "absent.txt", ""),
         ("test", "absent.csv", ""),
