@@ -186,7 +186,7 @@ def test_a_clear_difference_excludes_0_and_flips_sign(task, metric, quick):
     before, after = (
         np.mean([SLOW[task](truth, of, metric) for of in side]) for side in (worse, better)
     )
-    assert 0.05 < low < after - before < high < 0.6
+    assert 0.1 < low < after - before < high < 0.5
     turned = interval(task, metric, truth, better, worse)
     assert turned == pytest.approx((-high, -low), abs=2e-6)
     assert interval(task, metric, truth, worse, worse) == (0.0, 0.0)
@@ -215,7 +215,7 @@ def test_intervals_agree_with_a_slow_paired_bootstrap(task, metric, quick):
     low, high = interval(task, metric, truth, left, alike)
     draws = rng.integers(0, num_rows, (200, num_rows))
     of_one = [mean_score(left, rows, (0, 1)) for rows in draws]
-    assert low > -0.01 and high - low < 0.7 * 2 * 1.96 * 2**0.5 * np.std(of_one)
+    assert low >= 0 and high - low < 0.6 * 2 * 1.96 * 2**0.5 * np.std(of_one)
 
 
 def test_a_guess_is_the_most_frequent_class():

@@ -128,9 +128,10 @@ def test_what_the_model_cannot_do_is_refused_by_option_and_value(
     run = [*arguments, option, value, "--output", tmp_path / "run"]
     evaluation = ["--model", base[1], "--input", text_file, "--cache", cache]
     evaluation += ["--objective", "mlm", "--max-length", 64, option, value]
-    for main, options in ((PRETRAIN.main, run), (EVALUATE.main, evaluation)):
+    of_model = f"--model {base[1]} "  # one of two that are compared, perhaps
+    for main, options, named in ((PRETRAIN.main, run, ""), (EVALUATE.main, evaluation, of_model)):
         message = refusal(main, options, capsys)
-        assert f"{option} {value}: " in message and "\n" not in message
+        assert message.startswith(f"{named}{option} {value}: ") and "\n" not in message
     assert not (tmp_path / "run").exists()
 
 
