@@ -1,7 +1,7 @@
 """Is a difference between two models more than chance?
 
 Encoders are compared by their mean scores over test rows and seeds, language models by their mean
-losses over documents. The 95 % interval of the difference comes from a paired bootstrap: each draw
+losses over documents. The 95% interval of the difference comes from a paired bootstrap: each draw
 uses the same rows and seeds, or documents, for both (Efron and Tibshirani 1993, chapter 13).
 """
 
@@ -27,7 +27,7 @@ def bootstrap(
     right: np.ndarray,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % interval of the mean score of `right` minus that of `left`, over rows and seeds.
+    """95% interval of the mean score of `right` minus that of `left`, over rows and seeds.
 
     `left` and `right` are [seeds, rows, ...]: what is known of each row. `score(weights, rows)`
     is float [draws], the score when row n of `rows` counts `weights[draw, n]` times."""
@@ -44,7 +44,7 @@ def bootstrap(
 
 
 def interval_of_mean(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of sums.sum() / counts.sum(), both float64 [groups], by drawing groups."""
+    """95% interval of sums.sum() / counts.sum(), both float64 [groups], by drawing groups."""
     rng, means = np.random.default_rng(seed), []
     for weights in _draw_counts(rng, len(sums)):
         means.append((weights @ sums) / (weights @ counts))

@@ -23,8 +23,8 @@ MIN_DOCUMENTS = 20  # with fewer (books, for example), an interval draws sequenc
 
 @dataclass(frozen=True)
 class Change:
-    """Two perplexities, and the log-perplexity after minus the one before, in nats, with its 95 %
-    interval. A difference of 0.05 is a perplexity about 5 % higher."""
+    """Two perplexities, and the log-perplexity after minus the one before, in nats, with its 95%
+    interval. A difference of 0.05 is a perplexity about 5% higher."""
 
     before: float
     after: float
@@ -34,7 +34,7 @@ class Change:
     drawn: str  # what the interval draws
 
     def __str__(self) -> str:
-        interval = f"95 % interval {self.low:+.4f} to {self.high:+.4f} over {self.drawn}"
+        interval = f"95% interval {self.low:+.4f} to {self.high:+.4f} over {self.drawn}"
         change = f"log-perplexity {self.difference:+.4f} ({interval})"
         return f"perplexity {self.before:,.4g} before, {self.after:,.4g} after, {change}"
 

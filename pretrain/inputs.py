@@ -47,7 +47,7 @@ from pretrain.runtime.distributed import World, main_first
 
 SAMPLED_PIECES, SAMPLED_CHARACTERS = 16, 1 << 18  # read to detect the script of a text
 # Shares of unknown tokens: one for a warning, one for a UserError. A vocabulary that fits leaves
-# less than 1 %.
+# less than 1%.
 WARNED_UNKNOWN, MAX_UNKNOWN = 0.05, 0.3
 SHOWN_UNKNOWN = 10  # characters, or words and characters of a word
 # What a command can take to know its text.

@@ -125,8 +125,8 @@ def test_few_documents_are_drawn_by_sequence(validation, vocabulary, monkeypatch
 
 @pytest.fixture(scope="module")
 def place(text_file, tiny_tokenizer, vocabulary, tmp_path_factory):
-    """Two models of one vocabulary, one of another, two of a family without NSP head, and texts,
-    one with "=" in its name."""
+    """Two models of one vocabulary, one of another, four without some or all heads, and texts, one
+    with "=" in its name."""
     folder = tmp_path_factory.mktemp("compare")
     model = small_model(vocabulary.size)
     for name, saved in (("one", model), ("two", changed(model, 2.0))):
@@ -136,8 +136,14 @@ def place(text_file, tiny_tokenizer, vocabulary, tmp_path_factory):
     sizes = dict(num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=16)
     BertForPreTraining(BertConfig(vocab_size=len(other), **sizes)).save_pretrained(folder / "other")
     other.save_pretrained(folder / "other")
-    for name in ("distil", "modern"):
-        stock = small_stock(f"{name}bert", "ForMaskedLM", vocabulary.size)
+    kinds = {
+        "distil": ("distilbert", "ForMaskedLM"),
+        "modern": ("modernbert", "ForMaskedLM"),
+        "mlm-only": ("bert", "ForMaskedLM"),
+        "no-head": ("bert", "Model"),
+    }
+    for name, kind in kinds.items():
+        stock = small_stock(*kind, vocabulary.size)
         stock.save_pretrained(folder / name)
         tiny_tokenizer.save_pretrained(folder / name)
     for name in ("a.txt", "b=c.txt"):
@@ -187,6 +193,22 @@ def test_a_family_without_nsp_head_is_compared_by_mlm_alone(evaluated, line):
     assert found == expected and "nsp_loss" not in found
     _, alone = evaluated(f"--model {model} --input a.txt --objective mlm")
     assert alone.items() <= found.items()
+
+
+def test_a_model_without_a_head_is_refused_and_one_without_that_for_pairs_is_not(
+    place, cache, evaluated, capsys
+):
+    """Heads with random weights would give numbers, too."""
+    told, found = evaluated("--model mlm-only --input a.txt")
+    assert "mlm alone" in told and "nsp_loss" not in found
+    _, expected = evaluated("--model mlm-only --input a.txt --objective mlm")
+    assert found == expected
+    more = ["--max-length", 64, "--cache", cache]
+    for line in ("--model no-head", "--model one --baseline no-head --objective mlm"):
+        told = refusal(command.main, arguments_of(line, "--input a.txt", more), capsys)
+        assert "no-head: has no MLM head" in told and "\n" not in told
+    argv = arguments_of("--model mlm-only --input a.txt --objective mlm+nsp", more)
+    assert "--objective mlm+nsp: " in refusal(command.main, argv, capsys)
 
 
 def test_pairs_that_were_asked_for_are_refused_by_model(place, cache, monkeypatch, capsys):

@@ -233,8 +233,11 @@ def _record_of(experiment: Experiment) -> dict[str, dict]:
 
 def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """What has changed since the experiment was started."""
-    commands = {"options": "", "pretrain": "--pretrain ", "finetune": "--finetune "}
+    commands = {"options": "{}", "pretrain": '--pretrain "{}"', "finetune": '--finetune "{}"'}
     kinds = {"options": AdaptOptions, "pretrain": Config, "finetune": FinetuneOptions}
+    models = [values["options"]["model"] for values in (before, now)]
+    # Another model has other files.
+    ignored = set(map(model_folder, models)) if models[0] != models[1] else set()
     found = []
     for kind, values in now.items():
         # An experiment of an earlier version lacks the newer options.
@@ -242,7 +245,7 @@ def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
         for name in {**before[kind], **values}:
             old, new = before[kind].get(name, defaults.get(name)), values.get(name)
             if old != new and kind in commands:
-                found.append(f"{commands[kind]}{flag(name)} {old}, not {new}")
-            elif old != new:
+                found.append(commands[kind].format(f"{flag(name)} {old}") + f", not {new}")
+            elif old != new and not (kind == "files" and str(Path(name).parent) in ignored):
                 found.append(f"another {name}")
     return found

@@ -11,19 +11,18 @@ from pretrain.inputs import TextFiles
 
 
 def write_cleaned(
-    text: TextFiles, test_texts: list[tuple[str, ...]], more: list[tuple[str, ...]], target: Path
+    text: TextFiles, test_texts: list[tuple[str, ...]], more: list[list[Sentence]], target: Path
 ) -> dict[str, int]:
-    """Write the documents of `text` and one for each of `more`, without copies of `test_texts`.
+    """Write the documents of `text` and those in `more`, without copies of `test_texts`.
 
     Writes the JSON lines that pretrain/data/formats.py reads, with one document in memory. Returns
-    the numbers of documents written, copies removed, and texts in `more`."""
+    the numbers of documents written, copies removed, and documents in `more`."""
     copies = sorted({_squeeze(part) for parts in test_texts for part in parts})
     counts = {"documents": 0, "removed": 0, "task_texts": len(more)}
-    added = ([(part, ()) for part in parts] for parts in more)
 
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as out:
-            for document in chain(documents(text.sentences()), added):
+            for document in chain(documents(text.sentences()), more):
                 kept, removed = without_copies(document, copies)
                 counts["removed"] += removed
                 if kept:

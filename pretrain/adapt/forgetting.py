@@ -24,7 +24,7 @@ from pretrain.pretraining import PretrainingRun
 from pretrain.runtime.optim import make_optimizers, make_schedule
 from pretrain.train import train_step
 
-MARGIN = 0.05  # nats: a rise in log-perplexity that counts as forgetting, about 5 % of perplexity
+MARGIN = 0.05  # nats: a rise in log-perplexity that counts as forgetting, about 5% of perplexity
 HEAD_STEPS, HEAD_RATE, HEAD_WARMUP = 300, 1e-3, 0.1  # of a head on a frozen encoder
 HEAD_HELD_OUT = 0.2  # of the documents: the head is not trained on these
 
@@ -39,9 +39,11 @@ def measure(
 ) -> dict:
     """The fields of the `Change` from the model of `run`, which has not been trained, to `adapted`,
     at the length of the last phase; with `trains_head` and `held_out`: the share of the corpus that
-    `adapted` was not trained on, 0.0 if it was trained on none of it."""
+    `adapted` was not trained on, 0.0 if it was trained on none of it, and `unigram`, the perplexity
+    of guessing by frequency."""
     phase, before = run.phases[-1], run.model
     task = Task(None, phase.max_length, phase.eval_batch_size, MASK_RATE, SEED)
+    training = corpus
     if held_out or not has_head:
         training, corpus = corpus.split(held_out or HEAD_HELD_OUT)
     if not has_head:
@@ -50,9 +52,10 @@ def measure(
             data = (PretrainingDataset(training, task), Collator(task, vocabulary, Masking()))
             _train_head(model, TrainData([data], (), 1), run)
     shape = (None, task.max_length, task.micro_batch_size, vocabulary, run.config.eval_tokens)
-    validation = make_validation_set(corpus, *shape)
-    change = compare(before, adapted, validation, run.device, run.autocast())
-    return asdict(change) | {"trains_head": not has_head, "held_out": held_out}
+    validation = make_validation_set(corpus, *shape, training=training)
+    change = asdict(compare(before, adapted, validation, run.device, run.autocast()))
+    change["unigram"] = validation.unigram_perplexity
+    return change | {"trains_head": not has_head, "held_out": held_out}
 
 
 def head_of(model: PackedModel) -> dict[str, torch.nn.Parameter]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pretrain.data.sentences import Sentence
 from pretrain.finetune.dataset import LabeledRows
 from pretrain.finetune.entities import KEYS
 
@@ -150,6 +151,10 @@ class Classification:
         """What is right for each row, in a form that JSON keeps."""
         return rows.numbers.tolist()
 
+    def documents(self, rows: LabeledRows) -> list[list[Sentence]]:
+        """The texts of each row as a document to pretrain on."""
+        return [[(part, ()) for part in parts] for parts in rows.texts]
+
     def predicted(self, cells: Iterable[dict], names: list[str]) -> list:
         """What was predicted for each row, in the form of `truth`; `cells` as in the file of
         predictions."""
@@ -198,6 +203,12 @@ class EntityRecognition(Classification):
     def truth(self, rows: LabeledRows) -> list:
         """A list of [start, end, label] for each row."""
         return [list(map(list, entities)) for entities in rows.labels]
+
+    def documents(self, rows: LabeledRows) -> list[list[Sentence]]:
+        """The text of each row, with its entities for --masking entity."""
+        pairs = zip(rows.texts, rows.labels)
+        spans = (tuple((start, end) for start, end, _ in entities) for _, entities in pairs)
+        return [[(text, of_text)] for (text, *_), of_text in zip(rows.texts, spans)]
 
     def predicted(self, cells: Iterable[dict], names: list[str]) -> list:
         """The same of what was found."""

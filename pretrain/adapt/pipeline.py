@@ -20,7 +20,7 @@ from pretrain.config import UTF8
 from pretrain.corpora import open_or_prepare
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.sources import content_key
-from pretrain.errors import UserError
+from pretrain.errors import UserError, counted
 from pretrain.evaluate import evaluate
 from pretrain.files import write_text
 from pretrain.finetune import build as finetuning
@@ -45,7 +45,8 @@ def run_experiment(experiment: Experiment) -> dict:
     seeds, (task, metric) = experiment.options.seeds, experiment.score
     runs = list(product(budgets, range(seeds), encoders))
     counts = ", ".join(f"{count:,}" for count in budgets.values())
-    print(f"{', '.join(encoders)}: {len(runs)} fine-tuning runs, {counts} rows, {seeds} seeds")
+    work = f"{counted(len(runs), 'fine-tuning run')}, {counts} rows, {counted(seeds, 'seed')}"
+    print(f"{', '.join(encoders)}: {work}")
     test, seen = experiment.rows["test"], set(experiment.rows["train"].texts)
     facts = {
         "model": experiment.options.model,
@@ -91,8 +92,9 @@ def run_experiment(experiment: Experiment) -> dict:
 def clean(experiment: Experiment) -> dict:
     """Write each text to NAME.jsonl without copies of test texts; --task-text adds task texts."""
     counts, rows = {}, experiment.rows
+    of_task = experiment.measure.documents(rows["train"]) if experiment.options.task_text else []
     for name, text in experiment.cleaned.items():
-        more = rows["train"].texts if experiment.options.task_text and name == "text" else []
+        more = of_task if name == "text" else []
         path = experiment.output / f"{name}.jsonl"
         counts[name] = write_cleaned(text, rows["test"].texts, more, path)
         if not counts[name]["documents"]:

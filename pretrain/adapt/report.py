@@ -21,6 +21,7 @@ from pretrain.adapt.domain import draw_overlap
 from pretrain.adapt.forgetting import MARGIN
 from pretrain.adapt.measures import MEASURES, Metric
 from pretrain.bootstrap import DRAWS, bootstrap
+from pretrain.errors import counted
 from pretrain.files import markdown_table, write_text
 
 TEMPLATE = Path(__file__).with_name("report_template.md")
@@ -41,7 +42,7 @@ TEXTS_HEADER = ["text", "documents", "copies removed", "training rows added"]
 PIECES_HEADER = ["text", "words", "pieces per word", "unknown words"]
 SHOWN_LABELS = 20
 GUESS = "the most frequent class"
-Difference = tuple[float, float, float]  # between two mean scores, and its 95 % interval
+Difference = tuple[float, float, float]  # between two mean scores, and its 95% interval
 
 
 def write_report(output: Path, facts: dict) -> str:
@@ -61,6 +62,7 @@ def write_report(output: Path, facts: dict) -> str:
         **facts,
         answer=answer,
         encoder=cell(facts["model"]),
+        seed_count=counted(facts["seeds"], "seed"),
         replayed=f", {facts['replay']:.0%} on general text" if facts["replay"] else "",
         predicts=measure.describe(facts["labels"]) + _names(facts["labels"]),
         meaning=metric.meaning,
@@ -173,7 +175,7 @@ def verdict(
             text += f"; so it is this text that helps{only(better)}"
         elif helped:
             text += "; so more pretraining on any text may help as much"
-    return f"{text}. (95 % intervals in parentheses.)"
+    return f"{text}. (95% intervals in parentheses.)"
 
 
 def caveats(facts: dict) -> str:
@@ -184,6 +186,7 @@ def caveats(facts: dict) -> str:
     groups = [group for by_budget in facts["scores"].values() for group in by_budget.values()]
     runs = [run for group in groups for run in group]
     unfinished = sum(_is_still_improving(run, facts["metric"]) for run in runs)
+    worse = sum(run["test"].get("r2", 0.0) < 0 for run in runs)
     constant = sum(all(row == run["predicted"][0] for row in run["predicted"]) for run in runs)
     too_short = perplexity.get("after", 0) > perplexity.get("unigram", 0)
     warnings = {
@@ -191,6 +194,7 @@ def caveats(facts: dict) -> str:
         f"in {unfinished} of the {len(runs)} fine-tuning runs the last step was the best, so "
         "longer ones may score higher": unfinished > MANY_RUNS * len(runs),
         f"{constant} of the {len(runs)} fine-tuned models predict the same for every row": constant,
+        f"{worse} of the {len(runs)} fine-tuned models are worse than predicting the mean": worse,
         "pretraining was too short: guessing by frequency still beats this model": too_short,
         f"{rows} test rows are few": rows < FEW_ROWS,
         f"{seen:,} of the {rows:,} test texts are also training rows": seen > rows // 20,
@@ -213,8 +217,9 @@ def forgotten(change: dict) -> str:
         said = "It forgot general text"
     elif change["high"] <= MARGIN:
         said = "It did not forget general text"
-    interval = "{difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}".format(**change)
+    interval = "{difference:+.3f}, 95% interval {low:+.3f} to {high:+.3f} over {drawn}"
     numbers = "perplexity {before:,.4g} before, {after:,.4g} after".format(**change)
+    interval = interval.format(**change)
     return f" {said}: {numbers} (log-perplexity {interval}; margin {MARGIN:g})."
 
 
@@ -260,7 +265,7 @@ def _compare_scores(output: Path, facts: dict, differences: dict) -> str:
 
     header = ["labeled rows", *curves]
     for name, by_budget in differences.items():
-        header.append(f"your text minus {name.replace('base', 'original')} (95 % interval)")
+        header.append(f"your text minus {name.replace('base', 'original')} (95% interval)")
         for budget, row in rows.items():
             row.append(_change(by_budget[budget]))
     return table(header, rows.values())
@@ -326,6 +331,8 @@ def _describe_forgetting(change: dict) -> str:
         ["original encoder", change["before"]],
         ["pretrained on your text", change["after"]],
     ]
+    if "unigram" in change:  # not in experiments of earlier versions
+        rows.append(["guessing each token by its frequency", change["unigram"]])
     method, rest = "Each predicts with its own MLM head.", "four fifths of the general text"
     if change.get("held_out"):
         rest = "the replayed part of the general text"
@@ -337,7 +344,7 @@ def _describe_forgetting(change: dict) -> str:
         )
     meaning = (
         "Both predict the same masked tokens of the general text. The difference of the logarithms "
-        f"counts as forgetting if its 95 % interval, drawn over {change['drawn']}, lies above "
+        f"counts as forgetting if its 95% interval, drawn over {change['drawn']}, lies above "
         f"{MARGIN:g} (a perplexity that is {np.exp(MARGIN) - 1:.0%} higher)."
     )
     shown = table(["", "perplexity on general text"], rows, ",.2f")

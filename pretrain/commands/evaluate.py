@@ -67,18 +67,18 @@ def main(argv: Sequence[str]) -> None:
     texts = {}
     for name, paths in by_name(options.input).items():
         texts[name] = check_text(paths, f"--input {name}".strip(), options, world)
-    model, tokenizer, vocabulary = load_model(options, "model")
-    loaded = {"model": model}
+    loaded = {"model": load_model(options, "model")}
+    _, _, tokenizer, vocabulary = loaded["model"]
     if options.baseline:
-        loaded["baseline"], _, other = load_model(options, "baseline")
-        if other.fingerprint != vocabulary.fingerprint:
+        loaded["baseline"] = load_model(options, "baseline")
+        if loaded["baseline"][-1].fingerprint != vocabulary.fingerprint:
             problem = "its tokenizer differs from that of --model, so masks cannot be the same"
             raise UserError(f"{typed(options, 'baseline')}: {problem}; expected the same tokenizer")
     options = replace(options, objective=fitting_objective(options, loaded, asked is not None))
     models = {}
-    for name, one in loaded.items():
-        one.use_pairs(1.0 if OBJECTIVES[options.objective] else None)
-        models[getattr(options, name)] = one.to(device)
+    for name, (model, *_) in loaded.items():
+        model.use_pairs(1.0 if OBJECTIVES[options.objective] else None)
+        models[getattr(options, name)] = model.to(device)
     numbers = {}
     for name, text in texts.items():
         corpus = open_input(options, text, tokenizer, vocabulary, world)
@@ -147,26 +147,28 @@ def measure(
 
 
 def fitting_objective(options: EvaluateOptions, models: dict, was_asked: bool) -> str:
-    """The objective of `options`; mlm if one of `models`, by option, is not made for pairs. If the
-    objective `was_asked` for, UserError names that model instead."""
+    """The objective of `options`; mlm if one of `models`, by option as from `load_model`, cannot
+    judge pairs. If the objective `was_asked` for, UserError names that model instead."""
     if OBJECTIVES[options.objective] is None:
         return options.objective
-    for name, model in models.items():
-        problems = model.pair_problems(options.objective)
+    for name, (model, fresh, *_) in models.items():
+        missing = f"{options.objective}: the model has no {', no '.join(fresh)}; expected mlm"
+        problems = model.pair_problems(options.objective) + ([missing] if fresh else [])
         if was_asked:
             with option_named(f"{typed(options, name)} --objective"):
                 check(problems)
         elif problems:
-            print(f"{typed(options, name)}: not made for pairs of texts, so mlm alone is evaluated")
+            print(f"{typed(options, name)}: has no head for pairs, so mlm alone is evaluated")
             return "mlm"
     return options.objective
 
 
 def load_model(options: EvaluateOptions, name: str) -> tuple:
-    """(model, tokenizer, vocabulary) of the option `name`; UserError if they do not fit each other
-    or --max-length."""
+    """(model, parts for pairs that it lacks, tokenizer, vocabulary) of the option `name`. UserError
+    if they do not fit each other or --max-length, or if there is no MLM head."""
     from pretrain.data import tokenizer as tokenizers
     from pretrain.model.loading import from_checkpoint
+    from pretrain.model.packed import MLM_HEAD
 
     folder = getattr(options, name)
     with option_named(f"--{name}"):
@@ -179,6 +181,10 @@ def load_model(options: EvaluateOptions, name: str) -> tuple:
             raise UserError(f"{folder}: {problem}; expected the model's own tokenizer")
     with option_named(f"--{name} {folder} --max-length"):
         check(model.length_problems(options.max_length))
-    if fresh:
-        print(f"{folder} has no {', '.join(fresh)}: these numbers are meaningless")
-    return model, tokenizer, vocabulary
+    if MLM_HEAD in fresh:
+        problem = f"has no {MLM_HEAD}, so its predictions would be random"
+        ways = (
+            "a model that was trained to predict masked tokens; adapt.py --general compares others"
+        )
+        raise UserError(f"{typed(options, name)}: {problem}; expected {ways}")
+    return model, fresh, tokenizer, vocabulary

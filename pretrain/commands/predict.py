@@ -77,12 +77,12 @@ def main(argv: Sequence[str]) -> None:
 
     with option_named("--output"), exclusive(output, wait=False), option_named(f"{output}:"):
         write_aside(output, write)
-    num_rows, scores = tally.num_scored + tally.num_unlabeled, {}
+    num_rows = tally.num_scored + tally.num_unlabeled
     print(f"{counted(num_rows, 'row')} in {output}")
-    if warning := task.warning(tally.predicted, classes):
+    scores = tally.scores() if tally.num_scored else {}
+    if warning := task.warning(tally.predicted, classes, scores):
         print(f"--model {options.model}: {warning}")
-    if tally.num_scored:
-        scores = tally.scores()
+    if scores:
         print(score_table(scores))
     if tally.num_unlabeled:
         known = f" ({', '.join(task.names(classes)[:20])})" if classes else ""

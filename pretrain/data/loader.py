@@ -213,8 +213,7 @@ class TrainData(Iterator[list[Batch]]):
         self._next = dataset.next_shards(self._next)
         if self.rank == 0:
             length = dataset.task.max_length
-            position = self._next._replace(progress=progress_at(self.step, self.total_steps))
-            change = f"from here on, sequences of {length} tokens; data position {position}"
+            change = f"from here on, sequences of {length} tokens"
             tqdm.write(f"step {self.step + 1:,}: {change}", file=sys.stderr)
 
     def _open(self) -> Iterator[Batch]:

@@ -89,9 +89,15 @@ def choose_field(record: dict, where: str) -> str:
         return "text"
     texts = [field for field, value in record.items() if isinstance(value, str)]
     texts = [field for field in texts if not re.fullmatch(r"[\d.,+-]*", record[field])]
-    if len(texts) != 1:
+    in_header = format_of(_path_of(where)) in ("csv", "tsv")
+    # A long name is rather the first row of a file without a header.
+    if len(texts) != 1 or (in_header and len(texts[0]) > MAX_NAME):
         raise no_column(record, where, "text", "text")
     return texts[0]
+
+
+def _path_of(where: str) -> str:
+    return where.rpartition(", ")[0]
 
 
 def no_column(record: dict, where: str, name: str | None, field: str) -> UserError:
@@ -101,7 +107,7 @@ def no_column(record: dict, where: str, name: str | None, field: str) -> UserErr
     shown = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..." for name in names]
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     columns = f"{', '.join(shown[:SHOWN_NAMES])}{more}"
-    path = where.rpartition(", ")[0]
+    path = _path_of(where)
     header = ""
     if format_of(path) in ("csv", "tsv"):
         where, header = f"{path}, line 1", " in the header" + " (is it missing?)" * (shown != names)

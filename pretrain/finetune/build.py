@@ -165,8 +165,8 @@ class FinetuningRun(Run):
             length = typed(options, "max_steps" if options.max_steps else "epochs")
             found.append(f"{length}: the last step was the best; a longer run may score higher")
         for name, scores in (("valid", state.best_scores), ("test", self.test_scores)):
-            warning = self.task.warning(predicted_of(scores), self.classes) if scores else None
-            found += [f"--{name}: {warning}"] if warning else []
+            warning = self.task.warning(predicted_of(scores), self.classes, scores)
+            found += [f"--{name}: {warning}"] if scores and warning else []
         if "test" in self.datasets and not self.has_test_scores():
             problem = f"the outputs in {self.precision} are not finite, so there are no scores"
             found.append(f"{typed(options, 'test')}: {problem}")

@@ -120,6 +120,15 @@ def read_cells(
         yield where, texts, record[field]
 
 
+def check_rows(problems: list[str], num_good: int) -> None:
+    """Raise the `problems` of rows; if no row is good, the first, and what may explain them all."""
+    if num_good or len(problems) < 2:
+        check(problems)
+    else:
+        why = 'no row is usable: is it the right column, and does it fit the option "task"?'
+        raise UserError(f"{problems[0]} ({why})")
+
+
 def read_labeled(
     paths: Sequence[str], options: ColumnOptions, classes: list[str] | None = None
 ) -> LabeledRows:
@@ -135,10 +144,11 @@ def read_labeled(
         label, kind = label_of(value), _kind_of(value)
         if not kind or (classes and label not in classes):
             problems.append(f"{where}: column {field} has {_shown(value)}; expected {expected}")
+            continue
         kinds.setdefault(kind, f"the {kind} {label!r} ({where})")
         all_texts.append(texts)
         labels.append(label)
-    check(problems)
+    check_rows(problems, len(labels))
     if len(kinds) > 1 and not classes:
         mixed = " with ".join(kinds.values())
         raise UserError(f"{source}: column {field} mixes {mixed}; expected one kind")
@@ -176,11 +186,13 @@ def read_numbers(paths: Sequence[str], options: ColumnOptions) -> LabeledRows:
     UserError lists every row without text or number; also if all numbers are equal."""
     all_texts, labels, problems, field = [], [], [], options.label_field
     for where, texts, value in read_cells(paths, options, problems):
-        labels.append(number_of(value))
-        all_texts.append(texts)
-        if math.isnan(labels[-1]):
+        number = number_of(value)
+        if math.isnan(number):
             problems.append(f"{where}: column {field} has {_shown(value)}; expected a number")
-    check(problems)
+            continue
+        all_texts.append(texts)
+        labels.append(number)
+    check_rows(problems, len(labels))
     if len(set(labels)) < 2:
         in_rows = f"in {counted(len(labels), 'row')}"
         found = f"{' '.join(paths)}: {labels[0]:g} is the only number {in_rows}"

@@ -15,8 +15,8 @@ from pretrain.data.conll import read_entities
 from pretrain.data.sources import check_files, expand
 from pretrain.data.spans import Entity, check_spans, read_spans
 from pretrain.data.tables import TABLES, format_of
-from pretrain.errors import UserError, check
-from pretrain.finetune.dataset import LabeledRows, Row, no_column, read_texts
+from pretrain.errors import UserError
+from pretrain.finetune.dataset import LabeledRows, Row, check_rows, no_column, read_texts
 
 OUTSIDE = "O"
 KEYS = ("start", "end", "label")  # of an entity in a file
@@ -43,6 +43,17 @@ def read_documents(
 
 
 def _sentences(path: Path, encoding: str) -> Iterator[Row]:
+    """The sentences of a CoNLL file."""
+    try:
+        yield from _tagged_sentences(path, encoding)
+    except UserError as error:
+        if format_of(str(path)) == "conll":
+            raise
+        way = "for plain text, expected a table, such as .jsonl with a column text"
+        raise UserError(f"{error}; {way}") from error
+
+
+def _tagged_sentences(path: Path, encoding: str) -> Iterator[Row]:
     number = 0
     for document in read_entities(path, encoding):
         for text, entities in document:
@@ -95,7 +106,7 @@ def read_tagged_rows(
             break  # the next rows would only repeat it
         texts.append(row_texts)
         labels.append(entities)
-    check(problems)
+    check_rows(problems, len(texts))
     found = sorted({label for entities in labels for *_, label in entities})
     if not found:
         raise UserError(f"{source}: no entities; expected tags such as B-PER, or spans")

@@ -153,16 +153,19 @@ class NumberTally:
         self.outputs.append(outputs[known].astype(np.float64))
 
     def scores(self) -> dict:
-        """Mean squared error, the correlations of Pearson and Spearman, and the mean of both."""
+        """Mean squared error, the correlations of Pearson and Spearman, their mean, and R2: the
+        share of the variance that is explained, 0 or less if the mean would do as well."""
         labels, outputs = np.concatenate(self.labels), np.concatenate(self.outputs)
         with np.errstate(invalid="ignore"):  # NaN follows from infinity, too
             pearson = _correlation(labels, outputs)
         spearman = _correlation(_ranks(labels), _ranks(outputs))
+        loss, variance = float(np.square(labels - outputs).mean()), float(labels.var())
         return {
-            "loss": float(np.square(labels - outputs).mean()),
+            "loss": loss,
             "pearson": pearson,
             "spearman": spearman if math.isfinite(pearson) else math.nan,
             "correlation": (pearson + spearman) / 2,
+            "r2": 1 - loss / variance if variance else 0.0 * loss,  # NaN if the loss is
         }
 
 

@@ -88,8 +88,9 @@ class Classification:
         named = zip(rows.classes[:SHOWN_CLASSES], numbers)
         return [f"{label} {count:,}" for label, count in named]
 
-    def warning(self, predicted: Sequence[int], classes: list[str]) -> str | None:
-        """What is wrong with a model that predicted each class this often; None if nothing is."""
+    def warning(self, predicted: Sequence[int], classes: list[str], scores: dict) -> str | None:
+        """What is wrong with a model that predicted each class this often, with these scores ({}:
+        unknown); None if nothing is."""
         only = only_class(predicted, classes)
         return f"the model chooses {only} for every row" if only else None
 
@@ -133,8 +134,10 @@ class Regression(Classification):
         low, high, mean = min(rows.labels), max(rows.labels), np.mean(rows.labels)
         return [f"numbers from {low:g} to {high:g}, {mean:.4g} on average"]
 
-    def warning(self, predicted: Sequence[int], classes: list[str]) -> str | None:
-        """None: the correlations of a constant are 0 already."""
+    def warning(self, predicted: Sequence[int], classes: list[str], scores: dict) -> str | None:
+        """That a constant would have a smaller squared error."""
+        is_worse = scores.get("r2", 0.0) < 0
+        return "the model is worse than predicting the mean of the rows" if is_worse else None
 
     def title(self, classes: list[str]) -> str:
         """What a model does, for its card."""
@@ -209,7 +212,7 @@ class EntityRecognition(Classification):
         named = labels_of(rows.classes)[:SHOWN_CLASSES]
         return [f"{label} {found.count(label):,}" for label in named]
 
-    def warning(self, predicted: Sequence[int], classes: list[str]) -> str | None:
+    def warning(self, predicted: Sequence[int], classes: list[str], scores: dict) -> str | None:
         """That it finds nothing, as in a run that needs more steps."""
         return None if sum(predicted) else "the model finds no entities"
 

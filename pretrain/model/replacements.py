@@ -21,7 +21,7 @@ ALIGNMENT = 64  # scores; a GPU's products are fast at multiples of this
 
 
 class Dropout(nn.Dropout):
-    """Fast dropout; on CPU, torch's takes 13 % of a step of a small encoder."""
+    """Fast dropout; on CPU, torch's takes 13% of a step of a small encoder."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` with a share p of zeros; the others are scaled up."""

@@ -98,7 +98,8 @@ def test_a_rate_twenty_times_too_high_is_flagged(place, cache, tmp_path, model):
     for name, rate in (("gentle", GENTLE), ("harsh", 20 * GENTLE)):
         change, text = adapt(place, cache, tmp_path / name, model, rate)
         assert change["trains_head"] == (model == "headless")
-        assert "Did it forget general text?" in text
+        shown = text.partition("Did it forget general text?")[2]
+        assert f"by its frequency | {change['unigram']:,.2f} |" in shown
         found[name] = (change, text)
     change, text = found["gentle"]
     assert change["high"] <= forgetting.MARGIN and "It did not forget general text" in text
@@ -167,7 +168,7 @@ def test_replay_needs_general_text_of_which_some_is_held_out(place, cache, tmp_p
 def test_the_sentence_says_what_the_interval_says(low, high, said):
     change = Change(30.0, 32.0, (low + high) / 2, low, high, "60 documents")
     text = report.forgotten(vars(change))
-    assert text.startswith(said) and f"{low:+.3f} to {high:+.3f}" in text
+    assert text.startswith(said) and f"{low:+.3f} to {high:+.3f} over 60 documents" in text
     assert report.forgotten({}) == "" and "not finite" in report.forgotten({"after": None})
 
 

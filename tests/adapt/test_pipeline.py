@@ -221,7 +221,7 @@ def test_every_section_of_the_report(finished, place):
         "macro F1 is the mean",
         f"would reach {guess:.3f}",
         "3 optimizer steps",
-        "(95 % interval)",
+        "(95% interval)",
     )
     assert all(of in text for of in (*shown, "- 0 of the test texts", "your text minus control"))
     *_, shares, pieces, minutes = tables(text)

@@ -115,6 +115,8 @@ def test_a_cell_never_starts_a_cell_a_line_or_a_tag(text):
         ({"predicted": [1, 1, 1]}, "2 of the 2 fine-tuned models"),
         ({"predicted": [[], [], []]}, "2 of the 2 fine-tuned models"),
         ({"predicted": [[], [[0, 1, "PER"]], []]}, ""),
+        ({"r2": -0.1}, "2 of the 2 fine-tuned models are worse"),
+        ({"r2": 0.1}, ""),
     ],
 )
 def test_the_verdict_includes_warnings(change, named):
@@ -123,7 +125,13 @@ def test_the_verdict_includes_warnings(change, named):
     texts = {"text": {"unknown_share": 0.0}, "task": {"unknown_share": facts["unknown_share"]}}
     facts = {"best_steps": [9, 6], "macro_f1": 0.5, "predicted": [0, 1, 1]} | facts
     runs = [
-        {"steps": 9, "best_step": step, "valid": facts, "predicted": facts["predicted"]}
+        {
+            "steps": 9,
+            "best_step": step,
+            "valid": facts,
+            "test": facts,
+            "predicted": facts["predicted"],
+        }
         for step in facts["best_steps"]
     ]
     facts |= {"metric": "macro_f1", "scores": {"base": {"all": runs}}}

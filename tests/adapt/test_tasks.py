@@ -229,6 +229,11 @@ def test_other_metrics_are_compared(task, metric, place, row_files, cache, tmp_p
     output = adapt(options, tmp_path / "out", task_text=True, **more)
     texts = "\n".join(row["text"] for row in read_jsonl(output / "text.jsonl"))
     assert all(row["text"] in texts for row in read_jsonl(row_files / "train.jsonl"))
+    if task == "ner":  # what --masking entity masks
+        added = read_jsonl(output / "text.jsonl")[-30:]
+        for found, row in zip(added, read_jsonl(row_files / "train.jsonl"), strict=True):
+            spans = [[entity["start"], entity["end"]] for entity in row["entities"]]
+            assert found["text"] == row["text"] and found.get("entities", []) == spans
     result = part(output, "finetune-adapted-12-0")
     report = report_of(output)
     metrics = MEASURES[task].metrics

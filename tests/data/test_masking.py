@@ -516,7 +516,7 @@ def test_the_words_with_a_similar_one():
 
 @pytest.mark.parametrize("word", [(5,), (5, 40), (5, 6)])
 def test_similar_words_replace_masks(word):
-    """80 % are words of the table, equally often; 10 % are random; 10 % stay. One draw per
+    """80% are words of the table, equally often; 10% are random; 10% stay. One draw per
     word."""
     num, choices = 12_000, TABLE[word]
     found = replaced_words([list(word)], num, Masking("word", similar=SIMILAR))

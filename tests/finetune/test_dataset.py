@@ -29,7 +29,10 @@ from pretrain.finetune.dataset import (
     classes_of,
     pack,
     read_labeled,
+    read_numbers,
+    read_texts,
 )
+from pretrain.finetune.entities import read_tagged_rows
 from pretrain.finetune.heads import load_classifier
 from pretrain.runtime.optim import autocast
 from pretrain.train import train_step
@@ -56,6 +59,10 @@ def write(path, rows):
 
 def read(*paths, classes=None, **options):
     return read_labeled([str(path) for path in paths], LabelOptions(**options), classes)
+
+
+def texts_of(path, **options):
+    return [texts for *_, texts in read_texts([str(path)], LabelOptions(**options), [])]
 
 
 def problems(call, *arguments, **options):
@@ -99,7 +106,7 @@ def test_a_label_is_a_name_or_a_whole_number(tmp_path):
     classes = [label.strip() for label in read_as]
     write(path, [{"text": "x", "label": value} for value in GOOD])
     assert read(path, classes=classes).labels == classes
-    write(path, [{"text": "x", "label": value} for value in WRONG])
+    write(path, [{"text": "x", "label": value} for value in [*WRONG, "yes"]])
     wheres = [f"{path}, line {number}" for number in range(1, len(WRONG) + 1)]
     for known, expected in ((classes, wheres), (None, wheres[:-1])):
         found = problems(read, path, classes=known)
@@ -155,6 +162,34 @@ def test_a_row_in_place_of_the_header_is_not_printed_whole(tmp_path):
     path.write_text("".join(f"{'word ' * 100}\t{number}\n" for number in (1, 2)))
     (line,) = problems(read, path)
     assert line.startswith(f"{path}, line 1: ") and len(line.removeprefix(str(path))) < 200
+
+
+def test_a_sentence_in_place_of_the_header_is_no_column(tmp_path):
+    """A name of the same length in JSON is meant, and so is one that is given."""
+    sentences = [f"the {place} of the river is long" for place in ("bank", "bed", "bend")]
+    for suffix in (".csv", ".tsv"):
+        path = tmp_path / f"a{suffix}"
+        path.write_text("\n".join(sentences))
+        (line,) = problems(texts_of, path)
+        assert line.startswith(f"{path}, line 1: ") and "text_field" in line
+        assert texts_of(path, text_field=sentences[0]) == [(text,) for text in sentences[1:]]
+    path = write(tmp_path / "a.jsonl", [{sentences[0]: "words"}])
+    assert texts_of(path) == [("words",)]
+
+
+@pytest.mark.parametrize("read_rows", [read_labeled, read_numbers, read_tagged_rows])
+def test_rows_of_another_task_are_one_problem(read_rows, tmp_path):
+    """Names, numbers and entities; each is read as the two others."""
+    kinds = {read_labeled: "name", read_numbers: 1.5, read_tagged_rows: [[0, 3, "X"]]}
+    for kind in kinds.keys() - {read_rows}:
+        rows = [{"text": f"one {number}", "label": kinds[kind]} for number in range(5)]
+        file = tmp_path / f"{kind.__name__}.jsonl"
+        path = write(file, rows)
+        (line,) = problems(read_rows, [path], LabelOptions())
+        assert line.startswith(f"{path}, line 1: ") and 'option "task"' in line
+        rows[0]["label"] = kinds[read_rows]
+        found = problems(read_rows, [write(file, rows)], LabelOptions())
+        assert len(found) == 4 and not any("task" in line for line in found)
 
 
 def test_a_text_file_with_columns_can_be_renamed(tmp_path):

@@ -297,6 +297,10 @@ def test_models_for_other_tasks_are_refused(finished, encoder, files, tmp_path, 
         f"--model {folder}:"
     )
     taken = write(tmp_path / "taken.jsonl", [{"text": "a", "predicted_entities": 1}])
+    plain = tmp_path / "plain.txt"
+    plain.write_text("The bank of the river.\n")
+    argv = ["--model", finished[0], "--output", tmp_path / "out.jsonl", "--input"]
+    assert "for plain text, " in refusal(PREDICT.main, [*argv, plain], capsys)
     argv = ["--model", finished[0], "--input", taken, "--output", tmp_path / "out.jsonl"]
     assert refusal(PREDICT.main, argv, capsys).startswith(f"--input {taken}")
     assert not (tmp_path / "out.jsonl").exists()
@@ -336,6 +340,7 @@ def test_numbers_are_learned_predicted_and_scored_as_by_scipy(numbers, tmp_path)
     assert scores["spearman"] == pytest.approx(stats.spearmanr(labels, predicted)[0], abs=1e-5)
     assert scores["correlation"] == pytest.approx((scores["pearson"] + scores["spearman"]) / 2)
     assert scores["loss"] == pytest.approx(np.square(labels - predicted).mean(), rel=1e-4)
+    assert scores["r2"] == pytest.approx(1 - scores["loss"] / labels.var(), rel=1e-3)
     assert scores["pearson"] > 0.8 and f"pearson {scores['pearson']:.3f}" in text
     best = max(metrics(output, "eval/pearson"), key=lambda row: row["eval/pearson"])
     assert best["step"] == summary["best_step"]
@@ -361,6 +366,19 @@ def test_numbers_are_learned_predicted_and_scored_as_by_scipy(numbers, tmp_path)
     assert last["rows"] == 80 and last["pearson"] > 0.8 and "not scored: 2 rows" in text
 
 
+def test_a_model_that_is_worse_than_the_mean_is_noted(numbers, encoder, tmp_path):
+    """Numbers far from 0 that it has not reached, in fine-tuning and in prediction."""
+    output, path, text = numbers
+    assert "worse" not in text and "notes" not in summary_of(output)
+    far = write(tmp_path / "far.csv", [row | {"label": row["label"] + 90} for row in read(path)])
+    argv = ["--task", "regression", "--model", encoder, "--train", far, "--valid", far]
+    argv += ["--output", tmp_path / "run", *FAST, "--max-steps", 2]
+    assert "worse than predicting the mean" in printed(FINETUNE.main, argv)
+    assert any(note.startswith("--valid: ") for note in summary_of(tmp_path / "run")["notes"])
+    argv = ["--model", output, "--input", far, "--output", tmp_path / "out.csv", *FP32]
+    assert f"--model {output}: the model is worse" in printed(PREDICT.main, argv)
+
+
 @pytest.mark.parametrize("bad", ["high", "", "nan", "1,5", "inf"])
 def test_labels_that_are_no_numbers_are_reported(bad, encoder, tmp_path, capsys):
     good = write(tmp_path / "good.csv", make_numbers(5, 1))
@@ -377,6 +395,7 @@ def test_constant_and_infinite_outputs():
     tally = NumberTally()
     tally.add(np.array([1.0, 2.0, np.nan]), np.array([3.0, 3.0, 9.0], np.float32))
     assert (tally.num_scored, tally.num_unlabeled) == (2, 1)
-    assert tally.scores() == {"loss": 2.5, "pearson": 0.0, "spearman": 0.0, "correlation": 0.0}
+    correlations = {"pearson": 0.0, "spearman": 0.0, "correlation": 0.0}
+    assert tally.scores() == {"loss": 2.5, "r2": -9.0, **correlations}
     tally.add(np.array([1.0]), np.array([np.inf], np.float32))
     assert not any(map(np.isfinite, tally.scores().values()))
