@@ -102,38 +102,39 @@ class _AutoOrValues(argparse.Action):
         setattr(namespace, self.dest, [value for value in values if value != AUTO])
 
 
-def read_command_line(
-    argv: Sequence[str], options: type, description: str, ignored: type | None = None
-) -> Callable:
-    """Parse `argv` and its --config file; returns a function from {name: default} to `options`.
+def parse(
+    argv: Sequence[str],
+    options: type,
+    description: str,
+    ignored: type | None = None,
+    defaults: dict | None = None,
+):
+    """An instance of the dataclass `options`: its own defaults, then `defaults`, then the options
+    of --config FILE, then `argv`.
 
-    The file overrides these defaults, `argv` overrides both, and an option also overrides the one
-    it cannot be combined with. The file may also have options of `ignored`, without effect."""
+    An option also overrides the one it cannot be combined with. The file may also have options of
+    `ignored`, without effect. UserError for what the options' types do not allow."""
     parser = build_parser(options, description)
-    typed, from_file = _parse(parser, argv), {}
+    typed, from_file, values = _parse(parser, argv), {}, {}
     path = typed.pop("config", None)
     if path is not None:
         with option_named("--config"):
-            values = read_options(path)
+            in_file = read_options(path)
         try:
-            values = _known(values, options, ignored or options)
-            from_file = _parse(parser, _as_flags(values, options))
+            in_file = _known(in_file, options, ignored or options)
+            from_file = _parse(parser, _as_flags(in_file, options))
         except UserError as error:
             raise UserError(f"--config {path}: {error}") from error
-
-    def with_defaults(defaults: dict | None = None) -> object:
-        flags, values = _as_flags(defaults or {}, options), {}
-        for layer in (_parse(parser, flags), from_file, typed):
-            for entry in fields(options):
-                pair = {entry.name, entry.metadata["excludes"]}
-                if "" not in pair and pair & layer.keys():
-                    values = {name: value for name, value in values.items() if name not in pair}
-            values |= layer
-        made = options(**values)
-        _check_values_of_file(made, path, from_file.keys() - typed.keys())
-        return made
-
-    return with_defaults
+    of_caller = _as_flags(_known(defaults or {}, options, options), options)
+    for layer in (_parse(parser, of_caller), from_file, typed):
+        for entry in fields(options):
+            pair = {entry.name, entry.metadata["excludes"]}
+            if "" not in pair and pair & layer.keys():
+                values = {name: value for name, value in values.items() if name not in pair}
+        values |= layer
+    made = options(**values)
+    _check_values_of_file(made, path, from_file.keys() - typed.keys())
+    return made
 
 
 def _check_values_of_file(options: object, path: str, names: set[str]) -> None:
@@ -144,17 +145,6 @@ def _check_values_of_file(options: object, path: str, names: set[str]) -> None:
     for name in in_file:
         problems[name] = f"--config {path}: {problems[name]}"
     check(list(problems.values()) if in_file else [])
-
-
-def options_of(values: dict, options: type) -> object:
-    """An instance of the dataclass `options` with the `values` of a file."""
-    flags = _as_flags(_known(values, options, options), options)
-    return options(**_parse(build_parser(options, ""), flags))
-
-
-def parse(argv: Sequence[str], options: type, description: str, ignored: type | None = None):
-    """An instance of the dataclass `options`: its defaults, then --config FILE, then `argv`."""
-    return read_command_line(argv, options, description, ignored)()
 
 
 def join_quoted(argv: Sequence[str], options: type) -> list[str]:

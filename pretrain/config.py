@@ -225,21 +225,21 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class OptimizationOptions:
-    """Optimization: how the weights change."""
+    """Optimization: how the weights change, with the defaults of fine-tuning."""
 
-    batch_size: int = option(256, "sequences per optimizer step, over all processes", COUNT)
+    batch_size: int = option(32, "examples per optimizer step", COUNT)
     micro_batch_size: int | None = option(None, "sequences per pass (default: what fits)", COUNT)
-    epochs: float = changeable(3.0, "passes over the text, if --max-steps is 0", EPOCHS)
+    epochs: float = changeable(10.0, "passes over the rows, if --max-steps is 0", EPOCHS)
     max_steps: int = changeable(0, "optimizer steps of the run (0: from --epochs)", COUNT_OR_0)
     optimizer: str = option("adamw", "muon: for the encoder's matrices, else AdamW", OPTIMIZER)
-    learning_rate: float = option(1e-4, "peak learning rate, for either optimizer", POSITIVE)
+    learning_rate: float = option(5e-5, "peak learning rate, for either optimizer", POSITIVE)
     weight_decay: float = option(0.01, "weight decay, on matrices only (0: off)", NOT_NEGATIVE)
     adam_betas: Numbers = option((0.9, 0.999), "betas of AdamW", BETAS)
     adam_epsilon: float = option(1e-6, "epsilon of AdamW", POSITIVE)
     warmup: float = option(0.06, "share of the run if below 1, else steps", NOT_NEGATIVE)
     schedule: str = option("linear", "learning rate after warm-up", SCHEDULE)
     max_grad_norm: float = option(1.0, "clip gradients to this norm (0: off)", NOT_NEGATIVE)
-    patience: int = changeable(0, "stop after N evaluations without gain (0: off)", COUNT_OR_0)
+    patience: int = changeable(3, "stop after N evaluations without gain (0: off)", COUNT_OR_0)
     seed: int = option(0, "seed for weights, dropout, pairs and masks", SEED)
 
 
@@ -255,10 +255,7 @@ class RecipeOptions(OptimizationOptions):
     warmup: float | str = option(AUTO, "share of the run if below 1, else steps", NOT_NEGATIVE)
     schedule: str = option(AUTO, "learning rate after warm-up", SCHEDULE)
     mask_rate: Numbers = option(
-        (),
-        "share to predict; two: linear schedule (default: auto)",
-        MASK_RATE,
-        takes_auto=True,
+        (), "share to predict; two: linear schedule (default: auto)", MASK_RATE, takes_auto=True
     )
     phases: Texts = option(
         (),
@@ -347,11 +344,7 @@ class FinetuneOptions(RunOptions, MachineOptions, OptimizationOptions, LabelOpti
     task: str = option("classification", "predicts a class, entities (ner) or a number", TASK)
     label_budget: int = option(0, "train on N rows, in class proportion (0: all)", COUNT_OR_0)
     max_length: int | None = option(None, "tokens per example (default: at most 512)", LENGTH)
-    batch_size: int = option(32, "examples per optimizer step", COUNT)
     micro_batch_size: int | None = option(None, "examples per pass", COUNT)
-    epochs: float = changeable(10.0, "passes over the rows, if --max-steps is 0", EPOCHS)
-    learning_rate: float = option(5e-5, "peak learning rate, for either optimizer", POSITIVE)
-    patience: int = changeable(3, "stop after N evaluations without gain (0: off)", COUNT_OR_0)
     metric: str = option(AUTO, "score that selects the best model, of those of --task", METRIC)
     class_weights: str = option("none", "balanced: all classes weigh the same", CLASS_WEIGHTS)
     seed: int = option(0, "seed for head, dropout, row order and sampling", SEED)

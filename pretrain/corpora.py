@@ -40,7 +40,7 @@ SHOWN_TOKENS = 8  # of the added ones, with their counts
 
 @dataclass(frozen=True)
 class Text:
-    """A text to train on, and what of it is held out for validation."""
+    """A text to train on, and the part of it that is held out for validation."""
 
     name: str  # of its scores in the log of a mixture
     paths: tuple[str, ...]  # as given
@@ -60,33 +60,35 @@ def open_text(
     text: dict[str, TextFiles],
     world: World,
     saved: dict,
-) -> list[Text]:
-    """The text of a run, or the texts of its mixture, prepared if necessary; UserError if there is
-    too little. --valid is validation text of the first one.
+) -> tuple[list[Text], dict[str, object]]:
+    """(the text of a run or the texts of its mixture, what a checkpoint saves about them).
 
-    A resumed run opens the corpora in its `saved` values, even if the text has changed. UserError
-    if it has, and they no longer exist."""
+    Prepares them if necessary; UserError if there is too little. --valid is validation text of the
+    first one. A resumed run opens the corpora in its `saved` values, even if the text has changed;
+    UserError if it has, and they no longer exist."""
     opened: dict[str, Corpus] = {}
     folders, all_paths = saved.get("corpus_folders", {}), text_paths(config)
+    keys = saved.get("text") or {name: text_key(paths) for name, paths in all_paths.items()}
     for name, paths in all_paths.items():
         option, folder, masking = option_of(name), folders.get(name), marked_in(name, config)
         with option_named(option):
             is_usable = gather(world.is_main and _is_usable(folder, config))[0]
-        if is_usable:
-            with option_named(option):
+            if is_usable:
                 opened[name] = open_corpus(folder, vocabulary)
-            if saved.get("text") and saved["text"].get(name) != text_key(paths):
-                kept = f"the run continues on its corpus, {folder}"
-                changed = f"{option} {' '.join(paths)}: has changed since the run started"
-                print(f"{changed}; {kept}")
-        else:
+        if not is_usable:
             files = text.get(name) or check_text(paths, option, config, world, masking)
             cache = Path(config.cache)
             opened[name] = open_or_prepare(
                 files, tokenizer, vocabulary, cache, world, masking, is_accepted=bool(saved)
             )
+        elif keys.get(name) != text_key(paths):
+            changed = f"{option} {' '.join(paths)}: has changed since the run started"
+            print(f"{changed}; the run continues on its corpus, {folder}")
+    facts: dict[str, object] = {"text": keys}
+    facts["corpus_folders"] = {name: str(opened[name].folder.absolute()) for name in opened}
     given = opened.pop("valid", None)
-    if saved and saved["corpus"] != _fingerprint(opened.values()):
+    facts["corpus"] = "+".join(corpus.fingerprint for corpus in opened.values())
+    if saved and saved["corpus"] != facts["corpus"]:
         problem = f"{typed(config, 'train')}: the text has changed since the run was started"
         raise UserError(f"{problem}; expected the original text, or a new run in another --output")
     found = []
@@ -99,7 +101,7 @@ def open_text(
         if given and not saved:
             _report_shared(config, given, entry)
         _check_sizes(config, entry, is_given=entry.validation is given)
-    return found
+    return found, facts
 
 
 def make_dataset(
@@ -118,10 +120,6 @@ def text_names(entries: Sequence[str]) -> list[str]:
         name = re.sub(r"\W+", "_", stem).strip("_") or f"text_{number}"
         names.append(f"{name}_{number}" if name in names else name)
     return names
-
-
-def _fingerprint(corpora: Iterable[Corpus]) -> str:
-    return "+".join(corpus.fingerprint for corpus in corpora)
 
 
 def _report_shared(config: Config, validation: Corpus, text: Text) -> None:
@@ -151,15 +149,6 @@ def text_key(paths: Iterable[str]) -> str:
     except UserError:  # no file exists any more
         states = []
     return key_of([[Path(path).name, *state] for path, *state in states])
-
-
-def text_facts(config: Config, texts: Sequence[Text], saved: dict) -> dict[str, object]:
-    """What a checkpoint records about the text, for `open_text` in a resumed run."""
-    all_paths, corpora = text_paths(config), [text.training for text in texts]
-    opened = corpora + ([texts[0].validation] if config.valid else [])
-    folders = {name: str(corpus.folder.absolute()) for name, corpus in zip(all_paths, opened)}
-    keys = saved.get("text") or {name: text_key(paths) for name, paths in all_paths.items()}
-    return {"corpus": _fingerprint(corpora), "corpus_folders": folders, "text": keys}
 
 
 def report_added(

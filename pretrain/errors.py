@@ -55,11 +55,9 @@ def option_named(option: str) -> Iterator[None]:
     except UserError as error:
         lines = str(error).splitlines()
         named = [line if line.startswith(("--", MORE)) else f"{option} {line}" for line in lines]
-        raise UserError(re.sub(r'the option "(\w+)"', _as_typed, "\n".join(named))) from error
-
-
-def _as_typed(found: re.Match) -> str:
-    return f"--{found[1].replace('_', '-')}"
+        text = "\n".join(named)
+        typed = re.sub(r'the option "(\w+)"', lambda name: f"--{name[1].replace('_', '-')}", text)
+        raise UserError(typed) from error
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from pretrain.data.hash_rng import key
 from pretrain.data.masking import Masking
 from pretrain.data.pairs import Task, make_plan, micro_batch_bounds
 from pretrain.data.tokenizer import Vocabulary
+from pretrain.errors import counted
 from pretrain.files import markdown_table
 from pretrain.metrics import LossTotals
 from pretrain.model.packed import PackedModel
@@ -28,6 +29,7 @@ from pretrain.runtime.distributed import World
 
 SEED, MASK_RATE, MASKING = 15, 0.15, Masking()  # of the pairs and masks
 SHOWN_SEQUENCES, SHOWN_GUESSES = 4, 3
+PAIR_KINDS = {"nsp": ("next", "random"), "sop": ("in order", "swapped")}  # of labels 0 and 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,23 @@ class ValidationSet:
     batches: list[Batch]
     documents: np.ndarray  # int64 [sequences]
     unigram_perplexity: float | None = None
+
+    def __str__(self) -> str:
+        """Its size and, for pairs, the share of the more frequent kind: what a constant guess would
+        reach as nsp_accuracy."""
+        tokens = sum(batch.num_tokens for batch in self.batches)
+        documents = counted(len(np.unique(self.documents)), "document")
+        sequences = counted(len(self.documents), "sequence")
+        size = f"{tokens:,} tokens in {sequences} of {documents}"
+        for name, kinds in PAIR_KINDS.items():
+            if name in self.batches[0].labels:
+                labels = np.concatenate([batch.labels[name].numpy() for batch in self.batches])
+                shares = [
+                    float((labels == kind).sum() / (labels != IGNORED).sum()) for kind in (0, 1)
+                ]
+                most = int(shares[1] > shares[0])
+                size += f", {shares[most]:.1%} of the pairs {kinds[most]}"
+        return size
 
 
 def make_validation_set(

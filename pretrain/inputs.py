@@ -23,18 +23,9 @@ from pretrain.config import (
     typed,
 )
 from pretrain.data import tokenizer as tokenizers
-from pretrain.data.annotate import (
-    CHINESE_SHARE,
-    Markup,
-    describe_script,
-    main_script,
-    read_terms,
-)
+from pretrain.data.annotate import CHINESE_SHARE, Markup, describe_script, main_script, read_terms
 from pretrain.data.conll import looks_tagged
-from pretrain.data.corpus import (
-    is_corpus,
-    load_tokenizer,
-)
+from pretrain.data.corpus import is_corpus, load_tokenizer
 from pretrain.data.formats import open_files
 from pretrain.data.sentences import Span, Stream, cut_into_pieces, sentences
 from pretrain.data.sources import Source, content_key, expand, read_lines

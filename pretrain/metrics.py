@@ -76,8 +76,8 @@ class LossTotals:
 
     def read(self, device: torch.device) -> LossTotals:
         """As numbers, summed over all processes, which must have the same terms."""
-        values: list[Tensor | float] = []
-        self._mapped(values.append)
+        groups = [vars(self)[group] for group in SUMMED]
+        values = [group[name] for group in groups for name in sorted(group)]
         numbers = iter(_read_over_ranks(values, device))
         return self._mapped(lambda _: next(numbers))
 

@@ -3,7 +3,6 @@
 Micro-batches, steps, phases, intervals: computed once, printed before training, saved with the run.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,9 +15,11 @@ from pretrain.config import (
     counted_length,
     length_option,
     min_micro_batch_size,
+    phase_ends,
     phase_lengths,
     typed,
 )
+from pretrain.data.corpus import Shard
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.mixture import Mixture
 from pretrain.data.pairs import Task
@@ -26,8 +27,9 @@ from pretrain.errors import UserError, counted
 from pretrain.runtime.distributed import World
 
 MIN_TRUE_SHARE = 0.1  # of the planned pairs
-MAX_ALONE_SHARE = 0.5  # of the documents, that are one long sentence; above: a warning
+MAX_ALONE_SHARE = 0.5  # of documents that are one long sentence; above, a warning is printed
 CPU_SEQUENCES, GPU_TOKENS = 32, 1 << 15  # of a micro-batch, by default
+SHAPE_MULTIPLE = 32  # tokens; micro-batches without fixed shapes are filled up to this multiple
 MAX_PASSES = 1000  # of a run, over a text of a mixture
 COUNTED_SHARDS = 4  # planned at the start to count an epoch, extrapolated to the rest
 
@@ -35,9 +37,8 @@ COUNTED_SHARDS = 4  # planned at the start to count an epoch, extrapolated to th
 def make_tasks(config: Config, micro_batch_size: int) -> list[Task]:
     """The task of each phase, planned for the highest mask rate."""
     pairs, rate = OBJECTIVES[config.objective], max(config.mask_rate)
-    counted = counted_length(config)
     return [
-        Task(pairs, length, micro_batch_size, rate, config.seed, counted)
+        Task(pairs, length, micro_batch_size, rate, config.seed, counted_length(config))
         for length, _ in phase_lengths(config)
     ]
 
@@ -53,11 +54,19 @@ def first_micro_batch_size(config: Config, saved: dict, device: torch.device, wo
 def check_sizes(config: Config, saved: dict, world: World) -> None:
     """UserError if the processes cannot share a step evenly, as far as the sizes are known."""
     batch, size = config.batch_size, saved.get("micro_batch_size") or config.micro_batch_size
-    if size:
-        check_processes(config, size, world)
-    elif batch % world.size:
-        expected = f"expected a multiple of the number of processes, {world.size}"
-        raise UserError(f"--batch-size {batch}: does not divide evenly; {expected}")
+    if not size:
+        if batch % world.size:
+            expected = f"expected a multiple of the number of processes, {world.size}"
+            raise UserError(f"--batch-size {batch}: does not divide evenly; {expected}")
+        return
+    micro_batches = batch // size
+    if micro_batches % world.size:
+        fits = [count for count in range(1, micro_batches + 1) if micro_batches % count == 0]
+        raise UserError(
+            f"{counted(world.size, 'process')}: a step of --batch-size {batch} has "
+            f"{counted(micro_batches, 'micro-batch')} of --micro-batch-size {size}; expected a "
+            f"number of processes that divides them: {', '.join(map(str, fits))}"
+        )
 
 
 def default_micro_batch_size(config: Config, device: torch.device, world: World) -> int:
@@ -90,18 +99,6 @@ def _largest_divisor(number: int, low: int, high: int) -> int:
     return max((size for size in range(low, high + 1) if number % size == 0), default=0)
 
 
-def check_processes(config: Config, micro_batch_size: int, world: World) -> None:
-    """UserError if the micro-batches of a step cannot be shared evenly."""
-    micro_batches = config.batch_size // micro_batch_size
-    if micro_batches % world.size:
-        fits = [count for count in range(1, micro_batches + 1) if micro_batches % count == 0]
-        raise UserError(
-            f"{counted(world.size, 'process')}: a step of --batch-size {config.batch_size} has "
-            f"{counted(micro_batches, 'micro-batch')} of --micro-batch-size {micro_batch_size}; "
-            f"expected a number of processes that divides them: {', '.join(map(str, fits))}"
-        )
-
-
 @dataclass(frozen=True)
 class Epoch:
     """A pass over the text or, of a mixture, over its first text."""
@@ -124,16 +121,6 @@ def count_epoch(dataset: PretrainingDataset | Mixture, config: Config) -> Epoch:
     return Epoch(steps, tuple(passes) if config.mix else ())
 
 
-def check_passes(config: Config, passes: Sequence[float]) -> None:
-    """UserError if the run would read a text of a mixture, other than the first, more than
-    MAX_PASSES times. `passes`: of the run, over each text; () if they are not known."""
-    for path, count in list(zip(config.train, passes))[1:]:
-        if count > MAX_PASSES:
-            problem = f"{path} would be read {count:,.0f} times"
-            expected = f"expected at most {MAX_PASSES:,}: a smaller share, or more text"
-            raise UserError(f"{typed(config, 'mix')}: {problem}; {expected}")
-
-
 def _count_pass(
     dataset: PretrainingDataset, config: Config, step_share: float, in_text: str
 ) -> tuple[float, float]:
@@ -141,23 +128,13 @@ def _count_pass(
 
     UserError if the text does not fit the task, or has fewer tokens than `step_share` of a step."""
     task, corpus = dataset.task, dataset.source
-    counted = range(min(COUNTED_SHARDS, corpus.num_shards))
-    plans, share = [dataset.plan(0, place) for place in counted], len(counted) / corpus.num_shards
+    places = range(min(COUNTED_SHARDS, corpus.num_shards))
+    plans, share = [dataset.plan(0, place) for place in places], len(places) / corpus.num_shards
     at_length = f"{in_text} at {task.max_length} tokens" if config.phases else in_text
     if task.pairs:
         check_pairs(np.concatenate([plan.label for plan in plans]), config, at_length)
-        shards = [corpus.shard(dataset.shard_at(0, place)) for place in counted]
-        is_long = [np.diff(each.sentences) > task.max_tokens for each in shards]
-        if num_long := sum(int(each.sum()) for each in is_long):
-            sentences = f"sentences over {task.max_tokens} tokens{in_text}"
-            print(f"{sentences}, cut into pieces of half that: {round(num_long / share):,}")
-            alone = [_is_alone(shard.documents, long) for shard, long in zip(shards, is_long)]
-            if np.concatenate(alone).mean() > MAX_ALONE_SHARE:
-                ways = "use --objective mlm"
-                if not config.split_sentences:
-                    ways = "use --split-sentences, or --objective mlm"
-                problem = f"--objective {config.objective}: most documents are one long sentence"
-                print(f"{problem}, so a pair has two halves of one; {ways}")
+        shards = [corpus.shard(dataset.shard_at(0, place)) for place in places]
+        _report_long_sentences(config, shards, share, task.max_tokens, in_text)
     num_tokens = sum(int(plan.lengths.sum()) for plan in plans)
     step_tokens = round(step_share * config.batch_size * task.counted_length)
     if num_tokens < step_tokens and share == 1:
@@ -172,10 +149,27 @@ def _count_pass(
     return num_tokens / share, sum(plan.num_micro_batches for plan in plans) / share
 
 
-def _is_alone(documents: np.ndarray, is_long: np.ndarray) -> np.ndarray:
-    """bool [documents]: which of them, that end where the next begins in `documents`, are a single
-    sentence that `is_long` (bool [sentences])."""
-    return is_long[documents[:-1]] & (np.diff(documents) == 1)
+def _report_long_sentences(
+    config: Config, shards: list[Shard], share: float, max_tokens: int, in_text: str
+) -> None:
+    """Print how many sentences do not fit in a pair, by a `share` of the shards, with a warning if
+    most documents are one such sentence."""
+    is_long = [np.diff(shard.sentences) > max_tokens for shard in shards]
+    num_long = int(np.concatenate(is_long).sum())
+    if not num_long:
+        return
+    found = f"sentences over {max_tokens} tokens{in_text}"
+    print(f"{found}, cut into pieces of half that: {round(num_long / share):,}")
+    is_alone = [  # bool [documents]: a single sentence, and a long one
+        long[shard.documents[:-1]] & (np.diff(shard.documents) == 1)
+        for shard, long in zip(shards, is_long)
+    ]
+    if np.concatenate(is_alone).mean() > MAX_ALONE_SHARE:
+        ways = "use --objective mlm"
+        if not config.split_sentences:
+            ways = "use --split-sentences, or --objective mlm"
+        problem = f"--objective {config.objective}: most documents are one long sentence"
+        print(f"{problem}, so a pair has two halves of one; {ways}")
 
 
 def check_pairs(labels: np.ndarray, config: Config, at_length: str = "") -> None:
@@ -204,7 +198,41 @@ def drop_old_end(config: Config, saved: dict) -> Config:
     return replace(config, max_steps=0) if is_old else config
 
 
-def count_steps(config: Config, asked: Config, saved: dict, steps_per_epoch: int) -> int:
+@dataclass(frozen=True)
+class Steps:
+    """The optimizer steps of a run."""
+
+    phase_ends: list[int]  # the last step of each phase; the final one is the run's last step
+    eval_every: int
+    save_every: int
+    passes: tuple[float, ...]  # over each text of a mixture; (): no mixture, or not counted
+
+    @property
+    def total(self) -> int:
+        return self.phase_ends[-1]
+
+
+def plan_steps(config: Config, asked: Config, saved: dict, epoch: Epoch) -> Steps:
+    """The steps of the run, some for each phase. UserError if it would read a text of a mixture,
+    other than the first, more than MAX_PASSES times."""
+    total = _count_steps(config, asked, saved, epoch.steps)
+    passes = tuple(count * total / epoch.steps for count in epoch.passes)
+    for path, count in list(zip(config.train, passes))[1:]:
+        if count > MAX_PASSES:
+            problem = f"{path} would be read {count:,.0f} times"
+            expected = f"expected at most {MAX_PASSES:,}: a smaller share, or more text"
+            raise UserError(f"{typed(config, 'mix')}: {problem}; {expected}")
+    eval_every = max(10, min(1000, total // 20))
+    save_every = eval_every if eval_every > 500 else 2 * eval_every  # most follow an evaluation
+    return Steps(
+        phase_ends(config, total),
+        steps_between(config.eval_every, epoch.steps, auto=eval_every),
+        steps_between(config.save_every, epoch.steps, auto=save_every),
+        passes,
+    )
+
+
+def _count_steps(config: Config, asked: Config, saved: dict, steps_per_epoch: int) -> int:
     """Optimizer steps of the run; a resumed run keeps its own unless the options changed."""
     names = ("max_steps", "epochs")
     if saved and all(getattr(asked, name) == saved["options"][name] for name in names):
@@ -238,10 +266,3 @@ def steps_between(every: str, steps_per_epoch: int, auto: int) -> int:
     """Steps between evaluations or checkpoints: N, "epoch", or "auto"."""
     named = {"epoch": steps_per_epoch, "auto": auto}
     return named[every] if every in named else int(every)
-
-
-def count_workers(config: Config, device: torch.device) -> int:
-    """Processes that prepare batches; by default 0 on a CPU and 2 on a GPU."""
-    if config.workers is not None:
-        return config.workers
-    return 2 if device.type == "cuda" else 0

@@ -8,6 +8,7 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 
 from pretrain.config import (
@@ -36,14 +37,14 @@ HUB_NAME = re.compile(r"(?!.*\.(txt|json)$)(\w[\w.-]*/[\w.-]+|\w[\w.]*-[\w.-]+)"
 
 def problems_of(options: object, is_new: bool = True) -> list[str]:
     """All problems with the options of a command; a run that resumes is not new."""
-    problems = missing(options) + validate(options)
+    problems = [*missing(options), *validate(options)]
     return problems + start_problems(options) if is_new else problems
 
 
 def start_problems(options: object) -> list[str]:
     """Problems that matter only to new work: what does not exist, or has no effect."""
-    found = _absent_files(options) + _absent_paths(options) + _unknown_names(options)
-    return found + _contradictions(options)
+    absent = [*_absent_files(options), *_absent_paths(options), *_unknown_names(options)]
+    return absent + _contradictions(options)
 
 
 def output_problems(options: object, name: str = "output", may_exist: bool = False) -> list[str]:
@@ -58,15 +59,13 @@ def output_problems(options: object, name: str = "output", may_exist: bool = Fal
     return [f"{flag(name)} {value}: exists; expected {ways}"] if is_taken else []
 
 
-def missing(options: object) -> list[str]:
+def missing(options: object) -> Iterator[str]:
     """A problem for each required option that is not given."""
-    problems = []
     for entry in fields(options):
         if entry.metadata["required"] and not getattr(options, entry.name):
             arguments = entry.metadata["argparse"]
             name = arguments["metavar"] if "positional" in arguments else flag(entry.name)
-            problems.append(f"{name}: missing; expected {entry.metadata['help']}")
-    return problems
+            yield f"{name}: missing; expected {entry.metadata['help']}"
 
 
 def validate(options: object) -> list[str]:
@@ -150,36 +149,32 @@ def _conflicts(options: object) -> list[str]:
     return problems
 
 
-def _absent_files(options: object) -> list[str]:
-    problems = []
+def _absent_files(options: object) -> Iterator[str]:
     for name in FILE_OPTIONS:
         value = getattr(options, name, None)
-        if value and value.strip() and value not in NOT_FILES.get(name, ()):
-            problem = file_problem(value)
-            problems += [f"{flag(name)} {value}: {problem}; expected a file"] if problem else []
+        is_file = value and value.strip() and value not in NOT_FILES.get(name, ())
+        if is_file and (problem := file_problem(value)):
+            yield f"{flag(name)} {value}: {problem}; expected a file"
     tasks = getattr(options, "tasks", None)
     if tasks and not os.path.isdir(tasks):
-        problems.append(f"--tasks {tasks}: is not a folder; expected one with a subfolder per task")
+        yield f"--tasks {tasks}: is not a folder; expected one with a subfolder per task"
     cache = getattr(options, "cache", "")
-    problems += [f"--cache {cache}: is a file; expected a folder"] if os.path.isfile(cache) else []
-    return problems
+    if os.path.isfile(cache):
+        yield f"--cache {cache}: is a file; expected a folder"
 
 
-def _absent_paths(options: object) -> list[str]:
-    problems = []
+def _absent_paths(options: object) -> Iterator[str]:
     for entry in fields(options):
         form, values = entry.metadata["form"], getattr(options, entry.name)
         if form in (PATHS, FILES, NAMED_PATHS):
             try:
                 expand(sum(by_name(values).values(), ()) if form is NAMED_PATHS else values)
             except UserError as error:
-                problems += [f"{flag(entry.name)} {line}" for line in str(error).splitlines()]
-    return problems
+                yield from (f"{flag(entry.name)} {line}" for line in str(error).splitlines())
 
 
-def _unknown_names(options: object) -> list[str]:
+def _unknown_names(options: object) -> Iterator[str]:
     """Models and tokenizers that can be neither a folder nor a name on the hub."""
-    problems = []
     for name in ("model", "baseline", "tokenizer"):
         value = getattr(options, name, None) or ""
         takes_size = name == "model" and getattr(type(options), name, None) in MODEL_SIZES
@@ -191,9 +186,7 @@ def _unknown_names(options: object) -> list[str]:
         guess = f" (did you mean {similar[0]}?)" if similar else ""
         problem = "is only for training from scratch" if value in MODEL_SIZES else "does not exist"
         expected = f"a size ({', '.join(sizes)}), " if sizes else ""
-        expected += "a folder or a hub name"
-        problems.append(f"{flag(name)} {value}: {problem}{guess}; expected {expected}")
-    return problems
+        yield f"{flag(name)} {value}: {problem}{guess}; expected {expected}a folder or a hub name"
 
 
 def _contradictions(options: object) -> list[str]:

@@ -22,13 +22,7 @@ from pretrain.run import SAVED_FORM, Run
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import gather
 from pretrain.runtime.monitor import PRETRAINING_CHARTS, Monitor
-from pretrain.schema import (
-    AUTO,
-    TEXT,
-    integer,
-    optional,
-    values_of,
-)
+from pretrain.schema import AUTO, TEXT, integer, optional, values_of
 
 SAME_PERPLEXITY = 1e-3  # smaller relative differences do not decide which model to use
 FEW_TOKENS = 50_000  # for a useful model
@@ -140,16 +134,15 @@ class PretrainingRun(Run):
             "datasets": list(hub_datasets(config.train)),
             "eval_tokens": config.eval_tokens,
             "eval_batch_size": phase.eval_batch_size,
-            "batch_size": config.batch_size,
             "total_steps": self.total_steps,
-            "learning_rate": config.learning_rate,
+            **recipe.values_of(config),
             "precision": self.precision,
             "corpus": self.data_facts["corpus"],
             "step": state.step,
             "held_out_step": state.evaluated_at if state.scores else 0,
             "held_out": state.scores,
+            "mix": list(config.mix),
         }
-        facts["mix"] = list(config.mix)
         optional = ("phases", "language", "datasets", "mix")
         facts = {name: value for name, value in facts.items() if value or name not in optional}
         ckpt.write_model(folder, self.model, self.tokenizer, facts, weights)
@@ -205,7 +198,8 @@ class PretrainingRun(Run):
         return found
 
     def complete_summary(self, state, summary: dict) -> None:
-        """Add the last and the best scores, and the folder to use."""
+        """Add the last and the best scores, the values that were chosen, and the folder to use."""
+        summary["recipe"] = recipe.values_of(self.config)
         summary |= {f"eval_{name}": value for name, value in state.scores.items()}
         if state.best_scores:
             summary["best_perplexity"] = state.best_scores["perplexity"]
@@ -253,6 +247,8 @@ def print_plan(run: PretrainingRun) -> None:
             ways = "more text, or a pretrained --model,"
         problem = f"only {run.situation.text_tokens:,} tokens; expect a weak model"
         print(f"{typed(config, 'train')}: {problem}: {ways} helps most")
+    if run.phases[0].validation:
+        print(f"validation: {run.phases[0].validation}")
     if run.trial_seconds:
         minutes = steps * accumulation * run.trial_seconds / 60
         shown = f"{minutes:.2g} minutes" if minutes < 99.5 else f"{minutes / 60:,.1f} hours"

@@ -30,16 +30,7 @@ from pretrain.runtime.distributed import World, gather
 from pretrain.runtime.monitor import PRETRAINING_CHARTS, Monitor
 from pretrain.runtime.optim import AUTOCAST, autocast
 from pretrain.runtime.sharding import whole_weights
-from pretrain.schema import (
-    AUTO,
-    FLAG,
-    FLOAT,
-    TEXT,
-    either,
-    integer,
-    one_of,
-    values_of,
-)
+from pretrain.schema import AUTO, FLAG, FLOAT, TEXT, either, integer, one_of, values_of
 
 WORST = (-math.inf, -math.inf)
 SAVED_FORM = {  # of training_state.json, see `Run.saved_values`
@@ -99,18 +90,15 @@ class Run:
         return self.phase_ends[-1]
 
     @property
-    def error_labels(self) -> dict[str, str]:
+    def error_labels(self) -> tuple[str, str]:
         """The options to name when memory is full or a worker dies; see `memory.explained`."""
-        return {
-            "micro_batch": f"--micro-batch-size {self.micro_batch_size}",
-            "workers": "--workers",
-        }
+        return f"--micro-batch-size {self.micro_batch_size}", "--workers"
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.precision)
 
     def sort_key(self, scores: dict) -> tuple[float, float]:
-        """Greater for better scores; the least for {} and for scores that are not finite."""
+        """Higher for better scores; lowest for {} and for scores that are not finite."""
         if not scores:
             return WORST
         first, second = (scores[name] for name in self.score)

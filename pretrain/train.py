@@ -189,7 +189,7 @@ def train(run: Run) -> dict:
     guard.report = monitor.say
     scale = ScaleWatch(scaler, monitor.say)
     run.model.train()
-    with StopFlag(config.max_minutes, run.time_limit) as stop, explained(**run.error_labels):
+    with StopFlag(config.max_minutes, run.time_limit) as stop, explained(*run.error_labels):
         while True:
             step = state.step
             evaluate_now = step >= run.total_steps or step % run.eval_every == 0

@@ -16,7 +16,7 @@ from conftest import ROOT, refusal, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.cli import as_command, parse, read_command_line, run_command
+from pretrain.cli import as_command, parse, run_command
 from pretrain.config import AdaptOptions, Config, FinetuneOptions
 from pretrain.errors import UserError, counted
 from pretrain.preflight import validate
@@ -68,11 +68,12 @@ def in_file(tmp_path):
 
 def test_the_command_line_overrides_the_file_and_the_file_the_defaults(in_file):
     argv = in_file("batch-size: 8\nkeep: 5\nlowercase: off\nshard: true\nvalid: [a, b]\n")
-    with_defaults = read_command_line([*argv, "--keep", "7", "--no-shard"], Config, "")
-    config = with_defaults({"batch_size": 4, "mask_rate": [0.3, 0.1], "lexicon": None})
+    argv += ["--keep", "7", "--no-shard"]
+    defaults = {"batch_size": 4, "mask_rate": [0.3, 0.1], "lexicon": None}
+    config = parse(argv, Config, "", defaults=defaults)
     assert (config.batch_size, config.keep, config.mask_rate) == (8, 7, (0.3, 0.1))
     assert (config.lowercase, config.shard, config.valid) == ("off", False, ("a", "b"))
-    assert with_defaults() == dataclasses.replace(config, mask_rate=())
+    assert parse(argv, Config, "") == dataclasses.replace(config, mask_rate=())
 
 
 @pytest.mark.parametrize("typed", [["--phases", "32:1"], ["--max-length", "64"]])
@@ -81,7 +82,7 @@ def test_a_typed_option_replaces_one_that_it_excludes(typed, in_file):
     argv = in_file(other | {"seed": 3})
     for config in (
         parse([*argv, *typed], Config, ""),
-        read_command_line([*typed, "--seed", "3"], Config, "")(other),
+        parse([*typed, "--seed", "3"], Config, "", defaults=other),
     ):
         assert validate(config) == [] and config.seed == 3
         assert (config.max_length, config.phases) in ((None, ("32:1",)), (64, ()))
@@ -125,9 +126,9 @@ def test_a_file_with_values_out_of_bounds_is_named(name, in_file, capsys):
 
 def test_a_file_may_hold_a_part_of_what_belongs_together(in_file):
     """The rest comes from the command line or, on resume, from the run."""
-    with_defaults = read_command_line(in_file({"mix": [3, 1], "resume": True}), Config, "")
-    assert with_defaults().mix == (3.0, 1.0)
-    config = with_defaults({"train": ["a", "b"], "output": "run"})
+    argv = in_file({"mix": [3, 1], "resume": True})
+    assert parse(argv, Config, "").mix == (3.0, 1.0)
+    config = parse(argv, Config, "", defaults={"train": ["a", "b"], "output": "run"})
     assert config.resume and validate(config) == []
 
 

@@ -25,7 +25,7 @@ from conftest import (
 )
 from test_faults import KILL, at, send, start
 
-from pretrain import build, train
+from pretrain import build, plan, train
 from pretrain.cli import parse
 from pretrain.commands import evaluate, show_masks
 from pretrain.commands.pretrain import main
@@ -118,7 +118,7 @@ def test_micro_batches_equal_a_run_of_that_length(finished, source):
     ):
         task = Task("random", length, 256, 0.15, 0, counted_length=1)  # counted in tokens
         dataset = PretrainingDataset(training, task)
-        collator = Collator(task, vocabulary, Masking(), multiple=build.SHAPE_MULTIPLE)
+        collator = Collator(task, vocabulary, Masking(), multiple=plan.SHAPE_MULTIPLE)
         found = [batch for batches in steps for batch in batches]
         for batch, position in zip(found, dataset.positions(first)):
             expected = collator(dataset[position])

@@ -9,11 +9,11 @@ import torch
 from conftest import SIZES, refusal, script
 
 from pretrain.batch import IGNORED
-from pretrain.build import make_masking
 from pretrain.config import Config
 from pretrain.data.collate import Collator, pack
 from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START
 from pretrain.data.tokenizer import load
+from pretrain.mask_setup import make_masking
 
 SHOW_MASKS, PRETRAIN = script("show_masks"), script("pretrain")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

@@ -12,7 +12,6 @@ from pretrain import config
 from pretrain.adapt.domain import read_text
 from pretrain.adapt.measures import MEASURES, Classification
 from pretrain.adapt.parts import Parts
-from pretrain.build import decide_precision, task_problems
 from pretrain.cli import parse
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
 from pretrain.data.sources import content_key, expand
@@ -28,6 +27,7 @@ from pretrain.finetune.build import budget_range, build, metric_of
 from pretrain.finetune.dataset import LabeledRows
 from pretrain.inputs import MODEL_WAYS, TextFiles, check_sample, marked_in
 from pretrain.model.loading import from_checkpoint
+from pretrain.model_setup import decide_precision, task_problems
 from pretrain.preflight import problems_of, start_problems, validate
 from pretrain.runtime.checkpoint import check_output, make_output
 from pretrain.runtime.distributed import start

@@ -28,6 +28,7 @@ from pretrain.finetune.predict import read_predictions
 from pretrain.inputs import MODEL_WAYS
 from pretrain.model.loading import from_checkpoint
 from pretrain.model.packed import MLM_HEAD, PackedModel
+from pretrain.model_setup import set_up_model
 from pretrain.pretraining import PretrainingRun, print_plan
 from pretrain.runtime.checkpoint import checkpoints
 from pretrain.runtime.optim import autocast, warmup_steps
@@ -180,7 +181,7 @@ def measure_perplexity(experiment: Experiment) -> dict:
     }
     if "control" in experiment.texts:
         model, _ = from_checkpoint(experiment.encoders["control"])
-        pretraining.set_up_model(model, run.config, run.device, run.precision)
+        set_up_model(model, run.config, run.device, run.precision)
         result["control"] = perplexity_of(model.to(run.device))
     return result
 
@@ -190,7 +191,7 @@ def measure_forgetting(experiment: Experiment) -> dict:
     replayed, on the documents that pretraining held out."""
     run = _run_of(experiment, "adapted", output=str(experiment.output / "untrained"))
     adapted, _ = from_checkpoint(experiment.encoders["adapted"])
-    pretraining.set_up_model(adapted, run.config, run.device, run.precision)
+    set_up_model(adapted, run.config, run.device, run.precision)
     vocabulary = tokenizers.describe(run.tokenizer)
     cache, has_head = Path(run.config.cache), MLM_HEAD not in experiment.fresh_parts
     general, held_out = experiment.general, 0.0

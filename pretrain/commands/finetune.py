@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.cli import command, read_command_line
+from pretrain.cli import command, parse
 from pretrain.commands.pretrain import read_saved
 from pretrain.config import FinetuneOptions
 from pretrain.errors import UserError, check, option_named
@@ -15,12 +15,11 @@ HINT = "--resume continues from the newest checkpoint, if there is one"
 
 def main(argv: Sequence[str]) -> None:
     """Parse, train, print the scores; JSON on the last line."""
-    with_defaults = read_command_line(argv, FinetuneOptions, __doc__)
-    options = with_defaults()
+    options = parse(argv, FinetuneOptions, __doc__)
     output, resumes = Path(options.output or ""), options.resume and options.output
     saved = read_saved(output, FinetuneOptions) if resumes else None
     if saved:
-        options = with_defaults(saved)
+        options = parse(argv, FinetuneOptions, __doc__, defaults=saved)
     check(problems_of(options, is_new=not saved))
 
     from pretrain.files import as_json, lock

@@ -39,12 +39,12 @@ def main(argv: Sequence[str]) -> None:
 
     import numpy as np
 
-    from pretrain.build import decide_precision
     from pretrain.finetune.build import check_tokens, load_model
     from pretrain.finetune.heads import task_of
     from pretrain.finetune.predict import check_rows, predict, predict_rows, write_rows
     from pretrain.finetune.scores import numbers_of, score_table
     from pretrain.finetune.tasks import TASKS
+    from pretrain.model_setup import decide_precision
     from pretrain.runtime.distributed import start
     from pretrain.runtime.optim import autocast, overflow_advice
 

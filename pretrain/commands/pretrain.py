@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain.cli import command, options_of, read_command_line, read_options
+from pretrain.cli import command, parse, read_options
 from pretrain.commands.fill_mask import fill_masks, open_pipeline
 from pretrain.config import Config
 from pretrain.errors import UserError, check
@@ -31,15 +31,15 @@ HINT = "--resume continues from the newest checkpoint, if there is one"
 
 def main(argv: Sequence[str]) -> None:
     """Parse, prepare, train, report."""
-    with_defaults = read_command_line(argv, Config, __doc__)
-    asked = with_defaults()
+    asked = parse(argv, Config, __doc__)
     resumes = asked.resume and asked.output
     saved = read_saved(Path(asked.output), Config) if resumes else None
     is_demo = not asked.train and not saved
     embedded = dict(EMBEDDED_DEFAULTS)
     if asked.tokenizer:
         del embedded["vocab_size"]
-    config = with_defaults(embedded if is_demo and not asked.resume else saved)
+    defaults = embedded if is_demo and not asked.resume else saved
+    config = parse(argv, Config, __doc__, defaults=defaults)
     check(problems_of(config, is_new=not saved))
     output = Path(config.output or "")
     if is_demo and config.resume:
@@ -91,7 +91,7 @@ def read_saved(output: Path, options: type) -> dict | None:
         try:
             values = read_options(path)
             values = dict(values["options"]) if path in states else values
-            found = validate(options_of(values, options))
+            found = validate(parse([], options, "", defaults=values))
         except (UserError, KeyError, TypeError) as error:
             found = str(error).splitlines()
         if values and not found:

@@ -134,11 +134,12 @@ def _read_position(options: ShowMasksOptions, dataset):
 
 def open_data(options: ShowMasksOptions) -> tuple:
     """(dataset, collator, tokenizer) of a run; `options` take the place of its Config."""
-    from pretrain import build, demo, plan
+    from pretrain import demo, plan
     from pretrain.corpora import make_dataset, open_text
     from pretrain.data import tokenizer as tokenizers
     from pretrain.data.collate import Collator
     from pretrain.inputs import prepare_tokenizer
+    from pretrain.mask_setup import make_masking
     from pretrain.runtime.distributed import World
 
     if not options.train:
@@ -146,14 +147,14 @@ def open_data(options: ShowMasksOptions) -> tuple:
         options = replace(options, train=train, format="sentences")
     tokenizer, text, _ = prepare_tokenizer(options, None, World())
     vocabulary = tokenizers.describe(tokenizer)
-    masking = build.make_masking(options, tokenizer, vocabulary)
-    texts = open_text(options, tokenizer, vocabulary, text, World(), {})
+    masking = make_masking(options, tokenizer, vocabulary)
+    texts, _ = open_text(options, tokenizer, vocabulary, text, World(), {})
     task = plan.make_tasks(options, options.micro_batch_size)[options.phase - 1]
     dataset = make_dataset(options, texts, task)
     if task.pairs:
         for part in dataset.parts:
             plan.check_pairs(part.plan(0, 0).label, options)
-    collator = Collator(task, vocabulary, masking, multiple=build.SHAPE_MULTIPLE)
+    collator = Collator(task, vocabulary, masking, multiple=plan.SHAPE_MULTIPLE)
     return dataset, collator, tokenizer
 
 

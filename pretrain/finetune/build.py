@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pretrain import plots
-from pretrain.build import decide_precision, enable_gradient_checkpointing
 from pretrain.card import Card, results, write_card
 from pretrain.config import TASK_METRICS, FinetuneOptions, typed
 from pretrain.data import tokenizer as tokenizers
@@ -32,6 +31,7 @@ from pretrain.finetune.tasks import TASKS, Classification
 from pretrain.finetune.windows import TaggedDataset
 from pretrain.inputs import check_vocabulary
 from pretrain.model.attention import choose_attention
+from pretrain.model_setup import decide_precision, enable_gradient_checkpointing
 from pretrain.plan import report_ineffective, steps_between
 from pretrain.preflight import validate
 from pretrain.resume import resume_point, run_folder

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pretrain import config
-from pretrain.cli import read_command_line
+from pretrain.cli import parse
 from pretrain.errors import UserError, check
 from pretrain.files import as_json, write_json
 from pretrain.preflight import validate
@@ -108,10 +108,9 @@ def main(argv: list[str]) -> int:
     """Measure; print a table, and JSON on the last line. Returns 1 if a GPU check failed.
 
     In the other parts, a side that fails is reported and the other one is still measured."""
-    with_defaults = read_command_line(argv, BenchmarkOptions, __doc__)
-    options = with_defaults()
+    options = parse(argv, BenchmarkOptions, __doc__)
     if options.quick:
-        options = with_defaults(QUICK)
+        options = parse(argv, BenchmarkOptions, __doc__, defaults=QUICK)
     problems = validate(options)
     if options.phases:
         problems.append("--phases: the benchmark measures one length; expected --max-length")

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from pretrain.batch import Batch
-from pretrain.build import set_up_model
 from pretrain.data.loader import PretrainingDataset
 from pretrain.model.attention import VARLEN
 from pretrain.model.loading import from_size
+from pretrain.model_setup import set_up_model
 from pretrain.runtime.memory import is_full, trial_seconds
 from pretrain.runtime.optim import autocast
 from pretrain.train import train_step

@@ -15,10 +15,11 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from pretrain.build import build, set_up_model
+from pretrain.build import build
 from pretrain.config import Config
 from pretrain.evaluate import evaluate
 from pretrain.model.loading import from_checkpoint
+from pretrain.model_setup import set_up_model
 from pretrain.runtime.checkpoint import STATE_JSON, checkpoints
 from scripts.benchmark.clock import begin_clock
 from scripts.benchmark.peer import Peer, describe

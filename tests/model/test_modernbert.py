@@ -32,13 +32,13 @@ from packed_reference import (
 from transformers import AutoModelForMaskedLM, ModernBertConfig, pipeline
 
 from pretrain.batch import IGNORED, Batch
-from pretrain.build import set_up_model
 from pretrain.config import MODEL_SIZES, Config
 from pretrain.errors import UserError
 from pretrain.finetune.dataset import pack
 from pretrain.finetune.heads import load_classifier
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
 from pretrain.model.packed import count_flops
+from pretrain.model_setup import set_up_model
 
 VOCAB = 90
 SEQUENCE_HEAD = "ForSequenceClassification"
