@@ -39,14 +39,12 @@ def bootstrap(
         gains = [score(weights, after) - score(weights, before) for before, after in pairs]
         seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), DRAWN_TOGETHER)
         differences.append((np.stack(gains, axis=1) * (seeds / num_seeds)).sum(1))
-    low, high = np.quantile(np.concatenate(differences), BOUNDS)
-    return float(low), float(high)
+    return tuple(np.quantile(np.concatenate(differences), BOUNDS).tolist())
 
 
-def interval_of_mean(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def interval_of_mean(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """95% interval of sums.sum() / counts.sum(), both float64 [groups], by drawing groups."""
-    rng, means = np.random.default_rng(seed), []
+    rng, means = np.random.default_rng(0), []
     for weights in _draw_counts(rng, len(sums)):
         means.append((weights @ sums) / (weights @ counts))
-    low, high = np.quantile(np.concatenate(means), BOUNDS)
-    return float(low), float(high)
+    return tuple(np.quantile(np.concatenate(means), BOUNDS).tolist())

@@ -6,8 +6,7 @@ one: in its folder, or in the cache of the hub. Nothing is downloaded here.
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,50 +47,49 @@ This model was made with bert-pretrain. BERT is from Devlin et al. 2019.
 """
 
 
-@dataclass(frozen=True)
-class Card:
-    """What a model card says; the rest follows from `started_from`."""
+def write_card(
+    folder: Path,
+    task: str,  # of the pipeline in transformers
+    *,
+    title: str,
+    opens_with: str,
+    rows: list[list[object]],  # of the table: what, value
+    tags: list[str],
+    started_from: str,  # a folder, a hub name, or a size
+    language: str | list[str] | None = None,  # ISO 639-1; None: that of the model it started from
+    datasets: Sequence[str] = (),  # names on the hub
+    mask_token: str = "[MASK]",
+    scores: Sequence[EvalResult] = (),
+) -> None:
+    """Write README.md into a model folder, which is named after the folder that it is in.
 
-    task: str  # of the pipeline in transformers
-    title: str
-    opens_with: str
-    rows: list[list[object]]  # of the table: what, value
-    tags: list[str]
-    started_from: str  # a folder, a hub name, or a size
-    language: str | None = None  # ISO 639-1; None: that of the model it started from
-    datasets: tuple[str, ...] = ()  # names on the hub
-    mask_token: str = "[MASK]"
-    scores: tuple[EvalResult, ...] = ()
-
-
-def write_card(folder: Path, card: Card) -> None:
-    """Write README.md into a model folder, which is named after the folder that it is in."""
-    base = inherited(card.started_from)
-    language = card.language or base.pop("language", None)
+    License, base model and, unless given, language are those in the card of `started_from`."""
+    base = inherited(started_from)
+    language = language or base.pop("language", None)
     first = language[0] if isinstance(language, list) else language
-    default = card.mask_token if card.task == "fill-mask" else ""
-    example = EXAMPLES[card.task].get(first or "", default)
+    default = mask_token if task == "fill-mask" else ""
+    example = EXAMPLES[task].get(first or "", default)
     settings: dict[str, Any] = {}
     if example:
-        settings["widget"] = [{"text": example.format(card.mask_token)}]
-    if card.scores:
-        settings["eval_results"] = list(card.scores)
+        settings["widget"] = [{"text": example.format(mask_token)}]
+    if scores:
+        settings["eval_results"] = list(scores)
         settings["model_name"] = folder.resolve().parent.name or "model"
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=card.task,
-        tags=card.tags,
-        datasets=list(card.datasets) or None,
+        pipeline_tag=task,
+        tags=tags,
+        datasets=list(datasets) or None,
         **base | settings | {"language": language},
     )
-    table = markdown_table(["what", "value"], card.rows)
-    text = f"# {card.title}\n\nOpens with {card.opens_with}\n\n{table}\n\n{CITATION}"
+    table = markdown_table(["what", "value"], rows)
+    text = f"# {title}\n\nOpens with {opens_with}\n\n{table}\n\n{CITATION}"
     (folder / NAME).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
 def results(
     task: str, measured_on: str, scores: dict[str, float], metrics: dict[str, str]
-) -> tuple[EvalResult, ...]:
+) -> list[EvalResult]:
     """The scores that `metrics` names, for the hub's index: {name: metric on the hub}.
 
     Those that are not finite are left out: the hub would refuse them."""
@@ -108,13 +106,13 @@ def results(
                     metric_value=round(scores[name], 4),
                 )
             )
-    return tuple(found)
+    return found
 
 
-def hub_datasets(paths: Iterable[str]) -> tuple[str, ...]:
+def hub_datasets(paths: Iterable[str]) -> list[str]:
     """The names of data sets on the hub among the paths of a text: hub:NAME[:CONFIG[:SPLIT]]."""
     names = [path.split(":")[1] for path in paths if path.startswith("hub:")]
-    return tuple(dict.fromkeys(names))
+    return list(dict.fromkeys(names))
 
 
 def inherited(name: str) -> dict[str, str | list[str]]:

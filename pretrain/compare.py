@@ -41,10 +41,7 @@ class Change:
 
 @torch.no_grad()
 def sequence_losses(
-    model: PackedModel,
-    validation: ValidationSet,
-    device: torch.device,
-    precision: torch.autocast,
+    model: PackedModel, validation: ValidationSet, device: torch.device, precision: torch.autocast
 ) -> tuple[np.ndarray, np.ndarray]:
     """(summed MLM loss, number of masked tokens) of each sequence, float64 [sequences]."""
     sums, counts = [], []

@@ -131,7 +131,7 @@ class PretrainingRun(Run):
             "mask_rate": list(config.mask_rate),
             "started_from": config.model,
             "language": None if config.split_sentences == AUTO else config.split_sentences,
-            "datasets": list(hub_datasets(config.train)),
+            "datasets": hub_datasets(config.train),
             "eval_tokens": config.eval_tokens,
             "eval_batch_size": phase.eval_batch_size,
             "total_steps": self.total_steps,

@@ -182,6 +182,8 @@ def test_a_baseline_is_compared_on_the_same_masks(evaluated):
         logs = np.log([numbers["perplexity"], before[name]["perplexity"]])
         assert numbers["log_perplexity_difference"] == pytest.approx(logs[0] - logs[1], rel=1e-3)
         assert 0 < numbers["difference_low"] < numbers["difference_high"]
+    _, same = evaluated("--model one --baseline one --input a.txt")
+    assert same["log_perplexity_difference"] == same["difference_high"] == 0
 
 
 @pytest.mark.parametrize("line", ["one modern", "distil one", "modern distil"])

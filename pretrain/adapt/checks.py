@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,13 +16,7 @@ from pretrain.cli import parse
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
 from pretrain.data.sources import content_key, expand
 from pretrain.errors import MORE, UserError, check, option_named, require
-from pretrain.files import (
-    lock,
-    model_folder,
-    read_json,
-    sha256_of,
-    write_json,
-)
+from pretrain.files import lock, model_folder, read_json, sha256_of, write_json
 from pretrain.finetune.build import budget_range, build, metric_of
 from pretrain.finetune.dataset import LabeledRows
 from pretrain.inputs import MODEL_WAYS, TextFiles, check_sample, marked_in
@@ -76,11 +70,6 @@ class Experiment:
     def cleaned(self) -> dict[str, TextFiles]:
         """The texts to pretrain on, with the general one if it is replayed."""
         return self.texts | ({"general": self.general} if self.options.replay else {})
-
-    @property
-    def score(self) -> tuple[str, str]:
-        """The task and the metric that are compared."""
-        return self.finetuning.task, self.finetuning.metric
 
     @property
     def measure(self) -> Classification:
@@ -146,11 +135,16 @@ def build_experiment(options: AdaptOptions) -> Experiment:
 def _passed_on(options: AdaptOptions, name: str, kind: type):
     """The options of another command in --pretrain or --finetune."""
     with naming(options, name):
-        parsed, default = parse(shlex.split(getattr(options, name)), kind, ""), kind()
-        given = [key for key in SET_HERE[name] if getattr(parsed, key) != getattr(default, key)]
-        problems = [f"omit {flag(key)}: the experiment sets it" for key in given]
+        parsed = parse(shlex.split(getattr(options, name)), kind, "")
+        problems = set_elsewhere(parsed, SET_HERE[name], "the experiment")
         check(validate(parsed) + start_problems(parsed) + problems)
     return parsed
+
+
+def set_elsewhere(parsed: object, names: Iterable[str], owner: str) -> list[str]:
+    """A problem for each of the options `names` that is given although `owner` sets it."""
+    given = [name for name in names if getattr(parsed, name) != getattr(type(parsed), name)]
+    return [f"omit {flag(name)}: {owner} sets it" for name in given]
 
 
 @contextmanager
@@ -213,9 +207,7 @@ def open_experiment(experiment: Experiment) -> None:
 def _record_of(experiment: Experiment) -> dict[str, dict]:
     """Everything that decides the results, in the form of experiment.json."""
     options, pretraining = experiment.options, experiment.pretraining
-    files = expand([*options.train, *options.valid, *options.test])
-    model = Path(model_folder(options.model))
-    files += [*model.glob("*.json"), *model.glob("*.safetensors")]
+    files = files_read(options)
     files += filter(None, [pretraining.lexicon, pretraining.similar, pretraining.add_tokens])
     values, changeable = asdict(options), config.may_change(AdaptOptions)
     texts = {}
@@ -229,6 +221,13 @@ def _record_of(experiment: Experiment) -> dict[str, dict]:
         "texts": texts,
     }
     return json.loads(json.dumps(record))  # tuples become lists, as in a file
+
+
+def files_read(options: AdaptOptions | FinetuneOptions) -> list[str | Path]:
+    """The files of the labeled rows and, if the model is in a folder, those of the model."""
+    model = Path(model_folder(options.model))
+    of_model = sorted([*model.glob("*.json"), *model.glob("*.safetensors")])
+    return [*expand([*options.train, *options.valid, *options.test]), *of_model]
 
 
 def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:

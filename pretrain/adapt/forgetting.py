@@ -47,7 +47,7 @@ def measure(
     if held_out or not has_head:
         training, corpus = corpus.split(held_out or HEAD_HELD_OUT)
     if not has_head:
-        _share_head(before, adapted)
+        adapted.load_state_dict(head_of(before), strict=False)
         for model in (before, adapted):
             data = (PretrainingDataset(training, task), Collator(task, vocabulary, Masking()))
             _train_head(model, TrainData([data], (), 1), run)
@@ -63,14 +63,6 @@ def head_of(model: PackedModel) -> dict[str, torch.nn.Parameter]:
     prefix = f"{model.base_model_prefix}."
     weights = model.named_parameters()  # each once
     return {name: weight for name, weight in weights if not name.startswith(prefix)}
-
-
-@torch.no_grad()
-def _share_head(source: PackedModel, target: PackedModel) -> None:
-    """Give `target` the head of `source`."""
-    weights = head_of(source)
-    for name, weight in head_of(target).items():
-        weight.copy_(weights[name])
 
 
 def _train_head(model: PackedModel, data: TrainData, run: PretrainingRun) -> None:

@@ -16,15 +16,15 @@ from pretrain.adapt import domain, forgetting
 from pretrain.adapt.checks import TRAINED_ON, Experiment, naming
 from pretrain.adapt.dedup import write_cleaned
 from pretrain.cli import as_command, command
-from pretrain.config import UTF8
+from pretrain.config import UTF8, FinetuneOptions
 from pretrain.corpora import open_or_prepare
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.sources import content_key
 from pretrain.errors import UserError, counted
 from pretrain.evaluate import evaluate
-from pretrain.files import write_text
 from pretrain.finetune import build as finetuning
-from pretrain.finetune.predict import read_predictions
+from pretrain.finetune.predict import read_predictions, write_rows
+from pretrain.finetune.tasks import TASKS
 from pretrain.inputs import MODEL_WAYS
 from pretrain.model.loading import from_checkpoint
 from pretrain.model.packed import MLM_HEAD, PackedModel
@@ -43,7 +43,7 @@ COMPARED_WORDS = 10_000
 def run_experiment(experiment: Experiment) -> dict:
     """Run the parts that have no result yet; returns the facts for the report."""
     part, budgets, encoders = experiment.part, experiment.budgets, experiment.encoders
-    seeds, (task, metric) = experiment.options.seeds, experiment.score
+    seeds, metric = experiment.options.seeds, experiment.finetuning.metric
     runs = list(product(budgets, range(seeds), encoders))
     counts = ", ".join(f"{count:,}" for count in budgets.values())
     work = f"{counted(len(runs), 'fine-tuning run')}, {counts} rows, {counted(seeds, 'seed')}"
@@ -51,7 +51,7 @@ def run_experiment(experiment: Experiment) -> dict:
     test, seen = experiment.rows["test"], set(experiment.rows["train"].texts)
     facts = {
         "model": experiment.options.model,
-        "task": task,
+        "task": experiment.finetuning.task,
         "metric": metric,
         "labels": experiment.labels,
         "budgets": budgets,
@@ -105,9 +105,8 @@ def clean(experiment: Experiment) -> dict:
 
 def compare(experiment: Experiment) -> dict:
     """The facts of scripts/domain.py about the pretraining texts and the task."""
-    records = [{"text": "\n".join(parts)} for parts in experiment.rows["train"].texts]
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_text(experiment.output / "task.jsonl", "".join(lines))
+    records = ({"text": "\n".join(parts)} for parts in experiment.rows["train"].texts)
+    write_rows(experiment.output / "task.jsonl", records, as_csv=False)
     options, model = replace(experiment.pretraining, **CLEANED), experiment.options.model
     texts, inputs = {}, []
     for name in ("text", "task", "control")[: 1 + len(experiment.texts)]:
@@ -130,6 +129,18 @@ def _run_of(experiment: Experiment, name: str, **changes: object) -> Pretraining
     config = replace(experiment.pretraining, model=experiment.options.model, **settings)
     with naming(experiment.options, "pretrain"):
         return pretraining.build(config)
+
+
+def _untrained(experiment: Experiment) -> PretrainingRun:
+    """A run like that on the text, before its first step."""
+    return _run_of(experiment, "adapted", output=str(experiment.output / "untrained"))
+
+
+def _trained(experiment: Experiment, name: str, run: PretrainingRun) -> PackedModel:
+    """A pretrained encoder, set up as that of `run`."""
+    model, _ = from_checkpoint(experiment.encoders[name])
+    set_up_model(model, run.config, run.device, run.precision)
+    return model.to(run.device)
 
 
 def pretrain(experiment: Experiment, name: str, same: dict | None = None) -> dict:
@@ -170,8 +181,7 @@ def measure_perplexity(experiment: Experiment) -> dict:
     if not curve:
         return {}
     if curve[0][0] > 0:  # the first evaluation was at the length of the first phase
-        untrained = _run_of(experiment, "adapted", output=str(experiment.output / "untrained"))
-        curve.insert(0, [0, perplexity_of(untrained.model)])
+        curve.insert(0, [0, perplexity_of(_untrained(experiment).model)])
     result = {
         "before": curve[0][1],
         "after": curve[-1][1],
@@ -180,18 +190,15 @@ def measure_perplexity(experiment: Experiment) -> dict:
         "unigram": validation.unigram_perplexity,
     }
     if "control" in experiment.texts:
-        model, _ = from_checkpoint(experiment.encoders["control"])
-        set_up_model(model, run.config, run.device, run.precision)
-        result["control"] = perplexity_of(model.to(run.device))
+        result["control"] = perplexity_of(_trained(experiment, "control", run))
     return result
 
 
 def measure_forgetting(experiment: Experiment) -> dict:
     """The change of the perplexity on the general text; see `forgetting.measure`. If it was
     replayed, on the documents that pretraining held out."""
-    run = _run_of(experiment, "adapted", output=str(experiment.output / "untrained"))
-    adapted, _ = from_checkpoint(experiment.encoders["adapted"])
-    set_up_model(adapted, run.config, run.device, run.precision)
+    run = _untrained(experiment)
+    adapted = _trained(experiment, "adapted", run)
     vocabulary = tokenizers.describe(run.tokenizer)
     cache, has_head = Path(run.config.cache), MLM_HEAD not in experiment.fresh_parts
     general, held_out = experiment.general, 0.0
@@ -199,7 +206,6 @@ def measure_forgetting(experiment: Experiment) -> dict:
         path, held_out = str(experiment.output / "general.jsonl"), run.config.valid_fraction
         general = domain.read_text((path,), "--general", run.config, "token")
     corpus = open_or_prepare(general, run.tokenizer, vocabulary, cache, run.world, ways=MODEL_WAYS)
-    adapted = adapted.to(run.device)
     return forgetting.measure(run, adapted, corpus, vocabulary, has_head, held_out)
 
 
@@ -208,14 +214,21 @@ def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict
     model, label_budget = experiment.encoders[name], 0 if budget == "all" else int(budget)
     options = replace(experiment.finetuning, model=model, seed=seed, label_budget=label_budget)
     output = experiment.output / "finetune" / f"{name}-{budget}-{seed}"
-    resume = bool(checkpoints(output))
-    in_folder = replace(options, output=str(output), resume=resume, overwrite=not resume)
-    run = finetuning.build(in_folder, keep_head=False, quiet=True)
-    run.open_output()
-    summary = train(run)
-    if "test" not in summary:
-        raise UserError("\n".join(summary["notes"]))  # the outputs are not finite
-    cells = read_predictions(output / run.task.predictions)
+    summary = run_fine_tuning(options, output, "test")
+    cells = read_predictions(output / TASKS[options.task].predictions)
     predicted = experiment.measure.predicted(cells, experiment.labels)
     typed = as_command("finetune", replace(options, save_model=True))
     return summary | {"command": typed, "predicted": predicted}
+
+
+def run_fine_tuning(options: FinetuneOptions, output: Path, split: str) -> dict:
+    """The summary of a run in `output`, which resumes if it was interrupted. UserError if it has no
+    scores of `split`."""
+    resume = bool(checkpoints(output))
+    folder = {"output": str(output), "resume": resume, "overwrite": not resume}
+    run = finetuning.build(replace(options, **folder), keep_head=False, quiet=True)
+    run.open_output()
+    summary = train(run)
+    if split not in summary:
+        raise UserError("\n".join(summary["notes"]))  # the outputs are not finite
+    return summary

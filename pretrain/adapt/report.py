@@ -26,12 +26,11 @@ from pretrain.files import markdown_table, write_text
 
 TEMPLATE = Path(__file__).with_name("report_template.md")
 FEW_ROWS, MANY_UNKNOWN, OWN_TEXT, MANY_RUNS = 100, 0.05, 0.95, 0.5  # limits for warnings
-ENCODERS = {
+ENCODERS = {  # in the order of a comparison before and after
     "base": "original encoder",
-    "adapted": "pretrained on your text",
     "control": "pretrained on the control text",
+    "adapted": "pretrained on your text",
 }
-BEFORE_AND_AFTER = ("base", "control", "adapted")
 TEXTS = {
     "text": "your text",
     "task": "the task",
@@ -184,8 +183,8 @@ def caveats(facts: dict) -> str:
     unknown = max(text["unknown_share"] for text in facts["overlap"]["texts"].values())
     shared = facts["overlap"]["overlap"]["text"]["task"]
     groups = [group for by_budget in facts["scores"].values() for group in by_budget.values()]
-    runs = [run for group in groups for run in group]
-    unfinished = sum(_is_still_improving(run, facts["metric"]) for run in runs)
+    runs, metric = [run for group in groups for run in group], facts["metric"]
+    unfinished = sum(run["best_step"] == run["steps"] and run["valid"][metric] < 1 for run in runs)
     worse = sum(run["test"].get("r2", 0.0) < 0 for run in runs)
     constant = sum(all(row == run["predicted"][0] for row in run["predicted"]) for run in runs)
     too_short = perplexity.get("after", 0) > perplexity.get("unigram", 0)
@@ -221,11 +220,6 @@ def forgotten(change: dict) -> str:
     numbers = "perplexity {before:,.4g} before, {after:,.4g} after".format(**change)
     interval = interval.format(**change)
     return f" {said}: {numbers} (log-perplexity {interval}; margin {MARGIN:g})."
-
-
-def _is_still_improving(run: dict, metric: str) -> bool:
-    """Whether the last step of a fine-tuning run had its best score, below a perfect one."""
-    return run["best_step"] == run["steps"] and run["valid"][metric] < 1
 
 
 def _guess(facts: dict) -> float | None:
@@ -278,7 +272,7 @@ def _compare_labels(output: Path, facts: dict) -> str:
         return ""
     budget, count = list(facts["budgets"].items())[-1]  # the largest
     labels, f1, matrices = facts["labels"], {}, {}
-    for name in [name for name in BEFORE_AND_AFTER if name in facts["scores"]]:
+    for name in [name for name in ENCODERS if name in facts["scores"]]:
         tests = [run["test"] for run in facts["scores"][name][budget]]
         f1[name] = [np.mean([test["classes"][label]["f1"] for test in tests]) for label in labels]
         if "confusion" in tests[0]:
@@ -327,10 +321,7 @@ def _describe_forgetting(change: dict) -> str:
     """A section of the report; "" if it was not measured."""
     if not change:
         return ""
-    rows = [
-        ["original encoder", change["before"]],
-        ["pretrained on your text", change["after"]],
-    ]
+    rows = [["original encoder", change["before"]], ["pretrained on your text", change["after"]]]
     if "unigram" in change:  # not in experiments of earlier versions
         rows.append(["guessing each token by its frequency", change["unigram"]])
     method, rest = "Each predicts with its own MLM head.", "four fifths of the general text"

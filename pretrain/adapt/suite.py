@@ -11,19 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from pretrain.adapt.checks import RUN_OPTIONS, naming
+from pretrain.adapt.checks import RUN_OPTIONS, files_read, naming, set_elsewhere
 from pretrain.adapt.parts import Parts
+from pretrain.adapt.pipeline import run_fine_tuning
 from pretrain.cli import as_command, parse, read_options
 from pretrain.config import FinetuneOptions, SuiteOptions
-from pretrain.data.sources import expand
 from pretrain.errors import UserError, check, refusing
-from pretrain.files import key_of, markdown_table, model_folder, sha256_of, write_json, write_text
+from pretrain.files import key_of, markdown_table, sha256_of, write_json, write_text
 from pretrain.finetune.build import build
 from pretrain.finetune.scores import numbers_of
 from pretrain.preflight import start_problems, validate
-from pretrain.runtime.checkpoint import checkpoints
-from pretrain.schema import SHOWN_CHARACTERS, flag
-from pretrain.train import train
+from pretrain.schema import SHOWN_CHARACTERS
 
 TASK_FILE = "task.json"
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
@@ -64,9 +62,7 @@ def _check_passed_on(options: SuiteOptions) -> None:
     """UserError about --finetune if it has an option that the suite or the task sets."""
     with naming(options, "finetune"):
         typed = parse(shlex.split(options.finetune), FinetuneOptions, "")
-        names = (*SET_HERE, *SPLITS)
-        given = [name for name in names if getattr(typed, name) != getattr(FinetuneOptions, name)]
-        check([f"omit {flag(name)}: the suite sets it" for name in given])
+        check(set_elsewhere(typed, [*SET_HERE, *SPLITS], "the suite"))
 
 
 def _read_task(folder: Path, options: SuiteOptions) -> Task:
@@ -109,10 +105,7 @@ def _files_of(folder: Path, split: str, given: str | Sequence[str] | None) -> tu
 
 
 def _key_of(options: FinetuneOptions) -> str:
-    model = Path(model_folder(options.model))
-    files = expand([*options.train, *options.valid, *options.test])
-    files += sorted([*model.glob("*.json"), *model.glob("*.safetensors")])
-    sums = [sha256_of(Path(path)) for path in files]
+    sums = [sha256_of(Path(path)) for path in files_read(options)]
     names = {"model": "", "train": (), "valid": (), "test": ()}  # their content counts
     return key_of([asdict(replace(options, **names)), sums])
 
@@ -126,7 +119,8 @@ def run_suite(options: SuiteOptions, tasks: dict[str, Task]) -> dict:
         for seed in range(options.seeds):
             part = f"{name}-{seed}-{task.key}"
             is_saved = parts.file(part).is_file()
-            runs.append(parts.result(part, _fine_tune, task, seed, output / "runs" / part))
+            finetuning, folder = replace(task.options, seed=seed), output / "runs" / part
+            runs.append(parts.result(part, run_fine_tuning, finetuning, folder, task.split))
             score = runs[-1][task.split][task.metric]
             took = "already done" if is_saved else f"{runs[-1]['wall_seconds']:.0f} s"
             print(f"{name}, seed {seed}: {task.metric.replace('_', ' ')} {score:.3f} ({took})")
@@ -141,18 +135,6 @@ def run_suite(options: SuiteOptions, tasks: dict[str, Task]) -> dict:
     columns = zip(*(task["scores"] for task in facts["tasks"].values()))
     facts["averages"] = [mean(column) for column in columns]  # of the tasks, by seed
     return facts
-
-
-def _fine_tune(task: Task, seed: int, output: Path) -> dict:
-    """The summary of a run in `output`, which resumes if it was interrupted."""
-    resume = bool(checkpoints(output))
-    folder = {"output": str(output), "resume": resume, "overwrite": not resume}
-    run = build(replace(task.options, seed=seed, **folder), keep_head=False, quiet=True)
-    run.open_output()
-    summary = train(run)
-    if task.split not in summary:
-        raise UserError("\n".join(summary["notes"]))  # the outputs are not finite
-    return summary
 
 
 def write_report(output: Path, facts: dict) -> str:

@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     models = {}
     for name, (model, *_) in loaded.items():
         model.use_pairs(1.0 if OBJECTIVES[options.objective] else None)
-        models[getattr(options, name)] = model.to(device)
+        models[name] = model.to(device)
     numbers = {}
     for name, text in texts.items():
         corpus = open_input(options, text, tokenizer, vocabulary, world)
@@ -106,8 +106,8 @@ def open_input(options: EvaluateOptions, text, tokenizer, vocabulary, world):
 def measure(
     options: EvaluateOptions, name: str, corpus, vocabulary, models: dict, precision: str, world
 ) -> dict:
-    """Print and return the numbers of the first of `models` on a text, and how the second, if there
-    is one, differs from it. UserError if one is not finite."""
+    """Print and return the numbers of a text for the "model" in `models`, and how they changed from
+    the "baseline", if there is one. UserError if one is not finite."""
     from pretrain import evaluate
     from pretrain.compare import compare
     from pretrain.runtime.optim import autocast, overflow_advice
@@ -115,13 +115,11 @@ def measure(
     pairs, length = OBJECTIVES[options.objective], options.max_length
     shape = (length, options.eval_batch_size, vocabulary, options.eval_tokens)
     validation = evaluate.make_validation_set(corpus, pairs, *shape)
-    (shown, model), *others = models.items()
+    model, change = models["model"], None
     context = autocast(model.device, precision)
     numbers = evaluate.evaluate(model, validation, model.device, context, world)
-    changes = {}
-    for other, baseline in others:
-        change = compare(baseline, model, validation, model.device, context)
-        changes[other] = change
+    if "baseline" in models:
+        change = compare(models["baseline"], model, validation, model.device, context)
         numbers |= {
             "baseline_perplexity": change.before,
             "log_perplexity_difference": change.difference,
@@ -136,13 +134,13 @@ def measure(
     tokens = sum(batch.num_tokens for batch in validation.batches)
     of_text = f"{name}: " if name else ""
     print(
-        f"{of_text}{shown} on {tokens:,} tokens of {counted(corpus.count(), 'document')}, "
+        f"{of_text}{options.model} on {tokens:,} tokens of {counted(corpus.count(), 'document')}, "
         f"{options.objective} at {length} tokens, in {precision}"
     )
     for key, value in numbers.items():
         print(f"{key.replace('_', ' '):26} {value:,.4f}")
-    for other, change in changes.items():
-        print(f"{of_text}from {other} to {shown}: {change}")
+    if change:
+        print(f"{of_text}from {options.baseline} to {options.model}: {change}")
     return numbers
 
 
@@ -183,8 +181,6 @@ def load_model(options: EvaluateOptions, name: str) -> tuple:
         check(model.length_problems(options.max_length))
     if MLM_HEAD in fresh:
         problem = f"has no {MLM_HEAD}, so its predictions would be random"
-        ways = (
-            "a model that was trained to predict masked tokens; adapt.py --general compares others"
-        )
+        ways = "a model trained to predict masked tokens; adapt.py --general compares others"
         raise UserError(f"{typed(options, name)}: {problem}; expected {ways}")
     return model, fresh, tokenizer, vocabulary

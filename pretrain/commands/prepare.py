@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.cli import command, parse
-from pretrain.config import PATHS, TextOptions, TokenizerOptions, typed
+from pretrain.config import PATHS, WORKERS, TextOptions, TokenizerOptions, typed
 from pretrain.errors import check, option_named, require
 from pretrain.preflight import output_problems, problems_of
-from pretrain.schema import integer, option
+from pretrain.schema import option
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,7 @@ class PrepareOptions(TextOptions, TokenizerOptions):
         None, "corpus folder to write (default: in the cache, where the same text is found again)"
     )
     workers: int | None = option(
-        None,
-        "worker processes (default: one per core, at most one per 64 MB)",
-        integer(0, 256),
+        None, "worker processes (default: one per core, at most one per 64 MB)", WORKERS
     )
     ray: str | None = option(
         None,

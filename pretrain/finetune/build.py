@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pretrain import plots
-from pretrain.card import Card, results, write_card
+from pretrain.card import results, write_card
 from pretrain.config import TASK_METRICS, FinetuneOptions, typed
 from pretrain.data import tokenizer as tokenizers
 from pretrain.errors import UserError, check, counted, option_named, require
@@ -165,8 +165,9 @@ class FinetuningRun(Run):
             length = typed(options, "max_steps" if options.max_steps else "epochs")
             found.append(f"{length}: the last step was the best; a longer run may score higher")
         for name, scores in (("valid", state.best_scores), ("test", self.test_scores)):
-            warning = self.task.warning(predicted_of(scores), self.classes, scores)
-            found += [f"--{name}: {warning}"] if scores and warning else []
+            counts = predicted_of(scores)
+            warning = self.task.warning(counts, self.classes, scores) if scores else None
+            found += [f"--{name}: {warning}"] if warning else []
         if "test" in self.datasets and not self.has_test_scores():
             problem = f"the outputs in {self.precision} are not finite, so there are no scores"
             found.append(f"{typed(options, 'test')}: {problem}")
@@ -205,7 +206,8 @@ class FinetuningRun(Run):
         task, family = self.task, self.model.config.model_type
         scores = results(task.pipeline, "validation rows", state.best_scores, PUBLISHED)
         scores += results(task.pipeline, "test rows", self.test_scores, PUBLISHED)
-        card = Card(
+        write_card(
+            folder,
             task.pipeline,
             title=f"{family}, fine-tuned to {task.title(self.classes)}",
             opens_with=f'`{task.auto_class}` and `pipeline("{task.pipeline}")` of transformers.',
@@ -214,7 +216,6 @@ class FinetuningRun(Run):
             started_from=self.config.model,
             scores=scores,
         )
-        write_card(folder, card)
 
 
 def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False) -> FinetuningRun:
@@ -309,9 +310,8 @@ def load_model(
         model = load_classifier(name, classes, keep_head, task)
     tags = list(model.config.id2label.values())
     if task_of(model.config) == "ner" and set(tags) != set(tags_of(labels_of(tags))):
-        raise UserError(
-            f"--model {name}: has the tags {', '.join(tags[:20])}; expected O, B- and I-"
-        )
+        problem = f"has the tags {', '.join(tags[:20])}"
+        raise UserError(f"--model {name}: {problem}; expected O, B- and I-")
     num_ids, size = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
     if num_ids > size:
         problem = f"the model has vectors for {size:,} of {num_ids:,} tokens"

@@ -180,8 +180,10 @@ def number_of(value: object) -> float:
     return number if math.isfinite(number) else math.nan
 
 
-def read_numbers(paths: Sequence[str], options: ColumnOptions) -> LabeledRows:
-    """The rows of files, in order, for regression.
+def read_numbers(
+    paths: Sequence[str], options: ColumnOptions, classes: Sequence[str] | None = None
+) -> LabeledRows:
+    """The rows of files, in order, for regression, which has no `classes`.
 
     UserError lists every row without text or number; also if all numbers are equal."""
     all_texts, labels, problems, field = [], [], [], options.label_field

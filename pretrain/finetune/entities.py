@@ -5,7 +5,7 @@ with a text and a list of spans. A model predicts BIO tags for the words of its 
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -44,25 +44,19 @@ def read_documents(
 
 def _sentences(path: Path, encoding: str) -> Iterator[Row]:
     """The sentences of a CoNLL file."""
+    number = 0
     try:
-        yield from _tagged_sentences(path, encoding)
+        for text, entities in chain.from_iterable(read_entities(path, encoding)):
+            number += 1
+            spans = [dict(zip(KEYS, entity)) for entity in entities]
+            yield f"{path}, sentence {number}", {"text": text, "entities": spans}, (text,)
+        if not number:
+            raise UserError(f"{path}: no rows; expected a token and its tag on each line")
     except UserError as error:
         if format_of(str(path)) == "conll":
             raise
         way = "for plain text, expected a table, such as .jsonl with a column text"
         raise UserError(f"{error}; {way}") from error
-
-
-def _tagged_sentences(path: Path, encoding: str) -> Iterator[Row]:
-    number = 0
-    for document in read_entities(path, encoding):
-        for text, entities in document:
-            number += 1
-            where = f"{path}, sentence {number}"
-            spans = [dict(zip(KEYS, entity)) for entity in entities]
-            yield where, {"text": text, "entities": spans}, (text,)
-    if not number:
-        raise UserError(f"{path}: no rows; expected a token and its tag on each line")
 
 
 def entities_of(record: dict, text: str, where: str, options: ColumnOptions) -> Entities | None:
@@ -173,12 +167,8 @@ def decode(
             found.append([place, place, label])
         found[-1][1] = place + 1
         open_label = label
-    return [
-        (
-            int(words[first, 0]),
-            int(words[end - 1, 1]),
-            label,
-            float(probabilities[first:end].max(-1).mean()),
-        )
-        for first, end, label in found
-    ]
+    entities = []
+    for first, end, label in found:
+        score = float(probabilities[first:end].max(-1).mean())
+        entities.append((int(words[first, 0]), int(words[end - 1, 1]), label, score))
+    return entities

@@ -14,6 +14,7 @@ import torch
 from pretrain.config import ColumnOptions
 from pretrain.data.tokenizer import characters_of, in_groups
 from pretrain.errors import UserError, check
+from pretrain.evaluate import evaluation_mode
 from pretrain.files import as_json
 from pretrain.finetune.dataset import LabeledDataset, LabeledRows, Row
 from pretrain.finetune.heads import PackedClassifier
@@ -33,19 +34,13 @@ def predict(
 ) -> np.ndarray | None:
     """float32, in the order of the dataset: probabilities [rows, classes] or [words, tags], or
     numbers [rows]; None if `stop` (a signal) cut it short. `precision` is an autocast context."""
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    logits, was_cut_short = [], False
-    with precision:
+    logits = []
+    with evaluation_mode(model), precision:
         for batch in dataset.micro_batches(range(len(dataset)), batch_size):
-            was_cut_short = bool(stop())
-            if was_cut_short:
-                break
-            batch = batch.to(device)
+            if stop():
+                return None
+            batch = batch.to(model.device)
             logits.append(model.label_logits(model.encode(batch), batch))
-    model.train(was_training)
-    if was_cut_short:
-        return None
     return model.outputs(torch.cat(logits)).cpu().numpy()
 
 
@@ -61,11 +56,6 @@ def check_rows(
     check(problems)
 
 
-def size_of(row: Row) -> int:
-    """The characters of a row's texts."""
-    return characters_of(row[2])
-
-
 def predict_rows(
     rows: Iterable[Row],
     options: ColumnOptions,
@@ -75,7 +65,7 @@ def predict_rows(
 ) -> Iterator[dict]:
     """The records with the cells of their predictions. `predict_chunk`: LabeledRows -> (dataset,
     outputs of `predict`)."""
-    for chunk in in_groups(rows, size_of, CHUNK):
+    for chunk in in_groups(rows, lambda row: characters_of(row[2]), CHUNK):
         labels = [task.label(row, options, classes) for row in chunk]
         texts = [text for *_, text in chunk]
         dataset, outputs = predict_chunk(LabeledRows(texts, labels, classes))

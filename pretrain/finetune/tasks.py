@@ -28,10 +28,11 @@ from pretrain.finetune.entities import (
     read_documents,
     read_tagged_rows,
 )
-from pretrain.finetune.scores import EntityTally, NumberTally, Tally, only_class
+from pretrain.finetune.scores import EntityTally, NumberTally, Tally
 from pretrain.finetune.windows import TaggedDataset, TaggedText
 
 SHOWN_CLASSES = 20
+FEW_ROWS = 10  # below this number, one class for all rows means nothing
 
 
 class Classification:
@@ -40,26 +41,16 @@ class Classification:
     name = "classification"
     auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
     dataset, tally = LabeledDataset, Tally
+    read = staticmethod(read_labeled)  # the labeled rows of files
+    documents = staticmethod(read_texts)  # the rows of files, labeled or not
     has_classes = True  # a row has one of them
     when_long = "cut"  # what happens to texts that are too long
     predictions = "test_predictions.csv"
     curves = ("eval/accuracy", "eval/macro_f1")
 
-    def read(
-        self, paths: Sequence[str], options: ColumnOptions, classes: list[str] | None = None
-    ) -> LabeledRows:
-        """The labeled rows of files; `classes` are those of the training rows, if not these."""
-        return read_labeled(paths, options, classes)
-
     def strata(self, rows: LabeledRows) -> list[str]:
         """The groups that a label budget takes rows from in proportion: one for each row."""
         return rows.labels if self.has_classes else [""] * len(rows.labels)
-
-    def documents(
-        self, paths: Sequence[str], options: ColumnOptions, problems: list[str]
-    ) -> Iterator[Row]:
-        """The rows of files, labeled or not; what is wrong with one goes to `problems`."""
-        return read_texts(paths, options, problems)
 
     def label(self, row: Row, options: ColumnOptions, classes: list[str]) -> object:
         """The label of a row to predict, which may be unknown to the model, or missing."""
@@ -91,8 +82,9 @@ class Classification:
     def warning(self, predicted: Sequence[int], classes: list[str], scores: dict) -> str | None:
         """What is wrong with a model that predicted each class this often, with these scores ({}:
         unknown); None if nothing is."""
-        only = only_class(predicted, classes)
-        return f"the model chooses {only} for every row" if only else None
+        only = classes[int(np.argmax(predicted))]
+        is_only = max(predicted) == sum(predicted) >= FEW_ROWS
+        return f"the model chooses {only} for every row" if is_only else None
 
     def names(self, classes: list[str]) -> list[str]:
         """The labels that a model knows."""
@@ -107,13 +99,8 @@ class Regression(Classification):
     """A number for a row."""
 
     name, tally, has_classes = "regression", NumberTally, False
+    read = staticmethod(read_numbers)
     curves = ("eval/pearson", "eval/spearman")
-
-    def read(
-        self, paths: Sequence[str], options: ColumnOptions, classes: list[str] | None = None
-    ) -> LabeledRows:
-        """The rows of files with numbers."""
-        return read_numbers(paths, options)
 
     def label(self, row: Row, options: ColumnOptions, classes: list[str]) -> float:
         """NaN if it has none."""
@@ -150,16 +137,12 @@ class EntityRecognition(Classification):
     name = "ner"
     auto_class, pipeline = "AutoModelForTokenClassification", "token-classification"
     dataset, tally = TaggedDataset, EntityTally
+    read = staticmethod(read_tagged_rows)
+    names = staticmethod(labels_of)  # in its tags
     has_classes = False
     when_long = "read in overlapping windows"
     predictions = "test_predictions.jsonl"
     curves = ("eval/precision", "eval/recall", "eval/f1")
-
-    def read(
-        self, paths: Sequence[str], options: ColumnOptions, classes: list[str] | None = None
-    ) -> LabeledRows:
-        """The rows of tables and CoNLL files with entities."""
-        return read_tagged_rows(paths, options, classes)
 
     def documents(
         self, paths: Sequence[str], options: ColumnOptions, problems: list[str]
@@ -215,10 +198,6 @@ class EntityRecognition(Classification):
     def warning(self, predicted: Sequence[int], classes: list[str], scores: dict) -> str | None:
         """That it finds nothing, as in a run that needs more steps."""
         return None if sum(predicted) else "the model finds no entities"
-
-    def names(self, classes: list[str]) -> list[str]:
-        """The labels in its tags."""
-        return labels_of(classes)
 
     def title(self, classes: list[str]) -> str:
         """What a model does, for its card."""

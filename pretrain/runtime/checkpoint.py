@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_PRETRAINING_MAPPING, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from pretrain.card import Card, results, write_card
+from pretrain.card import results, write_card
 from pretrain.config import OBJECTIVES
 from pretrain.errors import EXHAUSTED, UserError, first_line, os_error, what_it_takes
 from pretrain.files import (
@@ -36,7 +36,8 @@ from pretrain.schema import Form, Rule, integer, misfit, one_of
 
 RUN_ENTRY = (  # what a run writes; nothing else may be overwritten
     r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*"
-    r"|test_predictions\.csv|confusion\.png|\.?(best|final|checkpoint-\d+)(\.\w+)?"
+    r"|test_predictions\.(csv|jsonl)|confusion\.png|scores\.txt"
+    r"|\.?(best|final|checkpoint-\d+)(\.\w+)?"
     r"|.*\.(tmp|partial)|\.lock"
 )
 FACTS = "pretraining.json"  # has the defaults of scripts/evaluate.py
@@ -246,7 +247,7 @@ def write_model(
     """A model folder that opens with transformers: `weights`, tokenizer, `facts` and model card.
 
     `facts` has "objective", "started_from", "held_out" (scores), and may have "language" and
-    "datasets", see `Card`."""
+    "datasets", see `write_card`."""
     check_finite(weights)
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
@@ -265,7 +266,8 @@ def write_model(
     if frozen:
         opens_with += f"\n\nNot trained: `{'`, `'.join(sorted(frozen))}`."
     family = model.config.model_type
-    card = Card(
+    write_card(
+        folder,
         TASK,
         title=f"{family}, pretrained with {facts['objective']}",
         opens_with=opens_with,
@@ -273,11 +275,10 @@ def write_model(
         tags=[family, "pretraining"],
         started_from=facts["started_from"],
         language=facts.get("language"),
-        datasets=tuple(facts.get("datasets", ())),
+        datasets=facts.get("datasets", ()),
         mask_token=tokenizer.mask_token,
         scores=results(TASK, "held-out text", facts["held_out"], PUBLISHED),
     )
-    write_card(folder, card)
 
 
 def read_facts(folder: Path) -> dict:

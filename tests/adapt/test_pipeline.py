@@ -477,7 +477,7 @@ def test_checkpoints_from_other_options_are_not_resumed(
         ({"task_text": True}, ("--task-text", "False", "True")),
         (
             {"finetune": FINE + " --metric accuracy"},
-            ("--finetune --metric", "macro_f1", "accuracy"),
+            ('--finetune "--metric', "macro_f1", "accuracy"),
         ),
         ({"model": "headless"}, ("--model", "{place}/model", "{place}/headless")),
         ({"control": "control.txt"}, ("--control", "[]", "{place}/control.txt")),

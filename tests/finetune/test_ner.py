@@ -34,6 +34,7 @@ from pretrain.commands import predict as PREDICT
 from pretrain.finetune import build as module
 from pretrain.finetune import predict
 from pretrain.finetune.scores import NumberTally, score_table
+from pretrain.runtime.checkpoint import check_output
 
 OTHERS = ["quick", "slow", "token", "mask", "model", "trained", "sentence"]
 NAMES = {"ORG": ["bank", "bank river", "bank river water"], "PER": ["teacher", "money learning"]}
@@ -115,6 +116,10 @@ def test_entities_are_learned_and_reported(finished, files):
     ]
     right = sum(len({*spans_of(row)} & {*spans_of(row, "entities")}) for row in found)
     assert right / sum(counts) == pytest.approx(summary["test"]["recall"])
+
+
+def test_a_finished_run_may_be_overwritten(finished):
+    check_output(finished[0], overwrite=True)
 
 
 def test_the_folder_opens_in_transformers(finished):
@@ -370,7 +375,8 @@ def test_a_model_that_is_worse_than_the_mean_is_noted(numbers, encoder, tmp_path
     """Numbers far from 0 that it has not reached, in fine-tuning and in prediction."""
     output, path, text = numbers
     assert "worse" not in text and "notes" not in summary_of(output)
-    far = write(tmp_path / "far.csv", [row | {"label": row["label"] + 90} for row in read(path)])
+    rows = [row | {"label": float(row["label"]) + 90} for row in read(path)]
+    far = write(tmp_path / "far.csv", rows)
     argv = ["--task", "regression", "--model", encoder, "--train", far, "--valid", far]
     argv += ["--output", tmp_path / "run", *FAST, "--max-steps", 2]
     assert "worse than predicting the mean" in printed(FINETUNE.main, argv)
