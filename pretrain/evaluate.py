@@ -51,11 +51,9 @@ class ValidationSet:
         for name, kinds in PAIR_KINDS.items():
             if name in self.batches[0].labels:
                 labels = np.concatenate([batch.labels[name].numpy() for batch in self.batches])
-                shares = [
-                    float((labels == kind).sum() / (labels != IGNORED).sum()) for kind in (0, 1)
-                ]
-                most = int(shares[1] > shares[0])
-                size += f", {shares[most]:.1%} of the pairs {kinds[most]}"
+                counts = [int((labels == kind).sum()) for kind in (0, 1)]
+                share = max(counts) / max(1, sum(counts))
+                size += f", {share:.1%} of the pairs {kinds[counts[1] > counts[0]]}"
         return size
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else `import pretrain` finds a script
 
-from pretrain.cli import run_command  # noqa: E402
-from pretrain.commands.evaluate import main  # noqa: E402
+from pretrain.commands.console import run  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    sys.exit(run("evaluate"))

@@ -4,7 +4,7 @@ the `main` of a command in this process. Everything is offline and on one thread
 import contextlib
 import ctypes
 import gc
-import importlib.util
+import importlib
 import json
 import os
 import random
@@ -193,13 +193,8 @@ def encoder(tiny_tokenizer, vocabulary, tmp_path_factory):
 
 
 def script(name):
-    """The module of a script; importing it does not run it."""
-    kept = sys.path[0]
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[0] = kept
-    return module
+    """The module of the command that a script runs."""
+    return importlib.import_module(f"pretrain.commands.{name}")
 
 
 def arguments_of(*parts) -> list[str]:

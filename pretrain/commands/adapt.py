@@ -5,6 +5,8 @@ import shutil
 from pretrain.cli import command, join_quoted, parse
 from pretrain.config import AdaptOptions
 
+HINT = "run the same command again to continue"
+
 
 def main(argv: list[str]) -> None:
     """Parse, run the parts that have no result yet, write the report, print the verdict."""

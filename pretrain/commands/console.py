@@ -1,4 +1,4 @@
-"""The entry points of an installed package: `bert-NAME`, and `python -m pretrain`."""
+"""What starts a command: scripts/, `bert-NAME` of an installed package, `python -m pretrain`."""
 
 import importlib
 import sys

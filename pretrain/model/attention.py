@@ -30,18 +30,13 @@ UNPACKED = "expected a packed batch: call the model's `encode`"
 
 
 class PackedSelfAttention(nn.Module):
-    """Reuses query, key and value of a stock self-attention, under the same names."""
-
-    def __init__(self, stock: nn.Module):
-        super().__init__()
-        self.query, self.key, self.value = stock.query, stock.key, stock.value
-        self.num_heads = stock.num_attention_heads
+    """What the stock self-attention of BERT and RoBERTa becomes, with the same weights."""
 
     def forward(self, hidden_states: Tensor, *_, attend: Attend | None = None, **__):
         """[1, T, width] -> ([1, T, width], None); `attend` is `attention_over` the batch."""
         assert attend is not None, UNPACKED
         qkv = project_together((self.query, self.key, self.value), hidden_states[0])
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
+        qkv = qkv.unflatten(-1, (3, self.num_attention_heads, -1))
         return attend(qkv).flatten(1)[None], None
 
 

@@ -29,16 +29,7 @@ from pretrain.model.distilbert import DistilBertForMaskedLM
 from pretrain.model.modernbert import ModernBertForMaskedLM
 from pretrain.model.packed import PackedModel
 from pretrain.model.roberta import CamembertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM
-from pretrain.schema import (
-    FILE_NAME,
-    Rule,
-    integer,
-    misfit,
-    number,
-    one_of,
-    optional,
-    values_of,
-)
+from pretrain.schema import FILE_NAME, Rule, integer, misfit, number, one_of, optional, values_of
 
 FAMILIES: dict[str, type[PackedModel]] = {
     "bert": BertForPreTraining,

@@ -74,7 +74,7 @@ class PackedModel:
     def replace_attention(self) -> None:
         """Put packed attention, which takes `attend`, in place of each layer's own."""
         for layer in self.layers:
-            layer.attention.self = PackedSelfAttention(layer.attention.self)
+            layer.attention.self.__class__ = PackedSelfAttention
 
     @property
     def max_length(self) -> int:  # tokens per sequence

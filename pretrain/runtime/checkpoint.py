@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -184,9 +183,8 @@ def new_folder(wanted: Path) -> Path:
 
 def write_copy(source: Path, folder: Path) -> None:
     """Write the model of the checkpoint `source` to `folder`."""
-    options: dict[str, Any] = {"dirs_exist_ok": True}
-    options["ignore"] = shutil.ignore_patterns(CHECKSUMS, STATE_JSON, STATE_TENSORS)
-    write_folder(folder, lambda partial: shutil.copytree(source, partial, **options))
+    state = shutil.ignore_patterns(CHECKSUMS, STATE_JSON, STATE_TENSORS)
+    write_folder(folder, lambda new: shutil.copytree(source, new, ignore=state, dirs_exist_ok=True))
 
 
 def checkpoints(output: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Steps with gradients that are not finite: counts and reports them, and stops a run of only such.
+"""Steps with gradients that are not finite: counted, reported, and an error if there are too many.
 
 The optimizer skips them, see `optim.step_if`."""
 

@@ -47,6 +47,13 @@ def end_clock(device: torch.device, begin: float) -> dict[str, float]:
     }
 
 
+def answer_calls(turns: Connection, side: object) -> None:
+    """Answer calls of methods of `side` until a message names none."""
+    while message := turns.recv():
+        method, *values = message
+        turns.send(getattr(side, method)(*values))
+
+
 class Clock:
     """Times the steps of a side in blocks; before each block the side waits for its turn."""
 
@@ -55,10 +62,7 @@ class Clock:
         self._wait()
 
     def _wait(self) -> None:
-        """Answer calls of methods of the side until the next turn."""
-        while message := self.turns.recv():
-            method, *values = message
-            self.turns.send(getattr(self.side, method)(*values))
+        answer_calls(self.turns, self.side)
         self.steps: list[tuple[int, float]] = []
         self.first_begin = self.begin = begin_clock(self.device)
 

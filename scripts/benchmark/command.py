@@ -27,7 +27,7 @@ from pretrain.schema import each, integer, number, option
 from scripts.benchmark.processes import Command, Process, ProcessError, send_rows
 from scripts.benchmark.report import add_ratios, print_report
 
-CHECKS = ("attention", "variants", "resume", "fp16", "use")
+CHECKS = ("attention", "variants", "resume", "fp16", "use")  # parts of scripts/gpu_check.sh
 PARTS = {  # part -> module, in the order of the runs
     "attention": "attention",
     "variants": "steps",
@@ -38,8 +38,7 @@ PARTS = {  # part -> module, in the order of the runs
     **dict.fromkeys(("largest", "numerics"), "limits"),
     "quality": "quality",
 }
-SLOW = ("quality",)
-SPEEDS = tuple(part for part in PARTS if part not in CHECKS + SLOW)
+SPEEDS = tuple(part for part in PARTS if part not in (*CHECKS, "quality"))
 COMPUTING = ("attention", "prepare", "data", "largest", "numerics")  # others start processes
 QUICK = {"model": "mini", "max_length": 128, "batch_size": 16, "micro_batch_size": 16, "steps": 4}
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
@@ -63,7 +62,7 @@ class BenchmarkOptions(
     batch_size: int = option(64, "sequences of max-length in an optimizer step", integer(1))
     micro_batch_size: int = option(32, "sequences per forward pass", integer(1))
     steps: int = option(10, "timed steps of each side; on a GPU, in blocks of 8", integer(1))
-    parts: tuple[str, ...] = option(SPEEDS, "what to measure", choices=SPEEDS + SLOW + CHECKS)
+    parts: tuple[str, ...] = option(SPEEDS, "what to measure", choices=tuple(PARTS))
     quick: bool = option(False, "small sizes and few steps: two minutes for all parts on two cores")
     minutes: float = option(
         7.5, "time limit of the part variants, and of each run of quality", number(0, above=True)

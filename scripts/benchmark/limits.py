@@ -48,10 +48,9 @@ def largest(fits: Callable[[int], bool], cap: int) -> int:
 
 
 def ours_fits(run, size: int) -> bool:
-    """Whether a run accepts a micro-batch of `size`, as full as the text can fill it."""
+    """Whether the fullest micro-batch of `size` sequences passes the trial of a run."""
     batch = fullest_batch(run, size, run.phases[0].collator.fill).to(run.device)
-    seconds = trial_seconds(run.model, batch, autocast(run.device, run.precision))
-    return seconds is not None
+    return trial_seconds(run.model, batch, run.autocast()) is not None
 
 
 def peer_fits(run, size: int, folder: Path) -> bool:

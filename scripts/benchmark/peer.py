@@ -33,16 +33,12 @@ class Peer:
     tokenizer: PreTrainedTokenizerBase
     arguments: dict  # of TrainingArguments
     masks: dict  # of DataCollatorForLanguageModeling
-    gradient_checkpointing: bool
 
     def make_model(self) -> torch.nn.Module:
         """The stock model, from scratch; with the NSP head if the rows have labels."""
         has_pairs = "next_sentence_label" in self.rows[0]
         stock = AutoModelForPreTraining if has_pairs else AutoModelForMaskedLM
-        model = stock.from_config(copy.deepcopy(self.config), attn_implementation="sdpa")
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        return model
+        return stock.from_config(copy.deepcopy(self.config), attn_implementation="sdpa")
 
     def train(self, folder: str, steps: int, *callbacks, resume=None, **changed: object) -> None:
         """Train without output; `changed` are TrainingArguments."""
@@ -88,6 +84,7 @@ def describe(run, rows: list[dict]) -> Peer:
         "max_grad_norm": config.max_grad_norm,
         "bf16": run.precision == "bf16",
         "fp16": run.precision == "fp16",
+        "gradient_checkpointing": config.gradient_checkpointing or None,
         "torch_compile": is_fixed,
         "use_cpu": not on_gpu,
         "train_sampling_strategy": "sequential",
@@ -106,5 +103,4 @@ def describe(run, rows: list[dict]) -> Peer:
         "random_replace_prob": random_share,
         "pad_to_multiple_of": run.phases[0].max_length if is_fixed else None,
     }
-    model_config, checkpointing = run.model.config, config.gradient_checkpointing
-    return Peer(rows, model_config, run.tokenizer, arguments, masks, checkpointing)
+    return Peer(rows, run.model.config, run.tokenizer, arguments, masks)

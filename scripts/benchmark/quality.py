@@ -20,8 +20,8 @@ from pretrain.config import Config
 from pretrain.evaluate import evaluate
 from pretrain.model.loading import from_checkpoint
 from pretrain.model_setup import set_up_model
-from pretrain.runtime.checkpoint import STATE_JSON, checkpoints
-from scripts.benchmark.clock import begin_clock
+from pretrain.runtime.checkpoint import STATE_JSON, checkpoints, step_of
+from scripts.benchmark.clock import answer_calls, begin_clock
 from scripts.benchmark.peer import Peer, describe
 from scripts.benchmark.processes import Command, Process, ProcessError
 from scripts.benchmark.rows import same_examples
@@ -62,10 +62,7 @@ class Referee:
 
 def serve(turns: Connection, options: dict) -> None:
     """Answer calls of methods of a `Referee`."""
-    referee = Referee(options)
-    while True:
-        method, *values = turns.recv()
-        turns.send(getattr(referee, method)(*values))
+    answer_calls(turns, Referee(options))
 
 
 class TimeLimit(TrainerCallback):
@@ -154,8 +151,7 @@ def our_points(output: Path, score: Callable[[Path], dict]) -> list[dict]:
     begin, points = EventAccumulator(str(output)).Reload().FirstEventTimestamp(), []
     for folder in reversed(checkpoints(output)):  # oldest first
         seconds = (folder / STATE_JSON).stat().st_mtime - begin
-        step = int(folder.name.rpartition("-")[2])
-        point = {"side": "ours", "minutes": seconds / 60, "step": step}
+        point = {"side": "ours", "minutes": seconds / 60, "step": step_of(folder)}
         points.append(point | {"perplexity": score(folder)["perplexity"]})
     return points
 

@@ -18,7 +18,7 @@ from pretrain.config import Config
 from pretrain.runtime.distributed import wrap
 from pretrain.runtime.memory import FULL, trial_seconds
 from pretrain.runtime.nan_guard import NanGuard
-from pretrain.runtime.optim import autocast, make_optimizers, peak_flops
+from pretrain.runtime.optim import make_optimizers, peak_flops
 from pretrain.train import train_step
 from scripts.benchmark.clock import PACE, Clock, begin_clock, end_clock
 from scripts.benchmark.peer import describe
@@ -69,20 +69,18 @@ class Ours:
         self.model = wrap(run.model.train(), run.compile)
         self.optimizers = make_optimizers(run.model, config)
         scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
-        self.autocast = autocast(run.device, run.precision)
         rates = (config.learning_rate, config.max_grad_norm)
-        self.settings = (scaler, self.autocast, *rates, run.device)
-        self.loader = run.data  # the micro-batches of each step
+        self.settings = (scaler, run.autocast(), *rates, run.device)
         self.guard, self.wait_seconds = NanGuard(), 0.0
 
     def step(self) -> tuple[int, float]:
         """(real tokens, floating-point operations) of one step; a GPU may not have finished it."""
         begin = time.perf_counter()
-        batches = next(self.loader)
+        batches = next(self.run.data)  # the micro-batches of a step
         self.wait_seconds += time.perf_counter() - begin
         result = train_step(self.model, batches, self.optimizers, *self.settings)
         # Reads the flag of the previous step, so the host is at most one step ahead.
-        self.guard.observe(result.finite, self.loader.step)
+        self.guard.observe(result.finite, self.run.data.step)
         return sum(batch.num_tokens for batch in batches), self.run.flops(batches)
 
     def facts(self) -> dict:
@@ -98,7 +96,7 @@ class Ours:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             batch = run.phases[0].fullest_batch().to(self.device)
-            trial_seconds(run.model, batch, self.autocast)
+            trial_seconds(run.model, batch, run.autocast())
             peak = torch.cuda.max_memory_allocated(self.device)
             total = torch.cuda.get_device_properties(self.device).total_memory
             is_tight = (1 + PEER_MEMORY) * peak > 0.9 * total

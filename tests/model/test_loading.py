@@ -61,7 +61,7 @@ def test_a_size_reaches_the_longest_sequence_and_takes_overrides():
     entries = ["hidden_size=32", "num_attention_heads=4", "hidden_dropout_prob=0"]
     model = from_size("tiny", 120, 600, 0, entries)
     assert model.bert.embeddings.position_embeddings.weight.shape == (600, 32)
-    assert model.layers[0].attention.self.num_heads == 4
+    assert model.layers[0].attention.self.num_attention_heads == 4
     assert model.bert.embeddings.dropout.p == 0
 
 
