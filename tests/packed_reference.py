@@ -3,20 +3,23 @@ ones for stock classes."""
 
 from __future__ import annotations
 
+import re
 from itertools import accumulate
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, PreTrainedConfig, PreTrainedModel
 
-from pretrain.batch import IGNORED, Batch
+from pretrain.batch import IGNORED, Batch, Loss
 from pretrain.config import OBJECTIVES
 from pretrain.data.collate import Collator, Examples
 from pretrain.data.loader import DataPosition, PretrainingDataset
 from pretrain.data.masking import Masking
 from pretrain.data.pairs import Task
+from pretrain.errors import UserError
 from pretrain.model.bert import BertForPreTraining
 from pretrain.model.loading import FAMILIES as LOADED_FAMILIES
 from pretrain.model.packed import PackedModel
@@ -186,6 +189,26 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol, rtol=
             rtol=rtol,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+def assert_same_training(model, batch, stock, theirs) -> dict[str, Loss]:
+    """The loss of a packed batch and its gradients equal those of the stock model, whose output for
+    the same examples, padded, is `theirs`; each weight that is trained has one. Returns our terms
+    of the loss."""
+    terms = model(batch)
+    loss = sum(term.sum / batch.counts[name] for name, term in terms.items())
+    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    theirs.loss.backward()
+    assert_close(gradients(model), gradients(stock), atol=1e-5, rtol=1e-4)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert gradients(model).keys() == trained
+    return terms
+
+
+def refused(value):
+    """The call raises a UserError that starts with the value; the caller adds the option."""
+    return pytest.raises(UserError, match=f"^{re.escape(str(value))}: ")
 
 
 def dense_attention(qkv: Tensor, cu_seqlens: Tensor, window: int | None = None) -> Tensor:

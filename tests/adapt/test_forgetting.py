@@ -95,16 +95,14 @@ def adapt(place, cache, output, model, rate, *more):
 @pytest.mark.parametrize("model", ["model", "headless"])
 def test_a_rate_twenty_times_too_high_is_flagged(place, cache, tmp_path, model):
     found = {}
-    for name, rate in (("gentle", GENTLE), ("harsh", 20 * GENTLE)):
-        change, text = adapt(place, cache, tmp_path / name, model, rate)
+    for said, rate in (("It did not forget", GENTLE), ("It forgot", 20 * GENTLE)):
+        change, text = adapt(place, cache, tmp_path / str(rate), model, rate)
         assert change["trains_head"] == (model == "headless")
         shown = text.partition("Did it forget general text?")[2]
         assert f"by its frequency | {change['unigram']:,.2f} |" in shown
-        found[name] = (change, text)
-    change, text = found["gentle"]
-    assert change["high"] <= forgetting.MARGIN and "It did not forget general text" in text
-    change, text = found["harsh"]
-    assert change["low"] > forgetting.MARGIN and "It forgot general text" in text
+        assert f"{said} general text" in text
+        found[said] = change
+    assert found["It did not forget"]["high"] <= forgetting.MARGIN < found["It forgot"]["low"]
 
 
 def test_replayed_text_is_measured_where_it_was_held_out(place, cache, tmp_path, capsys):
@@ -118,23 +116,18 @@ def test_replayed_text_is_measured_where_it_was_held_out(place, cache, tmp_path,
         config = json.loads((output / name / "config.json").read_text())
         assert config["train"] == [str(output / f"{of}.jsonl") for of in (own, "general")]
         assert config["mix"] == [0.6, 0.4]
-    logged = [
-        row["eval_general/perplexity"]
-        for row in rows(output / "adapted")
-        if "eval/perplexity" in row
-    ]
+    evaluated = [row for row in rows(output / "adapted") if "eval/perplexity" in row]
+    logged = [row["eval_general/perplexity"] for row in evaluated]
     assert [change["before"], change["after"]] == pytest.approx([logged[0], logged[-1]], rel=1e-4)
-    texts = [
-        json.loads(line)["text"] for line in (output / "general.jsonl").read_text().splitlines()
-    ]
+    lines = (output / "general.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
     assert len(texts) == 61 and texts[-1] == "river ."
     assert "40% on general text" in text and "the general text | 61 | 1 |" in text
     without, _ = adapt(place, cache, tmp_path / "without", "model", 5 * GENTLE)
     assert change["difference"] < 0.8 * without["difference"]
     # The general text decides the result: it can no longer be replaced.
-    other = argv_of(
-        place, cache, output, "model", 5 * GENTLE, *more, "--general", place / "general.txt"
-    )
+    more += ["--general", place / "general.txt"]
+    other = argv_of(place, cache, output, "model", 5 * GENTLE, *more)
     assert refusal(ADAPT, other, capsys).startswith(f"--output {output}: ")
 
 
@@ -170,11 +163,3 @@ def test_the_sentence_says_what_the_interval_says(low, high, said):
     text = report.forgotten(vars(change))
     assert text.startswith(said) and f"{low:+.3f} to {high:+.3f} over 60 documents" in text
     assert report.forgotten({}) == "" and "not finite" in report.forgotten({"after": None})
-
-
-def test_general_text_that_does_not_exist_is_refused(place, tmp_path, capsys):
-    argv = ["--model", place / "model", "--text", place / "text.txt", "--output", tmp_path / "out"]
-    for name in ("train", "valid", "test"):
-        argv += [f"--{name}", place / f"{name}.csv"]
-    told = refusal(ADAPT, [*argv, "--general", place / "absent.txt"], capsys)
-    assert told.startswith("--general ") and "\n" not in told

@@ -31,10 +31,11 @@ def f1_of(given, found):
 
 def slow_entities(truth, predicted, metric):
     """From sets of the entities of all texts, each with the number of its text."""
-    given, found = (
-        {(text, *entity) for text, entities in enumerate(of) for entity in entities}
-        for of in (truth, predicted)
-    )
+
+    def as_set(texts):
+        return {(text, *entity) for text, entities in enumerate(texts) for entity in entities}
+
+    given, found = as_set(truth), as_set(predicted)
     if metric == "f1":
         return f1_of(given, found)
     f1 = []
@@ -66,9 +67,8 @@ def slow_numbers(truth, predicted, metric):
         return 0.0
     pearson = np.corrcoef(truth, predicted)[0, 1]
     spearman = np.corrcoef(stats.rankdata(truth), stats.rankdata(predicted))[0, 1]
-    return {"pearson": pearson, "spearman": spearman, "correlation": (pearson + spearman) / 2}[
-        metric
-    ]
+    scores = {"pearson": pearson, "spearman": spearman, "correlation": (pearson + spearman) / 2}
+    return scores[metric]
 
 
 SLOW = {"classification": slow_classes, "ner": slow_entities, "regression": slow_numbers}
@@ -168,9 +168,11 @@ def better_and_worse(task, rng, num_rows, seeds):
 
 def interval(task, metric, truth, left, right, **more):
     measure = MEASURES[task]
-    sides = [
-        np.stack([measure.outcomes(truth, of, LABELS) for of in side]) for side in (left, right)
-    ]
+
+    def outcomes(side):
+        return np.stack([measure.outcomes(truth, predicted, LABELS) for predicted in side])
+
+    sides = outcomes(left), outcomes(right)
     return bootstrap.bootstrap(measure.metrics[metric].score, *sides, **more)
 
 

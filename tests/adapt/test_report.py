@@ -124,16 +124,8 @@ def test_the_verdict_includes_warnings(change, named):
     facts |= {"perplexity": {"after": 21.5, "unigram": 100.0}, "task": 0.5} | change
     texts = {"text": {"unknown_share": 0.0}, "task": {"unknown_share": facts["unknown_share"]}}
     facts = {"best_steps": [9, 6], "macro_f1": 0.5, "predicted": [0, 1, 1]} | facts
-    runs = [
-        {
-            "steps": 9,
-            "best_step": step,
-            "valid": facts,
-            "test": facts,
-            "predicted": facts["predicted"],
-        }
-        for step in facts["best_steps"]
-    ]
+    run = {"steps": 9, "valid": facts, "test": facts, "predicted": facts["predicted"]}
+    runs = [run | {"best_step": step} for step in facts["best_steps"]]
     facts |= {"metric": "macro_f1", "scores": {"base": {"all": runs}}}
     facts["overlap"] = {"texts": texts, "overlap": {"text": {"task": facts["task"]}}}
     found = report.caveats(facts)

@@ -56,10 +56,8 @@ def test_its_numbers_are_those_of_its_runs_and_it_runs_only_what_changed(place, 
     shutil.copytree(place / "tasks", tasks)
     SUITE(options_for(place, tasks, output, "--seeds", "2"))
     facts, first = json.loads((output / "suite.json").read_text()), saved(output)
-    assert {name: task["split"] for name, task in facts["tasks"].items()} == {
-        "pairs": "valid",
-        "plain": "test",
-    }
+    splits = {name: task["split"] for name, task in facts["tasks"].items()}
+    assert splits == {"pairs": "valid", "plain": "test"}
     for name, task in facts["tasks"].items():
         for seed, score in enumerate(task["scores"]):
             (folder,) = (output / "runs").glob(f"{name}-{seed}-*")
@@ -76,18 +74,14 @@ def test_its_numbers_are_those_of_its_runs_and_it_runs_only_what_changed(place, 
     SUITE(options_for(place, tasks, output, "--seeds", "3"))
     again = saved(output)
     assert first.items() <= again.items()  # nothing ran twice
-    assert sorted(name.rsplit("-", 1)[0] for name in again.keys() - first.keys()) == [
-        "pairs-2",
-        "plain-0",
-        "plain-1",
-        "plain-2",
-    ]
+    new = sorted(name.rsplit("-", 1)[0] for name in again.keys() - first.keys())
+    assert new == ["pairs-2", "plain-0", "plain-1", "plain-2"]
 
 
 def test_an_interrupted_suite_gives_the_same_result(place, tmp_path):
     whole, output = tmp_path / "whole", tmp_path / "out"
-    for folder in (whole, output):
-        SUITE(options_for(place, place / "tasks", folder, "--seeds", "1"))
+    SUITE(options_for(place, place / "tasks", whole, "--seeds", "1"))
+    shutil.copytree(whole, output)
     shutil.rmtree(output / "runs")
     next((output / "parts").glob("plain-*")).unlink()
     (output / "suite.json").unlink()
@@ -96,36 +90,23 @@ def test_an_interrupted_suite_gives_the_same_result(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "breaks, named",
+    "file, content, named",
     [
-        (lambda tasks: shutil.rmtree(tasks / "plain") or shutil.rmtree(tasks / "pairs"), ["tasks"]),
-        (lambda tasks: (tasks / "plain" / "valid.csv").unlink(), ["plain", "valid"]),
-        (lambda tasks: (tasks / "pairs" / "task.json").write_text('{"seed": 1}'), ["seed"]),
-        (lambda tasks: (tasks / "pairs" / "task.json").write_text('{"color": 1}'), ["color"]),
-        (lambda tasks: (tasks / "plain" / "task.json").write_text("{"), ["plain", "JSON"]),
-        (
-            lambda tasks: (tasks / "plain" / "task.json").write_text('{"label_field": "class"}'),
-            ["plain", "class"],
-        ),
-        *(
-            (
-                lambda tasks, value=value: (tasks / "plain" / "task.json").write_text(value),
-                ["plain", "task.json", "train"],
-            )
-            for value in ('{"train": 5}', '{"train": ["train.csv", 5]}', '{"train": "/train.csv"}')
-        ),
-        (
-            lambda tasks: shutil.copy(
-                tasks / "plain" / "train.csv", tasks / "plain" / "train.1k.csv"
-            ),
-            ["plain", "train.1k.csv, train.csv"],
-        ),
+        ("plain/valid.csv", None, ["plain", "valid"]),
+        ("pairs/task.json", '{"seed": 1}', ["seed"]),
+        ("pairs/task.json", '{"color": 1}', ["color"]),
+        ("plain/task.json", "{", ["plain", "JSON"]),
+        ("plain/task.json", '{"label_field": "class"}', ["plain", "class"]),
+        ("plain/task.json", '{"train": 5}', ["plain", "task.json", "train"]),
+        ("plain/task.json", '{"train": ["train.csv", 5]}', ["plain", "task.json", "train"]),
+        ("plain/task.json", '{"train": "/train.csv"}', ["plain", "task.json", "train"]),
+        ("plain/train.1k.csv", "text,label", ["plain", "train.1k.csv, train.csv"]),
     ],
 )
-def test_a_bad_task_is_named_before_any_work(breaks, named, place, tmp_path, capsys):
+def test_a_bad_task_is_named_before_any_work(file, content, named, place, tmp_path, capsys):
     tasks, output = tmp_path / "tasks", tmp_path / "out"
     shutil.copytree(place / "tasks", tasks)
-    breaks(tasks)
+    (tasks / file).unlink() if content is None else (tasks / file).write_text(content)
     message = refusal(SUITE, options_for(place, tasks, output), capsys)
     assert all(word in message for word in ["--tasks", *named])
     assert not (output / "parts").exists()
@@ -138,8 +119,10 @@ def test_a_bad_task_is_named_before_any_work(breaks, named, place, tmp_path, cap
         (["--finetune", "--train x.csv"], "--train"),
         (["--seeds", "0"], "--seeds"),
         (["--tasks", "nowhere"], "--tasks"),
+        (["--tasks", "{place}/model"], "--tasks"),  # no folder is in it
     ],
 )
 def test_bad_options_are_refused(more, option, place, tmp_path, capsys):
+    more = [word.format(place=place) for word in more]
     argv = options_for(place, place / "tasks", tmp_path / "out", *more)
     assert option in refusal(SUITE, argv, capsys)

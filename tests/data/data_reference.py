@@ -1,5 +1,7 @@
 """Handmade vocabulary, shards and plans for the tests of pairs, masks and batches."""
 
+from itertools import islice
+
 import numpy as np
 import torch
 
@@ -7,6 +9,7 @@ from pretrain.batch import IGNORED, Batch
 from pretrain.data.collate import Collator, Examples
 from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START, Shard
 from pretrain.data.hash_rng import key
+from pretrain.data.loader import TrainData
 from pretrain.data.pairs import Plan, Task, make_plan
 from pretrain.data.tokenizer import Vocabulary
 
@@ -39,28 +42,16 @@ def random_lengths(documents: int, sentences: int, longest: int, seed: int = 3) 
     return [source.integers(1, longest + 1, count).tolist() for count in counts]
 
 
-def make_shard(
-    documents: int = 80,
-    sentences: int = 40,
-    longest: int = 12,
-    seed: int = 1,
-    specials: bool = True,
-    entities: bool = True,
-) -> Shard:
+def make_shard(documents=80, sentences=40, longest=12, seed=1, specials=True) -> Shard:
     """Random tokens, half of them from a few ids; about a third in entities."""
     source = np.random.default_rng(seed)
     lengths = random_lengths(documents, sentences, longest, seed)
     count = sum(map(sum, lengths))
     kinds = [UNKNOWN, 50, *ORDINARY] if specials else range(5, 50)
-    ids = np.where(
-        source.random(count) < 0.5,
-        source.choice(kinds, count),
-        source.choice([5, 6, 40, 41], count),
-    )
+    is_any = source.random(count) < 0.5
+    ids = np.where(is_any, source.choice(kinds, count), source.choice([5, 6, 40, 41], count))
     flags = STARTS_WORD[ids] * np.uint8(WORD_START)
-    if entities:
-        flags |= mark_entities(sum(lengths, []), source)
-    return shard_of(lengths, ids, flags)
+    return shard_of(lengths, ids, flags | mark_entities(sum(lengths, []), source))
 
 
 def mark_entities(lengths: list[int], source: np.random.Generator) -> np.ndarray:
@@ -103,6 +94,11 @@ def contents(batch: Batch) -> dict:
         name: (part.dtype, part.tolist()) if isinstance(part, torch.Tensor) else part
         for name, part in parts.items()
     }
+
+
+def take_steps(data: TrainData, count: int) -> list[list[dict]]:
+    """The contents of the micro-batches of the next steps."""
+    return [[contents(batch) for batch in batches] for batches in islice(data, count)]
 
 
 def pair_labels(batch: Batch) -> torch.Tensor:

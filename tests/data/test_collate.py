@@ -1,6 +1,7 @@
-"""Collating: the packed batch and its flags against examples built one by one; masks that do not
-depend on the rest of the micro-batch; a rate that changes only masks; labels of another loss;
-and filling to fixed shapes, which changes nothing real."""
+"""Collating: the packed batch against examples built one by one (for its flags see the masks of
+examples in test_masking.py); masks that do not depend on the rest of the micro-batch; a rate that
+changes only masks; labels of another loss; and filling to fixed shapes, which changes nothing
+real."""
 
 import math
 from dataclasses import fields, replace
@@ -10,7 +11,6 @@ import pytest
 import torch
 from data_reference import (
     CLS,
-    MASK,
     PAD,
     PAIRS,
     SEP,
@@ -32,8 +32,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.batch import IGNORED, Batch
-from pretrain.data.collate import Collator, Examples, pack
-from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START, Shard
+from pretrain.data.collate import Collator, Examples
+from pretrain.data.corpus import Shard
 from pretrain.data.hash_rng import key
 from pretrain.data.masking import Masking, read_similar
 from pretrain.data.pairs import Plan, Task, make_plan
@@ -104,10 +104,8 @@ def test_batches_against_examples_built_one_by_one(shard, task, name, fill):
             a = shard.ids[row.a_start[0] : row.a_start[0] + row.a_length[0]].tolist()
             b = shard.ids[row.b_start[0] : row.b_start[0] + row.b_length[0]].tolist()
             text = [CLS, *a, SEP, *b, SEP] if b else [CLS, *a, SEP]
-            unmasked = dict(enumerate(example["ids"])) | dict(
-                zip(example["masked"], example["labels"])
-            )
-            assert list(unmasked.values()) == text
+            labels = dict(zip(example["masked"], example["labels"]))
+            assert list((dict(enumerate(example["ids"])) | labels).values()) == text
             assert example["types"] == [0] * (len(a) + 2) + [1] * (len(text) - len(a) - 2)
             assert example["positions"] == list(range(len(text)))
             assert example["pair"] == row.label[0]
@@ -150,47 +148,6 @@ def test_types_of_the_arrays(fill):
         if isinstance(value, torch.Tensor):
             assert value.dtype == (torch.int32 if name == "cu_seqlens" else torch.int64)
             assert value.is_contiguous()
-
-
-@settings(max_examples=40, deadline=None)
-@given(shard=SHARDS, task=TASKS)
-def test_flags_equal_the_corpus_except_at_segment_starts(shard, task):
-    """A word or entity that is cut begins there; [CLS] and [SEP] are words outside entities."""
-    plan, expected = plan_of(shard, task), []
-    packed = pack(Examples(shard, plan), VOCABULARY)
-    rows = zip(plan.a_start, plan.a_length, plan.b_start, plan.b_length)
-    for a_start, a_length, b_start, b_length in rows:
-        expected.append(WORD_START)
-        for start, length in ((a_start, a_length), (b_start, b_length)):
-            segment = shard.flags[start : start + length].tolist()
-            if segment:
-                in_entity = segment[0] & (ENTITY_START | ENTITY_INSIDE) > 0
-                segment[0] = WORD_START | ENTITY_START * in_entity
-                expected += [*segment, WORD_START]
-    assert packed.flags.tolist() == expected and packed.flags.dtype == np.uint8
-    assert np.array_equal(packed.lengths, plan.lengths)
-    assert np.array_equal(np.bincount(packed.sequence), plan.lengths)
-    assert np.array_equal(packed.maskable, ~SPECIAL[packed.ids])
-
-
-def test_an_entity_cut_by_a_segment_start_is_a_new_entity():
-    """Of an entity of six tokens the last four are A and the first two B: each is masked whole or
-    not, independently."""
-    flags = np.array([WORD_START | ENTITY_START] + [ENTITY_INSIDE] * 5 + [WORD_START] * 4, np.uint8)
-    shard, num = shard_of([[10]], range(10, 20), flags), 2000
-    columns = (np.full(num, value) for value in (2, 8, 0, 2, 0))
-    plan = Plan(*columns, keys=np.arange(num, dtype=np.uint64) + key(3))
-    options = Masking("entity", (1.0, 0.0, 0.0), 0.5, 1.0)
-    batch = collator_of(Task("swapped", 16, 1, 0.01, 0), options)(Examples(shard, plan))
-    shown = batch.input_ids.numpy().reshape(num, 13) == MASK
-    a, b = shown[:, 1:5], shown[:, 10:12]
-    assert np.array_equal(a.all(1), a.any(1)) and np.array_equal(b.all(1), b.any(1))
-    for first in (False, True):
-        for second in (False, True):
-            share = (a[:, 0] == first)[b[:, 0] == second].mean()
-            assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(num / 2)
-    neither = ~a[:, 0] & ~b[:, 0]
-    assert (shown[:, 5:9].sum(1) == neither).all()  # the one token that the rate asks for
 
 
 # ---------------------------------------------------------------- masks and packing

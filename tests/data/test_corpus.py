@@ -307,10 +307,9 @@ def test_four_documents_are_split_by_hash(documents, make):
 @pytest.mark.parametrize("is_part", [False, True])
 def test_selection_takes_documents_of_lowest_hash(many_shards, max_tokens, is_part):
     corpus = many_shards.split(0.4)[1] if is_part else many_shards
-    hashes = np.concatenate(
-        [corpus.shard(index).hashes[corpus.documents(index)] for index in range(corpus.num_shards)]
-    ).tolist()
-    expected = []
+    hashes, expected = [], []
+    for index in range(corpus.num_shards):
+        hashes += corpus.shard(index).hashes[corpus.documents(index)].tolist()
     for _, document in sorted(zip(hashes, documents_of(corpus))):
         # Two documents at least: a random B needs another one.
         if len(flat(expected)) < max_tokens or len(expected) < 2:

@@ -14,9 +14,8 @@ from itertools import islice, product
 import numpy as np
 import pytest
 import torch
-from data_reference import contents, restored
+from data_reference import contents, restored, take_steps
 
-from pretrain.batch import Batch
 from pretrain.data import sources as reading
 from pretrain.data.collate import Collator
 from pretrain.data.corpus import Corpus
@@ -209,10 +208,6 @@ def steps(source, collator) -> list[tuple[int, DataPosition, list[dict]]]:
     return found
 
 
-def take_steps(data: TrainData, count: int) -> list[list[dict]]:
-    return [[contents(batch) for batch in batches] for batches in islice(data, count)]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_steps_equal_the_slow_loop(source, collator, steps, world_size, workers):
@@ -331,9 +326,3 @@ def test_two_plans_stay_in_memory(dataset, source):
     last = source.num_shards - 1
     assert dataset.plan(0, last) is plans[last] and dataset.plan(0, last - 1) is plans[last - 1]
     assert dataset.plan(0, 0) is not plans[0]
-
-
-def test_a_batch_is_sent_between_processes_unchanged(dataset, collator):
-    batch = collator(dataset[START])
-    sent = pickle.loads(pickle.dumps(batch))
-    assert type(sent) is Batch and contents(sent) == contents(batch)

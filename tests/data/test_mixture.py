@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 from conftest import make_documents, write_documents
-from data_reference import contents
+from data_reference import contents, take_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,8 +39,8 @@ def corpora(tiny_tokenizer, tmp_path_factory):
     return made
 
 
-def mixture_of(corpora, task=TASKS[0], weights=WEIGHTS):
-    return Mixture([PretrainingDataset(corpus, task) for corpus in corpora], weights)
+def mixture_of(corpora, task=TASKS[0]):
+    return Mixture([PretrainingDataset(corpus, task) for corpus in corpora], WEIGHTS)
 
 
 # Whose turn it is.
@@ -146,10 +146,6 @@ def train_data(corpora, vocabulary, **more) -> TrainData:
     return TrainData(phases, ENDS, MICRO_BATCHES, total_steps=STEPS, **more)
 
 
-def take(data, count):
-    return [[contents(batch) for batch in batches] for batches in islice(data, count)]
-
-
 @pytest.fixture(scope="module")
 def steps(corpora, vocabulary):
     """Contents of the micro-batches of each step, the slow way: one at a time."""
@@ -183,18 +179,18 @@ def next_shards(dataset: Mixture, position: MixturePosition) -> MixturePosition:
 def test_steps_equal_the_slow_loop(corpora, vocabulary, steps, world_size, workers):
     for rank in range(world_size):
         more = {"rank": rank, "world_size": world_size, "workers": workers}
-        found = take(train_data(corpora, vocabulary, **more), STEPS)
+        found = take_steps(train_data(corpora, vocabulary, **more), STEPS)
         assert found == [batches[rank::world_size] for batches in steps]
 
 
 @pytest.mark.parametrize("step", [1, 6, 7, 8, 11])
 def test_a_resumed_run_reads_the_remaining_steps(corpora, vocabulary, steps, step):
     data = train_data(corpora, vocabulary)
-    take(data, step)
+    take_steps(data, step)
     state = json.loads(json.dumps(data.state_dict()))
     assert misfit(state, data.state_form) is None
     after = train_data(corpora, vocabulary, workers=step % 2)
     after.load_state_dict(state)
-    assert take(after, STEPS - step) == steps[step:]
-    take(data, STEPS - step)
+    assert take_steps(after, STEPS - step) == steps[step:]
+    take_steps(data, STEPS - step)
     assert after.state_dict() == data.state_dict()

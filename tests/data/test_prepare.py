@@ -39,8 +39,8 @@ def write_files(folder: Path, documents: list[list[str]], per_file: int) -> list
     return sum(files, [])
 
 
-def await_(holds, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+def await_(holds) -> None:
+    end = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import conftest
 import pytest
 
 from pretrain.data.sources import Source, check_files
@@ -34,16 +35,10 @@ def texts(documents: list[list]) -> list[list[str]]:
     return [[sentence for sentence, _ in document] for document in documents]
 
 
-def plain_text(documents: list[list[str]]) -> str:
-    """A sentence on each line, a blank line between documents."""
-    return "\n\n".join("\n".join(document) for document in documents) + "\n"
-
-
 def write_documents(path: Path, documents: list[list[str]]) -> list[Source]:
     """The documents in a file, checked."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(plain_text(documents), encoding="utf-8")
-    return check_files([path])
+    return check_files([conftest.write_documents(path, documents)])
 
 
 def content(folder: Path) -> dict[str, bytes]:

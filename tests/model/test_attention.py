@@ -44,11 +44,11 @@ def with_mask(monkeypatch):
     torch._dynamo.reset()
 
 
-def twins(vocab_size, **settings):
+def twins(model):
     """The same model with either attention."""
-    models = [small_model(vocab_size, **settings) for _ in range(2)]
-    models[1].attention = VARLEN
-    return models
+    kernel = copy.deepcopy(model)
+    kernel.attention = VARLEN
+    return model, kernel
 
 
 def run(model, batch, compiled=None):
@@ -159,25 +159,41 @@ def test_a_filled_batch_has_the_same_losses_and_gradients(objective, corpus, voc
 def test_the_kernels_path_through_the_model_equals_the_loop(
     objective, fill, checkpointing, corpus, vocabulary, with_mask
 ):
-    loop, kernel = twins(vocabulary.size, objective=objective)
+    loop, kernel = twins(small_model(vocabulary.size, objective))
     if checkpointing:
         kernel.gradient_checkpointing_enable()
     batch = make_batches(corpus, vocabulary, objective, fill=fill)[0]
     assert_equal_runs(run(kernel, batch), run(loop, batch))
 
 
-@pytest.mark.parametrize("fill", [True, False])
+@pytest.mark.parametrize(
+    "family, fill, lengths",
+    [
+        ("bert", True, (16, 24, 40)),
+        ("bert", False, (64,)),
+        ("distilbert", True, (16, 40)),
+        ("modernbert", True, (16, 40)),
+    ],
+)
 def test_filled_batches_compile_once_for_each_shape_without_a_graph_break(
-    fill, corpus, vocabulary, with_mask, monkeypatch
+    family, fill, lengths, corpus, vocabulary, with_mask, monkeypatch
 ):
-    """In three phases, each seen twice: by default the second would make one graph of any shape,
+    """In several phases, each seen twice: by default the second would make one graph of any shape,
     and the third would have none. Batches that are not filled compile more often."""
-    counter, batches, (eager, model) = CompileCounter(), [], twins(vocabulary.size)
+    counter, batches = CompileCounter(), []
+    # ModernBERT's two layers differ: in the second one, attention has a window.
+    layers = {"num_hidden_layers": 2 if family == "modernbert" else 1}
+    packed = small_packed(family, vocabulary.size, **layers)
+    packed.use_pairs(1.0 if family == "bert" else None)
+    eager, model = twins(packed)
     compile_with = partial(torch.compile, backend=counter, fullgraph=True)
     monkeypatch.setattr(torch, "compile", compile_with)
     compiled = wrap(model, True)
-    for length in (16, 24, 40) if fill else (64,):
-        batches += make_batches(corpus, vocabulary, fill=fill, count=3, max_length=length)
+    objective = "mlm+nsp" if family == "bert" else "mlm"
+    for length in lengths:
+        batches += make_batches(
+            corpus, vocabulary, objective, fill=fill, count=3, max_length=length
+        )
     for batch in batches + batches * fill:
         assert_equal_runs(run(model, batch, compiled), run(eager, batch))
     for name in ("lengths", "num_tokens"):
@@ -187,24 +203,6 @@ def test_filled_batches_compile_once_for_each_shape_without_a_graph_break(
         assert counter.frame_count == len(shapes) < len(batches)
     else:
         assert counter.frame_count > 1
-
-
-@pytest.mark.parametrize("family", ["distilbert", "modernbert"])
-def test_other_families_take_the_kernels_path_and_compile_without_a_graph_break(
-    family, corpus, vocabulary, with_mask, monkeypatch
-):
-    counter, loop = CompileCounter(), small_packed(family, vocabulary.size)
-    model, batches = copy.deepcopy(loop), []
-    model.attention = VARLEN
-    compile_with = partial(torch.compile, backend=counter, fullgraph=True)
-    monkeypatch.setattr(torch, "compile", compile_with)
-    compiled = wrap(model, True)
-    for length in (16, 40):
-        batches += make_batches(corpus, vocabulary, "mlm", fill=True, count=2, max_length=length)
-    for batch in batches * 2:
-        assert_equal_runs(run(model, batch, compiled), run(loop, batch))
-    shapes = {(len(batch.input_ids), len(batch.lengths)) for batch in batches}
-    assert counter.frame_count == len(shapes) < len(batches)
 
 
 CPU, AMPERE, TURING = ("cpu", (0, 0)), ("cuda", (8, 0)), ("cuda", (7, 5))

@@ -10,7 +10,9 @@ from packed_reference import (
     FAMILIES,
     MAX_LENGTH,
     ROBERTAS,
+    WINDOW,
     assert_close,
+    assert_same_training,
     gradients,
     make_batches,
     pad,
@@ -92,7 +94,7 @@ def test_logits_losses_and_gradients_equal_stock_model_padded(
         expected = {"mlm": theirs.prediction_logits[masked], pairs: theirs.seq_relationship_logits}
     assert_close(ours, expected, atol=1e-5)
 
-    terms = model(batch)
+    terms = assert_same_training(model, batch, stock, theirs)
     assert terms.keys() == expected.keys()
     for name, logits in expected.items():
         num_known = (labels[name] != IGNORED).sum()
@@ -100,21 +102,16 @@ def test_logits_losses_and_gradients_equal_stock_model_padded(
         mean = F.cross_entropy(logits, labels[name], ignore_index=IGNORED)
         torch.testing.assert_close(terms[name].sum / num_known, mean, atol=1e-5, rtol=1e-5)
         assert terms[name].num_correct == (logits.argmax(-1) == labels[name]).sum()
-    loss = sum(term.sum / batch.counts[name] for name, term in terms.items())
-    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=1e-5)
-    loss.backward()
-    theirs.loss.backward()
-    assert_close(gradients(model), gradients(stock), atol=1e-5, rtol=1e-4)
-    trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert gradients(model).keys() == trainable
 
 
-def test_bf16_gradients_are_close_to_float32(batches, vocabulary):
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_bf16_gradients_are_close_to_float32(family, batches, vocabulary):
     """With hidden states in bf16, too: LayerNorm's sums are in float32."""
+    entries = {"bert": ["hidden_dropout_prob=0"], "modernbert": [f"local_attention={2 * WINDOW}"]}
     torch.manual_seed(0)
-    off = ["hidden_dropout_prob=0"]
-    model = from_size("tiny", vocabulary.size, MAX_LENGTH, vocabulary.pad_id, off).train()
-    batch, found = batches["mlm+nsp"], []
+    sizes = ("tiny", vocabulary.size, MAX_LENGTH, vocabulary.pad_id)
+    model = from_size(*sizes, entries[family], family).train()
+    batch, found = batches["mlm+nsp" if family == "bert" else "mlm"], []
     for is_bf16 in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
@@ -127,15 +124,6 @@ def test_bf16_gradients_are_close_to_float32(batches, vocabulary):
         # A bias of the keys has a gradient of 0: it shifts all scores of a query equally.
         size = gradient.norm().clamp(min=1e-3 * largest)
         assert (rounded[name] - gradient).norm() < 0.025 * size, name
-
-
-def test_examples_in_a_pack_do_not_see_one_another(vocabulary, corpus):
-    model = small_model(vocabulary.size)
-    (whole,) = make_batches(corpus, vocabulary, micro_batch_size=8)
-    # The plan's order does not depend on the size of a micro-batch.
-    parts = make_batches(corpus, vocabulary, micro_batch_size=1, count=4)
-    alone = torch.cat([model.encode(part) for part in parts])
-    torch.testing.assert_close(model.encode(whole)[: len(alone)], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind, drops", [("attention_probs", False), ("hidden", True)])
@@ -195,9 +183,8 @@ def test_saved_folder_opens_with_the_auto_classes(family, vocabulary, tmp_path):
     own = {"attention_probs_dropout_prob": 0.3, "layer_norm_eps": 1e-7}  # stays, though unused
     saved_stock(family, vocabulary, tmp_path / "stock", **own)
     from_checkpoint(str(tmp_path / "stock"))[0].save_pretrained(tmp_path / "ours")
-    before, after = (
-        json.loads((tmp_path / name / "config.json").read_text()) for name in ("stock", "ours")
-    )
+    paths = [tmp_path / name / "config.json" for name in ("stock", "ours")]
+    before, after = (json.loads(path.read_text()) for path in paths)
     assert after == before and after["model_type"] == family
     assert after["architectures"] == [FAMILIES[family] + HEADS[family]]
     weights = load_file(tmp_path / "ours" / "model.safetensors")
@@ -210,18 +197,6 @@ def test_saved_folder_opens_with_the_auto_classes(family, vocabulary, tmp_path):
         for name, weight in model.state_dict().items():
             if name in weights or f"bert.{name}" in weights:  # not tied to another
                 assert torch.equal(weight, weights.get(name, weights.get(f"bert.{name}"))), name
-
-
-@EACH_FAMILY
-def test_decoder_is_tied_to_the_word_embeddings_after_loading(family, vocabulary, tmp_path):
-    saved_stock(family, vocabulary, tmp_path)
-    ours = from_checkpoint(str(tmp_path))[0]
-    for model in (ours, AutoModelForMaskedLM.from_pretrained(tmp_path)):
-        decoder = model.get_output_embeddings()
-        assert decoder.weight is model.get_input_embeddings().weight
-        if family not in OTHERS:  # these have one bias
-            head = model.cls.predictions if family == "bert" else model.lm_head
-            assert decoder.bias is head.bias
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """A run of each family goes from text to a model that fills masks, and on to a classifier."""
 
 import csv
+import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,7 @@ import torch
 from conftest import assert_same_run, interrupted_copy, refusal, rows, script
 from packed_reference import small_stock, stock_class
 from test_fill_mask import assert_stock_scores
-from transformers import (
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 PRETRAIN, EVALUATE, FINETUNE = script("pretrain"), script("evaluate"), script("finetune")
 OPTIONS = (
@@ -66,16 +64,13 @@ def test_a_run_trains_and_its_model_opens_with_transformers(base, finished):
     assert logged[-1]["step"] == 6
     assert all(math.isfinite(row.get("train/loss", 0.0)) for row in logged)
     assert logged[-1]["eval/perplexity"] < 0.9 * logged[0]["eval/perplexity"]
-    opened, info = AutoModelForMaskedLM.from_pretrained(
-        finished / "final", output_loading_info=True
-    )
+    folder = finished / "final"
+    opened, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
     assert type(opened) is stock_class(base[0], "ForMaskedLM")
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    texts = (
-        AutoTokenizer.from_pretrained(folder)("banking rivers teach quickly .").input_ids
-        for folder in (finished / "final", base[1])
-    )
-    assert next(texts) == next(texts)
+    ours, theirs = map(AutoTokenizer.from_pretrained, (folder, base[1]))
+    text = "banking rivers teach quickly ."
+    assert ours(text).input_ids == theirs(text).input_ids
 
 
 def test_whole_words_are_masked(base, arguments, tmp_path, steps_seen):
@@ -136,32 +131,24 @@ def test_what_the_model_cannot_do_is_refused_by_option_and_value(
 
 
 @NEW
-@pytest.mark.parametrize("masking", ["token", "span", "entity"])
-def test_masks_of_all_kinds(masking, base, arguments, documents, tmp_path, steps_seen):
-    """Of entities, all of their tokens and no others."""
-    terms, text = ("bank", "river"), tmp_path / "text.jsonl"
+def test_entities_are_masked_whole_and_alone(base, arguments, documents, tmp_path, steps_seen):
+    """All of their tokens and no others."""
+    text = tmp_path / "text.jsonl"
     with text.open("w") as out:
-        for document in documents:
-            for sentence in document:
-                words = sentence.split(" ")
-                starts = [len(" ".join([*words[:place], ""])) for place in range(len(words))]
-                spans = [[at, at + len(of)] for at, of in zip(starts, words) if of in terms]
-                out.write(json.dumps({"text": sentence, "entities": spans}) + "\n")
-    more = ["--masking", masking, "--max-steps", "2", "--output", str(tmp_path / "run")]
-    if masking == "entity":
-        more += ["--train", str(text), "--entity-fill", "none", "--entity-budget", "0.5"]
-    PRETRAIN.main([*arguments, *more])
-    tokenizer, found = AutoTokenizer.from_pretrained(base[1]), []
+        for sentence in itertools.chain(*documents):
+            spans = [match.span() for match in re.finditer(r"\b(bank|river)\b", sentence)]
+            out.write(json.dumps({"text": sentence, "entities": spans}) + "\n")
+    more = ["--train", text, "--masking", "entity", "--entity-fill", "none"]
+    more += ["--entity-budget", 0.5, "--max-steps", 2, "--output", tmp_path / "run"]
+    PRETRAIN.main([*arguments, *map(str, more)])
+    tokenizer, found = AutoTokenizer.from_pretrained(base[1]), set()
     for batch in (batch for batches in steps_seen for batch in batches):
         number = int(batch.counts["mlm"])  # what follows is filling
         positions, labels = batch.masked_positions[:number], batch.labels["mlm"][:number]
-        assert not set(labels.tolist()) & set(tokenizer.all_special_ids)
         run = torch.cat([torch.zeros(1), (positions.diff() != 1).cumsum(0)])[:number]
-        found += [tokenizer.decode(labels[run == which]) for which in run.unique()]
-    if masking == "entity":
-        assert {word for text in found for word in text.split()} == set(terms)
-    else:
-        assert len(found) > 20
+        for which in run.unique():
+            found |= set(tokenizer.decode(labels[run == which]).split())
+    assert found == {"bank", "river"}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from packed_reference import small_model
+from packed_reference import refused, small_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, DistilBertConfig
 
@@ -32,11 +32,6 @@ def saved(vocabulary, tmp_path_factory):
 def folder(saved, tmp_path):
     """A copy of a model folder with a meaningless name."""
     return shutil.copytree(saved, tmp_path / "chinese-roberta-wwm-ext")
-
-
-def refused(value):
-    """The call raises a UserError that starts with the value; the caller adds the option."""
-    return pytest.raises(UserError, match=f"^{re.escape(str(value))}: ")
 
 
 # Sizes.

@@ -126,7 +126,7 @@ def test_a_compiled_model_gives_one_graph_with_any_terms(corpus, vocabulary):
     """Backward, too. Without inductor, which would spend 15 seconds on compiling C++."""
     torch._dynamo.reset()
     (batch,) = make_batches(corpus, vocabulary, fill=True)
-    model = roughen(WithZLoss(small_config(vocabulary.size)))
+    model = roughen(WithZLoss(small_config(vocabulary.size, num_hidden_layers=1)))
     results = []
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)):
         model.zero_grad()

@@ -16,9 +16,9 @@ def make_weights():
     return [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
 
 
-def take_steps(weights, optimizer, count=5, first=0):
-    """Take steps with gradients that depend only on the step."""
-    for number in range(first, first + count):
+def take_steps(weights, optimizer):
+    """Take five steps with gradients that depend only on the step."""
+    for number in range(5):
         torch.manual_seed(100 + number)
         for weight in weights:
             weight.grad = torch.randn(weight.shape)
@@ -42,10 +42,8 @@ def test_stacked_matrices_equal_separate_ones():
     separate = [nn.Parameter(torch.randn(16, 12)) for _ in range(6)]
     stacks = [separate[:3], separate[3:]]
     stacked = [nn.Parameter(torch.cat(parts).detach()) for parts in stacks]
-    optimizers = [
-        Muon(separate, RATE, DECAY),
-        Muon([{"params": stacked, "stacked": 3}], RATE, DECAY),
-    ]
+    of_stacks = Muon([{"params": stacked, "stacked": 3}], RATE, DECAY)
+    optimizers = [Muon(separate, RATE, DECAY), of_stacks]
     for number in range(4):
         torch.manual_seed(number)
         for parts, weight in zip(stacks, stacked):

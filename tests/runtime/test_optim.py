@@ -16,13 +16,7 @@ from pretrain.config import OptimizationOptions
 from pretrain.errors import UserError
 from pretrain.runtime import optim
 from pretrain.runtime.muon import Muon
-from pretrain.runtime.optim import (
-    best_seconds,
-    groups_of,
-    make_optimizers,
-    make_schedule,
-    step_if,
-)
+from pretrain.runtime.optim import best_seconds, groups_of, make_optimizers, make_schedule, step_if
 
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
 BETAS = (0.8, 0.95)
