@@ -123,25 +123,22 @@ class PretrainingRun(Run):
         """Write model, tokenizer, model card, and facts that scripts/evaluate.py reads."""
         config = self.config
         phase = self.phases[state.evaluated_in if state.scores else self.phase_at(state.step)]
-        facts = {
-            "objective": config.objective,
+        facts = recipe.values_of(config) | {
             "max_length": phase.max_length,
-            "phases": list(config.phases),
+            "objective": config.objective,
             "masking": config.masking,
-            "mask_rate": list(config.mask_rate),
             "started_from": config.model,
             "language": None if config.split_sentences == AUTO else config.split_sentences,
-            "datasets": hub_datasets(config.train),
+            "datasets": list(hub_datasets(config.train)),
+            "mix": list(config.mix),
             "eval_tokens": config.eval_tokens,
             "eval_batch_size": phase.eval_batch_size,
             "total_steps": self.total_steps,
-            **recipe.values_of(config),
             "precision": self.precision,
             "corpus": self.data_facts["corpus"],
             "step": state.step,
             "held_out_step": state.evaluated_at if state.scores else 0,
             "held_out": state.scores,
-            "mix": list(config.mix),
         }
         optional = ("phases", "language", "datasets", "mix")
         facts = {name: value for name, value in facts.items() if value or name not in optional}

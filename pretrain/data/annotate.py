@@ -83,7 +83,8 @@ class Markup:
 
 
 def _inside_word(text: str, place: int) -> bool:
-    around = text[place - 1 : place + 1] if place else ""  # fewer than two at the ends
+    """Whether the characters before and after `place` belong to one word."""
+    around = text[max(0, place - 1) : place + 1]
     joined = all(c.isalnum() or unicodedata.category(c)[0] == "M" for c in around)
     return len(around) == 2 and joined and not any(map(is_unspaced, around))
 
@@ -115,11 +116,10 @@ def describe_script(sample: str) -> tuple[float, bool]:
 
 
 def main_script(sample: str) -> str:
-    """The most frequent script among the letters of a sample, such as Latin or Han; "" if it has
-    none."""
+    """The most frequent script among the letters of a sample, such as Latin or Han; "" if none."""
     letters = (unicodedata.name(letter, "?") for letter in sample if letter.isalpha())
     scripts = Counter(name.split(" ")[0] for name in letters)
-    (script, _), *_ = scripts.most_common(1) or [("", 0)]
+    script = max(scripts, key=scripts.__getitem__, default="")
     return "Han" if script == "CJK" else script.capitalize()
 
 

@@ -9,7 +9,6 @@ from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
-from pretrain.data.sentences import Sentence
 from pretrain.data.spans import Entity
 from pretrain.errors import UserError
 
@@ -33,12 +32,6 @@ def looks_tagged(sample: str) -> bool:
     return len(tags) > MIN_TAGGED_SHARE * len(lines) and set(tags) != {"O"}
 
 
-def read_tagged(path: Path) -> Iterator[list[Sentence]]:
-    """Documents of a file, with the spans of their entities; see `read_entities`."""
-    for document in read_entities(path):
-        yield [(text, tuple(span[:2] for span in entities)) for text, entities in document]
-
-
 def read_entities(path: Path, encoding: str = "utf-8-sig") -> Iterator[list[Tagged]]:
     """Documents of a file. A blank line ends a document, or a sentence if the file has -DOCSTART-.
 
@@ -52,9 +45,8 @@ def read_entities(path: Path, encoding: str = "utf-8-sig") -> Iterator[list[Tagg
         if document and (starts_document or not has_documents):
             yield document
             document = []
-        if rows:
-            document.append(_sentence(rows, separator, path, strays))
-            num_entities += len(document[-1][1])
+        document.append(_sentence(rows, separator, path, strays))
+        num_entities += len(document[-1][1])
     if document:
         yield document
     if strays:
@@ -110,12 +102,11 @@ def _sentence(
     spans: list[Entity] = []
     text, open_type = "", None
     for line, token, tag in rows:
-        if separator is None:
+        gap = separator
+        if gap is None:
             numbered = NUMBERED.fullmatch(token)
             token, place = numbered.groups() if numbered else (token, "0")
             gap = " " if place == "0" else ""
-        else:
-            gap = separator
         if text:
             text += gap
         prefix, kind = [*re.split("[-_]", tag, maxsplit=1), ""][:2]

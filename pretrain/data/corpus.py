@@ -71,6 +71,11 @@ class Shard:
         return np.diff(self.sentences[self.documents])
 
 
+def array_paths(folder: Path, shard: str) -> dict[str, Path]:
+    """The file of each array of a shard."""
+    return {array: folder / f"{shard}.{array}.npy" for array in ARRAYS}
+
+
 class Corpus:
     """A corpus folder, open for reading, or a part of it (see `split`).
 
@@ -84,6 +89,8 @@ class Corpus:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.info = _read_manifest(self.folder)
+        self.fingerprint: str = self.info["fingerprint"]
+        self.num_shards = len(self.info["shards"])
         self._open: dict[int, Shard] = {}
         self._verified: set[int] = set()  # shared by the parts of a corpus
         files = self._tokenizer_files()
@@ -98,19 +105,11 @@ class Corpus:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}, "_verified": set()}
 
-    @property
-    def num_shards(self) -> int:
-        return len(self.info["shards"])
-
-    @property
-    def fingerprint(self) -> str:
-        return self.info["fingerprint"]
-
     def _files(self, index: int) -> dict[str, tuple[Path, dict]]:
         """(path, size and hash) of each array of a shard."""
         entry = self.info["shards"][index]
-        path = self.folder / entry["name"]
-        return {name: (Path(f"{path}.{name}.npy"), entry["arrays"][name]) for name in ARRAYS}
+        paths = array_paths(self.folder, entry["name"])
+        return {array: (path, entry["arrays"][array]) for array, path in paths.items()}
 
     def _tokenizer_files(self) -> list[tuple[Path, dict]]:
         files = self.info["tokenizer_files"]
@@ -317,9 +316,10 @@ def _read_manifest(folder: Path) -> dict:
     with refusing(f"{path}: cannot be read", ADVICE):
         is_sealed = info == seal(info)
     problem = misfit(info, _FORM) if is_sealed else "its checksum does not match its content"
-    for name in () if problem else COUNTS:
-        if info[name] != sum(entry[name] for entry in info["shards"]):
-            problem = f"{name} is not the sum over the shards"
+    if not problem:
+        for name in COUNTS:
+            if info[name] != sum(entry[name] for entry in info["shards"]):
+                problem = f"{name} is not the sum over the shards"
     if problem:
         raise UserError(f"{path}: {problem}; {ADVICE}")
     return info

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.config import PLAIN_FORMATS, UTF8, TextOptions
-from pretrain.data.conll import read_tagged
+from pretrain.data.conll import read_entities
 from pretrain.data.sentences import (
     Span,
     as_record,
@@ -29,15 +29,7 @@ from pretrain.data.sources import CHUNK_BYTES, Source, check_files, expand, file
 from pretrain.data.spans import check_spans, read_spans
 from pretrain.data.tables import TEXT_FORMATS, choose_field, format_of, no_column, read_rows
 from pretrain.errors import UserError, counted, refusing, require
-from pretrain.files import (
-    exclusive,
-    key_of,
-    read_json,
-    remove,
-    sha256_of,
-    write_aside,
-    write_json,
-)
+from pretrain.files import exclusive, key_of, read_json, remove, sha256_of, write_aside, write_json
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
 CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages for what Python cannot read
@@ -49,8 +41,8 @@ Opened = tuple[list[Source], str]  # text files, their format
 
 class _Columns(NamedTuple):
     text: str | None  # None: `choose_field` finds it
-    entities: str | None = None  # None: not read
-    needs_entities: bool = False  # the user named the column: every record must have it
+    entities: str | None  # None: not read
+    needs_entities: bool  # the user named the column: every record must have it
 
 
 def open_files(paths: tuple[str, ...], options: TextOptions, read_entities: bool) -> Opened:
@@ -91,10 +83,9 @@ def _open_unpacked(entries: list[str], options: TextOptions, read_entities: bool
     if len(plain) == len(entries) and not options.max_documents:
         return sources, text_format
     inputs = [(entry, text_format if kind == "plain" else kind) for entry, kind in kinds.items()]
-    columns = _Columns(options.text_field)
-    if read_entities:
-        name = options.entity_field
-        columns = _Columns(options.text_field, name or "entities", name is not None)
+    entities = (options.entity_field or "entities") if read_entities else None
+    needs_entities = read_entities and options.entity_field is not None
+    columns = _Columns(options.text_field, entities, needs_entities)
     states = [(entry, kind, states_of(entry)) for entry, kind in inputs]
     key = key_of([VERSION, states, *columns, options.max_documents])
     folder = cache / f"converted-{key}"
@@ -242,7 +233,7 @@ def _convert(inputs: list[tuple[str, str]], columns: _Columns, limit: int, targe
 def _records(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
     """The documents of an input, in the form of `as_record`."""
     if kind == "conll":
-        return map(as_record, read_tagged(Path(entry)))
+        return map(as_record, read_entities(Path(entry)))
     if kind in PLAIN_FORMATS:
         span = Span(entry, 0, Path(entry).stat().st_size)
         return map(as_record, documents(sentences([span], kind)))

@@ -3,8 +3,7 @@ which owns the step, position and phase of the data.
 
 A micro-batch is a pure function of its position. So a checkpoint saves three numbers (the progress
 follows from its step), and 1, 2 or 8 processes, with or without workers, train on the same batches.
-Several texts in given shares are a `Mixture` (pretrain/data/mixture.py), whose positions have more
-numbers.
+Several texts in given shares are a `Mixture` (pretrain/data/mixture.py) with longer positions.
 """
 
 from __future__ import annotations
@@ -126,14 +125,10 @@ class PretrainingDataset(Dataset):
                 place, first = place + 1, 0
             epoch, place = epoch + 1, 0
 
-    def advance(self, position: DataPosition, count: int) -> DataPosition:
-        """The position `count` micro-batches after `position`."""
-        return next(islice(self.positions(position), count, None))
-
     def next_shards(self, position: DataPosition) -> DataPosition:
         """The beginning of the next shard, or `position` itself if it begins one."""
         whole = DataPosition(position.epoch, position.place + (position.micro_batch > 0), 0)
-        return self.advance(whole, 0)  # of the next epoch if that was the last shard
+        return next(self.positions(whole))  # of the next epoch if that was the last shard
 
 
 def progress_at(step: int, total_steps: float) -> float:
@@ -192,7 +187,8 @@ class TrainData(Iterator[list[Batch]]):
         except UserError as error:  # from a worker: the message follows a traceback
             raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
         self.position = self._next._replace(progress=progress_at(self.step, self.total_steps))
-        self._next = self.phases[phase][0].advance(self._next, self.micro_batches)
+        dataset, _ = self.phases[phase]
+        self._next = next(islice(dataset.positions(self._next), self.micro_batches, None))
         self.step += 1
         return batches
 

@@ -167,7 +167,8 @@ def draw_masks(packed: Packed, budget: np.ndarray, options: Masking) -> tuple[np
     for units in passes:
         num_masked = packed.count(masked)
         left = budget - num_masked if units.budget is None else units.budget
-        needs_one = (num_masked == 0) & (units is passes[-1] and units.budget is None)
+        fills_rest = units is passes[-1] and units.budget is None
+        needs_one = fills_rest & (num_masked == 0)
         taken = take(packed, units, free & units.eligible, left, needs_one)
         if units.shared_draws is not None:
             leader[taken] = first_of_unit(units.shared_draws)[taken]
@@ -182,7 +183,7 @@ def first_of_unit(starts: np.ndarray) -> np.ndarray:
 
 
 def take(
-    packed: Packed, units: Units, free: np.ndarray, budget: np.ndarray, needs_one: np.ndarray | bool
+    packed: Packed, units: Units, free: np.ndarray, budget: np.ndarray, needs_one: np.ndarray
 ) -> np.ndarray:
     """int64: the `free` tokens (bool [T]) of the units that one pass takes. In each sequence,
     for unit in sorted(units, key=first token's order): if size <= budget: take, budget -= size.

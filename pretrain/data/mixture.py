@@ -6,14 +6,12 @@ belong to the position, so a micro-batch of a mixture is a pure function of its 
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
 from pretrain.data.collate import Examples
 from pretrain.data.loader import DataPosition, PretrainingDataset
-from pretrain.data.pairs import Task
 
 NUMBERS = 4  # of each text in a position: epoch, place, micro-batch, tokens
 
@@ -49,20 +47,10 @@ class Mixture(Dataset):
 
     def __init__(self, parts: Sequence[PretrainingDataset], weights: Sequence[float]):
         self.parts, self.weights = tuple(parts), tuple(weights)
-
-    @property
-    def task(self) -> Task:
-        return self.parts[0].task
-
-    @property
-    def shares(self) -> tuple[float, ...]:  # of the tokens, by part
-        return tuple(weight / sum(self.weights) for weight in self.weights)
-
-    @property
-    def start(self) -> MixturePosition:
-        """Each part at its beginning; nothing is drawn yet."""
-        places = tuple(part.start for part in self.parts)
-        return MixturePosition(places, (0,) * len(places))
+        self.task = parts[0].task
+        self.shares = tuple(weight / sum(weights) for weight in weights)  # of the tokens, by part
+        # Each part at its beginning; nothing is drawn yet.
+        self.start = MixturePosition(tuple(part.start for part in parts), (0,) * len(parts))
 
     def position_of(self, numbers: Sequence[int]) -> MixturePosition:
         """The position with these `numbers`; ValueError if they are not NUMBERS for each part."""
@@ -91,10 +79,6 @@ class Mixture(Dataset):
             number = furthest_behind(tokens, self.weights)
             tokens[number] += self.parts[number].count_tokens(places[number])
             places[number] = next(walks[number])
-
-    def advance(self, position: MixturePosition, count: int) -> MixturePosition:
-        """The position `count` micro-batches after `position`."""
-        return next(islice(self.positions(position), count, None))
 
     def next_shards(self, position: MixturePosition) -> MixturePosition:
         """`position` without what is left of the shards that have begun."""

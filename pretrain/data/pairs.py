@@ -123,12 +123,14 @@ def plan_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) 
     if task.pairs == "random":
         return plan
     swapped = (plan.label == 0) & (uniform(derive(plan.keys, SWAP)) < 0.5)
-    a, b = (plan.a_start, plan.a_length), (plan.b_start, plan.b_length)
-    a_start, a_length, b_start, b_length = (
-        np.where(swapped, new, old) for new, old in zip(b + a, a + b)
+    return replace(
+        plan,
+        a_start=np.where(swapped, plan.b_start, plan.a_start),
+        a_length=np.where(swapped, plan.b_length, plan.a_length),
+        b_start=np.where(swapped, plan.a_start, plan.b_start),
+        b_length=np.where(swapped, plan.a_length, plan.b_length),
+        label=np.where(swapped, 1, plan.label),
     )
-    labels = np.where(swapped, 1, plan.label)
-    return Plan(a_start, a_length, b_start, b_length, labels, plan.keys)
 
 
 def whole_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:

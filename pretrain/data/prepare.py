@@ -21,20 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.data import corpus as corpora
 from pretrain.data import parallel
 from pretrain.data.annotate import Markup, mark
-from pretrain.data.corpus import (
-    ARRAYS,
-    ENTITY_START,
-    WORD_START,
-    Corpus,
-    Shard,
-    damage_of,
-    is_corpus,
-)
-from pretrain.data.sentences import PIECE_BYTES, Sentence, Span, Stream, cut_into_pieces, sentences
+from pretrain.data.corpus import ENTITY_START, WORD_START, Corpus, Shard, array_paths, is_corpus
+from pretrain.data.sentences import PIECE_BYTES, Span, Stream, cut_into_pieces, in_groups, sentences
 from pretrain.data.sources import Source, content_key
-from pretrain.data.tokenizer import Vocabulary, describe, refusing_to_encode, without_limits
+from pretrain.data.tokenizer import Vocabulary, describe, encode_together, without_limits
 from pretrain.errors import UserError
-from pretrain.files import exclusive, sha256_of, sync, write_json
+from pretrain.files import exclusive, sha256_of, sums_of, sync, write_json
 
 BATCH_CHARACTERS = 1 << 20  # of text in a call of the tokenizer
 
@@ -66,13 +58,13 @@ def prepare(
     `workers` processes share the pieces (0 or 1: this one; None: chosen by cores and size), or the
     connected Ray cluster does. UserError if the text has no token, or if the corpus is damaged and
     `replace_damaged` is not set."""
-    if not (replace_damaged and damage_of(folder)) and is_corpus(folder):
+    if not (replace_damaged and corpora.damage_of(folder)) and is_corpus(folder):
         return Corpus(folder)
     vocabulary = describe(tokenizer)
     # Absolute: processes on a cluster have other working folders.
     partial = folder.absolute().with_name(f"{folder.name}.partial")
     with exclusive(partial):
-        damage = damage_of(folder) if replace_damaged else None
+        damage = corpora.damage_of(folder) if replace_damaged else None
         if damage:
             print(f"{damage}; preparing the corpus again")
         elif is_corpus(folder):  # another process wrote it while this one waited
@@ -98,7 +90,7 @@ def prepare(
 def _write_manifest(recipe: _Recipe, sources: list[Source], entries: list[dict]) -> None:
     smallest = {value for entry in entries for value in entry.pop("smallest_hashes")}
     hashes = [[array["sha256"] for array in entry["arrays"].values()] for entry in entries]
-    files = sorted((recipe.folder / "tokenizer").iterdir())
+    tokenizer_files = sums_of(recipe.folder / "tokenizer").items()
     manifest = {
         "format_version": corpora.FORMAT_VERSION,
         **{name: sum(entry[name] for entry in entries) for name in corpora.COUNTS},
@@ -107,7 +99,7 @@ def _write_manifest(recipe: _Recipe, sources: list[Source], entries: list[dict])
         "vocab_size": recipe.vocabulary.size,
         "smallest_hashes": sorted(smallest)[:2],
         "shards": entries,
-        "tokenizer_files": [{"name": path.name, **_describe_file(path)} for path in files],
+        "tokenizer_files": [{"name": name, **sums} for name, sums in tokenizer_files],
         "text_format": recipe.text_format,
         "words_by": recipe.markup.words,
         "sources": [vars(source) for source in sources],
@@ -127,9 +119,11 @@ def _start_folder(folder: Path, key: str) -> None:
 
 def _finish_folder(partial: Path, folder: Path, entries: list[dict]) -> None:
     """Rename the corpus, after a sync: a power failure leaves it complete or absent."""
-    kept = {f"{entry['name']}.{array}.npy" for entry in entries for array in ARRAYS}
+    kept = {partial / "corpus.json"}
+    for entry in entries:
+        kept.update(array_paths(partial, entry["name"]).values())
     for path in partial.iterdir():  # joined shards, piece notes, and leftovers of interruptions
-        if path.is_file() and path.name not in kept | {"corpus.json"}:
+        if path.is_file() and path not in kept:
             path.unlink()
     for path in [*partial.rglob("*"), partial]:
         sync(path)
@@ -218,17 +212,17 @@ def _encode(recipe: _Recipe, piece: list[Span]) -> Iterator[tuple]:
     A batch is a list of sentences, with None where a document ends."""
     tokenizer, vocabulary, markup = recipe.tokenizer, recipe.vocabulary, recipe.markup
     stream = sentences(piece, recipe.text_format, markup.cut)
-    for batch in _batches(_spaced(stream) if vocabulary.needs_space else stream):
+    stream = _spaced(stream) if vocabulary.needs_space else stream
+    for batch in in_groups(stream, lambda item: len(item[0]) if item else 0, BATCH_CHARACTERS):
         marked = [item for item in batch if item is not None]
         if markup.lexicon:
             marked = [(text, markup.find(text, spans)) for text, spans in marked]
         # If characters do not matter, the encoder does not track offsets, which is a third faster.
         has_words = vocabulary.starts_word is not None and markup.words == "tokenizer"
         by_character = not has_words or any(spans for _, spans in marked)
-        encode = tokenizer.encode_batch if by_character else tokenizer.encode_batch_fast
-        with refusing_to_encode():
-            encodings = encode([text for text, _ in marked], add_special_tokens=False)
-        yield batch, marked, by_character, encodings
+        texts = [text for text, _ in marked]
+        encodings = encode_together(tokenizer, texts, by_character, add_special_tokens=False)
+        yield batch, marked, by_character, list(encodings)
 
 
 def _ahead(stream: Iterator[tuple]) -> Iterator[tuple]:
@@ -251,22 +245,10 @@ def _spaced(stream: Stream) -> Stream:
         is_first = item is None
 
 
-def _batches(stream: Stream) -> Iterator[list[Sentence | None]]:
-    batch, characters = [], 0
-    for item in stream:
-        batch.append(item)
-        characters += len(item[0]) if item else 0
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 def _write_shard(recipe: _Recipe, name: str, shard: Shard) -> dict:
     """Write a shard; returns its entry in `corpus.json`."""
-    for array in ARRAYS:
-        np.save(recipe.folder / f"{name}.{array}.npy", getattr(shard, array), allow_pickle=False)
+    for array, path in array_paths(recipe.folder, name).items():
+        np.save(path, getattr(shard, array), allow_pickle=False)
     return {
         "name": name,
         "documents": len(shard.hashes),
@@ -281,11 +263,10 @@ def _write_shard(recipe: _Recipe, name: str, shard: Shard) -> dict:
 
 
 def _describe_arrays(folder: Path, name: str) -> dict[str, dict]:
-    return {array: _describe_file(folder / f"{name}.{array}.npy") for array in ARRAYS}
-
-
-def _describe_file(path: Path) -> dict:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {
+        array: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for array, path in array_paths(folder, name).items()
+    }
 
 
 def _join_small(recipe: _Recipe, entries: list[dict]) -> list[dict]:
@@ -307,7 +288,6 @@ def _join_small(recipe: _Recipe, entries: list[dict]) -> list[dict]:
 
 
 def _join(recipe: _Recipe, group: list[dict]) -> dict:
-    names = [entry["name"] for entry in group]
-    paths = [[recipe.folder / f"{name}.{array}.npy" for array in ARRAYS] for name in names]
+    paths = [array_paths(recipe.folder, entry["name"]).values() for entry in group]
     shards = [Shard(*map(np.load, arrays)) for arrays in paths]
-    return _write_shard(recipe, f"{names[0]}-joined", corpora.concatenate(shards))
+    return _write_shard(recipe, f"{group[0]['name']}-joined", corpora.concatenate(shards))

@@ -7,11 +7,11 @@ import codecs
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from pretrain.data.sources import MAX_CHARACTERS, too_long
 
@@ -25,6 +25,7 @@ SMALL_FILE_BYTES = 1 << 17
 Sentence = tuple[str, tuple[tuple[int, int], ...]]  # text, (start, end) of entities in characters
 Stream = Iterator[Sentence | None]  # None ends a document
 Cut = Callable[[str], list[str]]  # splits a line into sentences; joined, they are the line
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,26 @@ def cut_into_pieces(
     files: list[Path], text_format: str, piece_bytes: int = PIECE_BYTES
 ) -> list[list[Span]]:
     """Pieces of the files, in order: small files are grouped, large ones cut between documents."""
-    pieces: list[list[Span]] = [[]]
+    spans = (span for file in files for span in _cut_file(file, text_format, piece_bytes))
+    return list(in_groups(spans, lambda span: span.end - span.start, piece_bytes))
+
+
+def in_groups(
+    items: Iterable[Item], size_of: Callable[[Item], int], limit: int, at_most: int | None = None
+) -> Iterator[list[Item]]:
+    """Lists of the items, in order, each of up to `at_most` items with sizes of up to `limit` in
+    all; a larger item is alone."""
+    group: list[Item] = []
     filled = 0
-    for file in files:
-        for span in _cut_file(file, text_format, piece_bytes):
-            size = span.end - span.start
-            if filled and filled + size > piece_bytes:
-                pieces.append([])
-                filled = 0
-            pieces[-1].append(span)
-            filled += size
-    return pieces
+    for item in items:
+        size = size_of(item)
+        if group and (len(group) == at_most or filled + size > limit):
+            yield group
+            group, filled = [], 0
+        group.append(item)
+        filled += size
+    if group:
+        yield group
 
 
 def _cut_file(file: Path, text_format: str, piece_bytes: int) -> list[Span]:
@@ -116,11 +126,11 @@ def documents(stream: Stream) -> Iterator[list[Sentence]]:
             yield cast(list[Sentence], list(items))
 
 
-def as_record(sentences: list[Sentence]) -> dict:
-    """A document as JSON: {"text": its sentences as lines, "entities": spans in characters}."""
+def as_record(sentences: Sequence[tuple[str, Sequence[tuple]]]) -> dict:
+    """A document as JSON: {"text": sentences as lines, "entities": [start, end] in characters}."""
     entities, offset = [], 0
     for text, spans in sentences:
-        entities += [(offset + start, offset + end) for start, end in spans]
+        entities += [(offset + start, offset + end) for start, end, *_ in spans]
         offset += len(text) + 1
     record = {"text": "\n".join(text for text, _ in sentences)}
     return record | {"entities": entities} if entities else record

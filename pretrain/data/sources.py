@@ -205,16 +205,19 @@ def likely_encodings(sample: bytes) -> dict[str, str]:
         end -= end % 2
     elif b"\n" in sample:
         end = sample.rindex(b"\n")
+    matches = list(from_bytes(sample[:end], cp_exclusion=RARE))
     found = []  # texts that two encodings read alike are one match
-    for match in (matches := list(from_bytes(sample[:end], cp_exclusion=RARE))):
+    for match in matches:
         distance = max(match.chaos - matches[0].chaos, matches[0].coherence - match.coherence, 0.0)
-        is_common = CP1252 in match.could_be_from_charset
-        name = CP1252 if is_common else match.encoding
-        found += [(distance, not is_common, name, str(match).split())] if distance < NEAR else []
+        if distance < NEAR:
+            is_common = CP1252 in match.could_be_from_charset
+            name = CP1252 if is_common else match.encoding
+            found.append((distance, not is_common, name, str(match).split()))
     found = sorted(found)[:MAX_LIKELY]
-    rows = list(zip(*(words for *_, words in found)))
-    differ = (row for row in rows if len(set(row)) == len(row) > 1)
-    words = next(differ, None) or next((row for row in rows if not row[0].isascii()), rows[:1])
+    rows = list(zip(*(words for *_, words in found)))  # each word, as read in each encoding
+    telling = [row for row in rows if len(set(row)) == len(row) > 1]
+    telling = telling or [row for row in rows if not row[0].isascii()] or rows
+    words = telling[0] if telling else ()
     return {name.replace("_", "-"): word[:MAX_WORD] for (_, _, name, _), word in zip(found, words)}
 
 

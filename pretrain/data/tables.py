@@ -36,9 +36,8 @@ def format_of(entry: str, wanted: str = "auto") -> str:
 
 def splits_of(entry: str) -> list[str]:
     """The parts of a saved DatasetDict, of which SPLIT is read; [] for any other input."""
-    path = Path(entry) / "dataset_dict.json"
-    with suppress(UserError):  # a damaged one is reported where it is read
-        return list(map(str, read_json(path).get("splits", []))) if path.is_file() else []
+    with suppress(UserError):  # it is damaged, which is reported where it is read, or another input
+        return list(map(str, read_json(Path(entry) / "dataset_dict.json").get("splits", [])))
     return []
 
 

@@ -9,7 +9,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
+from pretrain.data.sentences import in_groups
 from pretrain.errors import UserError, refusing
 from pretrain.files import CODE_FIELDS, key_of, model_folder, read_json, read_text
 
@@ -30,7 +30,7 @@ NEEDED = ("pad", "cls", "sep", "mask")  # special tokens that pretraining needs
 # Chinese characters in Unicode 16, and Japanese syllables.
 HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 KANA = (0x3040, 0x30FF)
-# Texts that are encoded together. In the meantime, they take a hundred times their size.
+# Texts that are encoded together: their encodings take a hundred times as much memory.
 ENCODED_TOGETHER, ENCODED_CHARACTERS = 10_000, 1 << 22
 MAX_IDS = 1 << 24  # the memory of the engine grows with the ids
 PASSING_STATE = ("truncation", "padding")  # changes when a tokenizer is used
@@ -153,29 +153,11 @@ def encode_together(
 ) -> Iterator[Encoding]:
     """The encodings of `texts`, in order, on all threads, a part at a time in memory."""
     encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
-    for group in in_groups(texts, characters_of, ENCODED_TOGETHER):
-        with refusing_to_encode():
+    for group in in_groups(texts, characters_of, ENCODED_CHARACTERS, ENCODED_TOGETHER):
+        # A tokenizer that loads may still fail.
+        with refusing("the tokenizer fails on this text", "expected a tokenizer that works"):
             encodings = encode(group, **more)
         yield from encodings
-
-
-def in_groups(items: Iterable, size_of: Callable, at_most: int) -> Iterator[list]:
-    """Lists of the items, in order, each with `at_most` items and, unless it has only one,
-    ENCODED_CHARACTERS characters; `size_of(item)` is a number of characters."""
-    group: list = []
-    room = ENCODED_CHARACTERS
-    for item in items:
-        size = size_of(item)
-        if group and size > room:
-            yield group
-            group, room = [], ENCODED_CHARACTERS
-        group.append(item)
-        room -= size
-        if len(group) == at_most:
-            yield group
-            group, room = [], ENCODED_CHARACTERS
-    if group:
-        yield group
 
 
 def characters_of(text: str | tuple[str, ...]) -> int:
@@ -184,13 +166,12 @@ def characters_of(text: str | tuple[str, ...]) -> int:
 
 
 def find_unknown(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> tuple[float, list[str]]:
     """(share of the tokens of `texts` that are unknown to the tokenizer, the text of each)."""
     backend, parts, num_tokens = without_limits(tokenizer), [], 0
-    for text in texts:
-        with refusing_to_encode():
-            encoding = backend.encode(text, add_special_tokens=False)
+    encodings = encode_together(backend, texts, with_offsets=True, add_special_tokens=False)
+    for text, encoding in zip(texts, encodings):
         num_tokens += len(encoding.ids)
         for number, (start, end) in zip(encoding.ids, encoding.offsets):
             if number == tokenizer.unk_token_id:
@@ -201,19 +182,9 @@ def find_unknown(
 def unknown_characters(tokenizer: PreTrainedTokenizerBase, parts: Sequence[str]) -> Counter[str]:
     """The characters in `parts`, unknown tokens, that the tokenizer does not know by themselves,
     with their frequencies. One of them makes a whole word unknown, in the script of the others."""
-    backend = without_limits(tokenizer)
     counts = Counter("".join(parts))
-    with refusing_to_encode():
-        for character in list(counts):
-            encoded = backend.encode(character, add_special_tokens=False)
-            if tokenizer.unk_token_id not in encoded.ids:
-                del counts[character]
-    return counts
-
-
-def refusing_to_encode() -> AbstractContextManager:
-    """Turn what a tokenizer raises inside into a UserError: one that loads may still fail."""
-    return refusing("the tokenizer fails on this text", "expected a tokenizer that works")
+    _, unknown = find_unknown(tokenizer, list(counts))
+    return Counter({character: counts[character] for character in unknown})
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -234,9 +205,8 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     entries, unknown_id = tokenizer.get_vocab(), tokenizer.unk_token_id
     size = max(entries.values()) + 1
     starts_word, is_special = np.ones(size, bool), np.ones(size, bool)
-    for entry, number in entries.items():  # ids without an entry stay special: they are never drawn
-        is_special[number] = False
-        starts_word[number] = not entry.startswith("##")
+    is_special[list(entries.values())] = False  # ids without an entry stay special: never drawn
+    starts_word[[number for entry, number in entries.items() if entry.startswith("##")]] = False
     is_special[tokenizer.all_special_ids] = True
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return Vocabulary(

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from pretrain.config import ColumnOptions
-from pretrain.data.tokenizer import characters_of, in_groups
+from pretrain.data.sentences import in_groups
+from pretrain.data.tokenizer import ENCODED_CHARACTERS, characters_of
 from pretrain.errors import UserError, check
 from pretrain.evaluate import evaluation_mode
 from pretrain.files import as_json
@@ -65,7 +66,7 @@ def predict_rows(
 ) -> Iterator[dict]:
     """The records with the cells of their predictions. `predict_chunk`: LabeledRows -> (dataset,
     outputs of `predict`)."""
-    for chunk in in_groups(rows, lambda row: characters_of(row[2]), CHUNK):
+    for chunk in in_groups(rows, lambda row: characters_of(row[2]), ENCODED_CHARACTERS, CHUNK):
         labels = [task.label(row, options, classes) for row in chunk]
         texts = [text for *_, text in chunk]
         dataset, outputs = predict_chunk(LabeledRows(texts, labels, classes))

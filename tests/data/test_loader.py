@@ -73,16 +73,9 @@ def test_positions_walk_every_micro_batch(dataset, uninterrupted):
     assert len(set(uninterrupted)) == len(uninterrupted)
     found = list(islice(dataset.positions(START), len(uninterrupted) + 5))  # without end
     assert found[:-5] == uninterrupted and {position.epoch for position in found[-5:]} == {2}
+    assert found[-5] == DataPosition(2, 0, 0)
     for number in range(0, len(uninterrupted), 7):
         assert list(dataset.positions(uninterrupted[number], 2)) == uninterrupted[number:]
-
-
-def test_advance_counts_positions(dataset, uninterrupted):
-    for first in (0, 3, len(uninterrupted) // 2):
-        for count in (0, 1, 2, 5, 40, len(uninterrupted) - first - 1):
-            assert dataset.advance(uninterrupted[first], count) == uninterrupted[first + count]
-    # The end of an epoch is the start of the next.
-    assert dataset.advance(START, len(uninterrupted)) == DataPosition(2, 0, 0)
 
 
 def test_progress_affects_masks_but_not_positions(dataset, uninterrupted, collator):
@@ -90,7 +83,6 @@ def test_progress_affects_masks_but_not_positions(dataset, uninterrupted, collat
     assert position.progress == 0
     late = position._replace(progress=1.0)
     assert list(dataset.positions(late, 2)) == uninterrupted[9:]
-    assert dataset.advance(late, 4) == uninterrupted[13]
     early, late = (collator(dataset[each]) for each in (position, late))
     assert restored(early) == restored(late) and late.counts["mlm"] < early.counts["mlm"]
 

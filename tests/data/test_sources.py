@@ -442,8 +442,10 @@ def test_text_in_another_encoding_is_refused_with_its_name(path, name):
     path.write_bytes(text.encode(name))
     told = refused(check_files, [path])
     assert told.startswith(f"{path}: ")
+    likely = likely_encodings(path.read_bytes())
+    assert all(isinstance(word, str) for word in likely.values())
     # It may be a superset, such as cp932.
-    named = [name for name in likely_encodings(path.read_bytes()) if name in told]
+    named = [name for name in likely if name in told]
     assert any(path.read_bytes().decode(name) == text for name in named)
     assert refused(check_files, [path], encoding="ascii").startswith(f"{path}: ")
 

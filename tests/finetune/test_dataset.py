@@ -19,6 +19,7 @@ from transformers import BertForSequenceClassification as Stock
 from pretrain.batch import IGNORED
 from pretrain.config import LabelOptions
 from pretrain.data import tokenizer as tokenizers
+from pretrain.data.sentences import in_groups
 from pretrain.errors import UserError
 from pretrain.finetune.dataset import (
     LabeledDataset,
@@ -341,12 +342,11 @@ def test_of_a_long_text_only_the_part_in_use_is_tokenized(side, tiny_tokenizer, 
     assert dataset.examples[0][0].tolist() == stock and dataset.num_cut == 1 and sizes == [100]
 
 
-def test_long_texts_are_encoded_in_small_groups(monkeypatch):
-    monkeypatch.setattr(tokenizers, "ENCODED_CHARACTERS", 10)
+def test_long_texts_are_encoded_in_small_groups():
     texts = ["x" * size for size in (4, 6, 1, 30, 2, 2, 2, 2)]
-    groups = list(tokenizers.in_groups(texts, len, 3))
+    groups = list(in_groups(texts, len, 10, 3))
     assert [list(map(len, group)) for group in groups] == [[4, 6], [1], [30], [2, 2, 2], [2]]
-    assert list(tokenizers.in_groups([], len, 3)) == []
+    assert list(in_groups([], len, 10, 3)) == []
 
 
 # Steps.
