@@ -19,6 +19,8 @@ import types
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The tensors are small, and bit-equality is promised per number of threads; also in processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
@@ -41,15 +43,16 @@ from transformers import (  # noqa: E402
     XLMRobertaTokenizer,
 )
 
-from pretrain.cli import run_command  # noqa: E402
+from pretrain.cli import parse, run_command  # noqa: E402
+from pretrain.config import Config  # noqa: E402
 from pretrain.data import tokenizer  # noqa: E402
 from pretrain.data.prepare import prepare  # noqa: E402
 from pretrain.data.sources import check_files  # noqa: E402
+from pretrain.files import read_json  # noqa: E402
 from pretrain.runtime import checkpoint as ckpt  # noqa: E402
 from pretrain.runtime import optim  # noqa: E402
 
 os.fsync = lambda handle: None  # no power fails here, and each run would wait 100 times
-torch.set_num_threads(1)  # the tensors are small, and bit-equality is promised per thread count
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--config-override", "hidden_size=32", "intermediate_size=64", "num_attention_heads=2"]
 STEMS = "bank river money water teach learn train model token mask sentence quick slow"
@@ -174,6 +177,13 @@ def xlm_roberta_tokenizer(all_sentences) -> XLMRobertaTokenizer:
     return XLMRobertaTokenizer(vocab=[tuple(entry) for entry in state["vocab"]])
 
 
+def save(folder: Path, model, tokenizer) -> Path:
+    """Save a model and its tokenizer in `folder`, which is returned."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def encoder(tiny_tokenizer, vocabulary, tmp_path_factory):
     """A pretrained encoder: one narrow layer, at most 64 tokens."""
@@ -184,9 +194,7 @@ def encoder(tiny_tokenizer, vocabulary, tmp_path_factory):
     config = packed_reference.small_config(
         vocabulary.size, num_hidden_layers=1, hidden_dropout_prob=0.1
     )
-    BertModel(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(save(folder, BertModel(config), tiny_tokenizer))
 
 
 # Runs of the commands.
@@ -211,6 +219,13 @@ def pretrain_into(output: Path, *options) -> Path:
 
     main(arguments_of(*options, ["--output", output]))
     return output
+
+
+def built(output: Path, *options):
+    """The run that pretrain.py would start with lines and lists of options."""
+    from pretrain.build import build
+
+    return build(parse(arguments_of(*options, ["--output", output]), Config, ""))
 
 
 def resume(output: Path, *options) -> Path:
@@ -252,6 +267,26 @@ def rows(output):
             if not name.startswith(("speed/", "memory/")):
                 row[name] = value
     return list(by_step.values())
+
+
+def summary_of(output):
+    return read_json(output / "summary.json")
+
+
+def evaluated(model, text, capsys, *options) -> dict:
+    """The scores that evaluate.py gives a model on a text, as runs are validated here."""
+    from pretrain.commands.evaluate import main
+
+    capsys.readouterr()
+    files = ["--model", model, "--input", text]
+    main(arguments_of(files, "--valid-fraction 0.05 --precision fp32", *options))
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def scores_of(row, group="eval") -> dict:
+    """The scores in a row of metrics.jsonl, under the names of evaluate.py."""
+    names = [name for name in row if name.startswith(f"{group}/") and "unigram" not in name]
+    return {name.partition("/")[2]: row[name] for name in names}
 
 
 def leaves(value, name="") -> dict:

@@ -55,8 +55,7 @@ WINDOW = 8  # tokens to either side in half of the small ModernBERT's layers
 
 def small_config(vocab_size: int, **settings) -> BertConfig:
     """A BERT of SMALL, unless `settings` say otherwise."""
-    sizes = {"vocab_size": vocab_size, "max_position_embeddings": MAX_LENGTH}
-    return BertConfig(**{**SMALL, **sizes, **settings})
+    return small_config_of("bert", vocab_size, **settings)
 
 
 def stock_class(family: str, head: str) -> type[PreTrainedModel]:
@@ -90,12 +89,17 @@ def small_stock(family: str, head: str, vocab_size: int, **settings) -> PreTrain
     return roughen(stock_class(family, head)(small_config_of(family, vocab_size, **settings)))
 
 
-def small_packed(family: str, vocab_size: int, **settings) -> PackedModel:
-    """Our model for masked tokens of `small_config_of`, in training mode, with the same noise."""
+def small_packed(family: str, vocab_size: int, objective: str = "mlm", **settings) -> PackedModel:
+    """Our model of `small_config_of`, in training mode, with the same noise."""
     torch.manual_seed(5)
     model = LOADED_FAMILIES[family](small_config_of(family, vocab_size, **settings))
-    model.use_pairs(None)
+    model.use_pairs(1.0 if OBJECTIVES[objective] else None)
     return roughen(model).train()
+
+
+def small_model(vocab_size: int, objective: str = "mlm+nsp", **settings) -> BertForPreTraining:
+    """Our BERT, in training mode."""
+    return small_packed("bert", vocab_size, objective, **settings)
 
 
 def roughen(model: torch.nn.Module, seed: int = 11) -> torch.nn.Module:
@@ -105,15 +109,6 @@ def roughen(model: torch.nn.Module, seed: int = 11) -> torch.nn.Module:
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    return model
-
-
-def small_model(vocab_size: int, objective: str = "mlm+nsp", **settings) -> BertForPreTraining:
-    """Our model, in training mode."""
-    config = small_config(vocab_size, **settings)
-    torch.manual_seed(5)
-    model = roughen(BertForPreTraining(config)).train()
-    model.use_pairs(1.0 if objective != "mlm" else None)
     return model
 
 

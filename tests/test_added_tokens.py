@@ -2,23 +2,27 @@
 pieces it replaces, the weights grow together and stay tied, special ones are never masked,
 and the run resumes without the file that named them."""
 
-import json
+import itertools
 import re
 
 import pytest
 import torch
-from conftest import SIZES, assert_same_run, interrupted_copy, refusal, script
+from conftest import (
+    SIZES,
+    assert_same_run,
+    interrupted_copy,
+    refusal,
+    save,
+    script,
+    write_documents,
+)
 from packed_reference import small_stock
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    BertForPreTraining,
-    RobertaForMaskedLM,
-)
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForPreTraining, RobertaForMaskedLM
 
 from pretrain.data.corpus import Corpus
 from pretrain.data.tokenizer import describe
+from pretrain.files import read_json
 from pretrain.model.loading import from_checkpoint
 
 PRETRAIN, PREPARE = script("pretrain"), script("prepare")
@@ -35,15 +39,9 @@ SHOWN += ["[EOT]", "teachbanks xteachbank"]
 @pytest.fixture(scope="module")
 def text(documents, tmp_path_factory):
     """The text with the new words in every third sentence, so that some documents hold many."""
-    path, number = tmp_path_factory.mktemp("added") / "text.txt", 0
-    with path.open("w", encoding="utf-8") as out:
-        for document in documents:
-            for sentence in document:
-                number += 1
-                more = "" if number % 3 else f" {SHOWN[number // 3 % len(SHOWN)]} ."
-                out.write(f"{sentence}{more}\n")
-            out.write("\n")
-    return path
+    endings = itertools.cycle(end for shown in SHOWN for end in ("", "", f" {shown} ."))
+    marked = [[sentence + next(endings) for sentence in document] for document in documents]
+    return write_documents(tmp_path_factory.mktemp("added") / "text.txt", marked)
 
 
 @pytest.fixture
@@ -55,15 +53,13 @@ def words(tmp_path):
 
 @pytest.fixture(scope="module", params=KINDS)
 def base(request, tiny_tokenizer, roberta_tokenizer, tmp_path_factory):
-    """(kind, folder of a checkpoint with noise on every weight)."""
-    kind, folder = request.param, tmp_path_factory.mktemp("base")
-    tokenizer = roberta_tokenizer if kind == "roberta" else tiny_tokenizer
-    head = "ForMaskedLM" if kind == "roberta" else "ForPreTraining"
+    """The folder of a checkpoint with noise on every weight, named after its kind."""
+    kind, tokenizer = ("bert", "ForPreTraining"), tiny_tokenizer
+    if request.param == "roberta":
+        kind, tokenizer = ("roberta", "ForMaskedLM"), roberta_tokenizer
     settings = {"hidden_dropout_prob": 0.1, "pad_token_id": tokenizer.pad_token_id}
-    family, size = "roberta" if kind == "roberta" else "bert", len(tokenizer) + KINDS[kind]
-    small_stock(family, head, size, **settings).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return kind, folder
+    model = small_stock(*kind, len(tokenizer) + KINDS[request.param], **settings)
+    return save(tmp_path_factory.mktemp("base") / request.param, model, tokenizer)
 
 
 @pytest.fixture
@@ -115,36 +111,36 @@ def test_new_vectors_and_biases_are_the_mean_of_the_pieces_and_old_ones_stay(
     base, run, new_vectors
 ):
     """The model also opens with the stock class at its new size."""
-    kind, folder = base
-    output = run(folder, "--new-vectors", new_vectors)
-    before, after = AutoTokenizer.from_pretrained(folder), final_tokenizer(output)
+    is_roberta = base.name == "roberta"
+    output = run(base, "--new-vectors", new_vectors)
+    before, after = AutoTokenizer.from_pretrained(base), final_tokenizer(output)
     numbers = after.convert_tokens_to_ids([*WORDS, *SPECIALS])
     assert sorted(numbers) == list(range(len(before), len(before) + 6))
     assert after.eos_token == "[EOT]"
-    old, new = load_file(folder / "model.safetensors"), final_weights(output)
+    old, new = load_file(base / "model.safetensors"), final_weights(output)
     endings = ("word_embeddings.weight", "predictions.bias", "lm_head.bias")
     tables = [name for name in new if name.endswith(endings)]
     assert old.keys() == new.keys() and len(tables) == 2
     for name in new.keys() - set(tables):
         assert torch.equal(new[name], old[name]), name
     for name in tables:
-        size = max(len(after), len(before) + KINDS[kind])
+        size = max(len(after), len(before) + KINDS[base.name])
         assert len(new[name]) == size
         kept = new[name][: len(before)]
         torch.testing.assert_close(kept, old[name][: len(before)], atol=1e-20, rtol=0.0)
         for number, token in zip(numbers, [*WORDS, *SPECIALS]):
-            space = " " if kind == "roberta" and token in WORDS else ""
+            space = " " if is_roberta and token in WORDS else ""
             pieces = before(space + token, add_special_tokens=False).input_ids
             is_mean = torch.allclose(new[name][number], old[name][pieces].mean(0), atol=1e-6)
             assert is_mean == (new_vectors == "mean"), (name, token)
-    stock = RobertaForMaskedLM if kind == "roberta" else BertForPreTraining
+    stock = RobertaForMaskedLM if is_roberta else BertForPreTraining
     model, info = stock.from_pretrained(output / "final", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     decoder = model.get_output_embeddings()
     assert model.config.vocab_size == size == len(decoder.bias)
     assert decoder.weight.shape == (size, 32)
     assert decoder.weight is model.get_input_embeddings().weight
-    assert decoder.bias is (model.lm_head if kind == "roberta" else model.cls.predictions).bias
+    assert decoder.bias is (model.lm_head if is_roberta else model.cls.predictions).bias
     inputs = after("a teachbank", return_tensors="pt")
     with torch.no_grad():  # as a pipeline does: the new tokens go in and are scored
         logits = AutoModelForMaskedLM.from_pretrained(output / "final")(**inputs).logits
@@ -152,7 +148,7 @@ def test_new_vectors_and_biases_are_the_mean_of_the_pieces_and_old_ones_stay(
 
 
 def test_a_family_keeps_one_bias_and_one_matrix_as_it_grows(base):
-    model, _ = from_checkpoint(str(base[1]))
+    model, _ = from_checkpoint(str(base))
     size = model.config.vocab_size
     head = model.cls.predictions if hasattr(model, "cls") else model.lm_head
     model.add_vectors(size + 3, {size: [5, 6], size + 1: [], size + 2: [7]}, from_pieces=True)
@@ -170,21 +166,20 @@ def test_a_family_keeps_one_bias_and_one_matrix_as_it_grows(base):
 def test_the_corpus_holds_the_tokens_whole_and_their_number_is_printed(
     base, run, text, tmp_path, capsys
 ):
-    output = run(base[1], "--valid-fraction", "0")
-    river = r"\b[Rr]iver-2\b" if base[0] == "bert" else r"\bRiver-2\b"
+    output, lower = run(base, "--valid-fraction", "0"), base.name == "bert"
+    river = r"\b[Rr]iver-2\b" if lower else r"\bRiver-2\b"
     patterns = {"teachbank": r"\bteachbank\b", "River-2": river, "money water": r"\bmoney water\b"}
     patterns |= {"neverseen": "neverseen", "[name]": r"\[name\]", "[EOT]": r"\[EOT\]"}
     slow = {token: len(re.findall(each, text.read_text())) for token, each in patterns.items()}
     assert slow["neverseen"] == 0 < slow["River-2"]
-    lower = base[0] == "bert"
     shown = {token.lower() if lower and token in WORDS else token: slow[token] for token in slow}
     assert counts_of(output) == shown
     assert list(counts_of(output).values()) == sorted(slow.values(), reverse=True)
     total = sum(slow.values())
     assert f" {total:,} occurrences" in capsys.readouterr().out
-    part = counts_of(run(base[1], "--valid-fraction", "0.4", output=tmp_path / "part"))
+    part = counts_of(run(base, "--valid-fraction", "0.4", output=tmp_path / "part"))
     assert 0.4 * total < sum(part.values()) < 0.8 * total  # validation documents do not count
-    state = json.loads((output / "checkpoint-1" / "training_state.json").read_text())
+    state = read_json(output / "checkpoint-1" / "training_state.json")
     tokenizer = final_tokenizer(output)
     ids = Corpus(state["corpus_folders"]["train"]).shard(0).ids.tolist()
     assert {token: ids.count(tokenizer.convert_tokens_to_ids(token)) for token in slow} == slow
@@ -196,7 +191,7 @@ def test_the_corpus_holds_the_tokens_whole_and_their_number_is_printed(
 @both
 @pytest.mark.parametrize("masking", ["token", "word"])
 def test_special_tokens_are_read_and_never_masked(base, masking, run, steps_seen):
-    output = run(base[1], "--masking", masking, "--mask-rate", "0.5", steps=6)
+    output = run(base, "--masking", masking, "--mask-rate", "0.5", steps=6)
     tokenizer = final_tokenizer(output)
     special = tokenizer.convert_tokens_to_ids(SPECIALS)
     ordinary = tokenizer.convert_tokens_to_ids(["teachbank", "money water"])
@@ -212,9 +207,9 @@ def test_special_tokens_are_read_and_never_masked(base, masking, run, steps_seen
 
 @both
 def test_a_run_resumes_without_the_file_of_tokens(base, run, words, tmp_path):
-    whole, resumed = run(base[1], output=tmp_path / "whole", steps=4, rate="1e-3"), tmp_path / "run"
+    whole = run(base, output=tmp_path / "whole", steps=4, rate="1e-3")
     words.unlink()
-    interrupted_copy(whole, resumed, 2)
+    resumed = interrupted_copy(whole, tmp_path / "run", 2)
     PRETRAIN.main(["--resume", "--output", str(resumed)])
     assert_same_run(whole, resumed, step=4)
     assert counts_of(whole) == counts_of(resumed)
@@ -225,7 +220,7 @@ def test_a_run_resumes_without_the_file_of_tokens(base, run, words, tmp_path):
 
 @only
 def test_a_grown_model_grows_again(base, run, words, tmp_path):
-    first = run(base[1], output=tmp_path / "one")
+    first = run(base, output=tmp_path / "one")
     words.write_text("learnmoney\n", encoding="utf-8")
     more = {"roles": ["--add-special-tokens", "[date]"], "output": tmp_path / "two"}
     second = run(first / "final", **more)
@@ -252,12 +247,12 @@ def test_a_prepared_corpus_trains_like_its_text_if_it_has_the_tokens(
     base, run, arguments, text, cache, words, tmp_path, capsys
 ):
     for name, more in (("with", ["--add-tokens", words, *ROLES]), ("without", [])):
-        given = ["--input", text, "--tokenizer", base[1], "--cache", cache, *more]
+        given = ["--input", text, "--tokenizer", base, "--cache", cache, *more]
         PREPARE.main([str(part) for part in [*given, "--output", tmp_path / name]])
-    whole = run(base[1], steps=2, rate="1e-3", output=tmp_path / "whole")
-    output = run(base[1], steps=2, rate="1e-3", train=tmp_path / "with")
+    whole = run(base, steps=2, rate="1e-3", output=tmp_path / "whole")
+    output = run(base, steps=2, rate="1e-3", train=tmp_path / "with")
     assert_same_run(whole, output, step=2)
-    given = ["--model", base[1], "--add-tokens", words]
+    given = ["--model", base, "--add-tokens", words]
     argv = arguments(tmp_path / "other", *given, train=tmp_path / "without")
     assert refusal(PRETRAIN.main, argv, capsys).startswith(f"--train {tmp_path / 'without'}: ")
 
@@ -278,7 +273,7 @@ def test_bad_tokens_are_refused_in_one_message(
     base, arguments, words, tmp_path, capsys, raw, more, named
 ):
     words.unlink() if raw is None else words.write_bytes(raw)
-    given = ["--model", base[1], "--add-tokens", words, *more]
+    given = ["--model", base, "--add-tokens", words, *more]
     told = refusal(PRETRAIN.main, arguments(tmp_path / "run", *given), capsys)
     assert told.startswith(named.format(words=words)) and "\n" not in told
     assert not (tmp_path / "run").exists()
@@ -292,7 +287,7 @@ def test_every_bad_token_is_named_at_once(base, arguments, words, tmp_path, caps
     bad += ["eos_tokn=[EOT]", "eos=[EOT]", "[name],[gender]", "[name] [gender]", "<a>;<b>"]
     bad += ["[c],eos_token=[D]"]
     roles = ["--add-special-tokens", *good, *bad]
-    given = ["--model", base[1], "--add-tokens", words]
+    given = ["--model", base, "--add-tokens", words]
     told = refusal(PRETRAIN.main, arguments(tmp_path / "run", *given, roles=roles), capsys)
     places = [f"--add-special-tokens {entry}" for entry in bad]
     assert [line.partition(": ")[0] for line in told.splitlines()] == places
@@ -303,15 +298,9 @@ def test_every_bad_token_is_named_at_once(base, arguments, words, tmp_path, caps
 def test_words_that_are_not_new_are_skipped_and_counted(base, run, words, new, capsys):
     others = ["bank", "", "[MASK]", ""] + ["TEACHBANK"] * bool(new)
     words.write_text("\n".join([*new, *others]) + "\n", encoding="utf-8")
-    output = run(base[1], roles=[])
-    added = set(final_tokenizer(output).get_vocab()) - set(
-        AutoTokenizer.from_pretrained(base[1]).get_vocab()
-    )
-    assert added == set(new)
-    (line,) = [
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith(f"--add-tokens {words}: ")
-    ]
+    output = run(base, roles=[])
+    before = AutoTokenizer.from_pretrained(base).get_vocab()
+    assert final_tokenizer(output).get_vocab().keys() - before.keys() == set(new)
+    (line,) = re.findall(f"^--add-tokens {words}: .*", capsys.readouterr().out, re.MULTILINE)
     counts = [int(number) for number in re.findall(r"(?<= )\d+(?= )", line)]
     assert counts == [len(new), 2, 2] + [1] * bool(new)

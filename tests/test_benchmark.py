@@ -28,12 +28,11 @@ SMALL = "--model tiny --max-length 32 --batch-size 4 --micro-batch-size 2 --voca
 
 @pytest.fixture(autouse=True)
 def short_measures(monkeypatch):
-    """Short measurements, on one thread in every process."""
+    """Short measurements."""
     monkeypatch.setattr(data, "SAMPLE_CHARACTERS", 1 << 14)
     monkeypatch.setattr(data, "LOADER_SECONDS", 0.02)
     monkeypatch.setattr(steps, "MIN_BLOCKS", 1)
     monkeypatch.setattr(start, "METHOD", "fork")  # starts at once
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     yield
     Process.stop_all()
@@ -45,15 +44,13 @@ def arguments(text_file, cache):
     return [*SMALL.split(), *paths.split(), *SIZES]
 
 
-@pytest.fixture
-def bench(arguments, tmp_path):
-    return command.Bench(parse(arguments, command.BenchmarkOptions, ""), tmp_path, "cpu")
+def bench(arguments, folder):
+    return command.Bench(parse(arguments, command.BenchmarkOptions, ""), folder, "cpu")
 
 
 @pytest.fixture(scope="module")
 def run(arguments):
-    options = parse(arguments, command.BenchmarkOptions, "")
-    return command.Bench(options, Path(), "cpu").make_run()
+    return bench(arguments, Path()).make_run()
 
 
 # The peer's work.
@@ -172,8 +169,8 @@ def test_quality_compares_both_sides_on_the_same_masks(arguments, tmp_path, monk
     short = {"max_steps": 20, "save_every": "10"}
     monkeypatch.setattr(quality, "our_options", lambda *values: ours_gets(*values) | short)
     given = [*arguments, "--old-rates", "1e-5", "1e-2", "--minutes", "60"]
-    bench, found = command.Bench(parse(given, command.BenchmarkOptions, ""), tmp_path, "cpu"), {}
-    for values in quality.measure_quality(bench):
+    measured, found = bench(given, tmp_path), {}
+    for values in quality.measure_quality(measured):
         found.update(values)
     Process.stop_all()
     assert found["failed"] == {} and found["rows"] == sorted(found["rows"], key=rank)
@@ -191,7 +188,7 @@ def test_quality_compares_both_sides_on_the_same_masks(arguments, tmp_path, monk
     assert found["last_perplexity"] == {"ours": ours[-1]["perplexity"], "peer": best}
     assert f"({best:,.1f})" in found["result"] and found["unigram_perplexity"] > 1
 
-    referee = quality.Referee(bench.run_options(valid_fraction=0.05))
+    referee = quality.Referee(measured.run_options(valid_fraction=0.05))
     for folder, points in (("run/final", ours), ("old-0.01", fast)):
         score = referee.score(tmp_path / folder)["perplexity"]
         assert score == pytest.approx(points[-1]["perplexity"], rel=1e-3)
@@ -262,8 +259,8 @@ def hungry_rows(run, number):
     return HungryRows(rows) if run.micro_batch_size > 1 else rows
 
 
-def test_both_sides_halve_if_one_runs_out_of_memory(bench):
-    *_, found = steps.measure_both(bench, hungry_rows)
+def test_both_sides_halve_if_one_runs_out_of_memory(arguments, tmp_path):
+    *_, found = steps.measure_both(bench(arguments, tmp_path), hungry_rows)
     assert found["micro_batch_size"] == 1 and found["failed"] == {}
     assert found["tokens_per_second"].keys() == {"ours", "peer"}
     (row,) = found["rows"]

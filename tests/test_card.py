@@ -23,29 +23,22 @@ CARD = dict(
 
 
 @pytest.fixture
-def written(tmp_path):
+def folder(tmp_path):
+    folder = tmp_path / "mine" / "final"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def written(folder, **changes):
     """Write a card with some fields changed; returns it as the hub's library reads it."""
-
-    def write(**changes):
-        folder = tmp_path / "mine" / "final"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_card(folder, **CARD | changes)
-        return ModelCard.load(folder / "README.md")
-
-    return write
+    write_card(folder, **CARD | changes)
+    return ModelCard.load(folder / "README.md")
 
 
-@pytest.fixture
-def base_card(tmp_path):
-    """Write the card of a local model; returns its folder."""
-
-    def write(text):
-        folder = tmp_path / "base"
-        folder.mkdir(exist_ok=True)
-        (folder / "README.md").write_text(text, encoding="utf-8")
-        return str(folder)
-
-    return write
+def with_card(folder, text):
+    """The name of a local model that has this card."""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return str(folder)
 
 
 @pytest.fixture
@@ -66,9 +59,9 @@ def on_hub(tmp_path, monkeypatch):
     return write
 
 
-def test_the_index_of_scores_is_read_back_as_it_was_written(written):
-    data = written().data
-    assert data.model_name == "mine" and data.eval_results == CARD["scores"]
+def test_the_index_of_scores_is_read_back_as_it_was_written(folder):
+    data = written(folder).data
+    assert data.model_name == "mine" and data.eval_results == list(CARD["scores"])
     measured = EvalResult(
         task_type="fill-mask",
         dataset_type="custom-held-out-text",
@@ -81,9 +74,9 @@ def test_the_index_of_scores_is_read_back_as_it_was_written(written):
     assert [result.metric_name for result in data.eval_results] == ["perplexity", "mlm accuracy"]
 
 
-def test_metadata_of_a_model_from_scratch(written, tmp_path):
-    card = written(language="zh", datasets=("a/b",), mask_token="<mask>")
-    found = metadata_load(tmp_path / "mine" / "final" / "README.md")
+def test_metadata_of_a_model_from_scratch(folder):
+    card = written(folder, language="zh", datasets=("a/b",), mask_token="<mask>")
+    found = metadata_load(folder / "README.md")
     assert found["library_name"] == "transformers" and found["pipeline_tag"] == "fill-mask"
     assert (
         found["tags"] == CARD["tags"] and found["datasets"] == ["a/b"] and found["language"] == "zh"
@@ -94,29 +87,30 @@ def test_metadata_of_a_model_from_scratch(written, tmp_path):
     assert "| a \\| b |" in card.text
 
 
-def test_a_card_without_scores_has_no_index(written):
-    assert "model-index" not in written(scores=()).data.to_dict()
-    assert written(scores=(), started_from="gone/away").data.to_dict().get("base_model") is None
+def test_a_card_without_scores_has_no_index(folder):
+    data = written(folder, scores=(), started_from="gone/away").data.to_dict()
+    assert "model-index" not in data and "base_model" not in data
 
 
-def test_a_local_model_passes_on_its_license_language_and_base(written, base_card):
-    folder = base_card(
+def test_a_local_model_passes_on_its_license_language_and_base(folder, tmp_path):
+    base = with_card(
+        tmp_path,
         "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE.md\nlanguage: [en, de]\n"
-        "base_model: google/bert\ntags: [x]\nmodel-index: nonsense\n---\ntext"
+        "base_model: google/bert\ntags: [x]\nmodel-index: nonsense\n---\ntext",
     )
-    data = written(started_from=folder).data
+    data = written(folder, started_from=base).data
     assert (data.license, data.license_name, data.license_link) == ("other", "own", "LICENSE.md")
     assert data.language == ["en", "de"] and data.base_model == "google/bert"
     assert data.tags == CARD["tags"] and data.widget[0]["text"].startswith("The capital of France")
-    assert written(started_from=folder, language="zh").data.language == "zh"
+    assert written(folder, started_from=base, language="zh").data.language == "zh"
 
 
-def test_a_model_on_the_hub_is_the_base_model(written, on_hub):
+def test_a_model_on_the_hub_is_the_base_model(folder, on_hub):
     on_hub("google/bert", {"config.json": "{}", "README.md": "---\nlicense: mit\n---\n"})
     on_hub("google/bare", {"config.json": "{}"})
     assert inherited("google/bert") == {"license": "mit", "base_model": "google/bert"}
     assert inherited("google/bare") == {"base_model": "google/bare"}
-    assert written(started_from="google/bert").data.license == "mit"
+    assert written(folder, started_from="google/bert").data.license == "mit"
 
 
 @pytest.mark.parametrize(
@@ -128,8 +122,8 @@ def test_a_model_on_the_hub_is_the_base_model(written, on_hub):
         "---\nlicense: {a: 1}\nlanguage: ['x y', 2]\n---\n",
     ],
 )
-def test_a_garbled_card_passes_on_nothing(text, base_card):
-    assert inherited(base_card(text)) == {}
+def test_a_garbled_card_passes_on_nothing(text, tmp_path):
+    assert inherited(with_card(tmp_path, text)) == {}
 
 
 @pytest.mark.parametrize("name", ["base", "gone/away", "/no/such folder", "..", "a\0b"])

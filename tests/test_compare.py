@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import arguments_of, make_documents, refusal, write_documents
+from conftest import arguments_of, make_documents, refusal, save, write_documents
 from packed_reference import MAX_LENGTH, pad, small_model, small_stock, stock_class
-from transformers import BertConfig, BertForPreTraining
 
 from pretrain import compare
 from pretrain.commands import evaluate as command
@@ -80,14 +79,13 @@ def test_each_sequence_belongs_to_the_document_that_it_begins_in(corpus, vocabul
 
 def test_a_change_and_its_interval_equal_a_slow_bootstrap(validation, vocabulary):
     before = small_model(vocabulary.size)
-    after = changed(before, 0.1)
-    change = compare.compare(before, after, validation, CPU, PRECISION)
-    sides = [compare.sequence_losses(each, validation, CPU, PRECISION) for each in (before, after)]
+    models = (before, changed(before, 0.1))
+    change = compare.compare(*models, validation, CPU, PRECISION)
+    sides = [compare.sequence_losses(each, validation, CPU, PRECISION) for each in models]
     (old, counts), (new, _) = sides
     assert change.difference == pytest.approx((new - old).sum() / counts.sum())
-    perplexities = [
-        evaluate(each, validation, CPU, PRECISION)["perplexity"] for each in (before, after)
-    ]
+    scores = [evaluate(each, validation, CPU, PRECISION) for each in models]
+    perplexities = [of_model["perplexity"] for of_model in scores]
     assert (change.before, change.after) == pytest.approx(perplexities, rel=1e-4)
     numbers = np.unique(validation.documents)
     assert change.drawn == f"{len(numbers)} documents" and len(numbers) >= compare.MIN_DOCUMENTS
@@ -129,35 +127,36 @@ def place(text_file, tiny_tokenizer, vocabulary, tmp_path_factory):
     with "=" in its name."""
     folder = tmp_path_factory.mktemp("compare")
     model = small_model(vocabulary.size)
-    for name, saved in (("one", model), ("two", changed(model, 2.0))):
-        saved.save_pretrained(folder / name)
-        tiny_tokenizer.save_pretrained(folder / name)
     other = tokenizers.train(lambda: iter(["bank river money"]), 100)
-    sizes = dict(num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=16)
-    BertForPreTraining(BertConfig(vocab_size=len(other), **sizes)).save_pretrained(folder / "other")
-    other.save_pretrained(folder / "other")
-    kinds = {
-        "distil": ("distilbert", "ForMaskedLM"),
-        "modern": ("modernbert", "ForMaskedLM"),
-        "mlm-only": ("bert", "ForMaskedLM"),
-        "no-head": ("bert", "Model"),
+    save(folder / "other", small_model(len(other)), other)
+    models = {
+        "one": model,
+        "two": changed(model, 2.0),
+        "distil": small_stock("distilbert", "ForMaskedLM", vocabulary.size),
+        "modern": small_stock("modernbert", "ForMaskedLM", vocabulary.size),
+        "mlm-only": small_stock("bert", "ForMaskedLM", vocabulary.size),
+        "no-head": small_stock("bert", "Model", vocabulary.size),
     }
-    for name, kind in kinds.items():
-        stock = small_stock(*kind, vocabulary.size)
-        stock.save_pretrained(folder / name)
-        tiny_tokenizer.save_pretrained(folder / name)
+    for name, saved in models.items():
+        save(folder / name, saved, tiny_tokenizer)
     for name in ("a.txt", "b=c.txt"):
         write_documents(folder / name, make_documents(8, len(name)))
     return folder
 
 
 @pytest.fixture
-def evaluated(place, cache, monkeypatch, capsys):
-    """A function that runs evaluate.py in `place` and returns (what it printed, the numbers)."""
+def options(place, cache, monkeypatch):
+    """Options of evaluate.py in `place`, with those of a line."""
     monkeypatch.chdir(place)
+    return lambda line: arguments_of(f"{line} --max-length 64 --precision fp32 --cache", [cache])
+
+
+@pytest.fixture
+def evaluated(options, capsys):
+    """A function that runs evaluate.py and returns (what it printed, the numbers)."""
 
     def run(line):
-        command.main(arguments_of(f"{line} --max-length 64 --precision fp32 --cache", [cache]))
+        command.main(options(line))
         told = capsys.readouterr().out
         return told, json.loads(told.splitlines()[-1])
 
@@ -197,29 +196,25 @@ def test_a_family_without_nsp_head_is_compared_by_mlm_alone(evaluated, line):
     assert alone.items() <= found.items()
 
 
-def test_a_model_without_a_head_is_refused_and_one_without_that_for_pairs_is_not(
-    place, cache, evaluated, capsys
-):
-    """Heads with random weights would give numbers, too."""
+def test_a_model_without_a_head_for_pairs_is_evaluated_by_mlm_alone(evaluated):
+    """A head with random weights would give numbers, too."""
     told, found = evaluated("--model mlm-only --input a.txt")
     assert "mlm alone" in told and "nsp_loss" not in found
     _, expected = evaluated("--model mlm-only --input a.txt --objective mlm")
     assert found == expected
-    more = ["--max-length", 64, "--cache", cache]
-    for line in ("--model no-head", "--model one --baseline no-head --objective mlm"):
-        told = refusal(command.main, arguments_of(line, "--input a.txt", more), capsys)
-        assert "no-head: has no MLM head" in told and "\n" not in told
-    argv = arguments_of("--model mlm-only --input a.txt --objective mlm+nsp", more)
-    assert "--objective mlm+nsp: " in refusal(command.main, argv, capsys)
 
 
-def test_pairs_that_were_asked_for_are_refused_by_model(place, cache, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    more = ["--max-length", 64, "--cache", cache]
-    for line in ("--model one --baseline modern", "--model modern --baseline one"):
-        argv = arguments_of(line, "--input a.txt --objective mlm+nsp", more)
-        told = refusal(command.main, argv, capsys)
-        assert "--objective mlm+nsp: " in told and " modern " in told, told
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("--model one --baseline modern", "--baseline modern"),
+        ("--model modern --baseline one", "--model modern"),
+        ("--model mlm-only", "--model mlm-only"),
+    ],
+)
+def test_pairs_that_were_asked_for_are_refused_by_model(line, shown, options, capsys):
+    told = refusal(command.main, options(f"{line} --input a.txt --objective mlm+nsp"), capsys)
+    assert told.startswith(f"{shown} --objective mlm+nsp: ")
 
 
 @pytest.mark.parametrize(
@@ -229,10 +224,10 @@ def test_pairs_that_were_asked_for_are_refused_by_model(place, cache, monkeypatc
         ("--model one --baseline absent.d --input a.txt", "--baseline absent.d: "),
         ("--model one --input x=a.txt a.txt", "--input a.txt: "),
         ("--model one --input x=absent.txt", "--input absent.txt: "),
+        ("--model no-head --input a.txt", "--model no-head: has no MLM head"),
+        ("--model one --baseline no-head --input a.txt", "--baseline no-head: has no MLM head"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(place, cache, line, shown, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    more = "--max-length 64 --objective mlm --cache"
-    told = refusal(command.main, arguments_of(line, more, [cache]), capsys)
+def test_what_cannot_be_compared_is_refused(line, shown, options, capsys):
+    told = refusal(command.main, options(f"{line} --objective mlm"), capsys)
     assert told.startswith(shown) and "\n" not in told

@@ -44,17 +44,16 @@ RATE = 1e-3
 ON_GPU = ["--precision", "bf16", "--device", "cuda"]
 
 
-def twins(vocab_size, length=64):
+def twins(loop):
     """The same model on the CPU and, with the kernel, on the GPU."""
-    loop = small_model(vocab_size, max_position_embeddings=length)
     kernel = copy.deepcopy(loop).to(GPU)
     kernel.attention = VARLEN
     return loop, kernel
 
 
-def filled_batches(corpus, vocabulary, length=64, count=1):
+def filled_batches(corpus, vocabulary, length=64, **more):
     sizes = {"micro_batch_size": SEQUENCES[length], "max_length": length}
-    return make_batches(corpus, vocabulary, count=count, fill=True, **sizes)
+    return make_batches(corpus, vocabulary, fill=True, **sizes, **more)
 
 
 class Trainer:
@@ -88,6 +87,21 @@ def are_equal(left, right):
     return all(torch.equal(*pair) for pair in zip(left, right, strict=True))
 
 
+def assert_equals_dense_attention(lengths, head_dim, dtype, window=None, **kernel):
+    """Outputs and gradients equal float32 with a block-diagonal mask."""
+    generator = torch.Generator().manual_seed(1)
+    qkv = torch.randn(sum(lengths), 3, 2, head_dim, generator=generator)
+    qkv = qkv.to(GPU, dtype).requires_grad_()
+    exact, cu_seqlens = qkv.detach().float().requires_grad_(), offsets(lengths).to(GPU)
+    ours = packed_varlen(qkv, cu_seqlens, max(lengths), window=window, **kernel)
+    expected = dense_attention(exact, cu_seqlens, window)
+    torch.testing.assert_close(ours.float(), expected, atol=2e-2, rtol=2e-2)
+    direction = torch.randn(ours.shape, generator=generator).to(GPU)
+    (found,) = torch.autograd.grad(ours, qkv, direction.to(dtype))
+    (wanted,) = torch.autograd.grad(expected, exact, direction)
+    torch.testing.assert_close(found.float(), wanted, atol=5e-2, rtol=5e-2)
+
+
 @pytest.mark.parametrize("kernel", [TRITON, FLASH])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -96,33 +110,23 @@ def are_equal(left, right):
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_a_kernel_equals_dense_attention(kernel, dtype, lengths, head_dim):
     """Even before dummies without tokens, where the gradients are finite and right."""
-    generator = torch.Generator().manual_seed(1)
-    qkv = torch.randn(sum(lengths), 3, 2, head_dim, generator=generator)
-    qkv = qkv.to(GPU, dtype).requires_grad_()
-    exact, cu_seqlens = qkv.detach().float().requires_grad_(), offsets(lengths).to(GPU)
-    ours = packed_varlen(qkv, cu_seqlens, max(lengths), kernel)
-    expected = dense_attention(exact, cu_seqlens)
-    torch.testing.assert_close(ours.float(), expected, atol=2e-2, rtol=2e-2)
-    direction = torch.randn(ours.shape, generator=generator).to(GPU)
-    (found,) = torch.autograd.grad(ours, qkv, direction.to(dtype))
-    (wanted,) = torch.autograd.grad(expected, exact, direction)
-    torch.testing.assert_close(found.float(), wanted, atol=5e-2, rtol=5e-2)
+    assert_equals_dense_attention(lengths, head_dim, dtype, kernel=kernel)
 
 
 @pytest.mark.parametrize("window", [1, 20, 128, 511])
 def test_a_sliding_window_equals_dense_attention_with_a_band(window):
     """Also before dummies without tokens, and where the window covers every sequence."""
-    lengths, generator = (512, 1, 300, 129, 82, 0, 0), torch.Generator().manual_seed(1)
-    qkv = torch.randn(sum(lengths), 3, 2, 64, generator=generator)
-    qkv = qkv.to(GPU, torch.bfloat16).requires_grad_()
-    exact, cu_seqlens = qkv.detach().float().requires_grad_(), offsets(lengths).to(GPU)
-    ours = packed_varlen(qkv, cu_seqlens, max(lengths), window=window)
-    expected = dense_attention(exact, cu_seqlens, window)
-    torch.testing.assert_close(ours.float(), expected, atol=2e-2, rtol=2e-2)
-    direction = torch.randn(ours.shape, generator=generator).to(GPU)
-    (found,) = torch.autograd.grad(ours, qkv, direction.bfloat16())
-    (wanted,) = torch.autograd.grad(expected, exact, direction)
-    torch.testing.assert_close(found.float(), wanted, atol=5e-2, rtol=5e-2)
+    assert_equals_dense_attention((512, 1, 300, 129, 82, 0, 0), 64, torch.bfloat16, window)
+
+
+def assert_near(kernel, loop, share):
+    """Each gradient of the kernel is within a share of that of the loop."""
+    wanted = gradients(loop)
+    largest = max(gradient.norm() for gradient in wanted.values())
+    for name, gradient in gradients(kernel).items():
+        # A bias of the keys has a gradient of 0: it shifts all scores of a query equally.
+        size = wanted[name].norm().clamp(min=1e-2 * largest)
+        assert (gradient.cpu() - wanted[name]).norm() < share * size, name
 
 
 @pytest.mark.parametrize("length", SEQUENCES)
@@ -132,22 +136,15 @@ def test_other_families_compiled_are_close_to_float32_on_the_cpu(
 ):
     torch._dynamo.reset()
     sizes = {"max_position_embeddings": length, "hidden_size": 64}
-    loop = small_packed(family, vocabulary.size, **sizes)
-    kernel = copy.deepcopy(loop).to(GPU)
-    kernel.attention = VARLEN
-    sizes = {"micro_batch_size": SEQUENCES[length], "max_length": length}
-    (batch,) = make_batches(corpus, vocabulary, "mlm", fill=True, **sizes)
+    loop, kernel = twins(small_packed(family, vocabulary.size, **sizes))
+    (batch,) = filled_batches(corpus, vocabulary, length, objective="mlm")
     expected = loop(batch)["mlm"].sum
     expected.backward()
     with autocast(GPU, "bf16"):
         found = wrap(kernel, compiled=True)(batch.to(GPU))["mlm"].sum
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-2)
-    wanted = gradients(loop)
-    largest = max(gradient.norm() for gradient in wanted.values())
-    for name, gradient in gradients(kernel).items():
-        size = wanted[name].norm().clamp(min=1e-2 * largest)
-        assert (gradient.cpu() - wanted[name]).norm() < 0.06 * size, name
+    assert_near(kernel, loop, 0.06)
 
 
 @pytest.mark.parametrize("length", SEQUENCES)
@@ -155,7 +152,7 @@ def test_other_families_compiled_are_close_to_float32_on_the_cpu(
 def test_losses_and_gradients_are_close_to_float32_on_the_cpu(
     length, precision, corpus, vocabulary
 ):
-    loop, kernel = twins(vocabulary.size, length)
+    loop, kernel = twins(small_model(vocabulary.size, max_position_embeddings=length))
     (batch,) = filled_batches(corpus, vocabulary, length)
     expected = loop(batch)
     sum(loss.sum for loss in expected.values()).backward()
@@ -164,17 +161,12 @@ def test_losses_and_gradients_are_close_to_float32_on_the_cpu(
     sum(loss.sum for loss in found.values()).backward()
     sums = {name: loss.sum.item() for name, loss in expected.items()}
     assert {name: loss.sum.item() for name, loss in found.items()} == pytest.approx(sums, rel=1e-2)
-    wanted = gradients(loop)
-    largest = max(gradient.norm() for gradient in wanted.values())
-    for name, gradient in gradients(kernel).items():
-        # A bias of the keys has a gradient of 0: it shifts all scores of a query equally.
-        size = wanted[name].norm().clamp(min=1e-2 * largest)
-        assert (gradient.cpu() - wanted[name]).norm() < 0.05 * size, name
+    assert_near(kernel, loop, 0.05)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_steps_follow_float32_on_the_cpu(precision, corpus, vocabulary):
-    loop, kernel = twins(vocabulary.size)
+    loop, kernel = twins(small_model(vocabulary.size))
     batches = filled_batches(corpus, vocabulary, count=2)
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
     expected = Trainer(loop, "fp32").losses(batches, steps=20)
@@ -200,7 +192,7 @@ def test_a_compiled_step_equals_the_eager_one_and_waits_for_nothing(corpus, voca
     """One graph without a break for batches of any lengths, in each of two phases."""
     torch._dynamo.reset()
     counters.clear()
-    _, eager = twins(vocabulary.size, 512)
+    _, eager = twins(small_model(vocabulary.size, max_position_embeddings=512))
     model = copy.deepcopy(eager)
     batches = [
         batch.pin_memory()
@@ -221,7 +213,7 @@ def test_a_compiled_step_equals_the_eager_one_and_waits_for_nothing(corpus, voca
 
 
 def test_a_non_finite_step_changes_nothing(corpus, vocabulary):
-    _, model = twins(vocabulary.size)
+    _, model = twins(small_model(vocabulary.size))
     trainer, (batch,) = Trainer(model, "bf16"), filled_batches(corpus, vocabulary)
     assert trainer.step(batch).finite
     before = trainer.state()
@@ -234,7 +226,7 @@ def test_a_non_finite_step_changes_nothing(corpus, vocabulary):
 
 
 def test_the_scaler_skips_what_overflows_and_lowers_its_scale(corpus, vocabulary):
-    _, model = twins(vocabulary.size)
+    _, model = twins(small_model(vocabulary.size))
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
     trainer, (batch,) = Trainer(model, "fp16", scaler), filled_batches(corpus, vocabulary)
     before = [weight.detach().clone() for weight in model.parameters()]

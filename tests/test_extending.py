@@ -14,7 +14,16 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import ROOT, SIZES, assert_same_run, in_processes, rows
+from conftest import (
+    ROOT,
+    SIZES,
+    arguments_of,
+    assert_same_run,
+    in_processes,
+    rows,
+    save,
+    summary_of,
+)
 from transformers import AutoModelForMaskedLM, AutoTokenizer, ElectraConfig, ElectraForMaskedLM
 
 from pretrain.batch import IGNORED
@@ -25,7 +34,15 @@ SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## Change it\n
 EDITS = dict(
     re.findall(r"### ([^\n]+)\n[^#]*?```diff\n(.*?)```", SECTION.split("\n## ")[0], re.DOTALL)
 )
-MASKINGS = {"A mask strategy": "pair", "A curriculum of masks": "growing"}
+RUN = f"""--max-length 32 --precision fp32 --batch-size 16 --micro-batch-size 8 --max-steps {LAST}
+--save-every 2 --eval-every 4 --eval-tokens 600 --log-every 1 --keep 9"""
+OPTIONS = {
+    "Another optimizer": "--optimizer adamw",
+    "Layer-wise learning rates": "--optimizer adamw",
+    "A mask strategy": "--masking pair",
+    "A curriculum of masks": "--masking growing",
+    "Another encoder": "--objective mlm",
+}
 EDITS["Frozen weights"] = EDITS["Frozen weights"].replace("step >= 100", f"step >= {KILLED - 1}")
 
 
@@ -81,13 +98,11 @@ def edited(folder, kill_at, command="pretrain"):
 
 
 def electra(folder, tokenizer):
-    """A small ELECTRA to continue from; the options to do so."""
+    """The folder of a small ELECTRA to continue from."""
     sizes = {"hidden_size": 32, "embedding_size": 32, "intermediate_size": 64}
     layers = {"num_attention_heads": 2, "num_hidden_layers": 2}
     config = ElectraConfig(vocab_size=len(tokenizer), **sizes, **layers)
-    ElectraForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return ["--model", folder, "--objective", "mlm"]
+    return save(folder, ElectraForMaskedLM(config), tokenizer)
 
 
 @pytest.mark.parametrize("title", EDITS)
@@ -95,27 +110,18 @@ def test_an_edit_of_the_readme_trains_and_resumes(title, corpus, tmp_path, tiny_
     for name in ("pretrain", "scripts"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("benchmark"))
     apply(EDITS[title], tmp_path)
-    argv = ["--train", corpus.folder, "--max-length", 32, "--precision", "fp32"]
-    argv += ["--batch-size", 16, "--micro-batch-size", 8, "--max-steps", LAST, "--save-every", 2]
-    argv += ["--eval-every", 4, "--eval-tokens", 600, "--log-every", 1, "--keep", 9]
+    argv = arguments_of(["--train", corpus.folder], RUN, OPTIONS.get(title, ""), "--model")
     if title == "Another encoder":
-        argv += electra(tmp_path / "electra", tiny_tokenizer)
+        argv += [electra(tmp_path / "electra", tiny_tokenizer)]
     else:
-        argv += ["--model", "tiny", *SIZES]
-    if title in ("Another optimizer", "Layer-wise learning rates"):
-        argv += ["--optimizer", "adamw"]
-    if title in MASKINGS:
-        argv += ["--masking", MASKINGS[title]]
+        argv += ["tiny", *SIZES]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ends = []
-    for kill_at, more in (
-        (0, ["--output", whole]),
-        (KILLED, ["--output", killed]),
-        (0, ["--output", killed, "--resume"]),
-    ):
-        ends += in_processes(tmp_path, edited(tmp_path, kill_at), [*argv, *more])
+    for kill_at, output, more in ((0, whole, []), (KILLED, killed, []), (0, killed, ["--resume"])):
+        main = edited(tmp_path, kill_at)
+        ends += in_processes(tmp_path, main, [*argv, "--output", output, *more])
     assert [code for code, _ in ends] == [0, -signal.SIGKILL, 0], ends
-    assert json.loads((whole / "summary.json").read_text())["skipped_steps"] == 1
+    assert summary_of(whole)["skipped_steps"] == 1
     assert_same_run(whole, killed, LAST)
     training = [row for row in rows(whole) if "train/loss" in row]
     assert len(training) >= LAST - 1  # a skipped step has no losses

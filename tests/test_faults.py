@@ -30,6 +30,7 @@ from conftest import (
     resume,
     rows,
     script,
+    summary_of,
     ten_steps,
     without_privileges,
     write_documents,
@@ -241,7 +242,7 @@ def test_killed_anywhere_then_resumed(undisturbed, options, output, places, opti
     assert_same_run(whole, output)
     if places == "step":
         assert_one_curve(output)
-    assert json.loads((output / "summary.json").read_text())["state"] == "finished"
+    assert summary_of(output)["state"] == "finished"
     assert [path.name for path in ckpt.checkpoints(output)] == ["checkpoint-10"]
     assert ckpt.problem_of(output / "best", needed=()) is None
     assert not list(output.glob(".*"))
@@ -276,25 +277,17 @@ def test_a_finished_run_in_a_read_only_folder_is_reported(finished, output, more
     """With its summary, and without writing; one that would go on is refused."""
     shutil.copytree(finished, output)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    shown = output.with_name("shown")
-
-    def prepare(rank):
-        sys.stdout = shown.open("w", buffering=1)
-        without_privileges()
-
     output.chmod(0o555)
     try:
-        argv = arguments_of("--resume --output", [output], more)
-        ((ended, told),) = in_processes(output.parent, main, argv, prepare=prepare)
+        (told,) = start(output, "--resume", more, fault=without_privileges, ends_with=code)
     finally:
         output.chmod(0o755)
-    assert ended == code and "Traceback" not in told, told
     if code:
         assert told.startswith(f"error: --output {output}: ")
     else:
-        summary = json.loads((finished / "summary.json").read_text())
+        summary = summary_of(finished)
         for name in ("eval_perplexity", "best_perplexity"):
-            assert f" {summary[name]:,.4f}\n" in shown.read_text()
+            assert f" {summary[name]:,.4f}\n" in printed(output)
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
@@ -306,11 +299,12 @@ def test_a_finished_run_in_a_read_only_folder_is_reported(finished, output, more
 def test_a_damaged_model_folder_is_rewritten(undisturbed, output, name, step, kept, capsys):
     """The best model of a finished run, only if the checkpoint of its step is `kept`."""
     finished = undisturbed("adamw", 1, "--seed", "7")  # its last evaluation is the best
+    weights = Path(name, "model.safetensors")
     if step < 10:
         interrupted_copy(finished, output, step)
     else:
         shutil.copytree(finished, output)
-    (output / name / "model.safetensors").write_bytes(b"lost")
+    (output / weights).write_bytes(b"lost")
     if not kept:
         best = ckpt.read_states(ckpt.newest_good(output))["train"]["best_step"]
         for other in ckpt.checkpoints(output)[1:] if step == 10 else []:
@@ -320,11 +314,9 @@ def test_a_damaged_model_folder_is_rewritten(undisturbed, output, name, step, ke
     resume(output)
     assert_same_run(finished, output)
     assert ckpt.problem_of(output / name, needed=()) is None
-    assert (output / name / "model.safetensors").read_bytes() == (
-        finished / name / "model.safetensors"
-    ).read_bytes()
+    assert (output / weights).read_bytes() == (finished / weights).read_bytes()
     if name == "best":
-        assert f"{output / name / 'model.safetensors'} is " in capsys.readouterr().out
+        assert f"{output / weights} is " in capsys.readouterr().out
 
 
 def test_an_extended_run_writes_final_again(finished, output):
@@ -438,18 +430,19 @@ def test_a_signal_saves_and_exits(
     for text in start(output, options, ["--optimizer", kind], count=count, **fault, ends_with=code):
         assert number.name in text.splitlines()[-1]
     assert newest(output) == step
-    assert number.name in json.loads((output / "summary.json").read_text())["state"]
+    assert number.name in summary_of(output)["state"]
     start(output, "--resume", count=count, fault=a_second_later)
     assert_same_run(undisturbed(kind, count), output)
     assert_one_curve(output)
 
 
-def close_stderr(*given):
+def end_with_the_reader(*given):
     """As when Ctrl-C also ends `tee`."""
     reader, writer = os.pipe()
     os.dup2(writer, 2)
     os.close(reader)
     os.close(writer)
+    send(TERM)()
 
 
 def signal_to_group(*given):
@@ -458,21 +451,12 @@ def signal_to_group(*given):
 
 
 TWICE = [at(train, name, 5, send(INT)) for name in ("train_step", "sum_counts")]
+TO_GROUP = all_of(os.setsid, at(train, "train_step", 5, signal_to_group))
 ENDS = {  # the fault, more options, the exit code, the newest checkpoint
     "second SIGINT": (all_of(*TWICE), "", -INT, 4),
     "before training": (at(plan, "count_epoch", 1, send(TERM)), "", 128 + TERM, 0),
-    "workers signaled": (
-        all_of(os.setsid, at(train, "train_step", 5, signal_to_group)),
-        "--workers 2",
-        128 + HUP,
-        5,
-    ),
-    "no reader": (
-        all_of(at(train, "train_step", 5, send(TERM)), at(train, "train_step", 5, close_stderr)),
-        "",
-        128 + TERM,
-        5,
-    ),
+    "workers signaled": (TO_GROUP, "--workers 2", 128 + HUP, 5),
+    "no reader": (at(train, "train_step", 5, end_with_the_reader), "", 128 + TERM, 5),
 }
 
 
@@ -502,6 +486,13 @@ def spoil_state(part):
     return at(train, "train_step", 6, act)
 
 
+def write_half(content, path):
+    """The disk is full before the save of step 6 is complete."""
+    if path.parent.name == ".checkpoint-6.partial":
+        path.write_bytes(bytes(1000))
+        raise OSError(28, "No space left on device")
+
+
 def lose_a_write(folder, **named):
     """A disk loses an accepted write, before the save of step 6 is read back."""
     path = folder / "model.safetensors"
@@ -515,17 +506,14 @@ def stuck_worker():
 
 
 NO_SPACE = OSError(28, "No space left on device", "metrics.jsonl")
+READ_ONLY = at(synchronize.SemLock, "__init__", 0, fail(OSError(30, "Read-only file system")))
 FAILURES = {  # the fault, more options, what the message names, the newest checkpoint
     "full memory": (at(train, "train_step", 6, fail(FULL)), "", "--micro-batch-size 4", 4),
     "full disk": (at(Monitor, "log", 7, fail(NO_SPACE)), "", "metrics.jsonl: No space left", 4),
+    "full disk at a save": (at(torch, "save", 0, write_half), "", "checkpoint-6: cannot be", 4),
     "lost write": (at(ckpt, "problem_of", 0, lose_a_write), "--keep 1", "model.safetensors", 4),
     "dead worker": (in_a_worker(send(KILL)), "--workers 1", "--workers", 0),
-    "no shared memory": (
-        at(synchronize.SemLock, "__init__", 0, fail(OSError(30, "Read-only file system"))),
-        "--workers 1",
-        "--workers",
-        0,
-    ),
+    "no shared memory": (READ_ONLY, "--workers 1", "--workers", 0),
     "stuck worker": (stuck_worker, "--workers 1", "--workers", 0),
     "infinite weight": (spoil_state("weight"), "", ".weight", 4),
     "infinite state": (spoil_state("exp_avg"), "", ".weight", 4),
@@ -558,7 +546,7 @@ def test_a_non_finite_step_keeps_its_number_and_its_data(
     fault = {"fault": nan_losses(3), "victim": count - 1}
     messages = start(output, options, changes, more, count=count, **fault)
     assert f"step 3, data position 0 0 8 {2 / 3}: " in messages[0]
-    assert json.loads((output / "summary.json").read_text())["skipped_steps"] == 1
+    assert summary_of(output)["skipped_steps"] == 1
     assert [row["step"] for row in rows(output)] == [0, 1, 3, 4]
     folders = [output / f"checkpoint-{step}" for step in (2, 3, 4)]
     before, after, last = [ckpt.read_states(folder) for folder in folders]
@@ -675,12 +663,8 @@ def test_a_second_run_on_a_folder_is_refused(finished, stopped, options, tmp_pat
     other = hold_in_child(stopped, lambda: time.sleep(60))
     link = tmp_path / "link"
     link.symlink_to(stopped)
-    for output, more in (
-        (stopped, ["--resume"]),
-        (stopped, [*options, "--overwrite"]),
-        (link, ["--resume"]),
-    ):
-        (text,) = start(output, more, ends_with=2)
+    for output, more in ((stopped, "--resume"), (stopped, "--overwrite"), (link, "--resume")):
+        (text,) = start(output, options, more, ends_with=2)
         assert text.startswith("error: ") and f"process {other} on " in text
     os.kill(other, KILL)
     os.waitpid(other, 0)

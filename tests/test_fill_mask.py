@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import refusal, script
+from conftest import refusal, save, script
 from packed_reference import roughen, small_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForPreTraining, BertModel
@@ -15,10 +15,8 @@ FILL_MASK = script("fill_mask")
 @pytest.fixture(scope="module")
 def model(vocabulary, tiny_tokenizer, tmp_path_factory):
     """A folder with a model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    roughen(BertForPreTraining(small_config(vocabulary.size))).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    model = roughen(BertForPreTraining(small_config(vocabulary.size)))
+    return save(tmp_path_factory.mktemp("model"), model, tiny_tokenizer)
 
 
 def tables(printed):
@@ -54,10 +52,6 @@ def stock_tables(folder, texts, top):
     ids=["one", "several"],
 )
 def test_scores_equal_the_stock_models_softmax(texts, model, capsys):
-    assert_stock_scores(model, texts, capsys)
-
-
-def assert_stock_scores(model, texts, capsys):
     FILL_MASK.main(["--model", str(model), "--top", "4", *texts])
     found, expected = tables(capsys.readouterr().out), stock_tables(model, texts, 4)
     assert len(found) == len(expected) == sum(text.count("[MASK]") for text in texts)

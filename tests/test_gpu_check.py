@@ -47,7 +47,6 @@ def start(command, folder, **environment):
         "GPU_CHECK_SCRATCH": folder / "scratch",
         "GPU_CHECK_SIZE": "tiny",
         "GPU_CHECK_LENGTHS": "16",
-        "OMP_NUM_THREADS": "1",
         **environment,
     }
     return subprocess.Popen(
@@ -65,7 +64,6 @@ def check(text_file, tmp_path, monkeypatch):
 
     Returns the reports by part, and the printed summary. `second` runs fp16 first, for `use`."""
     monkeypatch.setattr(steps, "MIN_BLOCKS", 1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     python, kept, reports = make_python(tmp_path, NOTES), tmp_path / "kept", {}
 

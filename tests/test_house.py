@@ -187,12 +187,6 @@ def test_the_loop_fits_on_a_screen(name, limit):
     assert function.end_lineno - function.lineno + 1 <= limit
 
 
-def test_no_line_is_longer_than_100_columns():
-    for folder in ("pretrain", "scripts", "tests"):
-        for path in (ROOT / folder).rglob("*.py"):
-            assert max(map(len, path.read_text("utf-8").splitlines()), default=0) <= 100, path
-
-
 def public_definitions(tree):
     """Public classes, functions, and methods of more than one statement (for one statement, the
     name is enough)."""

@@ -1,7 +1,6 @@
 """--mix: the batches of a run have its shares; interrupted anywhere, with workers, equals
 uninterrupted; two processes equal one; each text has its scores; bad shares are refused."""
 
-import json
 import re
 import shlex
 
@@ -13,21 +12,23 @@ from conftest import (
     SIZES,
     arguments_of,
     assert_same_run,
+    built,
+    evaluated,
     make_documents,
     observed_run,
     pretrain_into,
     refusal,
     resume,
     rows,
+    scores_of,
+    summary_of,
     write_documents,
 )
 from test_faults import KILL, NO_DROPOUT, assert_close_runs, at, send, start
 
-from pretrain import build, plan, train
-from pretrain.cli import parse
-from pretrain.commands import evaluate, show_masks
+from pretrain import plan, train
+from pretrain.commands import show_masks
 from pretrain.commands.pretrain import main
-from pretrain.config import Config
 from pretrain.corpora import text_names
 from pretrain.files import read_json
 from pretrain.pretraining import print_plan
@@ -56,17 +57,13 @@ def finished(arguments, tmp_path_factory):
     return observed_run(tmp_path_factory.mktemp("mix") / "finished", arguments)
 
 
-def run_of(arguments, output):
-    return build.build(parse(arguments_of(arguments, ["--output", output]), Config, ""))
-
-
 # What is read.
 
 
 def test_batches_are_those_of_the_texts_in_their_shares(finished, arguments, tmp_path):
     """Each micro-batch equals one that the text alone gives, and three in four tokens are from the
     first text, up to one micro-batch."""
-    run = run_of(arguments, tmp_path / "run")
+    run = built(tmp_path / "run", arguments)
     names = ["eval/perplexity", f"{OTHER}/perplexity"]
     assert run.charts["perplexity"]["held-out, by text"] == ["Multiline", names]
     assert len(finished.steps) == 10 and {len(batches) for batches in finished.steps} == {4}
@@ -88,7 +85,7 @@ def test_batches_are_those_of_the_texts_in_their_shares(finished, arguments, tmp
 
 def test_the_first_text_decides_steps_and_recipe(arguments, tmp_path):
     """An epoch is a pass over it, so it has a third more steps than the text alone."""
-    run = run_of([*arguments, "--epochs", 1, "--max-steps", 0], tmp_path / "run")
+    run = built(tmp_path / "run", arguments, "--epochs 1 --max-steps 0")
     parts = run.phases[0].dataset.parts
     sizes = []
     for part in parts:
@@ -103,7 +100,7 @@ def test_the_first_text_decides_steps_and_recipe(arguments, tmp_path):
 
 
 def test_the_plan_says_how_often_each_text_is_read(arguments, output, texts, capsys):
-    print_plan(run_of(arguments, output))
+    print_plan(built(output, arguments))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mix: ")]
     assert all(str(path) in line for path in texts) and "75.0%" in line and "25.0%" in line
 
@@ -120,9 +117,8 @@ def test_other_objectives(arguments, output, objective, steps_seen):
 
 def test_a_prepared_corpus_is_a_text_of_a_mixture(finished, texts, cache, output):
     """Its tokenizer is that of the run."""
-    folders = read_json(finished.output / "checkpoint-10" / "training_state.json")
-    folder = folders["corpus_folders"]["train-2"]
-    files = ["--train", texts[0], folder, "--cache", cache]
+    state = read_json(finished.output / "checkpoint-10" / "training_state.json")
+    files = ["--train", texts[0], state["corpus_folders"]["train-2"], "--cache", cache]
     pretrain_into(output, files, SHORT_RUN, SIZES, MIX, "--max-steps 2 --format sentences")
     own, other = (run / "final" / "tokenizer.json" for run in (output, finished.output))
     assert own.read_text() == other.read_text()
@@ -169,14 +165,11 @@ def test_each_text_has_its_scores(finished, texts, cache, capsys):
     """They equal those of evaluate.py; the first text's decide."""
     last = rows(finished.output)[-1]
     for group, path in (("eval", texts[0]), (OTHER, texts[1])):
-        files = ["--model", finished.output / "final", "--input", path, "--cache", cache]
-        evaluate.main(arguments_of(files, "--valid-fraction 0.05 --precision fp32"))
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
-        names = [name for name in last if name.startswith(f"{group}/") and "unigram" not in name]
-        assert found == {name.partition("/")[2]: last[name] for name in names}
-    summary = read_json(finished.output / "summary.json")
-    evaluated = [row for row in rows(finished.output) if "eval/perplexity" in row]
-    in_last_phase = [row["eval/perplexity"] for row in evaluated if row["step"] > 6]
+        found = evaluated(finished.output / "final", path, capsys, ["--cache", cache])
+        assert found == scores_of(last, group)
+    summary = summary_of(finished.output)
+    with_scores = [row for row in rows(finished.output) if "eval/perplexity" in row]
+    in_last_phase = [row["eval/perplexity"] for row in with_scores if row["step"] > 6]
     assert summary["best_perplexity"] == min(in_last_phase)
     name = OTHER.removeprefix("eval_")
     assert summary[f"eval_{name}/perplexity"] == last[f"{OTHER}/perplexity"]
@@ -185,7 +178,7 @@ def test_each_text_has_its_scores(finished, texts, cache, capsys):
 
 
 def test_show_masks_repeats_the_data_of_a_step(finished, arguments, tmp_path, monkeypatch):
-    run = run_of([*arguments, "--resume"], finished.output)
+    run = built(finished.output, arguments, "--resume")
     state = ckpt.read_states(finished.output / "checkpoint-4")["data"]
     position = run.phases[0].dataset.position_of(state["position"])
     argv = shlex.split(run.rebuild_command(5, position))[2:]

@@ -3,7 +3,6 @@ no text twice in an epoch; interrupted anywhere equals uninterrupted; scores equ
 the phase's length; bad phases are refused."""
 
 import dataclasses
-import json
 import shlex
 import shutil
 
@@ -15,21 +14,23 @@ from conftest import (
     arguments_of,
     assert_same,
     assert_same_run,
+    built,
+    evaluated,
     leaves,
     observed_run,
     pretrain_into,
     refusal,
     resume,
     rows,
+    scores_of,
+    summary_of,
     write_documents,
 )
 from test_faults import KILL, at, send, start
 
 from pretrain import build, plan, train
-from pretrain.cli import parse
-from pretrain.commands import evaluate, show_masks
+from pretrain.commands import show_masks
 from pretrain.commands.pretrain import main
-from pretrain.config import Config
 from pretrain.data.collate import Collator
 from pretrain.data.loader import DataPosition, PretrainingDataset
 from pretrain.data.masking import Masking
@@ -76,23 +77,6 @@ def finished(arguments, tmp_path_factory):
 def position_after(output, step):
     """The data position of a run after a step."""
     return DataPosition(*ckpt.read_states(output / f"checkpoint-{step}")["data"]["position"])
-
-
-def config_of(arguments, output):
-    return parse(arguments_of(arguments, ["--output", output]), Config, "")
-
-
-def evaluated(folder, source, capsys):
-    """The output of evaluate.py."""
-    files = ["--model", folder, "--input", source.folder]
-    evaluate.main(arguments_of(files, "--valid-fraction 0.05 --precision fp32"))
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def scores_of(row):
-    """The scores of an evaluation, under the names of evaluate.py."""
-    names = [name for name in row if name.startswith("eval/") and "unigram" not in name]
-    return {name.removeprefix("eval/"): row[name] for name in names}
 
 
 # What is read.
@@ -165,11 +149,13 @@ def test_scores_are_at_the_length_of_the_phase(finished, source, capsys):
     lengths = {step: row.get("train/max_length") for step, row in logged.items()}
     assert lengths == {0: None, 1: 32, 3: 32, 4: None, 6: 32, 8: None, 9: 80, 10: 80}
     for name, step in (("checkpoint-4", 4), ("checkpoint-8", 8), ("final", 10)):
-        assert evaluated(finished.output / name, source, capsys) == scores_of(logged[step])
-    summary = read_json(finished.output / "summary.json")
+        found = evaluated(finished.output / name, source.folder, capsys)
+        assert found == scores_of(logged[step]) and "nsp_accuracy" in found
+    summary = summary_of(finished.output)
     best = summary["best_step"]
     assert best >= 8
-    assert evaluated(finished.output / "best", source, capsys) == scores_of(logged[best])
+    found = evaluated(finished.output / "best", source.folder, capsys)
+    assert found == scores_of(logged[best])
     assert 0.6 * 10 * 16 * 32 < summary["real_tokens"] <= 10 * 16 * 32
 
 
@@ -180,7 +166,7 @@ def test_patience_and_best_use_the_last_phase(of_one_length, output, lengths):
     more = "--micro-batch-size 16 --eval-every 1 --patience 2 --learning-rate 1e-30"
     phases = f"--phases {lengths[0]}:0.6 {lengths[1]}:0.4"
     pretrain_into(output, of_one_length, more, phases)
-    summary = read_json(output / "summary.json")
+    summary = summary_of(output)
     assert (summary["best_step"], summary["steps"]) == (SWITCH + 1, SWITCH + 3)
     assert ckpt.read_facts(output / "best")["max_length"] == lengths[1]
 
@@ -196,13 +182,12 @@ def test_memory_is_tried_for_each_phase(arguments, output, monkeypatch):
         return 0.1 if batch.max_length == 32 or batch.num_tokens <= 128 else None
 
     monkeypatch.setattr(build, "trial_seconds", fits)
-    run = build.build(config_of(arguments, output))
+    run = built(output, arguments)
     assert tried == [32, 80] * 2 and run.micro_batch_size == 4
     # None fits; and 2 x 32 tokens have no room for a sequence of 128.
     monkeypatch.setattr(build, "trial_seconds", lambda *more: None)
-    config = config_of([*arguments, "--phases", "32:0.5", "128:0.5"], output)
     with pytest.raises(UserError, match=r"^--micro-batch-size 4: .*\(--phases\)"):
-        build.build(config)
+        built(output, arguments, "--phases 32:0.5 128:0.5")
 
 
 def test_a_model_from_scratch_has_positions_for_the_longest_phase(arguments, output):
@@ -219,7 +204,7 @@ def test_a_model_from_scratch_has_positions_for_the_longest_phase(arguments, out
 def test_show_masks_repeats_the_data_of_a_step(
     finished, arguments, step, number, tmp_path, monkeypatch
 ):
-    run = build.build(config_of([*arguments, "--resume"], finished.output))
+    run = built(finished.output, arguments, "--resume")
     position = position_after(finished.output, step)
     python, script, *argv = shlex.split(run.rebuild_command(step + 1, position))
     assert (python, script) == ("python", "scripts/show_masks.py")
@@ -235,13 +220,13 @@ def test_show_masks_repeats_the_data_of_a_step(
 def test_the_embedded_text_takes_phases(tmp_path, output, documents, monkeypatch):
     text = write_documents(tmp_path / "text.txt", documents)
     monkeypatch.setattr("pretrain.demo.write_text", lambda cache: text)
-    more = "--max-steps 2 --vocab-size 120 --phases 32:0.5 48:0.5 --log-every 1 --cache"
-    pretrain_into(output, more, [tmp_path / "cache"])
+    more = "--max-steps 2 --vocab-size 120 --phases 32:0.5 48:0.5 --log-every 1 --batch-size 16"
+    pretrain_into(output, more, SIZES, ["--cache", tmp_path / "cache"])
     assert [row.get("train/max_length") for row in rows(output)] == [None, 32, 48]
 
 
 def test_the_plan_is_printed(arguments, output, capsys):
-    print_plan(build.build(config_of(arguments, output)))
+    print_plan(built(output, arguments))
     told = capsys.readouterr().out
     assert "phase 1: steps 1 to 6, sequences of 32 tokens, 8 " in told
     assert "phase 2: steps 7 to 10, sequences of 80 tokens, 3.2 " in told

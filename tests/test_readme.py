@@ -7,7 +7,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, save, script
 from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForMaskedLM,
@@ -59,11 +59,6 @@ MORE = {  # so that a command takes seconds
     "adapt": f"--label-budgets 4 all --seeds 1 --pretrain '{FAST}' "
     "--finetune '--max-steps 2 --max-length 32'",
 }
-
-
-def save(folder, model, tokenizer):
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def write_models(folder, english, chinese, roberta_tokenizer, modernbert_tokenizer):
@@ -121,13 +116,14 @@ def home(documents, roberta_tokenizer, modernbert_tokenizer, tmp_path_factory):
         "similar.tsv": "bank\triver\tmoney\n",
         "words.txt": "river money\nbank-model\n",
     }
+    classes = {
+        "": ("river water {},water", "bank model {},money"),
+        "zh_": ("今天心情很好{},1", "天气不错{},0"),
+    }
     for name, start in (("train", 0), ("valid", 20), ("test", 30), ("new", 40)):
-        kinds = ("river water {},water", "bank model {},money")
-        labeled = [kinds[number % 2].format(number) for number in range(start, start + 10)]
-        files[f"{name}.csv"] = "text,label\n" + "\n".join(labeled) + "\n"
-        kinds = ("今天心情很好{},1", "天气不错{},0")
-        labeled = [kinds[number % 2].format(number) for number in range(start, start + 10)]
-        files[f"zh_{name}.csv"] = "text,label\n" + "\n".join(labeled) + "\n"
+        for language, kinds in classes.items():
+            labeled = [kinds[number % 2].format(number) for number in range(start, start + 10)]
+            files[f"{language}{name}.csv"] = "text,label\n" + "\n".join(labeled) + "\n"
         if name != "new":
             files[f"tasks/river/{name}.csv"] = files[f"{name}.csv"]
     words = "quick\tO\nbank\tB-X\nmodel\tI-X\n\nriver\tB-Y\nwater\tO\n\n"

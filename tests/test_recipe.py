@@ -3,17 +3,20 @@
 import itertools
 import json
 import math
-import shutil
 from dataclasses import replace
 
 import pytest
 from conftest import (
     arguments_of,
+    assert_same,
+    assert_same_run,
+    interrupted_copy,
     make_documents,
     pretrain_into,
     refusal,
     resume,
     rows,
+    summary_of,
     write_documents,
 )
 from hypothesis import given
@@ -24,6 +27,7 @@ from pretrain import recipe
 from pretrain.cli import parse
 from pretrain.commands import pretrain
 from pretrain.config import Config, counted_length, longest, min_micro_batch_size, phase_lengths
+from pretrain.files import read_json
 from pretrain.recipe import CONTINUED, FRESH_HEAD, SCRATCH, Situation, resolve
 
 STARTS = st.sampled_from((SCRATCH, FRESH_HEAD, CONTINUED))
@@ -112,10 +116,8 @@ def test_a_run_of_few_steps_from_scratch_has_a_lower_rate():
     """Otherwise it ends worse than guessing by frequency; a checkpoint takes the full rate."""
     for start in (SCRATCH, CONTINUED):
         situation = Situation(10**5, 128, start, dropout=0.1)
-        rates = [
-            resolve(Config(max_steps=steps), {}, situation).learning_rate
-            for steps in (20, 60, 200, 400, 800)
-        ]
+        configs = [Config(max_steps=steps) for steps in (20, 60, 200, 400, 800)]
+        rates = [resolve(config, {}, situation).learning_rate for config in configs]
         assert rates[2] == rates[3] > rates[4]
         expected = [0.1, 0.3] if start == SCRATCH else [1, 1]
         assert [rate / rates[2] for rate in rates[:2]] == pytest.approx(expected)
@@ -133,14 +135,18 @@ def test_classic_is_the_recipe_of_bert():
 
 
 @pytest.fixture(scope="module")
-def arguments(text_file, cache):
+def to_continue(text_file, cache):
     """Ten steps that learn, at one length, without the options that a recipe chooses."""
-    return arguments_of(
-        "--model tiny --precision fp32 --vocab-size 120 --max-length 32 --max-steps 10",
-        "--eval-every 4 --save-every 5 --log-every 3 --eval-tokens 600",
-        "--config-override num_hidden_layers=1 num_attention_heads=2",
-        ["--train", text_file, "--cache", cache],
-    )
+    times = "--max-steps 10 --eval-every 4 --save-every 5 --log-every 3 --eval-tokens 600"
+    files = ["--train", text_file, "--cache", cache]
+    return arguments_of(files, times, "--precision fp32 --max-length 32")
+
+
+@pytest.fixture(scope="module")
+def arguments(to_continue):
+    """The same from scratch."""
+    sizes = "--config-override num_hidden_layers=1 num_attention_heads=2"
+    return arguments_of(to_continue, "--model tiny --vocab-size 120", sizes)
 
 
 @pytest.fixture(scope="module")
@@ -148,34 +154,25 @@ def finished(arguments, tmp_path_factory):
     return pretrain_into(tmp_path_factory.mktemp("recipe") / "finished", arguments)
 
 
-def summary_of(output):
-    return json.loads((output / "summary.json").read_text())
-
-
-def test_the_run_saves_what_was_chosen_and_what_was_asked(finished, capsys):
-    options = json.loads((finished / "config.json").read_text())
+def test_the_run_saves_what_was_chosen_and_what_was_asked(finished):
+    options = read_json(finished / "config.json")
     assert options["learning_rate"] == options["batch_size"] == "auto"
-    state = json.loads((finished / "checkpoint-10" / "training_state.json").read_text())
+    state = read_json(finished / "checkpoint-10" / "training_state.json")
     assert state["options"]["learning_rate"] == "auto"
     peak = max(row.get("optim/learning_rate", 0) for row in rows(finished))
     assert 0 < peak <= state["recipe"]["learning_rate"]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(finished, output):
-    shutil.copytree(finished, output)
-    shutil.rmtree(output / "checkpoint-10")
-    shutil.rmtree(output / "final")
-    resume(output)
-    assert rows(output) == rows(finished)
-    weights = [load_file(folder / "final" / "model.safetensors") for folder in (finished, output)]
-    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    resume(interrupted_copy(finished, output, 5))
+    assert_same_run(finished, output)
 
 
 @pytest.mark.parametrize("has_text", [True, False])
-def test_a_model_that_gets_worse_is_not_recommended(finished, arguments, output, has_text, capsys):
+def test_a_model_that_gets_worse_is_not_recommended(
+    finished, to_continue, output, has_text, capsys
+):
     """At a rate of 1, ten steps ruin it; without validation text nobody knows."""
-    to_continue = [word for word in arguments if word not in ("--vocab-size", "120")]
-    to_continue = to_continue[: to_continue.index("--config-override")] + to_continue[-4:]
     more = ["--model", finished / "final", "--learning-rate", 1, "--valid-fraction", 0.05]
     pretrain_into(output, to_continue, more if has_text else [*more[:-1], 0])
     summary = summary_of(output)
@@ -184,10 +181,8 @@ def test_a_model_that_gets_worse_is_not_recommended(finished, arguments, output,
     if has_text:
         assert summary["use"] == str(output / "best") and str(output / "best") in note
         assert summary["best_step"] == 0
-        weights = [
-            load_file(at / "model.safetensors") for at in (finished / "final", output / "best")
-        ]
-        assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+        models = (finished / "final", output / "best")
+        assert_same(*(load_file(folder / "model.safetensors") for folder in models))
     else:
         assert summary["use"] == str(output / "final")
 
@@ -210,15 +205,12 @@ def test_a_model_that_is_no_better_than_guessing_is_reported(
 
 def test_a_run_that_overfits_stops_and_recommends_its_best_model(arguments, output, tmp_path):
     """Three sentences in many orders, and other text to validate on."""
-    sentences = make_documents(1, seed=1)[0][:3]
-    orders = list(itertools.permutations(sentences))
-    text = write_documents(
-        tmp_path / "few.txt", [[*order, str(n)] for n, order in enumerate(orders * 4)]
-    )
+    orders = list(itertools.permutations(make_documents(1, seed=1)[0][:3]))
+    documents = [[*order, str(number)] for number, order in enumerate(orders * 4)]
+    text = write_documents(tmp_path / "few.txt", documents)
     other = write_documents(tmp_path / "other.txt", make_documents(20, seed=2))
-    more = "--max-steps 100 --learning-rate 3e-3"
-    more = arguments_of(["--train", text, "--valid", other], more)
-    pretrain_into(output, arguments, more)
+    files = ["--train", text, "--valid", other]
+    pretrain_into(output, arguments, files, "--max-steps 100 --learning-rate 3e-3")
     summary = summary_of(output)
     assert summary["steps"] < 100 and summary["state"] == "finished"
     assert summary["use"] == str(output / "best") and summary["best_step"] < summary["steps"]
@@ -228,7 +220,7 @@ def test_a_run_that_overfits_stops_and_recommends_its_best_model(arguments, outp
     assert summary_of(output) == summary
 
 
-def test_little_text_is_reported(finished, arguments, output, tmp_path, capsys):
+def test_little_text_is_reported(arguments, output, capsys):
     pretrain_into(output, arguments, "--max-steps 1")
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("--train") and "only 20,617 tokens" in line for line in lines)
@@ -243,10 +235,9 @@ def test_another_word_than_auto_is_refused(option, arguments, output, capsys):
 @pytest.mark.parametrize("option", ["--mask-rate", "--phases"])
 def test_auto_is_accepted_where_it_is_the_default(option, arguments, output, tmp_path, capsys):
     """On the command line, over a value in a file, and in a file."""
-    given = {"mask_rate": [0.2], "max_length": 64}
-    (tmp_path / "given.json").write_text(json.dumps(given))
-    (tmp_path / "auto.json").write_text(json.dumps({option[2:].replace("-", "_"): "auto"}))
     field = option[2:].replace("-", "_")
+    (tmp_path / "given.json").write_text('{"mask_rate": [0.2], "max_length": 64}')
+    (tmp_path / "auto.json").write_text(json.dumps({field: "auto"}))
     for words in (["given.json", option, "auto"], ["auto.json"]):
         config = parse([f"--config={tmp_path / words[0]}", *words[1:]], Config, "")
         assert getattr(config, field) == ()

@@ -6,12 +6,9 @@ import re
 import sys
 
 import pytest
-from conftest import SHORT_RUN, SIZES, arguments_of, refusal
+from conftest import SHORT_RUN, SIZES, arguments_of, built, refusal
 
-from pretrain.build import build
-from pretrain.cli import parse
 from pretrain.commands.show_masks import main
-from pretrain.config import Config
 from pretrain.data.conll import looks_tagged
 
 SENTENCES = ["今天心情很好。", "我们去公园散步。", "天气不错。", "他在北京大学学习。"]
@@ -95,11 +92,7 @@ def test_a_word_list_in_another_encoding_can_be_converted(show, terms, capsys):
     assert message.startswith(f"--lexicon {terms}: ") and "iconv" in message
 
 
-def built(text, cache, output, *more):
-    """A run on the text, ready to start."""
-    fixed = "--vocab-size 100 --micro-batch-size 4 --max-length 32 --valid-fraction 0"
-    files = ["--train", text, "--cache", cache, "--output", output]
-    return build(parse(arguments_of(files, SHORT_RUN, SIZES, fixed, more), Config, ""))
+SMALL_RUN = "--vocab-size 100 --micro-batch-size 4 --max-length 32 --valid-fraction 0"
 
 
 @pytest.mark.parametrize("text", ["one", "several"])
@@ -107,7 +100,8 @@ def test_documents_of_one_long_sentence_are_noticed(text, tmp_path, cache, outpu
     path, sentence = tmp_path / "text.txt", " ".join(["the bank of the river"] * 12)
     document = sentence if text == "one" else f"{sentence}\nshort"
     path.write_text(f"{document}\n\n" * 40)
-    built(path, cache, output, "--format", "sentences")
+    files = ["--train", path, "--cache", cache]
+    built(output, files, SHORT_RUN, SIZES, SMALL_RUN, "--format sentences")
     assert ("--split-sentences" in capsys.readouterr().out) is (text == "one")
 
 
@@ -118,8 +112,8 @@ def test_the_share_of_words_with_a_similar_one(
     path, table = tmp_path / "text.txt", tmp_path / "similar.tsv"
     path.write_text("\n\n".join(["bank of river money\nmoney river of bank"] * 40))
     table.write_text("".join(f"{word}\tmoney\n" for word in ["bank", *others.split()]))
-    more = ["--masking", "word", "--replace", "similar", "--similar", table]
-    built(path, cache, output, *more)
+    files = ["--train", path, "--cache", cache, "--similar", table]
+    built(output, files, SHORT_RUN, SIZES, SMALL_RUN, "--masking word --replace similar")
     found = f"--similar {table}: has a similar word for {share}"
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(found))
     assert ("random" in line) is warns
