@@ -21,6 +21,7 @@ from pretrain import files
 from pretrain.build import build
 from pretrain.config import Config
 from pretrain.data.loader import DataPosition
+from pretrain.errors import counted
 from pretrain.inputs import cache_named
 from pretrain.pretraining import PretrainingRun
 from pretrain.runtime.distributed import gather
@@ -93,9 +94,9 @@ def fit_to_machine(config: Config) -> Config:
     times = {candidate: _seconds_per_step(run, *candidate) for candidate in candidates}
     times = gather(times)[0]  # so that every process chooses the same
     for (precision, threads), value in times.items():
-        print(f"a step takes {1000 * value:.0f} ms in {precision} on {threads} threads")
+        print(f"a step takes {1000 * value:.0f} ms in {precision} on {counted(threads, 'thread')}")
     precision, threads = min(times, key=times.get)
-    print(f"training in {precision} on {threads} threads")
+    print(f"training in {precision} on {counted(threads, 'thread')}")
     torch.set_num_threads(threads)
     epochs = config.epochs
     if not config.max_steps and epochs == AUTO:

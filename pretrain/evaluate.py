@@ -49,10 +49,11 @@ class ValidationSet:
         sequences = counted(len(self.documents), "sequence")
         size = f"{tokens:,} tokens in {sequences} of {documents}"
         for name, kinds in PAIR_KINDS.items():
-            if name in self.batches[0].labels:
-                labels = np.concatenate([batch.labels[name].numpy() for batch in self.batches])
-                counts = [int((labels == kind).sum()) for kind in (0, 1)]
-                share = max(counts) / max(1, sum(counts))
+            of_batches = [batch.labels[name] for batch in self.batches if name in batch.labels]
+            labels = torch.cat(of_batches) if of_batches else torch.empty(0)
+            counts = [int((labels == kind).sum()) for kind in (0, 1)]
+            if sum(counts):
+                share = max(counts) / sum(counts)
                 size += f", {share:.1%} of the pairs {kinds[counts[1] > counts[0]]}"
         return size
 

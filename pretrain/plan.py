@@ -158,8 +158,8 @@ def _report_long_sentences(
     num_long = int(np.concatenate(is_long).sum())
     if not num_long:
         return
-    found = f"sentences over {max_tokens} tokens{in_text}"
-    print(f"{found}, cut into pieces of half that: {round(num_long / share):,}")
+    found = counted(round(num_long / share), "sentence")
+    print(f"{found} over {max_tokens} tokens{in_text}: cut into pieces of at most half that")
     is_alone = [  # bool [documents]: a single sentence, and a long one
         long[shard.documents[:-1]] & (np.diff(shard.documents) == 1)
         for shard, long in zip(shards, is_long)

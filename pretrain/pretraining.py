@@ -234,7 +234,7 @@ def print_plan(run: PretrainingRun) -> None:
         print(recipe.explain(run.asked, config, run.situation, steps))
     if run.passes:
         shares = [
-            f"{weight / sum(config.mix):.1%} {path} (passes over it: {count:.3g})"
+            f"{weight / sum(config.mix):.1%} {path} (read {count:.3g} times)"
             for path, weight, count in zip(config.train, config.mix, run.passes)
         ]
         print(f"mix: {', '.join(shares)}; epochs are passes over the first text")

@@ -194,5 +194,6 @@ def explain(asked: Config, config: Config, situation: Situation, steps: int) -> 
     parts = []
     for text, reason in map(chosen.get, names):
         parts.append(f"{text} ({reason})" if reason and has_reasons else text)
-    basis = f"{situation.text_tokens:,} tokens of text"
+    in_epoch = "in an epoch" if config.mix else "of text"
+    basis = f"{situation.text_tokens:,} tokens {in_epoch}"
     return f"recipe {asked.recipe}, for {basis}: {', '.join(parts) or 'every value was given'}"

@@ -165,6 +165,26 @@ def test_unigram_perplexity_equals_a_slow_count(corpus, make, sides, vocabulary)
     assert run(small_model(vocabulary.size), validation)["unigram_perplexity"] == found
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_validation_set_tells_its_size_and_the_better_guess(objective, make):
+    validation = make(objective, size=4)
+    sequences = [
+        row for batch in validation.batches for row in batch.lengths[: batch.num_sequences]
+    ]
+    told = str(validation)
+    assert told.startswith(f"{sum(sequences):,} tokens in {len(sequences)} sequences of ")
+    assert f" of {len(set(validation.documents.tolist()))} documents" in told
+    if not OBJECTIVES[objective]:
+        assert "%" not in told
+        return
+    name = objective.split("+")[1]
+    labels = [label for batch in validation.batches for label in batch.labels[name].tolist()]
+    counts = Counter(label for label in labels if label != IGNORED)
+    label, count = counts.most_common(1)[0]
+    kinds = {"nsp": ("next", "random"), "sop": ("in order", "swapped")}[name]
+    assert told.endswith(f"{count / counts.total():.1%} of the pairs {kinds[label]}")
+
+
 # Sample predictions.
 
 

@@ -99,7 +99,7 @@ def edited(folder, kill_at, command="pretrain"):
 
 def electra(folder, tokenizer):
     """The folder of a small ELECTRA to continue from."""
-    sizes = {"hidden_size": 32, "embedding_size": 32, "intermediate_size": 64}
+    sizes = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 64}
     layers = {"num_attention_heads": 2, "num_hidden_layers": 2}
     config = ElectraConfig(vocab_size=len(tokenizer), **sizes, **layers)
     return save(folder, ElectraForMaskedLM(config), tokenizer)
@@ -197,6 +197,7 @@ def opens_as_electra(run, training):
 
 CHECKS = {
     "A loss term": has_term("z", 1e-4),
+    "A loss on hidden states": has_term("size", 1e-3),
     "A third objective": has_term("start", 0.5),
     "Another optimizer": has_other_state,
     "Layer-wise learning rates": has_scaled_rates,

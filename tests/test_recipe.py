@@ -159,6 +159,10 @@ def test_the_run_saves_what_was_chosen_and_what_was_asked(finished):
     assert options["learning_rate"] == options["batch_size"] == "auto"
     state = read_json(finished / "checkpoint-10" / "training_state.json")
     assert state["options"]["learning_rate"] == "auto"
+    for name in ("summary.json", "final/pretraining.json"):
+        found = read_json(finished / name)
+        found = found.get("recipe", found)
+        assert all(found[name] == state["recipe"][name] for name in ("learning_rate", "warmup"))
     peak = max(row.get("optim/learning_rate", 0) for row in rows(finished))
     assert 0 < peak <= state["recipe"]["learning_rate"]
 

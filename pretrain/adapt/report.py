@@ -53,7 +53,7 @@ def write_report(output: Path, facts: dict) -> str:
     answer = verdict(differences, budgets, metric.title) + forgotten(facts["forgetting"])
     answer += caveats(facts)
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    machine = f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}"
     names = [TEXTS[name] for name in facts["overlap"]["overlap"]]
     texts = _text_rows(facts["text"], "documents", "removed", "task_texts")
     pieces = _text_rows(facts["overlap"]["texts"], "words", "pieces_per_word", "unknown_share")

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
             worst = [f"{word} ({count:,} x {pieces})" for word, count, pieces in broken[name][:8]]
             line += f", {counts['pieces_per_word']:.2f} pieces per word"
             line += f", {counts['unknown_share']:.2%} unknown"
-            line += f"; most fragmented: {', '.join(worst)}; {path}"
+            line += f"; most fragmented: {', '.join(worst) or 'none'}; {path}"
         print(line)
     write_json(output / "domain.json", facts)
     print(as_json(facts, ensure_ascii=False))

@@ -81,30 +81,39 @@ def main(argv: Sequence[str]) -> None:
         models[name] = model.to(device)
     numbers = {}
     for name, text in texts.items():
-        corpus = open_input(options, text, tokenizer, vocabulary, world)
-        numbers[name] = measure(options, name, corpus, vocabulary, models, precision, world)
+        parts = open_input(options, text, tokenizer, vocabulary, world)
+        numbers[name] = measure(options, name, *parts, vocabulary, models, precision, world)
     print(as_json(numbers.get("", numbers)))
 
 
 def open_input(options: EvaluateOptions, text, tokenizer, vocabulary, world):
-    """The corpus of a text; UserError if it has too few documents."""
+    """(what to evaluate of a text, what to guess its tokens' frequencies from): with
+    --valid-fraction, the two parts of a run. UserError if there are too few documents."""
     from pretrain.corpora import open_or_prepare
     from pretrain.inputs import MODEL_WAYS
 
     cache = Path(options.cache)
     corpus = open_or_prepare(text, tokenizer, vocabulary, cache, world, ways=MODEL_WAYS)
+    training = corpus
     if options.valid_fraction:
-        corpus = corpus.split(options.valid_fraction)[1]
+        training, corpus = corpus.split(options.valid_fraction)
     documents, least = corpus.count(), 2 if OBJECTIVES[options.objective] == "random" else 1
     if documents < least:
         problem = f"{counted(documents, 'document')}; --objective {options.objective} needs {least}"
         ways = "expected more text, another --format, or --objective mlm"
         raise UserError(f"{text.name}: {problem}; {ways}")
-    return corpus
+    return corpus, training
 
 
 def measure(
-    options: EvaluateOptions, name: str, corpus, vocabulary, models: dict, precision: str, world
+    options: EvaluateOptions,
+    name: str,
+    corpus,
+    training,
+    vocabulary,
+    models: dict,
+    precision: str,
+    world,
 ) -> dict:
     """Print and return the numbers of a text for the "model" in `models`, and how they changed from
     the "baseline", if there is one. UserError if one is not finite."""
@@ -114,7 +123,7 @@ def measure(
 
     pairs, length = OBJECTIVES[options.objective], options.max_length
     shape = (length, options.eval_batch_size, vocabulary, options.eval_tokens)
-    validation = evaluate.make_validation_set(corpus, pairs, *shape)
+    validation = evaluate.make_validation_set(corpus, pairs, *shape, training=training)
     model, change = models["model"], None
     context = autocast(model.device, precision)
     numbers = evaluate.evaluate(model, validation, model.device, context, world)
@@ -131,12 +140,9 @@ def measure(
         problem = f"{', '.join(bad)} not finite on this text in {precision}"
         expected = f"expected {overflow_advice(precision)}"
         raise UserError(f"--model {options.model}: {problem}; {expected}")
-    tokens = sum(batch.num_tokens for batch in validation.batches)
     of_text = f"{name}: " if name else ""
-    print(
-        f"{of_text}{options.model} on {tokens:,} tokens of {counted(corpus.count(), 'document')}, "
-        f"{options.objective} at {length} tokens, in {precision}"
-    )
+    how = f"{options.objective} at {length} tokens, in {precision}"
+    print(f"{of_text}{options.model} on {validation}; {how}")
     for key, value in numbers.items():
         print(f"{key.replace('_', ' '):26} {value:,.4f}")
     if change:

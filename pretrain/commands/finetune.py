@@ -10,7 +10,7 @@ from pretrain.config import FinetuneOptions
 from pretrain.errors import UserError, check, option_named
 from pretrain.preflight import problems_of
 
-HINT = "--resume continues from the newest checkpoint, if there is one"
+HINT = "--resume continues the run"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -75,4 +75,7 @@ def main(argv: Sequence[str]) -> None:
         workers=options.workers,
         on_cluster=options.ray is not None,
     )
-    print(f"to train on it: {command('pretrain', '--train', corpus.folder)}")
+    model = ()
+    if options.tokenizer and not Path(options.tokenizer).is_file():  # else a vocab.txt
+        model = ("--model", options.tokenizer)
+    print(f"to train on it: {command('pretrain', '--train', corpus.folder, *model)}")

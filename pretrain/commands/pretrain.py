@@ -26,7 +26,7 @@ EXAMPLES = (
     "Return [MASK] if the path exists, False otherwise.",
     "This is the end of [MASK] file.",
 )
-HINT = "--resume continues from the newest checkpoint, if there is one"
+HINT = "--resume continues the run"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -128,9 +128,8 @@ def report(output: Path, summary: dict) -> None:
     """Print the summary and where to find the results."""
     rows = dict(summary)
     notes = rows.pop("notes", [])
-    if summary["state"] == "finished":
-        rows["model"] = rows.pop("use")
-    else:
+    rows.pop("recipe")
+    if summary["state"] != "finished":
         rows["resume"] = command("pretrain", "--resume", "--output", output)
     rows["TensorBoard"] = f"tensorboard --logdir {output}"
     formats = {float: ",.4f", int: ","}

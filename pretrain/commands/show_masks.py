@@ -26,6 +26,12 @@ KINDS = {  # what the model reads for a masked token -> terminal color, name
     "same": ("1;33", "itself"),
 }
 
+# How `print_example` shows a masked token, and one in an entity; by whether it uses color.
+LEGENDS = {
+    False: "word[MASK]: masked, word[other]: replaced, word[=]: kept; <word>: in an entity",
+    True: "color: masked, word[other]: replaced, word[=]: kept; underlined: in an entity",
+}
+
 
 def _is_position(numbers: tuple[float, ...]) -> bool:
     # A mixture has four for each of its two or more texts.
@@ -96,6 +102,8 @@ def main(argv: Sequence[str]) -> None:
     if options.position:
         start, end_epoch = _read_position(options, dataset), None
     counts, saved, left = Counter(), [], options.examples
+    if left:
+        print(LEGENDS[in_color], end="\n\n")
     for position in islice(dataset.positions(start, end_epoch), options.sampled):
         examples = dataset[position._replace(progress=start.progress)]
         packed, batch = pack(examples, collator.vocabulary), collator(examples)

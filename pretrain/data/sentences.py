@@ -21,6 +21,7 @@ PIECE_BYTES = 64 << 20  # one piece becomes one shard of the corpus
 MAX_LINE_BYTES = 1 << 20
 SAMPLED_FILES, SAMPLED_BYTES = 16, 1 << 18  # to detect the format
 SMALL_FILE_BYTES = 1 << 17
+UNUSUAL = 10  # times as many lines as usual, in a document that may be several
 
 Sentence = tuple[str, tuple[tuple[int, int], ...]]  # text, (start, end) of entities in characters
 Stream = Iterator[Sentence | None]  # None ends a document
@@ -40,16 +41,23 @@ class Span:
 def detect_format(files: list[Path]) -> tuple[str, str]:
     """(format, reason) of plain text files, detected from the beginnings of some of them."""
     sample = files[:: max(1, len(files) // SAMPLED_FILES)][:SAMPLED_FILES]
-    num_groups = num_lines = 0
+    num_groups = num_lines = most_lines = 0
+    longest = sample[0]  # of the files without blank lines between their lines
     for file in sample:
         with file.open("rb") as handle:
             text = handle.read(SAMPLED_BYTES).decode("utf-8", errors="replace")
         lines = [line.strip() for line in text.lstrip("\ufeff").strip().split("\n")]
-        num_lines += sum(map(bool, lines))
-        num_groups += sum(is_filled for is_filled, _ in groupby(lines, key=bool))
+        filled, groups = sum(map(bool, lines)), [is_filled for is_filled, _ in groupby(lines, bool)]
+        num_lines += filled
+        num_groups += sum(groups)
+        if len(groups) == 1 and filled > most_lines:
+            longest, most_lines = file, filled
     if num_groups > len(sample) and num_lines > num_groups:
         average = num_lines / num_groups
-        return "sentences", f"blank lines separate groups of {average:.1f} lines on average"
+        reason = f"blank lines separate groups of {average:.1f} lines on average"
+        if most_lines > UNUSUAL * average:
+            reason += f"; but {longest.name} has none, so all of it is one document"
+        return "sentences", reason
     num_bytes = sum(file.stat().st_size for file in files)
     if len(files) > 1 and num_bytes / len(files) < SMALL_FILE_BYTES:
         return "text", f"{len(files):,} small files without groups of lines: each is a document"

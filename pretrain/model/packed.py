@@ -109,11 +109,15 @@ class PackedModel:
     def encode(self, batch: Batch) -> Tensor:
         """[T, width]: the last hidden states. Does not use the encoder's own forward, whose pooler
         reads only the first token of the pack."""
-        encoder, attend = self.base_model, attention_over(batch, self.attention)
+        encoder, attend = self.base_model.encoder, attention_over(batch, self.attention)
+        return encoder(self.embed(batch), attend=attend).last_hidden_state[0]
+
+    def embed(self, batch: Batch) -> Tensor:
+        """[1, T, width]: the input of the first layer."""
         ids, types = batch.input_ids[None], batch.token_type_ids[None]
         positions = batch.position_ids[None] + self.position_offset
-        hidden = encoder.embeddings(input_ids=ids, token_type_ids=types, position_ids=positions)
-        return encoder.encoder(hidden, attend=attend).last_hidden_state[0]
+        embeddings = self.base_model.embeddings
+        return embeddings(input_ids=ids, token_type_ids=types, position_ids=positions)
 
     @torch.no_grad()
     def start_at_frequencies(self, shares: np.ndarray) -> None:

@@ -250,7 +250,11 @@ def write_model(
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     write_json(folder / FACTS, facts)
-    shown = {name: value for name, value in facts.items() if not isinstance(value, dict)}
+    shown = {
+        name: " ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in facts.items()
+        if not isinstance(value, dict)
+    }
     shown |= {f"validation {name}": f"{value:.4f}" for name, value in facts["held_out"].items()}
     autos = "`AutoModelForMaskedLM`, `AutoModel`"
     if type(model.config) in MODEL_FOR_PRETRAINING_MAPPING:

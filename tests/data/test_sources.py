@@ -292,6 +292,16 @@ def test_the_detected_format(tmp_path, expected, contents):
     assert detect_format(files)[0] == expected
 
 
+@pytest.mark.parametrize("num_lines", [9, 30])
+def test_a_file_that_may_be_one_document_by_mistake_is_named(num_lines, tmp_path):
+    """In groups of two lines, 30 without a blank one are unusual."""
+    files = [tmp_path / "groups.txt", tmp_path / "list.txt"]
+    files[0].write_text("one\ntwo\n\n" * 50)
+    files[1].write_text("one\n" * num_lines)
+    found, reason = detect_format(files)
+    assert found == "sentences" and ("list.txt" in reason) == (num_lines == 30)
+
+
 BAD_TEXT = {
     "in the middle": b"ab\xff cd",
     "latin-1": "café au lait".encode("latin-1"),
