@@ -285,7 +285,7 @@ def evaluated(model, text, capsys, *options) -> dict:
 
 def scores_of(row, group="eval") -> dict:
     """The scores in a row of metrics.jsonl, under the names of evaluate.py."""
-    names = [name for name in row if name.startswith(f"{group}/") and "unigram" not in name]
+    names = [name for name in row if name.startswith(f"{group}/")]
     return {name.partition("/")[2]: row[name] for name in names}
 
 

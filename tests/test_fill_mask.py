@@ -52,6 +52,10 @@ def stock_tables(folder, texts, top):
     ids=["one", "several"],
 )
 def test_scores_equal_the_stock_models_softmax(texts, model, capsys):
+    assert_stock_scores(model, texts, capsys)
+
+
+def assert_stock_scores(model, texts, capsys):
     FILL_MASK.main(["--model", str(model), "--top", "4", *texts])
     found, expected = tables(capsys.readouterr().out), stock_tables(model, texts, 4)
     assert len(found) == len(expected) == sum(text.count("[MASK]") for text in texts)

@@ -25,12 +25,10 @@ KINDS = {  # what the model reads for a masked token -> terminal color, name
     "similar": ("1;34", "a similar word"),
     "same": ("1;33", "itself"),
 }
-
-# How `print_example` shows a masked token, and one in an entity; by whether it uses color.
-LEGENDS = {
-    False: "word[MASK]: masked, word[other]: replaced, word[=]: kept; <word>: in an entity",
-    True: "color: masked, word[other]: replaced, word[=]: kept; underlined: in an entity",
-}
+LEGEND = (
+    "word[MASK], or in color: masked; word[other]: replaced; word[=]: kept; <word>, or "
+    "underlined: in an entity"
+)
 
 
 def _is_position(numbers: tuple[float, ...]) -> bool:
@@ -102,8 +100,6 @@ def main(argv: Sequence[str]) -> None:
     if options.position:
         start, end_epoch = _read_position(options, dataset), None
     counts, saved, left = Counter(), [], options.examples
-    if left:
-        print(LEGENDS[in_color], end="\n\n")
     for position in islice(dataset.positions(start, end_epoch), options.sampled):
         examples = dataset[position._replace(progress=start.progress)]
         packed, batch = pack(examples, collator.vocabulary), collator(examples)
@@ -235,6 +231,8 @@ def print_numbers(counts: Counter, options: ShowMasksOptions, rate: float, progr
         first, last = options.mask_rate[0], options.mask_rate[-1]
         how += f" (of {first:g} to {last:g}, after {progress:.0%} of the run)"
     shown = f"{options.objective}, {counted(counts['tokens'], 'token')}"
+    if options.examples:
+        print(f"above            {LEGEND}")
     print(f"masking          {options.masking}, {how}; {shown}")
     shortfall = f"shortfall {share('shortfall', 'masked')} of the masked tokens"
     print(f"masked           {share('masked', 'maskable')} of the ordinary tokens; {shortfall}")
