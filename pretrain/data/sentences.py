@@ -81,11 +81,14 @@ def in_groups(
     filled = 0
     for item in items:
         size = size_of(item)
-        if group and (len(group) == at_most or filled + size > limit):
+        if group and filled + size > limit:
             yield group
             group, filled = [], 0
         group.append(item)
         filled += size
+        if len(group) == at_most:  # not once the next item is read: that may take long
+            yield group
+            group, filled = [], 0
     if group:
         yield group
 

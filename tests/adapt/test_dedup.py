@@ -104,10 +104,11 @@ def test_documents_their_entities_and_counts(clean):
 
 def test_each_text_of_a_pair_is_a_copy_and_so_are_task_texts(clean):
     """No copy extends beyond the end of a document."""
+    more = [("new one .", "premise ."), ("hypothesis .", "premise ."), ("two\nlines",)]
     left, counts = clean(
         [[("premise .", ()), ("middle", ()), ("hypothesis .", ())], [("next .", ())]],
         [("premise .", "hypothesis ."), ("hypothesis .\nnext .",)],
-        [("new one .", "premise ."), ("hypothesis .", "premise ."), ("two\nlines",)],
+        [[(part, ()) for part in parts] for parts in more],
     )
     kept = [[("middle", ())], [("next .", ())], [("new one .", ())], [("two", ()), ("lines", ())]]
     assert left == kept and counts == {"documents": 4, "removed": 2 + 3, "task_texts": 3}
