@@ -233,7 +233,8 @@ class Run:
         reason = f"no better {score} since step {state.best_step:,} ({evaluations})"
         stopped = f"stopped early, at step {state.step:,} of {self.total_steps:,}"
         if self.config.patience == AUTO:
-            reason = f"the validation loss rose {state.rises} times in a row; --patience 0 goes on"
+            reason = f"the validation loss rose {state.rises} times in a row"
+            reason += "; --patience 0 turns this off"
         return [f"{typed(self.config, 'patience')}: {stopped}; {reason}"]
 
     def clean_up(self) -> None:  # once the summary of a finished run is written
