@@ -82,7 +82,7 @@ def open_text(
                 files, tokenizer, vocabulary, cache, world, masking, is_accepted=bool(saved)
             )
         elif keys.get(name) != text_key(paths):
-            changed = f"{option} {' '.join(paths)}: has changed since the run started"
+            changed = f"{option} {' '.join(paths)}: edited or written again since the run started"
             print(f"{changed}; the run continues on its corpus, {folder}")
     facts: dict[str, object] = {"text": keys}
     facts["corpus_folders"] = {name: str(opened[name].folder.absolute()) for name in opened}

@@ -207,7 +207,9 @@ def test_a_model_that_is_no_better_than_guessing_is_reported(
     assert "--learning-rate" in note and "--max-steps" in note
 
 
-def test_a_run_that_overfits_stops_and_recommends_its_best_model(arguments, output, tmp_path):
+def test_a_run_that_overfits_stops_and_recommends_its_best_model(
+    arguments, output, tmp_path, capsys
+):
     """Three sentences in many orders, and other text to validate on."""
     orders = list(itertools.permutations(make_documents(1, seed=1)[0][:3]))
     documents = [[*order, str(number)] for number, order in enumerate(orders * 4)]
@@ -220,7 +222,9 @@ def test_a_run_that_overfits_stops_and_recommends_its_best_model(arguments, outp
     assert summary["use"] == str(output / "best") and summary["best_step"] < summary["steps"]
     stopped, recommended, _ = summary["notes"]
     assert "--patience auto" in stopped and str(output / "best") in recommended
+    capsys.readouterr()
     resume(output)
+    assert f"use {output / 'best'}" in capsys.readouterr().out
     assert summary_of(output) == summary
 
 

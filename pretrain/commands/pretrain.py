@@ -4,6 +4,7 @@ Without arguments, trains a tiny BERT on embedded English text in about three mi
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     if is_demo and asked.model != Config.model:
         raise UserError(f"--model {asked.model}: no text to train on; expected --train PATHS")
     if saved and (output / "final").is_dir() and not list(output.glob("checkpoint-*")):
-        print(f"{output} is finished and has no checkpoints; the model is {output / 'final'}")
+        print(f"{output} is finished and has no checkpoints; use {recommended(output)}")
         return
     if saved and not os.access(output, os.W_OK) and report_finished(config, saved):
         return
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     final = run.output / "final"
     if run.has_result():
         step = read_facts(final)["step"]
-        print(f"{run.output} is finished, at step {step}; the model is {final}")
+        print(f"{run.output} is finished, at step {step}; use {recommended(run.output)}")
         stop()
         return
     run.open_output()
@@ -101,6 +102,16 @@ def read_saved(output: Path, options: type) -> dict | None:
         problems += [f"{path}: {problem.removeprefix(f'{path}: ')}" for problem in found]
     check(problems)
     return None
+
+
+def recommended(output: Path) -> Path:
+    """The model folder to use of a finished run: the one that its summary names, if it has one."""
+    from pretrain.files import read_json
+
+    name = "final"
+    with suppress(UserError, KeyError):
+        name = Path(read_json(output / "summary.json")["use"]).name
+    return output / name
 
 
 def report_finished(config: Config, saved: dict) -> bool:
