@@ -82,7 +82,7 @@ def open_text(
                 files, tokenizer, vocabulary, cache, world, masking, is_accepted=bool(saved)
             )
         elif keys.get(name) != text_key(paths):
-            changed = f"{option} {' '.join(paths)}: edited or written again since the run started"
+            changed = f"{option} {' '.join(paths)}: has changed since the run started"
             print(f"{changed}; the run continues on its corpus, {folder}")
     facts: dict[str, object] = {"text": keys}
     facts["corpus_folders"] = {name: str(opened[name].folder.absolute()) for name in opened}
@@ -113,12 +113,15 @@ def make_dataset(
 
 
 def text_names(entries: Sequence[str]) -> list[str]:
-    """A name for each entry of --train, from its file or folder: "a/en_web.txt" is en_web."""
+    """A name for each entry of --train, from its file or folder: "a/en_web.txt" is en_web. No two
+    are equal."""
     names: list[str] = []
     for number, entry in enumerate(entries, 1):
         stem = Path(os.path.abspath(entry)).name.partition(".")[0]
         name = re.sub(r"\W+", "_", stem).strip("_") or f"text_{number}"
-        names.append(f"{name}_{number}" if name in names else name)
+        while name in names:
+            name += f"_{number}"
+        names.append(name)
     return names
 
 

@@ -121,7 +121,7 @@ def enable_gradient_checkpointing(model: PackedModel) -> None:
 
 
 def should_compile(config: Config, model: PackedModel) -> bool:
-    """What --compile says; auto: where attention takes packs of fixed shapes."""
+    """What --compile says; auto: where attention takes packs of fixed shapes, without --shard."""
     if config.compile != "auto":
         return config.compile == "on"
     is_compiled = model.attention == VARLEN and not config.shard

@@ -127,6 +127,7 @@ def test_a_prepared_corpus_is_a_text_of_a_mixture(finished, texts, cache, output
 def test_each_name_is_used_once():
     entries = ["a/en_web.txt", "b/en_web.txt", "hub:some/set:train", "data/*.parquet", "./***"]
     assert text_names(entries) == ["en_web", "en_web_2", "set_train", "text_4", "text_5"]
+    assert len(set(text_names(["a_3.txt", "a.txt", "b/a.txt"]))) == 3
 
 
 # Interrupted, and with several processes.

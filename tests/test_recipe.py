@@ -163,6 +163,9 @@ def test_the_run_saves_what_was_chosen_and_what_was_asked(finished):
         found = read_json(finished / name)
         found = found.get("recipe", found)
         assert all(found[name] == state["recipe"][name] for name in ("learning_rate", "warmup"))
+    card = (finished / "final" / "README.md").read_text(encoding="utf-8")
+    assert f"| learning rate | {state['recipe']['learning_rate']:.4g} |" in card
+    assert f"| mask rate | {' '.join(map(str, state['recipe']['mask_rate']))} |" in card
     peak = max(row.get("optim/learning_rate", 0) for row in rows(finished))
     assert 0 < peak <= state["recipe"]["learning_rate"]
 

@@ -152,7 +152,6 @@ def pretrain(experiment: Experiment, name: str, same: dict | None = None) -> dic
     print_plan(run)
     return train(run) | {
         "command": as_command("pretrain", replace(run.asked, resume=False, output=None)),
-        "recipe": recipe.values_of(run.config),
         "device": f"{run.device}, {run.precision}",
         "warmup_steps": warmup_steps(run.config.warmup, run.total_steps),
     }

@@ -139,7 +139,7 @@ def report(output: Path, summary: dict) -> None:
     """Print the summary and where to find the results."""
     rows = dict(summary)
     notes = rows.pop("notes", [])
-    rows.pop("recipe")
+    rows.pop("recipe", None)  # runs of earlier versions have none
     if summary["state"] != "finished":
         rows["resume"] = command("pretrain", "--resume", "--output", output)
     rows["TensorBoard"] = f"tensorboard --logdir {output}"

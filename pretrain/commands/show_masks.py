@@ -66,7 +66,7 @@ class ShowMasksOptions(
     micro_batch_size: int = option(32, "sequences of max-length in a micro-batch", config.COUNT)
     seed: int = option(0, "seed of pairs and masks, as in pretraining", config.SEED)
     position: tuple[float, ...] = option(
-        (), "data position to start at, as a run prints it (default: 0 0 0)", POSITION
+        (), "data position to start at, as printed for a skipped step (default: 0 0 0)", POSITION
     )
     phase: int = option(1, "number of the phase of --phases to show", config.COUNT)
     save: str | None = option(

@@ -45,7 +45,7 @@ class _Columns(NamedTuple):
     needs_entities: bool  # the user named the column: every record must have it
 
 
-def open_files(paths: tuple[str, ...], options: TextOptions, read_entities: bool) -> Opened:
+def open_files(paths: tuple[str, ...], options: TextOptions, with_entities: bool) -> Opened:
     """(text files that `paths` name, their format); "jsonl" is the format of converted text.
 
     Plain text is read in place unless it is compressed, mixed with tables, or limited by
@@ -58,7 +58,7 @@ def open_files(paths: tuple[str, ...], options: TextOptions, read_entities: bool
     try:
         copies = _as_utf8(list(given_as), options)
         given_as = {copies.get(file, file): entry for file, entry in given_as.items()}
-        return _open_unpacked(list(given_as), options, read_entities)
+        return _open_unpacked(list(given_as), options, with_entities)
     except UserError as error:  # unpacked files go by the name that the user gave
         message = str(error)
         for file, entry in given_as.items():
@@ -67,7 +67,7 @@ def open_files(paths: tuple[str, ...], options: TextOptions, read_entities: bool
         raise type(error)(message) from error
 
 
-def _open_unpacked(entries: list[str], options: TextOptions, read_entities: bool) -> Opened:
+def _open_unpacked(entries: list[str], options: TextOptions, with_entities: bool) -> Opened:
     cache, index = Path(options.cache), Path(options.cache) / "sources.json"
     kinds = {entry: format_of(entry, options.format) for entry in entries}
     texts = [entry for entry, kind in kinds.items() if kind in TEXT_FORMATS]
@@ -83,8 +83,8 @@ def _open_unpacked(entries: list[str], options: TextOptions, read_entities: bool
     if len(plain) == len(entries) and not options.max_documents:
         return sources, text_format
     inputs = [(entry, text_format if kind == "plain" else kind) for entry, kind in kinds.items()]
-    entities = (options.entity_field or "entities") if read_entities else None
-    needs_entities = read_entities and options.entity_field is not None
+    entities = (options.entity_field or "entities") if with_entities else None
+    needs_entities = with_entities and options.entity_field is not None
     columns = _Columns(options.text_field, entities, needs_entities)
     states = [(entry, kind, states_of(entry)) for entry, kind in inputs]
     key = key_of([VERSION, states, *columns, options.max_documents])

@@ -42,7 +42,7 @@ def detect_format(files: list[Path]) -> tuple[str, str]:
     """(format, reason) of plain text files, detected from the beginnings of some of them."""
     sample = files[:: max(1, len(files) // SAMPLED_FILES)][:SAMPLED_FILES]
     num_groups = num_lines = most_lines = 0
-    longest = sample[0]  # of the files without blank lines between their lines
+    longest = sample[0]  # of the files that are read whole and have no blank lines inside
     for file in sample:
         with file.open("rb") as handle:
             text = handle.read(SAMPLED_BYTES).decode("utf-8", errors="replace")
@@ -50,7 +50,8 @@ def detect_format(files: list[Path]) -> tuple[str, str]:
         filled, groups = sum(map(bool, lines)), [is_filled for is_filled, _ in groupby(lines, bool)]
         num_lines += filled
         num_groups += sum(groups)
-        if len(groups) == 1 and filled > most_lines:
+        is_whole = file.stat().st_size <= SAMPLED_BYTES
+        if is_whole and len(groups) == 1 and filled > most_lines:
             longest, most_lines = file, filled
     if num_groups > len(sample) and num_lines > num_groups:
         average = num_lines / num_groups
@@ -75,8 +76,8 @@ def cut_into_pieces(
 def in_groups(
     items: Iterable[Item], size_of: Callable[[Item], int], limit: int, at_most: int | None = None
 ) -> Iterator[list[Item]]:
-    """Lists of the items, in order, each of up to `at_most` items with sizes of up to `limit` in
-    all; a larger item is alone."""
+    """Lists of the items, in order: each has at most `at_most` items and a total size of at most
+    `limit`; a larger item is alone."""
     group: list[Item] = []
     filled = 0
     for item in items:

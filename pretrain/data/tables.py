@@ -20,6 +20,7 @@ TABLES = ("csv", "tsv", "jsonl", "parquet", "arrow")
 TEXT_FORMATS = {"plain", "jsonl", "csv", "tsv", "conll"}  # the others have no encoding
 SPLIT = "train"  # is read, unless another one is named
 MAX_NAME, SHOWN_NAMES = 20, 20  # characters of a column, columns in a message
+SENTENCE = re.compile(r"[\s，。！？；]")  # in a long name of a column: the file has no header
 HUB_FORMS = "hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"
 
 
@@ -36,7 +37,7 @@ def format_of(entry: str, wanted: str = "auto") -> str:
 
 def splits_of(entry: str) -> list[str]:
     """The parts of a saved DatasetDict, of which SPLIT is read; [] for any other input."""
-    with suppress(UserError):  # it is damaged, which is reported where it is read, or another input
+    with suppress(UserError):  # another input, or damaged (reported where it is read)
         return list(map(str, read_json(Path(entry) / "dataset_dict.json").get("splits", [])))
     return []
 
@@ -88,9 +89,8 @@ def choose_field(record: dict, where: str) -> str:
         return "text"
     texts = [field for field, value in record.items() if isinstance(value, str)]
     texts = [field for field in texts if not re.fullmatch(r"[\d.,+-]*", record[field])]
-    in_header = format_of(_path_of(where)) in ("csv", "tsv")
-    # A long name is rather the first row of a file without a header.
-    if len(texts) != 1 or (in_header and len(texts[0]) > MAX_NAME):
+    has_header = format_of(_path_of(where)) in ("csv", "tsv")
+    if len(texts) != 1 or (has_header and len(texts[0]) > MAX_NAME and SENTENCE.search(texts[0])):
         raise no_column(record, where, "text", "text")
     return texts[0]
 

@@ -239,6 +239,13 @@ def check_finite(values: object) -> None:
     map_tensors(check, values, "")
 
 
+def _shown(fact: object) -> str:
+    """A value of `facts` in a model card."""
+    if isinstance(fact, (list, tuple)):
+        return " ".join(map(_shown, fact))
+    return f"{fact:.4g}" if isinstance(fact, float) else str(fact)
+
+
 def write_model(
     folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, facts: dict, weights: dict
 ) -> None:
@@ -250,11 +257,7 @@ def write_model(
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     write_json(folder / FACTS, facts)
-    shown = {
-        name: " ".join(map(str, value)) if isinstance(value, list) else value
-        for name, value in facts.items()
-        if not isinstance(value, dict)
-    }
+    shown = {name: _shown(value) for name, value in facts.items() if not isinstance(value, dict)}
     shown |= {f"validation {name}": f"{value:.4f}" for name, value in facts["held_out"].items()}
     autos = "`AutoModelForMaskedLM`, `AutoModel`"
     if type(model.config) in MODEL_FOR_PRETRAINING_MAPPING:

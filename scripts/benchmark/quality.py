@@ -43,7 +43,8 @@ class Referee:
         self.run = build(Config(**options))
 
     def old_recipe(self) -> Peer:
-        """The stock model and Trainer's defaults, on the pairs of one epoch."""
+        """The stock model and Trainer's defaults (also without gradient checkpointing, whatever the
+        options), on the pairs of one epoch."""
         arguments = {
             "per_device_train_batch_size": OLD_BATCH,
             "use_cpu": self.run.device.type == "cpu",

@@ -174,8 +174,9 @@ def test_a_sentence_in_place_of_the_header_is_no_column(tmp_path):
         (line,) = problems(texts_of, path)
         assert line.startswith(f"{path}, line 1: ") and "text_field" in line
         assert texts_of(path, text_field=sentences[0]) == [(text,) for text in sentences[1:]]
-    path = write(tmp_path / "a.jsonl", [{sentences[0]: "words"}])
-    assert texts_of(path) == [("words",)]
+    for name, column in (("a.jsonl", sentences[0]), ("b.csv", "full_text_of_the_review")):
+        path = write(tmp_path / name, [{column: "words"}])
+        assert texts_of(path) == [("words",)]
 
 
 @pytest.mark.parametrize("read_rows", [read_labeled, read_numbers, read_tagged_rows])
