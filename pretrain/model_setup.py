@@ -51,7 +51,7 @@ def make_model(
         if getattr(tokenizer, name) in added:
             setattr(model.config, name, getattr(tokenizer, name))
     if fresh and not from_scratch:
-        missing = f"{config.model} has no {', no '.join(fresh)}"
+        missing = f"{config.model} has no {' or '.join(fresh)}"
         print(f"{missing}: initialized randomly, so the first validation numbers mean little")
     return model, fresh
 

@@ -6,6 +6,7 @@ import pytest
 
 from pretrain.cli import parse
 from pretrain.config import (
+    AdaptOptions,
     Config,
     FinetuneOptions,
     length_option,
@@ -119,6 +120,14 @@ def test_all_problems_come_at_once():
     options = Config(mask_rate=(1.5,), epochs=-1.0, max_length=2, resume=True)
     names = [problem.split(" ")[0].rstrip(":") for problem in validate(options)]
     assert names == ["--mask-rate", "--max-length", "--epochs", "--resume"]
+
+
+@pytest.mark.parametrize("kind", [Config, FinetuneOptions, AdaptOptions])
+def test_defaults_have_no_problem_and_cannot_be_changed(kind):
+    options = kind()
+    assert validate(options) == [] and hash(options)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.output = "elsewhere"
 
 
 def test_what_decides_the_data_the_weights_or_the_update_may_not_change():

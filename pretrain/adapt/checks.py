@@ -234,14 +234,15 @@ def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """What has changed since the experiment was started."""
     commands = {"options": "{}", "pretrain": '--pretrain "{}"', "finetune": '--finetune "{}"'}
     kinds = {"options": AdaptOptions, "pretrain": Config, "finetune": FinetuneOptions}
-    models = [values["options"]["model"] for values in (before, now)]
-    # Another model has other files.
-    ignored = set(map(model_folder, models)) if models[0] != models[1] else set()
+    models = [model_folder(values["options"]["model"]) for values in (before, now)]
+    ignored = set(models) if models[0] != models[1] else set()  # another model has other files
     found = []
     for kind, values in now.items():
         # An experiment of an earlier version lacks the newer options.
         defaults = json.loads(json.dumps(asdict(kinds[kind]()))) if kind in kinds else {}
         for name in {**before[kind], **values}:
+            if name in SET_HERE.get(kind, ()) or (name == "model" and not ignored):
+                continue  # a consequence of another option, or the same folder
             old, new = before[kind].get(name, defaults.get(name)), values.get(name)
             if old != new and kind in commands:
                 found.append(commands[kind].format(f"{flag(name)} {old}") + f", not {new}")

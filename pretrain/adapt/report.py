@@ -193,7 +193,8 @@ def caveats(facts: dict) -> str:
         f"in {unfinished} of the {len(runs)} fine-tuning runs the last step was the best, so "
         "longer ones may score higher": unfinished > MANY_RUNS * len(runs),
         f"{constant} of the {len(runs)} fine-tuned models predict the same for every row": constant,
-        f"{worse} of the {len(runs)} fine-tuned models are worse than predicting the mean": worse,
+        f"{worse} of the {len(runs)} fine-tuned models are worse than predicting the mean of the "
+        "test rows": worse,
         "pretraining was too short: guessing by frequency still beats this model": too_short,
         f"{rows} test rows are few": rows < FEW_ROWS,
         f"{seen:,} of the {rows:,} test texts are also training rows": seen > rows // 20,

@@ -156,7 +156,7 @@ def fitting_objective(options: EvaluateOptions, models: dict, was_asked: bool) -
     if OBJECTIVES[options.objective] is None:
         return options.objective
     for name, (model, fresh, *_) in models.items():
-        missing = f"{options.objective}: the model has no {', no '.join(fresh)}; expected mlm"
+        missing = f"{options.objective}: the model has no {' or '.join(fresh)}; expected mlm"
         problems = model.pair_problems(options.objective) + ([missing] if fresh else [])
         if was_asked:
             with option_named(f"{typed(options, name)} --objective"):

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     if summary["state"] != FINISHED:
         print(f"\nresume: {command('finetune', '--resume', '--output', output)}")
     else:
-        print(f"\nmodel: {output / 'final'}" if options.save_model else f"\nscores: {output}")
+        print(f"\nuse: {output / 'final'}" if options.save_model else f"\nscores: {output}")
     print(f"TensorBoard: tensorboard --logdir {output}")
     print(as_json(summary | numbers))
 

@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
         workers=options.workers,
         on_cluster=options.ray is not None,
     )
-    model = ()
-    if options.tokenizer and not Path(options.tokenizer).is_file():  # else a vocab.txt
-        model = ("--model", options.tokenizer)
+    model, path = (), Path(options.tokenizer or "")
+    if options.tokenizer and (not path.exists() or (path / "config.json").is_file()):
+        model = ("--model", options.tokenizer)  # it has a model, too; it may be on the hub
     print(f"to train on it: {command('pretrain', '--train', corpus.folder, *model)}")

@@ -16,7 +16,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.batch import IGNORED, Batch
-from pretrain.config import ColumnOptions
+from pretrain.config import TASK_METRICS, ColumnOptions
 from pretrain.data.hash_rng import derive, key
 from pretrain.data.tables import choose_field, no_column, open_tables
 from pretrain.data.tokenizer import encode_together, without_limits
@@ -125,7 +125,8 @@ def check_rows(problems: list[str], num_good: int) -> None:
     if num_good or len(problems) < 2:
         check(problems)
     else:
-        why = 'no row is usable: is it the right column, and does it fit the option "task"?'
+        tasks = ", ".join(TASK_METRICS)
+        why = f"no row is usable: is it the right column, and the right task ({tasks})?"
         raise UserError(f"{problems[0]} ({why})")
 
 

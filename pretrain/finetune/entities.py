@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config import UTF8, ColumnOptions
-from pretrain.data.conll import read_entities
+from pretrain.data.conll import looks_tagged, read_entities
 from pretrain.data.sources import check_files, expand
 from pretrain.data.spans import Entity, check_spans, read_spans
 from pretrain.data.tables import TABLES, format_of
@@ -19,6 +19,7 @@ from pretrain.errors import UserError
 from pretrain.finetune.dataset import LabeledRows, Row, check_rows, no_column, read_texts
 
 OUTSIDE = "O"
+SAMPLED_CHARACTERS = 1 << 16  # to see whether a file has tags
 KEYS = ("start", "end", "label")  # of an entity in a file
 FIELDS = ("entities", "spans", "labels", "label")  # columns of spans, unless one is named
 Entities = tuple[Entity, ...]  # of a text, in order, without overlap
@@ -53,10 +54,11 @@ def _sentences(path: Path, encoding: str) -> Iterator[Row]:
         if not number:
             raise UserError(f"{path}: no rows; expected a token and its tag on each line")
     except UserError as error:
-        if format_of(str(path)) == "conll":
-            raise
-        way = "for plain text, expected a table, such as .jsonl with a column text"
-        raise UserError(f"{error}; {way}") from error
+        with path.open(encoding=encoding, errors="replace") as handle:
+            if looks_tagged(handle.read(SAMPLED_CHARACTERS)):
+                raise
+        way = "for plain text, use a table, such as .jsonl with the columns text and, to train"
+        raise UserError(f"{error}; {way} or score, entities") from error
 
 
 def entities_of(record: dict, text: str, where: str, options: ColumnOptions) -> Entities | None:

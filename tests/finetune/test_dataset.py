@@ -188,10 +188,10 @@ def test_rows_of_another_task_are_one_problem(read_rows, tmp_path):
         file = tmp_path / f"{kind.__name__}.jsonl"
         path = write(file, rows)
         (line,) = problems(read_rows, [path], LabelOptions())
-        assert line.startswith(f"{path}, line 1: ") and 'option "task"' in line
+        assert line.startswith(f"{path}, line 1: ") and "right task" in line
         rows[0]["label"] = kinds[read_rows]
         found = problems(read_rows, [write(file, rows)], LabelOptions())
-        assert len(found) == 4 and not any('option "task"' in line for line in found)
+        assert len(found) == 4 and not any("right task" in line for line in found)
 
 
 def test_a_text_file_with_columns_can_be_renamed(tmp_path):
