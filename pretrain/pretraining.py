@@ -244,8 +244,10 @@ def print_plan(run: PretrainingRun) -> None:
             ways = "more text, or a pretrained --model,"
         problem = f"only {run.situation.text_tokens:,} tokens; expect a weak model"
         print(f"{typed(config, 'train')}: {problem}: {ways} helps most")
-    if run.phases[0].validation:
-        print(f"validation: {run.phases[0].validation}")
+    for phase in run.phases:
+        if phase.validation:
+            at_length = f" at {phase.max_length} tokens" if config.phases else ""
+            print(f"validation{at_length}: {phase.validation}")
     if run.trial_seconds:
         minutes = steps * accumulation * run.trial_seconds / 60
         shown = f"{minutes:.2g} minutes" if minutes < 99.5 else f"{minutes / 60:,.1f} hours"
