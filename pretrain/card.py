@@ -18,6 +18,7 @@ from pretrain.errors import UserError, refusing
 from pretrain.files import file_problem, markdown_table, model_folder
 
 NAME = "README.md"
+PICTURE = "perplexity.png"  # shown if it is in the folder
 INHERITED = ("license", "license_name", "license_link", "language", "base_model")
 PLAIN = re.compile(r"[\w.:/+-]{1,200}")  # a license, a language, a model: nothing else is copied
 EXAMPLES = {  # what the hub's page lets visitors try, by task and language; {} is the mask token
@@ -83,6 +84,8 @@ def write_card(
         **base | settings | {"language": language},
     )
     table = markdown_table(["what", "value"], rows)
+    if (folder / PICTURE).is_file():
+        table += f"\n\n![Validation perplexity by optimizer step]({PICTURE})"
     text = f"# {title}\n\nOpens with {opens_with}\n\n{table}\n\n{CITATION}"
     (folder / NAME).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 

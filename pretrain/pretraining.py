@@ -1,5 +1,7 @@
 """`PretrainingRun`: a run on masked tokens and pairs, with its phases, its plan and its verdict."""
 
+import importlib.util
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,15 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pretrain import recipe
+from pretrain import plots, recipe
 from pretrain.batch import Batch
-from pretrain.card import hub_datasets
+from pretrain.card import PICTURE, hub_datasets
 from pretrain.cli import command
 from pretrain.config import counted_length, typed
 from pretrain.data.collate import Collator
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.mixture import Mixture
-from pretrain.errors import counted
+from pretrain.errors import counted, first_line
 from pretrain.evaluate import ValidationSet, evaluate, sample_predictions
 from pretrain.files import write_text
 from pretrain.run import SAVED_FORM, Run
@@ -25,6 +27,7 @@ from pretrain.runtime.monitor import PRETRAINING_CHARTS, Monitor
 from pretrain.schema import AUTO, TEXT, integer, optional, values_of
 
 SAME_PERPLEXITY = 1e-3  # smaller relative differences do not decide which model to use
+MIN_DRAWN = 10  # evaluations for a curve in the model card
 FEW_TOKENS = 50_000  # for a useful model
 # See `PretrainingRun.has_turned`: a share of the run, evaluations, nats.
 EARLY, MIN_RISES, MIN_EXCESS = 0.2, 3, 0.05
@@ -142,7 +145,35 @@ class PretrainingRun(Run):
         }
         optional = ("phases", "language", "datasets", "mix")
         facts = {name: value for name, value in facts.items() if value or name not in optional}
+        if state.is_finished(self):
+            self.draw_curve(folder / PICTURE)
         ckpt.write_model(folder, self.model, self.tokenizer, facts, weights)
+
+    def draw_curve(self, path: Path) -> None:
+        """Draw the validation perplexity of the run, a curve for each length, if matplotlib is
+        installed and there are enough evaluations."""
+        if importlib.util.find_spec("matplotlib") is None:
+            return
+        try:
+            curves = self._curves()
+            if sum(len(x) for x, _, _ in curves.values()) >= MIN_DRAWN:
+                title = "Validation perplexity while pretraining: lower is better"
+                labels = ("optimizer step", "perplexity (logarithmic)")
+                guess = self.phases[-1].validation.unigram_perplexity
+                plots.curves(path, title, labels, curves, {"guessing by frequency": guess}, "y")
+        except Exception as error:  # a picture is not worth a finished run
+            print(f"{path.name}: not drawn ({first_line(error)})")
+
+    def _curves(self) -> dict[str, tuple]:
+        """Validation perplexities in the log, by length, in the form that `plots.curves` takes."""
+        points: dict[str, list[tuple[int, float]]] = {}
+        for line in (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row.get("eval/perplexity") is not None:
+                length = self.phases[self.phase_at(row["step"])].max_length
+                name = f"sequences of {length} tokens"
+                points.setdefault(name, []).append((row["step"], row["eval/perplexity"]))
+        return {name: (*zip(*found), None) for name, found in points.items()}
 
     def has_result(self) -> bool:
         """Whether the run is finished and `final/` is its model. All processes must call this."""

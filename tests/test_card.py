@@ -2,12 +2,15 @@
 inherits from the one that it started from."""
 
 import math
+import sys
 
 import pytest
+from conftest import SHORT_RUN, SIZES, pretrain_into
 from huggingface_hub import EvalResult, ModelCard, constants, metadata_load
 
 from pretrain import __version__
 from pretrain.card import hub_datasets, inherited, results, write_card
+from pretrain.runtime.checkpoint import problem_of
 
 SCORES = {"perplexity": 12.34567, "mlm_accuracy": 0.5, "nsp_accuracy": math.nan}
 METRICS = {"perplexity": "perplexity", "mlm_accuracy": "accuracy", "nsp_accuracy": "accuracy"}
@@ -33,6 +36,25 @@ def written(folder, **changes):
     """Write a card with some fields changed; returns it as the hub's library reads it."""
     write_card(folder, **CARD | changes)
     return ModelCard.load(folder / "README.md")
+
+
+@pytest.mark.parametrize("has_matplotlib", [True, False])
+def test_a_long_run_ends_with_its_curve(has_matplotlib, corpus, tmp_path, monkeypatch):
+    """One with ten evaluations, if matplotlib is installed."""
+    if has_matplotlib:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    files = ["--train", corpus.folder, "--model", "tiny", *SIZES]
+    final = pretrain_into(tmp_path / "run", files, SHORT_RUN, "--eval-every 1") / "final"
+    assert (final / "perplexity.png").is_file() == has_matplotlib
+    card = (final / "README.md").read_text(encoding="utf-8")
+    assert card.count("](perplexity.png)") == has_matplotlib
+    assert metadata_load(final / "README.md")["pipeline_tag"] == "fill-mask"
+    assert not problem_of(final, needed=()), "the picture is among the checked files"
+    if has_matplotlib:
+        (final / "perplexity.png").write_bytes(b"")
+        assert "perplexity.png" in problem_of(final, needed=())
 
 
 def with_card(folder, text):
