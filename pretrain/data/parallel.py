@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,18 +46,31 @@ def in_processes(
         raise UserError(f"{workers} workers: cannot start ({error}); {expected}") from error
     with pool:
         try:
-            with blocked():
-                submitted = [pool.submit(function, shared, *task) for task in tasks]
+            submitted = _submit(pool, function, shared, tasks)
             numbers = {future: number for number, future in enumerate(submitted)}
             for future in as_completed(numbers):
                 yield numbers[future], future.result()
         except BaseException as error:
             held.close()
-            # A worker killed during start-up makes submit fail on closed pipes.
-            if isinstance(error, BrokenProcessPool) or "handle is closed" in str(error):
+            if isinstance(error, BrokenProcessPool):
                 problem = "a worker process was killed, perhaps because memory ran out"
                 raise UserError(f"{problem}; expected fewer workers ({ADVICE})") from error
             raise
+
+
+def _submit(
+    pool: ProcessPoolExecutor, function: Callable, shared: object, tasks: Sequence[tuple]
+) -> list[Future]:
+    """Submit all tasks, which also starts the workers.
+
+    If one is killed meanwhile, the pool closes its pipes while another worker starts: the pipes are
+    then unusable (OSError), or their numbers belong to other pipes (ValueError).
+    """
+    try:
+        with blocked():
+            return [pool.submit(function, shared, *task) for task in tasks]
+    except (OSError, ValueError) as error:
+        raise BrokenProcessPool(str(error)) from error
 
 
 def _start_worker(lifeline: Connection) -> None:
