@@ -1,4 +1,4 @@
-"""Fine-tune an encoder for text classification: best model, scores, confusion matrix."""
+"""Fine-tune an encoder to predict classes, entities or numbers: best model, scores, predictions."""
 
 import os
 from collections.abc import Sequence

@@ -1,11 +1,13 @@
 """Predict labels, entities or numbers for the rows of a file; print scores if they have labels."""
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.cli import parse
-from pretrain.config import COUNT, FILES, LENGTH, ColumnOptions, DeviceOptions, typed
+from pretrain.config import COUNT, FILES, LENGTH, UTF8, ColumnOptions, DeviceOptions, typed
+from pretrain.data.sources import expand
 from pretrain.errors import UserError, check, counted, option_named
 from pretrain.files import as_json, exclusive, write_aside
 from pretrain.preflight import output_problems, problems_of
@@ -73,7 +75,8 @@ def main(argv: Sequence[str]) -> None:
     def write(path):
         rows = task.documents(options.input, options, [])
         predicted = predict_rows(rows, options, task, classes, predict_chunk)
-        write_rows(path, predicted, as_csv=output.suffix == ".csv")
+        as_csv = output.suffix == ".csv"
+        write_rows(path, predicted, as_csv, encoding=_csv_encoding(options) if as_csv else UTF8)
 
     with option_named("--output"), exclusive(output, wait=False), option_named(f"{output}:"):
         write_aside(output, write)
@@ -89,3 +92,11 @@ def main(argv: Sequence[str]) -> None:
         unlabeled = counted(tally.num_unlabeled, "row")
         print(f"not scored: {unlabeled} without a label of the model{known}")
     print(as_json({"rows": num_rows} | numbers_of(scores)))
+
+
+def _csv_encoding(options: PredictOptions) -> str:
+    """UTF-8, with a byte-order mark if the first input has one or is in another encoding: without
+    it, spreadsheets that wrote such a file would not read the predictions as UTF-8."""
+    with open(expand(options.input[:1])[0], "rb") as first:
+        is_marked = first.read(3) == codecs.BOM_UTF8
+    return "utf-8-sig" if is_marked or options.encoding != UTF8 else UTF8

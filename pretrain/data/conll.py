@@ -12,6 +12,7 @@ from pathlib import Path
 from pretrain.data.spans import Entity
 from pretrain.errors import UserError
 
+BLANK_TOKEN = re.compile(r"\s[\t ]\S+")  # a token of white space, and its tag
 NUMBERED = re.compile(r"(.)(\d+)")  # a character and its position in a word
 MAX_STRAY_SHARE = 0.02  # of the entities of a file
 SAMPLED_TOKENS = 2000  # from which the way to join tokens is detected
@@ -73,10 +74,11 @@ def _blocks(path: Path, encoding: str) -> Iterator[tuple[list[Row], bool]]:
             is_start = line.startswith("-DOCSTART-")
             if line.strip() and not is_start:
                 fields = line.split("\t" if "\t" in line else " ")
-                if len(fields) < 2 or not fields[0].strip():
+                token = " " if BLANK_TOKEN.fullmatch(line) else fields[0].strip()
+                if len(fields) < 2 or not token:
                     problem = f"{path}, line {number}: {line[:40]!r}"
                     raise UserError(f"{problem}; expected a token, a tab or space, and its tag")
-                rows.append((number, fields[0].strip(), fields[-1].strip()))
+                rows.append((number, token, fields[-1].strip()))
                 continue
             if rows:
                 yield rows, starts_document

@@ -89,13 +89,14 @@ def choose_field(record: dict, where: str) -> str:
         return "text"
     texts = [field for field, value in record.items() if isinstance(value, str)]
     texts = [field for field in texts if not re.fullmatch(r"[\d.,+-]*", record[field])]
-    has_header = format_of(_path_of(where)) in ("csv", "tsv")
+    has_header = format_of(path_of(where)) in ("csv", "tsv")
     if len(texts) != 1 or (has_header and len(texts[0]) > MAX_NAME and SENTENCE.search(texts[0])):
         raise no_column(record, where, "text", "text")
     return texts[0]
 
 
-def _path_of(where: str) -> str:
+def path_of(where: str) -> str:
+    """The file in a place that `read_rows` names."""
     return where.rpartition(", ")[0]
 
 
@@ -106,7 +107,7 @@ def no_column(record: dict, where: str, name: str | None, field: str) -> UserErr
     shown = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..." for name in names]
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     columns = f"{', '.join(shown[:SHOWN_NAMES])}{more}"
-    path = _path_of(where)
+    path = path_of(where)
     header = ""
     if format_of(path) in ("csv", "tsv"):
         where, header = f"{path}, line 1", " in the header" + " (is it missing?)" * (shown != names)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.batch import IGNORED, Batch
 from pretrain.config import TASK_METRICS, ColumnOptions
 from pretrain.data.hash_rng import derive, key
-from pretrain.data.tables import choose_field, no_column, open_tables
+from pretrain.data.tables import choose_field, no_column, open_tables, path_of
 from pretrain.data.tokenizer import encode_together, without_limits
 from pretrain.errors import UserError, check, counted
 from pretrain.schema import SHOWN_CHARACTERS
@@ -58,7 +58,7 @@ class LabeledRows:
 
 
 def choose_columns(record: dict, where: str, options: ColumnOptions) -> tuple[str, ...]:
-    """The columns of the one or two texts, from the first row; UserError if it lacks one."""
+    """The columns of the one or two texts, from a file's first row; UserError if it lacks one."""
     pair = options.text_pair_field
     rest = {name: record[name] for name in record if name not in (options.label_field, pair)}
     columns = (options.text_field or choose_field(rest, where), *([pair] if pair else []))
@@ -71,10 +71,11 @@ def choose_columns(record: dict, where: str, options: ColumnOptions) -> tuple[st
 def read_texts(paths: Sequence[str], options: ColumnOptions, problems: list[str]) -> Iterator[Row]:
     """The rows of tables, in order; a row without text is reported in `problems` instead.
 
-    UserError if there are no rows, or if the first one lacks a column."""
-    columns = None
+    UserError if there are no rows, or if the first one of a file lacks a column."""
+    path, columns = "", ()
     for where, record in open_tables(paths, options.encoding):
-        columns = columns or choose_columns(record, where, options)
+        if path_of(where) != path:
+            path, columns = path_of(where), choose_columns(record, where, options)
         texts = []
         for column in columns:
             text = record.get(column)
@@ -85,7 +86,7 @@ def read_texts(paths: Sequence[str], options: ColumnOptions, problems: list[str]
                 problems.append(f"{where}: column {column} has {_shown(text)}; expected text")
         if len(texts) == len(columns):
             yield where, record, tuple(texts)
-    if columns is None:
+    if not columns:
         raise UserError(f"{' '.join(paths)}: no rows; expected rows after a header")
 
 

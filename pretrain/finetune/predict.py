@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pretrain.config import ColumnOptions
+from pretrain.config import UTF8, ColumnOptions
 from pretrain.data.sentences import in_groups
 from pretrain.data.tokenizer import ENCODED_CHARACTERS, characters_of
 from pretrain.errors import UserError, check
@@ -74,10 +74,10 @@ def predict_rows(
             yield record | cells
 
 
-def write_rows(path: Path, rows: Iterable[dict], as_csv: bool) -> None:
+def write_rows(path: Path, rows: Iterable[dict], as_csv: bool, encoding: str = UTF8) -> None:
     """Write `rows` as CSV, with the columns of the first row, or as JSON lines."""
     # JSON may hold half a surrogate pair: \ud800 stays as it is.
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as out:
+    with path.open("w", encoding=encoding, errors="backslashreplace", newline="") as out:
         if not as_csv:
             out.writelines(f"{_as_json(row)}\n" for row in rows)
             return

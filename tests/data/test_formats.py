@@ -429,6 +429,13 @@ def test_tags_spelled_out(tmp_path):
     assert entities(read(path)) == [["New York", "Paris", "Joe", "y", "end"]]
 
 
+@pytest.mark.parametrize("row", ["  {}", " \t{}", "\u3000 {}"])
+def test_a_token_may_be_white_space(tmp_path, row):
+    rows = ["口 B-X", row.format("I-X"), "腔 I-X", row.format("O"), "溃 S-X"]
+    found = read(lines(tmp_path / "a.bio", *rows))
+    assert texts(found) == [["口 腔 溃"]] and entities(found) == [["口 腔", "溃"]]
+
+
 def tagged(*tags: str) -> list[str]:
     return [f"word{number} {tag}" for number, tag in enumerate(tags)]
 

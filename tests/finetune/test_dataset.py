@@ -149,13 +149,15 @@ def test_files_are_read_in_the_order_given_and_each_wrong_row_is_listed(tmp_path
     assert read(halves, good, classes=["y"]).texts == [(" x?y\n",), ("x",)]
 
 
-def test_a_missing_label_column_is_reported_once(tmp_path):
-    good = write(tmp_path / "a.csv", [{"text": "one", "label": "x"}])
-    other = write(tmp_path / "b.csv", [{"text": "one", "kind": "x"}] * 3)
-    (line,) = problems(read, good, other)
-    assert line.startswith(f"{other}, line 1: ") and "'label'" in line and "text, kind" in line
-    assert "label_field" in line
-    assert problems(read, other) == [line]
+@pytest.mark.parametrize("name", ["text", "label"])
+def test_a_missing_column_is_reported_once(tmp_path, name):
+    row = {"text": "one", "label": "x"}
+    good = write(tmp_path / "a.csv", [row])
+    other = write(tmp_path / "b.csv", [{"kind": row.pop(name), **row}] * 3)
+    (line,) = problems(read, good, other, text_field="text")
+    assert line.startswith(f"{other}, line 1: ") and repr(name) in line and "kind" in line
+    assert f"{name}_field" in line
+    assert problems(read, other, text_field="text") == [line]
 
 
 def test_a_row_in_place_of_the_header_is_not_printed_whole(tmp_path):

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+from codecs import BOM_UTF8
 from collections import Counter
 from pathlib import Path
 
@@ -965,6 +966,16 @@ def test_without_a_single_known_label_there_is_no_score(more, predict_argv, tmp_
     first, second, last = text.splitlines()
     assert first == f"3 rows in {tmp_path / 'out.jsonl'}" and json.loads(last) == {"rows": 3}
     assert second.startswith("not scored: 3 rows")
+
+
+@pytest.mark.parametrize(
+    "encoding, mark", [("utf-8", b""), ("utf-8-sig", BOM_UTF8), ("gbk", BOM_UTF8)]
+)
+def test_predictions_can_be_opened_where_their_rows_were(encoding, mark, predict_argv, tmp_path):
+    """Without a byte-order mark, spreadsheets take UTF-8 for the encoding of the system."""
+    (tmp_path / "in.csv").write_text("text,备注\nbank,好\n", encoding=encoding)
+    PREDICT.main(predict_argv(tmp_path / "in.csv", "out.csv", f"--encoding {encoding[:5]}"))
+    assert (tmp_path / "out.csv").read_bytes().startswith(mark + "text,备注,".encode())
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
