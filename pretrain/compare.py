@@ -41,11 +41,11 @@ class Change:
 
 @torch.no_grad()
 def sequence_losses(
-    model: PackedModel, validation: ValidationSet, device: torch.device, precision: torch.autocast
+    model: PackedModel, validation: ValidationSet, device: torch.device, context: torch.autocast
 ) -> tuple[np.ndarray, np.ndarray]:
     """(summed MLM loss, number of masked tokens) of each sequence, float64 [sequences]."""
     sums, counts = [], []
-    with evaluation_mode(model), precision:
+    with evaluation_mode(model), context:
         for batch in validation.batches:
             on_device = batch.to(device)
             logits = model.masked_lm_logits(model.encode(on_device), on_device)
@@ -65,11 +65,11 @@ def compare(
     after: PackedModel,
     validation: ValidationSet,
     device: torch.device,
-    precision: torch.autocast,
+    context: torch.autocast,
 ) -> Change:
     """The change from one model to the other, which have the same vocabulary."""
-    old, counts = sequence_losses(before, validation, device, precision)
-    new, _ = sequence_losses(after, validation, device, precision)
+    old, counts = sequence_losses(before, validation, device, context)
+    new, _ = sequence_losses(after, validation, device, context)
     _, groups = np.unique(validation.documents, return_inverse=True)
     drawn = counted(groups.max() + 1, "document")
     if groups.max() + 1 < MIN_DOCUMENTS:

@@ -96,7 +96,7 @@ def evaluate(
     model: PackedModel,
     validation: ValidationSet,
     device: torch.device,
-    precision: torch.autocast,
+    context: torch.autocast,
     world: World = World(),
     stop: Callable[[], int] = lambda: 0,
 ) -> dict[str, float] | None:
@@ -104,7 +104,7 @@ def evaluate(
 
     None if `stop`, which all processes call before each batch, returns a signal."""
     batches, totals = validation.batches, LossTotals()
-    with evaluation_mode(model), precision:
+    with evaluation_mode(model), context:
         for start in range(0, len(batches), world.size):
             if stop():
                 return None
@@ -138,11 +138,11 @@ def sample_predictions(
     validation: ValidationSet,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    precision: torch.autocast,
+    context: torch.autocast,
 ) -> str:
     """Markdown: a few sequences with their masks, and the most likely tokens for each mask."""
     batch = validation.batches[0]
-    with evaluation_mode(model), precision:
+    with evaluation_mode(model), context:
         on_device = batch.to(device)
         logits = model.masked_lm_logits(model.encode(on_device), on_device)
     ends = batch.cu_seqlens[: min(SHOWN_SEQUENCES, batch.num_sequences) + 1].tolist()

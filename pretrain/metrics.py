@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pretrain.batch import Batch, Loss
 from pretrain.runtime.distributed import World, all_reduce
+from pretrain.runtime.sharding import whole
 from pretrain.schema import TEXT, number, values_of
 
 MAX_LOG_PERPLEXITY = 700.0  # exp of more overflows
@@ -84,7 +85,7 @@ class LossTotals:
     def means(self) -> dict[str, float]:
         """loss, NAME_loss, NAME_accuracy and perplexity, as named in the logs, of totals that
         `read` returned; nothing for a term with a count of 0."""
-        counts = {name: self.counts.get(count, 0.0) for name, count in self.denominators.items()}
+        counts = {name: self.counts[count] for name, count in self.denominators.items()}
         means = {name: self.sums[name] / count for name, count in counts.items() if count}
         numbers = {}
         for name, mean in means.items():
@@ -136,7 +137,8 @@ class Meter:
         self.sums["wait_seconds"] += (time.perf_counter() - begin) / self.world.size
 
     def add(self, losses: LossTotals, logged: dict, batches: Sequence[Batch], flops: float) -> None:
-        """Add an update: its losses, numbers to log unchanged, data and FLOPs."""
+        """Add an update: its losses, numbers to log unchanged (those of the last one before a
+        flush), data and FLOPs."""
         self.losses += losses
         self._logged = logged
         for batch in batches:
@@ -150,7 +152,10 @@ class Meter:
 
     def flush(self) -> dict[str, float]:
         """The numbers of the steps since the last flush. Waits for the device."""
-        logged = {name: float(value) for name, value in self._logged.items()}
+        logged = {
+            name: float(whole(value) if isinstance(value, Tensor) else value)
+            for name, value in self._logged.items()
+        }
         self.last_means = self.losses.read(self.device).means()
         self._count_seconds()  # includes the wait for the device, so that the speed is right
         sums = self._read_sums()

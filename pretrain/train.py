@@ -87,12 +87,12 @@ def train_step(
     weights = [weight for group in groups_of(optimizers) for weight in group["params"]]
     grad_norm = whole(nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf))
     finite = torch.isfinite(grad_norm)
+    logged = {"optim/learning_rate": learning_rate, "optim/grad_norm": grad_norm}
     for group in groups_of(optimizers):
         group["lr"] = learning_rate * group.get("rate_scale", 1.0)
     for optimizer in optimizers:
         step_if(finite, optimizer)
         optimizer.zero_grad(set_to_none=True)
-    logged = {"optim/learning_rate": learning_rate, "optim/grad_norm": grad_norm}
     scaler.update()
     return StepResult(totals.where(finite), finite, logged)
 
@@ -166,7 +166,7 @@ def train(run: Run) -> dict:
         config.schedule, config.learning_rate, config.warmup, run.total_steps
     )
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
-    precision, max_norm = run.autocast(), config.max_grad_norm
+    autocast, max_norm = run.autocast(), config.max_grad_norm
 
     state = TrainState(evaluated_at=-1 if run.evaluates_first else 0)
     meter = Meter(device, world, peak_flops(device, run.precision))
@@ -213,7 +213,7 @@ def train(run: Run) -> dict:
                 batches = next(run.data)  # the micro-batches of this process
             rate = learning_rate(step + 1)
             result = train_step(
-                model, batches, optimizers, scaler, precision, rate, max_norm, device, world.size
+                model, batches, optimizers, scaler, autocast, rate, max_norm, device, world.size
             )
             state.step += 1
             guard.observe(result.finite, state.step, run.data.position)

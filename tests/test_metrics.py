@@ -1,16 +1,20 @@
 """Logged numbers: means of losses with their own counts and weights, speed, and totals that survive
 a restart."""
 
+import json
 import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_processes
+from packed_reference import small_model
 
 from pretrain.batch import Loss
 from pretrain.metrics import LossTotals, Meter, peak_memory_bytes
-from pretrain.runtime.distributed import World
+from pretrain.runtime.distributed import World, start, stop
+from pretrain.runtime.sharding import place
 
 CPU = torch.device("cpu")
 
@@ -110,6 +114,26 @@ def test_a_restored_meter_continues():
         summary = meter.summary()
         assert summary["real_tokens"] == 8 * 30 and summary["mask_shortfall"] == 8 / 40
         assert summary["train_mlm_loss"] == 6.0
+
+
+def test_a_logged_number_of_sharded_weights_is_that_of_whole_ones(tmp_path):
+    """A sum over a sharded weight is a sum over one part on each process, still to be added up."""
+
+    def main(argv):
+        world, device = start("cpu")
+        weights = place(small_model(40), device, shard=True).named_parameters()
+        meter = Meter(device, world, 1.0)
+        sums = {f"sum/{name}": weight.detach().sum() for name, weight in weights}
+        meter.add(LossTotals(), sums, [SmallBatch()], flops=10.0)
+        (tmp_path / f"{world.rank}").write_text(json.dumps(meter.flush()))
+        stop()
+
+    ended = in_processes(tmp_path, main, [], count=2)
+    assert [code for code, _ in ended] == [0, 0], ended
+    for rank in (0, 1):
+        row = json.loads((tmp_path / f"{rank}").read_text())
+        for name, weight in small_model(40).named_parameters():
+            assert row[f"sum/{name}"] == pytest.approx(weight.sum().item(), abs=1e-5)
 
 
 def test_only_the_first_process_restores_the_sums():

@@ -73,8 +73,8 @@ def _train_head(model: PackedModel, data: TrainData, run: PretrainingRun) -> Non
     optimizers, device = make_optimizers(model, options), run.device
     learning_rate = make_schedule("linear", HEAD_RATE, HEAD_WARMUP, HEAD_STEPS)
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
-    precision, max_norm = run.autocast(), options.max_grad_norm
+    autocast, max_norm = run.autocast(), options.max_grad_norm
     with evaluation_mode(model):
         for step in range(1, HEAD_STEPS + 1):
             rate, batches = learning_rate(step), next(data)
-            train_step(model, batches, optimizers, scaler, precision, rate, max_norm, device)
+            train_step(model, batches, optimizers, scaler, autocast, rate, max_norm, device)

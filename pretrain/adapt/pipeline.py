@@ -163,12 +163,12 @@ def measure_perplexity(experiment: Experiment) -> dict:
     All are measured at the length of the last phase. {} without a validation set, or if none is
     finite."""
     run = _run_of(experiment, "adapted")
-    validation, precision = run.phases[-1].validation, autocast(run.device, run.precision)
+    validation, context = run.phases[-1].validation, autocast(run.device, run.precision)
     if not validation:
         return {}
 
     def perplexity_of(model: PackedModel) -> float:
-        return evaluate(model, validation, run.device, precision)["perplexity"]
+        return evaluate(model, validation, run.device, context)["perplexity"]
 
     lines = (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     curve, training = [], []

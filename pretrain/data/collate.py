@@ -81,7 +81,6 @@ class Collator:
         labels = {name: _extend(array, num_masks, IGNORED) for name, array in by_mask.items()}
         for name, array in by_sequence.items():
             labels[name] = _extend(array, num_sequences, IGNORED)
-        all_labels = (by_mask | by_sequence).items()
         return Batch(
             input_ids=_extend(ids, num_tokens, self.vocabulary.pad_id),
             token_type_ids=_extend(packed.token_type_ids, num_tokens, 0),
@@ -89,7 +88,7 @@ class Collator:
             masked_positions=_extend(masked, num_masks, 0),
             cu_seqlens=torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)),
             labels=labels,
-            counts={name: int((array != IGNORED).sum()) for name, array in all_labels},
+            counts={name: int((label != IGNORED).sum()) for name, label in labels.items()},
             lengths=tuple(lengths.tolist()),
             max_length=self.task.max_length,
             num_tokens=len(ids),

@@ -129,8 +129,9 @@ class PackedModel:
             bias.copy_(torch.from_numpy(np.log(shares)))
 
     def losses(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
-        """The terms of the training loss by name: add yours here. Multiply by masks: indexing with
-        them makes the host wait for a GPU and breaks compiled graphs."""
+        """The terms of the training loss by name, the same ones for every batch: add yours here.
+        Multiply by masks: indexing with them makes the host wait for a GPU and breaks compiled
+        graphs."""
         logits = self.masked_lm_logits(hidden, batch)
         losses = {"mlm": cross_entropy(logits, batch.labels["mlm"])}
         if self.nsp_weight is not None:

@@ -30,7 +30,7 @@ from pretrain.files import (
     sync,
     write_json,
 )
-from pretrain.runtime.sharding import map_tensors
+from pretrain.runtime.sharding import is_part, map_tensors
 from pretrain.schema import Form, Rule, integer, misfit, one_of
 
 RUN_ENTRY = (  # what a run writes; nothing else may be overwritten
@@ -229,9 +229,10 @@ def prune(output: Path, keep: int) -> None:
 
 
 def check_finite(values: object) -> None:
-    """UserError if a tensor in `values`, at any depth, is not finite."""
+    """UserError if a tensor in `values`, at any depth, is not finite; all must be whole."""
 
     def check(tensor: Tensor, label: str) -> None:
+        assert not is_part(tensor), f"{label.strip()}: a part; gather it with `whole`"
         if not tensor.isfinite().all():
             advice = "try a lower learning rate, gradient clipping or fp32"
             raise UserError(f"{label.strip()}: not finite, so nothing is saved; {advice}")

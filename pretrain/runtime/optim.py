@@ -68,13 +68,13 @@ def step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Raise an error if an optimizer cannot use its loaded state: take a step without effect."""
+    """Raise an error if an optimizer that skips steps on the device cannot use its loaded state:
+    take a step without effect."""
     for optimizer in optimizers:
         for weight in optimizer.state:
             weight.grad = torch.zeros_like(weight)
-            finite = torch.tensor(False, device=weight.device)
         if optimizer.state:
-            step_if(finite, optimizer)
+            step_if(torch.tensor(False, device=weight.device), optimizer)
         optimizer.zero_grad(set_to_none=True)
 
 

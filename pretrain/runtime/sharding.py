@@ -93,7 +93,8 @@ class OptimizerState:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for weight in group["params"]:
-                    name = names[weight]
+                    name = names.get(weight)
+                    assert name, f"a weight of shape {tuple(weight.shape)} is not in the model"
                     assert name not in self._owned, f"{name} belongs to two optimizers"
                     self._owned[name] = (weight, optimizer, group)
 

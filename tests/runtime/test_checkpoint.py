@@ -344,6 +344,15 @@ def test_non_finite_numbers_are_not_saved(bad, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_part_of_a_sharded_tensor_is_not_saved(tmp_path):
+    """The others would be lost."""
+    part = torch.zeros(2)
+    part.full_tensor = lambda: torch.zeros(4)  # as a DTensor has
+    with pytest.raises(AssertionError, match="average decoder"):
+        ckpt.write_state(tmp_path, {"average": {"decoder": part}}, {})
+    assert os.listdir(tmp_path) == []
+
+
 def test_nothing_is_unpickled(tmp_path):
     with pytest.raises(UserError, match=ckpt.STATE_TENSORS):
         ckpt.write_state(tmp_path, {"a": {"path": Path("x")}}, {})
