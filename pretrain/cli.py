@@ -281,15 +281,15 @@ def _end_of(main: Callable, argv: Sequence[str], hint: str, stops: list) -> tupl
     """(message, exit code) of `main(argv)`; `stops` has the signals that arrived."""
     try:
         return "", main(argv) or 0
-    except UserError as error:
-        return "\n".join(f"error: {line}" for line in str(error).splitlines()), 2
     except KeyboardInterrupt as stop:
         message = f"{str(stop) or 'interrupted'}{hint}"
         return message, 128 + getattr(stop, "number", signal.SIGINT)
     except Exception as error:
         _free_frames(error)
-        if stops:  # the library it was raised in may have replaced it
-            return str(stops[0]), 128 + stops[0].number
+        if stops:  # the library it was raised in may have replaced it, and `refusing` that error
+            return f"{stops[0]}{hint}", 128 + stops[0].number
+        if isinstance(error, UserError):
+            return "\n".join(f"error: {line}" for line in str(error).splitlines()), 2
         if reason := os_error(error):
             place = reason.filename2 or reason.filename or "a file"  # the first: of a rename
             what = f"{place}: {reason.strerror or reason}"

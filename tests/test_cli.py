@@ -183,8 +183,9 @@ def kills(number):
         try:
             os.kill(os.getpid(), number)
         except KeyboardInterrupt:
-            if argv:  # as an import may do
-                raise ImportError("broken") from None
+            if argv:  # as an import may do, or loading a model
+                error = {"import": ImportError, "model": UserError}[argv[0]]
+                raise error("broken") from None
             raise
 
     return main
@@ -203,7 +204,8 @@ def kills(number):
         (raises(RuntimeError("unexpected")), [], 1, "Traceback"),
         (kills(signal.SIGTERM), [], 143, "interrupted by SIGTERM; way on\n"),
         (kills(signal.SIGHUP), [], 129, "interrupted by SIGHUP; way on\n"),
-        (kills(signal.SIGUSR1), ["import"], 138, "interrupted by SIGUSR1\n"),
+        (kills(signal.SIGUSR1), ["import"], 138, "interrupted by SIGUSR1; way on\n"),
+        (kills(signal.SIGTERM), ["model"], 143, "interrupted by SIGTERM; way on\n"),
     ],
 )
 def test_exit_code_and_messages(main, argv, code, said, capsys):

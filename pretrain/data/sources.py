@@ -50,6 +50,9 @@ def expand(paths: Iterable[str]) -> list[str]:
         found = [os.path.abspath(file) for match in matches for file in files_of(match)]
         if not found:
             problems.append(f"{path}: no files; expected a file, a folder with files, or a glob")
+        for file in found:
+            if (name := file.encode("utf-8", "backslashreplace").decode()) != file:
+                problems.append(f"{name}: the name is not UTF-8; expected another name")
         files.update(found)
     check(problems)
     return sorted(files)
@@ -69,11 +72,28 @@ def by_name(entries: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file itself, or all files in a folder that are not hidden."""
+    """A file itself, or all files in a folder that are not hidden, also in folders behind links.
+
+    A link to nothing is one of them: whoever reads it names it. OSError for a folder that cannot be
+    read."""
     if path.is_file() or any((path / name).is_file() for name in SAVED_DATASET):
         return [path]
-    shown = [file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path)}"]
-    return [file for file in shown if file.is_file()]
+    files, visited = [], set()
+    for folder, subfolders, names in os.walk(path, onerror=_fail, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # behind a link to a folder above it, for example
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        shown = [Path(folder, name) for name in names if not name.startswith(".")]
+        files += [file for file in shown if file.is_file() or not file.exists()]
+    return files
+
+
+def _fail(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):  # no folder: no files
+        raise error
 
 
 def check_files(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from itertools import chain, islice
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -364,6 +365,20 @@ def test_expand(tmp_path, monkeypatch):
         assert expand(map(str, paths)) == expected
 
 
+def test_a_folder_is_read_behind_links(tmp_path, monkeypatch):
+    """Each folder once, also if a link leads up; a link to nothing is named."""
+    for name in ("elsewhere/c.txt", "text/a.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("text")
+    monkeypatch.chdir(tmp_path / "text")
+    for name, target in (("more", "../elsewhere"), ("gone.txt", "nowhere"), (".x.txt", "nowhere")):
+        Path(name).symlink_to(target)
+    Path("more/up").symlink_to("../text")
+    expected = [str(Path.cwd() / name) for name in ("a.txt", "gone.txt", "more/c.txt")]
+    assert expand(["."]) == expected
+    assert refused(check_files, map(Path, expected)).startswith(f"{expected[1]}: ")
+
+
 def test_data_sets_stay_one_entry(tmp_path, monkeypatch):
     """hub:NAME, and folders that `datasets` has saved."""
     monkeypatch.chdir(tmp_path)
@@ -382,6 +397,11 @@ def test_every_missing_path_is_named_at_once(tmp_path):
     entries = [str(tmp_path / name) for name in ("gone.txt", "empty", "*.md", "good.txt")]
     lines = refused(expand, entries).splitlines()
     assert [line.split(":")[0] for line in lines] == entries[:3]
+
+
+def test_a_name_that_is_not_utf8_is_shown_with_escapes(tmp_path):
+    (tmp_path / "caf\udce9.txt").write_text("text")
+    assert refused(expand, [str(tmp_path)]).startswith(f"{tmp_path}/caf\\udce9.txt: ")
 
 
 def test_small_files_are_read_by_line(path, tmp_path):
