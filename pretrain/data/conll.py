@@ -14,6 +14,7 @@ from pretrain.errors import UserError
 
 BLANK_TOKEN = re.compile(r"\s[\t ]\S+")  # a token of white space, and its tag
 NUMBERED = re.compile(r"(.)(\d+)")  # a character and its position in a word
+NUMBERED_TOKEN = re.compile(r"(.+?)(\d+)")  # the same; an emoji may be several code points
 MAX_STRAY_SHARE = 0.02  # of the entities of a file
 SAMPLED_TOKENS = 2000  # from which the way to join tokens is detected
 # Prefixes of tags that begin an entity, continue it, and leave it open.
@@ -106,7 +107,7 @@ def _sentence(
     for line, token, tag in rows:
         gap = separator
         if gap is None:
-            numbered = NUMBERED.fullmatch(token)
+            numbered = NUMBERED_TOKEN.fullmatch(token)
             token, place = numbered.groups() if numbered else (token, "0")
             gap = " " if place == "0" else ""
         if text:

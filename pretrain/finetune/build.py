@@ -206,11 +206,12 @@ class FinetuningRun(Run):
         task, family = self.task, self.model.config.model_type
         scores = results(task.pipeline, "validation rows", state.best_scores, PUBLISHED)
         scores += results(task.pipeline, "test rows", self.test_scores, PUBLISHED)
+        way = f'`pipeline("{task.pipeline}"{task.pipeline_options})`'
         write_card(
             folder,
             task.pipeline,
             title=f"{family}, fine-tuned to {task.title(self.classes)}",
-            opens_with=f'`{task.auto_class}` and `pipeline("{task.pipeline}")` of transformers.',
+            opens_with=f"`{task.auto_class}` and {way} of transformers.",
             rows=facts,
             tags=[family],
             started_from=self.config.model,

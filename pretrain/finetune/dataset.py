@@ -219,6 +219,8 @@ def budget_rows(labels: list[str], budget: int, seed: int) -> np.ndarray:
 class EncodedRows:
     """Token ids in pieces of at most `max_length` tokens, and micro-batches of them."""
 
+    counted: slice | np.ndarray = slice(None)  # which outputs of the examples are predictions
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.max_length = tokenizer.model_max_length
         self.examples: list[tuple] = []  # ids, type ids and what a subclass adds

@@ -42,7 +42,7 @@ def predict(
                 return None
             batch = batch.to(model.device)
             logits.append(model.label_logits(model.encode(batch), batch))
-    return model.outputs(torch.cat(logits)).cpu().numpy()
+    return model.outputs(torch.cat(logits)).cpu().numpy()[dataset.counted]
 
 
 def check_rows(

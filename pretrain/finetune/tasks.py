@@ -40,6 +40,7 @@ class Classification:
 
     name = "classification"
     auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
+    pipeline_options = ""  # with which its predictions are ours
     dataset, tally = LabeledDataset, Tally
     read = staticmethod(read_labeled)  # the labeled rows of files
     documents = staticmethod(read_texts)  # the rows of files, labeled or not
@@ -136,6 +137,7 @@ class EntityRecognition(Classification):
 
     name = "ner"
     auto_class, pipeline = "AutoModelForTokenClassification", "token-classification"
+    pipeline_options = ', aggregation_strategy="first"'
     dataset, tally = TaggedDataset, EntityTally
     read = staticmethod(read_tagged_rows)
     names = staticmethod(labels_of)  # in its tags

@@ -1,7 +1,7 @@
 """Texts of any length -> overlapping windows of tokens that a model can read.
 
-Each token counts once: in the window where it has the most context. Of a word, only the first token
-has a tag (Devlin et al. 2019, section 5.3).
+Of a word, only the first token has a tag (Devlin et al. 2019, section 5.3). It is trained in each
+window that holds it, and predicted once: in the window where it has the most context.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ class TaggedText:
 class TaggedDataset(EncodedRows):
     """Rows as windows of token ids; an example is a window.
 
-    `labels`: a TaggedText for each row. Tags of `micro_batches` are in the order of the words of
-    all rows."""
+    `labels`: a TaggedText for each row. `counted`: bool [tags of all windows], which of them are
+    predicted; those are in the order of the words of all rows."""
 
     class_weights = None
 
@@ -42,14 +42,16 @@ class TaggedDataset(EncodedRows):
         super().__init__(tokenizer)
         backend = without_limits(tokenizer)
         room = self.max_length - backend.num_special_tokens_to_add(False)
-        backend.enable_truncation(self.max_length, stride=room // OVERLAP)
+        step = room - room // OVERLAP
+        backend.enable_truncation(self.max_length, stride=room - step)
         texts = [text for text, *_ in rows.texts]
         self.labels: list[TaggedText] = []
         self.num_snapped = 0
+        counted = []
         encodings = encode_together(backend, texts, with_offsets=True)
         for text, entities, encoding in zip(texts, rows.labels, encodings):
             windows = [encoding, *encoding.overflowing]
-            owned = assign_tokens(windows, room - room // OVERLAP)
+            owned = assign_tokens(windows, step)
             words, is_first = find_words(text, *_tokens(windows, owned))
             tags = np.full(len(words), IGNORED)
             if entities is not None:
@@ -57,11 +59,14 @@ class TaggedDataset(EncodedRows):
                 self.num_snapped += num_snapped
             self.labels.append(TaggedText(text, words, tags, entities))
             self.num_cut += len(windows) > 1
-            bounds = np.cumsum([len(places) for places in owned])[:-1]
-            for window, places, first in zip(windows, owned, np.split(is_first, bounds)):
-                num_tagged = int(first.sum())
-                self.add(window, places[first], tags[:num_tagged])
-                tags = tags[num_tagged:]
+            word_of = np.cumsum(is_first) - 1
+            for number, (window, places) in enumerate(zip(windows, owned)):
+                content = _content(window)
+                tokens = slice(number * step, number * step + len(content))
+                first = is_first[tokens]
+                self.add(window, content[first], tags[word_of[tokens][first]])
+                counted.append(np.isin(content[first], places))
+        self.counted = np.concatenate(counted)
 
     def pack(self, windows: Sequence[tuple]) -> Batch:
         """`windows` hold ids, types, places of tagged tokens, and their tags."""
@@ -83,13 +88,18 @@ def assign_tokens(windows: Sequence[Encoding], step: int) -> list[np.ndarray]:
 
     A token of two windows is as far from the end of the first as from the start of the second, or
     nearer to one of them: it counts in the other. No token is in three, as OVERLAP is above 2."""
-    content = [np.flatnonzero(~np.array(window.special_tokens_mask, bool)) for window in windows]
+    content = [_content(window) for window in windows]
     starts = step * np.arange(len(windows))
     ends = starts + [len(places) for places in content]
     middles = (ends[:-1] + starts[1:] + 1) // 2
     bounds = [0, *middles.tolist(), int(ends[-1])]
     ranges = zip(content, starts, bounds, bounds[1:])
     return [places[low - start : high - start] for places, start, low, high in ranges]
+
+
+def _content(window: Encoding) -> np.ndarray:
+    """int64 [tokens]: the places of the tokens that are not special."""
+    return np.flatnonzero(~np.array(window.special_tokens_mask, bool))
 
 
 def _tokens(windows: Sequence[Encoding], owned: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

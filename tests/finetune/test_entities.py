@@ -1,7 +1,8 @@
-"""Entities: every way to write them gives the same rows; windows show each token once, where it has
+"""Entities: every way to write them gives the same rows; windows count each word once, where it has
 the most context; tags and spans turn into each other; scores equal seqeval's and a slow form."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -141,12 +142,15 @@ def test_labels_that_training_rows_lack_are_named(tmp_path):
     assert line.startswith(f"{tmp_path / 'b.jsonl'}, line 1: ")
 
 
-def test_a_notice_about_a_file_is_printed_once(tmp_path, capsys):
-    """Each run of an experiment reads the same files."""
+def test_characters_numbered_within_words_become_words(tmp_path, capsys):
+    """One that is several code points, such as an emoji, keeps no digit. The notice is printed once
+    per file: each run of an experiment reads the same files."""
     path = tmp_path / "numbered.conll"
-    path.write_text("科0\tO\n技1\tO\n好0\tO\n人0\tB-PER\n", encoding="utf-8")
+    lines = ["科0\tO", "技1\tO", *["好0\tO"] * 100, "👍🏽0\tO", "10\tO", "21\tO", "人0\tB-PER"]
+    path.write_text("\n".join(lines), encoding="utf-8")
     for _ in range(2):
-        assert read(path).texts == [("科技 好 人",)]
+        text = " ".join(["科技", *"好" * 100, "👍🏽", "12", "人"])
+        assert read(path).texts == [(text,)]
     assert capsys.readouterr().out.count(str(path)) == 1
 
 
@@ -181,12 +185,14 @@ def slow_owner(place, count, windows):
 
 @settings(max_examples=60, deadline=None)
 @given(text=TEXT, max_length=st.integers(8, 30))
-def test_each_token_counts_once_where_it_has_the_most_context(tiny_tokenizer, text, max_length):
+def test_each_word_counts_once_where_it_has_the_most_context(tiny_tokenizer, text, max_length):
     tokenizer = tiny_tokenizer
     backend = without_limits(tokenizer)
     whole = backend.encode(text, add_special_tokens=False)
     tokenizer.model_max_length = max_length
-    dataset = TaggedDataset(LabeledRows([(text,)], [()], TAGS), tokenizer)
+    words = list(re.finditer(r"\S+", text))[::2]
+    entities = tuple((*word.span(), "LOC") for word in words)
+    dataset = TaggedDataset(LabeledRows([(text,)], [entities], TAGS), tokenizer)
     room = max_length - 2
     step, count = room - room // OVERLAP, len(whole.ids)
     begins = [0]
@@ -194,19 +200,21 @@ def test_each_token_counts_once_where_it_has_the_most_context(tiny_tokenizer, te
         begins.append(begins[-1] + step)
     windows = [(begin, min(begin + room, count)) for begin in begins]
     assert len(dataset) == len(windows) and dataset.num_cut == (len(windows) > 1)
-    seen = []
-    for (ids, types, places, _), (begin, end) in zip(dataset.examples, windows):
+    numbers = whole.word_ids
+    first = [place for place in range(count) if numbers[place] not in numbers[:place]]
+    tag_of = dict(zip(first, dataset.labels[0].tags))
+    seen, expected = [], []
+    for (ids, types, places, tags), (begin, end) in zip(dataset.examples, windows):
         inner = whole.ids[begin:end]
         assert ids.tolist() == [tokenizer.cls_token_id, *inner, tokenizer.sep_token_id]
         assert len(types) == len(ids) and not types.any()
-        for place in (places - 1 + begin).tolist():
-            assert slow_owner(place, count, windows) == (begin, end)
-            seen.append(place)
-    words, first = whole.word_ids, []
-    for place in range(count):
-        if place == 0 or words[place] != words[place - 1]:
-            first.append(place)
-    assert seen == first
+        held = [place for place in first if begin <= place < end]
+        assert (places - 1 + begin).tolist() == held
+        assert tags.tolist() == [tag_of[place] for place in held]
+        seen += held
+        expected += [slow_owner(place, count, windows) == (begin, end) for place in held]
+    assert dataset.counted.tolist() == expected
+    assert np.array(seen)[dataset.counted].tolist() == first
     starts = [whole.offsets[place][0] for place in first]
     assert dataset.labels[0].words[:, 0].tolist() == starts
 
@@ -236,8 +244,9 @@ def test_micro_batches_hold_the_tags_of_all_words(tiny_tokenizer):
     batches = list(dataset.micro_batches(range(len(dataset)), 3))
     assert len(batches) == -(-len(dataset) // 3) > 2
     tags = np.concatenate([batch.labels["label"].numpy() for batch in batches])
-    assert tags.tolist() == np.concatenate([of.tags for of in dataset.labels]).tolist()
-    assert sum(batch.counts["label"] for batch in batches) == len(tags)
+    once = np.concatenate([of.tags for of in dataset.labels])
+    assert tags[dataset.counted].tolist() == once.tolist()
+    assert sum(batch.counts["label"] for batch in batches) == len(tags) > len(once)
     for batch in batches:
         ids = batch.input_ids[batch.masked_positions]
         pieces = tiny_tokenizer.convert_ids_to_tokens(ids.tolist())

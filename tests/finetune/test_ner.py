@@ -113,7 +113,7 @@ def test_entities_are_learned_and_reported(finished, files):
     assert right / sum(counts) == pytest.approx(summary["test"]["recall"])
     card = (output / "final" / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: token-classification" in card
-    assert "AutoModelForTokenClassification" in card
+    assert "AutoModelForTokenClassification" in card and 'aggregation_strategy="first"' in card
 
 
 def test_a_finished_run_may_be_overwritten(finished):
