@@ -25,8 +25,8 @@ class Batch:
     token_type_ids: Tensor  # int64 [T]; 0 in [CLS] A [SEP], 1 in B [SEP]
     position_ids: Tensor  # int64 [T]; restarts at 0 in each sequence
     cu_seqlens: Tensor  # int32 [N + 1]; sequence n is tokens cu_seqlens[n]:cu_seqlens[n + 1]
-    # int64 [M]: places in T of masked tokens or, for entities, of tagged ones, ascending and then
-    # filled up with 0. None: there are none
+    # int64 [M]: places in T of masked tokens or, for entities, of tagged ones, in ascending order,
+    # then zeros. None: there are none
     masked_positions: Tensor | None = None
     # By loss: [M] (one label per masked position) or [N] (one per sequence), int64.
     # "mlm": ids [M]; "nsp": 0 is next, 1 is random; "sop": 0 is in order, 1 is swapped;

@@ -286,7 +286,7 @@ def _end_of(main: Callable, argv: Sequence[str], hint: str, stops: list) -> tupl
         return message, 128 + getattr(stop, "number", signal.SIGINT)
     except Exception as error:
         _free_frames(error)
-        if stops:  # the library it was raised in may have replaced it, and `refusing` that error
+        if stops:  # a library may have replaced it, and `refusing` made a UserError of that
             return f"{stops[0]}{hint}", 128 + stops[0].number
         if isinstance(error, UserError):
             return "\n".join(f"error: {line}" for line in str(error).splitlines()), 2

@@ -37,8 +37,8 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         partial.replace(path)
     except OSError as error:
-        if error.errno:  # not one of gzip's about its input
-            error.filename = error.filename or str(path)  # that of a full disk has none
+        if error.errno:  # else it is about the input, such as gzip's
+            error.filename = error.filename or str(path)  # a full disk names no file
         raise
     finally:
         remove(partial)

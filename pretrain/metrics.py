@@ -137,8 +137,8 @@ class Meter:
         self.sums["wait_seconds"] += (time.perf_counter() - begin) / self.world.size
 
     def add(self, losses: LossTotals, logged: dict, batches: Sequence[Batch], flops: float) -> None:
-        """Add an update: its losses, numbers to log unchanged (those of the last one before a
-        flush), data and FLOPs."""
+        """Add an update: its losses, numbers to log, data and FLOPs. Of the numbers, `flush` logs
+        those of the last update, whole if they are sharded: all processes must add the same."""
         self.losses += losses
         self._logged = logged
         for batch in batches:

@@ -95,8 +95,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _csv_encoding(options: PredictOptions) -> str:
-    """UTF-8, with a byte-order mark if the first input has one or is in another encoding: without
-    it, spreadsheets that wrote such a file would not read the predictions as UTF-8."""
+    """UTF-8, with a byte-order mark if the first input begins with one or is in another encoding:
+    spreadsheets that write such files take CSV without it for another encoding."""
     with open(expand(options.input[:1])[0], "rb") as first:
         is_marked = first.read(3) == codecs.BOM_UTF8
-    return "utf-8-sig" if is_marked or options.encoding != UTF8 else UTF8
+    return "utf-8-sig" if is_marked or codecs.lookup(options.encoding).name != UTF8 else UTF8

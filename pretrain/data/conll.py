@@ -12,9 +12,9 @@ from pathlib import Path
 from pretrain.data.spans import Entity
 from pretrain.errors import UserError
 
-BLANK_TOKEN = re.compile(r"\s[\t ]\S+")  # a token of white space, and its tag
+BLANK_TOKEN = re.compile(r"\s[\t ]\S+")  # a white-space token and its tag
 NUMBERED = re.compile(r"(.)(\d+)")  # a character and its position in a word
-NUMBERED_TOKEN = re.compile(r"(.+?)(\d+)")  # the same; an emoji may be several code points
+NUMBERED_TOKEN = re.compile(r"(\w\W*|\W+)(\d+)")  # the same; an emoji may be several code points
 MAX_STRAY_SHARE = 0.02  # of the entities of a file
 SAMPLED_TOKENS = 2000  # from which the way to join tokens is detected
 # Prefixes of tags that begin an entity, continue it, and leave it open.

@@ -111,8 +111,8 @@ class Units:
     eligible: np.ndarray | bool = True  # bool [T]: tokens that may be taken
     budget: np.ndarray | None = None  # int64 [N]; None: the rest of the sequence's budget
     # uint64 [T]: units are taken in the order of their first tokens' numbers, of which the upper 40
-    # bits count; None: in random order. Floats of at least 0 have the same order as their bits, so
-    # give float64 numbers as `.view(np.uint64)`.
+    # bits count; None: in random order. Nonnegative floats sort like their bits: pass float64
+    # numbers as `.view(np.uint64)`.
     order: np.ndarray | None = None
 
 

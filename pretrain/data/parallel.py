@@ -4,6 +4,7 @@
 (task number, result) as results arrive, and end all workers after an error.
 """
 
+import errno
 import multiprocessing
 import os
 import socket
@@ -63,13 +64,15 @@ def _submit(
 ) -> list[Future]:
     """Submit all tasks, which also starts the workers.
 
-    If one is killed meanwhile, the pool closes its pipes while another worker starts: the pipes are
-    then unusable (OSError), or their numbers belong to other pipes (ValueError).
+    If one is killed meanwhile, the pool closes its pipes while others still start: their
+    descriptors are then closed (OSError) or already belong to other files (ValueError).
     """
     try:
         with blocked():
             return [pool.submit(function, shared, *task) for task in tasks]
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) not in (None, errno.EBADF, errno.EPIPE):
+            raise  # too many open files or processes, for example
         raise BrokenProcessPool(str(error)) from error
 
 

@@ -72,11 +72,11 @@ def by_name(entries: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file itself, or all files in a folder that are not hidden, also in folders behind links.
+    """A file itself, or all files in a folder that are not hidden, including those in linked
+    folders. A link to nothing counts as a file: whoever reads it names it.
 
-    A link to nothing is one of them: whoever reads it names it. OSError for a folder that cannot be
-    read."""
-    if path.is_file() or any((path / name).is_file() for name in SAVED_DATASET):
+    UserError for a folder that cannot be read."""
+    if _is_file(path) or any((path / name).is_file() for name in SAVED_DATASET):
         return [path]
     files, visited = [], set()
     for folder, subfolders, names in os.walk(path, onerror=_fail, followlinks=True):
@@ -87,13 +87,18 @@ def files_of(path: Path) -> list[Path]:
         visited.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         shown = [Path(folder, name) for name in names if not name.startswith(".")]
-        files += [file for file in shown if file.is_file() or not file.exists()]
+        files += [file for file in shown if _is_file(file)]
     return files
 
 
 def _fail(error: OSError) -> None:
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):  # no folder: no files
-        raise error
+        problem = f"{error.filename}: cannot be read ({error.strerror})"
+        raise UserError(f"{problem}; expected permission, or a glob without it") from error
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path) or os.path.islink(path) and not os.path.exists(path)
 
 
 def check_files(

@@ -75,7 +75,10 @@ def read_texts(paths: Sequence[str], options: ColumnOptions, problems: list[str]
     path, columns = "", ()
     for where, record in open_tables(paths, options.encoding):
         if path_of(where) != path:
-            path, columns = path_of(where), choose_columns(record, where, options)
+            try:
+                path, columns = path_of(where), choose_columns(record, where, options)
+            except UserError as error:
+                check([*problems, str(error)])
         texts = []
         for column in columns:
             text = record.get(column)
@@ -219,7 +222,7 @@ def budget_rows(labels: list[str], budget: int, seed: int) -> np.ndarray:
 class EncodedRows:
     """Token ids in pieces of at most `max_length` tokens, and micro-batches of them."""
 
-    counted: slice | np.ndarray = slice(None)  # which outputs of the examples are predictions
+    is_predicted: slice | np.ndarray = slice(None)  # which outputs become predictions
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.max_length = tokenizer.model_max_length

@@ -30,19 +30,19 @@ def predict(
     model: PackedClassifier,
     dataset: LabeledDataset | TaggedDataset,
     batch_size: int,
-    precision,
+    context: torch.autocast,
     stop=lambda: 0,
 ) -> np.ndarray | None:
     """float32, in the order of the dataset: probabilities [rows, classes] or [words, tags], or
-    numbers [rows]; None if `stop` (a signal) cut it short. `precision` is an autocast context."""
+    numbers [rows]; None if `stop` (a signal) cut it short."""
     logits = []
-    with evaluation_mode(model), precision:
+    with evaluation_mode(model), context:
         for batch in dataset.micro_batches(range(len(dataset)), batch_size):
             if stop():
                 return None
             batch = batch.to(model.device)
             logits.append(model.label_logits(model.encode(batch), batch))
-    return model.outputs(torch.cat(logits)).cpu().numpy()[dataset.counted]
+    return model.outputs(torch.cat(logits)).cpu().numpy()[dataset.is_predicted]
 
 
 def check_rows(
@@ -98,7 +98,7 @@ def write_rows(path: Path, rows: Iterable[dict], as_csv: bool, encoding: str = U
 
 def read_predictions(path: Path) -> Iterator[dict]:
     """The rows of a file that `write_rows` wrote; the cells of CSV are text."""
-    with path.open(encoding="utf-8", newline="") as rows:
+    with path.open(encoding="utf-8-sig", newline="") as rows:
         yield from csv.DictReader(rows) if path.suffix == ".csv" else map(json.loads, rows)
 
 

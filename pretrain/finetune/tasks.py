@@ -40,7 +40,7 @@ class Classification:
 
     name = "classification"
     auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
-    pipeline_options = ""  # with which its predictions are ours
+    pipeline_options = ""  # that make its predictions match ours
     dataset, tally = LabeledDataset, Tally
     read = staticmethod(read_labeled)  # the labeled rows of files
     documents = staticmethod(read_texts)  # the rows of files, labeled or not

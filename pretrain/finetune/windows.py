@@ -1,7 +1,7 @@
 """Texts of any length -> overlapping windows of tokens that a model can read.
 
-Of a word, only the first token has a tag (Devlin et al. 2019, section 5.3). It is trained in each
-window that holds it, and predicted once: in the window where it has the most context.
+Only the first token of a word has a tag (Devlin et al. 2019, section 5.3). Each window with that
+token trains it; the window where it has the most context predicts it.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ class TaggedText:
 class TaggedDataset(EncodedRows):
     """Rows as windows of token ids; an example is a window.
 
-    `labels`: a TaggedText for each row. `counted`: bool [tags of all windows], which of them are
-    predicted; those are in the order of the words of all rows."""
+    `labels`: a TaggedText for each row. `is_predicted`: bool [first tokens in all windows], True
+    once for each word, in the order of the words of all rows."""
 
     class_weights = None
 
@@ -47,7 +47,7 @@ class TaggedDataset(EncodedRows):
         texts = [text for text, *_ in rows.texts]
         self.labels: list[TaggedText] = []
         self.num_snapped = 0
-        counted = []
+        is_predicted = []
         encodings = encode_together(backend, texts, with_offsets=True)
         for text, entities, encoding in zip(texts, rows.labels, encodings):
             windows = [encoding, *encoding.overflowing]
@@ -65,8 +65,8 @@ class TaggedDataset(EncodedRows):
                 tokens = slice(number * step, number * step + len(content))
                 first = is_first[tokens]
                 self.add(window, content[first], tags[word_of[tokens][first]])
-                counted.append(np.isin(content[first], places))
-        self.counted = np.concatenate(counted)
+                is_predicted.append(np.isin(content[first], places))
+        self.is_predicted = np.concatenate(is_predicted)
 
     def pack(self, windows: Sequence[tuple]) -> Batch:
         """`windows` hold ids, types, places of tagged tokens, and their tags."""
@@ -83,11 +83,11 @@ class TaggedDataset(EncodedRows):
 
 
 def assign_tokens(windows: Sequence[Encoding], step: int) -> list[np.ndarray]:
-    """int64 [owned tokens] of each window: the places of the tokens that count there, so that each
-    token of the text counts once, in order. A window starts `step` tokens after the one before.
+    """int64 [owned tokens] of each window: the places of the tokens that it predicts, so that each
+    token of the text is predicted once, in order. A window starts `step` tokens after the previous.
 
     A token of two windows is as far from the end of the first as from the start of the second, or
-    nearer to one of them: it counts in the other. No token is in three, as OVERLAP is above 2."""
+    nearer to one of them: the other predicts it. No token is in three, as OVERLAP is above 2."""
     content = [_content(window) for window in windows]
     starts = step * np.arange(len(windows))
     ends = starts + [len(places) for places in content]

@@ -229,10 +229,10 @@ def prune(output: Path, keep: int) -> None:
 
 
 def check_finite(values: object) -> None:
-    """UserError if a tensor in `values`, at any depth, is not finite; all must be whole."""
+    """UserError if a tensor in `values`, at any depth, is not finite. None may be sharded."""
 
     def check(tensor: Tensor, label: str) -> None:
-        assert not is_part(tensor), f"{label.strip()}: a part; gather it with `whole`"
+        assert not is_part(tensor), f"{label.strip()} is sharded; gather it in state_dict"
         if not tensor.isfinite().all():
             advice = "try a lower learning rate, gradient clipping or fp32"
             raise UserError(f"{label.strip()}: not finite, so nothing is saved; {advice}")

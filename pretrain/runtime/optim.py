@@ -68,8 +68,8 @@ def step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Raise an error if an optimizer that skips steps on the device cannot use its loaded state:
-    take a step without effect."""
+    """Raise an error if an optimizer cannot use its loaded state: take a step without effect. One
+    that does not skip steps on the device is not checked."""
     for optimizer in optimizers:
         for weight in optimizer.state:
             weight.grad = torch.zeros_like(weight)

@@ -94,7 +94,7 @@ class OptimizerState:
             for group in optimizer.param_groups:
                 for weight in group["params"]:
                     name = names.get(weight)
-                    assert name, f"a weight of shape {tuple(weight.shape)} is not in the model"
+                    assert name, f"weight {tuple(weight.shape)} is not in the model"
                     assert name not in self._owned, f"{name} belongs to two optimizers"
                     self._owned[name] = (weight, optimizer, group)
 

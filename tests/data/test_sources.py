@@ -3,6 +3,7 @@ lines beyond the limit; pieces, which never change a document; the detected form
 with its name; and the index, which avoids reading a file again."""
 
 import codecs
+import errno
 import json
 import os
 import re
@@ -375,8 +376,23 @@ def test_a_folder_is_read_behind_links(tmp_path, monkeypatch):
         Path(name).symlink_to(target)
     Path("more/up").symlink_to("../text")
     expected = [str(Path.cwd() / name) for name in ("a.txt", "gone.txt", "more/c.txt")]
-    assert expand(["."]) == expected
+    assert expand(["."]) == expected and expand(["*.txt"]) == expected[:2]
     assert refused(check_files, map(Path, expected)).startswith(f"{expected[1]}: ")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Also for a superuser, who can read every folder but those of some network file systems."""
+    (tmp_path / "text").mkdir()
+    folder, scandir = tmp_path / "text" / "closed", os.scandir
+    folder.mkdir()
+
+    def refuse(path):
+        if os.fspath(path) == str(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert refused(expand, [str(tmp_path / "text")]).startswith(f"{folder}: ")
 
 
 def test_data_sets_stay_one_entry(tmp_path, monkeypatch):

@@ -143,13 +143,13 @@ def test_labels_that_training_rows_lack_are_named(tmp_path):
 
 
 def test_characters_numbered_within_words_become_words(tmp_path, capsys):
-    """One that is several code points, such as an emoji, keeps no digit. The notice is printed once
-    per file: each run of an experiment reads the same files."""
+    """One that is several code points, such as an emoji, keeps no digit; other tokens do. The
+    notice is printed once per file: each run of an experiment reads the same files."""
     path = tmp_path / "numbered.conll"
-    lines = ["科0\tO", "技1\tO", *["好0\tO"] * 100, "👍🏽0\tO", "10\tO", "21\tO", "人0\tB-PER"]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    tokens = ["科0", "技1", *["好0"] * 100, "👍🏽0", "10", "21", "iPhone6", "人0"]
+    path.write_text("".join(f"{token}\tB-PER\n" for token in tokens), encoding="utf-8")
     for _ in range(2):
-        text = " ".join(["科技", *"好" * 100, "👍🏽", "12", "人"])
+        text = " ".join(["科技", *"好" * 100, "👍🏽", "12", "iPhone6", "人"])
         assert read(path).texts == [(text,)]
     assert capsys.readouterr().out.count(str(path)) == 1
 
@@ -213,8 +213,8 @@ def test_each_word_counts_once_where_it_has_the_most_context(tiny_tokenizer, tex
         assert tags.tolist() == [tag_of[place] for place in held]
         seen += held
         expected += [slow_owner(place, count, windows) == (begin, end) for place in held]
-    assert dataset.counted.tolist() == expected
-    assert np.array(seen)[dataset.counted].tolist() == first
+    assert dataset.is_predicted.tolist() == expected
+    assert np.array(seen)[dataset.is_predicted].tolist() == first
     starts = [whole.offsets[place][0] for place in first]
     assert dataset.labels[0].words[:, 0].tolist() == starts
 
@@ -245,7 +245,7 @@ def test_micro_batches_hold_the_tags_of_all_words(tiny_tokenizer):
     assert len(batches) == -(-len(dataset) // 3) > 2
     tags = np.concatenate([batch.labels["label"].numpy() for batch in batches])
     once = np.concatenate([of.tags for of in dataset.labels])
-    assert tags[dataset.counted].tolist() == once.tolist()
+    assert tags[dataset.is_predicted].tolist() == once.tolist()
     assert sum(batch.counts["label"] for batch in batches) == len(tags) > len(once)
     for batch in batches:
         ids = batch.input_ids[batch.masked_positions]

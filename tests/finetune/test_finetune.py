@@ -969,7 +969,7 @@ def test_without_a_single_known_label_there_is_no_score(more, predict_argv, tmp_
 
 
 @pytest.mark.parametrize(
-    "encoding, mark", [("utf-8", b""), ("utf-8-sig", BOM_UTF8), ("gbk", BOM_UTF8)]
+    "encoding, mark", [("utf-8", b""), ("UTF-8", b""), ("utf-8-sig", BOM_UTF8), ("gbk", BOM_UTF8)]
 )
 def test_predictions_can_be_opened_where_their_rows_were(encoding, mark, predict_argv, tmp_path):
     """Without a byte-order mark, spreadsheets take UTF-8 for the encoding of the system."""
