@@ -13,8 +13,8 @@ from pretrain.data.spans import Entity
 from pretrain.errors import UserError
 
 BLANK_TOKEN = re.compile(r"\s[\t ]\S+")  # a white-space token and its tag
-NUMBERED = re.compile(r"(.)(\d+)")  # a character and its position in a word
-NUMBERED_TOKEN = re.compile(r"(\w\W*|\W+)(\d+)")  # the same; an emoji may be several code points
+# A character, which may be several code points such as an emoji, and its position in a word.
+NUMBERED = re.compile(r"(\w\W*|\W+)(\d+)")
 MAX_STRAY_SHARE = 0.02  # of the entities of a file
 SAMPLED_TOKENS = 2000  # from which the way to join tokens is detected
 # Prefixes of tags that begin an entity, continue it, and leave it open.
@@ -107,7 +107,7 @@ def _sentence(
     for line, token, tag in rows:
         gap = separator
         if gap is None:
-            numbered = NUMBERED_TOKEN.fullmatch(token)
+            numbered = NUMBERED.fullmatch(token)
             token, place = numbered.groups() if numbered else (token, "0")
             gap = " " if place == "0" else ""
         if text:

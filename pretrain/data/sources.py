@@ -73,10 +73,11 @@ def by_name(entries: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 def files_of(path: Path) -> list[Path]:
     """A file itself, or all files in a folder that are not hidden, including those in linked
-    folders. A link to nothing counts as a file: whoever reads it names it.
+    folders. An entry without a readable target counts as a file: whoever reads it names it.
 
     UserError for a folder that cannot be read."""
-    if _is_file(path) or any((path / name).is_file() for name in SAVED_DATASET):
+    names = ("", *SAVED_DATASET)  # "": itself
+    if not os.path.exists(path) or any(os.path.isfile(path / name) for name in names):
         return [path]
     files, visited = [], set()
     for folder, subfolders, names in os.walk(path, onerror=_fail, followlinks=True):
@@ -87,7 +88,7 @@ def files_of(path: Path) -> list[Path]:
         visited.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         shown = [Path(folder, name) for name in names if not name.startswith(".")]
-        files += [file for file in shown if _is_file(file)]
+        files += [file for file in shown if os.path.isfile(file) or not os.path.exists(file)]
     return files
 
 
@@ -95,10 +96,6 @@ def _fail(error: OSError) -> None:
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):  # no folder: no files
         problem = f"{error.filename}: cannot be read ({error.strerror})"
         raise UserError(f"{problem}; expected permission, or a glob without it") from error
-
-
-def _is_file(path: Path) -> bool:
-    return os.path.isfile(path) or os.path.islink(path) and not os.path.exists(path)
 
 
 def check_files(
