@@ -110,7 +110,7 @@ def build_experiment(options: AdaptOptions) -> Experiment:
         if options.replay and not pretraining.valid_fraction:
             expected = "expected a share above 0, to measure the general text on"
             raise UserError(f"{typed(pretraining, 'valid_fraction')}: no text is left; {expected}")
-        texts, general = _read_texts(options, pretraining), None
+        texts, general = _read_texts(options, pretraining, task.name), None
         if options.general:
             # Replayed text is marked like any other text of a mixture but the first.
             masking = marked_in("train-2", pretraining) if options.replay else "token"
@@ -171,12 +171,14 @@ def _count_budgets(options: AdaptOptions, allowed: range, expected: str) -> dict
     return dict(sorted(budgets.items(), key=lambda item: item[1]))
 
 
-def _read_texts(options: AdaptOptions, pretraining: Config) -> dict[str, TextFiles]:
+def _read_texts(options: AdaptOptions, pretraining: Config, task: str) -> dict[str, TextFiles]:
     texts = {}
     for name in TRAINED_ON.values():
-        paths = getattr(options, name)
+        paths, masking = getattr(options, name), pretraining.masking
+        if name == "text" and options.task_text and task == "ner" and masking == "entity":
+            masking = "any"  # the entities of the task's rows are enough
         if paths:
-            texts[name] = read_text(paths, flag(name), pretraining, pretraining.masking)
+            texts[name] = read_text(paths, flag(name), pretraining, masking)
     if len({content_key(text.sources) for text in texts.values()}) < len(texts):
         shown = typed(options, "control")
         raise UserError(f"{shown}: same text as --text; expected text from another domain")
