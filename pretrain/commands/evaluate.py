@@ -64,9 +64,6 @@ def main(argv: Sequence[str]) -> None:
     same = options.precision == "auto" and facts.get("precision") in ("bf16", "fp32")
     with option_named("--precision"):
         precision = choose_precision(facts["precision"] if same else options.precision, device)
-    texts = {}
-    for name, paths in by_name(options.input).items():
-        texts[name] = check_text(paths, f"--input {name}".strip(), options, world)
     loaded = {"model": load_model(options, "model")}
     _, _, tokenizer, vocabulary = loaded["model"]
     if options.baseline:
@@ -75,6 +72,9 @@ def main(argv: Sequence[str]) -> None:
             problem = "its tokenizer differs from that of --model, so masks cannot be the same"
             raise UserError(f"{typed(options, 'baseline')}: {problem}; expected the same tokenizer")
     options = replace(options, objective=fitting_objective(options, loaded, asked is not None))
+    texts = {}
+    for name, paths in by_name(options.input).items():
+        texts[name] = check_text(paths, f"--input {name}".strip(), options, world)
     models = {}
     for name, (model, *_) in loaded.items():
         model.use_pairs(1.0 if OBJECTIVES[options.objective] else None)
