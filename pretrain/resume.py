@@ -17,6 +17,7 @@ from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World, gather
 from pretrain.schema import flag
 
+MODEL_OPTIONS = {"model", "tokenizer"}  # a folder, or a size or a name on the hub
 PATH_OPTIONS = {"train", "valid", "test", "lexicon", "similar", "add_tokens", "cache"}
 
 
@@ -74,9 +75,21 @@ def portable_options(config) -> dict:
 
 def _portable(name: str, value: object) -> object:
     is_path = name in PATH_OPTIONS and value and not value.startswith("hub:")
-    if name in ("model", "tokenizer") and value:  # a folder, or a size or a hub name
+    if name in MODEL_OPTIONS and value:
         is_path = value not in MODEL_SIZES and Path(value).exists()
     return os.path.abspath(os.path.expanduser(value)) if is_path else value
+
+
+def _has_moved(name: str, before: object, now: object) -> bool:
+    """Whether the files of an option are in another place, under the same names. What decides a run
+    is checked elsewhere: text, rows and similar words by their content; the model is in the
+    checkpoint."""
+    if name not in PATH_OPTIONS | MODEL_OPTIONS or not before or not now:
+        return False
+    old, new = ([value] if isinstance(value, str) else value for value in (before, now))
+    same_names = [Path(path).name for path in old] == [Path(path).name for path in new]
+    are_gone = all(os.path.isabs(path) and not os.path.exists(path) for path in old)
+    return same_names and are_gone
 
 
 def _changed_options(config, saved: dict, path: Path) -> list[str]:
@@ -89,6 +102,7 @@ def _changed_options(config, saved: dict, path: Path) -> list[str]:
         in_file = {}
     changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
     changed -= may_change(type(config))
+    changed = {name for name in changed if not _has_moved(name, before[name], now[name])}
     if now["micro_batch_size"] == saved["micro_batch_size"]:
         changed.discard("micro_batch_size")
     replaced = {}

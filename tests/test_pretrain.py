@@ -225,6 +225,35 @@ def test_a_text_that_was_edited_is_reported_and_the_run_keeps_its_corpus(
     assert f"--train {text}: " in capsys.readouterr().out  # each time
 
 
+def test_a_run_resumes_after_its_text_and_the_cache_have_moved(
+    arguments, text_file, tmp_path, output, capsys
+):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    text = shutil.copy(text_file, old / "text.txt")
+    files = ["--train", text, "--cache", old / "cache"]
+    options = arguments_of(arguments, "--recipe classic --schedule constant", files)
+    whole = pretrain_into(tmp_path / "whole", options, "--max-steps 4")
+    pretrain_into(output, options, "--max-steps 2")
+    shutil.copytree(old, new)
+    text = new / "text.txt"
+    again = ["--resume", "--output", output, "--max-steps", 4, "--train", text]
+    told = refusal(main, again, capsys)  # the old text is still there
+    assert f"--train {text}: " in told and str(old) in told
+    shutil.rmtree(old)
+    other = shutil.copy(text, new / "other.txt")
+    told = refusal(main, [*again[:-1], other], capsys)
+    assert f"--train {other}: " in told and str(old) in told
+    changed = text.read_text()
+    text.write_text(f"{changed}\nOne more sentence .\n")
+    told = refusal(main, [*again, "--cache", new / "cache"], capsys)
+    assert f"--train {text}: " in told
+    text.write_text(changed)
+    resume(output, "--max-steps 4 --train", [text], "--cache", [new / "cache"])
+    weights = [sha256_of(run / "final" / "model.safetensors") for run in (whole, output)]
+    assert weights[0] == weights[1]
+
+
 def test_a_run_of_another_command_is_not_resumed(output, capsys):
     output.mkdir()
     (output / "config.json").write_text('{"label_field": "label"}')
