@@ -61,6 +61,9 @@ MIN_RATED_STEPS, MAX_RATED_STEPS = 400, 1 << 15
 # From scratch, a run this short or shorter gets a rate in proportion to its steps: at the full rate
 # it ends worse than guessing by frequency.
 MIN_FULL_STEPS = 200
+# From scratch with Muon, text with fewer tokens than this gets a lower rate: in proportion to this
+# power of its tokens, but at least this share.
+FULL_RATE_TOKENS, RATE_POWER, MIN_RATE_SHARE = 1.6e6, 0.2, 0.7
 # At first, short sequences, which teach attention sooner: for this share of the steps, or fewer.
 SHORT_LENGTH, SHORT_SHARE, SHORT_TOKENS = 32, 0.7, 7e6
 MIN_PHASED_STEPS = 20
@@ -162,11 +165,15 @@ def _step_tokens(asked: Config, run_tokens: float, text_tokens: int) -> int:
 
 
 def _rate(situation: Situation, optimizer: str, steps: float) -> float:
-    """The peak learning rate: lower for long runs, for wide models, and for very short runs."""
+    """The peak learning rate: lower for long runs, for wide models, for very short runs and, from
+    scratch with Muon, for little text."""
     from_scratch = situation.start == SCRATCH
     rate = RATES[optimizer, from_scratch] * 256 / situation.width
     if from_scratch and steps < MIN_FULL_STEPS:
         rate *= steps / MIN_FULL_STEPS
+    if from_scratch and optimizer == "muon":
+        share = (situation.text_tokens / FULL_RATE_TOKENS) ** RATE_POWER
+        rate *= max(MIN_RATE_SHARE, min(1.0, share))
     return rate / math.sqrt(min(max(steps, MIN_RATED_STEPS), MAX_RATED_STEPS))
 
 

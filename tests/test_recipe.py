@@ -123,6 +123,20 @@ def test_a_run_of_few_steps_from_scratch_has_a_lower_rate():
         assert [rate / rates[2] for rate in rates[:2]] == pytest.approx(expected)
 
 
+def test_little_text_has_a_lower_rate_from_scratch():
+    """At equal steps, down to a limit; AdamW and checkpoints take the full rate."""
+    for start, optimizer in ((SCRATCH, "muon"), (SCRATCH, "adamw"), (CONTINUED, "muon")):
+        config = Config(optimizer=optimizer, max_steps=1000)
+        rates = [
+            resolve(config, {}, Situation(tokens, 256, start, dropout=0.1)).learning_rate
+            for tokens in (10**4, 10**5, 500_000, 1_600_000, 10**8)
+        ]
+        shares = [rate / rates[-1] for rate in rates]
+        is_lower = (start, optimizer) == (SCRATCH, "muon")
+        expected = [0.7, 0.7, 0.7925, 1, 1] if is_lower else [1] * 5
+        assert shares == pytest.approx(expected, rel=1e-3)
+
+
 def test_classic_is_the_recipe_of_bert():
     situation = Situation(10**6, 768, SCRATCH, dropout=0.1)
     config = resolve(Config(recipe="classic"), {}, situation)
