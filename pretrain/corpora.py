@@ -88,9 +88,12 @@ def open_text(
     facts["corpus_folders"] = {name: str(opened[name].folder.absolute()) for name in opened}
     given = opened.pop("valid", None)
     facts["corpus"] = "+".join(corpus.fingerprint for corpus in opened.values())
-    if saved and saved["corpus"] != facts["corpus"]:
-        problem = f"{typed(config, 'train')}: the text has changed since the run was started"
-        raise UserError(f"{problem}; expected the original text, or a new run in another --output")
+    facts["valid_corpus"] = given.fingerprint if given else None
+    for option, fact in (("train", "corpus"), ("valid", "valid_corpus")):
+        if saved and saved.get(fact, facts[fact]) != facts[fact]:
+            problem = f"{typed(config, option)}: the text has changed since the run was started"
+            expected = "expected the original text, or a new run in another --output"
+            raise UserError(f"{problem}; {expected}")
     found = []
     for (name, training), shown in zip(opened.items(), text_names(config.train)):
         validation = given if name == "train" else None

@@ -36,6 +36,7 @@ PRETRAINING_FORM = SAVED_FORM | {
     "steps_per_epoch": integer(1),
     "similar_words": optional(TEXT),  # hash of the table
     "corpus": TEXT,  # fingerprint of the training text
+    "valid_corpus": optional(TEXT),  # of --valid
     "corpus_folders": values_of(TEXT, "folders by text"),  # named as in `text_paths`
     "text": optional(values_of(TEXT, "keys by text")),  # the `text_key` of each
 }

@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 
 import pytest
@@ -230,26 +230,29 @@ def test_a_run_resumes_after_its_text_and_the_cache_have_moved(
 ):
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
-    text = shutil.copy(text_file, old / "text.txt")
-    files = ["--train", text, "--cache", old / "cache"]
+    files = ["--cache", old / "cache"]
+    for name in ("train", "valid"):
+        files += [f"--{name}", shutil.copy(text_file, old / f"{name}.txt")]
     options = arguments_of(arguments, "--recipe classic --schedule constant", files)
     whole = pretrain_into(tmp_path / "whole", options, "--max-steps 4")
     pretrain_into(output, options, "--max-steps 2")
     shutil.copytree(old, new)
-    text = new / "text.txt"
-    again = ["--resume", "--output", output, "--max-steps", 4, "--train", text]
+    texts = {f"--{name}": new / f"{name}.txt" for name in ("train", "valid")}
+    again = ["--resume", "--output", output, "--max-steps", 4, "--cache", new / "cache"]
+    again += chain.from_iterable(texts.items())
     told = refusal(main, again, capsys)  # the old text is still there
-    assert f"--train {text}: " in told and str(old) in told
+    assert all(f"{option} {text}: " in told for option, text in texts.items()) and str(old) in told
     shutil.rmtree(old)
-    other = shutil.copy(text, new / "other.txt")
-    told = refusal(main, [*again[:-1], other], capsys)
-    assert f"--train {other}: " in told and str(old) in told
-    changed = text.read_text()
-    text.write_text(f"{changed}\nOne more sentence .\n")
-    told = refusal(main, [*again, "--cache", new / "cache"], capsys)
-    assert f"--train {text}: " in told
-    text.write_text(changed)
-    resume(output, "--max-steps 4 --train", [text], "--cache", [new / "cache"])
+    for option, text in texts.items():
+        other = shutil.copy(text, new / "other.txt")
+        told = refusal(main, [*again, option, other], capsys)
+        assert f"{option} {other}: " in told and str(old) in told
+        content = text.read_text()
+        text.write_text(f"{content}\nOne more sentence .\n")
+        told = refusal(main, again, capsys)
+        assert f"{option} {text}: " in told
+        text.write_text(content)
+    resume(output, again[3:])
     weights = [sha256_of(run / "final" / "model.safetensors") for run in (whole, output)]
     assert weights[0] == weights[1]
 
