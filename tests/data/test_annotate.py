@@ -164,14 +164,7 @@ def test_terms_against_a_search_place_by_place(text, terms, ignore_case, known):
 @pytest.mark.parametrize(
     "text, terms, expected, more",
     [
-        ("heart, heartland and HEART-heart", ["heart"], ["heart", "heart"], {}),
-        ("heart, heartland and HEART", ["heart"], ["heart", "HEART"], {"ignore_case": True}),
-        ("heart", ["Heart"], ["heart"], {"ignore_case": True}),
-        ("heart", ["Heart"], [], {}),
         ("ab cd of ab", ["ab", "ab cd", "cd of ab"], ["ab", "cd of ab"], {}),
-        ("今天天气好", ["天气", "天天气", "今天"], ["天天气"], {}),
-        ("a heart attack", ["heart attack", "a"], ["a", "heart"], {"known": ((2, 7),)}),
-        ("type 2 diabetes2", ["diabetes", "type 2"], ["type 2"], {}),
         ("x\ud7ffy", ["z"], [], {}),
         ("heart", [], ["h"], {"known": ((0, 1),)}),
         # A letter whose lower case is longer moves nothing; a term ends with its combining marks.
@@ -188,11 +181,11 @@ def test_terms_spelled_out(text, terms, expected, more):
 
 def test_terms_of_a_file(tmp_path):
     path = tmp_path / "terms.txt"
-    path.write_bytes("\ufeff heart attack \r\n\n北京\nheart attack\n".encode())
-    assert read_terms(str(path)) == ("heart attack", "北京")
-    path.write_text("\n \n")
-    for file in (path, tmp_path / "gone"):
-        assert refused(read_terms, str(file)).startswith(f"{file}: ")
+    path.write_bytes("\ufeff heart attack \r\n\n北\u2028京\nheart attack\n".encode())
+    assert read_terms(str(path)) == ("heart attack", "北\u2028京")
+    for raw in (b"\n \n", b"caf\xe9\n", None):
+        path.write_bytes(raw) if raw else path.unlink()
+        assert refused(read_terms, str(path)).startswith(f"{path}: ")
 
 
 def test_sentences_are_cut_by_language(tmp_path, monkeypatch):

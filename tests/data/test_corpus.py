@@ -2,15 +2,13 @@
 many pieces the text is cut into; damage is named; validation text is chosen by what a document
 holds; and a corpus of another tokenizer is refused."""
 
-import json
-import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from text_helpers import content, refused, write_documents
+from text_helpers import refused, write_documents
 
 from pretrain.data import corpus as corpora
 from pretrain.data.corpus import ARRAYS, WORD_START, Corpus, Shard, is_corpus, open_corpus
@@ -167,14 +165,6 @@ def test_shards_of_fewer_than_two_documents_are_joined(tokenizer, tmp_path, coun
     assert sum(on_disk) == corpus.info["tokens"]  # what was joined is not left behind
 
 
-def test_an_existing_corpus_is_opened(copy, sources, tokenizer):
-    """Without reading the text."""
-    before = content(copy)
-    gone = [replace(source, path="/gone") for source in sources]
-    corpus = prepare(gone, "sentences", tokenizer, copy)
-    assert corpus.num_shards > 2 and content(copy) == before
-
-
 def test_unreadable_and_unwritable_files_are_named(documents, make, sources, tokenizer, tmp_path):
     gone = [replace(sources[0], path=str(tmp_path / "gone.txt"))]
     assert "gone.txt" in refused(prepare, gone, "sentences", tokenizer, tmp_path / "corpus")
@@ -182,19 +172,6 @@ def test_unreadable_and_unwritable_files_are_named(documents, make, sources, tok
     folder = tmp_path / "file" / "corpus"
     text = refused(prepare, sources, "sentences", tokenizer, folder)
     assert text.startswith(f"{folder}.partial: ")
-
-
-def test_damage_is_named_when_it_can_be_seen(copy):
-    """Wrong sizes when the corpus is opened, wrong contents when the shard is; the others are good.
-    test_safety.py damages every file."""
-    shard = json.loads((copy / "corpus.json").read_text())["shards"][1]["name"]
-    path = copy / f"{shard}.ids.npy"
-    raw = path.read_bytes()
-    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    corpus = Corpus(copy)
-    assert len(corpus.shard(0).ids) and refused(corpus.shard, 1).startswith(f"{path}: ")
-    path.write_bytes(raw[:-1])
-    assert refused(Corpus, copy).startswith(f"{path}: ")
 
 
 VERSIONS = [f'{{"format_version": {version}}}' for version in (1, 2, 3, 99)]
@@ -228,14 +205,6 @@ def test_a_shard_is_verified_once_per_process(many_shards, monkeypatch):
     for index in [*range(corpus.num_shards)] * 2:
         corpus.shard(index)
     assert len(hashed) == len(set(hashed)) == corpus.num_shards * len(ARRAYS)
-
-
-def test_a_pickled_corpus_holds_no_text(many_shards):
-    corpus = many_shards.split(0.3)[1]
-    before = documents_of(corpus)
-    raw = pickle.dumps(corpus)
-    assert len(raw) < 3000 + 1000 * corpus.num_shards and b"memmap" not in raw
-    assert documents_of(pickle.loads(raw)) == before
 
 
 def texts(documents: list[list[list[int]]]) -> list[str]:

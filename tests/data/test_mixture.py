@@ -1,5 +1,5 @@
-"""Mixtures: whose turn it is, against a slow form in fractions; the shares of the tokens; steps
-against a slow loop, for any number of processes, through phases and after a resume."""
+"""Mixtures: whose turn it is, against a slow form in fractions; the shares of the tokens; positions
+against a slow walk. test_mix.py compares the steps of runs."""
 
 import json
 from fractions import Fraction
@@ -7,23 +7,18 @@ from itertools import islice
 
 import pytest
 from conftest import make_documents, write_documents
-from data_reference import contents, take_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.data.collate import Collator
-from pretrain.data.loader import PretrainingDataset, TrainData
-from pretrain.data.masking import Masking
-from pretrain.data.mixture import Mixture, MixturePosition, furthest_behind
+from pretrain.data.loader import PretrainingDataset
+from pretrain.data.mixture import Mixture, furthest_behind
 from pretrain.data.pairs import Task
 from pretrain.data.prepare import prepare
 from pretrain.data.sources import check_files
-from pretrain.schema import misfit
 
 WEIGHTS = (5, 2, 1)
 SHARES = [Fraction(weight, sum(WEIGHTS)) for weight in WEIGHTS]
-TASKS = [Task("random", length, 4, 0.15, 11, counted_length=32) for length in (32, 48)]
-STEPS, ENDS, MICRO_BATCHES = 12, (7, 12), 4
+TASK = Task("random", 32, 4, 0.15, 11)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +34,7 @@ def corpora(tiny_tokenizer, tmp_path_factory):
     return made
 
 
-def mixture_of(corpora, task=TASKS[0]):
+def mixture_of(corpora, task=TASK):
     return Mixture([PretrainingDataset(corpus, task) for corpus in corpora], WEIGHTS)
 
 
@@ -131,65 +126,3 @@ def test_a_position_survives_as_plain_numbers(corpora):
     for numbers in (position.numbers[:-1], position.numbers[:8], ()):
         with pytest.raises(ValueError):
             mixture.position_of(numbers)
-
-
-# Steps.
-
-
-def train_data(corpora, vocabulary, **more) -> TrainData:
-    """The data of a new process: a phase for each task."""
-    phases = []
-    for task in TASKS:
-        collator = Collator(task, vocabulary, Masking("word", mask_rate=(0.15, 0.1)))
-        phases.append((mixture_of(corpora, task), collator))
-    return TrainData(phases, ENDS, MICRO_BATCHES, total_steps=STEPS, **more)
-
-
-@pytest.fixture(scope="module")
-def steps(corpora, vocabulary):
-    """Contents of the micro-batches of each step, the slow way: one at a time."""
-    found, position = [], None
-    for step in range(STEPS):
-        dataset, collator = train_data(corpora, vocabulary).phases[int(step >= ENDS[0])]
-        if step in (0, ENDS[0]):
-            position = dataset.start if step == 0 else next_shards(dataset, position)
-        batches = []
-        for _ in range(MICRO_BATCHES):
-            position, following = islice(dataset.positions(position), 2)
-            at_step = position._replace(progress=step / (STEPS - 1))
-            batches.append(contents(collator(dataset[at_step])))
-            position = following
-        found.append(batches)
-    return found
-
-
-def next_shards(dataset: Mixture, position: MixturePosition) -> MixturePosition:
-    """Each text where its next shard begins; the tokens stay."""
-    places = []
-    for part, place in zip(dataset.parts, position.places):
-        walk = part.positions(part.start)
-        begun = place.micro_batch > 0
-        beginnings = (at for at in walk if at.micro_batch == 0 and at >= place)
-        places.append(next(at for at in beginnings if not begun or at[:2] > place[:2]))
-    return position._replace(places=tuple(places))
-
-
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 0), (4, 0)])
-def test_steps_equal_the_slow_loop(corpora, vocabulary, steps, world_size, workers):
-    for rank in range(world_size):
-        more = {"rank": rank, "world_size": world_size, "workers": workers}
-        found = take_steps(train_data(corpora, vocabulary, **more), STEPS)
-        assert found == [batches[rank::world_size] for batches in steps]
-
-
-@pytest.mark.parametrize("step", [1, 6, 7, 8, 11])
-def test_a_resumed_run_reads_the_remaining_steps(corpora, vocabulary, steps, step):
-    data = train_data(corpora, vocabulary)
-    take_steps(data, step)
-    state = json.loads(json.dumps(data.state_dict()))
-    assert misfit(state, data.state_form) is None
-    after = train_data(corpora, vocabulary, workers=step % 2)
-    after.load_state_dict(state)
-    assert take_steps(after, STEPS - step) == steps[step:]
-    take_steps(data, STEPS - step)
-    assert after.state_dict() == data.state_dict()

@@ -281,14 +281,6 @@ def test_pieces_of_another_preparation_are_not_used(
     assert content(found.folder) == content(fresh.folder)
 
 
-def test_an_incomplete_corpus_folder_is_replaced(make, whole, tmp_path):
-    folder = make(tmp_path / "corpus").folder
-    for path in [folder / "corpus.json", *folder.glob("*.npy")]:
-        path.unlink()
-    assert content(make(folder).folder) == whole
-    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == [folder]
-
-
 @pytest.fixture
 def arguments(text_file, tiny_tokenizer, tmp_path) -> list:
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")

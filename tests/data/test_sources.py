@@ -23,7 +23,6 @@ from pretrain.data.sources import (
     content_key,
     expand,
     likely_encodings,
-    read_lines,
 )
 from pretrain.data.tables import read_rows
 from pretrain.inputs import SAMPLED_CHARACTERS, TextFiles
@@ -68,51 +67,6 @@ def scratch(tmp_path_factory):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "text.txt"
-
-
-CASES = {
-    "plain": b"one\ntwo\n\nthree\n",
-    "no newline at the end": b"one\ntwo\n\nthree",
-    "trailing blank line": b"one\n\ntwo\n\n",
-    "blank runs": b"\n\n\none\n\n\n\ntwo\nthree\n\n\n",
-    "crlf": b"one\r\ntwo\r\n\r\nthree\r\n",
-    "bom": BOM + b"one\n\ntwo\n",
-    "bom and crlf": BOM + b"\r\none\r\n\r\ntwo",
-    "white-space lines": "one\n \t \ntwo\n\u3000\nthree\n\xa0\nfour\n".encode(),
-    "spaces around": b"  one  \n\ttwo\t\n",
-    "chinese": "今天天气很好。\n我们去公园。\n\n第二篇。\n".encode(),
-    "other line breaks": "one\u2028still one\x0bstill\x85one\nA\rB\n".encode(),
-    "two bytes": b"a\n",
-    # At a limit of 8 bytes the last part of a line may be blank; the line is not.
-    "a line of the limit": b"abcdefg \nx",
-    "a blank last part": b"abc def  \nx",
-    "a blank last part, crlf": b"abcdefg\r\nx\r\n",
-    "two blank parts": b"abc             \nx\n",
-    "ends in a tab": b"abcdefg\t",
-    "a blank part in a group": b"ab\n\nabcdefg  \r\nx",
-    "a long blank line": b"a\n                              \nb\n",
-}
-
-
-@pytest.mark.parametrize("text_format", FORMATS)
-@pytest.mark.parametrize("raw", CASES.values(), ids=CASES.keys())
-def test_documents_equal_the_slow_reading(path, monkeypatch, raw, text_format):
-    path.write_bytes(raw)
-    expected = reference_documents(raw, text_format)
-    assert read_documents([whole(path)], text_format) == expected
-    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 8)
-    assert bare(read_documents([whole(path)], text_format)) == bare(expected)
-
-
-def test_formats_spelled_out(path):
-    """Checks the reference itself: the three formats of one text, written by hand."""
-    raw = BOM + b"a\r\n b \r\n \t\r\n\r\nc\r\n\r\n"
-    expected = [[["a", "b"], ["c"]], [["a"], ["b"], ["c"]], [["a", "b", "c"]]]
-    path.write_bytes(raw)
-    assert [read_documents([whole(path)], name) for name in FORMATS] == expected
-    assert [reference_documents(raw, name) for name in FORMATS] == expected
-    path.write_bytes("one\u2028two\x0bthree\x85four\n".encode())  # only \n ends a line
-    assert read_documents([whole(path)], "lines") == [["one\u2028two\x0bthree\x85four"]]
 
 
 def cut_at_stops(line: str) -> list[str]:
@@ -216,7 +170,8 @@ def test_a_long_line_without_spaces_is_cut_between_characters(path, monkeypatch,
 
 LINES = st.sampled_from(
     ["a", "bb cc", "", "", " ", "\t", "\u3000", "中文 字", "今天天气很好😀é" * 3, "x" * 30]
-    + ["y" * 8 + " ", "y" * 9 + " ", "bcd\tefghijklmnop  é\t"]
+    + ["y" * 8 + " ", "y" * 9 + " ", "bcd\tefghijklmnop  é\t", " abc" + " " * 13, " " * 30]
+    + ["A\u2028B\x0bC\x85D\rE"]  # only \n ends a line
 )
 
 
@@ -420,14 +375,6 @@ def test_a_name_that_is_not_utf8_is_shown_with_escapes(tmp_path):
     assert refused(expand, [str(tmp_path)]).startswith(f"{tmp_path}/caf\\udce9.txt: ")
 
 
-def test_small_files_are_read_by_line(path, tmp_path):
-    path.write_bytes(BOM + "one \r\n\n\ttwo\u2028three\n".encode())
-    assert read_lines(str(path)) == ["one", "", "two\u2028three"]
-    path.write_bytes(b"caf\xe9\n")
-    for file in (path, tmp_path / "gone"):
-        assert refused(read_lines, str(file)).startswith(f"{file}: ")
-
-
 def test_the_index_avoids_reading_until_a_file_changes(path, tmp_path, capsys):
     index = tmp_path / "deep" / "index.json"
 
@@ -583,10 +530,10 @@ def test_a_cell_beyond_the_limit_is_named(tmp_path):
 
 def test_an_array_of_json_is_read_by_item(tmp_path):
     path, records = tmp_path / "a.json", [{"text": f"{n} [,]{{}}" + "x" * n} for n in range(3000)]
-    for text in (json.dumps(records), json.dumps(records, indent=1), json.dumps(records) + "\n"):
-        path.write_text(text)
+    for text in (json.dumps(records), "\ufeff\n" + json.dumps(records, indent=1) + "\n"):
+        path.write_text(text, encoding="utf-8")
         assert [row for _, row in read_rows(str(path), "jsonl")] == records
-        path.write_text(text.rstrip()[:-1])  # the rows before the damage can be read
+        path.write_text(text.rstrip()[:-1], encoding="utf-8")
         rows = read_rows(str(path), "jsonl")
         assert len(list(islice(rows, 3000))) == 3000
         assert refused(next, rows).startswith(f"{path}, line 3001: ")

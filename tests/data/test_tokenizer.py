@@ -109,14 +109,6 @@ def test_a_trained_vocabulary_has_the_size_and_all_characters(documents):
     assert {fingerprint(train(lambda: texts, 150)) for _ in range(2)} == {fingerprint(made)}
 
 
-def test_a_trained_tokenizer_is_loaded_from_its_folder(tmp_path, tiny_tokenizer, documents):
-    tiny_tokenizer.save_pretrained(tmp_path)
-    found, stock = load(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
-    assert fingerprint(found) == fingerprint(tiny_tokenizer)
-    for text in documents[0]:
-        assert ids_of(found, text) == ids_of(stock, text) == ids_of(tiny_tokenizer, text)
-
-
 @pytest.mark.parametrize("lowercase", [True, False])
 @pytest.mark.parametrize("way", ["file", "folder"])
 def test_a_bare_vocabulary_is_read_as_transformers_does(vocabulary_file, lowercase, way):
