@@ -239,24 +239,6 @@ def test_bad_rows_are_reported_in_one_line(name, content, data, files, tmp_path,
     assert not output.exists() and ("NEW" in text or "NEW" not in content)
 
 
-@pytest.mark.parametrize(
-    "more, option",
-    [
-        ("--metric accuracy", "--task ner --metric accuracy:"),
-        ("--metric pearson", "--task ner --metric pearson:"),
-        ("--class-weights balanced", "--class-weights balanced --task ner:"),
-        ("--text-pair-field spans", "--text-pair-field spans --task ner:"),
-        ("--task spans", "--task spans:"),
-        ("--task regression", "--train {train}"),
-        ("--label-budget 61", "--label-budget 61:"),
-    ],
-)
-def test_bad_options_are_one_line(more, option, data, files, output, capsys):
-    argv = [*data, *FAST, *more.split(), "--output", output]
-    refused(FINETUNE.main, argv, option.format(**files), capsys)
-    assert not output.exists()
-
-
 def test_models_for_other_tasks_are_refused(finished, encoder, files, tmp_path, capsys):
     argv = ["--input", files["test"], "--output", tmp_path / "out.jsonl", *FP32]
     refused(PREDICT.main, ["--model", encoder, *argv], "--model ", capsys)
