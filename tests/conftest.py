@@ -2,6 +2,7 @@
 the `main` of a command in this process. Everything is offline and on one thread."""
 
 import contextlib
+import csv
 import ctypes
 import gc
 import importlib
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import (  # noqa: E402
     AddedToken,
     Tokenizer,
@@ -46,8 +47,10 @@ from transformers import (  # noqa: E402
 from pretrain.cli import parse, run_command  # noqa: E402
 from pretrain.config import Config  # noqa: E402
 from pretrain.data import tokenizer  # noqa: E402
+from pretrain.data.corpus import Corpus  # noqa: E402
 from pretrain.data.prepare import prepare  # noqa: E402
 from pretrain.data.sources import check_files  # noqa: E402
+from pretrain.errors import UserError  # noqa: E402
 from pretrain.files import read_json  # noqa: E402
 from pretrain.runtime import checkpoint as ckpt  # noqa: E402
 from pretrain.runtime import optim  # noqa: E402
@@ -98,6 +101,54 @@ def write_documents(path: Path, documents: list[list[str]]) -> Path:
     return path
 
 
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """Write rows as CSV, TSV, JSONL or Parquet, by suffix; returns the path."""
+    if path.suffix == ".parquet":
+        pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(path)
+        return str(path)
+    with path.open("w", encoding="utf-8", newline="") as out:
+        if path.suffix == ".jsonl":
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(out, list(rows[0]), delimiter="\t,"[path.suffix == ".csv"])
+            writer.writeheader()
+            writer.writerows(rows)
+    return str(path)
+
+
+def read_rows(path) -> list[dict]:
+    """The rows of a CSV or JSONL file."""
+    with open(path, encoding="utf-8", newline="") as handle:
+        if str(path).endswith(".csv"):
+            return list(csv.DictReader(handle))
+        return [json.loads(line) for line in handle]
+
+
+def as_conll(texts, entities, scheme="BIO") -> str:
+    """Words and tags of texts whose words are separated by spaces."""
+    middle, last = {"BIO": "II", "BIOES": "IE", "BMES": "ME"}[scheme]
+    lines = []
+    for text, spans in zip(texts, entities):
+        place = 0
+        for word in text.split(" "):
+            word_end, tag = place + len(word), "O"
+            for start, end, label in spans:
+                if start <= place < end:
+                    prefix = "B" if place == start else last if word_end == end else middle
+                    is_single = (place, word_end) == (start, end) and scheme != "BIO"
+                    tag = f"{'S' if is_single else prefix}-{label}"
+            lines.append(f"{word}\t{tag}")
+            place = word_end + 1
+        lines.append("")
+    return "\n".join(lines)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, hidden ones too, with its bytes."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 @pytest.fixture(scope="session")
 def documents() -> list[list[str]]:
     return make_documents()
@@ -129,6 +180,15 @@ def corpus(text_file, tiny_tokenizer, tmp_path_factory):
     return prepare(check_files([text_file]), "sentences", tiny_tokenizer, folder)
 
 
+@pytest.fixture(scope="session")
+def source(text_file, tiny_tokenizer, tmp_path_factory) -> Corpus:
+    """The same text in more shards than a process keeps open."""
+    folder, files = tmp_path_factory.mktemp("source") / "corpus", check_files([text_file])
+    made = prepare(files, "sentences", tiny_tokenizer, folder, piece_bytes=16_000)
+    assert made.num_shards > 5
+    return made
+
+
 def trained_state(model, trainer, texts) -> dict:
     """The model part of tokenizer.json, trained by byte-level or by SentencePiece's rules."""
     made = Tokenizer(model)
@@ -140,13 +200,30 @@ def trained_state(model, trainer, texts) -> dict:
     return json.loads(made.to_str())["model"]
 
 
+def byte_level(texts, size=400) -> RobertaTokenizer:
+    """Byte-level BPE."""
+    settings = {"special_tokens": SPECIAL, "show_progress": False, "vocab_size": size}
+    settings["initial_alphabet"] = sorted(pre_tokenizers.ByteLevel.alphabet())
+    state = trained_state(models.BPE(), trainers.BpeTrainer(**settings), texts)
+    return RobertaTokenizer(vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]])
+
+
+def sentence_pieces(texts, size=150, alphabet="") -> XLMRobertaTokenizer:
+    """SentencePiece unigrams."""
+    settings = {"special_tokens": SPECIAL, "show_progress": False, "vocab_size": size}
+    settings |= {"unk_token": "<unk>", "initial_alphabet": list(alphabet)}
+    state = trained_state(models.Unigram(), trainers.UnigramTrainer(**settings), texts)
+    return XLMRobertaTokenizer(vocab=[tuple(entry) for entry in state["vocab"]])
+
+
 @pytest.fixture(scope="session")
 def roberta_tokenizer(all_sentences) -> RobertaTokenizer:
-    """Byte-level BPE."""
-    settings = {"special_tokens": SPECIAL, "show_progress": False, "vocab_size": 400}
-    settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-    state = trained_state(models.BPE(), trainers.BpeTrainer(**settings), all_sentences)
-    return RobertaTokenizer(vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]])
+    return byte_level(all_sentences)
+
+
+@pytest.fixture(scope="session")
+def xlm_roberta_tokenizer(all_sentences) -> XLMRobertaTokenizer:
+    return sentence_pieces(all_sentences)
 
 
 @pytest.fixture(scope="session")
@@ -166,15 +243,6 @@ def modernbert_tokenizer(all_sentences) -> PreTrainedTokenizerFast:
     names = {f"{token[1:-1].lower()}_token": token for token in tokenizer.SPECIAL_TOKENS}
     names["mask_token"] = AddedToken("[MASK]", lstrip=True, special=True)
     return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=8192, **names)
-
-
-@pytest.fixture(scope="session")
-def xlm_roberta_tokenizer(all_sentences) -> XLMRobertaTokenizer:
-    """SentencePiece unigrams."""
-    settings = {"special_tokens": SPECIAL, "show_progress": False, "vocab_size": 150}
-    trainer = trainers.UnigramTrainer(unk_token="<unk>", **settings)
-    state = trained_state(models.Unigram(), trainer, all_sentences)
-    return XLMRobertaTokenizer(vocab=[tuple(entry) for entry in state["vocab"]])
 
 
 def save(folder: Path, model, tokenizer) -> Path:
@@ -319,6 +387,17 @@ def assert_same_run(left, right, step=10):
     assert rows(left) == rows(right)
 
 
+def overflowing(folder, copy, factor=1e30) -> Path:
+    """A copy of a model whose weights are finite, unless the factor is not, and outputs are not."""
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    for name in weights:
+        if "intermediate.dense.weight" in name or "output.dense.weight" in name:
+            weights[name] *= factor
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
 def interrupted_copy(finished, output, step):
     """The run folder as a crash after `step` leaves it: without later checkpoints, but with later
     numbers in the log. Returns `output`."""
@@ -331,13 +410,26 @@ def interrupted_copy(finished, output, step):
     return output
 
 
-def refusal(main, argv, capsys) -> str:
-    """The messages of a command that refuses its input, with exit code 2 and no other output."""
+def refused(call, *arguments, begins="", names="", **options) -> str:
+    """The message of the UserError that the call raises: how it begins, and what it names."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    told = str(caught.value)
+    assert told.startswith(begins) and str(names) in told, told
+    return told
+
+
+def refusal(main, argv, capsys, begins=None, unwritten=None) -> str:
+    """The messages of a command that refuses its input, with exit code 2 and no other output: one
+    line, if it is given how that `begins`. The folder `unwritten` does not exist then."""
     capsys.readouterr()
     assert run_command(main, [str(part) for part in argv]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(line.startswith("error: ") for line in lines)
-    return "\n".join(line.removeprefix("error: ") for line in lines)
+    told = "\n".join(line.removeprefix("error: ") for line in lines)
+    assert begins is None or (told.startswith(begins) and len(lines) == 1), told
+    assert unwritten is None or not unwritten.exists()
+    return told
 
 
 def without_privileges() -> None:

@@ -56,10 +56,11 @@ def slow_count(content, words):
         spaced = ""
         for character in line:
             is_alone = words == "tokenizer" and tokenizers.is_unspaced(character)
-            spaced += f" {character} " if is_alone else character if is_word(character) else " "
+            # A mark alone is no word: many emoji are a symbol and a selector, which is a mark.
+            is_loose = unicodedata.category(character)[0] == "M" and not spaced[-1:].strip()
+            is_inside = is_word(character) and not is_loose
+            spaced += f" {character} " if is_alone else character if is_inside else " "
         found = filter(is_word, rjieba.cut(line)) if words == "jieba" else spaced.split()
-        # A mark alone is no word: many emoji are a symbol and a selector, which is a mark.
-        found = (word for word in found if {unicodedata.category(c)[0] for c in word} != {"M"})
         counts.update(word for word in found if not word.isnumeric())
     return counts
 
@@ -303,5 +304,4 @@ def test_bad_input_is_refused_and_nothing_is_written(
     for name, folder in (("HOME", home), ("CORPUS", corpus.folder)):
         line, named = line.replace(name, str(folder)), named.replace(name, str(folder))
     words = [*line.split(), "--cache", cache, "--output", tmp_path / "out"]
-    message = refusal(DOMAIN, words, capsys)
-    assert message.startswith(named) and "\n" not in message and not (tmp_path / "out").exists()
+    refusal(DOMAIN, words, capsys, named, tmp_path / "out")

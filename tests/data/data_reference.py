@@ -1,7 +1,11 @@
-"""Handmade vocabulary, shards and plans for the tests of pairs, masks and batches."""
+"""Handmade vocabulary, shards and plans for the tests of pairs, masks and batches; sentences in
+files."""
 
+from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 
+import conftest
 import numpy as np
 import torch
 
@@ -11,6 +15,7 @@ from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START, Shard
 from pretrain.data.hash_rng import key
 from pretrain.data.loader import TrainData
 from pretrain.data.pairs import Plan, Task, make_plan
+from pretrain.data.sources import Source, check_files
 from pretrain.data.tokenizer import Vocabulary
 
 PAIRS = ["random", "swapped", None]
@@ -137,3 +142,27 @@ def replaced(batch: Batch) -> dict[int, int]:
     """Masked places -> what the model reads there."""
     places = batch.masked_positions[batch.labels["mlm"] != IGNORED]
     return dict(zip(places.tolist(), batch.input_ids[places].tolist()))
+
+
+def grouped(stream: Iterable) -> list[list]:
+    """The documents of a stream of sentences; each must have an end."""
+    documents, document = [], []
+    for item in stream:
+        if item is None:
+            documents.append(document)
+            document = []
+        else:
+            document.append(item)
+    assert document == [], "a document without an end"
+    return documents
+
+
+def texts(documents: list[list]) -> list[list[str]]:
+    """Documents of sentences without their entities."""
+    return [[sentence for sentence, _ in document] for document in documents]
+
+
+def write_documents(path: Path, documents: list[list[str]]) -> list[Source]:
+    """The documents in a file, checked."""
+    path.parent.mkdir(exist_ok=True)
+    return check_files([conftest.write_documents(path, documents)])

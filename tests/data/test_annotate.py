@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_helpers import refused
 
 from pretrain.data import prepare as preparing
 from pretrain.data.annotate import HAN, Markup, describe_script, is_han, mark, read_terms
@@ -164,7 +164,6 @@ def test_terms_against_a_search_place_by_place(text, terms, ignore_case, known):
 @pytest.mark.parametrize(
     "text, terms, expected, more",
     [
-        ("ab cd of ab", ["ab", "ab cd", "cd of ab"], ["ab", "cd of ab"], {}),
         ("x\ud7ffy", ["z"], [], {}),
         ("heart", [], ["h"], {"known": ((0, 1),)}),
         # A letter whose lower case is longer moves nothing; a term ends with its combining marks.
@@ -326,21 +325,3 @@ def test_a_corpus_is_marked_as_each_sentence_alone(tokenizer, tmp_path, monkeypa
     assert info["words_by"] == markup.words
     assert info["entities"] == sum(flag & S > 0 for flag in flags)
     assert bool(info["entities"]) == bool(markup.lexicon)
-
-
-def test_given_entities_reach_the_corpus(tokenizer, tmp_path):
-    path = tmp_path / "a.jsonl"
-    records = [
-        {"text": "a heart\nheartland x", "entities": [[2, 7], [8, 17]]},
-        {"text": "北京大学 heart", "entities": [[1, 3]]},
-    ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    sources = check_files([path])
-    for markup, expected in (
-        (Markup(), [W, W | S, W | S, W, W, W | S, W | T, W, W]),
-        (Markup("", "jieba", ("heart", "京大学")), [W, W | S, W | S, W, W, S, T, 0, W | S]),
-    ):
-        folder = tmp_path / markup.words
-        corpus = prepare(sources, "jsonl", tokenizer, folder, markup=markup)
-        assert corpus.shard(0).flags.tolist() == expected
-        assert corpus.info["entities"] == sum(flag & S > 0 for flag in expected)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from text_helpers import refused, write_documents
+from conftest import refused
+from data_reference import write_documents
 
 from pretrain.data import corpus as corpora
 from pretrain.data.corpus import ARRAYS, WORD_START, Corpus, Shard, is_corpus, open_corpus

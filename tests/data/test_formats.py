@@ -3,7 +3,6 @@ hold the documents of the plain text; entities come back as they were written; a
 is named with its file and line and leaves nothing behind."""
 
 import bz2
-import csv
 import gzip
 import itertools
 import json
@@ -15,10 +14,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import write_documents
+from conftest import refused, write_documents, write_rows
+from data_reference import grouped, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_helpers import grouped, refused, texts
 
 from pretrain.config import TextOptions
 from pretrain.data.formats import open_files
@@ -78,13 +77,6 @@ def lines(path: Path, *records) -> Path:
     return path
 
 
-def write_delimited(path: Path, rows: list[dict], delimiter: str) -> None:
-    with path.open("w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]), delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_arrow(path: Path, rows: list[dict]) -> None:
     table = pyarrow.Table.from_pylist(rows)
     with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
@@ -99,8 +91,8 @@ def write_splits(path: Path, rows: list[dict]) -> None:
 
 WRITERS = {
     "jsonl": lambda path, rows: lines(path, *(json.dumps(row, ensure_ascii=False) for row in rows)),
-    "csv": lambda path, rows: write_delimited(path, rows, ","),
-    "tsv": lambda path, rows: write_delimited(path, rows, "\t"),
+    "csv": write_rows,
+    "tsv": write_rows,
     "parquet": lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path, batch_size=2),
     "arrow": write_arrow,
     "saved": lambda path, rows: datasets.Dataset.from_list(rows).save_to_disk(str(path)),

@@ -55,17 +55,6 @@ def test_the_text_furthest_behind_its_share_is_next(data):
         tokens[found] += data.draw(sizes)
 
 
-@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=6), st.randoms(use_true_random=False))
-def test_shares_are_kept_whatever_the_weights(weights, source):
-    """After any number of micro-batches, each text is within a few of its share."""
-    tokens = [0] * len(weights)
-    for _ in range(400):
-        tokens[furthest_behind(tokens, weights)] += source.randint(200, 256)
-        for weight, drawn in zip(weights, tokens):
-            share = weight / sum(weights) * sum(tokens)
-            assert abs(drawn - share) <= 256 * len(weights)
-
-
 # The micro-batches.
 
 
@@ -96,16 +85,6 @@ def test_positions_equal_the_slow_walk(corpora):
     for first in (0, 1, 17, 120):
         again = mixture_of(corpora).positions(walk[first])
         assert list(islice(again, 101)) == walk[first : first + 101]
-
-
-@pytest.mark.parametrize("pairs", ["random", "swapped", None])
-def test_shares_are_within_one_percent_over_any_thousand_micro_batches(corpora, pairs):
-    mixture = mixture_of(corpora, Task(pairs, 32, 4, 0.15, 3))
-    tokens = [position.tokens for position in islice(mixture.positions(mixture.start), 2501)]
-    for first in range(0, 1500, 50):
-        gained = [new - old for old, new in zip(tokens[first], tokens[first + 1000])]
-        for share, count in zip(SHARES, gained):
-            assert abs(count / sum(gained) - share) < 0.01
 
 
 def test_an_epoch_is_a_pass_over_the_first_text(corpora):

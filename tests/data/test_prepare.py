@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import in_processes, refusal, script, without_privileges
-from text_helpers import content, write_documents
+from conftest import content, in_processes, refusal, script, without_privileges
+from data_reference import write_documents
 
 from pretrain.cli import run_command
 from pretrain.data import parallel

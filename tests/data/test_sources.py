@@ -11,9 +11,10 @@ from itertools import chain, islice
 from pathlib import Path
 
 import pytest
+from conftest import refused
+from data_reference import grouped, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_helpers import grouped, refused, texts
 
 from pretrain.data import sentences as reading
 from pretrain.data.sentences import Span, cut_into_pieces, detect_format, sentences

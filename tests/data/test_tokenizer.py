@@ -9,16 +9,13 @@ import string
 import numpy as np
 import pytest
 import tokenizers
-from conftest import trained_state
+from conftest import byte_level, refused, sentence_pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_helpers import refused
 from transformers import (
     AutoTokenizer,
     BertTokenizer,
     PreTrainedTokenizerFast,
-    RobertaTokenizer,
-    XLMRobertaTokenizer,
 )
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
@@ -247,29 +244,18 @@ ENGLISH = [
     "New York, New Jersey: $5.00 a day?",
 ] * 6
 CHINESE = ["今天天气很好，我们去公园。", "深度学习模型2024年", "人工智能 BERT模型"] * 6
-SPECIALS = {"special_tokens": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], "show_progress": False}
-
-
-def byte_level() -> RobertaTokenizer:
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, **SPECIALS)
-    state = trained_state(tokenizers.models.BPE(), trainer, ENGLISH + CHINESE)
-    return RobertaTokenizer(vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]])
-
-
-def sentence_pieces() -> XLMRobertaTokenizer:
-    alphabet = list(string.ascii_letters + string.digits + string.punctuation)
-    more = SPECIALS | {"unk_token": "<unk>", "initial_alphabet": alphabet}
-    trainer = tokenizers.trainers.UnigramTrainer(vocab_size=220, **more)
-    state = trained_state(tokenizers.models.Unigram(), trainer, ENGLISH + CHINESE)
-    return XLMRobertaTokenizer(vocab=[tuple(piece) for piece in state["vocab"]])
 
 
 def wordpiece() -> BertTokenizer:
     return train(lambda: ENGLISH + CHINESE + [string.printable], 260, lowercase=False)
 
 
-MAKERS = {"byte-level": byte_level, "sentencepiece": sentence_pieces, "wordpiece": wordpiece}
+ALPHABET = string.ascii_letters + string.digits + string.punctuation
+MAKERS = {
+    "byte-level": lambda: byte_level(ENGLISH + CHINESE, 420),
+    "sentencepiece": lambda: sentence_pieces(ENGLISH + CHINESE, 220, ALPHABET),
+    "wordpiece": wordpiece,
+}
 
 
 @functools.cache
@@ -351,7 +337,7 @@ def test_a_word_starts_at_each_chinese_character_and_after_it(kind, parts):
 
 def test_words_spelled_out():
     """Checks the reference itself."""
-    roberta, xlm = byte_level(), sentence_pieces()
+    roberta, xlm = MAKERS["byte-level"](), MAKERS["sentencepiece"]()
     words = ["Hello", "world", "'s", "best", ",", "2004", "x", "(", "don", "'t", ")!"]
     assert words_of(roberta, "Hello world's  best, 2004x (don't)!") == words
     for made in (roberta, xlm):
@@ -361,7 +347,7 @@ def test_words_spelled_out():
 
 
 def test_a_sentence_always_starts_a_word():
-    encoding = byte_level().backend_tokenizer.encode("learning", add_special_tokens=False)
+    encoding = known("byte-level")[0].backend_tokenizer.encode("learning", add_special_tokens=False)
     flags = mark([("learning", ())] * 3, [encoding] * 3, None, "tokenizer")
     inside = len(encoding.ids) - 1
     assert inside > 0 and flags.tolist() == ([WORD_START] + [0] * inside) * 3

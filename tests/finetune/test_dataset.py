@@ -3,7 +3,6 @@ transformers; a label budget equals a slow definition; every epoch has every exa
 micro-batch size does not change a step, even with class weights."""
 
 import copy
-import csv
 import json
 from collections import Counter
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_reference import assert_close, gradients, roughen, small_config
@@ -20,7 +20,6 @@ from pretrain.batch import IGNORED
 from pretrain.config import LabelOptions
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.sentences import in_groups
-from pretrain.errors import UserError
 from pretrain.finetune.dataset import (
     LabeledDataset,
     LabeledRows,
@@ -43,34 +42,17 @@ datasets = pytest.importorskip("datasets")
 CPU = torch.device("cpu")
 
 
-def write(path, rows):
-    """Write rows as CSV, TSV, JSONL or Parquet, by suffix; returns the path."""
-    if path.suffix == ".parquet":
-        datasets.Dataset.from_list(rows).to_parquet(path)
-        return str(path)
-    with path.open("w", encoding="utf-8", newline="") as out:
-        if path.suffix == ".jsonl":
-            out.writelines(json.dumps(row) + "\n" for row in rows)
-        else:
-            writer = csv.DictWriter(out, list(rows[0]), delimiter="\t,"[path.suffix == ".csv"])
-            writer.writeheader()
-            writer.writerows(rows)
-    return str(path)
-
-
 def read(*paths, classes=None, **options):
     return read_labeled([str(path) for path in paths], LabelOptions(**options), classes)
 
 
-def texts_of(path, **options):
-    return [texts for *_, texts in read_texts([str(path)], LabelOptions(**options), [])]
-
-
 def problems(call, *arguments, **options):
     """The lines of the UserError."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **options)
-    return str(caught.value).splitlines()
+    return refused(call, *arguments, **options).splitlines()
+
+
+def texts_of(path, **options):
+    return [texts for *_, texts in read_texts([str(path)], LabelOptions(**options), [])]
 
 
 # Columns and labels.
@@ -92,7 +74,7 @@ def test_labels_are_the_same_in_every_format(labels, read_as, classes, suffix, t
     rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
     if labels[0] is True and suffix in (".csv", ".tsv"):  # written as Python does
         read_as, classes = [of.title() for of in read_as], [of.title() for of in classes]
-    found = read(write(tmp_path / f"rows{suffix}", rows))
+    found = read(write_rows(tmp_path / f"rows{suffix}", rows))
     assert found.texts == [(f"text {number}",) for number in range(4)] and found.labels == read_as
     assert found.classes == classes
 
@@ -105,9 +87,9 @@ def test_a_label_is_a_name_or_a_whole_number(tmp_path):
     path = tmp_path / "a.jsonl"
     read_as = [value if isinstance(value, str) else json.dumps(value) for value in GOOD]
     classes = [label.strip() for label in read_as]
-    write(path, [{"text": "x", "label": value} for value in GOOD])
+    write_rows(path, [{"text": "x", "label": value} for value in GOOD])
     assert read(path, classes=classes).labels == classes
-    write(path, [{"text": "x", "label": value} for value in [*WRONG, "yes"]])
+    write_rows(path, [{"text": "x", "label": value} for value in [*WRONG, "yes"]])
     wheres = [f"{path}, line {number}" for number in range(1, len(WRONG) + 1)]
     for known, expected in ((classes, wheres), (None, wheres[:-1])):
         found = problems(read, path, classes=known)
@@ -137,23 +119,24 @@ def test_columns_are_named_or_the_only_one_with_words():
 
 def test_files_are_read_in_the_order_given_and_each_wrong_row_is_listed(tmp_path):
     texts = [7, ["x"], None, "", " \t", "good"]
-    first = write(tmp_path / "z.jsonl", [{"text": text, "b": "y", "label": "y"} for text in texts])
+    rows = [{"text": text, "b": "y", "label": "y"} for text in texts]
+    first = write_rows(tmp_path / "z.jsonl", rows)
     rows = [{"text": text, "b": "y", "label": label} for text, label in (("x", ""), ("x", "y"))]
-    later = write(tmp_path / "a.csv", rows)
+    later = write_rows(tmp_path / "a.csv", rows)
     found = problems(read, first, later, classes=["y"])
     wheres = [*(f"{first}, line {number}" for number in range(1, 6)), f"{later}, line 2"]
     assert [line.partition(":")[0] for line in found] == wheres
     assert len(problems(read, first, text_field="b", text_pair_field="text", classes=["y"])) == 5
-    halves = write(tmp_path / "b.jsonl", [{"text": " x\ud83dy\n", "label": "y"}])
-    good = write(tmp_path / "a.csv", rows[1:])
+    halves = write_rows(tmp_path / "b.jsonl", [{"text": " x\ud83dy\n", "label": "y"}])
+    good = write_rows(tmp_path / "a.csv", rows[1:])
     assert read(halves, good, classes=["y"]).texts == [(" x?y\n",), ("x",)]
 
 
 @pytest.mark.parametrize("name", ["text", "label"])
 def test_a_missing_column_is_reported_once(tmp_path, name):
     row = {"text": "one", "label": "x"}
-    good = write(tmp_path / "a.csv", [row])
-    other = write(tmp_path / "b.csv", [{"kind": row.pop(name), **row}] * 3)
+    good = write_rows(tmp_path / "a.csv", [row])
+    other = write_rows(tmp_path / "b.csv", [{"kind": row.pop(name), **row}] * 3)
     (line,) = problems(read, good, other, text_field="text")
     assert line.startswith(f"{other}, line 1: ") and repr(name) in line and "kind" in line
     assert f"{name}_field" in line
@@ -177,7 +160,7 @@ def test_a_sentence_in_place_of_the_header_is_no_column(tmp_path):
         assert line.startswith(f"{path}, line 1: ") and "text_field" in line
         assert texts_of(path, text_field=sentences[0]) == [(text,) for text in sentences[1:]]
     for name, column in (("a.jsonl", sentences[0]), ("b.csv", "full_text_of_the_review")):
-        path = write(tmp_path / name, [{column: "words"}])
+        path = write_rows(tmp_path / name, [{column: "words"}])
         assert texts_of(path) == [("words",)]
 
 
@@ -188,11 +171,11 @@ def test_rows_of_another_task_are_one_problem(read_rows, tmp_path):
     for kind in kinds.keys() - {read_rows}:
         rows = [{"text": f"one {number}", "label": kinds[kind]} for number in range(5)]
         file = tmp_path / f"{kind.__name__}.jsonl"
-        path = write(file, rows)
+        path = write_rows(file, rows)
         (line,) = problems(read_rows, [path], LabelOptions())
         assert line.startswith(f"{path}, line 1: ") and "right task" in line
         rows[0]["label"] = kinds[read_rows]
-        found = problems(read_rows, [write(file, rows)], LabelOptions())
+        found = problems(read_rows, [write_rows(file, rows)], LabelOptions())
         assert len(found) == 4 and not any("right task" in line for line in found)
 
 
@@ -208,7 +191,7 @@ def test_a_text_file_with_columns_can_be_renamed(tmp_path):
     "labels, wheres", [(["x", "3", "4", "y"], [1, 2]), ([True, False, 0, 1], [1, 3])]
 )
 def test_mixed_kinds_of_labels_are_refused(labels, wheres, tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": "one", "label": label} for label in labels])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "one", "label": label} for label in labels])
     (line,) = problems(read, path)
     shown = [number for number in range(1, 5) if f"({path}, line {number})" in line]
     assert line.startswith(f"{path}: ") and shown == wheres

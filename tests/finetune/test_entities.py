@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 import pytest
+from conftest import as_conll, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dataset import problems, write
+from test_dataset import problems
 from transformers import AutoTokenizer
 
 from pretrain.batch import IGNORED
@@ -26,25 +27,6 @@ TAGS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 
 def read(*paths, tags=None, **options):
     return read_tagged_rows([str(path) for path in paths], LabelOptions(**options), tags)
-
-
-def as_conll(texts, entities, scheme="BIO"):
-    """Words and tags of texts whose words are separated by spaces."""
-    middle, last = {"BIO": "II", "BIOES": "IE", "BMES": "ME"}[scheme]
-    lines = []
-    for text, spans in zip(texts, entities):
-        place = 0
-        for word in text.split(" "):
-            word_end, tag = place + len(word), "O"
-            for start, end, label in spans:
-                if start <= place < end:
-                    prefix = "B" if place == start else last if word_end == end else middle
-                    is_single = (place, word_end) == (start, end) and scheme != "BIO"
-                    tag = f"{'S' if is_single else prefix}-{label}"
-            lines.append(f"{word}\t{tag}")
-            place = word_end + 1
-        lines.append("")
-    return "\n".join(lines)
 
 
 # Reading.
@@ -84,7 +66,7 @@ def test_spans_in_every_spelling_become_rows(column, suffix, tmp_path):
     cells = found if suffix == ".jsonl" else map(json.dumps, found)
     rows = [{"text": text, column: of} for text, of in zip(TEXTS, cells)]
     options = {"label_field": "mine"} if column == "mine" else {}
-    path, more = write(tmp_path / f"a{suffix}", rows), tmp_path / "b.conll"
+    path, more = write_rows(tmp_path / f"a{suffix}", rows), tmp_path / "b.conll"
     more.write_text("Rome B-LOC\n")
     if column == "mine":
         assert read(path, **options).labels == ENTITIES
@@ -102,7 +84,7 @@ BAD_ROWS = {
 
 def test_every_row_with_bad_spans_is_reported(tmp_path):
     rows = [{"text": TEXTS[0], "spans": spans} for spans in ([], *BAD_ROWS.values())]
-    path = write(tmp_path / "a.jsonl", [*rows, {"text": "", "spans": []}])
+    path = write_rows(tmp_path / "a.jsonl", [*rows, {"text": "", "spans": []}])
     found = problems(read, path)
     assert len(found) == len(BAD_ROWS) + 1
     for number, line in enumerate(found, start=2):
@@ -133,7 +115,7 @@ def test_labels_that_training_rows_lack_are_named(tmp_path):
     (line,) = problems(read, path, tags=TAGS)
     assert "NEW, OTHER" in line and "LOC, PER" in line
     rows = [{"text": "a", "marks": []}]
-    (line,) = problems(read, write(tmp_path / "b.jsonl", rows))
+    (line,) = problems(read, write_rows(tmp_path / "b.jsonl", rows))
     assert line.startswith(f"{tmp_path / 'b.jsonl'}, line 1: ")
 
 

@@ -3,7 +3,6 @@ and gives the same results in transformers, scores equal scikit-learn's, an inte
 bit for bit, and bad input is reported before anything is written."""
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -17,12 +16,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import arguments_of, assert_same, in_processes, refusal, without_privileges
+from conftest import (
+    arguments_of,
+    assert_same,
+    in_processes,
+    overflowing,
+    read_rows,
+    refusal,
+    refused,
+    summary_of,
+    without_privileges,
+    write_rows,
+)
 from conftest import rows as exact_rows
 from huggingface_hub import ModelCard
 from packed_reference import small_config
 from safetensors.torch import load_file, save_file
-from test_dataset import write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from pretrain import train
@@ -30,7 +39,6 @@ from pretrain.cli import parse, run_command
 from pretrain.commands import finetune as FINETUNE
 from pretrain.commands import predict as PREDICT
 from pretrain.config import ColumnOptions, FinetuneOptions
-from pretrain.errors import UserError
 from pretrain.files import model_folder
 from pretrain.finetune import build as module
 from pretrain.finetune import predict
@@ -68,18 +76,11 @@ def make_rows(count, seed, weights=(3, 2, 1), noise=0.0):
     return rows
 
 
-def read(path):
-    with open(path, encoding="utf-8", newline="") as handle:
-        if str(path).endswith(".csv"):
-            return list(csv.DictReader(handle))
-        return [json.loads(line) for line in handle]
-
-
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     sizes = {"train": (90, 1), "valid": (40, 2), "test": (30, 3)}
-    return {name: write(folder / f"{name}.csv", make_rows(*of)) for name, of in sizes.items()}
+    return {name: write_rows(folder / f"{name}.csv", make_rows(*of)) for name, of in sizes.items()}
 
 
 @pytest.fixture(scope="session")
@@ -107,13 +108,9 @@ def printed(main, *argv):
     return out.getvalue()
 
 
-def summary_of(output):
-    return json.loads((output / "summary.json").read_text(encoding="utf-8"))
-
-
 def metrics(output, part):
     """Rows of metrics.jsonl with numbers under `part`."""
-    return [row for row in read(output / "metrics.jsonl") if any(part in name for name in row)]
+    return [row for row in read_rows(output / "metrics.jsonl") if any(part in name for name in row)]
 
 
 def stock_probabilities(folder, texts, **more):
@@ -172,7 +169,7 @@ def test_a_separable_task_is_learned_and_reported(finished, files):
     assert (summary["steps"], summary["train_rows"], summary["skipped_steps"]) == (60, 90, 0)
     assert last["test_macro_f1"] == summary["test"]["macro_f1"]
     assert last["valid_loss"] == summary["valid"]["loss"] and last["state"] == "finished"
-    counts = Counter(row["label"] for row in read(files["test"]))
+    counts = Counter(row["label"] for row in read_rows(files["test"]))
     shown = ", ".join(f"{label} {counts[label]}" for label in CLASSES)
     assert f"--test: 30 rows, {shown}" in text
     assert "run: 60 steps of 16 examples, evaluation every 6;" in text  # epochs end with 10
@@ -223,8 +220,8 @@ def test_numbers_go_to_the_log(finished, data):
 
 
 def test_predictions_and_picture_are_those_of_the_stock_pipeline(finished, files):
-    output, rows = finished[0], read(files["test"])
-    found = read(output / "test_predictions.csv")
+    output, rows = finished[0], read_rows(files["test"])
+    found = read_rows(output / "test_predictions.csv")
     assert list(found[0]) == ["label", *ADDED]
     assert [row["label"] for row in found] == [row["label"] for row in rows]
     assert_stock_pipeline(found, output / "final", rows)
@@ -265,7 +262,7 @@ def test_the_saved_model_is_from_the_best_evaluation(whole):
     best = max(evaluated, key=lambda row: (row["eval/macro_f1"], -row["eval/loss"]))
     assert [row["step"] for row in evaluated] == [3, 6, 9, 10]
     assert best["step"] == summary["best_step"] < 10
-    rows = read(options[options.index("--valid") + 1])
+    rows = read_rows(options[options.index("--valid") + 1])
     labels = np.array([list(CLASSES).index(row["label"]) for row in rows])
     found = stock_probabilities(output / "final", [(row["text"],) for row in rows])
     accuracy = (found.argmax(-1) == labels).mean()
@@ -302,7 +299,7 @@ def test_patience_stops_the_run(patience, steps, data, output, monkeypatch):
 @pytest.mark.parametrize("share, noted", [(0.6, True), (1.0, False)])
 def test_a_run_whose_last_step_is_its_best_says_so(share, noted, data, files, output, monkeypatch):
     """Unless its score is perfect. The classes are right for a share of the rows."""
-    labels = [list(CLASSES).index(row["label"]) for row in read(files["valid"])]
+    labels = [list(CLASSES).index(row["label"]) for row in read_rows(files["valid"])]
     right = np.arange(len(labels)) < share * len(labels)
     sharper = iter([0.5, 0.6, 0.7])
 
@@ -320,17 +317,6 @@ def test_a_run_whose_last_step_is_its_best_says_so(share, noted, data, files, ou
 
 
 # Numbers that are not finite.
-
-
-def overflowing(folder, copy):
-    """A copy of a model whose weights are finite and whose outputs are not."""
-    shutil.copytree(folder, copy)
-    weights = load_file(copy / "model.safetensors")
-    for name in weights:
-        if "intermediate.dense.weight" in name or "output.dense.weight" in name:
-            weights[name] *= 1e30
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    return copy
 
 
 def strict_json(text):
@@ -368,7 +354,7 @@ def test_a_model_that_overflows_gives_a_message_and_no_labels(
 ):
     folder = overflowing(finished[0] / "final", tmp_path / "big")
     argv = ["--model", folder, "--input", files["test"], "--output", tmp_path / "out.csv", *FP32]
-    refused(PREDICT.main, argv, f"--model {folder}: ", capsys)
+    refusal(PREDICT.main, argv, capsys, f"--model {folder}: ")
     assert not (tmp_path / "out.csv").exists()
     argv = ["--model", folder, *data[2:], *FAST, "--max-steps", "3", "--output", output]
     assert run_command(FINETUNE.main, arguments_of(argv)) == 2
@@ -377,9 +363,9 @@ def test_a_model_that_overflows_gives_a_message_and_no_labels(
 
 
 def test_a_run_that_only_skips_stops(data, output):
-    with pytest.raises(UserError, match="20 steps in a row") as caught:
-        run_of(output, data, "--learning-rate 1e20 --max-steps 40 --patience 0")
-    assert "its data" not in str(caught.value), "the guard has no command that shows it"
+    more = "--learning-rate 1e20 --max-steps 40 --patience 0"
+    told = refused(run_of, output, data, more, names="20 steps in a row")
+    assert "its data" not in told, "the guard has no command that shows it"
 
 
 # Interrupted and resumed.
@@ -403,7 +389,7 @@ def whole(encoder, files, tmp_path_factory):
     """optimizer -> (options, folder) of an uninterrupted run whose best model is not the last."""
     runs, folder = {}, tmp_path_factory.mktemp("whole")
     rows = [make_rows(48, 35, noise=0.5), make_rows(60, 5, noise=0.4)]
-    paths = [write(folder / f"{name}.csv", of) for name, of in zip(("train", "valid"), rows)]
+    paths = [write_rows(folder / f"{name}.csv", of) for name, of in zip(("train", "valid"), rows)]
     options = ["--model", encoder, "--train", paths[0], "--valid", paths[1]]
     options += ["--test", files["test"], *FP32]
     options += arguments_of("--batch-size 8 --learning-rate 3e-2 --max-steps 10 --eval-every 3")
@@ -535,7 +521,7 @@ def test_a_resumed_run_refuses_other_options_and_other_rows(stopped, files, tmp_
         assert refusal(FINETUNE.main, command, capsys).startswith(f"{name} {value}: ")
     path = Path(json.loads((stopped / "config.json").read_text())["valid"][0])
     rows = path.read_text()
-    write(path, make_rows(60, 9))
+    write_rows(path, make_rows(60, 9))
     assert "rows have changed" in refusal(FINETUNE.main, ["--resume", "--output", stopped], capsys)
     path.write_text(rows)
     text = refusal(FINETUNE.main, ["--resume", "--output", tmp_path / "no run"], capsys)
@@ -557,7 +543,7 @@ def test_a_new_run_does_not_start_in_the_folder_of_an_unfinished_one(stopped, wh
 
 
 def test_balanced_weights_are_scikit_learns(data, files):
-    labels, names = [row["label"] for row in read(files["train"])], np.array(list(CLASSES))
+    labels, names = [row["label"] for row in read_rows(files["train"])], np.array(list(CLASSES))
     expected = compute_class_weight("balanced", classes=names, y=labels)
     run = build(data, FAST, "--class-weights balanced")
     np.testing.assert_allclose(run.datasets["train"].class_weights, expected)
@@ -577,7 +563,7 @@ def test_a_label_budget_takes_rows_of_each_class_by_the_seed(data, files):
         return list(zip(train.texts, train.labels))
 
     few, small = rows(6), run(6)
-    assert rows(0) == [((row["text"],), row["label"]) for row in read(files["train"])]
+    assert rows(0) == [((row["text"],), row["label"]) for row in read_rows(files["train"])]
     assert set(few) < set(rows(0)) and {label for _, label in few} == CLASSES.keys()
     assert rows(30)[:6] == few != rows(6, 1)
     sizes = [len(small.datasets[name]) for name in ("train", "valid")]
@@ -599,12 +585,13 @@ def test_steps_and_lengths_follow_from_the_options(data, output):
 
 
 def test_rows_that_are_cut_or_trained_on_are_reported(data, files, tmp_path, capsys):
-    rows = {name: read(files[name]) for name in ("train", "valid")}
+    rows = {name: read_rows(files[name]) for name in ("train", "valid")}
     rows["test"] = rows["valid"][:9] + rows["train"][:5]
-    argv = data, FAST, "--max-length 12", ["--test", write(tmp_path / "mixed.csv", rows["test"])]
+    mixed = write_rows(tmp_path / "mixed.csv", rows["test"])
+    argv = data, FAST, "--max-length 12", ["--test", mixed]
     module.build(parse(arguments_of(*argv), FinetuneOptions, ""))
     lines, tokenizer = capsys.readouterr().out.splitlines(), AutoTokenizer.from_pretrained(data[1])
-    assert lines.pop().startswith(f"--test {tmp_path / 'mixed.csv'}: 5 of 14 texts ")
+    assert lines.pop().startswith(f"--test {mixed}: 5 of 14 texts ")
     for line, (name, of) in zip(lines, rows.items(), strict=True):
         cut = sum(len(tokenizer(row["text"])["input_ids"]) > 12 for row in of)
         assert line.startswith(f"--{name}: {len(of)} rows, ") and f" {cut} over 12 tokens" in line
@@ -613,10 +600,10 @@ def test_rows_that_are_cut_or_trained_on_are_reported(data, files, tmp_path, cap
 
 def test_rows_that_the_tokenizer_does_not_know_are_refused(data, files, tmp_path, capsys):
     """Before training; a smaller share is a warning, and so it is in prediction."""
-    rows, texts = read(files["train"]), []
+    rows, texts = read_rows(files["train"]), []
     for name, words in (("some", 1), ("many", 30)):
         foreign = [row | {"text": row["text"] + " москва" * words} for row in rows]
-        texts.append(write(tmp_path / f"{name}.csv", foreign))
+        texts.append(write_rows(tmp_path / f"{name}.csv", foreign))
     few, many = texts
     told = refusal(FINETUNE.main, [*data, *FAST, "--train", many], capsys)
     assert told.startswith(f"--train {many}: ") and "Cyrillic" in told
@@ -627,11 +614,10 @@ def test_rows_that_the_tokenizer_does_not_know_are_refused(data, files, tmp_path
 
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
 def test_rows_are_read_in_their_encoding(data, files, tmp_path, encoding):
-    rows = [row | {"note": "注意"} for row in read(files["train"])]
-    path = Path(write(tmp_path / "rows.csv", rows))
+    rows = [row | {"note": "注意"} for row in read_rows(files["train"])]
+    path = Path(write_rows(tmp_path / "rows.csv", rows))
     path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
-    with pytest.raises(UserError, match=f"^--train {path}: "):
-        build(data, FAST, ["--train", path])
+    refused(build, data, FAST, ["--train", path], begins=f"--train {path}: ")
     run = build(data, FAST, ["--train", path, "--encoding", encoding])  # --valid is UTF-8
     assert run.rows["train"].texts == [(row["text"],) for row in rows]
 
@@ -652,8 +638,7 @@ def test_a_result_is_replaced_once_the_new_one_is_complete(more, data, tmp_path,
     options = output, data, "--max-steps 2", more
     run_of(*options)
     first = (output / "summary.json").read_text()
-    with pytest.raises(UserError, match=f"^--output {output}"):
-        run_of(*options)
+    refused(run_of, *options, begins=f"--output {output}")
     for _ in range(2):  # what a failed run leaves replaces nothing
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of luck"):
             patch.setattr(module, "predict", failing(RuntimeError("out of luck")))
@@ -667,8 +652,7 @@ def test_a_result_is_replaced_once_the_new_one_is_complete(more, data, tmp_path,
     names = {path.name.partition(".tfevents")[0] for path in output.iterdir()}
     assert names == RUN_FILES | ({"final"} if not more else set())
     (output / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=f"^--output {output}.*notes.txt"):
-        run_of(*options, "--overwrite")
+    refused(run_of, *options, "--overwrite", begins=f"--output {output}", names="notes.txt")
 
 
 # Scores.
@@ -713,13 +697,6 @@ def test_scores_are_those_of_scikit_learn(present):
 GOOD = "".join(f"words {number},{'ab'[number % 2]}\n" for number in range(8))
 
 
-def refused(main, argv, option, capsys):
-    """The command must exit with one line about the option; returns the rest of the line."""
-    text = refusal(main, argv, capsys)
-    assert text.startswith(option) and "\n" not in text, text
-    return text.removeprefix(option)
-
-
 @pytest.mark.parametrize(
     "name, content, where, value",
     [
@@ -742,7 +719,7 @@ def test_bad_rows_are_reported_in_one_line(name, content, where, value, encoder,
         path.write_text(f"text,label\n{content if each == option else GOOD}", encoding="latin-1")
         argv += [f"--{each}", path]
     path = tmp_path / name
-    text = refused(FINETUNE.main, argv, f"--{option} {path}{where}", capsys)
+    text = refusal(FINETUNE.main, argv, capsys, f"--{option} {path}{where}")
     assert value.format(path=path) in text and not (tmp_path / "run").exists()
 
 
@@ -769,8 +746,7 @@ def test_bad_rows_are_reported_in_one_line(name, content, where, value, encoder,
 )
 def test_bad_options_of_finetune_are_one_line(more, option, data, files, output, capsys):
     argv = [*data, *FAST, "--output", output, *(part.format(**files) for part in more.split(" "))]
-    refused(FINETUNE.main, argv, option.format(**files) or f"{more}:", capsys)
-    assert not output.exists()
+    refusal(FINETUNE.main, argv, capsys, option.format(**files) or f"{more}:", output)
 
 
 @pytest.fixture
@@ -801,8 +777,8 @@ def test_models_that_do_not_fit_are_reported(data, finished, misfits, tmp_path, 
         ("one type", ["--text-pair-field", "id"], "--text-pair-field id:"),
     ):
         argv = ["--model", misfits[name], *data[2:], *more, "--output", tmp_path / "run"]
-        refused(FINETUNE.main, argv, option, capsys)
-    refused(FINETUNE.main, [*data, "--output", finished[0]], f"--output {finished[0]}:", capsys)
+        refusal(FINETUNE.main, argv, capsys, option)
+    refusal(FINETUNE.main, [*data, "--output", finished[0]], capsys, f"--output {finished[0]}:")
 
 
 def test_several_processes_are_refused(data, finished, files, tmp_path, capsys, monkeypatch):
@@ -810,7 +786,7 @@ def test_several_processes_are_refused(data, finished, files, tmp_path, capsys, 
     predicting = ["--model", finished[0], "--input", files["test"]]
     for main, argv in ((FINETUNE.main, data), (PREDICT.main, predicting)):
         argv = [*argv, "--output", tmp_path / "out.csv"]
-        assert "torchrun" in refused(main, argv, "--device auto", capsys)
+        assert "torchrun" in refusal(main, argv, capsys, "--device auto")
     assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
 
 
@@ -848,9 +824,9 @@ def test_rows_come_back_in_order_with_the_numbers_of_the_stock_pipeline(
 ):
     monkeypatch.setattr(predict, "CHUNK", chunk)
     rows = [row | {"note": 'a, "b"\nc'} for row in make_rows(23, 9, noise=0.3)]
-    path, output = write(tmp_path / f"in.{read_as}", rows), tmp_path / f"out.{written_as}"
+    path, output = write_rows(tmp_path / f"in.{read_as}", rows), tmp_path / f"out.{written_as}"
     text = printed(PREDICT.main, predict_argv(path, output.name, "--batch-size 3"))
-    found, last = read(output), json.loads(text.splitlines()[-1])
+    found, last = read_rows(output), json.loads(text.splitlines()[-1])
     assert list(found[0]) == [*rows[0], *ADDED]
     assert [{name: row[name] for name in rows[0]} for row in found] == rows
     assert_stock_pipeline(found, finished[0] / "final", rows)
@@ -891,8 +867,8 @@ def test_rows_without_a_known_label_are_predicted_but_not_scored(predict_argv, t
         rows[number]["label"] = label
     del rows[9]["label"]
     rows[2]["label"] += " "  # a label, as in training
-    text = printed(PREDICT.main, predict_argv(write(tmp_path / "in.jsonl", rows)))
-    found, lines = read(tmp_path / "out.jsonl"), text.splitlines()
+    text = printed(PREDICT.main, predict_argv(write_rows(tmp_path / "in.jsonl", rows)))
+    found, lines = read_rows(tmp_path / "out.jsonl"), text.splitlines()
     assert [row.get("label") for row in found] == [row.get("label") for row in rows]
     assert "label" not in found[9] and {row["predicted_label"] for row in found} <= CLASSES.keys()
     known = [number for number, row in enumerate(rows) if str(row.get("label")).strip() in CLASSES]
@@ -904,7 +880,7 @@ def test_rows_without_a_known_label_are_predicted_but_not_scored(predict_argv, t
 @pytest.mark.parametrize("more", [{"label": ""}, {"label": "sports"}, {}])
 def test_without_a_single_known_label_there_is_no_score(more, predict_argv, tmp_path):
     rows = [{"text": row["text"]} | more for row in make_rows(3, 8)]
-    text = printed(PREDICT.main, predict_argv(write(tmp_path / "in.csv", rows)))
+    text = printed(PREDICT.main, predict_argv(write_rows(tmp_path / "in.csv", rows)))
     first, second, last = text.splitlines()
     assert first == f"3 rows in {tmp_path / 'out.jsonl'}" and json.loads(last) == {"rows": 3}
     assert second.startswith("not scored: 3 rows")
@@ -924,7 +900,7 @@ def test_predictions_can_be_opened_where_their_rows_were(encoding, mark, predict
 def test_half_a_surrogate_pair_in_another_column_is_kept_as_an_escape(name, predict_argv, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "bank", "note": "\\ud800"}\n')
     PREDICT.main(predict_argv(tmp_path / "in.jsonl", name))
-    assert read(tmp_path / name)[0]["note"] == ("\ud800" if name == "out.jsonl" else "\\ud800")
+    assert read_rows(tmp_path / name)[0]["note"] == ("\ud800" if name == "out.jsonl" else "\\ud800")
 
 
 def test_a_full_disk_is_not_taken_for_other_columns():
@@ -935,9 +911,10 @@ def test_a_full_disk_is_not_taken_for_other_columns():
 @pytest.mark.parametrize("words, named", [(["bank money"], True), (["bank", "river"], False)])
 def test_one_class_for_all_rows_is_reported(words, named, predict_argv, tmp_path):
     rows = [{"text": f"{words[number % len(words)]} quick"} for number in range(12)]
-    text = printed(PREDICT.main, predict_argv(write(tmp_path / "in.csv", rows)))
+    text = printed(PREDICT.main, predict_argv(write_rows(tmp_path / "in.csv", rows)))
     assert any(line.startswith("--model ") for line in text.splitlines()) is named
-    text = printed(PREDICT.main, predict_argv(write(tmp_path / "few.csv", rows[:1]), "one.csv"))
+    few = write_rows(tmp_path / "few.csv", rows[:1])
+    text = printed(PREDICT.main, predict_argv(few, "one.csv"))
     assert "--model " not in text, "one row has one class"
 
 
@@ -945,12 +922,12 @@ def test_several_files_other_columns_pairs_and_truncation(finished, predict_argv
     rows = [{"body": of["text"], "kind": of["label"], "second": "slow"} for of in make_rows(7, 3)]
     rows[0]["body"] += " bank" * 40
     rows[3]["more"] = [1]
-    paths = [write(tmp_path / "z.csv", rows[:3]), write(tmp_path / "a.jsonl", rows[3:])]
+    paths = [write_rows(tmp_path / "z.csv", rows[:3]), write_rows(tmp_path / "a.jsonl", rows[3:])]
     options = "--text-field body --label-field kind --max-length 10 --overwrite"
     for pair in ("", "--text-pair-field second"):
         argv = predict_argv(paths, "out.jsonl", options, pair)
         assert "accuracy" in json.loads(printed(PREDICT.main, argv).splitlines()[-1])
-        found = read(tmp_path / "out.jsonl")
+        found = read_rows(tmp_path / "out.jsonl")
         assert [row["kind"] for row in found] == [row["kind"] for row in rows]
         parts = [(row["body"], row["second"])[: 1 + bool(pair)] for row in found]
         expected = stock_probabilities(finished[0] / "final", parts, max_length=10)
@@ -962,14 +939,14 @@ def test_several_files_other_columns_pairs_and_truncation(finished, predict_argv
 def test_output_may_replace_a_file_or_its_own_input(predict_argv, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(predict, "CHUNK", 4)
     rows, path, folder = make_rows(11, 7), tmp_path / "rows.csv", tmp_path / "folder.csv"
-    write(path, rows)
-    refused(PREDICT.main, predict_argv(path, path.name), f"--output {path}:", capsys)
+    write_rows(path, rows)
+    refusal(PREDICT.main, predict_argv(path, path.name), capsys, f"--output {path}:")
     printed(PREDICT.main, predict_argv(path, path.name, "--overwrite"))
-    assert [row["text"] for row in read(path)] == [row["text"] for row in rows]
-    assert "predicted_label" in read(path)[0]
+    assert [row["text"] for row in read_rows(path)] == [row["text"] for row in rows]
+    assert "predicted_label" in read_rows(path)[0]
     folder.mkdir()
     argv = predict_argv(path, folder.name, "--overwrite")
-    refused(PREDICT.main, argv, f"--output {folder}:", capsys)
+    refusal(PREDICT.main, argv, capsys, f"--output {folder}:")
 
 
 @pytest.mark.parametrize(
@@ -992,7 +969,7 @@ def test_wrong_rows_are_reported_before_any_work_and_nothing_is_left(
     if "new" not in spoil.get(9, {}):
         monkeypatch.setattr(predict, "predict", failing(AssertionError("predicts too early")))
         option = f"--input {path}, "
-    write(path, [row | spoil.get(number, {}) for number, row in enumerate(make_rows(12, 6))])
+    write_rows(path, [row | spoil.get(number, {}) for number, row in enumerate(make_rows(12, 6))])
     output.write_text("old")
     lines = refusal(PREDICT.main, predict_argv(path, output.name, "--overwrite"), capsys)
     for line, where in zip(lines.splitlines(), wheres, strict=True):
@@ -1018,5 +995,5 @@ def test_bad_input_of_predict_is_reported_in_one_line(
         (files["test"], ["--max-length", "65"], "--max-length 65:"),
         (files["test"], ["--max-length", "0"], "--max-length 0:"),
     ):
-        refused(PREDICT.main, predict_argv(paths, "out.jsonl", more), option, capsys)
+        refusal(PREDICT.main, predict_argv(paths, "out.jsonl", more), capsys, option)
         assert not (tmp_path / "out.jsonl").exists()

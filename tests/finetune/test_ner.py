@@ -9,18 +9,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import arguments_of
-from test_dataset import write
-from test_entities import as_conll
+from conftest import arguments_of, as_conll, read_rows, refusal, summary_of, write_rows
 from test_finetune import (
     FP32,
     assert_same_result,
     kill_and_resume,
     metrics,
     printed,
-    read,
-    refused,
-    summary_of,
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -66,7 +61,7 @@ def files(tmp_path_factory):
     paths = {"train": str(folder / "train.conll")}
     for name, seed in (("valid", 2), ("test", 3)):
         records = as_records(*make_texts(20, seed, 30))
-        paths[name] = write(folder / f"{name}.jsonl", records)
+        paths[name] = write_rows(folder / f"{name}.jsonl", records)
     return paths
 
 
@@ -96,7 +91,7 @@ def test_entities_are_learned_and_reported(finished, files):
     summary, last = summary_of(output), json.loads(text.splitlines()[-1])
     assert summary["test"]["f1"] > 0.95 and summary["valid"]["classes"]["ORG"]["f1"] > 0.9
     assert summary["train_rows"] == 60 and last["test_f1"] == summary["test"]["f1"]
-    rows = read(files["test"])
+    rows = read_rows(files["test"])
     counts = [sum(span[2] == label for row in rows for span in row["spans"]) for label in NAMES]
     assert f"--test: 20 rows, ORG {counts[0]:,}, PER {counts[1]:,}" in text
     assert "over 24 tokens, read in overlapping windows" in text
@@ -105,7 +100,7 @@ def test_entities_are_learned_and_reported(finished, files):
     evaluated = metrics(output, "eval/f1")
     best = max(evaluated, key=lambda row: (row["eval/f1"], -row["eval/loss"]))
     assert best["step"] == summary["best_step"] and best["eval_f1/PER"] > 0.9
-    found = read(output / "test_predictions.jsonl")
+    found = read_rows(output / "test_predictions.jsonl")
     assert [row["text"] for row in found] == [row["text"] for row in rows]
     given = [[tuple(span) for span in row["spans"]] for row in rows]
     assert [spans_of(row, "entities") for row in found] == given
@@ -130,9 +125,9 @@ def test_predicted_entities_are_those_of_the_stock_pipeline(
     records = as_records(*make_texts(11, 7, 4))
     records[3] |= {"text": "quick sentences trained slow , bank river", "spans": [[31, 41, "ORG"]]}
     output = tmp_path / f"out.{suffix}"
-    argv = ["--model", finished[0], "--input", write(tmp_path / "in.jsonl", records)]
+    argv = ["--model", finished[0], "--input", write_rows(tmp_path / "in.jsonl", records)]
     text = printed(PREDICT.main, argv, ["--output", output], FP32)
-    found = read(output)
+    found = read_rows(output)
     assert [row["text"] for row in found] == [row["text"] for row in records]
     for row in found if suffix == "csv" else []:
         row["predicted_entities"] = json.loads(row["predicted_entities"])
@@ -155,12 +150,12 @@ def test_predicted_entities_are_those_of_the_stock_pipeline(
 def test_windows_predict_what_the_whole_text_does(finished, tmp_path):
     """Where the nearest words decide, the text may be cut anywhere."""
     texts, entities = make_texts(6, 9, 40)
-    path = write(tmp_path / "in.jsonl", as_records(texts, entities))
+    path = write_rows(tmp_path / "in.jsonl", as_records(texts, entities))
     for length in (64, 30, 16):
         output = tmp_path / f"{length}.jsonl"
         argv = ["--model", finished[0], "--input", path, "--output", output]
         printed(PREDICT.main, argv, FP32, f"--max-length {length} --batch-size 3")
-        found = [set(spans_of(row)) for row in read(output)]
+        found = [set(spans_of(row)) for row in read_rows(output)]
         num_right = sum(len(of.intersection(given)) for of, given in zip(found, entities))
         assert num_right > 0.9 * sum(map(len, entities))
 
@@ -169,10 +164,10 @@ def test_tagged_files_and_other_labels_are_predicted(finished, tmp_path):
     """Without a label that the model knows there is no score."""
     path = tmp_path / "in.conll"
     path.write_text("quick O\nbank B-ORG\nriver I-ORG\n\nmoney B-GPE\n")
-    more = write(tmp_path / "more.jsonl", [{"text": "slow bank"}])
+    more = write_rows(tmp_path / "more.jsonl", [{"text": "slow bank"}])
     argv = ["--model", finished[0], "--input", path, more, "--output", tmp_path / "out.jsonl"]
     text = printed(PREDICT.main, argv, FP32)
-    rows = read(tmp_path / "out.jsonl")
+    rows = read_rows(tmp_path / "out.jsonl")
     assert [row["text"] for row in rows] == ["quick bank river", "money", "slow bank"]
     assert spans_of(rows[0], "entities") == [(6, 16, "ORG")] == spans_of(rows[0])
     assert "not scored: 2 rows" in text and json.loads(text.splitlines()[-1])["rows"] == 3
@@ -180,7 +175,7 @@ def test_tagged_files_and_other_labels_are_predicted(finished, tmp_path):
 
 def test_entities_that_end_inside_a_word_are_counted(encoder, tmp_path):
     rows = [{"text": "quick teacher", "spans": [[6, 11, "PER"]]}, {"text": "bank", "spans": []}]
-    path = write(tmp_path / "rows.jsonl", rows * 4)
+    path = write_rows(tmp_path / "rows.jsonl", rows * 4)
     argv = ["--task", "ner", "--model", encoder, "--train", path, "--valid", path]
     text = printed(FINETUNE.main, argv, FAST, "--max-steps 1", ["--output", tmp_path / "run"])
     assert f"--train {path}: 4 entities" in text
@@ -235,27 +230,27 @@ def test_bad_rows_are_reported_in_one_line(name, content, data, files, tmp_path,
     path.write_text(content)
     output = tmp_path / "run"
     argv = [*data, *FAST, option, path, "--output", output]
-    text = refused(FINETUNE.main, argv, f"{option} {path}", capsys)
+    text = refusal(FINETUNE.main, argv, capsys, f"{option} {path}")
     assert not output.exists() and ("NEW" in text or "NEW" not in content)
 
 
 def test_models_for_other_tasks_are_refused(finished, encoder, files, tmp_path, capsys):
     argv = ["--input", files["test"], "--output", tmp_path / "out.jsonl", *FP32]
-    refused(PREDICT.main, ["--model", encoder, *argv], "--model ", capsys)
+    refusal(PREDICT.main, ["--model", encoder, *argv], capsys, "--model ")
     pair = ["--model", finished[0], *argv, "--text-pair-field", "text"]
-    refused(PREDICT.main, pair, "--text-pair-field text:", capsys)
+    refusal(PREDICT.main, pair, capsys, "--text-pair-field text:")
     folder = tmp_path / "inside only"
     shutil.copytree(finished[0] / "final", folder)
     config = json.loads((folder / "config.json").read_text())
     config["id2label"] = {str(number): f"I-{number}" for number in range(5)}
     (folder / "config.json").write_text(json.dumps(config))
-    refused(PREDICT.main, ["--model", folder, *argv], f"--model {folder}:", capsys)
-    taken = write(tmp_path / "taken.jsonl", [{"text": "a", "predicted_entities": 1}])
+    refusal(PREDICT.main, ["--model", folder, *argv], capsys, f"--model {folder}:")
+    taken = write_rows(tmp_path / "taken.jsonl", [{"text": "a", "predicted_entities": 1}])
     plain = tmp_path / "plain.txt"
     plain.write_text("The bank of the river.\n")
     argv = ["--model", finished[0], "--output", tmp_path / "out.jsonl", "--input"]
-    assert "for plain text, " in refused(PREDICT.main, [*argv, plain], "--input ", capsys)
-    refused(PREDICT.main, [*argv, taken], f"--input {taken}", capsys)
+    assert "for plain text, " in refusal(PREDICT.main, [*argv, plain], capsys, "--input ")
+    refusal(PREDICT.main, [*argv, taken], capsys, f"--input {taken}")
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -275,7 +270,7 @@ def make_numbers(count, seed):
 def numbers(encoder, tmp_path_factory):
     """(run folder, path of the test rows, output of the command)."""
     folder = tmp_path_factory.mktemp("numbers")
-    paths = [write(folder / f"{n}.csv", make_numbers(80, n)) for n in range(3)]
+    paths = [write_rows(folder / f"{n}.csv", make_numbers(80, n)) for n in range(3)]
     argv = ["--task", "regression", "--model", encoder, "--train", paths[0], "--valid", paths[1]]
     argv += ["--test", paths[2], "--output", folder / "run"]
     return folder / "run", paths[2], printed(FINETUNE.main, argv, FAST, "--epochs 12")
@@ -284,8 +279,8 @@ def numbers(encoder, tmp_path_factory):
 def test_numbers_are_learned_predicted_and_scored_as_by_scipy(numbers, tmp_path):
     stats = pytest.importorskip("scipy.stats")
     output, path, text = numbers
-    summary, rows = summary_of(output), read(path)
-    found = read(output / "test_predictions.csv")
+    summary, rows = summary_of(output), read_rows(path)
+    found = read_rows(output / "test_predictions.csv")
     labels, predicted = (np.array([float(row[name]) for row in found]) for name in found[0])
     assert labels.tolist() == [float(row["label"]) for row in rows]
     scores = summary["test"]
@@ -308,9 +303,9 @@ def test_numbers_are_learned_predicted_and_scored_as_by_scipy(numbers, tmp_path)
     np.testing.assert_allclose(predicted, theirs, atol=2e-5)
     for row in rows[:2]:
         row["label"] = "unknown"
-    argv = ["--model", output, "--input", write(tmp_path / "in.csv", rows)]
+    argv = ["--model", output, "--input", write_rows(tmp_path / "in.csv", rows)]
     text = printed(PREDICT.main, argv, ["--output", tmp_path / "out.jsonl"], FP32)
-    again = [row["predicted_label"] for row in read(tmp_path / "out.jsonl")]
+    again = [row["predicted_label"] for row in read_rows(tmp_path / "out.jsonl")]
     np.testing.assert_allclose(again, theirs, atol=2e-5)
     last = json.loads(text.splitlines()[-1])
     assert last["rows"] == 80 and last["pearson"] > 0.8 and "not scored: 2 rows" in text
@@ -320,8 +315,8 @@ def test_a_model_that_is_worse_than_the_mean_is_noted(numbers, encoder, tmp_path
     """Numbers far from 0 that it has not reached, in fine-tuning and in prediction."""
     output, path, text = numbers
     assert "worse" not in text and "notes" not in summary_of(output)
-    rows = [row | {"label": float(row["label"]) + 90} for row in read(path)]
-    far = write(tmp_path / "far.csv", rows)
+    rows = [row | {"label": float(row["label"]) + 90} for row in read_rows(path)]
+    far = write_rows(tmp_path / "far.csv", rows)
     argv = ["--task", "regression", "--model", encoder, "--train", far, "--valid", far]
     argv += ["--output", tmp_path / "run", *FAST, "--max-steps", 2]
     assert "worse than predicting the mean" in printed(FINETUNE.main, argv)
@@ -332,12 +327,12 @@ def test_a_model_that_is_worse_than_the_mean_is_noted(numbers, encoder, tmp_path
 
 @pytest.mark.parametrize("bad", ["high", "", "nan", "1,5", "inf"])
 def test_labels_that_are_no_numbers_are_reported(bad, encoder, tmp_path, capsys):
-    good = write(tmp_path / "good.csv", make_numbers(5, 1))
-    path = write(tmp_path / "bad.csv", [*make_numbers(3, 1), {"text": "bank", "label": bad}])
+    good = write_rows(tmp_path / "good.csv", make_numbers(5, 1))
+    path = write_rows(tmp_path / "bad.csv", [*make_numbers(3, 1), {"text": "bank", "label": bad}])
     argv = ["--task", "regression", "--model", encoder, "--train", good, "--valid", path]
-    refused(FINETUNE.main, argv, f"--valid {path}, line 5: ", capsys)
-    same = write(tmp_path / "same.csv", [{"text": "bank", "label": 2}] * 3)
-    refused(FINETUNE.main, [*argv[:-1], same], f"--valid {same}: ", capsys)
+    refusal(FINETUNE.main, argv, capsys, f"--valid {path}, line 5: ")
+    same = write_rows(tmp_path / "same.csv", [{"text": "bank", "label": 2}] * 3)
+    refusal(FINETUNE.main, [*argv[:-1], same], capsys, f"--valid {same}: ")
 
 
 def test_constant_and_infinite_outputs():
