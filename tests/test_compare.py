@@ -99,17 +99,6 @@ def test_a_change_and_its_interval_equal_a_slow_bootstrap(validation, vocabulary
     assert (change.low, change.high) == pytest.approx((low, high), abs=0.2 * width)
 
 
-def test_a_change_turns_around_and_is_0_between_equal_models(validation, vocabulary):
-    before = small_model(vocabulary.size)
-    after = changed(before, 2.0)
-    there = compare.compare(before, after, validation, CPU, PRECISION)
-    back = compare.compare(after, before, validation, CPU, PRECISION)
-    assert there.low > 0.1 and (back.before, back.after) == (there.after, there.before)
-    assert (back.low, back.high) == pytest.approx((-there.high, -there.low), abs=1e-6)
-    same = compare.compare(before, small_model(vocabulary.size), validation, CPU, PRECISION)
-    assert (same.difference, same.low, same.high) == (0, 0, 0)
-
-
 def test_few_documents_are_drawn_by_sequence(validation, vocabulary, monkeypatch):
     monkeypatch.setattr(compare, "MIN_DOCUMENTS", 1000)
     models = small_model(vocabulary.size), changed(small_model(vocabulary.size), 0.1)
@@ -225,5 +214,4 @@ PAIRS, MLM = "--input a.txt --objective mlm+nsp", "--objective mlm"
     ],
 )
 def test_what_cannot_be_compared_is_refused(line, shown, options, capsys):
-    told = refusal(command.main, options(line), capsys)
-    assert told.startswith(shown) and "\n" not in told
+    refusal(command.main, options(line), capsys, shown)

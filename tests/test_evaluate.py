@@ -233,25 +233,6 @@ def test_sample_predictions_equal_the_stock_model(
         assert text == " ".join(tokens).replace(" ##", "")
 
 
-def test_sample_predictions_escape_what_markdown_reads_as_a_column(
-    make, vocabulary, tiny_tokenizer
-):
-    validation = make("mlm")
-    label = int(validation.batches[0].labels["mlm"][0])
-
-    class Renamed:
-        """The tokenizer, one entry of which is a bar."""
-
-        def convert_ids_to_tokens(self, ids):
-            if isinstance(ids, int):
-                return "|" if ids == label else tiny_tokenizer.convert_ids_to_tokens(ids)
-            return [self.convert_ids_to_tokens(number) for number in ids]
-
-    samples = samples_of(small_model(vocabulary.size, "mlm"), validation, Renamed())
-    assert all(len(row) == 4 for _, rows in samples for row in rows)
-    assert samples[0][1][0][2] == "\\|"
-
-
 def test_sample_predictions_of_fewer_sequences_than_wanted(make, vocabulary, tiny_tokenizer):
     validation = make("mlm", size=1)
     samples = samples_of(small_model(vocabulary.size, "mlm"), validation, tiny_tokenizer)

@@ -68,12 +68,6 @@ def test_totals_add_up_in_double_precision_without_a_graph():
     assert total.read(CPU).counts == {"mlm": 9, "nsp": 3}
 
 
-def test_discarded_totals_are_zeros_even_if_not_finite():
-    total = LossTotals.of(losses(mlm=math.nan), {"mlm": 3, "nsp": 1}).where(torch.tensor(False))
-    assert total.sums == {"mlm": 0, "nsp": 0, "z": 0} and total.counts == {"mlm": 0, "nsp": 0}
-    assert total.read(CPU).means() == {}
-
-
 class SmallBatch:
     """The part of a batch that the meter reads."""
 
@@ -90,30 +84,17 @@ def fill(meter, steps):
         meter.add(totals, {"optim/grad_norm": torch.tensor(0.5)}, [SmallBatch()], flops=10.0)
 
 
-def test_a_restored_meter_continues():
-    """Saved between two logged steps, loaded into a new one: the log and the totals are the same,
-    except for the clock."""
-    straight, begun, resumed = (Meter(CPU, World(), 1e12) for _ in range(3))
-    for meter, steps in ((straight, 3), (begun, 3)):
-        fill(meter, steps)
-        meter.flush()
-    fill(straight, 5)
-    fill(begun, 2)
-    resumed.load_state_dict(begun.state_dict())
-    fill(resumed, 3)
-    rows = [meter.flush() for meter in (straight, resumed)]
-    for row in rows:
-        assert row["speed/padding"] == pytest.approx(1 - 30 / 32) and row["optim/grad_norm"] == 0.5
-        assert row["speed/tokens_per_second"] > 0 and 0 <= row["speed/data_wait"] <= 1
-        assert row["memory/peak_bytes"] > 0
-    numbers = [
-        {key: value for key, value in row.items() if key.startswith("train/")} for row in rows
-    ]
-    assert numbers[0] == numbers[1] and numbers[0]["train/z_loss"] == 1.0
-    for meter in (straight, resumed):
-        summary = meter.summary()
-        assert summary["real_tokens"] == 8 * 30 and summary["mask_shortfall"] == 8 / 40
-        assert summary["train_mlm_loss"] == 6.0
+def test_a_row_covers_the_steps_since_the_last_one_and_the_summary_all():
+    meter = Meter(CPU, World(), 1e12)
+    fill(meter, 3)
+    meter.flush()
+    fill(meter, 5)
+    row, summary = meter.flush(), meter.summary()
+    assert row["speed/padding"] == pytest.approx(1 - 30 / 32) and row["optim/grad_norm"] == 0.5
+    assert row["speed/tokens_per_second"] > 0 and 0 <= row["speed/data_wait"] <= 1
+    assert row["memory/peak_bytes"] > 0 and row["train/z_loss"] == 1.0
+    assert summary["real_tokens"] == 8 * 30 and summary["mask_shortfall"] == 8 / 40
+    assert summary["train_mlm_loss"] == 6.0
 
 
 def test_a_logged_number_of_sharded_weights_is_that_of_whole_ones(tmp_path):

@@ -12,7 +12,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT
 
 import pretrain
 from pretrain import cli
@@ -48,14 +48,6 @@ def test_each_command_has_a_console_script():
     (target,) = {*targets.values()}
     for name in (target, *(f"pretrain.commands.{name}:main" for name in NAMES)):
         assert callable(pkgutil.resolve_name(name))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_command_prints_the_version(name, capsys):
-    with pytest.raises(SystemExit) as end:
-        script(name).main(["--version"])
-    assert not end.value.code
-    assert capsys.readouterr().out.split() == ["bert-pretrain", pretrain.__version__]
 
 
 @pytest.fixture(scope="module")

@@ -60,20 +60,14 @@ def job(tmp_path):
     return start
 
 
-def test_a_job_that_is_about_to_end_saves_and_is_requeued(job, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 1)])
+def test_a_job_saves_and_is_requeued_unless_it_is_cancelled(number, code, job, tmp_path):
     process = job(code=0, seconds=60)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(20) == 0
-    assert (tmp_path / "saved").read_text() == str(int(signal.SIGUSR1))
-    assert (tmp_path / "requeued").read_text() == "requeue 70123\n"
-
-
-def test_a_job_that_is_cancelled_saves_and_is_not_requeued(job, tmp_path):
-    process = job(code=0, seconds=60)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 1
-    assert (tmp_path / "saved").read_text() == str(int(signal.SIGTERM))
-    assert not (tmp_path / "requeued").exists()
+    process.send_signal(number)
+    assert process.wait(20) == code
+    assert (tmp_path / "saved").read_text() == str(int(number))
+    texts = [path.read_text() for path in tmp_path.glob("requeued")]
+    assert texts == ["requeue 70123\n"] * (number == signal.SIGUSR1)
 
 
 @pytest.mark.parametrize("code", [0, 2])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import arguments_of, assert_same_run, interrupted_copy, pretrain_into, resume
+from conftest import arguments_of, assert_same_run, interrupted_copy, pretrain_into, refused, resume
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_reference import (
@@ -17,14 +17,12 @@ from packed_reference import (
     assert_close,
     assert_same_training,
     pad,
-    refused,
     roughen,
     small_config_of,
     small_packed,
     small_stock,
     stock_class,
 )
-from transformers import AutoModelForMaskedLM, ModernBertConfig
 
 from pretrain.batch import IGNORED
 from pretrain.config import MODEL_SIZES, Config
@@ -159,17 +157,6 @@ def test_the_types_of_layers_follow_their_number(count):
     assert (config.mlp_dropout, config.local_attention) == (0.2, 6)
 
 
-BAD = """hidden_dropout_prob=0 local_attention=0 local_attention=wide mlp_dropout=2 norm_eps=-1
-classifier_pooling=max hidden_activation=nothing classifier_activation=nothing
-num_hidden_layers=1000000000 hidden_size=31 hidden_size=30 initializer_cutoff_factor=0"""
-
-
-@pytest.mark.parametrize("entry", BAD.split())
-def test_overrides_that_make_no_model_are_refused(entry):
-    with refused(entry):
-        override(small_config_of("modernbert", VOCAB), [entry])
-
-
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 WRONG = [
     {"layer_types": ["full_attention"]},
@@ -188,8 +175,7 @@ def test_a_config_that_makes_no_model_is_refused(fields, tmp_path):
     small_stock("modernbert", "ForMaskedLM", VOCAB).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    with refused(tmp_path):
-        from_checkpoint(str(tmp_path))
+    refused(from_checkpoint, str(tmp_path), begins=f"{tmp_path}: ")
 
 
 def test_the_form_takes_the_configs_of_published_checkpoints(tmp_path):
@@ -246,12 +232,3 @@ def finished(arguments, tmp_path_factory):
 def test_a_run_from_scratch_resumes_bit_for_bit(finished, tmp_path):
     interrupted_copy(finished, tmp_path / "run", 2)
     assert_same_run(finished, resume(tmp_path / "run"), step=6)
-
-
-def test_its_model_opens_with_transformers(finished):
-    model, info = AutoModelForMaskedLM.from_pretrained(finished / "final", output_loading_info=True)
-    assert type(model) is transformers.ModernBertForMaskedLM
-    assert type(model.config) is ModernBertConfig
-    assert not any(info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
-    card = (finished / "final" / "README.md").read_text()
-    assert "AutoModelForMaskedLM" in card and "AutoModelForPreTraining" not in card

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_reference import small_model, small_packed
 from torch import nn
 
 from pretrain.config import OptimizationOptions
-from pretrain.errors import UserError
 from pretrain.runtime import optim
 from pretrain.runtime.muon import Muon
 from pretrain.runtime.optim import best_seconds, groups_of, make_optimizers, make_schedule, step_if
@@ -163,18 +163,13 @@ def test_a_non_finite_step_changes_nothing(name, poison):
 # Precision.
 
 
-def refused(precision, device):
-    with pytest.raises(UserError, match=f"{precision}: "):
-        optim.choose_precision(precision, device)
-
-
 def test_precision_on_cpu(monkeypatch):
     for name, expected in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
         assert optim.choose_precision("auto", CPU) == expected
         for asked in ("bf16", "fp32"):  # fast or not
             assert optim.choose_precision(asked, CPU) == asked
-    refused("fp16", CPU)
+    refused(optim.choose_precision, "fp16", CPU, names="fp16: ")
 
 
 def test_precision_on_cuda(monkeypatch):
@@ -186,7 +181,7 @@ def test_precision_on_cuda(monkeypatch):
         assert optim.choose_precision("auto", GPU) == expected
         for asked in ("fp16", "fp32"):
             assert optim.choose_precision(asked, GPU) == asked
-    refused("bf16", GPU)
+    refused(optim.choose_precision, "bf16", GPU, names="bf16: ")
 
 
 def test_autocast_computes_products_in_the_precision():
