@@ -12,7 +12,7 @@ import typing
 import weakref
 
 import pytest
-from conftest import ROOT, refusal, script
+from conftest import ROOT, refusal, refused, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,9 +98,7 @@ def test_a_typed_option_replaces_one_that_it_excludes(typed, tmp_path):
 )
 def test_a_wrong_file_is_named(content, named, tmp_path):
     argv = in_file(tmp_path, content)
-    with pytest.raises(UserError) as refused:
-        parse(argv, Config, "")
-    told = str(refused.value)
+    told = refused(parse, argv, Config, "")
     assert re.match(f"--config {argv[1]}(, line 2)?: ", told) and named in told
     assert "\n" not in told
 
@@ -125,16 +123,14 @@ def test_a_file_may_hold_a_part_of_what_belongs_together(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_named_and_an_empty_one_is_none(tmp_path):
     for path in (tmp_path / "absent.yaml", in_file(tmp_path, "{", "garbled.json")[1], tmp_path):
-        with pytest.raises(UserError, match=f"^--config {path}: "):
-            parse(["--config", str(path)], Config, "")
+        refused(parse, ["--config", str(path)], Config, "", begins=f"--config {path}: ")
     assert parse(in_file(tmp_path, ""), Config, "") == Config()
 
 
 def test_a_file_may_hold_options_of_another_command(tmp_path):
     argv = in_file(tmp_path, {"eval_tokens": 5, "seed": 2})
     assert parse(argv, FinetuneOptions, "", ignored=Config).seed == 2
-    with pytest.raises(UserError, match="eval_tokens"):
-        parse(argv, FinetuneOptions, "")
+    refused(parse, argv, FinetuneOptions, "", names="eval_tokens")
 
 
 MISSING = {
@@ -154,18 +150,10 @@ def test_missing_options_are_reported_at_once(name, capsys):
     assert sorted(line.partition(":")[0] for line in lines) == sorted(MISSING[name].split())
 
 
-PLURALS = {
-    "step": "steps",
-    "entity": "entities",
-    "micro-batch": "micro-batches",
-    "process": "processes",
-}
-
-
-@pytest.mark.parametrize("one", PLURALS)
-def test_a_number_agrees_with_its_noun(one):
-    shown = [counted(number, one) for number in (0, 1, 2000)]
-    assert shown == [f"0 {PLURALS[one]}", f"1 {one}", f"2,000 {PLURALS[one]}"]
+def test_a_number_agrees_with_its_noun():
+    nouns = {(1, "step"): "1 step", (2000, "step"): "2,000 steps", (0, "entity"): "0 entities"}
+    nouns |= {(2, "batch"): "2 batches", (3, "process"): "3 processes"}
+    assert {given: counted(*given) for given in nouns} == nouns
 
 
 # Exit codes.

@@ -116,12 +116,6 @@ def test_a_good_value_is_no_problem(line):
     assert validate(parse(line.split(), Config, "")) == []
 
 
-def test_all_problems_come_at_once():
-    options = Config(mask_rate=(1.5,), epochs=-1.0, max_length=2, resume=True)
-    names = [problem.split(" ")[0].rstrip(":") for problem in validate(options)]
-    assert names == ["--mask-rate", "--max-length", "--epochs", "--resume"]
-
-
 @pytest.mark.parametrize("kind", [Config, FinetuneOptions, AdaptOptions])
 def test_defaults_have_no_problem_and_cannot_be_changed(kind):
     options = kind()
