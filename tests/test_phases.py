@@ -1,13 +1,11 @@
 """--phases: one phase is a run of its length; each phase reads what a run of its length would, and
-no text twice in an epoch; interrupted anywhere equals uninterrupted; scores equal evaluate.py at
-the phase's length; bad phases are refused."""
+no text twice in an epoch; scores equal evaluate.py at the phase's length; bad phases are refused.
+test_mix.py interrupts a run with phases."""
 
 import dataclasses
-import shlex
 import shutil
 
 import pytest
-import torch
 from conftest import (
     SHORT_RUN,
     SIZES,
@@ -20,40 +18,25 @@ from conftest import (
     observed_run,
     pretrain_into,
     refusal,
+    refused,
     resume,
     rows,
     scores_of,
     summary_of,
-    write_documents,
 )
-from test_faults import KILL, at, send, start
 
-from pretrain import build, plan, train
+from pretrain import build, plan
 from pretrain.commands import show_masks
 from pretrain.commands.pretrain import main
 from pretrain.data.collate import Collator
 from pretrain.data.loader import DataPosition, PretrainingDataset
 from pretrain.data.masking import Masking
 from pretrain.data.pairs import Task
-from pretrain.data.prepare import prepare
-from pretrain.data.sources import check_files
 from pretrain.data.tokenizer import describe, load
-from pretrain.errors import UserError
 from pretrain.files import read_json
-from pretrain.pretraining import print_plan
 from pretrain.runtime import checkpoint as ckpt
 
 SWITCH = 6  # steps of the first phase of `finished`
-
-
-@pytest.fixture(scope="module")
-def source(text_file, tiny_tokenizer, tmp_path_factory):
-    """A corpus of several shards."""
-    folder = tmp_path_factory.mktemp("phases") / "corpus"
-    files = check_files([text_file])
-    corpus = prepare(files, "sentences", tiny_tokenizer, folder, piece_bytes=20_000)
-    assert corpus.num_shards > 3
-    return corpus
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +95,7 @@ def test_micro_batches_equal_a_run_of_that_length(finished, source):
     assert max(max(batch.lengths[: batch.num_sequences]) for batch in found) > 32
 
 
-# Interrupted.
-
-
-@pytest.mark.parametrize(("call", "workers"), [(3, 0), (SWITCH + 1, 2), (SWITCH + 3, 0)])
-def test_killed_then_resumed(finished, arguments, output, call, workers):
-    kill = at(train, "train_step", call, send(KILL))
-    start(output, arguments, "--resume", fault=kill, ends_with=-KILL)
-    resume(output, arguments, f"--workers {workers}")
-    assert_same_run(finished.output, output)
+# Resumed.
 
 
 def test_more_steps_move_the_phases(finished, output, steps_seen, capsys):
@@ -186,8 +161,8 @@ def test_memory_is_tried_for_each_phase(arguments, output, monkeypatch):
     assert tried == [32, 80] * 2 and run.micro_batch_size == 4
     # None fits; and 2 x 32 tokens have no room for a sequence of 128.
     monkeypatch.setattr(build, "trial_seconds", lambda *more: None)
-    with pytest.raises(UserError, match=r"^--micro-batch-size 4: .*\(--phases\)"):
-        built(output, arguments, "--phases 32:0.5 128:0.5")
+    more = {"begins": "--micro-batch-size 4: ", "names": "(--phases)"}
+    refused(built, output, arguments, "--phases 32:0.5 128:0.5", **more)
 
 
 def test_a_model_from_scratch_has_positions_for_the_longest_phase(arguments, output):
@@ -198,39 +173,6 @@ def test_a_model_from_scratch_has_positions_for_the_longest_phase(arguments, out
 
 
 # Other commands, and what is printed.
-
-
-@pytest.mark.parametrize(("step", "number"), [(2, "1"), (8, "2")])
-def test_show_masks_repeats_the_data_of_a_step(
-    finished, arguments, step, number, tmp_path, monkeypatch
-):
-    run = built(finished.output, arguments, "--resume")
-    position = position_after(finished.output, step)
-    python, script, *argv = shlex.split(run.rebuild_command(step + 1, position))
-    assert (python, script) == ("python", "scripts/show_masks.py")
-    assert argv[argv.index("--phase") + 1] == number
-    monkeypatch.chdir(tmp_path)
-    show_masks.main(argv)
-    shown = torch.load("batch.pt")
-    assert len(shown) == len(finished.steps[step]) == 2
-    for left, right in zip(shown, finished.steps[step]):
-        assert torch.equal(left["input_ids"], right.input_ids)
-
-
-def test_the_embedded_text_takes_phases(tmp_path, output, documents, monkeypatch):
-    text = write_documents(tmp_path / "text.txt", documents)
-    monkeypatch.setattr("pretrain.demo.write_text", lambda cache: text)
-    more = "--max-steps 2 --vocab-size 120 --phases 32:0.5 48:0.5 --log-every 1 --batch-size 16"
-    pretrain_into(output, more, SIZES, ["--cache", tmp_path / "cache"])
-    assert [row.get("train/max_length") for row in rows(output)] == [None, 32, 48]
-
-
-def test_the_plan_is_printed(arguments, output, capsys):
-    print_plan(built(output, arguments))
-    told = capsys.readouterr().out
-    assert "phase 1: steps 1 to 6, sequences of 32 tokens, 8 " in told
-    assert "phase 2: steps 7 to 10, sequences of 80 tokens, 3.2 " in told
-    assert "mlm+nsp at 32 tokens: " in told and "mlm+nsp at 80 tokens: " in told
 
 
 # Refused.
@@ -245,15 +187,13 @@ def test_the_plan_is_printed(arguments, output, capsys):
 )
 def test_phases_that_do_not_fit_the_run_are_refused(arguments, output, more, beginning, capsys):
     command = arguments_of(arguments, "--micro-batch-size 16", SIZES, more, ["--output", output])
-    assert refusal(main, command, capsys).startswith(beginning)
-    assert not output.exists()
+    refusal(main, command, capsys, beginning, output)
 
 
 @pytest.mark.parametrize("more", ["--phases 32:0.5 80:0.5", "--max-length 32"])
 def test_other_phases_are_refused_on_resume(finished, more, capsys):
     command = arguments_of("--resume --output", [finished.output], more)
-    told = refusal(main, command, capsys)
-    assert told.startswith(f"{more}: ") and "\n" not in told
+    told = refusal(main, command, capsys, f"{more}: ")
     assert "--phases 32:0.6" in told.removeprefix(more)
 
 
