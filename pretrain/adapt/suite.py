@@ -17,7 +17,7 @@ from pretrain.adapt.pipeline import run_fine_tuning
 from pretrain.cli import as_command, parse, read_options
 from pretrain.config import FinetuneOptions, SuiteOptions
 from pretrain.errors import UserError, check, refusing
-from pretrain.files import key_of, markdown_table, sha256_of, write_json, write_text
+from pretrain.files import key_of, markdown_table, model_folder, sha256_of, write_json, write_text
 from pretrain.finetune.build import build
 from pretrain.finetune.scores import numbers_of
 from pretrain.preflight import start_problems, validate
@@ -106,7 +106,9 @@ def _files_of(folder: Path, split: str, given: str | Sequence[str] | None) -> tu
 
 def _key_of(options: FinetuneOptions) -> str:
     sums = [sha256_of(Path(path)) for path in files_read(options)]
-    names = {"model": "", "train": (), "valid": (), "test": ()}  # their content counts
+    names = {"train": (), "valid": (), "test": ()}  # their content counts
+    if Path(model_folder(options.model)).is_dir():  # a hub name stays: it has no files here
+        names["model"] = ""
     return key_of([asdict(replace(options, **names)), sums])
 
 

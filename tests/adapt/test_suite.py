@@ -78,6 +78,29 @@ def test_its_numbers_are_those_of_its_runs_and_it_runs_only_what_changed(place, 
     assert new == ["pairs-2", "plain-0", "plain-1", "plain-2"]
 
 
+def put_on_hub(cache, name, seed, tokenizer):
+    """Put a model into the hub's cache."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    torch.manual_seed(seed)
+    model = BertModel(BertConfig(vocab_size=len(tokenizer), **SMALL))
+    for saved_part in (model, tokenizer):
+        saved_part.save_pretrained(folder / "snapshots" / ("0" * 40))
+
+
+def test_another_model_on_the_hub_is_fine_tuned_anew(place, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    output, results = tmp_path / "out", []
+    for seed, name in enumerate(["a/one", "b/two", "a/one"]):
+        if not results[1:]:
+            put_on_hub(tmp_path / "hub", name, seed, tiny_tokenizer)
+        SUITE(options_for(place, place / "tasks", output, "--seeds", "1", "--model", name))
+        results.append(saved(output))
+    first, second, third = results
+    assert second == third and len(second) == 2 * len(first)
+
+
 def test_an_interrupted_suite_gives_the_same_result(place, tmp_path):
     whole, output = tmp_path / "whole", tmp_path / "out"
     SUITE(options_for(place, place / "tasks", whole, "--seeds", "1"))
