@@ -34,6 +34,7 @@ SET_HERE = {  # options of the two commands that only the experiment may set
     "finetune": (*RUN_OPTIONS, "label_budget", "seed", "save_model", *LABEL_OPTIONS),
 }
 TRAINED_ON = {"adapted": "text", "control": "control"}  # encoder -> text
+MODEL_FILES = ("json", "safetensors", "bin", "txt")  # the last two in folders of older versions
 ENTRIES = (  # names in the folder of an experiment
     r"experiment\.json|parts|adapted|control|finetune|report\.(md|html)|\w+\.(png|jsonl)"
     r"|\..*\.(partial|lock)"
@@ -228,7 +229,7 @@ def _record_of(experiment: Experiment) -> dict[str, dict]:
 def files_read(options: AdaptOptions | FinetuneOptions) -> list[str | Path]:
     """The files of the labeled rows and, if the model is in a folder, those of the model."""
     model = Path(model_folder(options.model))
-    of_model = sorted([*model.glob("*.json"), *model.glob("*.safetensors")])
+    of_model = sorted(path for kind in MODEL_FILES for path in model.glob(f"*.{kind}"))
     return [*expand([*options.train, *options.valid, *options.test]), *of_model]
 
 

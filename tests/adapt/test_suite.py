@@ -7,6 +7,7 @@ from statistics import mean, stdev
 import pytest
 import torch
 from conftest import refusal, script
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 pytest.importorskip("sklearn")
@@ -99,6 +100,19 @@ def test_another_model_on_the_hub_is_fine_tuned_anew(place, tiny_tokenizer, tmp_
         results.append(saved(output))
     first, second, third = results
     assert second == third and len(second) == 2 * len(first)
+
+
+def test_another_model_with_pickled_weights_is_fine_tuned_anew(place, tmp_path):
+    pickled, output = tmp_path / "pickled", tmp_path / "out"
+    shutil.copytree(place / "model", pickled)
+    weights = load_file(pickled / "model.safetensors")
+    (pickled / "model.safetensors").unlink()
+    for scale in (1, 2):
+        torch.save(
+            {key: scale * value for key, value in weights.items()}, pickled / "pytorch_model.bin"
+        )
+        SUITE(options_for(place, place / "tasks", output, "--seeds", "1", "--model", str(pickled)))
+    assert len(saved(output)) == 4
 
 
 def test_an_interrupted_suite_gives_the_same_result(place, tmp_path):
