@@ -10,7 +10,6 @@ from pathlib import Path
 
 from pretrain import config
 from pretrain.adapt.domain import read_text
-from pretrain.adapt.measures import MEASURES, Classification
 from pretrain.adapt.parts import Parts
 from pretrain.cli import parse
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
@@ -19,6 +18,7 @@ from pretrain.errors import MORE, UserError, check, option_named, require
 from pretrain.files import lock, model_folder, read_json, sha256_of, write_json
 from pretrain.finetune.build import budget_range, build, metric_of
 from pretrain.finetune.dataset import LabeledRows
+from pretrain.finetune.tasks import TASKS, Classification
 from pretrain.inputs import MODEL_WAYS, TextFiles, check_sample, marked_in
 from pretrain.model.loading import from_checkpoint
 from pretrain.model_setup import decide_precision, task_problems
@@ -73,9 +73,9 @@ class Experiment:
         return self.texts | ({"general": self.general} if self.options.replay else {})
 
     @property
-    def measure(self) -> Classification:
-        """What the task has to compare."""
-        return MEASURES[self.finetuning.task]
+    def task(self) -> Classification:
+        """What is fine-tuned on."""
+        return TASKS[self.finetuning.task]
 
     def part(self, name: str, work: Callable[..., dict], *arguments: object) -> dict:
         """The saved result of a part, or else the result of `work(self, *arguments)`."""

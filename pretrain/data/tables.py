@@ -102,7 +102,6 @@ def path_of(where: str) -> str:
 
 def no_column(record: dict, where: str, name: str | None, field: str) -> UserError:
     """The error for a record without the column `name`; `field` is text, label or the like."""
-    option = "label" if field == "span" else field.replace(" ", "_")
     names = [str(column) for column in record]
     shown = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..." for name in names]
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
@@ -111,7 +110,7 @@ def no_column(record: dict, where: str, name: str | None, field: str) -> UserErr
     header = ""
     if format_of(path) in ("csv", "tsv"):
         where, header = f"{path}, line 1", " in the header" + " (is it missing?)" * (shown != names)
-    expected = f'the option "{option}_field" with one of {columns}'
+    expected = f'the option "{field.replace(" ", "_")}_field" with one of {columns}'
     return UserError(f"{where}: no column {name!r}{header}; expected {expected}")
 
 

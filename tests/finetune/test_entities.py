@@ -15,8 +15,9 @@ from pretrain.batch import IGNORED
 from pretrain.config import LabelOptions
 from pretrain.data.tokenizer import without_limits
 from pretrain.finetune.dataset import LabeledRows
-from pretrain.finetune.entities import decode, labels_of, read_tagged_rows, tag_words, tags_of
+from pretrain.finetune.entities import decode, labels_of, tag_words, tags_of
 from pretrain.finetune.scores import EntityTally
+from pretrain.finetune.tasks import TASKS
 from pretrain.finetune.windows import OVERLAP, TaggedDataset, TaggedText
 
 TEXTS = ["Ada met Bo Li in Rome .", "nothing here", "Rome"]
@@ -25,7 +26,7 @@ TAGS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 
 
 def read(*paths, tags=None, **options):
-    return read_tagged_rows([str(path) for path in paths], LabelOptions(**options), tags)
+    return TASKS["ner"].read([str(path) for path in paths], LabelOptions(**options), tags)
 
 
 def as_conll(texts, entities, scheme="BIO"):
