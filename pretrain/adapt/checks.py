@@ -210,7 +210,7 @@ def open_experiment(experiment: Experiment) -> None:
 def _record_of(experiment: Experiment) -> dict[str, dict]:
     """Everything that decides the results, in the form of experiment.json."""
     options, pretraining = experiment.options, experiment.pretraining
-    files = files_read(options)
+    files = [*expand([*options.train, *options.valid, *options.test]), *model_files(options.model)]
     files += filter(None, [pretraining.lexicon, pretraining.similar, pretraining.add_tokens])
     values, changeable = asdict(options), config.may_change(AdaptOptions)
     texts = {}
@@ -226,11 +226,10 @@ def _record_of(experiment: Experiment) -> dict[str, dict]:
     return json.loads(json.dumps(record))  # tuples become lists, as in a file
 
 
-def files_read(options: AdaptOptions | FinetuneOptions) -> list[str | Path]:
-    """The files of the labeled rows and, if the model is in a folder, those of the model."""
-    model = Path(model_folder(options.model))
-    of_model = sorted(path for kind in MODEL_FILES for path in model.glob(f"*.{kind}"))
-    return [*expand([*options.train, *options.valid, *options.test]), *of_model]
+def model_files(model: str) -> list[Path]:
+    """The files of a model that is in a folder; none for a name on the hub."""
+    folder = Path(model_folder(model))
+    return sorted(path for kind in MODEL_FILES for path in folder.glob(f"*.{kind}"))
 
 
 def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:

@@ -115,6 +115,27 @@ def test_another_model_with_pickled_weights_is_fine_tuned_anew(place, tmp_path):
     assert len(saved(output)) == 4
 
 
+def test_a_task_runs_again_if_its_files_change_places(place, tmp_path):
+    tasks, output = tmp_path / "tasks", tmp_path / "out"
+    shutil.copytree(place / "tasks" / "plain", tasks / "plain")
+    write_rows(tasks / "plain" / "test.csv", "text,label,more", 24)
+    for splits in ({}, {"valid": "test.csv", "test": "valid.csv"}):
+        (tasks / "plain" / "task.json").write_text(json.dumps(splits), "utf-8")
+        SUITE(options_for(place, tasks, output, "--seeds", "1"))
+    assert len(saved(output)) == 2
+
+
+def test_a_file_of_options_keeps_those_of_the_tasks(place, tmp_path):
+    output, options = tmp_path / "out", tmp_path / "options.json"
+    options.write_text(json.dumps({"max-steps": 1, "learning-rate": 1e-2}), "utf-8")
+    more = ["--seeds", "1", "--finetune", f"--config {options}"]
+    SUITE(options_for(place, place / "tasks", output, *more))
+    facts = json.loads((output / "suite.json").read_text())["tasks"]
+    assert (facts["pairs"]["metric"], facts["plain"]["metric"]) == ("accuracy", "macro_f1")
+    for folder in (output / "runs").iterdir():
+        assert json.loads((folder / "config.json").read_text())["max_steps"] == 1
+
+
 def test_an_interrupted_suite_gives_the_same_result(place, tmp_path):
     whole, output = tmp_path / "whole", tmp_path / "out"
     SUITE(options_for(place, place / "tasks", whole, "--seeds", "1"))

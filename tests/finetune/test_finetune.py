@@ -571,13 +571,17 @@ def stopped(whole, output):
     return output
 
 
-def test_a_resumed_run_refuses_other_options_and_other_rows(stopped, files, tmp_path, capsys):
+def test_a_resumed_run_refuses_other_options_and_other_rows(
+    stopped, whole, files, tmp_path, capsys
+):
     for name, value in (
         ("--metric", "accuracy"),
         ("--label-budget", "30"),
         ("--train", files["valid"]),
     ):
         command = ["--resume", "--output", stopped, name, value]
+        assert refusal(FINETUNE.main, command, capsys).startswith(f"{name} {value}: ")
+        command[2] = whole["adamw"][1]  # finished, so it has no checkpoint
         assert refusal(FINETUNE.main, command, capsys).startswith(f"{name} {value}: ")
     path = Path(json.loads((stopped / "config.json").read_text())["valid"][0])
     rows = path.read_text()
