@@ -1,6 +1,7 @@
 """--mix: the batches of a run have its shares; interrupted anywhere, with workers, equals
 uninterrupted; two processes equal one; each text has its scores; bad shares are refused."""
 
+import json
 import re
 import shlex
 
@@ -34,7 +35,7 @@ from pretrain.files import read_json
 from pretrain.pretraining import print_plan
 from pretrain.runtime import checkpoint as ckpt
 
-MIX = "--mix 3 1 --phases 32:0.6 48:0.4 --micro-batch-size 4"
+MIX = "--mix 3 1 --phases 32:0.6 48:0.4 --micro-batch-size 4 --nsp-weight 0.5"
 OTHER = "eval_general_notes"
 
 
@@ -107,7 +108,7 @@ def test_the_plan_says_how_often_each_text_is_read(arguments, output, texts, cap
 
 @pytest.mark.parametrize("objective", ["mlm", "mlm+sop"])
 def test_other_objectives(arguments, output, objective, steps_seen):
-    pretrain_into(output, arguments, "--max-steps 3 --objective", [objective])
+    pretrain_into(output, arguments, "--nsp-weight 1 --max-steps 3 --objective", [objective])
     counts = [batch.counts for batches in steps_seen for batch in batches]
     assert len(counts) == 12
     for of_batch in counts:
@@ -157,6 +158,26 @@ def test_a_run_without_a_mixture_saves_what_it_did(text_file, cache, output):
     assert "+" not in state["corpus"]
     position = ckpt.read_states(checkpoint)["data"]["position"]
     assert len(position) == 3 and "mix" not in read_json(checkpoint / "pretraining.json")
+
+
+@pytest.mark.parametrize("by", ["lexicon", "field"])
+def test_only_the_first_text_must_have_entities(by, texts, cache, tmp_path, output, steps_seen):
+    rows_of_texts = ["river bank money ."] * 40, ["other words ."] * 40
+    if by == "lexicon":
+        pytest.importorskip("ahocorasick_rs")
+        (tmp_path / "terms").write_text("river bank\n")
+        more = ["--lexicon", tmp_path / "terms"]
+    else:
+        more = ["--entity-field", "spans"]
+    for name, texts_of in zip("ab", rows_of_texts):
+        spans = {"spans": [[0, 5]]} if name == "a" and by == "field" else {}
+        records = [json.dumps({"text": text} | spans) for text in texts_of]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(records))
+    files = ["--train", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--cache", cache, *more]
+    task = "--mix 1 1 --masking entity --objective mlm --max-length 16 --valid-fraction 0"
+    short = "--max-steps 2 --batch-size 8 --vocab-size 100 --model tiny"
+    pretrain_into(output, files, task, short)
+    assert len(steps_seen) == 2
 
 
 # Numbers.

@@ -192,6 +192,11 @@ def test_the_table_of_a_run_has_no_special_token(tiny_tokenizer, vocabulary, tmp
 # Examples.
 
 
+def test_a_recipe_decides_the_mask_rate(show):
+    for recipe, rate in (("auto", 0.3), ("classic", 0.15)):
+        assert any(f"mask rate {rate}" in line for line in show(f"--recipe {recipe}"))
+
+
 @pytest.mark.parametrize("number", [0, 5, 40])
 def test_the_number_of_examples(number, show, collated):
     told = show(f"--examples {number} --sampled 3")

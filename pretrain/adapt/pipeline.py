@@ -5,6 +5,7 @@ and every encoder is fine-tuned for every label budget and seed. Each part saves
 `parts/`, so an interrupted experiment resumes where it stopped.
 """
 
+import importlib.util
 import json
 from dataclasses import replace
 from itertools import product
@@ -107,6 +108,8 @@ def compare(experiment: Experiment) -> dict:
     records = ({"text": "\n".join(parts)} for parts in experiment.rows["train"].texts)
     write_rows(experiment.output / "task.jsonl", records, as_csv=False)
     options, model = replace(experiment.pretraining, **CLEANED), experiment.options.model
+    if options.words == "auto" and importlib.util.find_spec("rjieba") is None:
+        options = replace(options, words="tokenizer")  # Chinese is compared by characters
     texts, inputs = {}, []
     for name in ("text", "task", "control")[: 1 + len(experiment.texts)]:
         path = str(experiment.output / f"{name}.jsonl")

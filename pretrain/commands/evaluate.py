@@ -77,7 +77,8 @@ def main(argv: Sequence[str]) -> None:
         texts[name] = check_text(paths, f"--input {name}".strip(), options, world)
     models = {}
     for name, (model, *_) in loaded.items():
-        model.use_pairs(1.0 if OBJECTIVES[options.objective] else None)
+        weight = facts.get("nsp_weight", 1.0)
+        model.use_pairs(weight if OBJECTIVES[options.objective] else None)
         models[name] = model.to(device)
     numbers = {}
     for name, text in texts.items():

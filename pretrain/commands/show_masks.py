@@ -38,6 +38,7 @@ class ShowMasksOptions(
     """Display: options of show_masks.py."""
 
     model: str = option("base", "model whose tokenizer is used, or a size, as in pretraining")
+    recipe: str = option("auto", "decides the mask rate, as in pretraining", config.RECIPE)
     mask_rate: config.Numbers = option(
         (),
         "share to predict; two: linear schedule (default: auto, as in pretraining)",
@@ -72,6 +73,8 @@ def main(argv: Sequence[str]) -> None:
     check(problems + (output_problems(options, "save", may_exist=True) if options.save else []))
     if not options.mask_rate:
         rate = recipe.auto_mask_rate(options, options.model in config.MODEL_SIZES)
+        if options.recipe == "classic":
+            rate = recipe.CLASSIC["mask_rate"]
         options = replace(options, mask_rate=rate)
 
     import torch

@@ -84,11 +84,12 @@ def read_rows(entry: str, kind: str, encoding: str = UTF8) -> Iterator[tuple[str
 
 
 def choose_field(record: dict, where: str) -> str:
-    """The column of the text: "text", or the only column of words."""
+    """The column of the text: "text", or the only column that may hold words, as far as this record
+    tells: an empty cell may in other records."""
     if "text" in record:
         return "text"
-    texts = [field for field, value in record.items() if isinstance(value, str)]
-    texts = [field for field in texts if not re.fullmatch(r"[\d.,+-]*", record[field])]
+    texts = [field for field, value in record.items() if value is None or isinstance(value, str)]
+    texts = [field for field in texts if not re.fullmatch(r"[\d.,+-]+", record[field] or "")]
     has_header = format_of(path_of(where)) in ("csv", "tsv")
     if len(texts) != 1 or (has_header and len(texts[0]) > MAX_NAME and SENTENCE.search(texts[0])):
         raise no_column(record, where, "text", "text")
