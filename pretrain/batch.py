@@ -70,7 +70,8 @@ class Loss:
     The update minimizes weight x (sums of all micro-batches and processes) / (their counts)."""
 
     sum: Tensor  # float32 scalar, with gradient
-    num_correct: Tensor | None = None  # int64 scalar; None: the term has no accuracy
+    # Scalar: the number of correct predictions, or the sum of their weights. None: no accuracy.
+    num_correct: Tensor | None = None
     weight: float = 1.0
     count: str = ""  # the name in Batch.denominators of its denominator; "": its own name
 

@@ -211,9 +211,17 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict:
         if shown != word:  # bytes that are not UTF-8 arrive as halves of surrogate pairs
             place = shown if word.startswith("--") else f"{option} {shown}".strip()
             raise UserError(f"{place}: not UTF-8; expected UTF-8 and a locale such as C.UTF-8")
-        words.append(FORMER_NAMES.get(name, name) + equals + value)
+        if word.startswith("--"):
+            words.append(FORMER_NAMES.get(name, name) + equals + _at_home(value))
+        else:
+            words.append(_at_home(word))
     values = vars(parser.parse_args(words))
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+
+
+def _at_home(text: str) -> str:
+    """`text` with the home folder for ~, which a shell leaves after "=", and a file has as is."""
+    return os.path.expanduser(text) if text.startswith("~/") else text
 
 
 def _as_flags(values: dict, options: type) -> list[str]:

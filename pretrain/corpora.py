@@ -164,11 +164,11 @@ def report_added(
     if not added:
         return {}
     ids = sorted(added)
-    size = ids[-1] + 2  # the last one counts all ids above
+    size = len(tokenizer)
     counts = np.zeros(size, np.int64)
     for corpus in corpora:
         for index in range(corpus.num_shards):
-            counts += np.bincount(np.minimum(corpus.tokens(index), size - 1), minlength=size)
+            counts += np.bincount(corpus.tokens(index), minlength=size)
     found = Counter(dict(zip(tokenizer.convert_ids_to_tokens(ids), counts[ids].tolist())))
     never = [token for token, count in found.items() if not count]
     common = found.most_common(min(SHOWN_TOKENS, len(found) - len(never)))
@@ -227,7 +227,8 @@ def open_or_prepare(
         normalizer = tokenizer.backend_tokenizer.normalizer
         ignore_case = normalizer is not None and normalizer.normalize_str("A") == "a"
         markup = replace(text.markup, ignore_case=ignore_case)
-        settings = [text.text_format, vocabulary.fingerprint, FORMAT_VERSION, markup.key]
+        roles = tokenizer.special_tokens_map  # saved with the corpus, in no fingerprint
+        settings = [text.text_format, vocabulary.fingerprint, FORMAT_VERSION, markup.key, roles]
         folder = output or cache / content_key(text.sources, *settings)
         with main_first(world):
             if not (folder / "corpus.json").is_file():
@@ -235,7 +236,8 @@ def open_or_prepare(
                 if not is_accepted:
                     sample = check_sample(text, tokenizer, ways)
                 found = (markup.find(*item) for item in text.sentences() if item)
-                if (masking == "entity" or markup.lexicon) and not any(found):
+                needs_entities = masking == "entity" or markup.lexicon and masking != "any"
+                if needs_entities and not any(found):
                     raise no_entities(text)
             with contextlib.nullcontext() if output else cache_named(cache):
                 corpus = prepare(

@@ -109,12 +109,15 @@ def check_text(
 
     `masking` says what to mark in it: a value of --masking, or "any" for everything."""
     text = TextFiles([], "", option=option, paths=tuple(paths))
+    # The texts of a mixture may lack them, except for the first; see `marked_in`.
+    may_lack_entities = masking == "any" and hasattr(options, "masking")
     with option_named(option):
         if any(map(is_corpus, paths)):
             _check_corpus(text, options)
             return text
         with main_first(world), cache_named(options.cache):
-            sources, text_format = open_files(paths, options, masking in ("entity", "any"))
+            with_entities = masking in ("entity", "any")
+            sources, text_format = open_files(paths, options, with_entities, may_lack_entities)
             for entry in expand(paths):
                 _report_unread_splits(option, entry)
     text = replace(text, sources=sources, text_format=text_format)
@@ -285,6 +288,12 @@ def add_tokens(
     specials, words = options.add_special_tokens, []
     if options.add_tokens:
         words = _read_new_words(tokenizer, options)
+    highest = max(tokenizer.get_vocab().values())
+    if (words or specials) and highest >= len(tokenizer):
+        option = typed(options, "add_tokens" if words else "add_special_tokens")
+        problem = f"the vocabulary has {len(tokenizer):,} entries, but an id of {highest:,}"
+        expected = "expected each entry once: a new token would replace another"
+        raise UserError(f"{option}: {problem}; {expected}")
     found = tokenizers.special_problems(tokenizer, specials, words)
     check([f"--add-special-tokens {problem}" for problem in found])
     return tokenizers.add_tokens(tokenizer, words, specials) if words or specials else {}

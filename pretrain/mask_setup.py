@@ -86,7 +86,7 @@ def report_long_entities(
         fits = sizes <= allowed[packed.sequence[packed.entities]]
         num_entities += int((sizes > 0).sum())
         num_fitting += int(((sizes > 0) & fits).sum())
-    if num_fitting < MIN_FITTING_SHARE * num_entities or not num_entities:
+    if num_fitting < MIN_FITTING_SHARE * num_entities:
         entities = counted(num_entities, "entity")
         found = f"{num_fitting:,} of {entities} fit in that share of a sequence"
         advice = "the others are never masked whole; use a higher budget or longer documents"

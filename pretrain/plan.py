@@ -14,6 +14,7 @@ from pretrain.config import (
     Config,
     counted_length,
     length_option,
+    longest,
     min_micro_batch_size,
     phase_ends,
     phase_lengths,
@@ -71,12 +72,19 @@ def check_sizes(config: Config, saved: dict, world: World) -> None:
 
 def default_micro_batch_size(config: Config, device: torch.device, world: World) -> int:
     """The largest size that divides a step evenly, up to what keeps the device busy. Prints a
-    warning if no divisor is good."""
+    warning if no divisor is good; UserError if none has room for the longest sequence."""
     batch = config.batch_size
     length, smallest = counted_length(config), min_micro_batch_size(config)
     enough = max(smallest, GPU_TOKENS // length if device.type == "cuda" else CPU_SEQUENCES)
-    found = _largest_divisor(batch // world.size, smallest, enough) or smallest
-    if 2 * found < min(enough, batch // world.size):
+    each = batch // world.size
+    divisors = [size for size in range(smallest, each + 1) if each % size == 0]
+    if not divisors:
+        on_each = f" on each of {world.size} processes" if world.size > 1 else ""
+        problem = f"no equal micro-batches{on_each} have room for {longest(config)} tokens"
+        expected = f"expected a multiple of {smallest * world.size}"
+        raise UserError(f"--batch-size {batch}: {problem}; {expected}")
+    found = max((size for size in divisors if size <= enough), default=divisors[0])
+    if 2 * found < min(enough, each):
         problem = f"--batch-size {batch}: divides into micro-batches of only {found}, which is slow"
         print(f"{problem}; a multiple of {enough * world.size} would be faster")
     return found

@@ -130,6 +130,7 @@ class PretrainingRun(Run):
         facts = recipe.values_of(config) | {
             "max_length": phase.max_length,
             "objective": config.objective,
+            "nsp_weight": config.nsp_weight,
             "masking": config.masking,
             "started_from": config.model,
             "language": None if config.split_sentences == AUTO else config.split_sentences,

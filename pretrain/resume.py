@@ -38,7 +38,7 @@ def resume_point(output: Path, config, form: dict, world: World) -> tuple[Path |
         return None, {}
     with option_named("--resume"):
         saved = ckpt.read_values(checkpoint, form)
-    check(_changed_options(config, saved, output / "config.json"))
+    check(changed_options(config, saved, output / "config.json"))
     if saved["processes"] == world.size:
         torch.set_num_threads(saved["threads"])
     return checkpoint, saved
@@ -92,9 +92,11 @@ def _has_moved(name: str, before: object, now: object) -> bool:
     return same_names and are_gone
 
 
-def _changed_options(config, saved: dict, path: Path) -> list[str]:
-    """A problem, with both values, for each option that changed but must not on resume. Names
-    `path`, the run's config.json, if the new value comes from there."""
+def changed_options(config, saved: dict, path: Path) -> list[str]:
+    """A problem, with both values, for each option that changed but must not on resume.
+
+    `saved`: the plain values of a checkpoint, or only its "options". Names `path`, the run's
+    config.json, if the new value comes from there."""
     before, now, problems = saved["options"], portable_options(config), []
     try:
         in_file = read_json(path)
@@ -103,7 +105,7 @@ def _changed_options(config, saved: dict, path: Path) -> list[str]:
     changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
     changed -= may_change(type(config))
     changed = {name for name in changed if not _has_moved(name, before[name], now[name])}
-    if now["micro_batch_size"] == saved["micro_batch_size"]:
+    if now["micro_batch_size"] == saved.get("micro_batch_size"):
         changed.discard("micro_batch_size")
     replaced = {}
     if {"phases", "max_length"} <= changed:  # one replaced the other

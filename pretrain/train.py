@@ -24,7 +24,7 @@ from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import gather, gradient_sync, sum_counts, wait_for_all, wrap
 from pretrain.runtime.memory import explained
 from pretrain.runtime.monitor import Monitor
-from pretrain.runtime.nan_guard import NanGuard, ScaleWatch
+from pretrain.runtime.nan_guard import NanGuard
 from pretrain.runtime.optim import (
     check_state,
     groups_of,
@@ -170,7 +170,7 @@ def train(run: Run) -> dict:
 
     state = TrainState(evaluated_at=-1 if run.evaluates_first else 0)
     meter = Meter(device, world, peak_flops(device, run.precision))
-    guard = NanGuard(rebuild=run.rebuild_command, precision=run.precision)
+    guard = NanGuard(rebuild=run.rebuild_command)
     parts = {
         "run": run,
         "train": state,
@@ -187,7 +187,6 @@ def train(run: Run) -> dict:
     saved_at = (state.step, state.evaluated_at)
     monitor = run.open_monitor(state.step, evaluated=state.evaluated_at == state.step)
     guard.report = monitor.say
-    scale = ScaleWatch(scaler, monitor.say)
     run.model.train()
     with StopFlag(config.max_minutes, run.time_limit) as stop, explained(*run.error_labels):
         while True:
@@ -220,7 +219,8 @@ def train(run: Run) -> dict:
             meter.add(result.losses, result.logged, batches, run.flops(batches))
             monitor.advance()
             if state.step in (1, *run.phase_ends) or state.step % config.log_every == 0:
-                monitor.log(state.step, meter.flush() | run.data.logged() | scale.logged())
+                scale = {"optim/loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}
+                monitor.log(state.step, meter.flush() | run.data.logged() | scale)
         # Inside the `with`: a signal must not keep a finished run from writing its result.
         return conclude(run, state, meter, guard, monitor, stop)
 

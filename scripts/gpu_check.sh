@@ -27,12 +27,12 @@ scratch=${GPU_CHECK_SCRATCH:-/tmp/gpu_check}
 if [ "${GPU_CHECK_SIZE:-full}" = tiny ]; then # to try the check itself, also on a CPU
     device=${GPU_CHECK_DEVICE:-cpu} base=tiny large=tiny small=tiny
     lengths=(${GPU_CHECK_LENGTHS:-16 32})
-    tokens=128 steps=1 resume_steps=9 fp16_steps=40 vocabulary=120 tests=tests/test_cuda.py
+    tokens=128 steps=1 fp16_steps=40 vocabulary=120 tests=tests/test_cuda.py
     override=()
 else
     device=${GPU_CHECK_DEVICE:-cuda} base=base large=large small=mini
     lengths=(${GPU_CHECK_LENGTHS:-128 512})
-    tokens=32768 steps=40 resume_steps=60 fp16_steps=300 vocabulary=30522 tests=tests
+    tokens=32768 steps=40 fp16_steps=300 vocabulary=30522 tests=tests
     override=(--config-override vocab_size=30522) # the embedded text has too few words for it
 fi
 
@@ -100,8 +100,6 @@ if [ "$command" = first ]; then
     measure attention 40 "$base" "$short" --parts attention
     measure "train-$short" 150 "$base" "$short" --parts train profile
     [ -n "$long" ] && measure "train-$long" 130 "$base" "$long" --parts train profile
-    measure resume 110 "$base" "$short" --parts resume --steps "$resume_steps"
-    measure numerics 40 tiny "$short" --parts numerics
     fp16
 else
     measure variants 145 "$base" "$short" --parts variants --minutes 2.2

@@ -4,7 +4,10 @@ and the run resumes without the file that named them."""
 
 import itertools
 import re
+import shlex
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -20,6 +23,7 @@ from packed_reference import small_stock
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForPreTraining, RobertaForMaskedLM
 
+from pretrain.corpora import report_added
 from pretrain.data.corpus import Corpus
 from pretrain.data.tokenizer import describe
 from pretrain.files import read_json
@@ -242,14 +246,39 @@ def test_a_model_from_scratch_has_room_for_added_tokens(run, words):
     assert counts.keys() == {"river-2", "money water", *SPECIALS} and counts["money water"] > 10
 
 
+def test_a_vocabulary_with_a_gap_is_refused(arguments, words, tmp_path, capsys):
+    """A new token would take the id of another one."""
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "river", "river", "bank"]
+    (tmp_path / "vocab.txt").write_text("\n".join(entries), "utf-8")
+    given = ["--model", "tiny", "--tokenizer", tmp_path, "--add-tokens", words]
+    message = refusal(PRETRAIN.main, arguments(tmp_path / "run", *given, roles=[]), capsys)
+    assert message.startswith(f"--add-tokens {words}: ")
+
+
+def test_added_tokens_are_counted_at_the_end_of_16_bits(capsys):
+    class Tokenizer(list):
+        convert_ids_to_tokens = staticmethod(lambda ids: list(map(str, ids)))
+
+    ids = np.array([7, 65535, 65535], np.uint16)
+    corpus = SimpleNamespace(num_shards=1, tokens=lambda index: ids)
+    found = report_added([corpus], {65535: [7]}, Tokenizer(range(1 << 16)))
+    assert found == {"65535": 2}
+
+
 @only
 def test_a_prepared_corpus_trains_like_its_text_if_it_has_the_tokens(
     base, run, arguments, text, cache, words, tmp_path, capsys
 ):
+    printed = {}
     for name, more in (("with", ["--add-tokens", words, *ROLES]), ("without", [])):
         given = ["--input", text, "--tokenizer", base, "--cache", cache, *more]
         PREPARE.main([str(part) for part in [*given, "--output", tmp_path / name]])
+        command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+        printed[name] = command[command.index("--train") :]
     whole = run(base, steps=2, rate="1e-3", output=tmp_path / "whole")
+    short = arguments(tmp_path / "printed", steps=2, rate="1e-3", roles=[])
+    PRETRAIN.main([*short, *printed["with"]])
+    assert_same_run(whole, tmp_path / "printed", step=2)
     output = run(base, steps=2, rate="1e-3", train=tmp_path / "with")
     assert_same_run(whole, output, step=2)
     given = ["--model", base, "--add-tokens", words]

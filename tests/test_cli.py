@@ -71,6 +71,13 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
     assert parse(argv, Config, "") == dataclasses.replace(config, mask_rate=())
 
 
+def test_the_home_folder_is_found_where_no_shell_puts_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    argv = [*in_file(tmp_path, "train: [~/a, b~/c]\n"), "--cache=~/cache"]
+    config = parse(argv, Config, "")
+    assert (config.train, config.cache) == (("/home/ada/a", "b~/c"), "/home/ada/cache")
+
+
 @pytest.mark.parametrize("typed", [["--phases", "32:1"], ["--max-length", "64"]])
 def test_a_typed_option_replaces_one_that_it_excludes(typed, tmp_path):
     other = {"max_length": 16} if typed[0] == "--phases" else {"phases": ["16:1"]}

@@ -270,6 +270,8 @@ def test_a_restart_loop_ends(finished, output):
     shutil.copytree(finished / "final", output / "final")
     start(output, "--resume")
     assert f"{output} is finished" in printed(output) and not ckpt.checkpoints(output)
+    (told,) = start(output, "--resume --learning-rate 3", ends_with=2)
+    assert told.startswith("error: --learning-rate 3.0: ")
 
 
 @pytest.mark.parametrize(("more", "code"), [([], 0), (["--max-steps", 20], 2)])

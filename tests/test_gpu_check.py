@@ -18,7 +18,7 @@ from scripts.benchmark import steps
 pytest.importorskip("accelerate", reason="the peer needs it")
 pytest.importorskip("matplotlib", reason="fine-tuning needs it")
 PARTS = {
-    "first": ["tests", "attention", "train-16", "resume", "numerics", "fp16"],
+    "first": ["tests", "attention", "train-16", "fp16"],
     "second": ["variants", "use", "large-16"],
 }
 # Notes what it is to measure, and leaves the report that an earlier measure left in kept/.
@@ -98,21 +98,13 @@ def test_the_first_command(check):
     assert reports["attention"]["attention"]["needs"].startswith("a GPU")
     assert_trained(reports["train-16"]["train"])
     profile = reports["train-16"]["profile"]
-    assert profile["tokens_per_second"]["ours"] > 0 and profile["waits_for_device"] == 0
+    assert profile["tokens_per_second"]["ours"] > 0
     assert 0 <= profile["data_wait"]["ours"] < 1 and 0 <= profile["idle"]["ours"] < 1
     kernels = profile["kernels"]
     assert len(kernels) == steps.SHOWN_KERNELS and min(kernel["count"] for kernel in kernels) > 0
     assert all(kernel.keys() == {"name", "ms", "count", "share"} for kernel in kernels)
     assert 0 < sum(kernel["share"] for kernel in kernels) < 1.01
     assert sum(kernel["ms"] for kernel in kernels) <= 1.01 * profile["kernels_ms"]["ours"]
-    for name in ("loss_difference", "grad_norm_difference"):
-        assert reports["numerics"]["numerics"][name]["ours"] < 0.02
-    resume = reports["resume"]["resume"]
-    start = resume["resumed_from"]  # it depends on when the kill comes
-    assert resume["failed"] == {} and start >= 3 and f"resumed from {start}" in printed
-    assert [row["step"] for row in resume["losses"]] == list(range(1, 10))
-    assert all(row["loss"] == row["loss_resumed"] for row in resume["losses"])
-    assert resume["difference_before"] == resume["difference_after"] == 0
     fp16 = reports["fp16"]["fp16"]
     assert fp16["failed"] == {} and fp16["skipped_steps"] == 0
     assert fp16["precision"] == "fp32"  # a CPU has no fp16
@@ -148,7 +140,7 @@ def test_a_part_that_fails_does_not_stop_the_next(tmp_path):
 
 def test_parts_without_time_are_left_out(tmp_path):
     printed = start("first", tmp_path, GPU_CHECK_LIMIT=20).communicate()[0]
-    assert printed.count("skipped, no time left") == 6 and "s of 20" in printed
+    assert printed.count("skipped, no time left") == 4 and "s of 20" in printed
 
 
 def test_bad_input_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """--mix: the batches of a run have its shares; interrupted anywhere, with workers, equals
 uninterrupted; two processes equal one; each text has its scores; bad shares are refused."""
 
+import json
 import re
 import shlex
 from itertools import product
@@ -35,7 +36,7 @@ from pretrain.files import read_json
 from pretrain.pretraining import print_plan
 from pretrain.runtime import checkpoint as ckpt
 
-MIX = "--mix 3 1 --phases 32:0.6 48:0.4 --micro-batch-size 4"
+MIX = "--mix 3 1 --phases 32:0.6 48:0.4 --micro-batch-size 4 --nsp-weight 0.5"
 OTHER = "eval_general_notes"
 
 
@@ -144,6 +145,26 @@ def test_two_processes_equal_one(arguments, tmp_path):
     for output, count in ((one, 1), (two, 2)):
         start(output, arguments, NO_DROPOUT, count=count)
     assert_close_runs(one, two, "adamw")
+
+
+@pytest.mark.parametrize("by", ["lexicon", "field"])
+def test_only_the_first_text_must_have_entities(by, texts, cache, tmp_path, output, steps_seen):
+    rows_of_texts = ["river bank money ."] * 40, ["other words ."] * 40
+    if by == "lexicon":
+        pytest.importorskip("ahocorasick_rs")
+        (tmp_path / "terms").write_text("river bank\n")
+        more = ["--lexicon", tmp_path / "terms"]
+    else:
+        more = ["--entity-field", "spans"]
+    for name, texts_of in zip("ab", rows_of_texts):
+        spans = {"spans": [[0, 5]]} if name == "a" and by == "field" else {}
+        records = [json.dumps({"text": text} | spans) for text in texts_of]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(records))
+    files = ["--train", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--cache", cache, *more]
+    task = "--mix 1 1 --masking entity --objective mlm --max-length 16 --valid-fraction 0"
+    short = "--max-steps 2 --batch-size 8 --vocab-size 100 --model tiny"
+    pretrain_into(output, files, task, short)
+    assert len(steps_seen) == 2
 
 
 # Numbers.

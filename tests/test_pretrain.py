@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
-from itertools import chain, cycle
+from itertools import chain, cycle, product
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,7 @@ from pretrain.commands import adapt, evaluate, finetune, prepare
 from pretrain.commands.pretrain import main
 from pretrain.config import OBJECTIVES, Config
 from pretrain.data.tokenizer import describe, load
+from pretrain.errors import UserError
 from pretrain.files import read_json, sha256_of
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World
@@ -717,6 +718,20 @@ def test_the_default_micro_batch_divides_the_step_and_keeps_the_device_busy(
 ):
     config, world = Config(batch_size=batch_size, **lengths), World(0, processes)
     assert plan.default_micro_batch_size(config, torch.device(device), world) == expected
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), product((2, 6, 8, 37), (1, 2, 4)))
+def test_a_micro_batch_divides_each_step_or_the_batch_is_refused(batch_size, processes):
+    config = Config(batch_size=batch_size, phases=("32:0.5", "128:0.5"))
+    world = World(0, processes)
+    try:
+        plan.check_sizes(config, {}, world)
+        size = plan.default_micro_batch_size(config, torch.device("cpu"), world)
+    except UserError as error:
+        assert str(error).startswith(f"--batch-size {batch_size}: ")
+        assert all(batch_size % (size * processes) for size in range(4, batch_size + 1))
+    else:
+        assert size >= 4 and batch_size % (size * processes) == 0
 
 
 def test_a_batch_that_no_good_micro_batch_divides_is_reported(capsys):

@@ -192,6 +192,11 @@ def test_the_table_of_a_run_has_no_special_token(tiny_tokenizer, vocabulary, tmp
 # Examples.
 
 
+def test_a_recipe_decides_the_mask_rate(show):
+    for recipe, rate in (("auto", 0.3), ("classic", 0.15)):
+        assert any(f"mask rate {rate}" in line for line in show(f"--recipe {recipe}"))
+
+
 @pytest.mark.parametrize("number", [0, 5, 40])
 def test_the_number_of_examples(number, show, collated):
     told = show(f"--examples {number} --sampled 3")
@@ -252,8 +257,10 @@ def test_without_text_the_embedded_one_is_shown(cache, text_file, capsys, monkey
         ("--examples -1", "--examples -1: "),
         ("--sampled 0", "--sampled 0: "),
         ("--phase 2", "--phase 2: "),
-        ("--position 0 1", "--position 0.0 1.0: "),
-        ("--position 0 0.5 0", "--position 0.0 0.5 0.0: "),
+        ("--position 0 1", "--position 0 1: "),
+        ("--position 0 0.5 0", "--position 0 0.5 0: "),
+        ("--position 0 0 0 1.5", "--position 0 0 0 1.5: "),
+        ("--position 0 0 0 0 0", "--position 0 0 0 0 0: "),
         ("--position 99 99 99", "--position 99 99 99: "),
         ("--position 0 0 99", "--position 0 0 99: "),
         ("--position 1e99 0 0", "--position 1e+99 0.0 0.0: "),

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from pretrain import config
 from pretrain.adapt.domain import read_text
-from pretrain.adapt.measures import MEASURES, Classification
 from pretrain.adapt.parts import Parts
 from pretrain.cli import parse
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
@@ -19,6 +18,7 @@ from pretrain.errors import MORE, UserError, check, option_named, require
 from pretrain.files import lock, model_folder, read_json, sha256_of, write_json
 from pretrain.finetune.build import budget_range, build, metric_of
 from pretrain.finetune.dataset import LabeledRows
+from pretrain.finetune.tasks import TASKS, Classification
 from pretrain.inputs import MODEL_WAYS, TextFiles, check_sample, marked_in
 from pretrain.model.loading import from_checkpoint
 from pretrain.model_setup import decide_precision, task_problems
@@ -34,6 +34,7 @@ SET_HERE = {  # options of the two commands that only the experiment may set
     "finetune": (*RUN_OPTIONS, "label_budget", "seed", "save_model", *LABEL_OPTIONS),
 }
 TRAINED_ON = {"adapted": "text", "control": "control"}  # encoder -> text
+MODEL_FILES = ("json", "safetensors", "bin", "txt")  # the last two in folders of older versions
 ENTRIES = (  # names in the folder of an experiment
     r"experiment\.json|parts|adapted|control|finetune|report\.(md|html)|\w+\.(png|jsonl)"
     r"|\..*\.(partial|lock)"
@@ -72,9 +73,9 @@ class Experiment:
         return self.texts | ({"general": self.general} if self.options.replay else {})
 
     @property
-    def measure(self) -> Classification:
-        """What the task has to compare."""
-        return MEASURES[self.finetuning.task]
+    def task(self) -> Classification:
+        """What is fine-tuned on."""
+        return TASKS[self.finetuning.task]
 
     def part(self, name: str, work: Callable[..., dict], *arguments: object) -> dict:
         """The saved result of a part, or else the result of `work(self, *arguments)`."""
@@ -209,7 +210,7 @@ def open_experiment(experiment: Experiment) -> None:
 def _record_of(experiment: Experiment) -> dict[str, dict]:
     """Everything that decides the results, in the form of experiment.json."""
     options, pretraining = experiment.options, experiment.pretraining
-    files = files_read(options)
+    files = [*expand([*options.train, *options.valid, *options.test]), *model_files(options.model)]
     files += filter(None, [pretraining.lexicon, pretraining.similar, pretraining.add_tokens])
     values, changeable = asdict(options), config.may_change(AdaptOptions)
     texts = {}
@@ -225,11 +226,10 @@ def _record_of(experiment: Experiment) -> dict[str, dict]:
     return json.loads(json.dumps(record))  # tuples become lists, as in a file
 
 
-def files_read(options: AdaptOptions | FinetuneOptions) -> list[str | Path]:
-    """The files of the labeled rows and, if the model is in a folder, those of the model."""
-    model = Path(model_folder(options.model))
-    of_model = sorted([*model.glob("*.json"), *model.glob("*.safetensors")])
-    return [*expand([*options.train, *options.valid, *options.test]), *of_model]
+def model_files(model: str) -> list[Path]:
+    """The files of a model that is in a folder; none for a name on the hub."""
+    folder = Path(model_folder(model))
+    return sorted(path for kind in MODEL_FILES for path in folder.glob(f"*.{kind}"))
 
 
 def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:

@@ -26,7 +26,8 @@ class Parts:
             begin = time.monotonic()
             with locks_released():  # this process holds the lock of `output`
                 result = work(*arguments)
-            result["wall_seconds"] = time.monotonic() - begin
+            # A run that was stopped and resumed counts its time before, too.
+            result["wall_seconds"] = max(time.monotonic() - begin, result.get("seconds", 0.0))
             write_json(path, result)
             result = read_json(path)  # the same now and after an interruption
         self.seconds[name] = result["wall_seconds"]

@@ -5,6 +5,7 @@ and every encoder is fine-tuned for every label budget and seed. Each part saves
 `parts/`, so an interrupted experiment resumes where it stopped.
 """
 
+import importlib.util
 import json
 from dataclasses import replace
 from itertools import product
@@ -24,7 +25,6 @@ from pretrain.errors import UserError, counted
 from pretrain.evaluate import evaluate
 from pretrain.finetune import build as finetuning
 from pretrain.finetune.predict import read_predictions, write_rows
-from pretrain.finetune.tasks import TASKS
 from pretrain.inputs import MODEL_WAYS
 from pretrain.model.loading import from_checkpoint
 from pretrain.model.packed import MLM_HEAD, PackedModel
@@ -59,7 +59,7 @@ def run_experiment(experiment: Experiment) -> dict:
         "replay": experiment.options.replay,
         "fresh_parts": experiment.fresh_parts,
         "rows": {name: len(rows.labels) for name, rows in experiment.rows.items()},
-        "truth": experiment.measure.truth(test),
+        "truth": experiment.task.truth(test),
         "seen_in_training": sum(text in seen for text in test.texts),
         "seconds": experiment.parts.seconds,
         "scores": {name: {budget: [] for budget in budgets} for name in encoders},
@@ -93,7 +93,7 @@ def run_experiment(experiment: Experiment) -> dict:
 def clean(experiment: Experiment) -> dict:
     """Write each text to NAME.jsonl without copies of test texts; --task-text adds task texts."""
     counts, rows = {}, experiment.rows
-    of_task = experiment.measure.documents(rows["train"]) if experiment.options.task_text else []
+    of_task = experiment.task.texts(rows["train"]) if experiment.options.task_text else []
     for name, text in experiment.cleaned.items():
         more = of_task if name == "text" else []
         path = experiment.output / f"{name}.jsonl"
@@ -108,6 +108,8 @@ def compare(experiment: Experiment) -> dict:
     records = ({"text": "\n".join(parts)} for parts in experiment.rows["train"].texts)
     write_rows(experiment.output / "task.jsonl", records, as_csv=False)
     options, model = replace(experiment.pretraining, **CLEANED), experiment.options.model
+    if options.words == "auto" and importlib.util.find_spec("rjieba") is None:
+        options = replace(options, words="tokenizer")  # Chinese is compared by characters
     texts, inputs = {}, []
     for name in ("text", "task", "control")[: 1 + len(experiment.texts)]:
         path = str(experiment.output / f"{name}.jsonl")
@@ -214,8 +216,8 @@ def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict
     options = replace(experiment.finetuning, model=model, seed=seed, label_budget=label_budget)
     output = experiment.output / "finetune" / f"{name}-{budget}-{seed}"
     summary = run_fine_tuning(options, output, "test")
-    cells = read_predictions(output / TASKS[options.task].predictions)
-    predicted = experiment.measure.predicted(cells, experiment.labels)
+    cells = read_predictions(output / experiment.task.predictions)
+    predicted = experiment.task.predicted(cells, experiment.labels)
     typed = as_command("finetune", replace(options, save_model=True))
     return summary | {"command": typed, "predicted": predicted}
 

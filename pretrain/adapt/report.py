@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 import torch
@@ -19,10 +20,10 @@ import transformers
 from pretrain import plots
 from pretrain.adapt.domain import draw_overlap
 from pretrain.adapt.forgetting import MARGIN
-from pretrain.adapt.measures import MEASURES, Metric
 from pretrain.bootstrap import DRAWS, bootstrap
 from pretrain.errors import counted
 from pretrain.files import markdown_table, write_text
+from pretrain.finetune.tasks import TASKS, Metric
 
 TEMPLATE = Path(__file__).with_name("report_template.md")
 FEW_ROWS, MANY_UNKNOWN, OWN_TEXT, MANY_RUNS = 100, 0.05, 0.95, 0.5  # limits for warnings
@@ -46,7 +47,7 @@ Difference = tuple[float, float, float]  # between two mean scores, and its 95% 
 
 def write_report(output: Path, facts: dict) -> str:
     """Write report.md, report.html and their plots; returns the verdict."""
-    measure, metric, guess = MEASURES[facts["task"]], _metric_of(facts), _guess(facts)
+    task, metric, guess = TASKS[facts["task"]], _metric_of(facts), _guess(facts)
     budgets, differences = facts["budgets"], {}
     for other in [name for name in facts["scores"] if name != "adapted"]:
         differences[other] = {name: _difference(facts, other, name) for name in budgets}
@@ -63,7 +64,7 @@ def write_report(output: Path, facts: dict) -> str:
         encoder=cell(facts["model"]),
         seed_count=counted(facts["seeds"], "seed"),
         replayed=f", {facts['replay']:.0%} on general text" if facts["replay"] else "",
-        predicts=measure.describe(facts["labels"]) + _names(facts["labels"]),
+        predicts=task.describe(facts["labels"]) + _names(facts["labels"]),
         meaning=metric.meaning,
         guess="" if guess is None else f" Always predicting {GUESS} would reach {guess:.3f}.",
         draws=DRAWS,
@@ -92,11 +93,11 @@ def _difference(facts: dict, other: str, budget: str) -> Difference:
 
 
 def _metric_of(facts: dict) -> Metric:
-    return MEASURES[facts["task"]].metrics[facts["metric"]]
+    return TASKS[facts["task"]].metrics[facts["metric"]]
 
 
 def _outcomes_of(predicted: list, facts: dict) -> np.ndarray:
-    return MEASURES[facts["task"]].outcomes(facts["truth"], predicted, facts["labels"])
+    return TASKS[facts["task"]].outcomes(facts["truth"], predicted, facts["labels"])
 
 
 def _scores_of(runs: list[dict], facts: dict) -> list[float]:
@@ -225,11 +226,12 @@ def forgotten(change: dict) -> str:
 
 def _guess(facts: dict) -> float | None:
     """The score of always predicting the most frequent class of the test rows, if there is one."""
-    predicted = MEASURES[facts["task"]].guess(facts["truth"])
-    if predicted is None:
+    if not TASKS[facts["task"]].has_classes:
         return None
-    each_once = np.ones((1, len(predicted)), np.float32)
-    return float(_metric_of(facts).score(each_once, _outcomes_of(predicted, facts))[0])
+    truth = facts["truth"]
+    outcomes = _outcomes_of([mode(truth)] * len(truth), facts)
+    each_once = np.ones((1, len(truth)), np.float32)
+    return float(_metric_of(facts).score(each_once, outcomes)[0])
 
 
 def _names(labels: list[str]) -> str:
@@ -268,8 +270,8 @@ def _compare_scores(output: Path, facts: dict, differences: dict) -> str:
 
 def _compare_labels(output: Path, facts: dict) -> str:
     """A section: F1 of each class or type, and the plot of the classes; "" without labels."""
-    measure = MEASURES[facts["task"]]
-    if not measure.by_label:
+    task = TASKS[facts["task"]]
+    if not task.by_label:
         return ""
     budget, count = list(facts["budgets"].items())[-1]  # the largest
     labels, f1, matrices = facts["labels"], {}, {}
@@ -278,12 +280,12 @@ def _compare_labels(output: Path, facts: dict) -> str:
         f1[name] = [np.mean([test["classes"][label]["f1"] for test in tests]) for label in labels]
         if "confusion" in tests[0]:
             matrices[ENCODERS[name]] = np.sum([test["confusion"] for test in tests], axis=0)
-    support = [tests[0]["classes"][label][measure.support_key] for label in labels]
-    header = [measure.label, measure.support, *map(ENCODERS.get, f1), "difference"]
+    support = [tests[0]["classes"][label][task.support_key] for label in labels]
+    header = [task.label_name, task.support, *map(ENCODERS.get, f1), "difference"]
     rows = zip(labels, support, *f1.values(), np.subtract(f1["adapted"], f1["base"]))
     formats = [","] + [".3f"] * len(f1) + ["+.3f"]
     how = f"F1 with {count:,} labeled rows, as the mean over the seeds."
-    text = f"\n\n## {measure.by_label}\n\n{how} The difference is to the original encoder.\n\n"
+    text = f"\n\n## {task.by_label}\n\n{how} The difference is to the original encoder.\n\n"
     text += table(header, rows, *formats)
     if matrices:
         title = f"Predicted classes with {count:,} labeled rows, summed over seeds"

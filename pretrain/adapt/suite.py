@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from pretrain.adapt.checks import RUN_OPTIONS, files_read, naming, set_elsewhere
+from pretrain.adapt.checks import RUN_OPTIONS, model_files, naming, set_elsewhere
 from pretrain.adapt.parts import Parts
 from pretrain.adapt.pipeline import run_fine_tuning
 from pretrain.cli import as_command, parse, read_options
 from pretrain.config import FinetuneOptions, SuiteOptions
+from pretrain.data.sources import expand
 from pretrain.errors import UserError, check, refusing
 from pretrain.files import key_of, markdown_table, sha256_of, write_json, write_text
 from pretrain.finetune.build import build
@@ -45,7 +46,8 @@ def read_tasks(options: SuiteOptions) -> dict[str, Task]:
     UserError names the task and what is wrong."""
     _check_passed_on(options)
     root = Path(options.tasks)
-    folders = sorted(path for path in root.glob("*/") if not path.name.startswith("."))
+    found = sorted(path for path in root.glob("*") if path.is_dir())
+    folders = [path for path in found if not path.name.startswith(".")]
     if not folders:
         raise UserError(f"--tasks {root}: has no subfolder; expected one for each task")
     tasks, problems = {}, []
@@ -70,9 +72,9 @@ def _read_task(folder: Path, options: SuiteOptions) -> Task:
     values = read_options(task_file) if task_file.is_file() else {}
     problems = [f"omit {name}: the suite sets it" for name in SET_HERE if name in values]
     check([f"{TASK_FILE}: {problem}" for problem in problems])
-    words = [f"--config={task_file}"] if values else []
-    typed = parse([*words, *shlex.split(options.finetune)], FinetuneOptions, "")
-    files = {name: _files_of(folder, name, values.get(name, ())) for name in SPLITS}
+    given = {name: values.pop(name, ()) for name in SPLITS}
+    typed = parse(shlex.split(options.finetune), FinetuneOptions, "", defaults=values)
+    files = {name: _files_of(folder, name, patterns) for name, patterns in given.items()}
     finetuning = replace(typed, **files, model=options.model, save_model=False)
     check(validate(finetuning) + start_problems(finetuning))
     output = Path(options.output) / "runs" / ".check"  # never made: the run does not start
@@ -105,9 +107,13 @@ def _files_of(folder: Path, split: str, given: str | Sequence[str] | None) -> tu
 
 
 def _key_of(options: FinetuneOptions) -> str:
-    sums = [sha256_of(Path(path)) for path in files_read(options)]
-    names = {"model": "", "train": (), "valid": (), "test": ()}  # their content counts
-    return key_of([asdict(replace(options, **names)), sums])
+    values, of_model = asdict(options), model_files(options.model)
+    files = {name: expand(values.pop(name)) for name in SPLITS}
+    if of_model:  # else the name counts: that of a model on the hub
+        files["model"] = of_model
+        del values["model"]
+    sums = {name: [sha256_of(Path(path)) for path in paths] for name, paths in files.items()}
+    return key_of([values, sums])
 
 
 def run_suite(options: SuiteOptions, tasks: dict[str, Task]) -> dict:

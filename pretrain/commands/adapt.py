@@ -5,7 +5,7 @@ import shutil
 from pretrain.cli import command, join_quoted, parse
 from pretrain.config import AdaptOptions
 
-HINT = "run the same command again to continue"
+HINT = "run the same command again, without --overwrite, to continue"
 
 
 def main(argv: list[str]) -> None:

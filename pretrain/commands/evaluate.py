@@ -77,24 +77,26 @@ def main(argv: Sequence[str]) -> None:
         texts[name] = check_text(paths, f"--input {name}".strip(), options, world)
     models = {}
     for name, (model, *_) in loaded.items():
-        model.use_pairs(1.0 if OBJECTIVES[options.objective] else None)
+        weight = facts.get("nsp_weight", 1.0)
+        model.use_pairs(weight if OBJECTIVES[options.objective] else None)
         models[name] = model.to(device)
     numbers = {}
     for name, text in texts.items():
-        parts = open_input(options, text, tokenizer, vocabulary, world)
-        numbers[name] = measure(options, name, *parts, vocabulary, models, precision, world)
+        validation = open_input(options, text, tokenizer, vocabulary, world)
+        numbers[name] = measure(options, name, validation, models, precision, world)
     print(as_json(numbers.get("", numbers)))
 
 
 def open_input(options: EvaluateOptions, text, tokenizer, vocabulary, world):
-    """(what to evaluate of a text, what to guess its tokens' frequencies from): with
-    --valid-fraction, the two parts of a run. UserError if there are too few documents."""
+    """The validation set of a text; with --valid-fraction, that of a run. UserError if there are
+    too few documents."""
     from pretrain.corpora import open_or_prepare
+    from pretrain.evaluate import make_validation_set
     from pretrain.inputs import MODEL_WAYS
 
     cache = Path(options.cache)
     corpus = open_or_prepare(text, tokenizer, vocabulary, cache, world, ways=MODEL_WAYS)
-    training = corpus
+    training = corpus  # to guess the frequencies of tokens from
     if options.valid_fraction:
         training, corpus = corpus.split(options.valid_fraction)
     documents, least = corpus.count(), 2 if OBJECTIVES[options.objective] == "random" else 1
@@ -102,31 +104,22 @@ def open_input(options: EvaluateOptions, text, tokenizer, vocabulary, world):
         problem = f"{counted(documents, 'document')}; --objective {options.objective} needs {least}"
         ways = "expected more text, another --format, or --objective mlm"
         raise UserError(f"{text.name}: {problem}; {ways}")
-    return corpus, training
+    shape = (options.max_length, options.eval_batch_size, vocabulary, options.eval_tokens)
+    return make_validation_set(corpus, OBJECTIVES[options.objective], *shape, training=training)
 
 
 def measure(
-    options: EvaluateOptions,
-    name: str,
-    corpus,
-    training,
-    vocabulary,
-    models: dict,
-    precision: str,
-    world,
+    options: EvaluateOptions, name: str, validation, models: dict, precision: str, world
 ) -> dict:
     """Print and return the numbers of a text for the "model" in `models`, and how they changed from
     the "baseline", if there is one. UserError if one is not finite."""
-    from pretrain import evaluate
     from pretrain.compare import compare
+    from pretrain.evaluate import evaluate
     from pretrain.runtime.optim import autocast, overflow_advice
 
-    pairs, length = OBJECTIVES[options.objective], options.max_length
-    shape = (length, options.eval_batch_size, vocabulary, options.eval_tokens)
-    validation = evaluate.make_validation_set(corpus, pairs, *shape, training=training)
     model, change = models["model"], None
     context = autocast(model.device, precision)
-    numbers = evaluate.evaluate(model, validation, model.device, context, world)
+    numbers = evaluate(model, validation, model.device, context, world)
     if "baseline" in models:
         change = compare(models["baseline"], model, validation, model.device, context)
         numbers |= {
@@ -141,7 +134,7 @@ def measure(
         expected = f"expected {overflow_advice(precision)}"
         raise UserError(f"--model {options.model}: {problem}; {expected}")
     of_text = f"{name}: " if name else ""
-    how = f"{options.objective} at {length} tokens, in {precision}"
+    how = f"{options.objective} at {options.max_length} tokens, in {precision}"
     print(f"{of_text}{options.model} on {validation}; {how}")
     for key, value in numbers.items():
         print(f"{key.replace('_', ' '):26} {value:,.4f}")

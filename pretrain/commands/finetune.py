@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> None:
     from pretrain.files import as_json, lock
     from pretrain.finetune.build import build, print_plan
     from pretrain.finetune.scores import numbers_of, score_table
+    from pretrain.resume import changed_options
     from pretrain.runtime.checkpoint import prune
     from pretrain.train import FINISHED, train
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
         with option_named("--output"):
             lock(output)
     if resumes and _is_finished(output, options.save_model):
+        check(changed_options(options, {"options": saved or {}}, output / "config.json"))
         if not is_read_only:
             prune(output, keep=0)  # if a kill left checkpoints
         print(f"{output} is finished; its scores are in {output / 'summary.json'}")

@@ -1,4 +1,6 @@
-"""Predict labels, entities or numbers for the rows of a file; print scores if they have labels."""
+"""Predict labels, entities or numbers for the rows of a file; print scores if they have labels.
+
+Rows stream: a file of any size is read, predicted and written in chunks."""
 
 import codecs
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from pretrain.files import as_json, exclusive, write_aside
 from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import option, pattern
 
+CHUNK = 1024  # rows
 TABLE = pattern(r".*\.(csv|jsonl)", "a name that ends in .csv or .jsonl", "FILE")
 
 
@@ -41,9 +44,12 @@ def main(argv: Sequence[str]) -> None:
 
     import numpy as np
 
+    from pretrain.data.sentences import in_groups
+    from pretrain.data.tokenizer import ENCODED_CHARACTERS, characters_of
     from pretrain.finetune.build import check_tokens, load_model
+    from pretrain.finetune.dataset import LabeledRows
     from pretrain.finetune.heads import task_of
-    from pretrain.finetune.predict import check_rows, predict, predict_rows, write_rows
+    from pretrain.finetune.predict import check_rows, predict, write_rows
     from pretrain.finetune.scores import numbers_of, score_table
     from pretrain.finetune.tasks import TASKS
     from pretrain.model_setup import decide_precision
@@ -60,23 +66,28 @@ def main(argv: Sequence[str]) -> None:
         check_rows(options.input, options, task, classes)
     tally = task.tally(classes)
 
-    def predict_chunk(rows):
-        dataset = task.dataset(rows, tokenizer)
-        if not tally.num_scored + tally.num_unlabeled:  # the first chunk stands for all
-            check_tokens(typed(options, "input"), dataset, tokenizer, rows.texts)
-        outputs = predict(model, dataset, options.batch_size, context)
-        if not np.isfinite(outputs).all():
-            problem = f"its output in {precision} is not finite"
-            expected = f"expected {overflow_advice(precision)}"
-            raise UserError(f"--model {options.model}: {problem}; {expected}")
-        tally.add(dataset.labels, outputs)
-        return dataset, outputs
+    def predicted_rows():
+        """The records with the cells of their predictions."""
+        rows = task.documents(options.input, options, [])
+        for chunk in in_groups(rows, lambda row: characters_of(row[2]), ENCODED_CHARACTERS, CHUNK):
+            texts = [row_texts for *_, row_texts in chunk]
+            labels = [task.label(row, options, classes) for row in chunk]
+            dataset = task.dataset(LabeledRows(texts, labels, classes), tokenizer)
+            if not tally.num_scored + tally.num_unlabeled:  # the first chunk stands for all
+                check_tokens(typed(options, "input"), dataset, tokenizer, texts)
+            outputs = predict(model, dataset, options.batch_size, context)
+            if not np.isfinite(outputs).all():
+                problem = f"its output in {precision} is not finite"
+                expected = f"expected {overflow_advice(precision)}"
+                raise UserError(f"--model {options.model}: {problem}; {expected}")
+            tally.add(dataset.labels, outputs)
+            for (_, record, _), cells in zip(chunk, task.cells(dataset, outputs, classes)):
+                yield record | cells
 
     def write(path):
-        rows = task.documents(options.input, options, [])
-        predicted = predict_rows(rows, options, task, classes, predict_chunk)
         as_csv = output.suffix == ".csv"
-        write_rows(path, predicted, as_csv, encoding=_csv_encoding(options) if as_csv else UTF8)
+        encoding = _csv_encoding(options) if as_csv else UTF8
+        write_rows(path, predicted_rows(), as_csv, encoding=encoding)
 
     with option_named("--output"), exclusive(output, wait=False), option_named(f"{output}:"):
         write_aside(output, write)

@@ -17,7 +17,7 @@ class PrepareOptions(TextOptions, TokenizerOptions):
 
     input: tuple[str, ...] = option((), "text: files, folders, globs", PATHS, required=True)
     output: str | None = option(
-        None, "corpus folder to write (default: in the cache, where the same text is found again)"
+        None, "corpus folder to write (default: in the cache, where runs with these words find it)"
     )
     workers: int | None = option(
         None, "worker processes (default: one per core, at most one per 64 MB)", WORKERS
@@ -75,7 +75,11 @@ def main(argv: Sequence[str]) -> None:
         workers=options.workers,
         on_cluster=options.ray is not None,
     )
-    model, path = (), Path(options.tokenizer or "")
+    words, path = ["--train", corpus.folder], Path(options.tokenizer or "")
     if options.tokenizer and (not path.exists() or (path / "config.json").is_file()):
-        model = ("--model", options.tokenizer)  # it has a model, too; it may be on the hub
-    print(f"to train on it: {command('pretrain', '--train', corpus.folder, *model)}")
+        words += ["--model", options.tokenizer]  # it has a model, too; it may be on the hub
+        if options.add_tokens:  # so that the model grows by them
+            words += ["--add-tokens", options.add_tokens]
+        if options.add_special_tokens:
+            words += ["--add-special-tokens", *options.add_special_tokens]
+    print(f"to train on it: {command('pretrain', *words)}")

@@ -48,6 +48,9 @@ def main(argv: Sequence[str]) -> None:
     if is_demo and asked.model != Config.model:
         raise UserError(f"--model {asked.model}: no text to train on; expected --train PATHS")
     if saved and (output / "final").is_dir() and not list(output.glob("checkpoint-*")):
+        from pretrain.resume import changed_options
+
+        check(changed_options(config, {"options": saved}, output / "config.json"))
         print(f"{output} is finished and has no checkpoints; use {recommended(output)}")
         return
     if saved and not os.access(output, os.W_OK) and report_finished(config, saved):

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain import config, recipe
+from pretrain import config, recipe, schema
 from pretrain.cli import parse
 from pretrain.errors import UserError, check, counted
 from pretrain.preflight import output_problems, problems_of
-from pretrain.schema import Rule, option
+from pretrain.schema import option
 
 KINDS = {  # what the model reads for a masked token -> terminal color, name
     "mask": ("1;31", "[MASK]"),
@@ -31,23 +31,6 @@ LEGEND = (
 )
 
 
-def _is_position(numbers: tuple[float, ...]) -> bool:
-    # A mixture has four for each of its two or more texts.
-    in_texts = len(numbers) // 4 * 4 if len(numbers) >= 8 else 3
-    place, progress = numbers[:in_texts], numbers[in_texts:]
-    is_place = len(place) == in_texts and all(number % 1 == 0 for number in place)
-    is_small = min(numbers) >= 0 and max(numbers) < 2**53
-    return is_place and is_small and len(progress) < 2 and max(progress, default=0) <= 1
-
-
-POSITION = Rule(
-    _is_position,
-    "epoch, place, micro-batch (with --mix, these and tokens for each text) and, optionally, the "
-    "share of the run that is done",
-    metavar="NUMBER",
-)
-
-
 @dataclass(frozen=True)
 class ShowMasksOptions(
     config.TaskOptions, config.DataOptions, config.TokenizerOptions, config.ModelOptions
@@ -55,6 +38,7 @@ class ShowMasksOptions(
     """Display: options of show_masks.py."""
 
     model: str = option("base", "model whose tokenizer is used, or a size, as in pretraining")
+    recipe: str = option("auto", "decides the mask rate, as in pretraining", config.RECIPE)
     mask_rate: config.Numbers = option(
         (),
         "share to predict; two: linear schedule (default: auto, as in pretraining)",
@@ -66,7 +50,10 @@ class ShowMasksOptions(
     micro_batch_size: int = option(32, "sequences of max-length in a micro-batch", config.COUNT)
     seed: int = option(0, "seed of pairs and masks, as in pretraining", config.SEED)
     position: tuple[float, ...] = option(
-        (), "data position to start at, as printed for a skipped step (default: 0 0 0)", POSITION
+        (),
+        "data position to start at, as printed for a skipped step (default: 0 0 0)",
+        schema.each(schema.number(0, 2**53)),
+        metavar="NUMBER",
     )
     phase: int = option(1, "number of the phase of --phases to show", config.COUNT)
     save: str | None = option(
@@ -86,6 +73,8 @@ def main(argv: Sequence[str]) -> None:
     check(problems + (output_problems(options, "save", may_exist=True) if options.save else []))
     if not options.mask_rate:
         rate = recipe.auto_mask_rate(options, options.model in config.MODEL_SIZES)
+        if options.recipe == "classic":
+            rate = recipe.CLASSIC["mask_rate"]
         options = replace(options, mask_rate=rate)
 
     import torch
@@ -117,14 +106,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _read_position(options: ShowMasksOptions, dataset):
-    """The position in --position; UserError if it has numbers of other data, or the data end before
-    it."""
+    """The position in --position, which may end with its progress; UserError if it has numbers of
+    other data, or the data end before it."""
     shown = f"--position {' '.join(f'{number:g}' for number in options.position)}"
     count = len(dataset.start.numbers)
     numbers, progress = options.position[:count], options.position[count:]
-    if len(numbers) < count or len(progress) > 1:
-        found, expected = len(options.position), f"expected {count}, or {count + 1}"
-        raise UserError(f"{shown}: has {found} numbers; {expected}, as the run prints it")
+    is_place = len(numbers) == count and all(number % 1 == 0 for number in numbers)
+    if not is_place or len(progress) > 1 or max(progress, default=0) > 1:
+        expected = f"{count} whole numbers and perhaps a share up to 1, as the run prints them"
+        raise UserError(f"{shown}: is no position in this text; expected {expected}")
     position = dataset.position_of([int(number) for number in numbers])
     for part, place in zip(dataset.parts, position.places):
         last = part.source.num_shards - 1

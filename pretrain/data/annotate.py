@@ -17,7 +17,7 @@ from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START
 from pretrain.data.sentences import Cut, Sentence
 from pretrain.data.sources import read_lines
 from pretrain.data.tokenizer import HAN, is_unspaced
-from pretrain.errors import UserError, require
+from pretrain.errors import UserError, refusing, require
 from pretrain.files import key_of
 
 HAN_CLASS = "[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in HAN) + "]"
@@ -48,7 +48,11 @@ class Markup:
         segment = require("sentencex", "splitting sentences").segment
 
         def cut(line: str) -> list[str]:
-            parts = segment(self.language, line)
+            try:
+                with refusing("sentencex", "expected sentences"):
+                    parts = segment(self.language, line)
+            except UserError:  # it panics at some spaces: uncut is better than no corpus
+                return [line]
             return parts if sum(map(len, parts)) == len(line) else [line]
 
         return cut

@@ -34,6 +34,7 @@ from pretrain.files import exclusive, key_of, read_json, remove, sha256_of, writ
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
 CODECS = {".zst": "zstandard", ".lz4": "lz4"}  # packages for what Python cannot read
 VERSION = 1  # of the converted files
+ENTITIES = "entities"  # the column of entities, if there is one
 SEAL = ".seal.json"  # in a folder of the cache: bytes, mtime in ns and SHA-256 of each file
 
 Opened = tuple[list[Source], str]  # text files, their format
@@ -42,11 +43,17 @@ Opened = tuple[list[Source], str]  # text files, their format
 class _Columns(NamedTuple):
     text: str | None  # None: `choose_field` finds it
     entities: str | None  # None: not read
-    needs_entities: bool  # the user named the column: every record must have it
+    needs_entities: bool  # every record must have that column
 
 
-def open_files(paths: tuple[str, ...], options: TextOptions, with_entities: bool) -> Opened:
+def open_files(
+    paths: tuple[str, ...],
+    options: TextOptions,
+    with_entities: bool,
+    may_lack_entities: bool = False,
+) -> Opened:
     """(text files that `paths` name, their format); "jsonl" is the format of converted text.
+    Records must have the column of entities that the user named, unless they `may_lack_entities`.
 
     Plain text is read in place unless it is compressed, mixed with tables, or limited by
     max_documents. UserError if a file cannot be read; nothing is left half-written."""
@@ -58,7 +65,7 @@ def open_files(paths: tuple[str, ...], options: TextOptions, with_entities: bool
     try:
         copies = _as_utf8(list(given_as), options)
         given_as = {copies.get(file, file): entry for file, entry in given_as.items()}
-        return _open_unpacked(list(given_as), options, with_entities)
+        return _open_unpacked(list(given_as), options, with_entities, may_lack_entities)
     except UserError as error:  # unpacked files go by the name that the user gave
         message = str(error)
         for file, entry in given_as.items():
@@ -67,7 +74,9 @@ def open_files(paths: tuple[str, ...], options: TextOptions, with_entities: bool
         raise type(error)(message) from error
 
 
-def _open_unpacked(entries: list[str], options: TextOptions, with_entities: bool) -> Opened:
+def _open_unpacked(
+    entries: list[str], options: TextOptions, with_entities: bool, may_lack_entities: bool
+) -> Opened:
     cache, index = Path(options.cache), Path(options.cache) / "sources.json"
     kinds = {entry: format_of(entry, options.format) for entry in entries}
     texts = [entry for entry, kind in kinds.items() if kind in TEXT_FORMATS]
@@ -83,9 +92,9 @@ def _open_unpacked(entries: list[str], options: TextOptions, with_entities: bool
     if len(plain) == len(entries) and not options.max_documents:
         return sources, text_format
     inputs = [(entry, text_format if kind == "plain" else kind) for entry, kind in kinds.items()]
-    entities = (options.entity_field or "entities") if with_entities else None
-    needs_entities = with_entities and options.entity_field is not None
-    columns = _Columns(options.text_field, entities, needs_entities)
+    entities = (options.entity_field or ENTITIES) if with_entities else None
+    is_named = with_entities and options.entity_field is not None
+    columns = _Columns(options.text_field, entities, is_named and not may_lack_entities)
     states = [(entry, kind, states_of(entry)) for entry, kind in inputs]
     key = key_of([VERSION, states, *columns, options.max_documents])
     folder = cache / f"converted-{key}"
@@ -242,7 +251,7 @@ def _records(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
 
 def _rows(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
     """Text and spans of each row of a table, a saved data set, or a data set on the hub."""
-    field = columns.text
+    field, entities, has_spans = columns.text, columns.entities, columns.entities != ENTITIES
     for where, row in read_rows(entry, kind):
         field = field or choose_field(row, where)
         if field not in row:
@@ -257,8 +266,15 @@ def _rows(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
         # JSON may hold half a surrogate pair.
         text = (text or "").encode("utf-8", "replace").decode()
         spans = []
-        if columns.entities:
-            found = read_spans(row.get(columns.entities), where)
+        if entities:
+            try:
+                found = read_spans(row.get(entities), where)
+            except UserError as error:
+                if has_spans or columns.needs_entities:
+                    raise
+                print(f"{error}; so the column {entities} is not read")
+                entities, found = None, []
             spans = sorted({(start, end) for start, end, _ in found})
+            has_spans = has_spans or bool(spans)
             check_spans(spans, text, where)
         yield {"text": text, "entities": spans} if spans else {"text": text}

@@ -69,7 +69,8 @@ def prepare(
             print(f"{damage}; preparing the corpus again")
         elif is_corpus(folder):  # another process wrote it while this one waited
             return Corpus(folder)
-        settings = [vocabulary.fingerprint, piece_bytes, corpora.FORMAT_VERSION, markup.key]
+        roles = tokenizer.special_tokens_map
+        settings = [vocabulary.fingerprint, piece_bytes, corpora.FORMAT_VERSION, markup.key, roles]
         _start_folder(partial, content_key(sources, text_format, *settings))
         files = [Path(source.path) for source in sources]
         pieces = cut_into_pieces(files, text_format, piece_bytes)
@@ -122,11 +123,12 @@ def _finish_folder(partial: Path, folder: Path, entries: list[dict]) -> None:
     kept = {partial / "corpus.json"}
     for entry in entries:
         kept.update(array_paths(partial, entry["name"]).values())
+    for path in partial.rglob("*"):  # takes long; if it is interrupted, finished pieces are kept
+        sync(path)
     for path in partial.iterdir():  # joined shards, piece notes, and leftovers of interruptions
         if path.is_file() and path not in kept:
             path.unlink()
-    for path in [*partial.rglob("*"), partial]:
-        sync(path)
+    sync(partial)
     if folder.exists():  # without manifest and shards: a removal was interrupted
         shutil.rmtree(folder)
     partial.rename(folder)

@@ -84,11 +84,12 @@ def read_rows(entry: str, kind: str, encoding: str = UTF8) -> Iterator[tuple[str
 
 
 def choose_field(record: dict, where: str) -> str:
-    """The column of the text: "text", or the only column of words."""
+    """The column of the text: "text", or the only column that may hold words, as far as this record
+    tells: an empty cell may in other records."""
     if "text" in record:
         return "text"
-    texts = [field for field, value in record.items() if isinstance(value, str)]
-    texts = [field for field in texts if not re.fullmatch(r"[\d.,+-]*", record[field])]
+    texts = [field for field, value in record.items() if value is None or isinstance(value, str)]
+    texts = [field for field in texts if not re.fullmatch(r"[\d.,+-]+", record[field] or "")]
     has_header = format_of(path_of(where)) in ("csv", "tsv")
     if len(texts) != 1 or (has_header and len(texts[0]) > MAX_NAME and SENTENCE.search(texts[0])):
         raise no_column(record, where, "text", "text")
@@ -102,7 +103,6 @@ def path_of(where: str) -> str:
 
 def no_column(record: dict, where: str, name: str | None, field: str) -> UserError:
     """The error for a record without the column `name`; `field` is text, label or the like."""
-    option = "label" if field == "span" else field.replace(" ", "_")
     names = [str(column) for column in record]
     shown = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..." for name in names]
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
@@ -111,7 +111,7 @@ def no_column(record: dict, where: str, name: str | None, field: str) -> UserErr
     header = ""
     if format_of(path) in ("csv", "tsv"):
         where, header = f"{path}, line 1", " in the header" + " (is it missing?)" * (shown != names)
-    expected = f'the option "{option}_field" with one of {columns}'
+    expected = f'the option "{field.replace(" ", "_")}_field" with one of {columns}'
     return UserError(f"{where}: no column {name!r}{header}; expected {expected}")
 
 

@@ -210,7 +210,7 @@ class FinetuningRun(Run):
         write_card(
             folder,
             task.pipeline,
-            title=f"{family}, fine-tuned to {task.title(self.classes)}",
+            title=f"{family}, fine-tuned to predict {task.describe(names)}",
             opens_with=f"`{task.auto_class}` and {way} of transformers.",
             rows=facts,
             tags=[family],

@@ -86,7 +86,7 @@ def read_texts(paths: Sequence[str], options: ColumnOptions, problems: list[str]
                 # JSON may hold half a surrogate pair.
                 texts.append(text.encode("utf-8", "replace").decode("utf-8"))
             else:
-                problems.append(f"{where}: column {column} has {_shown(text)}; expected text")
+                problems.append(wrong_cell(where, column, text, "text"))
         if len(texts) == len(columns):
             yield where, record, tuple(texts)
     if not columns:
@@ -100,28 +100,16 @@ def label_of(value: object) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _kind_of(value: object) -> str | None:
-    """The kind of label in a cell, None if it is not a label."""
+def is_label(value: object) -> bool:
+    """Whether a cell has a name or a whole number."""
     label = label_of(value)
-    if not label or not isinstance(value, (str, int)) or FRACTION.fullmatch(label):
-        return None
-    return "whole number" if WHOLE_NUMBER.fullmatch(label) else "name"
+    return bool(label) and isinstance(value, (str, int)) and not FRACTION.fullmatch(label)
 
 
-def _shown(value: object) -> str:
-    return repr(label_of(value)[:SHOWN_CHARACTERS])
-
-
-def read_cells(
-    paths: Sequence[str], options: ColumnOptions, problems: list[str]
-) -> Iterator[tuple[str, tuple[str, ...], object]]:
-    """(file and line, texts, label cell) of each row; what is wrong goes to `problems`."""
-    field = options.label_field
-    for where, record, texts in read_texts(paths, options, problems):
-        if field not in record:
-            problems.append(str(no_column(record, where, field, "label")))
-            return  # the next rows would only repeat it
-        yield where, texts, record[field]
+def wrong_cell(where: str, column: str, value: object, expected: str) -> str:
+    """What is wrong with a cell."""
+    shown = label_of(value)[:SHOWN_CHARACTERS]
+    return f"{where}: column {column} has {shown!r}; expected {expected}"
 
 
 def check_rows(problems: list[str], num_good: int) -> None:
@@ -134,30 +122,15 @@ def check_rows(problems: list[str], num_good: int) -> None:
         raise UserError(f"{problems[0]} ({why})")
 
 
-def read_labeled(
-    paths: Sequence[str], options: ColumnOptions, classes: list[str] | None = None
-) -> LabeledRows:
-    """The rows of files, in order.
-
-    UserError lists every row without text or label, or with a label that is not in `classes`.
-    Without `classes`, all labels must be of one kind: a mix of names and numbers is a mistake."""
-    all_texts, labels, problems, kinds = [], [], [], {}
-    source, field, expected = " ".join(paths), options.label_field, "a name or a whole number"
-    if classes:
-        expected = f"a label of the training rows, such as {', '.join(classes[:20])}"
-    for where, texts, value in read_cells(paths, options, problems):
-        label, kind = label_of(value), _kind_of(value)
-        if not kind or (classes and label not in classes):
-            problems.append(f"{where}: column {field} has {_shown(value)}; expected {expected}")
-            continue
+def check_one_kind(labels: list[str], wheres: list[str], source: str) -> None:
+    """UserError if some labels are names and others whole numbers: a mix is a mistake."""
+    kinds = {}
+    for label, where in zip(labels, wheres):
+        kind = "whole number" if WHOLE_NUMBER.fullmatch(label) else "name"
         kinds.setdefault(kind, f"the {kind} {label!r} ({where})")
-        all_texts.append(texts)
-        labels.append(label)
-    check_rows(problems, len(labels))
-    if len(kinds) > 1 and not classes:
+    if len(kinds) > 1:
         mixed = " with ".join(kinds.values())
-        raise UserError(f"{source}: column {field} mixes {mixed}; expected one kind")
-    return LabeledRows(all_texts, labels, classes or classes_of(labels, source))
+        raise UserError(f"{source}: the labels mix {mixed}; expected one kind")
 
 
 def classes_of(labels: list[str], source: str) -> list[str]:
@@ -183,28 +156,6 @@ def number_of(value: object) -> float:
     except (TypeError, ValueError, OverflowError):
         return math.nan
     return number if math.isfinite(number) else math.nan
-
-
-def read_numbers(
-    paths: Sequence[str], options: ColumnOptions, classes: Sequence[str] | None = None
-) -> LabeledRows:
-    """The rows of files, in order, for regression, which has no `classes`.
-
-    UserError lists every row without text or number; also if all numbers are equal."""
-    all_texts, labels, problems, field = [], [], [], options.label_field
-    for where, texts, value in read_cells(paths, options, problems):
-        number = number_of(value)
-        if math.isnan(number):
-            problems.append(f"{where}: column {field} has {_shown(value)}; expected a number")
-            continue
-        all_texts.append(texts)
-        labels.append(number)
-    check_rows(problems, len(labels))
-    if len(set(labels)) < 2:
-        in_rows = f"in {counted(len(labels), 'row')}"
-        found = f"{' '.join(paths)}: {labels[0]:g} is the only number {in_rows}"
-        raise UserError(f"{found}; expected two or more")
-    return LabeledRows(all_texts, labels, [])
 
 
 def budget_rows(labels: list[str], budget: int, seed: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from pretrain.data.sources import check_files, expand
 from pretrain.data.spans import Entity, check_spans, read_spans
 from pretrain.data.tables import TABLES, format_of
 from pretrain.errors import UserError
-from pretrain.finetune.dataset import LabeledRows, Row, check_rows, no_column, read_texts
+from pretrain.finetune.dataset import Row, read_texts
 
 OUTSIDE = "O"
 SAMPLED_CHARACTERS = 1 << 16  # to see whether a file has tags
@@ -61,12 +61,17 @@ def _sentences(path: Path, encoding: str) -> Iterator[Row]:
         raise UserError(f"{error}; {way} or score, entities") from error
 
 
+def entity_field(record: dict, options: ColumnOptions) -> str | None:
+    """The column of the entities; None if there is none."""
+    named = options.label_field
+    names = FIELDS if named == ColumnOptions.label_field else (named,)
+    return next((name for name in names if name in record), None)
+
+
 def entities_of(record: dict, text: str, where: str, options: ColumnOptions) -> Entities | None:
     """The entities of a record, without white space at their ends; None if it has no column for
     them. UserError if they overlap, lie outside the text, or have no label."""
-    named = options.label_field
-    names = FIELDS if named == ColumnOptions.label_field else (named,)
-    name = next((name for name in names if name in record), None)
+    name = entity_field(record, options)
     if name is None:
         return None
     found = sorted(read_spans(record[name], f"{where}: column {name}"))
@@ -82,36 +87,6 @@ def entities_of(record: dict, text: str, where: str, options: ColumnOptions) -> 
         end -= len(inside) - len(inside.rstrip())
         entities.append((start, end, label))
     return tuple(entities)
-
-
-def read_tagged_rows(
-    paths: Sequence[str], options: ColumnOptions, tags: list[str] | None = None
-) -> LabeledRows:
-    """The rows of files, in order; `tags` are those of the training rows, None while reading these.
-
-    UserError lists every row with spans that cannot be used, or labels that `tags` lack."""
-    texts, labels, problems, source = [], [], [], " ".join(paths)
-    for where, record, row_texts in read_documents(paths, options, problems):
-        try:
-            entities = entities_of(record, row_texts[0], where, options)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        if entities is None:
-            problems.append(str(no_column(record, where, options.label_field, "span")))
-            break  # the next rows would only repeat it
-        texts.append(row_texts)
-        labels.append(entities)
-    check_rows(problems, len(texts))
-    found = sorted({label for entities in labels for *_, label in entities})
-    if not found:
-        raise UserError(f"{source}: no entities; expected tags such as B-PER, or spans")
-    unknown = sorted(set(found) - set(labels_of(tags))) if tags else []
-    if unknown:
-        expected = f"expected those, such as {', '.join(labels_of(tags)[:20])}"
-        problem = f"{', '.join(unknown)} not among the labels of the training rows"
-        raise UserError(f"{source}: {problem}; {expected}")
-    return LabeledRows(texts, labels, tags or tags_of(found))
 
 
 # Tags.

@@ -16,12 +16,6 @@ from pretrain.model.packed import PackedModel
 from pretrain.model.roberta import PackedRoberta
 
 ONE_CLASS, A_NUMBER = "single_label_classification", "regression"  # config.problem_type
-EXPECTED = {  # heads by task
-    "classification": "a classifier",
-    "ner": "a model for entities",
-    "regression": "a model for regression",
-    None: "a fine-tuned model",
-}
 
 
 class PackedClassifier(PackedModel):
@@ -123,7 +117,7 @@ def load_classifier(
     model, missing = load_weights(heads[config.model_type], name, config)
     has_head = not any(key.startswith("classifier") for key in missing)
     if classes is None and not (has_head and is_same):
-        expected = f"{EXPECTED[task]}, such as one from finetune.py"
+        expected = "a fine-tuned model, such as one from finetune.py"
         raise UserError(f"{name}: no head that fits; expected {expected}")
     if not (keep_head and has_head):  # even if the sizes happen to match
         torch.manual_seed(torch.initial_seed())  # other missing weights may have drawn numbers

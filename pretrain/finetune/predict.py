@@ -1,28 +1,21 @@
-"""Predictions for texts, in order: labels and probabilities, entities, or numbers.
-
-Rows stream: a file of any size is read, predicted and written in chunks.
-"""
+"""Predictions for texts, in order: labels and probabilities, entities, or numbers."""
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pretrain.config import UTF8, ColumnOptions
-from pretrain.data.sentences import in_groups
-from pretrain.data.tokenizer import ENCODED_CHARACTERS, characters_of
 from pretrain.errors import UserError, check
 from pretrain.evaluate import evaluation_mode
 from pretrain.files import as_json
-from pretrain.finetune.dataset import LabeledDataset, LabeledRows, Row
+from pretrain.finetune.dataset import LabeledDataset
 from pretrain.finetune.heads import PackedClassifier
 from pretrain.finetune.tasks import Classification
 from pretrain.finetune.windows import TaggedDataset
-
-CHUNK = 1024  # rows
 
 
 @torch.no_grad()
@@ -55,23 +48,6 @@ def check_rows(
             taken.setdefault(name, f"{where}: column {name!r} exists; expected another name")
     problems += taken.values()
     check(problems)
-
-
-def predict_rows(
-    rows: Iterable[Row],
-    options: ColumnOptions,
-    task: Classification,
-    classes: list[str],
-    predict_chunk: Callable,
-) -> Iterator[dict]:
-    """The records with the cells of their predictions. `predict_chunk`: LabeledRows -> (dataset,
-    outputs of `predict`)."""
-    for chunk in in_groups(rows, lambda row: characters_of(row[2]), ENCODED_CHARACTERS, CHUNK):
-        labels = [task.label(row, options, classes) for row in chunk]
-        texts = [text for *_, text in chunk]
-        dataset, outputs = predict_chunk(LabeledRows(texts, labels, classes))
-        for (_, record, _), cells in zip(chunk, task.cells(dataset, outputs, classes)):
-            yield record | cells
 
 
 def write_rows(path: Path, rows: Iterable[dict], as_csv: bool, encoding: str = UTF8) -> None:

@@ -1,60 +1,146 @@
-"""What differs between the tasks: how rows are read, encoded, scored and written.
+"""What differs between the tasks: how rows are read, encoded, scored, written and compared.
 
-`TASKS` has one object per --task. The run, the loop and prediction are the same for all.
+`TASKS` has one object per --task. The run, the loop, prediction and experiments are the same for
+all. An experiment compares outcomes: a small array of numbers for each test row, from which a
+`Metric` computes a score.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from pretrain.config import ColumnOptions
+from pretrain.data.sentences import Sentence
+from pretrain.data.tables import no_column
 from pretrain.errors import UserError, counted
+from pretrain.finetune import scores
 from pretrain.finetune.dataset import (
     LabeledDataset,
     LabeledRows,
     Row,
+    check_one_kind,
+    check_rows,
+    classes_of,
+    is_label,
     label_of,
     number_of,
-    read_labeled,
-    read_numbers,
     read_texts,
+    wrong_cell,
 )
 from pretrain.finetune.entities import (
     KEYS,
     Entities,
     decode,
     entities_of,
+    entity_field,
     labels_of,
     read_documents,
-    read_tagged_rows,
+    tags_of,
 )
-from pretrain.finetune.scores import EntityTally, NumberTally, Tally
+from pretrain.finetune.scores import FOUND, GIVEN, RIGHT, EntityTally, NumberTally, Tally
 from pretrain.finetune.windows import TaggedDataset, TaggedText
 
 SHOWN_CLASSES = 20
 FEW_ROWS = 10  # below this number, one class for all rows means nothing
 
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # weights, outcomes -> float64 [draws]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score and its words in a report."""
+
+    title: str
+    meaning: str  # sentences
+    score: Score
+
 
 class Classification:
-    """One of several classes for a row."""
+    """One of several classes for a row. An outcome counts the labels of a row: [3, classes]."""
 
     name = "classification"
     auto_class, pipeline = "AutoModelForSequenceClassification", "text-classification"
     pipeline_options = ""  # that make its predictions match ours
     dataset, tally = LabeledDataset, Tally
-    read = staticmethod(read_labeled)  # the labeled rows of files
     documents = staticmethod(read_texts)  # the rows of files, labeled or not
     has_classes = True  # a row has one of them
     when_long = "cut"  # what happens to texts that are too long
     predictions = "test_predictions.csv"
     curves = ("eval/accuracy", "eval/macro_f1")
+    metrics = {
+        "macro_f1": Metric(
+            "macro F1",
+            "F1 combines recall (the share of a class's rows that are found) and precision (the "
+            "share of predictions of a class that are right); macro F1 is the mean over classes.",
+            scores.macro_f1,
+        ),
+        "accuracy": Metric(
+            "accuracy",
+            "Accuracy is the share of test rows that are classified correctly.",
+            scores.accuracy,
+        ),
+        "matthews": Metric(
+            "Matthews correlation",
+            "The Matthews correlation of the true and the predicted classes is 1 if all are right, "
+            "and 0 on average for guesses.",
+            scores.matthews,
+        ),
+    }
+    by_label = "Which classes?"  # heading of the scores of each label; "" if there are none
+    label_name, support, support_key = "class", "test rows", "rows"
+
+    def read(
+        self, paths: Sequence[str], options: ColumnOptions, classes: list[str] | None = None
+    ) -> LabeledRows:
+        """The labeled rows of files, in order; `classes` are those of the training rows, None while
+        reading these.
+
+        UserError lists every row without text or label, or with a label that cannot be used."""
+        texts, labels, wheres, problems = [], [], [], []
+        for row in self.documents(paths, options, problems):
+            where, record, row_texts = row
+            field = self.label_field(record, options)
+            if field is None:
+                problems.append(str(no_column(record, where, options.label_field, "label")))
+                break  # the next rows would only repeat it
+            if expected := self.expected(record[field], classes):
+                problems.append(wrong_cell(where, field, record[field], expected))
+                continue
+            texts.append(row_texts)
+            labels.append(self.label(row, options))
+            wheres.append(where)
+        check_rows(problems, len(labels))
+        classes = self.find_classes(labels, wheres, " ".join(paths), classes)
+        return LabeledRows(texts, labels, classes)
+
+    def label_field(self, record: dict, options: ColumnOptions) -> str | None:
+        """The column of the labels; None if there is none."""
+        return options.label_field if options.label_field in record else None
+
+    def expected(self, value: object, classes: list[str] | None) -> str | None:
+        """What a cell of labels must have; None if it does."""
+        if classes and label_of(value) not in classes:
+            return f"a label of the training rows, such as {', '.join(classes[:20])}"
+        return None if is_label(value) else "a name or a whole number"
+
+    def find_classes(
+        self, labels: list, wheres: list[str], source: str, known: list[str] | None
+    ) -> list[str]:
+        """The `classes` of LabeledRows for labels and the places of their rows: those that are
+        `known`, if any. UserError if a model cannot learn them, or is not for them."""
+        if known:
+            return known
+        check_one_kind(labels, wheres, source)
+        return classes_of(labels, source)
 
     def strata(self, rows: LabeledRows) -> list[str]:
         """The groups that a label budget takes rows from in proportion: one for each row."""
         return rows.labels if self.has_classes else [""] * len(rows.labels)
 
-    def label(self, row: Row, options: ColumnOptions, classes: list[str]) -> object:
-        """The label of a row to predict, which may be unknown to the model, or missing."""
+    def label(self, row: Row, options: ColumnOptions, classes: list[str] | None = None) -> object:
+        """The label of a row, which may be missing, or none of the model's `classes`."""
         return label_of(row[1].get(options.label_field))
 
     def columns(self, classes: list[str]) -> list[str]:
@@ -91,19 +177,73 @@ class Classification:
         """The labels that a model knows."""
         return classes
 
-    def title(self, classes: list[str]) -> str:
-        """What a model does, for its card."""
-        return f"choose one of {len(classes)} classes"
+    def describe(self, names: list[str]) -> str:
+        """What is predicted, from the names of the labels."""
+        return f"{len(names)} classes"
+
+    def truth(self, rows: LabeledRows) -> list:
+        """What is right for each row, in a form that JSON keeps."""
+        return rows.numbers.tolist()
+
+    def texts(self, rows: LabeledRows) -> list[list[Sentence]]:
+        """The texts of each row as a document to pretrain on."""
+        return [[(part, ()) for part in parts] for parts in rows.texts]
+
+    def predicted(self, cells: Iterable[dict], names: list[str]) -> list:
+        """What was predicted for each row, in the form of `truth`; `cells` as in the file of
+        predictions."""
+        return [names.index(row["predicted_label"]) for row in cells]
+
+    def outcomes(self, truth: list, predicted: list, names: list[str]) -> np.ndarray:
+        """float32 [rows, 3, classes]: the outcome of each row, as `metrics` take it."""
+        rows, counts = np.arange(len(truth)), np.zeros((len(truth), 3, len(names)), np.float32)
+        counts[rows, GIVEN, truth] = 1
+        counts[rows, FOUND, predicted] = 1
+        counts[:, RIGHT] = counts[:, GIVEN] * counts[:, FOUND]
+        return counts
 
 
 class Regression(Classification):
-    """A number for a row."""
+    """A number for a row. An outcome is the true and the predicted one: [2]."""
 
     name, tally, has_classes = "regression", NumberTally, False
-    read = staticmethod(read_numbers)
     curves = ("eval/pearson", "eval/spearman")
+    metrics = {
+        "pearson": Metric(
+            "Pearson correlation",
+            "Pearson's correlation of the true and the predicted numbers is 1 if they lie on a "
+            "rising line, and 0 if they are unrelated.",
+            scores.pearson,
+        ),
+        "spearman": Metric(
+            "Spearman correlation",
+            "Spearman's correlation is 1 if the predicted numbers have the order of the true ones, "
+            "and 0 if the two orders are unrelated.",
+            scores.spearman,
+        ),
+        "correlation": Metric(
+            "mean correlation",
+            "The score is the mean of Pearson's correlation (do the predicted numbers and the true "
+            "ones lie on a line?) and Spearman's (do they have the same order?).",
+            scores.mean_correlation,
+        ),
+    }
+    by_label = ""
 
-    def label(self, row: Row, options: ColumnOptions, classes: list[str]) -> float:
+    def expected(self, value: object, classes: list[str] | None) -> str | None:
+        """A number."""
+        return "a number" if math.isnan(number_of(value)) else None
+
+    def find_classes(
+        self, labels: list, wheres: list[str], source: str, known: list[str] | None
+    ) -> list[str]:
+        """[]; UserError if all numbers are equal."""
+        if len(set(labels)) < 2:
+            found = f"{labels[0]:g} is the only number in {counted(len(labels), 'row')}"
+            raise UserError(f"{source}: {found}; expected two or more")
+        return []
+
+    def label(self, row: Row, options: ColumnOptions, classes: list[str] | None = None) -> float:
         """NaN if it has none."""
         return number_of(row[1].get(options.label_field))
 
@@ -127,24 +267,53 @@ class Regression(Classification):
         is_worse = scores.get("r2", 0.0) < 0
         return "the model is worse than predicting the mean of the rows" if is_worse else None
 
-    def title(self, classes: list[str]) -> str:
-        """What a model does, for its card."""
-        return "give a text a number"
+    def describe(self, names: list[str]) -> str:
+        """A number: it has no labels to count."""
+        return "a number for each row"
+
+    def truth(self, rows: LabeledRows) -> list:
+        """The numbers."""
+        return rows.labels
+
+    def predicted(self, cells: Iterable[dict], names: list[str]) -> list:
+        """The predicted numbers."""
+        return [float(row["predicted_label"]) for row in cells]
+
+    def outcomes(self, truth: list, predicted: list, names: list[str]) -> np.ndarray:
+        """float64 [rows, 2]."""
+        return np.stack([truth, predicted], axis=1).astype(np.float64)
 
 
 class EntityRecognition(Classification):
-    """Labeled spans in a text."""
+    """Labeled spans in a text. An outcome counts those of a text: [3, labels]."""
 
     name = "ner"
     auto_class, pipeline = "AutoModelForTokenClassification", "token-classification"
     pipeline_options = ', aggregation_strategy="first"'
     dataset, tally = TaggedDataset, EntityTally
-    read = staticmethod(read_tagged_rows)
     names = staticmethod(labels_of)  # in its tags
     has_classes = False
     when_long = "read in overlapping windows"
     predictions = "test_predictions.jsonl"
     curves = ("eval/precision", "eval/recall", "eval/f1")
+    metrics = {
+        "f1": Metric(
+            "entity F1",
+            "An entity is right if its first and last character and its type are. F1 combines "
+            "recall (the share of the entities that are found) and precision (the share of those "
+            "found that are right), over the entities of all test rows.",
+            scores.micro_f1,
+        ),
+        "macro_f1": Metric(
+            "macro F1",
+            "An entity is right if its first and last character and its type are. F1 combines "
+            "recall (the share of a type's entities that are found) and precision (the share of "
+            "those found that are right); macro F1 is the mean over types.",
+            scores.macro_f1,
+        ),
+    }
+    by_label = "Entities per type before and after"
+    label_name, support, support_key = "type", "test entities", "entities"
 
     def documents(
         self, paths: Sequence[str], options: ColumnOptions, problems: list[str]
@@ -162,10 +331,34 @@ class EntityRecognition(Classification):
 
         return filter(check_entities, read_documents(paths, options, problems))
 
-    def label(self, row: Row, options: ColumnOptions, classes: list[str]) -> Entities | None:
-        """None if it has no column for entities, or if the model lacks one of their labels."""
+    def label_field(self, record: dict, options: ColumnOptions) -> str | None:
+        """It has several usual names."""
+        return entity_field(record, options)
+
+    def expected(self, value: object, classes: list[str] | None) -> str | None:
+        """None: `documents` has checked the cells."""
+
+    def find_classes(
+        self, labels: list, wheres: list[str], source: str, known: list[str] | None
+    ) -> list[str]:
+        """The tags; UserError without entities, or if one has a label that is not `known`."""
+        found = sorted({label for entities in labels for *_, label in entities})
+        if not found:
+            raise UserError(f"{source}: no entities; expected tags such as B-PER, or spans")
+        if known and (unknown := sorted(set(found) - set(labels_of(known)))):
+            problem = f"{', '.join(unknown)} not among the labels of the training rows"
+            expected = f"expected those, such as {', '.join(labels_of(known)[:20])}"
+            raise UserError(f"{source}: {problem}; {expected}")
+        return known or tags_of(found)
+
+    def label(
+        self, row: Row, options: ColumnOptions, classes: list[str] | None = None
+    ) -> Entities | None:
+        """None if it has no column for entities, or if `classes` lack one of their labels."""
         where, record, (text, *_) = row
         entities = entities_of(record, text, where, options)
+        if classes is None:
+            return entities
         found, known = {label for *_, label in entities or ()}, set(labels_of(classes))
         return entities if found <= known else None
 
@@ -201,9 +394,33 @@ class EntityRecognition(Classification):
         """That it finds nothing, as in a run that needs more steps."""
         return None if sum(predicted) else "the model finds no entities"
 
-    def title(self, classes: list[str]) -> str:
-        """What a model does, for its card."""
-        return f"find entities with {counted(len(labels_of(classes)), 'label')}"
+    def describe(self, names: list[str]) -> str:
+        """How many types of entities."""
+        return f"entities of {counted(len(names), 'type')}"
+
+    def truth(self, rows: LabeledRows) -> list:
+        """A list of [start, end, label] for each row."""
+        return [list(map(list, entities)) for entities in rows.labels]
+
+    def texts(self, rows: LabeledRows) -> list[list[Sentence]]:
+        """The text of each row, with its entities for --masking entity."""
+        documents = []
+        for (text, *_), entities in zip(rows.texts, rows.labels):
+            documents.append([(text, tuple(entity[:2] for entity in entities))])
+        return documents
+
+    def predicted(self, cells: Iterable[dict], names: list[str]) -> list:
+        """A list of [start, end, label] for each row, as found by a model."""
+        rows = (row["predicted_entities"] for row in cells)
+        return [[[entity[key] for key in KEYS] for entity in entities] for entities in rows]
+
+    def outcomes(self, truth: list, predicted: list, names: list[str]) -> np.ndarray:
+        """float32 [rows, 3, labels]."""
+        counts = []
+        for of_row in zip(truth, predicted):
+            given, found = (set(map(tuple, entities)) for entities in of_row)
+            counts.append(scores.count_entities(given, found, names))
+        return np.array(counts, np.float32)
 
 
 TASKS: dict[str, Classification] = {

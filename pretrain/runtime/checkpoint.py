@@ -31,7 +31,7 @@ from pretrain.files import (
     write_json,
 )
 from pretrain.runtime.sharding import is_part, map_tensors
-from pretrain.schema import Form, Rule, integer, misfit, one_of
+from pretrain.schema import Form, Rule, integer, misfit, number, one_of
 
 RUN_ENTRY = (  # what a run writes; nothing else may be overwritten
     r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*"
@@ -45,6 +45,7 @@ FACTS_FORM = {
     "max_length": integer(8, 1 << 16),
     "eval_tokens": integer(1, 1 << 40),
     "eval_batch_size": integer(1, 1 << 20),
+    "nsp_weight": number(0),
 }
 # Scores for the hub's index of models, and its names for them.
 PUBLISHED = {"perplexity": "perplexity", "mlm_accuracy": "accuracy"}

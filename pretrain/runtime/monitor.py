@@ -16,7 +16,6 @@ from tqdm import tqdm
 from pretrain.errors import UserError
 from pretrain.files import as_json, write_text
 
-EVENTS = "events.out.tfevents."  # then the second of its start
 LINE_SECONDS = 5.0  # between lines of progress
 BAR = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05}
 SHOWN = {
@@ -53,7 +52,6 @@ class Monitor:
         self.path = output / "metrics.jsonl"
         kept = _trim_rows(self.path, start_step, evaluated)
         self.file = self.path.open("a", encoding="utf-8")
-        _date_back_events(output)
         first_cut = start_step + 1 if evaluated and start_step else start_step
         self.writer = SummaryWriter(str(output), purge_step=first_cut)
         self.charts = None if kept else charts  # to add with the first numbers
@@ -162,19 +160,6 @@ def _layout(charts: dict, names: Iterable[str]) -> dict:
         title = f"{loss.removesuffix('_loss').upper()}, training and held-out"
         loss_charts[title] = ["Multiline", [f"train/{loss}", f"eval/{loss}"]]
     return charts | {"loss": loss_charts} if loss_charts else charts
-
-
-def _date_back_events(output: Path) -> None:
-    """Rename event files so that a new one comes last. TensorBoard orders them by the second in
-    their names, but a clock may be set back, and a restart may take less than a second."""
-    limit, names = int(time.time()), {}
-    for path in sorted(output.glob(f"{EVENTS}*"), reverse=True):
-        second, _, rest = path.name.removeprefix(EVENTS).partition(".")
-        if second.isdecimal():
-            limit = min(int(second), limit - 1)
-            names[path] = path.with_name(f"{EVENTS}{limit:010d}.{rest}")
-    for path, name in reversed(names.items()):  # the oldest first: no name is taken
-        path.rename(name)
 
 
 def _trim_rows(path: Path, start_step: int, evaluated: bool) -> list[dict]:

@@ -2,7 +2,6 @@
 
 The optimizer skips them, see `optim.step_if`."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +12,7 @@ from pretrain.schema import integer
 
 MAX_SKIPPED_IN_A_ROW = 20
 MAX_SKIPPED_SHARE = 0.9  # of the steps: with so few others, a run has learned nothing
+ADVICE = "start a new run with a lower learning rate, in fp32, or with another model"
 Report = Callable[[str], None]
 Rebuild = Callable[[int, object], str]
 
@@ -20,14 +20,12 @@ Rebuild = Callable[[int, object], str]
 class NanGuard:
     """Reads the finite flag of a step one step later, when the device has long computed it.
     `report` prints a line per skipped step. `rebuild(step, data position)` returns the command that
-    shows the data of a step, or "". `precision` decides the advice."""
+    shows the data of a step, or ""."""
 
     state_form = {"skipped": integer(), "skipped_in_a_row": integer()}
 
-    def __init__(
-        self, report: Report = print, rebuild: Rebuild = lambda *_: "", precision: str = "bf16"
-    ):
-        self.report, self.rebuild, self.precision = report, rebuild, precision
+    def __init__(self, report: Report = print, rebuild: Rebuild = lambda *_: ""):
+        self.report, self.rebuild = report, rebuild
         self.skipped = self.skipped_in_a_row = 0
         self._pending: tuple[Tensor, torch.cuda.Event | None, int, object] | None = None
 
@@ -52,13 +50,7 @@ class NanGuard:
         if skipped >= max(1, MAX_SKIPPED_SHARE * steps):
             shown = f"{skipped:,} of the {counted(steps, 'step')}"
             problem = f"the gradients of {shown} were not finite"
-            raise UserError(f"{problem}, so there is no final model; {self._advice(steps)}")
-
-    def _advice(self, step: int) -> str:
-        ways = [] if self.precision == "fp32" else ["in fp32"]
-        if self.skipped < step:
-            return f"start a new run {' or '.join(['with a lower learning rate', *ways])}"
-        return f"no step was finite: start a new run {' or '.join([*ways, 'with another model'])}"
+            raise UserError(f"{problem}, so there is no final model; {ADVICE}")
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
@@ -81,21 +73,4 @@ class NanGuard:
         problem = f"the gradients of {self.skipped_in_a_row} steps in a row are not finite"
         command = self.rebuild(step, position)
         shown = f". To see its data: {command}" if command else ""
-        raise UserError(f"{where}: {problem}; {self._advice(step)}{shown}")
-
-
-class ScaleWatch:
-    """Reports when the scale of fp16 gradients falls below 1: they overflow even unscaled."""
-
-    def __init__(self, scaler: torch.amp.GradScaler, report: Report = print):
-        self.scaler, self.report, self._last = scaler, report, math.inf
-
-    def logged(self) -> dict[str, float]:
-        """The scale, for the log; {} without a scaler. Waits for the device."""
-        if not self.scaler.is_enabled():
-            return {}
-        before, self._last = self._last, self.scaler.get_scale()
-        if self._last < 1 <= before:
-            advice = "try bf16 or fp32, or a lower learning rate"
-            self.report(f"the scale of the fp16 gradients fell to {self._last:g}; {advice}")
-        return {"optim/loss_scale": self._last}
+        raise UserError(f"{where}: {problem}; {ADVICE}{shown}")

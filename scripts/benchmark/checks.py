@@ -4,12 +4,10 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.files import read_json
-from pretrain.runtime.checkpoint import checkpoints, step_of
 from scripts.benchmark.processes import Command, training_rows
 
 POLL_SECONDS = 0.05
@@ -19,63 +17,7 @@ FINETUNING_STEPS = 60
 MASKED_TEXT = "Return True [MASK] the object is a string."
 MIN_F1 = 0.9  # on rows in which each word shows the class
 F1_TOLERANCE = 0.02  # between bf16 results in different batches
-RESUMED_TOLERANCE = 0.02  # of a logged loss, in bf16 with atomic sums
 MIN_DECREASE = 0.05  # of the loss, in a run of a few hundred steps
-
-
-def _while(is_running: Callable[[], bool], rows: Callable[[], dict]) -> Iterator[dict]:
-    """`rows()`, repeated so that an interrupted check leaves its latest result."""
-    while is_running():
-        time.sleep(POLL_SECONDS)
-        yield rows()
-    yield rows()
-
-
-def _losses_of(output: Path) -> dict[int, float]:
-    return {step: row["train/loss"] for step, row in training_rows(output).items()}
-
-
-def measure_resume(bench) -> Iterator[dict]:
-    """Compare the losses of two runs of --steps steps that start at the same time; one is killed
-    after two thirds of its steps and resumed."""
-    every = max(1, bench.options.steps // 3)
-    changed = {"max_steps": bench.options.steps, "save_every": str(every), "log_every": 1}
-    outputs = {name: bench.folder / f"{name}-run" for name in ("whole", "killed")}
-    whole, killed = (
-        Command(bench.folder, "pretrain", bench.run_options(**changed, output=str(path)), name=name)
-        for name, path in outputs.items()
-    )
-
-    def losses(start: int) -> dict:
-        return compare(start, *map(_losses_of, outputs.values()))
-
-    def is_before_kill() -> bool:
-        return killed.is_running() and max(training_rows(outputs["killed"]), default=0) < 2 * every
-
-    yield from _while(is_before_kill, partial(losses, 0))
-    killed.stop()
-    start = max(map(step_of, checkpoints(outputs["killed"])), default=0)
-    again = {"resume": True, "output": str(outputs["killed"])}
-    resumed = Command(bench.folder, "pretrain", again, name="resumed")
-    yield from _while(lambda: whole.is_running() or resumed.is_running(), partial(losses, start))
-
-
-def compare(start: int, whole: dict[int, float], resumed: dict[int, float]) -> dict:
-    """Losses of two runs by step, and their largest relative difference before and after the
-    checkpoint at step `start`."""
-    losses, before, after, failed = [], [], [], {}
-    for step, loss in sorted(whole.items()):
-        losses.append({"step": step, "loss": loss, "loss_resumed": resumed.get(step)})
-        if step in resumed:
-            (after if step > start else before).append(abs(resumed[step] / loss - 1))
-    largest = {"before": max(before, default=0.0), "after": max(after, default=0.0)}
-    num_compared = len(before) + len(after)
-    if not start or not after or num_compared < len(whole):
-        failed["losses"] = f"only {num_compared} of {len(whole)} steps compared, from step {start}"
-    elif largest["after"] > max(RESUMED_TOLERANCE, 2 * largest["before"]):
-        failed["losses"] = f"the resumed run differs by {largest['after']:.2%}"
-    differences = {f"difference_{when}": value for when, value in largest.items()}
-    return {"resumed_from": start, "losses": losses, "failed": failed, **differences}
 
 
 def measure_fp16(bench) -> Iterator[dict]:
@@ -94,8 +36,11 @@ def measure_fp16(bench) -> Iterator[dict]:
 
     yield {"precision": precision}
     run = Command(bench.folder, "pretrain", bench.run_options(**changed), name="run")
-    for found in _while(run.is_running, losses):
-        yield found
+    while run.is_running():  # an interrupted check leaves its latest result
+        time.sleep(POLL_SECONDS)
+        yield losses()
+    found = losses()
+    yield found
     if run.process.exitcode == 0:
         yield {"skipped_steps": read_json(output / "summary.json")["skipped_steps"]}
         first, last = found["losses"][0]["loss"], found["losses"][-1]["loss"]

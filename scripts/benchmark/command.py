@@ -4,9 +4,8 @@ Only real tokens count, never padding. prepare: text to token ids, compared with
 alone. data: plan, pairs, packing and masks. train: whole steps, compared with transformers.Trainer
 on the same pairs. profile: operators or kernels of a step. blocks: MLM alone, compared with Trainer
 on blocks without padding. start: seconds to the first step, from scratch and from a checkpoint.
-largest: the largest micro-batch. numerics: the device compared with fp32 on the CPU. Only on
-request: quality, the minutes until pretrain.py is as good as Trainer is after --minutes; and parts
-of the GPU check (scripts/gpu_check.sh): attention, variants, resume, fp16, use.
+Only on request: quality, the minutes until pretrain.py is as good as Trainer is after --minutes;
+and parts of the GPU check (scripts/gpu_check.sh): attention, variants, fp16, use.
 """
 
 import dataclasses
@@ -27,19 +26,18 @@ from pretrain.schema import each, integer, number, option
 from scripts.benchmark.processes import Command, Process, ProcessError, send_rows
 from scripts.benchmark.report import add_ratios, print_report
 
-CHECKS = ("attention", "variants", "resume", "fp16", "use")  # parts of scripts/gpu_check.sh
+CHECKS = ("attention", "variants", "fp16", "use")  # parts of scripts/gpu_check.sh
 PARTS = {  # part -> module, in the order of the runs
     "attention": "attention",
     "variants": "steps",
-    **dict.fromkeys(("resume", "fp16", "use"), "checks"),
+    **dict.fromkeys(("fp16", "use"), "checks"),
     **dict.fromkeys(("prepare", "data"), "data"),
     **dict.fromkeys(("train", "profile", "blocks"), "steps"),
     "start": "start",
-    **dict.fromkeys(("largest", "numerics"), "limits"),
     "quality": "quality",
 }
 SPEEDS = tuple(part for part in PARTS if part not in (*CHECKS, "quality"))
-COMPUTING = ("attention", "prepare", "data", "largest", "numerics")  # others start processes
+COMPUTING = ("attention", "prepare", "data")  # others start processes
 QUICK = {"model": "mini", "max_length": 128, "batch_size": 16, "micro_batch_size": 16, "steps": 4}
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
 

@@ -1,7 +1,6 @@
 """Training steps: both sides in turns, variants of our side, and a profile of one step."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,8 +104,7 @@ class Ours:
         return {"peer": peer, "is_tight": is_tight, "facts": facts}
 
     def profile(self, num_steps: int) -> dict:
-        """Operators or kernels of one step, share of idle time and of waiting for data, and places
-        where the host waits for the device (there should be none)."""
+        """Operators or kernels of one step, and shares of idle time and of waiting for data."""
         for _ in range(2):  # the first one may compile
             self.step()
         self.wait_seconds, begin = 0.0, begin_clock(self.device)
@@ -118,7 +116,6 @@ class Ours:
             step_seconds = seconds / num_steps
         busy_seconds = sum(took for took, _ in kernels.values())
         shown = sorted(kernels.items(), key=lambda item: -item[1][0])[:SHOWN_KERNELS]
-        waits = self._waits()
         return {
             "tokens_per_second": {"ours": tokens / seconds},
             "data_wait": {"ours": wait_share, "goal": DATA_WAIT_GOAL},
@@ -129,8 +126,6 @@ class Ours:
                 {"share": took / step_seconds, "ms": 1000 * took, "count": count, "name": name}
                 for name, (took, count) in shown
             ],
-            "waits": [{"place": place} for place in waits],
-            "waits_for_device": len(waits),
         }
 
     def _kernels(self) -> tuple[float, dict[str, tuple[float, int]]]:
@@ -148,18 +143,6 @@ class Ours:
                 took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
                 kernels[event.key] = (took / 1e6, event.count)
         return seconds, kernels
-
-    def _waits(self) -> list[str]:
-        """Places in one step where the host waits for a GPU."""
-        if self.device.type != "cuda":
-            return []
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            self.step()
-            torch.cuda.set_sync_debug_mode("default")
-        waits = [warning for warning in caught if "called a synchroniz" in str(warning.message)]
-        return [f"{warning.filename}:{warning.lineno}" for warning in waits]
 
 
 def serve(turns: Connection, options: dict, variant: Variant = Variant()) -> None:

@@ -374,6 +374,8 @@ def test_an_interrupted_experiment_gives_the_same_result(
     assert of_pretraining + 1 <= len(steps_seen) <= of_pretraining + 3 * of_fine_tuning
     assert report_of(tmp_path / "out") == report_of(finished_small)
     assert rows(tmp_path / "out" / "adapted") == rows(finished_small / "adapted")
+    of_run = part(tmp_path / "out", "pretrain-adapted")
+    assert of_run["wall_seconds"] >= of_run["seconds"], "the time before the interruption counts"
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 

@@ -1,6 +1,6 @@
 """The report of an experiment.
 
-The verdict is "yes" only if an interval lies above 0, and all plots are drawn. test_measures.py
+The verdict is "yes" only if an interval lies above 0, and all plots are drawn. test_outcomes.py
 compares the intervals with a slow bootstrap, test_pipeline.py the tables with the parts of an
 experiment.
 """

@@ -7,6 +7,7 @@ from statistics import mean, stdev
 import pytest
 import torch
 from conftest import refusal, script
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 pytest.importorskip("sklearn")
@@ -76,6 +77,63 @@ def test_its_numbers_are_those_of_its_runs_and_it_runs_only_what_changed(place, 
     assert first.items() <= again.items()  # nothing ran twice
     new = sorted(name.rsplit("-", 1)[0] for name in again.keys() - first.keys())
     assert new == ["pairs-2", "plain-0", "plain-1", "plain-2"]
+
+
+def put_on_hub(cache, name, seed, tokenizer):
+    """Put a model into the hub's cache."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    torch.manual_seed(seed)
+    model = BertModel(BertConfig(vocab_size=len(tokenizer), **SMALL))
+    for saved_part in (model, tokenizer):
+        saved_part.save_pretrained(folder / "snapshots" / ("0" * 40))
+
+
+def test_another_model_on_the_hub_is_fine_tuned_anew(place, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    output, results = tmp_path / "out", []
+    for seed, name in enumerate(["a/one", "b/two", "a/one"]):
+        if not results[1:]:
+            put_on_hub(tmp_path / "hub", name, seed, tiny_tokenizer)
+        SUITE(options_for(place, place / "tasks", output, "--seeds", "1", "--model", name))
+        results.append(saved(output))
+    first, second, third = results
+    assert second == third and len(second) == 2 * len(first)
+
+
+def test_another_model_with_pickled_weights_is_fine_tuned_anew(place, tmp_path):
+    pickled, output = tmp_path / "pickled", tmp_path / "out"
+    shutil.copytree(place / "model", pickled)
+    weights = load_file(pickled / "model.safetensors")
+    (pickled / "model.safetensors").unlink()
+    for scale in (1, 2):
+        torch.save(
+            {key: scale * value for key, value in weights.items()}, pickled / "pytorch_model.bin"
+        )
+        SUITE(options_for(place, place / "tasks", output, "--seeds", "1", "--model", str(pickled)))
+    assert len(saved(output)) == 4
+
+
+def test_a_task_runs_again_if_its_files_change_places(place, tmp_path):
+    tasks, output = tmp_path / "tasks", tmp_path / "out"
+    shutil.copytree(place / "tasks" / "plain", tasks / "plain")
+    write_rows(tasks / "plain" / "test.csv", "text,label,more", 24)
+    for splits in ({}, {"valid": "test.csv", "test": "valid.csv"}):
+        (tasks / "plain" / "task.json").write_text(json.dumps(splits), "utf-8")
+        SUITE(options_for(place, tasks, output, "--seeds", "1"))
+    assert len(saved(output)) == 2
+
+
+def test_a_file_of_options_keeps_those_of_the_tasks(place, tmp_path):
+    output, options = tmp_path / "out", tmp_path / "options.json"
+    options.write_text(json.dumps({"max-steps": 1, "learning-rate": 1e-2}), "utf-8")
+    more = ["--seeds", "1", "--finetune", f"--config {options}"]
+    SUITE(options_for(place, place / "tasks", output, *more))
+    facts = json.loads((output / "suite.json").read_text())["tasks"]
+    assert (facts["pairs"]["metric"], facts["plain"]["metric"]) == ("accuracy", "macro_f1")
+    for folder in (output / "runs").iterdir():
+        assert json.loads((folder / "config.json").read_text())["max_steps"] == 1
 
 
 def test_an_interrupted_suite_gives_the_same_result(place, tmp_path):

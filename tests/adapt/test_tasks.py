@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 import pytest
 from conftest import as_conll, read_rows, refusal, write_rows
-from test_measures import LABELS, slow_classes, slow_entities, slow_numbers
+from test_outcomes import LABELS, slow_classes, slow_entities, slow_numbers
 from test_pipeline import (
     ADAPT,
     BUDGETS,
@@ -28,7 +28,7 @@ from test_pipeline import (
 )
 
 from pretrain import bootstrap, train
-from pretrain.adapt.measures import MEASURES
+from pretrain.finetune import tasks
 
 NAMES = {"LOC": ["river", "river bank"], "ORG": ["bank", "water bank"], "PER": ["teacher"]}
 OTHERS = ["quick", "slow", "token", "mask", "money"]
@@ -89,7 +89,7 @@ def experiment(request, place, row_files, cache, tmp_path_factory):
 
 
 def truth_and_predictions(task, folder, name):
-    """What a fine-tuning run wrote for the test rows, in the form of `MEASURES`."""
+    """What a fine-tuning run wrote for the test rows, in the form of `TASKS`."""
     run = folder / "finetune" / name
     if task == "ner":
         rows = read_rows(run / "test_predictions.jsonl")
@@ -104,8 +104,8 @@ def truth_and_predictions(task, folder, name):
 
 def test_report_of_the_parts_and_scores_of_the_predictions(experiment):
     task, _, output = experiment
-    slow, measure = SLOW[task], MEASURES[task]
-    metric = next(iter(measure.metrics))
+    slow, of_task = SLOW[task], tasks.TASKS[task]
+    metric = next(iter(of_task.metrics))
     scores, outcomes = {}, {}
     for name, budget in product(ENCODERS, BUDGETS):
         for seed in range(2):
@@ -117,7 +117,7 @@ def test_report_of_the_parts_and_scores_of_the_predictions(experiment):
             assert result["test"][metric] == pytest.approx(expected, abs=1e-6)
             assert result["train_rows"] == (30 if budget == "all" else int(budget))
             scores.setdefault((name, budget), []).append(result["test"][metric])
-            found = measure.outcomes(truth, predicted, LABELS)
+            found = of_task.outcomes(truth, predicted, LABELS)
             outcomes.setdefault((name, budget), []).append(found)
     assert len(set(map(tuple, scores.values()))) > 3, "equal scores would show nothing"
     report = report_of(output)
@@ -127,10 +127,10 @@ def test_report_of_the_parts_and_scores_of_the_predictions(experiment):
         assert row[1:4] == [f"{np.mean(run):.3f} ± {np.std(run, ddof=1):.3f}" for run in of]
         for cell, other in zip(row[4:], ("base", "control"), strict=True):
             sides = [np.stack(outcomes[name, budget]) for name in (other, "adapted")]
-            low, high = bootstrap.bootstrap(measure.metrics[metric].score, *sides)
+            low, high = bootstrap.bootstrap(of_task.metrics[metric].score, *sides)
             gain = np.mean(scores["adapted", budget]) - np.mean(scores[other, budget])
             assert cell == f"{gain:+.3f} ({low:+.3f} to {high:+.3f})"
-    assert measure.metrics[metric].title in report and "most frequent class" not in report
+    assert of_task.metrics[metric].title in report and "most frequent class" not in report
 
 
 def test_entities_by_type_are_compared(experiment):
@@ -187,7 +187,7 @@ def test_other_metrics_are_compared(task, metric, place, row_files, cache, tmp_p
             assert found["text"] == row["text"] and found.get("entities", []) == spans
     result = part(output, "finetune-adapted-12-0")
     report = report_of(output)
-    metrics = MEASURES[task].metrics
+    metrics = tasks.TASKS[task].metrics
     assert f"{result['test'][metric]:.3f}" == tables(report)[1][1][2]
     assert metrics[metric].title in report and metrics[metric].meaning in report
     if task == "classification":

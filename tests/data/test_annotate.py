@@ -200,6 +200,9 @@ def test_sentences_are_cut_by_language(tmp_path, monkeypatch):
     assert len(english(text)) == 4  # of which two have an end inside the entity
     found = list(sentences([span], "jsonl", english))
     assert found == [("We met.", ()), ("Who knows? Nobody.", ((4, 17),)), ("Not I.", ()), None]
+    # At a capital letter, such a space, and a period, the package panics.
+    text = "We chose plan B\u00a0. Then we left."
+    assert "".join(english(text)) == text
     # Parts that lose characters are not used.
     import sentencex
 

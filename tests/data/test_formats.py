@@ -477,6 +477,20 @@ def test_bad_spans_are_named_with_their_line(tmp_path, value):
     assert text == message(path, entity_field="entities")
 
 
+def test_a_column_that_only_has_the_name_of_entities_is_not_read(tmp_path):
+    path = lines(tmp_path / "a.csv", "text,entities", "a b,Apple; Google", "c d,")
+    assert read(path, need_entities=True) == [[("a b", ())], [("c d", ())]]
+    assert message(path, entity_field="entities").startswith(f"{path}, line 2: ")
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_empty_first_cell_does_not_leave_the_text_to_another_column(tmp_path, empty):
+    rows = {"id": "A1", "body": empty}, {"id": "A2", "body": "some words"}
+    path = lines(tmp_path / "a.jsonl", *rows)
+    assert "text_field" in message(path)
+    assert read(path, text_field="body") == [[("some words", ())]]
+
+
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_named_with_its_line(tmp_path, name):
     number, rows = BAD_ROWS[name]

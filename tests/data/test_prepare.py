@@ -259,6 +259,23 @@ def test_an_interrupted_preparation_resumes_by_piece(make, whole, tmp_path, torn
     assert again == ([1, 2] if torn else [2])
 
 
+def test_a_preparation_that_is_interrupted_at_its_end_writes_no_shard_again(
+    make, whole, tmp_path, monkeypatch
+):
+    def stop(path):
+        raise Interruption
+
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        patch.setattr("pretrain.data.prepare.sync", stop)
+        make(tmp_path / "corpus")
+    save, written = np.save, []
+    monkeypatch.setattr(np, "save", lambda path, *more, **named: written.append(path))
+    corpus = make(tmp_path / "corpus")
+    assert not [path for path in written if "joined" not in path.name]
+    monkeypatch.setattr(np, "save", save)
+    assert corpus.folder.exists()
+
+
 @pytest.mark.parametrize("what", ["tokenizer", "text", "format", "markup"])
 def test_pieces_of_another_preparation_are_not_used(
     documents, tiny_tokenizer, roberta_tokenizer, tmp_path, what
@@ -300,6 +317,9 @@ def test_the_command_prepares_once(arguments, tmp_path, capsys):
     assert f"--train {tmp_path / 'corpus'}" in made[2]
     info = json.loads(cached.read_text())
     assert f"{info['tokens']:,} tokens" in made[0]
+    for token in ("[EOT]", "eos_token=[EOT]"):  # the same ids, with another role
+        PREPARE.main([str(part) for part in [*arguments, "--add-special-tokens", token]])
+    assert len(list((tmp_path / "cache").glob("*/corpus.json"))) == 3
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,10 @@ from pretrain.finetune.dataset import (
     choose_columns,
     classes_of,
     pack,
-    read_labeled,
-    read_numbers,
     read_texts,
 )
-from pretrain.finetune.entities import read_tagged_rows
 from pretrain.finetune.heads import load_classifier
+from pretrain.finetune.tasks import TASKS
 from pretrain.runtime.optim import autocast
 from pretrain.train import train_step
 
@@ -43,7 +41,8 @@ CPU = torch.device("cpu")
 
 
 def read(*paths, classes=None, **options):
-    return read_labeled([str(path) for path in paths], LabelOptions(**options), classes)
+    rows = [str(path) for path in paths]
+    return TASKS["classification"].read(rows, LabelOptions(**options), classes)
 
 
 def problems(call, *arguments, **options):
@@ -164,18 +163,18 @@ def test_a_sentence_in_place_of_the_header_is_no_column(tmp_path):
         assert texts_of(path) == [("words",)]
 
 
-@pytest.mark.parametrize("read_rows", [read_labeled, read_numbers, read_tagged_rows])
-def test_rows_of_another_task_are_one_problem(read_rows, tmp_path):
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_of_another_task_are_one_problem(task, tmp_path):
     """Names, numbers and entities; each is read as the two others."""
-    kinds = {read_labeled: "name", read_numbers: 1.5, read_tagged_rows: [[0, 3, "X"]]}
-    for kind in kinds.keys() - {read_rows}:
+    kinds = {"classification": "name", "regression": 1.5, "ner": [[0, 3, "X"]]}
+    for kind in kinds.keys() - {task}:
         rows = [{"text": f"one {number}", "label": kinds[kind]} for number in range(5)]
-        file = tmp_path / f"{kind.__name__}.jsonl"
+        file = tmp_path / f"{kind}.jsonl"
         path = write_rows(file, rows)
-        (line,) = problems(read_rows, [path], LabelOptions())
+        (line,) = problems(TASKS[task].read, [path], LabelOptions())
         assert line.startswith(f"{path}, line 1: ") and "right task" in line
-        rows[0]["label"] = kinds[read_rows]
-        found = problems(read_rows, [write_rows(file, rows)], LabelOptions())
+        rows[0]["label"] = kinds[task]
+        found = problems(TASKS[task].read, [write_rows(file, rows)], LabelOptions())
         assert len(found) == 4 and not any("right task" in line for line in found)
 
 

@@ -16,8 +16,9 @@ from pretrain.batch import IGNORED
 from pretrain.config import LabelOptions
 from pretrain.data.tokenizer import without_limits
 from pretrain.finetune.dataset import LabeledRows
-from pretrain.finetune.entities import decode, labels_of, read_tagged_rows, tag_words
+from pretrain.finetune.entities import decode, labels_of, tag_words
 from pretrain.finetune.scores import EntityTally
+from pretrain.finetune.tasks import TASKS
 from pretrain.finetune.windows import OVERLAP, TaggedDataset, TaggedText
 
 TEXTS = ["Ada met Bo Li in Rome .", "nothing here", "Rome"]
@@ -26,7 +27,7 @@ TAGS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 
 
 def read(*paths, tags=None, **options):
-    return read_tagged_rows([str(path) for path in paths], LabelOptions(**options), tags)
+    return TASKS["ner"].read([str(path) for path in paths], LabelOptions(**options), tags)
 
 
 # Reading.

@@ -38,7 +38,7 @@ from pretrain import train
 from pretrain.cli import parse, run_command
 from pretrain.commands import finetune as FINETUNE
 from pretrain.commands import predict as PREDICT
-from pretrain.config import ColumnOptions, FinetuneOptions
+from pretrain.config import FinetuneOptions
 from pretrain.files import model_folder
 from pretrain.finetune import build as module
 from pretrain.finetune import predict
@@ -511,13 +511,17 @@ def stopped(whole, output):
     return output
 
 
-def test_a_resumed_run_refuses_other_options_and_other_rows(stopped, files, tmp_path, capsys):
+def test_a_resumed_run_refuses_other_options_and_other_rows(
+    stopped, whole, files, tmp_path, capsys
+):
     for name, value in (
         ("--metric", "accuracy"),
         ("--label-budget", "30"),
         ("--train", files["valid"]),
     ):
         command = ["--resume", "--output", stopped, name, value]
+        assert refusal(FINETUNE.main, command, capsys).startswith(f"{name} {value}: ")
+        command[2] = whole["adamw"][1]  # finished, so it has no checkpoint
         assert refusal(FINETUNE.main, command, capsys).startswith(f"{name} {value}: ")
     path = Path(json.loads((stopped / "config.json").read_text())["valid"][0])
     rows = path.read_text()
@@ -822,7 +826,7 @@ def predict_argv(finished, tmp_path):
 def test_rows_come_back_in_order_with_the_numbers_of_the_stock_pipeline(
     read_as, written_as, chunk, finished, predict_argv, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(predict, "CHUNK", chunk)
+    monkeypatch.setattr(PREDICT, "CHUNK", chunk)
     rows = [row | {"note": 'a, "b"\nc'} for row in make_rows(23, 9, noise=0.3)]
     path, output = write_rows(tmp_path / f"in.{read_as}", rows), tmp_path / f"out.{written_as}"
     text = printed(PREDICT.main, predict_argv(path, output.name, "--batch-size 3"))
@@ -837,28 +841,25 @@ def test_rows_come_back_in_order_with_the_numbers_of_the_stock_pipeline(
     assert text.startswith(f"23 rows in {output}\n") and "not scored" not in text
 
 
-def test_rows_stream_a_chunk_at_a_time(monkeypatch):
-    monkeypatch.setattr(predict, "CHUNK", 4)
-    read, seen, labels = [], [], []
+def test_rows_stream_a_chunk_at_a_time(predict_argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(PREDICT, "CHUNK", 4)
+    task, predict_chunk, read_rows, seen = TASKS["classification"], predict.predict, [], []
+    documents = task.documents
 
-    def rows():
-        for number in range(10):
-            read.append(number)
-            text, kind = f"text {number}", "bax"[number % 3]
-            yield f"row {number}", {"text": text, "kind": kind}, (text,)
+    def counted_documents(*arguments):
+        read_rows.clear()  # they were checked before
+        for row in documents(*arguments):
+            read_rows.append(row)
+            yield row
 
-    def predict_chunk(rows):
-        assert rows.texts == [(f"text {number}",) for number in read[-len(rows.texts) :]]
-        labels.extend(rows.labels)
-        return None, np.array([[0.25, 0.75]] * len(rows.texts))
+    def counted_predict(model, dataset, *more):
+        seen.append((len(read_rows), len(dataset)))
+        return predict_chunk(model, dataset, *more)
 
-    added = {"predicted_label": "b", "probability_a": 0.25, "probability_b": 0.75}
-    options, task = ColumnOptions(label_field="kind"), TASKS["classification"]
-    found = predict.predict_rows(rows(), options, task, ["a", "b"], predict_chunk)
-    for number, row in enumerate(found):
-        seen.append(len(read))
-        assert row == {"text": f"text {number}", "kind": "bax"[number % 3]} | added
-    assert seen == [4] * 4 + [8] * 4 + [10] * 2 and "".join(labels) == "baxbaxbaxb"
+    monkeypatch.setattr(task, "documents", counted_documents)
+    monkeypatch.setattr(predict, "predict", counted_predict)
+    PREDICT.main(predict_argv(write_rows(tmp_path / "in.jsonl", make_rows(10, 8))))
+    assert seen == [(4, 4), (8, 4), (10, 2)]
 
 
 def test_rows_without_a_known_label_are_predicted_but_not_scored(predict_argv, tmp_path):
@@ -937,7 +938,7 @@ def test_several_files_other_columns_pairs_and_truncation(finished, predict_argv
 
 
 def test_output_may_replace_a_file_or_its_own_input(predict_argv, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(predict, "CHUNK", 4)
+    monkeypatch.setattr(PREDICT, "CHUNK", 4)
     rows, path, folder = make_rows(11, 7), tmp_path / "rows.csv", tmp_path / "folder.csv"
     write_rows(path, rows)
     refusal(PREDICT.main, predict_argv(path, path.name), capsys, f"--output {path}:")
@@ -963,7 +964,7 @@ def test_output_may_replace_a_file_or_its_own_input(predict_argv, tmp_path, caps
 def test_wrong_rows_are_reported_before_any_work_and_nothing_is_left(
     written_as, spoil, wheres, predict_argv, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(predict, "CHUNK", 4)
+    monkeypatch.setattr(PREDICT, "CHUNK", 4)
     path, output = tmp_path / "in.jsonl", tmp_path / f"out.{written_as}"
     option = f"--output {output}: "
     if "new" not in spoil.get(9, {}):

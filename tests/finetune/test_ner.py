@@ -23,7 +23,6 @@ from pretrain import train
 from pretrain.commands import finetune as FINETUNE
 from pretrain.commands import predict as PREDICT
 from pretrain.finetune import build as module
-from pretrain.finetune import predict
 from pretrain.finetune.scores import NumberTally, score_table
 from pretrain.runtime.checkpoint import check_output
 
@@ -121,7 +120,7 @@ def test_predicted_entities_are_those_of_the_stock_pipeline(
 ):
     """Texts that fit. "first" is the pipeline's way that reads first pieces; where each word has
     one piece, its "simple" is the same."""
-    monkeypatch.setattr(predict, "CHUNK", 3)
+    monkeypatch.setattr(PREDICT, "CHUNK", 3)
     records = as_records(*make_texts(11, 7, 4))
     records[3] |= {"text": "quick sentences trained slow , bank river", "spans": [[31, 41, "ORG"]]}
     output = tmp_path / f"out.{suffix}"

@@ -63,6 +63,14 @@ def test_only_many_unweighted_scores_go_by_rows():
     torch.testing.assert_close(weighted.sum, 2 * cross_entropy(logits, labels).sum)
 
 
+def test_correct_predictions_count_by_the_weights_of_their_classes():
+    logits, labels = torch.randn(50, 3), torch.tensor([0, 1, 1, 2, IGNORED] * 10)
+    weights = torch.tensor([4.0, 0.5, 1.0])
+    right = [int(label) for row, label in zip(logits, labels) if row.argmax() == label]
+    found = cross_entropy(logits, labels, class_weights=weights).num_correct
+    torch.testing.assert_close(found, sum(weights[label] for label in right))
+
+
 @pytest.mark.parametrize("label", [-1, 1000])
 def test_a_label_beyond_the_vocabulary_is_refused(label):
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):

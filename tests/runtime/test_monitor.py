@@ -4,7 +4,6 @@ unbroken curve and no row twice, and a process other than the main one writes no
 import json
 import math
 import os
-import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -96,29 +95,6 @@ def test_a_resumed_run_has_one_unbroken_curve(close, tmp_path):
     assert_one_curve(tmp_path, 9)
     write(tmp_path, 8, 10)  # once more, after an evaluation
     assert_one_curve(tmp_path, 10)
-
-
-def test_a_clock_that_was_set_back_loses_no_point(tmp_path, monkeypatch):
-    monkeypatch.setattr(event_file_writer, "time", time)  # the real one
-    write(tmp_path, 0, 5, evaluated=False)
-    (path,) = tmp_path.glob("events.*")
-    path.rename(tmp_path / path.name.replace("tfevents.1", "tfevents.2"))  # years ahead
-    write(tmp_path, 5, 9)
-    names = sorted(path.name for path in tmp_path.glob("events.*"))
-    assert_one_curve(tmp_path, 9)
-    assert len(names) == 2
-
-
-def test_files_of_events_never_take_the_name_of_another(tmp_path, monkeypatch):
-    """In containers, all of them have one process number: only the second tells them apart."""
-    monkeypatch.setattr(event_file_writer, "time", time)  # the real one
-    now = int(time.time())
-    names = [f"events.out.tfevents.{now + ahead:010d}.host.1.0" for ahead in range(5)]
-    for name in names:
-        (tmp_path / name).write_bytes(name.encode())
-    Monitor(tmp_path, 0, 10, OPTIONS).close({})
-    *found, new = sorted(tmp_path.glob("events.*"))
-    assert [path.read_bytes().decode() for path in found] == names
 
 
 def test_a_pipe_in_place_of_the_log_is_replaced(tmp_path):

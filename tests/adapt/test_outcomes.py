@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pretrain import bootstrap
-from pretrain.adapt.measures import MEASURES
 from pretrain.config import TASK_METRICS
+from pretrain.finetune.tasks import TASKS
 
 metrics = pytest.importorskip("sklearn.metrics")
 stats = pytest.importorskip("scipy.stats")  # comes with sklearn
@@ -126,9 +126,9 @@ def draw_case(task, rng, count):
 
 
 def scored(task, metric, weights, truth, predicted):
-    measure = MEASURES[task]
-    outcomes = measure.outcomes(truth, predicted, LABELS)
-    return measure.metrics[metric].score(weights.astype(np.float32), outcomes)
+    of_task = TASKS[task]
+    outcomes = of_task.outcomes(truth, predicted, LABELS)
+    return of_task.metrics[metric].score(weights.astype(np.float32), outcomes)
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found")
@@ -167,13 +167,13 @@ def better_and_worse(task, rng, num_rows, seeds):
 
 
 def interval(task, metric, truth, left, right, **more):
-    measure = MEASURES[task]
+    of_task = TASKS[task]
 
     def outcomes(side):
-        return np.stack([measure.outcomes(truth, predicted, LABELS) for predicted in side])
+        return np.stack([of_task.outcomes(truth, predicted, LABELS) for predicted in side])
 
     sides = outcomes(left), outcomes(right)
-    return bootstrap.bootstrap(measure.metrics[metric].score, *sides, **more)
+    return bootstrap.bootstrap(of_task.metrics[metric].score, *sides, **more)
 
 
 @pytest.fixture
@@ -218,9 +218,3 @@ def test_intervals_agree_with_a_slow_paired_bootstrap(task, metric, quick):
     draws = rng.integers(0, num_rows, (200, num_rows))
     of_one = [mean_score(left, rows, (0, 1)) for rows in draws]
     assert low >= 0 and high - low < 0.6 * 2 * 1.96 * 2**0.5 * np.std(of_one)
-
-
-def test_a_guess_is_the_most_frequent_class():
-    measure = MEASURES["classification"]
-    assert measure.guess([2, 0, 2, 1]) == [2, 2, 2, 2]
-    assert all(MEASURES[task].guess([[]]) is None for task in ("ner", "regression"))
