@@ -1,5 +1,4 @@
-"""Handmade vocabulary, shards and plans for the tests of pairs, masks and batches; sentences in
-files."""
+"""Handmade vocabulary, shards and plans for the tests of pairs, masks and batches; and files."""
 
 from collections.abc import Iterable
 from itertools import islice

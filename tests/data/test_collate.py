@@ -1,7 +1,6 @@
 """Collating: the packed batch against examples built one by one (for its flags see the masks of
-examples in test_masking.py); a rate that
-changes only masks; labels of another loss; and filling to fixed shapes, which changes nothing
-real."""
+examples in test_masking.py); a rate that changes only masks; labels of another loss; and filling to
+fixed shapes, which changes nothing real."""
 
 import math
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""Mixtures: whose turn it is, against a slow form in fractions; the shares of the tokens; positions
-against a slow walk. test_mix.py compares the steps of runs."""
+"""Mixtures: whose turn it is, against a slow form in fractions, and positions against a slow walk.
+test_mix.py compares the steps of runs."""
 
 import json
 from fractions import Fraction
