@@ -109,7 +109,7 @@ def test_the_plan_says_how_often_each_text_is_read_and_at_what_length(
     assert "phase 1: steps 1 to 6, sequences of 32 tokens, 4 " in told
     assert "phase 2: steps 7 to 10, sequences of 48 tokens, 2.667 " in told
     for length, path in product((32, 48), texts):
-        assert f"mlm+nsp at {length} tokens in {path}: " in told
+        assert f"mlm+nsp in {path} at {length} tokens: " in told
     (line,) = [line for line in told.splitlines() if line.startswith("mix: ")]
     assert all(str(path) in line for path in texts) and "75.0%" in line and "25.0%" in line
 
