@@ -148,7 +148,7 @@ def _count_pass(
     if num_tokens < step_tokens and share == 1:
         largest = int(num_tokens / step_share) // task.counted_length
         expected = f"more text, or {length_option(config)} below {num_tokens} tokens"
-        if largest:
+        if largest >= min_micro_batch_size(config):
             expected = f"at most --batch-size {largest} --micro-batch-size {largest}, or more text"
         raise UserError(
             f"--batch-size {config.batch_size}: a step is {step_tokens:,} tokens, the text has "
@@ -246,7 +246,7 @@ def _count_steps(config: Config, asked: Config, saved: dict, steps_per_epoch: in
     if saved and all(getattr(asked, name) == saved["options"][name] for name in names):
         return saved["total_steps"]
     total = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
-    if saved:
+    if saved and total != saved["total_steps"]:
         changed = f"the schedules{' and the phases' if config.phases else ''} change"
         print(f"the run now ends at step {total}, not {saved['total_steps']}: {changed}")
     return total

@@ -1,5 +1,6 @@
 """`PretrainingRun`: a run on masked tokens and pairs, with its phases, its plan and its verdict."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -17,10 +18,10 @@ from pretrain.config import counted_length, typed
 from pretrain.data.collate import Collator
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.mixture import Mixture
-from pretrain.errors import counted, first_line
+from pretrain.errors import UserError, counted, first_line
 from pretrain.evaluate import ValidationSet, evaluate, sample_predictions
-from pretrain.files import write_text
-from pretrain.run import SAVED_FORM, Run
+from pretrain.files import read_json, write_text
+from pretrain.run import FINISHED, SAVED_FORM, Run
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import gather
 from pretrain.runtime.monitor import PRETRAINING_CHARTS, Monitor
@@ -184,8 +185,21 @@ class PretrainingRun(Run):
             folders = [final, self.output / "best"] if self.phases[-1].validation else [final]
             is_whole = not any(ckpt.problem_of(folder, needed=()) for folder in folders)
             step = ckpt.step_of(self.checkpoint)
-            has_final = is_whole and ckpt.read_facts(final).get("step") == step
+            is_new = ckpt.read_facts(final).get("step") == step and self._has_summary(step)
+            has_final = is_whole and is_new and not self._is_more_patient(step)
         return gather(has_final)[0]
+
+    def _has_summary(self, step: int) -> bool:
+        """Whether summary.json, which is written last, is that of the run's end."""
+        with contextlib.suppress(UserError):
+            summary = read_json(self.output / "summary.json")
+            return (summary.get("state"), summary.get("steps")) == (FINISHED, step)
+        return False
+
+    def _is_more_patient(self, step: int) -> bool:
+        """Whether --patience ended the run at `step`, and has changed since."""
+        before = self.saved["options"].get("patience")
+        return step < self.total_steps and before != self.asked.patience
 
     def has_turned(self, state) -> bool:
         """Whether the model clearly overfits: its loss rises from evaluation to evaluation and is

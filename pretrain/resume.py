@@ -87,9 +87,14 @@ def _has_moved(name: str, before: object, now: object) -> bool:
     if name not in PATH_OPTIONS | MODEL_OPTIONS or not before or not now:
         return False
     old, new = ([value] if isinstance(value, str) else value for value in (before, now))
-    same_names = [Path(path).name for path in old] == [Path(path).name for path in new]
-    are_gone = all(os.path.isabs(path) and not os.path.exists(path) for path in old)
-    return same_names and are_gone
+
+    def is_gone(path: str) -> bool:
+        return os.path.isabs(path) and not os.path.exists(path)
+
+    return len(old) == len(new) and all(
+        was == path or Path(was).name == Path(path).name and is_gone(was)
+        for was, path in zip(old, new)
+    )
 
 
 def changed_options(config, saved: dict, path: Path) -> list[str]:

@@ -32,6 +32,7 @@ from pretrain.runtime.optim import AUTOCAST, autocast
 from pretrain.runtime.sharding import whole_weights
 from pretrain.schema import AUTO, FLAG, FLOAT, TEXT, either, integer, one_of, values_of
 
+FINISHED = "finished"  # the state in the summary of a run that is done
 WORST = (-math.inf, -math.inf)
 SAVED_FORM = {  # of training_state.json, see `Run.saved_values`
     "options": {"epochs": either(AUTO, EPOCHS), "max_steps": integer(), "precision": TEXT},
@@ -202,11 +203,14 @@ class Run:
 
     def best_problem(self, step: int) -> str | None:
         """What is wrong with `best/`, the model of `step`, when a run resumes; None if it is intact
-        or could be written again, from the checkpoint of that step."""
+        or could be written again, from the checkpoint of that step.
+
+        After a kill it may be of a later step, which other options would not evaluate again."""
         best, source = self.output / "best", self.output / f"checkpoint-{step}"
         problem = ckpt.problem_of(best, needed=())
-        if problem and source.is_dir() and not ckpt.problem_of(source):
-            print(f"{problem}: written again from {source}")
+        is_later = not problem and ckpt.read_facts(best).get("step") != step
+        if (problem or is_later) and source.is_dir() and not ckpt.problem_of(source):
+            print(f"{problem or best}: written again from {source}")
             ckpt.write_copy(source, best)
             return None
         return problem

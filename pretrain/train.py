@@ -19,7 +19,7 @@ from pretrain.batch import Batch
 from pretrain.errors import UserError, first_line
 from pretrain.files import write_json
 from pretrain.metrics import LossTotals, Meter
-from pretrain.run import Run
+from pretrain.run import FINISHED, Run
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import gather, gradient_sync, sum_counts, wait_for_all, wrap
 from pretrain.runtime.memory import explained
@@ -37,8 +37,6 @@ from pretrain.runtime.sharding import OptimizerState, RandomState, whole, whole_
 from pretrain.runtime.stop import StopFlag
 from pretrain.schema import AUTO, integer, misfit
 from pretrain.signals import Interrupted
-
-FINISHED = "finished"  # the state of a run with no steps left
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,8 @@ class TrainState:
 
     def record(self, step: int, scores: dict[str, float], run: Run) -> bool:
         """Record an evaluation. Returns whether its scores are the best so far."""
-        before, self.scores = self.scores, scores
+        in_last_phase = self.evaluated_in == len(run.phase_ends) - 1
+        before, self.scores = self.scores if in_last_phase else {}, scores
         self.evaluated_at, self.evaluated_in = step, run.phase_at(step)
         if not scores or not run.is_comparable(step):
             return False

@@ -23,6 +23,7 @@ from conftest import (
     arguments_of,
     assert_same,
     assert_same_run,
+    built,
     in_processes,
     interrupted_copy,
     leaves,
@@ -322,6 +323,27 @@ def test_a_damaged_model_folder_is_rewritten(undisturbed, output, name, step, ke
     assert (output / weights).read_bytes() == (finished / weights).read_bytes()
     if name == "best":
         assert f"{output / weights} is " in capsys.readouterr().out
+
+
+def test_a_finished_run_without_its_summary_writes_it_again(finished, output):
+    """Killed between `final/` and the summary, or the disk was full."""
+    shutil.copytree(finished, output)
+    (output / "summary.json").unlink()
+    resume(output)
+    before, after = summary_of(finished), summary_of(output)
+    assert after["use"].removeprefix(str(output)) == before["use"].removeprefix(str(finished))
+    assert after["best_step"] == before["best_step"]
+    assert_same_run(finished, output)
+
+
+def test_a_best_model_that_is_later_than_the_checkpoint_is_that_of_the_checkpoint(finished, output):
+    """After a kill: with other options, the run may never evaluate that step again."""
+    interrupted_copy(finished, output, 8)
+    shutil.rmtree(output / "best")
+    shutil.copytree(finished / "final", output / "best")  # of step 10
+    run = built(output, "--resume --config", [output / "config.json"])
+    assert run.best_problem(6) is None and ckpt.read_facts(output / "best")["step"] == 6
+    assert run.best_problem(3) is None and ckpt.read_facts(output / "best")["step"] == 6
 
 
 def test_an_extended_run_writes_final_again(finished, output):

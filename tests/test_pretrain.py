@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
-from itertools import chain, cycle, product
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from conftest import (
     assert_same_run,
     built,
     interrupted_copy,
+    make_documents,
     overflowing,
     pretrain_into,
     refusal,
@@ -205,18 +206,20 @@ def test_a_run_resumes_after_its_text_and_the_cache_have_moved(
 ):
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
+    stays = write_documents(tmp_path / "stays.txt", make_documents(12, seed=9))
     files = ["--cache", old / "cache"]
     for name in ("train", "valid"):
         files += [f"--{name}", shutil.copy(text_file, old / f"{name}.txt")]
+        files += [stays] if name == "train" else []
     options = arguments_of(arguments, "--recipe classic --schedule constant", files)
     whole = pretrain_into(tmp_path / "whole", options, "--max-steps 4")
     pretrain_into(output, options, "--max-steps 2")
     shutil.copytree(old, new)
     texts = {f"--{name}": new / f"{name}.txt" for name in ("train", "valid")}
     again = ["--resume", "--output", output, "--max-steps", 4, "--cache", new / "cache"]
-    again += chain.from_iterable(texts.items())
+    again += ["--train", texts["--train"], stays, "--valid", texts["--valid"]]
     told = refusal(main, again, capsys)  # the old text is still there
-    assert all(f"{option} {text}: " in told for option, text in texts.items()) and str(old) in told
+    assert all(f"{option} {text}" in told for option, text in texts.items()) and str(old) in told
     shutil.rmtree(old)
     for option, text in texts.items():
         other = shutil.copy(text, new / "other.txt")
@@ -225,7 +228,7 @@ def test_a_run_resumes_after_its_text_and_the_cache_have_moved(
         content = text.read_text()
         text.write_text(f"{content}\nOne more sentence .\n")
         told = refusal(main, again, capsys)
-        assert f"{option} {text}: " in told
+        assert f"{option} {text}" in told
         text.write_text(content)
     resume(output, again[3:])
     weights = [sha256_of(run / "final" / "model.safetensors") for run in (whole, output)]
@@ -264,9 +267,11 @@ def test_patience_stops_early_and_stays_stopped_until_there_are_more_steps(
     assert note.startswith("--patience 2: ") and note in capsys.readouterr().out
     resume(output)
     assert "is finished, at step 2" in capsys.readouterr().out
-    resume(output, "--max-steps 20")
-    assert summary_of(output)["steps"] == 4 and summary_of(output)["state"] == "finished"
-    assert [row["step"] for row in rows(output)] == [0, 1, 2, 3, 4]
+    resume(output, "--patience 3")
+    assert summary_of(output)["steps"] == 3
+    resume(output, "--max-steps 20 --patience 2")
+    assert summary_of(output)["steps"] == 5 and summary_of(output)["state"] == "finished"
+    assert [row["step"] for row in rows(output)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_garbled_log_does_not_stop_resuming(finished, output):

@@ -548,8 +548,8 @@ def test_a_panic_becomes_a_message_and_an_interruption_does_not():
 @given(mutate=mutations())
 def test_mutated_facts(tmp_path, mutate):
     facts = {"objective": "mlm", "max_length": 64, "eval_tokens": 1000, "eval_batch_size": 8}
-    facts |= {"nsp_weight": 0.5, "precision": "fp32"}
-    (tmp_path / FACTS).write_text(json.dumps(mutate(facts)))
+    facts["nsp_weight"] = 0.5
+    (tmp_path / FACTS).write_text(json.dumps(mutate({**facts, "precision": "fp32"})))
     found = read_facts(tmp_path)
     assert not misfit({**facts, **found}, FACTS_FORM)
 

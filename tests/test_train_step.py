@@ -319,10 +319,21 @@ def test_a_term_that_no_process_can_count_changes_nothing(sequences):
 @pytest.mark.parametrize("higher_is_better, best", [(False, 50.0), (True, 90.0)])
 def test_scores_that_are_no_numbers_are_never_the_best(higher_is_better, best):
     run = SimpleNamespace(score=("score", "loss"), higher_is_better=higher_is_better)
-    run.phase_at, run.is_comparable = lambda step: 0, lambda step: True
+    run.phase_at, run.is_comparable, run.phase_ends = lambda step: 0, lambda step: True, [9]
     run.sort_key = partial(Run.sort_key, run)
     state = TrainState()
     for step, score in enumerate([math.nan, 60.0, best, math.nan, 70.0]):
         is_best = state.record(step, {"score": score, "loss": 1.0}, run)
         assert is_best == (step in (1, 2)), step
     assert state.best_scores["score"] == best and state.evaluations_without_gain == 2
+
+
+def test_a_loss_at_another_length_does_not_count_as_a_rise():
+    run = SimpleNamespace(score=("loss", "loss"), higher_is_better=False, phase_ends=[2, 9])
+    run.phase_at, run.is_comparable = lambda step: int(step > 2), lambda step: step > 2
+    run.sort_key = partial(Run.sort_key, run)
+    state, rises = TrainState(), []
+    for step, loss in enumerate([3.0, 1.0, 4.0, 5.0, 6.0, 5.0], start=1):
+        state.record(step, {"loss": loss}, run)
+        rises.append(state.rises)
+    assert rises == [0, 0, 0, 1, 2, 0]

@@ -74,7 +74,11 @@ def entities_of(record: dict, text: str, where: str, options: ColumnOptions) -> 
     name = entity_field(record, options)
     if name is None:
         return None
-    found = sorted(read_spans(record[name], f"{where}: column {name}"))
+    try:
+        found = sorted(read_spans(record[name], f"{where}: column {name}"))
+    except UserError as error:
+        way = 'or the option "label_field" with the column of the entities, if there is one'
+        raise UserError(f"{error}, {way}") from error
     check_spans(found, text, where)
     entities = []
     for start, end, label in found:
