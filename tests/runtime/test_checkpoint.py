@@ -125,11 +125,13 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
     assert content(tmp_path) == before
 
 
-def test_a_folder_that_was_replaced_before_a_kill_stays(tmp_path):
-    for name, text in ((".best.previous", "old"), ("best", "new")):
-        ckpt.write_folder(tmp_path / name, write_text(text))
-    ckpt.put_back(tmp_path / "best")
-    assert (tmp_path / "best" / "text").read_text() == "new"
+def test_a_folder_moved_aside_before_a_kill_is_put_back_unless_it_was_replaced(tmp_path):
+    for kept in ("old", "new"):
+        ckpt.write_folder(tmp_path / ".best.previous", write_text("old"))
+        if kept == "new":
+            ckpt.write_folder(tmp_path / "best", write_text("new"))
+        ckpt.put_back(tmp_path / "best")
+        assert (tmp_path / "best" / "text").read_text() == kept
 
 
 def test_write_json_is_atomic(tmp_path):
