@@ -249,7 +249,7 @@ def open_or_prepare(
                     replace_damaged=not output,  # what is in the cache is ours
                     **more_arguments,
                 )
-    if vocabulary.is_special[corpus.shard(0).ids[: 1 << 20]].all():
+    if vocabulary.is_special[corpus.shard(corpus.largest).ids[: 1 << 20]].all():
         problem = "only special and unknown tokens, so nothing can be masked"
         raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
     info = corpus.info

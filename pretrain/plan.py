@@ -137,7 +137,10 @@ def _count_pass(
     UserError if the text does not fit the task, or has fewer tokens than `step_share` of a step."""
     task, corpus = dataset.task, dataset.source
     places = range(min(COUNTED_SHARDS, corpus.num_shards))
-    plans, share = [dataset.plan(0, place) for place in places], len(places) / corpus.num_shards
+    plans, sizes = [dataset.plan(0, place) for place in places], []
+    for place in places:
+        sizes.append(corpus.info["shards"][dataset.shard_at(0, place)]["tokens"])
+    share = sum(sizes) / corpus.info["tokens"]
     at_length = f"{in_text} at {task.max_length} tokens" if config.phases else in_text
     if task.pairs:
         check_pairs(np.concatenate([plan.label for plan in plans]), config, at_length)

@@ -29,6 +29,7 @@ WORD = regex.compile(
 )
 SEGMENTED_WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*")
 MAX_DISTINCT = 2_000_000  # words to count; above this, the rarer half is dropped
+SPACE = "▁"  # a token of SentencePiece
 MIN_COUNT = 5  # occurrences of a candidate token
 CHINESE_STOP_WORDS = """的 了 在 是 我 有 和 就 不 人 都 一 一个 上 也 很 到 说 要 去 你 会 着
     没有 看 自己 这 那 他 她 它 我们 你们 他们 这个 那个 与 及 而 或 被 把 对 对于 从 以 为 因为
@@ -121,12 +122,17 @@ def fragmentation(
             word = normalizer.normalize_str(word).replace(" ", "")
         read[word] += count
     read.pop("", None)
-    spaced = [f" {word}" if vocabulary.needs_space else word for word in read]
-    encodings = tokenizers.encode_together(backend, spaced, add_special_tokens=False)
+    in_text = []  # words as they are in running text; there is no space before Chinese ones
+    for word in read:
+        has_space = vocabulary.needs_space and not tokenizers.is_unspaced(word[0])
+        in_text.append(f" {word}" if has_space else word)
+    encodings = tokenizers.encode_together(backend, in_text, add_special_tokens=False)
     entries, broken = tokenizer.get_vocab(), []
     num_pieces = num_unknown = 0
     for (word, count), encoding in zip(read.items(), encodings):
         pieces, is_unknown = len(encoding.ids), vocabulary.unknown_id in encoding.ids
+        if tokenizers.is_unspaced(word[0]) and encoding.ids[:1] == [entries.get(SPACE)]:
+            pieces -= 1
         num_pieces += count * pieces
         num_unknown += count * is_unknown
         is_candidate = count >= MIN_COUNT and word not in entries and word.lower() not in ignored

@@ -147,7 +147,7 @@ def open_data(options: ShowMasksOptions) -> tuple:
     dataset = make_dataset(options, texts, task)
     if task.pairs:
         for part in dataset.parts:
-            plan.check_pairs(part.plan(0, 0).label, options)
+            plan.check_pairs(part.plan(0, part.place_of_largest).label, options)
     collator = Collator(task, vocabulary, masking, multiple=plan.SHAPE_MULTIPLE)
     return dataset, collator, tokenizer
 

@@ -159,10 +159,16 @@ class Corpus:
         belongs = np.isin(np.arange(len(shard.hashes)), self.documents(index))
         return shard.ids[np.repeat(belongs, shard.document_tokens)]
 
+    @property
+    def largest(self) -> int:
+        """The shard with the most tokens, which stands for the others: the first may be tiny."""
+        sizes = [entry["tokens"] for entry in self.info["shards"]]
+        return sizes.index(max(sizes))
+
     def unigram_shares(self, vocab_size: int) -> np.ndarray:
-        """float64 [vocab_size]: the share of each token in the first shard. A token counts once
+        """float64 [vocab_size]: the share of each token in the largest shard. A token counts once
         more than it occurs, so that none is impossible."""
-        counts = 1.0 + np.bincount(self.tokens(0), minlength=vocab_size)
+        counts = 1.0 + np.bincount(self.tokens(self.largest), minlength=vocab_size)
         return counts / counts.sum()
 
     def count(self, at_most: int | None = None) -> int:

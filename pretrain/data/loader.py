@@ -106,9 +106,16 @@ class PretrainingDataset(Dataset):
         first, last = plan.bounds[position.micro_batch : position.micro_batch + 2]
         return int(plan.take(slice(first, last)).lengths.sum())
 
+    @property
+    def place_of_largest(self) -> int:
+        """The place of the corpus's largest shard in the first epoch."""
+        order = _shard_order(self.task.seed, 0, self.source.num_shards)
+        return int(np.flatnonzero(order == self.source.largest)[0])
+
     def fullest(self) -> DataPosition:
-        """The micro-batch with the most tokens, in the first shard that has any."""
-        epoch, place, *_ = next(self.positions(self.start))
+        """The micro-batch with the most tokens, in the largest shard or, if that has none, in the
+        next one that has any."""
+        epoch, place, *_ = next(self.positions(self.start._replace(place=self.place_of_largest)))
         plan = self.plan(epoch, place)
         num_tokens = np.add.reduceat(plan.lengths, plan.bounds[:-1])
         return DataPosition(epoch, place, int(np.argmax(num_tokens)))

@@ -10,7 +10,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from conftest import refusal, script, write_documents
+from conftest import refusal, script, sentence_pieces, write_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,6 +165,16 @@ def test_pieces_equal_each_word_tokenized_alone(kind, documents, tiny_tokenizer,
     ]
     assert broken == sorted(expected, key=lambda entry: (-entry[1] * entry[2], entry[0]))
     assert len(broken) >= 4
+
+
+def test_a_chinese_word_has_no_piece_for_a_space_that_its_text_lacks(tmp_path):
+    lines = ["很好今天", "去今天我们", "好今天", "我们很好今天去"] * 9
+    sentence_pieces(lines, 40).save_pretrained(tmp_path)
+    tokenizer = tokenizers.load(str(tmp_path))
+    assert "今天" in tokenizer("我们今天", add_special_tokens=False).tokens()
+    assert tokenizer("今天", add_special_tokens=False).tokens() == ["▁", "今天"]
+    shares, _ = domain.fragmentation(Counter({"今天": 5}), tokenizer, set())
+    assert shares["pieces_per_word"] == 1
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,18 @@ from itertools import islice, product
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, write_documents
 from data_reference import contents, restored, take_steps
 
+from pretrain import plan
+from pretrain.config import Config
 from pretrain.data.collate import Collator
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import DataPosition, PretrainingDataset, TrainData
 from pretrain.data.masking import Masking
 from pretrain.data.pairs import Task
+from pretrain.data.prepare import prepare
+from pretrain.data.sources import check_files
 from pretrain.schema import misfit
 
 START = DataPosition(0, 0, 0)
@@ -75,10 +79,46 @@ def test_progress_affects_masks_but_not_positions(dataset, uninterrupted, collat
     assert restored(early) == restored(late) and late.counts["mlm"] < early.counts["mlm"]
 
 
-def test_the_fullest_micro_batch_is_in_the_first_shard_with_text(source):
+@pytest.fixture(scope="module")
+def uneven(documents, tiny_tokenizer, tmp_path_factory):
+    """A corpus of shards that are in turn large and small: the ends of files."""
+    folder = tmp_path_factory.mktemp("uneven")
+    write_documents(folder / "0.txt", documents[:2])
+    for number in range(1, 5):
+        write_documents(folder / f"{number}.txt", documents[2:26])
+    files = check_files(sorted(folder.glob("*.txt")))
+    size = round(0.9 * files[1].size)
+    return prepare(files, "sentences", tiny_tokenizer, folder / "corpus", piece_bytes=size)
+
+
+def test_an_epoch_is_counted_by_the_sizes_of_the_shards(uneven):
+    counts = set()
+    for seed in range(12):
+        dataset = PretrainingDataset(uneven, replace(TASK, seed=seed, counted_length=64))
+        config = Config(batch_size=TASK.micro_batch_size, max_length=TASK.max_length)
+        steps = plan.count_epoch(dataset, config).steps
+        places = range(uneven.num_shards)
+        whole = sum(dataset.plan(0, place).num_micro_batches for place in places)
+        assert steps == pytest.approx(whole, rel=0.25)
+        counts.add(steps)
+    assert max(counts) <= 1.25 * min(counts)
+
+
+def test_what_stands_for_the_text_is_not_a_tiny_shard(uneven, source):
+    sizes = [entry["tokens"] for entry in uneven.info["shards"]]
+    assert 3 * sizes[0] < sizes[uneven.largest] == max(sizes)
+    size = uneven.info["vocab_size"]
+    counts = 1.0 + np.bincount(uneven.tokens(uneven.largest), minlength=size)
+    np.testing.assert_allclose(uneven.unigram_shares(size), counts / counts.sum())
+    for seed in range(6):
+        dataset = PretrainingDataset(uneven, replace(TASK, seed=seed))
+        assert dataset.shard_at(0, dataset.fullest().place) == uneven.largest
+
+
+def test_the_fullest_micro_batch_is_in_the_next_shard_with_text(source):
     """A small validation set has none in most shards."""
     dataset = PretrainingDataset(source.split(0.0001)[1], TASK)
-    first = next(dataset.positions(START))
+    first = next(dataset.positions(START._replace(place=dataset.place_of_largest)))
     places = [position for position in dataset.positions(START, 1) if position[:2] == first[:2]]
     sizes = [dataset[position].plan.lengths.sum() for position in places]
     assert dataset.fullest() == places[np.argmax(sizes)]
