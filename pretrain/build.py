@@ -76,7 +76,7 @@ def build(asked: Config) -> PretrainingRun:
     situation = _situation(asked, inputs)
     config = recipe.resolve(asked, saved, situation)
     inputs = replace(inputs, masks=replace(inputs.masks, mask_rate=config.mask_rate))
-    set_up_model(inputs.model, config, device, precision)
+    set_up_model(inputs.model, asked, config, device, precision)
     model = place(inputs.model, device, config.shard)
     phases, epoch, seconds = fit_phases(config, saved, inputs, precision, world)
     steps = plan.plan_steps(config, asked, saved, epoch)

@@ -282,7 +282,9 @@ class DeviceOptions:
 class MachineOptions(DeviceOptions):
     """Device: more options for training."""
 
-    compile: str = changeable("auto", "torch.compile; auto: on a GPU in bf16 or fp16", AUTO_ON_OFF)
+    compile: str = changeable(
+        "auto", "torch.compile; auto: to pretrain on a GPU in half precision", AUTO_ON_OFF
+    )
     gradient_checkpointing: bool = changeable(False, "saves memory, takes about a third longer")
 
 

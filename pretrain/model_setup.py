@@ -15,6 +15,7 @@ from pretrain.model.attention import VARLEN, choose_attention
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
 from pretrain.model.packed import PackedModel
 from pretrain.runtime.optim import choose_precision
+from pretrain.schema import AUTO
 
 
 def make_model(
@@ -102,10 +103,14 @@ def decide_precision(config, saved: dict, device: torch.device) -> str:
     return precision
 
 
-def set_up_model(model: PackedModel, config: Config, device: torch.device, precision: str) -> None:
-    """Choose attention, losses, dropout and gradient checkpointing."""
+def set_up_model(
+    model: PackedModel, asked: Config, config: Config, device: torch.device, precision: str
+) -> None:
+    """Choose attention, losses, dropout and gradient checkpointing. `asked`: what `config` is made
+    from."""
     model.attention = choose_attention(device, precision)
-    if config.dropout != model.config_dropout:  # else each module keeps its own rate
+    keeps_rates = asked.dropout == AUTO and config.dropout == model.config_dropout
+    if not keeps_rates:  # those of the modules may differ
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = config.dropout

@@ -10,6 +10,7 @@ import torch
 
 from pretrain.batch import IGNORED
 from pretrain.config import (
+    MODEL_SIZES,
     OBJECTIVES,
     Config,
     counted_length,
@@ -267,6 +268,9 @@ def report_ineffective(
     if config.warmup > max(1, total_steps):
         problem = f"longer than the run of {counted(total_steps, 'step')}"
         print(f"{typed(config, 'warmup')}: {problem}; the learning rate does not reach its peak")
+    has_size = getattr(asked, "vocab_size", None) != getattr(type(asked), "vocab_size", None)
+    if has_size and asked.model not in MODEL_SIZES:
+        print(f"{typed(asked, 'vocab_size')}: has no effect; the tokenizer is the model's")
     if getattr(config, "shard", False) and world.size == 1:
         print("--shard: has no effect in one process; start several with torchrun")
     if config.eval_every != type(config).eval_every and not has_validation:

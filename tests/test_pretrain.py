@@ -394,6 +394,11 @@ def test_training_documents_in_the_validation_text_are_counted(
     assert f"--valid {valid}: 3 of 4 documents " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("model", ["base", "mini"])
+def test_a_model_without_text_is_not_the_demo(model, capsys):
+    assert refusal(main, ["--model", model], capsys).startswith(f"--model {model}: ")
+
+
 def test_embedded_default(output, tmp_path, capsys, monkeypatch):
     """Without options, it uses the embedded text, fits the machine, and fills masks at the end."""
     monkeypatch.setattr("pretrain.demo.TRAINING_SECONDS", 1e-3)

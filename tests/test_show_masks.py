@@ -192,6 +192,14 @@ def test_the_table_of_a_run_has_no_special_token(tiny_tokenizer, vocabulary, tmp
 # Examples.
 
 
+def test_batches_are_saved_in_a_new_folder_but_not_as_one(show, tmp_path, capsys):
+    target = tmp_path / "new" / "batch.pt"
+    show(f"--sampled 1 --save {target}")
+    assert torch.load(target)
+    argv = [*show.base, "--save", str(tmp_path)]
+    assert refusal(SHOW_MASKS.main, argv, capsys).startswith(f"--save {tmp_path}: ")
+
+
 def test_a_recipe_decides_the_mask_rate(show):
     for recipe, rate in (("auto", 0.3), ("classic", 0.15)):
         assert any(f"mask rate {rate}" in line for line in show(f"--recipe {recipe}"))

@@ -141,7 +141,7 @@ def _untrained(experiment: Experiment) -> PretrainingRun:
 def _trained(experiment: Experiment, name: str, run: PretrainingRun) -> PackedModel:
     """A pretrained encoder, set up as that of `run`."""
     model, _ = from_checkpoint(experiment.encoders[name])
-    set_up_model(model, run.config, run.device, run.precision)
+    set_up_model(model, run.asked, run.config, run.device, run.precision)
     return model.to(run.device)
 
 

@@ -1,6 +1,7 @@
 """Validation perplexity, MLM and NSP accuracy of any BERT checkpoint on any text.
 
-For the model of a run, the numbers equal those of the run."""
+For the model of a run, the numbers equal those of the run, except the perplexity of guessing where
+the run had --valid: here, the frequencies are those of the evaluated text."""
 
 import math
 from collections.abc import Sequence

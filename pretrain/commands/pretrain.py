@@ -45,8 +45,8 @@ def main(argv: Sequence[str]) -> None:
     output = Path(config.output or "")
     if is_demo and config.resume:
         raise UserError(f"--resume --output {output}: no run to resume; expected --train PATHS")
-    if is_demo and asked.model != Config.model:
-        raise UserError(f"--model {asked.model}: no text to train on; expected --train PATHS")
+    if is_demo and config.model != EMBEDDED_DEFAULTS["model"]:
+        raise UserError(f"--model {config.model}: no text to train on; expected --train PATHS")
     if saved and (output / "final").is_dir() and not list(output.glob("checkpoint-*")):
         from pretrain.resume import changed_options
 

@@ -16,6 +16,7 @@ import numpy as np
 from pretrain import config, recipe, schema
 from pretrain.cli import parse
 from pretrain.errors import UserError, check, counted
+from pretrain.files import write_aside
 from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import option
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     problems, num_phases = problems_of(options), max(1, len(options.phases))
     if options.phase > num_phases:
         problems.append(f"--phase {options.phase}: expected a phase of --phases, 1 to {num_phases}")
-    check(problems + (output_problems(options, "save", may_exist=True) if options.save else []))
+    check(problems + _save_problems(options))
     if not options.mask_rate:
         rate = recipe.auto_mask_rate(options, options.model in config.MODEL_SIZES)
         if options.recipe == "classic":
@@ -101,8 +102,15 @@ def main(argv: Sequence[str]) -> None:
             saved.append(asdict(batch))
     print_numbers(counts, options, collator.masking.rate(start.progress), start.progress)
     if options.save:
-        torch.save(saved, options.save)
+        write_aside(Path(options.save), lambda path: torch.save(saved, path))
         print(f"{options.save}: {counted(len(saved), 'micro-batch')} for torch.load")
+
+
+def _save_problems(options: ShowMasksOptions) -> list[str]:
+    """What is wrong with --save, which may replace a file."""
+    if not options.save:
+        return []
+    return output_problems(options, "save", may_exist=not Path(options.save).is_dir())
 
 
 def _read_position(options: ShowMasksOptions, dataset):

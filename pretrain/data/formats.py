@@ -6,6 +6,7 @@ Reads tables, saved data sets and the hub (pretrain/data/tables.py), tagged toke
 files. Columns, spans and tags are checked here; messages name the file and line.
 """
 
+import codecs
 import glob
 import json
 import shutil
@@ -148,7 +149,7 @@ def _unpack(entry: str, cache: Path) -> list[str]:
 
 def _as_utf8(files: list[str], options: TextOptions) -> dict[str, str]:
     """File -> its copy in UTF-8 in the cache, for each file in another encoding."""
-    if options.encoding == UTF8:
+    if codecs.lookup(options.encoding).name == UTF8:  # it has other spellings
         return {}
     texts = [file for file in files if format_of(file, options.format) in TEXT_FORMATS]
     sources = check_files(map(Path, texts), encoding=options.encoding)

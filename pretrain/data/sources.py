@@ -65,7 +65,8 @@ def by_name(entries: Iterable[str]) -> dict[str, tuple[str, ...]]:
     for entry in entries:
         name, found, path = entry.partition("=")
         has_name = name and found and "/" not in name and not os.path.exists(entry)
-        paths.setdefault(name if has_name else "", []).append(path if has_name else entry)
+        given = os.path.expanduser(path) if has_name else entry
+        paths.setdefault(name if has_name else "", []).append(given)
     if "" in paths and len(paths) > 1:
         raise UserError(f"{paths[''][0]}: has no name; expected NAME=PATH for all, or for none")
     return {name: tuple(of_name) for name, of_name in paths.items()}

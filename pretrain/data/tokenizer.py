@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -121,23 +120,36 @@ def train(
 
     Small texts get fewer entries: those of rare words would hardly be trained, nor would the pieces
     that words of other texts are made of. Memory grows only with the number of distinct words. The
-    text is read twice."""
+    text is read twice, or more often if there is no room for all its characters."""
     # The trainer numbers single characters in the order of a hash table, which differs between
     # processes, and breaks ties by number. Entries passed as special tokens keep their order, so
     # the first pass finds the characters and the second gets them sorted.
     # The limit on characters keeps rare ones from crowding out words, but leaves room for Chinese.
-    alphabet = max(256, vocab_size * 6 // 10)
-    limits: dict[str, Any] = {"limit_alphabet": alphabet, "min_frequency": MIN_OCCURRENCES}
-    entries: dict[str, int] = {}
-    for size in (0, vocab_size):  # size 0 gives only the single characters
-        first = SPECIAL_TOKENS + sorted(entries.keys() - set(SPECIAL_TOKENS))
+    limit = max(256, vocab_size * 6 // 10)
+
+    def train_entries(size: int, first: list[str], limit: int) -> dict[str, int]:
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        settings = {"vocab_size": size, "special_tokens": first, "show_progress": False, **limits}
-        tokenizer.train_from_iterator(read(), trainers.WordPieceTrainer(**settings))
-        entries = tokenizer.get_vocab()
-    return from_vocabulary(entries, lowercase)
+        alphabet = [entry for entry in first if len(entry) == 1]
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size,
+            special_tokens=first,
+            initial_alphabet=alphabet,
+            limit_alphabet=limit,
+            min_frequency=MIN_OCCURRENCES,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(read(), trainer)
+        return tokenizer.get_vocab()
+
+    characters = train_entries(0, SPECIAL_TOKENS, limit)  # size 0 gives only single characters
+    while len(characters) > vocab_size:  # a character may count twice: also inside words
+        limit = limit * vocab_size // len(characters)
+        characters = train_entries(0, SPECIAL_TOKENS, limit)
+    first = SPECIAL_TOKENS + sorted(characters.keys() - set(SPECIAL_TOKENS))
+    limit = sum(len(entry) == 1 for entry in first)  # no others, even if they are as frequent
+    return from_vocabulary(train_entries(vocab_size, first, limit), lowercase)
 
 
 def without_limits(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -57,7 +57,7 @@ class Referee:
     def score(self, folder: Path) -> dict[str, float]:
         """Validation numbers of the model in `folder`."""
         run, (model, _) = self.run, from_checkpoint(str(folder))
-        set_up_model(model.to(run.device), run.config, run.device, run.precision)
+        set_up_model(model.to(run.device), run.asked, run.config, run.device, run.precision)
         return evaluate(model, run.phases[0].validation, run.device, run.autocast())
 
 

@@ -20,6 +20,7 @@ from pretrain.data import sentences as reading
 from pretrain.data.sentences import Span, cut_into_pieces, detect_format, sentences
 from pretrain.data.sources import (
     MAX_CHARACTERS,
+    by_name,
     check_files,
     content_key,
     expand,
@@ -302,6 +303,11 @@ def test_every_bad_file_is_named_at_once(tmp_path):
     lines = refused(check_files, [*sorted(tmp_path.iterdir()), tmp_path / "gone"]).splitlines()
     bad = [str(tmp_path / name) for name in ("a", "c", "d", "e", "gone")]
     assert [line.split(":")[0] for line in lines] == bad
+
+
+def test_a_named_path_may_be_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert by_name(["mine=~/corpus", "other=b"]) == {"mine": ("/home/ada/corpus",), "other": ("b",)}
 
 
 def test_expand(tmp_path, monkeypatch):

@@ -106,6 +106,14 @@ def test_a_trained_vocabulary_has_the_size_and_all_characters(documents):
     assert {fingerprint(train(lambda: texts, 150)) for _ in range(2)} == {fingerprint(made)}
 
 
+@pytest.mark.parametrize("size", [100, 300])
+def test_a_vocabulary_without_room_for_all_characters_keeps_its_size(size):
+    syllables = [chr(0xAC00 + 20 * number) for number in range(500)]
+    lines = [" ".join(syllables[start] + syllables[start - 1] for start in range(500))] * 6
+    made = train(lambda: lines, size, lowercase=False)
+    assert size // 2 < len(made) <= size
+
+
 @pytest.mark.parametrize("lowercase", [True, False])
 @pytest.mark.parametrize("way", ["file", "folder"])
 def test_a_bare_vocabulary_is_read_as_transformers_does(vocabulary_file, lowercase, way):
