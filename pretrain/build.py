@@ -143,7 +143,6 @@ def read_inputs(config: Config, checkpoint: Path | None, saved: dict, world: Wor
 def _situation(config: Config, inputs: Inputs) -> recipe.Situation:
     """What the recipe depends on. A mixture counts as a text of as many tokens as it gives in one
     epoch, a pass over its first text."""
-    held_out = 0.0 if config.valid else config.valid_fraction
     share = config.mix[0] / sum(config.mix) if config.mix else 1.0
     start = recipe.CONTINUED
     if config.model in MODEL_SIZES:
@@ -151,8 +150,7 @@ def _situation(config: Config, inputs: Inputs) -> recipe.Situation:
     elif MLM_HEAD in inputs.fresh:
         start = recipe.FRESH_HEAD
     model = inputs.model
-    in_first = inputs.texts[0].training.info["tokens"] * (1 - held_out)
-    tokens = max(1, round(in_first / share))
+    tokens = max(1, round(inputs.texts[0].training.count_tokens() / share))
     dropout = (model.config_dropout, model.dropout_fields)
     return recipe.Situation(tokens, model.config.hidden_size, start, *dropout)
 

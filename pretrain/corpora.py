@@ -72,7 +72,7 @@ def open_text(
     for name, paths in all_paths.items():
         option, folder, masking = option_of(name), folders.get(name), marked_in(name, config)
         with option_named(option):
-            is_usable = gather(world.is_main and _is_usable(folder, config))[0]
+            is_usable = all(gather(_is_usable(folder, config)))
             if is_usable:
                 opened[name] = open_corpus(folder, vocabulary)
         if not is_usable:

@@ -1,6 +1,7 @@
 """A checked experiment and its folder: everything is read and checked before any work starts."""
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -237,6 +238,7 @@ def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     commands = {"options": "{}", "pretrain": '--pretrain "{}"', "finetune": '--finetune "{}"'}
     kinds = {"options": AdaptOptions, "pretrain": Config, "finetune": FinetuneOptions}
     models = [model_folder(values["options"]["model"]) for values in (before, now)]
+    models = [os.path.abspath(name) if os.path.isdir(name) else name for name in models]
     ignored = set(models) if models[0] != models[1] else set()  # another model has other files
     found = []
     for kind, values in now.items():
@@ -248,6 +250,8 @@ def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
             old, new = before[kind].get(name, defaults.get(name)), values.get(name)
             if old != new and kind in commands:
                 found.append(commands[kind].format(f"{flag(name)} {old}") + f", not {new}")
-            elif old != new and not (kind == "files" and str(Path(name).parent) in ignored):
+            elif old != new and not (
+                kind == "files" and os.path.abspath(Path(name).parent) in ignored
+            ):
                 found.append(f"another {name}")
     return found

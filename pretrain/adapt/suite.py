@@ -15,13 +15,13 @@ from pretrain.adapt.checks import RUN_OPTIONS, model_files, naming, set_elsewher
 from pretrain.adapt.parts import Parts
 from pretrain.adapt.pipeline import run_fine_tuning
 from pretrain.cli import as_command, parse, read_options
-from pretrain.config import FinetuneOptions, SuiteOptions
+from pretrain.config import FinetuneOptions, SuiteOptions, typed
 from pretrain.data.sources import expand
 from pretrain.errors import UserError, check, refusing
 from pretrain.files import key_of, markdown_table, sha256_of, write_json, write_text
-from pretrain.finetune.build import build
+from pretrain.finetune.build import build, check_tokens
 from pretrain.finetune.scores import numbers_of
-from pretrain.preflight import start_problems, validate
+from pretrain.preflight import missing, start_problems, validate
 from pretrain.schema import SHOWN_CHARACTERS
 
 TASK_FILE = "task.json"
@@ -63,8 +63,8 @@ def read_tasks(options: SuiteOptions) -> dict[str, Task]:
 def _check_passed_on(options: SuiteOptions) -> None:
     """UserError about --finetune if it has an option that the suite or the task sets."""
     with naming(options, "finetune"):
-        typed = parse(shlex.split(options.finetune), FinetuneOptions, "")
-        check(set_elsewhere(typed, [*SET_HERE, *SPLITS], "the suite"))
+        asked = parse(shlex.split(options.finetune), FinetuneOptions, "")
+        check(set_elsewhere(asked, [*SET_HERE, *SPLITS], "the suite"))
 
 
 def _read_task(folder: Path, options: SuiteOptions) -> Task:
@@ -73,12 +73,14 @@ def _read_task(folder: Path, options: SuiteOptions) -> Task:
     problems = [f"omit {name}: the suite sets it" for name in SET_HERE if name in values]
     check([f"{TASK_FILE}: {problem}" for problem in problems])
     given = {name: values.pop(name, ()) for name in SPLITS}
-    typed = parse(shlex.split(options.finetune), FinetuneOptions, "", defaults=values)
+    asked = parse(shlex.split(options.finetune), FinetuneOptions, "", defaults=values)
     files = {name: _files_of(folder, name, patterns) for name, patterns in given.items()}
-    finetuning = replace(typed, **files, model=options.model, save_model=False)
-    check(validate(finetuning) + start_problems(finetuning))
+    finetuning = replace(asked, **files, model=options.model, save_model=False)
+    check([*missing(finetuning), *validate(finetuning), *start_problems(finetuning)])
     output = Path(options.output) / "runs" / ".check"  # never made: the run does not start
     run = build(replace(finetuning, output=str(output)), keep_head=False, quiet=True)
+    for name, dataset in run.datasets.items():
+        check_tokens(typed(finetuning, name), dataset, run.tokenizer, run.rows[name].texts)
     split = "test" if finetuning.test else "valid"
     return Task(finetuning, run.score[0], split, _key_of(finetuning))
 
@@ -91,7 +93,9 @@ def _files_of(folder: Path, split: str, given: str | Sequence[str] | None) -> tu
     if given is None:
         return ()
     patterns = [given] if isinstance(given, str) else given
-    expected = "expected names of files in the folder, or null for none"
+    expected = "expected names of files in the folder"
+    if split == "test":
+        expected += ", or null for none"
     with refusing(f"{TASK_FILE}: {split} is {str(given)[:SHOWN_CHARACTERS]!r}", expected):
         found = [str(path) for pattern in patterns for path in sorted(folder.glob(pattern))]
     for stem in () if patterns else SPLITS[split]:
@@ -101,8 +105,8 @@ def _files_of(folder: Path, split: str, given: str | Sequence[str] | None) -> tu
         raise UserError(f"{names}: several files; expected one, or names in {TASK_FILE}")
     if not found and (patterns or split != "test"):
         expected = " or ".join(f"{stem}.*" for stem in SPLITS[split])
-        missing = ", ".join(patterns) or f"the split {split}"
-        raise UserError(f"{missing} is missing; expected {expected}, or names in {TASK_FILE}")
+        absent = ", ".join(patterns) or f"the split {split}"
+        raise UserError(f"{absent} is missing; expected {expected}, or names in {TASK_FILE}")
     return tuple(found)
 
 

@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     task, context = TASKS[task_of(model.config)], autocast(device, precision)
     classes = [] if task.name == "regression" else list(model.config.id2label.values())
     with option_named("--input"):
-        check_rows(options.input, options, task, classes)
+        as_csv = output.suffix == ".csv"
+        check_rows(options.input, options, task, classes, as_csv)
     tally = task.tally(classes)
 
     def predicted_rows():
@@ -85,7 +86,6 @@ def main(argv: Sequence[str]) -> None:
                 yield record | cells
 
     def write(path):
-        as_csv = output.suffix == ".csv"
         encoding = _csv_encoding(options) if as_csv else UTF8
         write_rows(path, predicted_rows(), as_csv, encoding=encoding)
 

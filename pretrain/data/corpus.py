@@ -171,6 +171,13 @@ class Corpus:
         counts = 1.0 + np.bincount(self.tokens(self.largest), minlength=vocab_size)
         return counts / counts.sum()
 
+    def count_tokens(self) -> int:
+        """Number of tokens in this part."""
+        return sum(
+            int(self._map(index).document_tokens[self.documents(index)].sum())
+            for index in range(self.num_shards)
+        )
+
     def count(self, at_most: int | None = None) -> int:
         """Number of documents in this part; stops counting at `at_most`."""
         found = 0

@@ -5,6 +5,7 @@ One piece makes one shard, whichever process prepares it. The manifest is writte
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,8 @@ def prepare(
         if damage:
             print(f"{damage}; preparing the corpus again")
         elif is_corpus(folder):  # another process wrote it while this one waited
+            if not replace_damaged:  # its name says nothing about its content
+                raise UserError(f"{folder}: another process wrote it; expected another name")
             return Corpus(folder)
         roles = tokenizer.special_tokens_map
         settings = [vocabulary.fingerprint, piece_bytes, corpora.FORMAT_VERSION, markup.key, roles]
@@ -82,6 +85,7 @@ def prepare(
         if not entries:
             problem = f"{sources[0].path}: the tokenizer finds no token in this text"
             raise UserError(f"{problem}; expected text in a script that it knows")
+        _check_unchanged(sources, partial)
         tokenizer.save_pretrained(partial / "tokenizer")
         _write_manifest(recipe, sources, entries)
         _finish_folder(partial, folder, entries)
@@ -106,6 +110,16 @@ def _write_manifest(recipe: _Recipe, sources: list[Source], entries: list[dict])
         "sources": [vars(source) for source in sources],
     }
     write_json(recipe.folder / "corpus.json", corpora.seal(manifest))
+
+
+def _check_unchanged(sources: list[Source], partial: Path) -> None:
+    """UserError if a file was edited since it was checked. Its pieces are then of no use."""
+    for source in sources:
+        status = os.stat(source.path)
+        if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
+            (partial / "content.key").unlink(missing_ok=True)
+            problem = "has changed while it was prepared"
+            raise UserError(f"{source.path}: {problem}; expected the same command again")
 
 
 def _start_folder(folder: Path, key: str) -> None:

@@ -175,6 +175,8 @@ def _lines(span: Span) -> Iterator[tuple[str, bool]]:
         place = handle.tell()  # then counted: tell() takes longer than reading a line
         while place < span.end:
             part = handle.readline(MAX_LINE_BYTES)
+            if not part:  # the file has become shorter, which `prepare` reports
+                return
             raw, rest, place = rest + part, b"", place + len(part)
             ends = raw.endswith(b"\n") or place >= span.end
             if not ends:

@@ -39,11 +39,22 @@ def predict(
 
 
 def check_rows(
-    paths: Sequence[str], options: ColumnOptions, task: Classification, classes: list[str]
+    paths: Sequence[str],
+    options: ColumnOptions,
+    task: Classification,
+    classes: list[str],
+    as_csv: bool = False,
 ) -> None:
-    """UserError lists the rows that cannot be read, and new columns that a row already has."""
+    """UserError lists the rows that cannot be read, new columns that a row already has and, as a
+    CSV file has the columns of the first row, the first row with others."""
     problems, taken, added = [], {}, set(task.columns(classes))
+    columns: set[str] = set()
     for where, record, _ in task.documents(paths, options, problems):
+        columns = columns or set(record)
+        if as_csv and (others := sorted(record.keys() - columns)):
+            shown = ", ".join(others)
+            problems.append(f"{where}: column {shown} is not in the first row; expected .jsonl")
+            as_csv = False  # the next rows would only repeat it
         for name in sorted(added & record.keys()):
             taken.setdefault(name, f"{where}: column {name!r} exists; expected another name")
     problems += taken.values()

@@ -356,6 +356,12 @@ def test_a_finished_experiment_trains_nothing_and_rewrites_the_report(
     assert answer in printed and str(output / "report.html") in printed and "12 fine" in printed
 
 
+def test_a_slash_does_not_make_another_model(finished_small, small, tmp_path, monkeypatch):
+    output = shutil.copytree(finished_small, tmp_path / "out")
+    forbid_work(monkeypatch)
+    adapt(small | {"model": f"{small['model']}/"}, output)
+
+
 @pytest.mark.parametrize(
     "number, left", [(2, (2, 2)), (8, (0, 1))], ids=["pretraining", "fine-tuning"]
 )

@@ -224,6 +224,8 @@ def test_split_is_disjoint_and_complete(many_shards, fraction):
     share = len(validation) / many_shards.count()
     assert len(validation) >= 2 and abs(share - max(fraction, 2 / 60)) < 0.25
     counts = [side.count() for side in many_shards.split(fraction)]
+    for side in many_shards.split(fraction):
+        assert side.count_tokens() == sum(map(len, map(side.tokens, range(side.num_shards))))
     assert counts == [len(training), len(validation)]
 
 

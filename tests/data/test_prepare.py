@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import content, in_processes, refusal, script, without_privileges
+from conftest import content, in_processes, refusal, refused, script, without_privileges
 from data_reference import write_documents
 
 from pretrain.cli import run_command
 from pretrain.data import parallel
+from pretrain.data import prepare as prepare_module
 from pretrain.data.annotate import Markup
 from pretrain.data.prepare import prepare
 from pretrain.data.sources import Source
@@ -274,6 +275,36 @@ def test_a_preparation_that_is_interrupted_at_its_end_writes_no_shard_again(
     assert not [path for path in written if "joined" not in path.name]
     monkeypatch.setattr(np, "save", save)
     assert corpus.folder.exists()
+
+
+@pytest.mark.parametrize("edited", ["Shorter .\n", "One more sentence .\n" * 900])
+def test_a_text_that_is_edited_meanwhile_is_not_prepared(
+    edited, documents, tiny_tokenizer, tmp_path
+):
+    (source,) = write_files(tmp_path / "text", documents[:9], 9)
+    path = Path(source.path)
+    before = path.read_text()
+    path.write_text(edited)
+    folder = tmp_path / "corpus"
+    message = refused(prepare, [source], "sentences", tiny_tokenizer, folder)
+    assert message.startswith(f"{path}: ") and not folder.exists()
+    path.write_text(before)
+    os.utime(path, ns=(source.mtime_ns, source.mtime_ns))
+    corpus = prepare([source], "sentences", tiny_tokenizer, folder)
+    assert corpus.info["documents"] == 9
+
+
+def test_another_corpus_that_took_the_name_meanwhile_is_not_returned(
+    make, whole, tmp_path, monkeypatch
+):
+    def waited(path):
+        shutil.copytree(make(tmp_path / "other").folder, tmp_path / "corpus")
+        return exclusive(path)
+
+    exclusive = prepare_module.exclusive
+    make(tmp_path / "other")
+    monkeypatch.setattr(prepare_module, "exclusive", waited)
+    assert refused(make, tmp_path / "corpus").startswith(f"{tmp_path / 'corpus'}: ")
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "text", "format", "markup"])

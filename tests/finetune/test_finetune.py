@@ -957,7 +957,7 @@ def test_output_may_replace_a_file_or_its_own_input(predict_argv, tmp_path, caps
         ("jsonl", {9: {"text": 5}}, ["line 10"]),
         ("csv", {0: {"predicted_label": "x", "probability_nature": 1}}, ["line 1", "line 1"]),
         ("jsonl", {9: {"predicted_label": "x"}}, ["line 10"]),
-        ("csv", {9: {"new": 1}}, ["row 10"]),
+        ("csv", {9: {"new": 1}}, ["line 10"]),
     ],
     ids=["blank", "no text", "taken", "taken later", "other columns"],
 )
@@ -966,15 +966,12 @@ def test_wrong_rows_are_reported_before_any_work_and_nothing_is_left(
 ):
     monkeypatch.setattr(PREDICT, "CHUNK", 4)
     path, output = tmp_path / "in.jsonl", tmp_path / f"out.{written_as}"
-    option = f"--output {output}: "
-    if "new" not in spoil.get(9, {}):
-        monkeypatch.setattr(predict, "predict", failing(AssertionError("predicts too early")))
-        option = f"--input {path}, "
+    monkeypatch.setattr(predict, "predict", failing(AssertionError("predicts too early")))
     write_rows(path, [row | spoil.get(number, {}) for number, row in enumerate(make_rows(12, 6))])
     output.write_text("old")
     lines = refusal(PREDICT.main, predict_argv(path, output.name, "--overwrite"), capsys)
     for line, where in zip(lines.splitlines(), wheres, strict=True):
-        assert line.startswith(f"{option}{where}")
+        assert line.startswith(f"--input {path}, {where}")
     assert {entry.name for entry in tmp_path.iterdir()} == {"in.jsonl", output.name}
     assert output.read_text() == "old"
 
