@@ -278,9 +278,7 @@ def test_a_preparation_that_is_interrupted_at_its_end_writes_no_shard_again(
 
 
 @pytest.mark.parametrize("edited", ["Shorter .\n", "One more sentence .\n" * 900])
-def test_a_text_that_is_edited_meanwhile_is_not_prepared(
-    edited, documents, tiny_tokenizer, tmp_path
-):
+def test_text_that_is_edited_meanwhile_is_refused(edited, documents, tiny_tokenizer, tmp_path):
     (source,) = write_files(tmp_path / "text", documents[:9], 9)
     path = Path(source.path)
     before = path.read_text()
