@@ -61,7 +61,10 @@ def check_sizes(config: Config, saved: dict, world: World) -> None:
             expected = f"expected a multiple of the number of processes, {world.size}"
             raise UserError(f"--batch-size {batch}: does not divide evenly; {expected}")
         return
-    micro_batches = batch // size
+    micro_batches, rest = divmod(batch, size)
+    if rest:  # the size of a resumed run may not fit
+        expected = f"expected a multiple of the --micro-batch-size {size}"
+        raise UserError(f"--batch-size {batch}: does not divide evenly; {expected}")
     if micro_batches % world.size:
         fits = [count for count in range(1, micro_batches + 1) if micro_batches % count == 0]
         raise UserError(
