@@ -730,7 +730,7 @@ def test_the_default_micro_batch_divides_the_step_and_keeps_the_device_busy(
     assert plan.default_micro_batch_size(config, torch.device(device), world) == expected
 
 
-@pytest.mark.parametrize(("batch_size", "processes"), product((2, 6, 8, 37), (1, 2, 4)))
+@pytest.mark.parametrize(("batch_size", "processes"), [*product((2, 6, 8, 37), (1, 2, 4))])
 def test_a_micro_batch_divides_each_step_or_the_batch_is_refused(batch_size, processes):
     config = Config(batch_size=batch_size, phases=("32:0.5", "128:0.5"))
     world = World(0, processes)
@@ -752,6 +752,9 @@ def test_a_batch_that_no_good_micro_batch_divides_is_reported(capsys):
     assert not capsys.readouterr().out
     told = refused(plan.check_sizes, Config(batch_size=7), {}, World(0, 4))
     assert told.startswith("--batch-size 7: ") and told.endswith(" 4")
+    damaged = {"micro_batch_size": 16}  # in a checkpoint
+    told = refused(plan.check_sizes, Config(batch_size=8), damaged, World())
+    assert told.startswith("--batch-size 8: ") and told.endswith(" 16")
 
 
 @pytest.mark.parametrize(
