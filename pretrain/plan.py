@@ -24,7 +24,7 @@ from pretrain.config import (
 from pretrain.data.corpus import Shard
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.mixture import Mixture
-from pretrain.data.pairs import Task
+from pretrain.data.pairs import Task, micro_batch_bounds
 from pretrain.errors import UserError, counted
 from pretrain.runtime.distributed import World
 
@@ -81,13 +81,12 @@ def default_micro_batch_size(config: Config, device: torch.device, world: World)
     length, smallest = counted_length(config), min_micro_batch_size(config)
     enough = max(smallest, GPU_TOKENS // length if device.type == "cuda" else CPU_SEQUENCES)
     each = batch // world.size
-    divisors = [size for size in range(smallest, each + 1) if each % size == 0]
-    if not divisors:
+    found = _fitting_divisor(each, smallest, enough)
+    if not found:
         on_each = f" on each of {world.size} processes" if world.size > 1 else ""
         problem = f"no equal micro-batches{on_each} have room for {longest(config)} tokens"
         expected = f"expected a multiple of {smallest * world.size}"
         raise UserError(f"--batch-size {batch}: {problem}; {expected}")
-    found = max((size for size in divisors if size <= enough), default=divisors[0])
     if 2 * found < min(enough, each):
         problem = f"--batch-size {batch}: divides into micro-batches of only {found}, which is slow"
         print(f"{problem}; a multiple of {enough * world.size} would be faster")
@@ -105,6 +104,20 @@ def smaller_micro_batch_size(config: Config, size: int, device: torch.device, wo
         raise UserError(f"{too_large}; {advice}")
     print(f"{too_large}; this run uses {found}")
     return found
+
+
+def counted_micro_batch_size(config: Config) -> int:
+    """The size that an epoch is counted with: that of one process on a CPU. Like all of the plan,
+    the steps of a run depend on neither the device nor the number of processes."""
+    smallest = min_micro_batch_size(config)
+    enough = max(smallest, CPU_SEQUENCES)
+    return config.micro_batch_size or _fitting_divisor(config.batch_size, smallest, enough)
+
+
+def _fitting_divisor(number: int, low: int, enough: int) -> int:
+    """The largest divisor from `low` to `enough`, else the smallest above; 0 if there is none."""
+    divisors = [size for size in range(low, number + 1) if number % size == 0]
+    return max((size for size in divisors if size <= enough), default=(divisors or [0])[0])
 
 
 def _largest_divisor(number: int, low: int, high: int) -> int:
@@ -129,14 +142,15 @@ def count_epoch(dataset: PretrainingDataset | Mixture, config: Config) -> Epoch:
     drawn = counts[0][0] / dataset.shares[0]  # tokens of the epoch
     passes = [share * drawn / max(1, n) for share, (n, _) in zip(dataset.shares, counts)]
     micro_batches = sum(count * number for count, (_, number) in zip(passes, counts))
-    steps = max(1, round(micro_batches * dataset.task.micro_batch_size / config.batch_size))
+    steps = max(1, round(micro_batches * counted_micro_batch_size(config) / config.batch_size))
     return Epoch(steps, tuple(passes) if config.mix else ())
 
 
 def _count_pass(
     dataset: PretrainingDataset, config: Config, step_share: float, in_text: str
 ) -> tuple[float, float]:
-    """(tokens, micro-batches) of a pass over a text, estimated from its first shards.
+    """(tokens, micro-batches of `counted_micro_batch_size`) of a pass over a text, estimated from
+    its first shards.
 
     UserError if the text does not fit the task, or has fewer tokens than `step_share` of a step."""
     task, corpus = dataset.task, dataset.source
@@ -161,7 +175,9 @@ def _count_pass(
             f"--batch-size {config.batch_size}: a step is {step_tokens:,} tokens, the text has "
             f"{num_tokens:,}{at_length}; expected {expected}"
         )
-    return num_tokens / share, sum(plan.num_micro_batches for plan in plans) / share
+    as_counted = replace(task, micro_batch_size=counted_micro_batch_size(config))
+    num_micro_batches = sum(len(micro_batch_bounds(plan, as_counted)) - 1 for plan in plans)
+    return num_tokens / share, num_micro_batches / share
 
 
 def _report_long_sentences(

@@ -104,6 +104,18 @@ def test_an_epoch_is_counted_by_the_sizes_of_the_shards(uneven):
     assert max(counts) <= 1.25 * min(counts)
 
 
+def test_an_epoch_has_as_many_steps_whatever_the_size_of_a_micro_batch(source):
+    """The device and the number of processes decide that size."""
+    config = Config(batch_size=32, max_length=TASK.max_length)
+    tasks = [replace(TASK, counted_length=64, micro_batch_size=size) for size in (2, 8, 16, 32)]
+    datasets = [PretrainingDataset(source, task) for task in tasks]
+    steps = {plan.count_epoch(dataset, config).steps for dataset in datasets}
+    places = range(plan.COUNTED_SHARDS)
+    counts = [sum(each.plan(0, n).num_micro_batches for n in places) for each in datasets]
+    assert len(steps) == 1
+    assert len({count * task.micro_batch_size for count, task in zip(counts, tasks)}) > 1
+
+
 def test_what_stands_for_the_text_is_not_a_tiny_shard(uneven, source):
     sizes = [entry["tokens"] for entry in uneven.info["shards"]]
     assert 3 * sizes[0] < sizes[uneven.largest] == max(sizes)
