@@ -68,7 +68,9 @@ def open_text(
     UserError if it has, and they no longer exist."""
     opened: dict[str, Corpus] = {}
     folders, all_paths = saved.get("corpus_folders", {}), text_paths(config)
-    keys = saved.get("text") or {name: text_key(paths) for name, paths in all_paths.items()}
+    terms = [config.lexicon] if config.lexicon else []
+    found = {name: text_key([*paths, *terms]) for name, paths in all_paths.items()}
+    keys = saved.get("text") or found
     for name, paths in all_paths.items():
         option, folder, masking = option_of(name), folders.get(name), marked_in(name, config)
         with option_named(option):
@@ -81,8 +83,9 @@ def open_text(
             opened[name] = open_or_prepare(
                 files, tokenizer, vocabulary, cache, world, masking, is_accepted=bool(saved)
             )
-        elif keys.get(name) != text_key(paths):
-            changed = f"{option} {' '.join(paths)}: has changed since the run started"
+        elif keys.get(name) != found[name]:
+            shown = " ".join([option, *paths, *(["or --lexicon", *terms] if terms else [])])
+            changed = f"{shown}: has changed since the run started"
             print(f"{changed}; the run continues on its corpus, {folder}")
     facts: dict[str, object] = {"text": keys}
     facts["corpus_folders"] = {name: str(opened[name].folder.absolute()) for name in opened}
@@ -94,17 +97,17 @@ def open_text(
             problem = f"{typed(config, option)}: the text has changed since the run was started"
             expected = "expected the original text, or a new run in another --output"
             raise UserError(f"{problem}; {expected}")
-    found = []
+    texts = []
     for (name, training), shown in zip(opened.items(), text_names(config.train)):
         validation = given if name == "train" else None
         if validation is None and config.valid_fraction:
             training, validation = training.split(config.valid_fraction)
-        found.append(Text(shown, all_paths[name], training, validation))
-    for entry in found:
+        texts.append(Text(shown, all_paths[name], training, validation))
+    for entry in texts:
         if given and not saved:
             _report_shared(config, given, entry)
         _check_sizes(config, entry, is_given=entry.validation is given)
-    return found, facts
+    return texts, facts
 
 
 def make_dataset(

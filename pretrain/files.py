@@ -259,10 +259,13 @@ def check_writable(path: str | Path) -> None:
 
 
 def model_folder(name: str) -> str:
-    """The folder of a model, or of a run's model: `final`, else `best`. A hub name is returned as
-    it is. UserError for a folder with pipes or devices."""
-    path = os.path.expanduser(name)
-    for part in ("final", "best"):
+    """The folder of a model, or of a run's model: the one that its summary recommends, else
+    `final`, else `best`. A hub name is returned as it is. UserError for a folder with pipes or
+    devices."""
+    path, recommended = os.path.expanduser(name), ""
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        recommended = Path(read_json(Path(path, "summary.json"))["use"]).name
+    for part in filter({"final", "best"}.__contains__, (recommended, "final", "best")):
         if os.path.isdir(os.path.join(path, part)):
             path = os.path.join(path, part)
             break

@@ -595,6 +595,21 @@ def test_entities_that_never_fit_are_reported(budget, arguments, marked, output,
     assert ("--entity-budget" in capsys.readouterr().out) is (budget != "1")
 
 
+def test_a_lexicon_that_has_changed_is_noticed_on_resume(
+    arguments, marked, tmp_path, output, capsys
+):
+    """The run continues on its corpus, and says so."""
+    lexicon = tmp_path / "terms.txt"
+    shutil.copy(marked["lexicon"], lexicon)
+    pretrain_into(output, arguments, f"--masking entity --lexicon {lexicon} --max-steps 1")
+    resume(output, ["--max-steps", 2])
+    assert f"--lexicon {lexicon}: has changed" not in capsys.readouterr().out
+    lexicon.write_text("quickly banking\n", encoding="utf-8")
+    resume(output, ["--max-steps", 3])
+    assert f"--lexicon {lexicon}: has changed" in capsys.readouterr().out
+    assert rows(output)[-1]["step"] == 3
+
+
 def test_a_table_of_similar_words_that_has_changed_is_refused_on_resume(
     arguments, marked, tmp_path, output, capsys
 ):

@@ -28,7 +28,7 @@ from pretrain import recipe
 from pretrain.cli import parse
 from pretrain.commands import pretrain
 from pretrain.config import Config, counted_length, longest, min_micro_batch_size, phase_lengths
-from pretrain.files import read_json
+from pretrain.files import model_folder, read_json
 from pretrain.recipe import CONTINUED, FRESH_HEAD, SCRATCH, Situation, resolve
 
 STARTS = st.sampled_from((SCRATCH, FRESH_HEAD, CONTINUED))
@@ -207,6 +207,7 @@ def test_a_model_that_gets_worse_is_not_recommended(
         assert_same(*(load_file(folder / "model.safetensors") for folder in models))
     else:
         assert summary["use"] == str(output / "final")
+    assert model_folder(str(output)) == summary["use"]  # for a later --model with the run's folder
 
 
 @pytest.mark.parametrize("rate", [1e-30, 3.0])

@@ -35,7 +35,7 @@ SET_HERE = {  # options of the two commands that only the experiment may set
     "finetune": (*RUN_OPTIONS, "label_budget", "seed", "save_model", *LABEL_OPTIONS),
 }
 TRAINED_ON = {"adapted": "text", "control": "control"}  # encoder -> text
-MODEL_FILES = ("json", "safetensors", "bin", "txt")  # the last two in folders of older versions
+MODEL_FILES = ("json", "safetensors", "bin", "txt", "model")  # model: SentencePiece
 ENTRIES = (  # names in the folder of an experiment
     r"experiment\.json|parts|adapted|control|finetune|report\.(md|html)|\w+\.(png|jsonl)"
     r"|\..*\.(partial|lock)"

@@ -17,7 +17,7 @@ from pretrain.adapt import domain, forgetting
 from pretrain.adapt.checks import TRAINED_ON, Experiment, naming
 from pretrain.adapt.dedup import write_cleaned
 from pretrain.cli import as_command, command
-from pretrain.config import UTF8, FinetuneOptions
+from pretrain.config import UTF8, FinetuneOptions, TextOptions
 from pretrain.corpora import open_or_prepare
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.sources import content_key
@@ -117,7 +117,9 @@ def compare(experiment: Experiment) -> dict:
         inputs.append(f"{name}={path}")
     ignored = domain.stop_words("auto")
     facts, _ = domain.compare(texts, tokenizers.load(model), COMPARED_WORDS, ignored)
-    return facts | {"command": command("domain", "--input", *inputs, "--tokenizer", model)}
+    more = ["--words", options.words] if options.words != TextOptions.words else []
+    shown = command("domain", "--input", *inputs, "--tokenizer", model, *more)
+    return facts | {"command": shown}
 
 
 def _run_of(experiment: Experiment, name: str, **changes: object) -> PretrainingRun:

@@ -4,7 +4,6 @@ Without arguments, trains a tiny BERT on embedded English text in about three mi
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from pretrain.cli import command, parse, read_options
 from pretrain.commands.fill_mask import fill_masks, open_pipeline
 from pretrain.config import Config
 from pretrain.errors import UserError, check
+from pretrain.files import model_folder
 from pretrain.preflight import problems_of, validate
 
 EMBEDDED_DEFAULTS = {  # for pretrain.py without text
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         from pretrain.resume import changed_options
 
         check(changed_options(config, {"options": saved}, output / "config.json"))
-        print(f"{output} is finished and has no checkpoints; use {recommended(output)}")
+        print(f"{output} is finished and has no checkpoints; use {model_folder(str(output))}")
         return
     if saved and not os.access(output, os.W_OK) and report_finished(config, saved):
         return
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     final = run.output / "final"
     if run.has_result():
         step = read_facts(final)["step"]
-        print(f"{run.output} is finished, at step {step}; use {recommended(run.output)}")
+        print(f"{run.output} is finished, at step {step}; use {model_folder(str(run.output))}")
         stop()
         return
     run.open_output()
@@ -105,16 +105,6 @@ def read_saved(output: Path, options: type) -> dict | None:
         problems += [f"{path}: {problem.removeprefix(f'{path}: ')}" for problem in found]
     check(problems)
     return None
-
-
-def recommended(output: Path) -> Path:
-    """The model folder to use of a finished run: the one that its summary names, if it has one."""
-    from pretrain.files import read_json
-
-    name = "final"
-    with suppress(UserError, KeyError):
-        name = Path(read_json(output / "summary.json")["use"]).name
-    return output / name
 
 
 def report_finished(config: Config, saved: dict) -> bool:

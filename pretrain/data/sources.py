@@ -36,13 +36,15 @@ class Source:
 
 
 def expand(paths: Iterable[str]) -> list[str]:
-    """The files that `paths` (files, folders, globs) name: absolute, sorted, each once.
+    """The files that `paths` (files, folders, globs) name: absolute, each once. Those of a path are
+    sorted, so that their order stays the same if it moves.
 
     hub:NAME is kept as is, and a folder of save_to_disk is one entry."""
-    files, problems = set(), []
+    files: dict[str, None] = {}  # in order
+    problems = []
     for path in paths:
         if path.startswith("hub:"):
-            files.add(path)
+            files[path] = None
             continue
         given = Path(path).expanduser()
         is_there = os.path.exists(given)
@@ -53,9 +55,9 @@ def expand(paths: Iterable[str]) -> list[str]:
         for file in found:
             if (name := file.encode("utf-8", "backslashreplace").decode()) != file:
                 problems.append(f"{name}: the name is not UTF-8; expected another name")
-        files.update(found)
+        files |= dict.fromkeys(sorted(found))
     check(problems)
-    return sorted(files)
+    return list(files)
 
 
 def by_name(entries: Iterable[str]) -> dict[str, tuple[str, ...]]:

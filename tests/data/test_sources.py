@@ -321,7 +321,7 @@ def test_expand(tmp_path, monkeypatch):
         ([tmp_path / "*.txt"], names[:2]),
         ([tmp_path / "**" / "*.txt"], names[:3]),
         ([tmp_path / "s*"], names[2:]),  # a folder that matches stands for its files
-        ([tmp_path / "b.txt", tmp_path, tmp_path / "a.txt"], names),
+        ([tmp_path / "b.txt", tmp_path, tmp_path / "a.txt"], [names[1], names[0], *names[2:]]),
         ([names[3]], names[3:]),  # brackets: a file first
         (["a.txt", "./a.txt", "sub/../a.txt", names[0]], names[:1]),
     ):
@@ -365,7 +365,7 @@ def test_data_sets_stay_one_entry(tmp_path, monkeypatch):
         for file in (mark, "data.arrow"):
             (tmp_path / name / file).write_text("x")
     hub = "hub:some/name:config:train"
-    assert expand([hub, "two", "one", hub]) == [str(tmp_path / "one"), str(tmp_path / "two"), hub]
+    assert expand([hub, "two", "one", hub]) == [hub, str(tmp_path / "two"), str(tmp_path / "one")]
     assert expand(["o*"]) == [str(tmp_path / "one")]
 
 
