@@ -205,6 +205,17 @@ def test_a_recipe_decides_the_mask_rate(show):
         assert any(f"mask rate {rate}" in line for line in show(f"--recipe {recipe}"))
 
 
+def test_a_phase_is_shown_as_at_its_first_step(show):
+    show.base.remove("--max-length")
+    show.base.remove("64")
+    phases = "--phases 16:0.6 32:0.4 --mask-rate 0.3 0.1 --phase"
+    for number, rate in (
+        (1, "0.3 (of 0.3 to 0.1, after 0%"),
+        (2, "0.18 (of 0.3 to 0.1, after 60%"),
+    ):
+        assert any(f"mask rate {rate}" in line for line in show(f"{phases} {number}"))
+
+
 @pytest.mark.parametrize("number", [0, 5, 40])
 def test_the_number_of_examples(number, show, collated):
     told = show(f"--examples {number} --sampled 3")

@@ -86,7 +86,8 @@ def main(argv: Sequence[str]) -> None:
     in_color = options.color == "on"
     if options.color == "auto":
         in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    start, end_epoch = dataset.start, 1
+    before = sum(share for _, share in config.phase_lengths(options)[: options.phase - 1])
+    start, end_epoch = dataset.start._replace(progress=before), 1
     if options.position:
         start, end_epoch = _read_position(options, dataset), None
     counts, saved, left = Counter(), [], options.examples
