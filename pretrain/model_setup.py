@@ -36,6 +36,7 @@ def make_model(
         sizes = (vocabulary.size, longest(config), vocabulary.pad_id)
         with option_named("--config-override"):
             model = from_size(config.model, *sizes, overrides, config.architecture)
+        tokenizer.model_max_length = model.max_length
         fresh = list(model.parts.values())
     else:
         with option_named("--model"):
@@ -48,9 +49,9 @@ def make_model(
     check(problems + _vocabulary_problems(model, config, tokenizer, num_entries))
     if added and not from_scratch:
         model.add_vectors(vocabulary.size, added, config.new_vectors == "mean")
-    for name in ("bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, name) in added:
-            setattr(model.config, name, getattr(tokenizer, name))
+    for role in ("bos_token", "eos_token"):
+        if any(entry.startswith(f"{role}=") for entry in config.add_special_tokens):
+            setattr(model.config, f"{role}_id", getattr(tokenizer, f"{role}_id"))
     if fresh and not from_scratch:
         missing = f"{config.model} has no {' or '.join(fresh)}"
         print(f"{missing}: initialized randomly, so the first validation numbers mean little")

@@ -113,6 +113,10 @@ def test_a_kernel_equals_dense_attention(kernel, dtype, lengths, head_dim):
     assert_equals_dense_attention(lengths, head_dim, dtype, kernel=kernel)
 
 
+def test_a_head_dimension_that_is_no_multiple_of_8_equals_dense_attention():
+    assert_equals_dense_attention((3, 64, 33), 26, torch.bfloat16)
+
+
 @pytest.mark.parametrize("window", [1, 20, 128, 511])
 def test_a_sliding_window_equals_dense_attention_with_a_band(window):
     """Also before dummies without tokens, and where the window covers every sequence."""

@@ -39,7 +39,7 @@ from pretrain.commands.pretrain import main
 from pretrain.config import OBJECTIVES, Config
 from pretrain.data.tokenizer import describe, load
 from pretrain.errors import UserError
-from pretrain.files import read_json, sha256_of
+from pretrain.files import model_folder, read_json, sha256_of
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World
 from pretrain.train import train
@@ -431,7 +431,7 @@ def test_a_model_that_overflows_is_refused_or_ends_without_a_result(
 def test_further_pretraining_from_a_run_or_its_model(finished, to_continue, tmp_path):
     task = "--max-steps 1 --objective mlm --model"
     one = pretrain_into(tmp_path / "1", to_continue, task, [finished])
-    two = pretrain_into(tmp_path / "2", to_continue, task, [finished / "final"])
+    two = pretrain_into(tmp_path / "2", to_continue, task, [model_folder(str(finished))])
     assert rows(one) == rows(two)
     before, after = rows(finished)[-1], rows(one)[0]
     assert after["eval/perplexity"] == pytest.approx(before["eval/perplexity"], rel=0.2)

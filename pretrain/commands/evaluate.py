@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
     from pretrain.files import as_json, model_folder
     from pretrain.inputs import check_text
+    from pretrain.model.attention import choose_attention
     from pretrain.runtime import distributed
     from pretrain.runtime.checkpoint import read_facts
     from pretrain.runtime.optim import choose_precision
@@ -80,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
     for name, (model, *_) in loaded.items():
         weight = facts.get("nsp_weight", 1.0)
         model.use_pairs(weight if OBJECTIVES[options.objective] else None)
+        model.attention = choose_attention(device, precision)
         models[name] = model.to(device)
     numbers = {}
     for name, text in texts.items():

@@ -97,7 +97,8 @@ def label_of(value: object) -> str:
     """The label in a cell, "" if the cell is blank."""
     if isinstance(value, bool):
         return str(value).lower()
-    return "" if value is None else str(value).strip()
+    label = "" if value is None else str(value).strip()
+    return label.encode("utf-8", "replace").decode("utf-8")  # JSON can hold half a surrogate pair
 
 
 def is_label(value: object) -> bool:

@@ -26,7 +26,13 @@ class PackedClassifier(PackedModel):
 
     def label_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """float32 [N, classes]; [N, 1] in regression."""
-        return self.classifier(self.classifier_input(hidden, batch)).float()
+        return self.classify(self.classifier_input(hidden, batch))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """`classifier` in float32: autocast would round its outputs to 8 bits, so that many rows
+        would have the same number."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.classifier(features.float())
 
     def losses(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
         """The terms of the training loss, by name. Add your own here."""
@@ -51,7 +57,7 @@ class PackedTagger(PackedClassifier):
         for name in self.head_layers:
             if hasattr(self, name):
                 tagged = self.get_submodule(name)(tagged)
-        return self.classifier(tagged).float()
+        return self.classify(tagged)
 
 
 def _packed(

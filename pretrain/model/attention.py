@@ -25,6 +25,7 @@ Attend = Callable[[Tensor], Tensor]  # qkv [T, 3, H, D] -> [T, H, D]
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # part of CUDA builds of torch
 TRITON_HEAD_DIMS = (16, 32, 64)  # 128 needs more shared memory than many GPUs have
 LONGEST_TRITON = 512  # tokens per sequence; the longest measured, up to which it is the fastest
+FLASH_ALIGNMENT = 8  # the head dimension must be a multiple
 LEAST_BLOCK = 64  # queries that share the keys of a window on CPU
 UNPACKED = "expected a packed batch: call the model's `encode`"
 
@@ -114,8 +115,10 @@ def packed_varlen(
     reach = max_length if window is None else window
     sides = (reach, reach) if kernel == FLASH else (-1, -1)
     # Seven arguments by position: the names and order of later ones differ between releases.
-    ends = (cu_seqlens, cu_seqlens, max_length, max_length)
-    return varlen_attn(*qkv.unbind(1), *ends, window_size=sides)
+    ends, width, more = (cu_seqlens, cu_seqlens, max_length, max_length), qkv.shape[-1], {}
+    if missing := -width % FLASH_ALIGNMENT:  # zeros do not change the scores
+        qkv, more = F.pad(qkv, (0, missing)), {"scale": width**-0.5}
+    return varlen_attn(*qkv.unbind(1), *ends, window_size=sides, **more)[..., :width]
 
 
 def choose_attention(device: torch.device, precision: str) -> str:

@@ -59,6 +59,7 @@ MODEL_FORM = {  # of config.json: what sets sizes, or would fail deep inside the
     "pad_token_id": optional(integer(0, 1 << 24)),
     "chunk_size_feed_forward": optional(integer(0, 0)),
     "return_dict": optional(one_of(True)),
+    "position_embedding_type": optional(one_of("absolute")),
     "hidden_act": optional(one_of(*ACT2FN)),
     **dict.fromkeys(("per_layer_config", "transformers_weights"), NOTHING),
     **dict.fromkeys(("attn_implementation", "_attn_implementation"), NO_HUB_CODE),
@@ -70,6 +71,7 @@ UNREAD = (".md", ".pt")  # ends of files that no model is made from: model card,
 FEW_WEIGHTS = 1 << 24  # up to this many are created before the files are found to lack them
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 NOT_OVERRIDDEN = {"model_type", "transformers_version", "_name_or_path"}
+NOT_OVERRIDDEN |= {"output_attentions", "output_hidden_states"}
 PARSERS = {int: int, float: float, str: str, bool: lambda text: BOOLS[text.lower()]}
 
 transformers.utils.logging.disable_progress_bar()  # its bar for each file breaks the run's own
@@ -98,7 +100,9 @@ def from_size(
     override(config, overrides)
     value = " ".join(overrides) or size
     with refusing(f"{value}: cannot build a model", "expected fields that fit together"):
-        return family(config)
+        model = family(config)
+    model.settle_bias()
+    return model
 
 
 def from_checkpoint(
@@ -128,6 +132,9 @@ def load_config(name: str) -> PreTrainedConfig:
     _check_family(name, config.model_type)
     for field in CODE_FIELDS:
         vars(config).pop(field, None)
+    # Nothing here returns them, and a config that asks for them cannot be saved.
+    config.output_attentions = config.output_hidden_states = False
+    config._attn_implementation = "eager"  # ours replaces it; another one may not be installed
     # The file may list labels in any order.
     config.id2label = {number: str(label) for number, label in sorted(config.id2label.items())}
     check_config(config, name)
@@ -190,18 +197,24 @@ def load_weights(
         model, info = family.from_pretrained(
             model_folder(name), config=config, dtype=torch.float32, **options
         )
-    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    prefix = family.base_model_prefix
-    encoder = [key for key in missing if re.match(rf"{prefix}\.(?!pooler\.)", key)]
-    if encoder:
-        problem = f"{len(encoder)} weights of the encoder are missing, such as {encoder[0]}"
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    missing -= model.load_bias(missing)
+    of_encoder = re.compile(rf"{family.base_model_prefix}\.(?!pooler\.)")
+    if lacks := sorted(filter(of_encoder.match, missing)):
+        problem = f"{len(lacks)} weights of the encoder are missing, such as {lacks[0]}"
         raise UserError(f"{name}: {problem}; expected a {config.model_type} checkpoint")
+    if unused := sorted(filter(of_encoder.match, info["unexpected_keys"])):
+        shown = f"{len(unused)} weights of the encoder, such as {unused[0]}"
+        print(f"{name}: its config has no place for {shown}")
     for key, weight in model.state_dict().items():
         num_bad = weight.numel() - int(weight.isfinite().sum())
         if num_bad:
             problem = f"{num_bad:,} of {weight.numel():,} numbers of {key} are NaN or infinite"
             raise UserError(f"{name}: {problem}; expected finite weights")
-    return model, missing
+    if decoder := model.get_output_embeddings():  # transformers decides by the weights themselves
+        model.config.tie_word_embeddings = decoder.weight is model.get_input_embeddings().weight
+        model.settle_bias()
+    return model, sorted(missing)
 
 
 def _check_files(family: type[PackedModel], name: str, config: PreTrainedConfig) -> None:

@@ -1,5 +1,7 @@
 """What every family does with a packed batch: encode without padding, score, sum the losses."""
 
+from collections.abc import Set
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -165,12 +167,43 @@ class PackedModel:
         pooler = getattr(self.base_model, "pooler", None)
         return first if pooler is None else self.dropout(pooler(first))
 
+    def _heads(self) -> list[tuple[str, nn.Module]]:
+        """MLM heads that have the bias of their decoder a second time, which they do not use."""
+        heads = [item for item in self.named_modules() if hasattr(item[1], "decoder")]
+        return [(name, head) for name, head in heads if hasattr(head, "bias")]
+
+    @torch.no_grad()
+    def load_bias(self, missing: Set[str]) -> set[str]:
+        """Copy a head's bias if its decoder's is `missing`, as in files of older versions. Returns
+        which names of biases are not missing after all."""
+        found = set()
+        for name, head in self._heads():
+            names = {f"{name}.bias", f"{name}.decoder.bias"}
+            if names <= missing:
+                continue
+            found |= names
+            if f"{name}.decoder.bias" in missing:
+                head.decoder.bias.copy_(head.bias)
+        return found
+
+    def settle_bias(self) -> None:
+        """Let a head share its decoder's bias if the decoder is tied, as transformers does. If not,
+        files have both: then the head's is a frozen copy, since DDP expects a gradient for every
+        trainable parameter."""
+        embeddings = self.get_input_embeddings().weight
+        for _, head in self._heads():
+            bias = head.decoder.bias
+            if head.decoder.weight is not embeddings:
+                bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+            head.bias = bias
+
     @torch.no_grad()
     def add_vectors(self, size: int, pieces: dict[int, list[int]], from_pieces: bool) -> None:
         """Grow embeddings, decoder and bias to `size` tokens. With `from_pieces` a new token starts
         at the mean of the tokens that it replaces; otherwise it starts random."""
         if size > self.config.vocab_size:
             self.resize_token_embeddings(size, mean_resizing=False)
+            self.settle_bias()
         decoder = self.get_output_embeddings()
         for weights in (self.get_input_embeddings().weight, decoder.weight, decoder.bias):
             for number, old in pieces.items():

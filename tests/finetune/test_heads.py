@@ -233,6 +233,19 @@ def test_numbers_loss_and_gradients_of_regression_equal_the_stock_model(saved, t
     assert_same_training(model, batch, stock, theirs)
 
 
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_autocast_does_not_round_the_outputs(head, saved, tmp_path):
+    """In bf16 with 8 bits, many rows would have the same number."""
+    family, _ = saved
+    stock_classifier(family, f"For{head}").save_pretrained(tmp_path)
+    model, batch = load_classifier(str(tmp_path)), make_batch()
+    batch = replace(batch, masked_positions=torch.arange(batch.num_tokens))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.label_logits(model.encode(batch), batch)
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16()).float().mean() > 0.9
+
+
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
 

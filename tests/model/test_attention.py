@@ -24,7 +24,14 @@ from torch._dynamo.testing import CompileCounter
 from pretrain.batch import IGNORED
 from pretrain.config import OBJECTIVES
 from pretrain.model import attention, cpu_kernels
-from pretrain.model.attention import SDPA, VARLEN, choose_attention, packed_sdpa
+from pretrain.model.attention import (
+    FLASH,
+    SDPA,
+    VARLEN,
+    choose_attention,
+    packed_sdpa,
+    packed_varlen,
+)
 from pretrain.runtime.distributed import wrap
 
 EACH_OBJECTIVE = pytest.mark.parametrize("objective", OBJECTIVES)
@@ -151,6 +158,21 @@ def test_a_filled_batch_has_the_same_losses_and_gradients(objective, corpus, voc
     assert_equal_runs(run(model, filled), run(model, exact))
     ours, theirs = model(filled), model(exact)
     assert all(ours[name].num_correct == theirs[name].num_correct for name in theirs)
+
+
+@pytest.mark.parametrize(("head_dim", "given"), [(26, 32), (36, 40), (64, 64)])
+def test_head_dimensions_that_flash_attention_lacks_are_filled(head_dim, given, monkeypatch):
+    """It takes multiples of 8. The stand-in scales as torch does if it gets no scale."""
+
+    def varlen_attn(query, key, value, ends, *_, window_size, scale=None):
+        assert query.shape[-1] == given
+        scaled = query * (scale or given**-0.5) * given**0.5
+        return dense_attention(torch.stack([scaled, key, value], 1), ends)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    qkv, ends = torch.randn(40, 3, 2, head_dim), offsets((7, 33))
+    found = packed_varlen(qkv, ends, 33, kernel=FLASH)
+    torch.testing.assert_close(found, dense_attention(qkv, ends))
 
 
 @EACH_OBJECTIVE

@@ -20,7 +20,7 @@ from packed_reference import (
     small_stock,
     stock_class,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining
@@ -231,6 +231,39 @@ def test_half_precision_checkpoint_is_trained_and_saved_in_float32(vocabulary, t
     model.save_pretrained(tmp_path / "full")  # whose config.json names the type, too
     opened = AutoModelForPreTraining.from_pretrained(tmp_path / "full")
     assert {weight.dtype for weight in opened.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("says_tied", [False, True])
+@pytest.mark.parametrize("family", ["bert", *ROBERTAS])
+def test_a_decoder_of_its_own_is_loaded_trained_grown_and_saved(
+    family, says_tied, vocabulary, batches, tmp_path
+):
+    """Also if the config says that it is tied or, as in files of older versions, if only the head's
+    bias is there. Every trainable weight has a gradient, as DDP expects."""
+    folder, size = tmp_path / "stock", vocabulary.size
+    stock = saved_stock(family, vocabulary, folder, tie_word_embeddings=False)
+    decoder, weights = stock.get_output_embeddings(), load_file(folder / "model.safetensors")
+    if not says_tied:
+        (name,) = [name for name in weights if name.endswith("decoder.bias")]
+        weights[name.replace("decoder.", "")] = weights.pop(name)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": says_tied}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+    model, fresh = from_checkpoint(str(folder))
+    assert fresh == []
+    model.use_pairs(None)
+    model(batches["mlm"])["mlm"].sum.backward()
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert gradients(model).keys() == trained
+
+    model.add_vectors(size + 1, {size: [5]}, from_pieces=True)
+    model.save_pretrained(tmp_path / "ours")
+    opened, info = type(stock).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    for found in (model.get_output_embeddings(), opened.get_output_embeddings()):
+        assert torch.equal(found.weight[:size], decoder.weight)
+        assert torch.equal(found.bias[:size], decoder.bias)
 
 
 # Pairs and lengths.

@@ -116,6 +116,34 @@ def test_a_name_that_is_unavailable_offline():
     assert not any(size in told for size in MODEL_SIZES)
 
 
+def set_fields(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"output_attentions": True, "output_hidden_states": True},  # nothing here returns them
+        {"_attn_implementation": "flash_attention_2"},  # not installed, and replaced
+    ],
+)
+def test_a_config_for_other_uses_loads_and_is_saved(fields, folder, tmp_path):
+    set_fields(folder, **fields)
+    model, _ = from_checkpoint(str(folder))
+    model.save_pretrained(tmp_path / "again")
+    BertForPreTraining.from_pretrained(tmp_path / "again")
+
+
+def test_an_encoder_that_is_not_all_of_the_files_is_reported(folder, capsys):
+    refused(override, load_config(str(folder)), ["output_attentions=true"])
+    set_fields(folder, num_hidden_layers=1)
+    from_checkpoint(str(folder))
+    assert "bert.encoder.layer.1." in capsys.readouterr().out
+    set_fields(folder, position_embedding_type="relative_key")  # in no version of transformers 5
+    refused(from_checkpoint, str(folder), names="position_embedding_type")
+
+
 def without(name, path):
     weights = load_file(path)
     del weights[name]
