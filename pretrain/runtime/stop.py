@@ -15,11 +15,12 @@ class StopFlag:
     """Notes stop signals inside a `with`; a second SIGINT kills the process.
     `max_minutes` (0: no limit) counts from construction; `limit` is its name in `reason`."""
 
-    signal = 0  # the first that any process received; 0: none
+    signal = 0  # that all processes agreed on in `signaled`; 0: none
 
     def __init__(self, max_minutes: float = 0.0, limit: str = "the time limit"):
         self._seconds, self._limit, self._begin = max_minutes * 60, limit, time.monotonic()
         self._num_calls, self._is_out_of_time = 0, False
+        self._received = 0  # by this process, at any moment
         self._handled = handled(self._note)
 
     def __enter__(self) -> "StopFlag":
@@ -30,7 +31,7 @@ class StopFlag:
         self._handled.__exit__(*error)
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
-        self.signal = self.signal or number
+        self._received = self._received or number
         message = f"\n{signal.Signals(number).name}: finishing and saving this step, then stopping"
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
@@ -40,7 +41,7 @@ class StopFlag:
 
     def signaled(self) -> int:
         """The signal that any process received, or 0. All processes call this together."""
-        self.signal = max_over_ranks(self.signal)
+        self.signal = self.signal or max_over_ranks(self._received)
         return self.signal
 
     def agreed(self) -> bool:

@@ -87,3 +87,29 @@ def test_a_signal_to_one_process_and_a_limit_of_one_stop_all(tmp_path):
     assert [code for code, _ in ended] == [0, 0], ended
     for rank in "01":
         assert torch.load(tmp_path / rank) == [signal.SIGTERM, True, False, True]
+
+
+def test_a_signal_during_the_exchange_stops_all_at_the_next_call(tmp_path):
+    def main(argv):
+        world, _ = start("cpu")
+        found = []
+        for name in ("max_over_ranks", "any_rank"):
+            exchange = getattr(module, name)
+
+            def interrupted(value, exchange=exchange):
+                result = exchange(value)
+                if world.rank == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return result
+
+            with StopFlag(max_minutes=60) as flag, pytest.MonkeyPatch.context() as patch:
+                flag.agreed()
+                patch.setattr(module, name, interrupted)
+                found += [flag.agreed(), flag.agreed()]
+        torch.save(found, tmp_path / str(world.rank))
+        stop()
+
+    ended = in_processes(tmp_path, main, [], count=2)
+    assert [code for code, _ in ended] == [0, 0], ended
+    for rank in "01":
+        assert torch.load(tmp_path / rank) == [False, True] * 2
