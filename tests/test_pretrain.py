@@ -257,6 +257,14 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".run.lock", "run"]
 
 
+def test_overwrite_through_a_link_replaces_the_run_behind_it(finished, arguments, tmp_path, output):
+    target = shutil.copytree(finished, tmp_path / "elsewhere" / "target")
+    output.symlink_to(target)
+    pretrain_into(output, arguments, "--max-steps 2 --overwrite")
+    assert output.readlink() == target and steps_of(target) == [2]
+    assert sorted(path.name for path in target.parent.iterdir()) == [".target.lock", "target"]
+
+
 def test_patience_stops_early_and_stays_stopped_until_there_are_more_steps(
     arguments, output, capsys
 ):

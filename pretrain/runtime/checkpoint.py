@@ -155,7 +155,10 @@ def check_output(
 
 def make_output(output: Path, overwrite: bool, has_result: bool) -> Path | None:
     """Create a run folder. With `overwrite`, moves the old run aside and returns where, so that it
-    can be deleted once the new run has a result. A run without a result replaces nothing."""
+    can be deleted once the new run has a result. A run without a result replaces nothing. A link
+    stays: what it leads to is replaced."""
+    if output.is_symlink():
+        output = output.resolve()
     replaced = _aside(output, "replaced")
     if overwrite and output.is_dir():
         discarded = replaced if has_result or not replaced.exists() else output
