@@ -37,7 +37,8 @@ SET_HERE = {  # options of the two commands that only the experiment may set
 TRAINED_ON = {"adapted": "text", "control": "control"}  # encoder -> text
 MODEL_FILES = ("json", "safetensors", "bin", "txt", "model")  # model: SentencePiece
 ENTRIES = (  # names in the folder of an experiment
-    r"experiment\.json|parts|adapted|control|finetune|report\.(md|html)|\w+\.(png|jsonl)"
+    r"experiment\.json|parts|adapted|control|finetune|report\.(md|html)"
+    r"|(text|control|general|task)\.jsonl|(overlap|learning_curve|confusion|perplexity)\.png"
     r"|\..*\.(partial|lock)"
 )
 

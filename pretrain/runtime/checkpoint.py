@@ -36,8 +36,8 @@ from pretrain.schema import Form, Rule, integer, misfit, number, one_of
 RUN_ENTRY = (  # what a run writes; nothing else may be overwritten
     r"(config|summary)\.json|metrics\.jsonl|added_tokens\.tsv|events\.out\.tfevents.*"
     r"|test_predictions\.(csv|jsonl)|confusion\.png|scores\.txt"
-    r"|\.?(best|final|checkpoint-\d+)(\.\w+)?"
-    r"|.*\.(tmp|partial)|\.lock"
+    r"|best|final|checkpoint-\d+|\.(best|final|checkpoint-\d+)\.\w+"
+    r"|\..*\.partial|\.lock"
 )
 FACTS = "pretraining.json"  # has the defaults of scripts/evaluate.py
 FACTS_FORM = {

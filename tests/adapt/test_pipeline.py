@@ -529,14 +529,15 @@ def test_a_changed_file_is_refused(name, added, finished_small, small, place, mo
     assert sorted(finished_small.rglob("*")) == parts
 
 
-def test_a_folder_with_other_files_is_refused(small, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["thesis.txt", "survey.jsonl", "photo.png"])
+def test_a_folder_with_other_files_is_refused(name, small, tmp_path, capsys):
     mine = tmp_path / "mine"
     mine.mkdir()
-    (mine / "thesis.txt").write_text("precious")
-    for output, more in ((mine, {}), (mine, {"overwrite": True}), (mine / "thesis.txt", {})):
+    (mine / name).write_text("precious")
+    for output, more in ((mine, {}), (mine, {"overwrite": True}), (mine / name, {})):
         message = refusal(ADAPT, argv(small, output, **more), capsys)
         assert message.startswith(f"--output {output}")
-    assert (mine / "thesis.txt").read_text() == "precious"
+    assert (mine / name).read_text() == "precious"
 
 
 @pytest.mark.parametrize("option", ["--pretrain", "--finetune"])

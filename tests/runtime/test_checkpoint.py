@@ -134,6 +134,17 @@ def test_a_folder_moved_aside_before_a_kill_is_put_back_unless_it_was_replaced(t
         assert (tmp_path / "best" / "text").read_text() == kept
 
 
+def test_only_what_a_run_wrote_may_be_overwritten(tmp_path):
+    hidden = [".best.partial", ".final.previous", ".checkpoint-2.removed", ".checkpoint-4.damaged"]
+    for name in ["best", "final", "checkpoint-2", *hidden, ".summary.json.0a1b2c3d.partial"]:
+        (tmp_path / name).mkdir()
+    ckpt.check_output(tmp_path, overwrite=True)
+    for name in ("final.zip", "best.csv", "checkpoint-2.tar", "notes.tmp", "draft.partial"):
+        (tmp_path / name).touch()
+        refused(ckpt.check_output, tmp_path, overwrite=True, begins=f"{tmp_path}: ", names=name)
+        (tmp_path / name).unlink()
+
+
 def test_write_json_is_atomic(tmp_path):
     path = tmp_path / "summary.json"
     write_json(path, {"name": "Übung 北京"})
