@@ -186,11 +186,13 @@ def _make_phase(config: Config, dataset: PretrainingDataset | Mixture, inputs: I
     size = config.eval_batch_size or task.micro_batch_size
     size = max(1, size * task.counted_length // task.max_length)
     shape = (task.pairs, task.max_length, size, vocabulary, config.eval_tokens, fill)
-    sets = {
-        text.name: make_validation_set(text.validation, *shape, text.training)
-        for text in inputs.texts
-        if text.validation is not None
-    }
+    sets = {}
+    for text in inputs.texts:
+        if text.validation is not None:
+            is_given = config.valid and text is inputs.texts[0]
+            shown = typed(config, "valid") if is_given else text.shown
+            with option_named(f"{shown}:"):
+                sets[text.name] = make_validation_set(text.validation, *shape, text.training)
     validation = sets.pop(inputs.texts[0].name, None)
     return Phase(dataset, collator, validation, size, others=sets)
 

@@ -21,7 +21,7 @@ from pretrain.data.hash_rng import key
 from pretrain.data.masking import Masking
 from pretrain.data.pairs import Task, make_plan, micro_batch_bounds
 from pretrain.data.tokenizer import Vocabulary
-from pretrain.errors import counted
+from pretrain.errors import UserError, counted
 from pretrain.files import markdown_table
 from pretrain.metrics import LossTotals
 from pretrain.model.packed import PackedModel
@@ -70,7 +70,8 @@ def make_validation_set(
 ) -> ValidationSet:
     """Batches of the documents with the lowest hashes, at most `max_tokens` tokens.
 
-    The same text gives the same sequences, whatever the micro-batch size."""
+    The same text gives the same sequences, whatever the micro-batch size. UserError, without the
+    name of the text, if nothing can be masked."""
     task = Task(pairs, max_length, micro_batch_size, MASK_RATE, SEED)
     shard, collator = corpus.select(max_tokens), Collator(task, vocabulary, MASKING, fill)
     plan = make_plan(shard, np.arange(len(shard.hashes)), task, key(SEED))
@@ -78,6 +79,9 @@ def make_validation_set(
     plan = plan.take(slice(0, max(1, num_fitting)))
     bounds = pairwise(micro_batch_bounds(plan, task))
     batches = [collator(Examples(shard, plan.take(slice(*pair)))) for pair in bounds]
+    if not any(batch.counts["mlm"] for batch in batches):
+        problem = "what is evaluated has only special and unknown tokens, so nothing can be masked"
+        raise UserError(f"{problem}; expected other text, or another share of it")
     unigram = training and unigram_perplexity(training, batches, vocabulary.size)
     starts = shard.sentences[shard.documents]
     documents = np.searchsorted(starts, plan.a_start, side="right") - 1

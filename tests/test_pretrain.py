@@ -358,6 +358,22 @@ def test_text_that_the_tokenizer_does_not_know_is_refused_early(
         shutil.rmtree(output, ignore_errors=True)
 
 
+def test_a_held_out_part_without_words_is_refused_by_name(
+    finished, to_continue, text_file, documents, tmp_path, output, capsys
+):
+    """Of so few documents, the last sentences are held out."""
+    books = write_documents(tmp_path / "books.txt", [[*book, "❦"] for book in documents[:3]])
+    model = ["--model", finished / "final", "--cache", tmp_path]
+    train = arguments_of(to_continue, model, "--objective mlm --output", [output, "--train"])
+    commands = (
+        (f"--train {books}: ", main, [*train, books]),
+        (f"--train {books}: ", main, [*train, text_file, books, "--mix", 3, 1]),
+        (f"--input {books}: ", evaluate.main, [*model, "--valid-fraction", 0.05, "--input", books]),
+    )
+    for begins, command, argv in commands:
+        refusal(command, argv, capsys, begins, output)
+
+
 def test_text_in_another_encoding_is_refused_with_the_option(finished, tmp_path, output, capsys):
     pytest.importorskip("charset_normalizer")
     path, table, good = (tmp_path / name for name in ("text.txt", "rows.csv", "good.csv"))

@@ -21,7 +21,7 @@ from pretrain.config import UTF8, FinetuneOptions, TextOptions
 from pretrain.corpora import open_or_prepare
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.sources import content_key
-from pretrain.errors import UserError, counted
+from pretrain.errors import UserError, counted, option_named
 from pretrain.evaluate import evaluate
 from pretrain.finetune import build as finetuning
 from pretrain.finetune.predict import read_predictions, write_rows
@@ -209,7 +209,8 @@ def measure_forgetting(experiment: Experiment) -> dict:
         path, held_out = str(experiment.output / "general.jsonl"), run.config.valid_fraction
         general = domain.read_text((path,), "--general", run.config, "token")
     corpus = open_or_prepare(general, run.tokenizer, vocabulary, cache, run.world, ways=MODEL_WAYS)
-    return forgetting.measure(run, adapted, corpus, vocabulary, has_head, held_out)
+    with option_named(f"{general.name}:"):
+        return forgetting.measure(run, adapted, corpus, vocabulary, has_head, held_out)
 
 
 def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict:

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
 
 def open_input(options: EvaluateOptions, text, tokenizer, vocabulary, world):
     """The validation set of a text; with --valid-fraction, that of a run. UserError if there are
-    too few documents."""
+    too few documents, or nothing can be masked."""
     from pretrain.corpora import open_or_prepare
     from pretrain.evaluate import make_validation_set
     from pretrain.inputs import MODEL_WAYS
@@ -108,7 +108,9 @@ def open_input(options: EvaluateOptions, text, tokenizer, vocabulary, world):
         ways = "expected more text, another --format, or --objective mlm"
         raise UserError(f"{text.name}: {problem}; {ways}")
     shape = (options.max_length, options.eval_batch_size, vocabulary, options.eval_tokens)
-    return make_validation_set(corpus, OBJECTIVES[options.objective], *shape, training=training)
+    pairs = OBJECTIVES[options.objective]
+    with option_named(f"{text.name}:"):
+        return make_validation_set(corpus, pairs, *shape, training=training)
 
 
 def measure(
