@@ -88,13 +88,13 @@ def _has_moved(name: str, before: object, now: object) -> bool:
         return False
     old, new = ([value] if isinstance(value, str) else value for value in (before, now))
 
-    def is_gone(path: str) -> bool:
-        return os.path.isabs(path) and not os.path.exists(path)
+    def is_same(was: str, path: str) -> bool:
+        # A folder may have got the name of a model on the hub.
+        is_named = was not in MODEL_SIZES and path == os.path.abspath(was)
+        is_gone = os.path.isabs(was) and not os.path.exists(was)
+        return path == was or is_named or (Path(was).name == Path(path).name and is_gone)
 
-    return len(old) == len(new) and all(
-        was == path or Path(was).name == Path(path).name and is_gone(was)
-        for was, path in zip(old, new)
-    )
+    return len(old) == len(new) and all(map(is_same, old, new))
 
 
 def changed_options(config, saved: dict, path: Path) -> list[str]:

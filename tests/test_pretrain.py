@@ -40,6 +40,7 @@ from pretrain.config import OBJECTIVES, Config
 from pretrain.data.tokenizer import describe, load
 from pretrain.errors import UserError
 from pretrain.files import model_folder, read_json, sha256_of
+from pretrain.resume import changed_options, portable_options
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World
 from pretrain.train import train
@@ -233,6 +234,16 @@ def test_a_run_resumes_after_its_text_and_the_cache_have_moved(
     resume(output, again[3:])
     weights = [sha256_of(run / "final" / "model.safetensors") for run in (whole, output)]
     assert weights[0] == weights[1]
+
+
+def test_a_name_on_the_hub_is_no_other_model_once_a_folder_has_it(tmp_path, monkeypatch):
+    """A size is another model than a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    hub, size = ("bert-base-uncased", "bert-base-uncased", True), ("tiny", "./tiny", False)
+    for before, now, is_same in (hub, size):
+        saved = {"options": portable_options(Config(model=before))}
+        Path(now).mkdir()
+        assert bool(changed_options(Config(model=now), saved, tmp_path / "none")) is not is_same
 
 
 def test_a_run_of_another_command_is_not_resumed(output, capsys):
