@@ -85,7 +85,7 @@ def fit_to_machine(config: Config) -> Config:
     """Time a few steps to choose precision, threads (set here) and epochs for TRAINING_SECONDS.
 
     On a busy machine one thread is often faster than several, which wait for each other."""
-    run = build(config)
+    run = build(replace(config, shard=False))  # sharded weights cannot be copied
     precisions, threads = {run.precision}, {torch.get_num_threads()}
     if run.device.type == "cpu":  # on a GPU the precision decides the attention
         precisions |= {"fp32"} if config.precision == "auto" else set()

@@ -17,6 +17,7 @@ from conftest import (
     arguments_of,
     assert_same_run,
     built,
+    in_processes,
     interrupted_copy,
     make_documents,
     overflowing,
@@ -434,15 +435,27 @@ def test_a_model_without_text_is_not_the_demo(model, capsys):
     assert refusal(main, ["--model", model], capsys).startswith(f"--model {model}: ")
 
 
-def test_embedded_default(output, tmp_path, capsys, monkeypatch):
-    """Without options, it uses the embedded text, fits the machine, and fills masks at the end."""
+@pytest.fixture
+def brief(tmp_path, monkeypatch):
+    """Options of one step of the demo, on little of its text."""
     monkeypatch.setattr("pretrain.demo.TRAINING_SECONDS", 1e-3)
     monkeypatch.setattr("pretrain.demo.MIN_EPOCHS", 1e-3)
     monkeypatch.setattr("pretrain.demo.TIMED_STEPS", 1)
     monkeypatch.setattr("pretrain.demo.MAX_MODULE_BYTES", 4000)
-    pretrain_into(output, "--vocab-size 500 --eval-tokens 5000 --cache", [tmp_path])
+    return arguments_of("--vocab-size 500 --eval-tokens 5000 --cache", [tmp_path])
+
+
+def test_embedded_default(brief, output, capsys):
+    """Without options, it uses the embedded text, fits the machine, and fills masks at the end."""
+    pretrain_into(output, brief)
     told = capsys.readouterr().out
     assert "a step takes" in told and "filled by the model" in told and "[MASK]" in told
+    assert summary_of(output)["steps"] == 1
+
+
+def test_the_demo_in_two_processes_that_share_the_weights(brief, output):
+    ended = in_processes(output.parent, main, [*brief, "--shard", "--output", output], count=2)
+    assert [code for code, _ in ended] == [0, 0], ended
     assert summary_of(output)["steps"] == 1
 
 
