@@ -4,6 +4,7 @@ Options are saved as plain values with absolute paths, so that a run resumes fro
 """
 
 import datetime
+import glob
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,8 @@ from pretrain.runtime.distributed import World, gather
 from pretrain.schema import flag
 
 MODEL_OPTIONS = {"model", "tokenizer"}  # a folder, or a size or a name on the hub
-PATH_OPTIONS = {"train", "valid", "test", "lexicon", "similar", "add_tokens", "cache"}
+PATTERNS = {"train", "valid", "test"}  # paths or globs
+PATH_OPTIONS = {*PATTERNS, "lexicon", "similar", "add_tokens", "cache"}
 
 
 def run_folder(output: str | None, prefix: str = "") -> Path:
@@ -77,7 +79,12 @@ def _portable(name: str, value: object) -> object:
     is_path = name in PATH_OPTIONS and value and not value.startswith("hub:")
     if name in MODEL_OPTIONS and value:
         is_path = value not in MODEL_SIZES and Path(value).exists()
-    return os.path.abspath(os.path.expanduser(value)) if is_path else value
+    if not is_path:
+        return value
+    path = os.path.expanduser(value)
+    is_glob = name in PATTERNS and glob.escape(path) != path and not os.path.exists(path)
+    folder = glob.escape(os.getcwd()) if is_glob else os.getcwd()
+    return os.path.normpath(os.path.join(folder, path))
 
 
 def _has_moved(name: str, before: object, now: object) -> bool:

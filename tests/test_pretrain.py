@@ -38,6 +38,7 @@ from pretrain.cli import parse, run_command
 from pretrain.commands import adapt, evaluate, finetune, prepare
 from pretrain.commands.pretrain import main
 from pretrain.config import OBJECTIVES, Config
+from pretrain.data.sources import expand
 from pretrain.data.tokenizer import describe, load
 from pretrain.errors import UserError
 from pretrain.files import model_folder, read_json, sha256_of
@@ -245,6 +246,20 @@ def test_a_name_on_the_hub_is_no_other_model_once_a_folder_has_it(tmp_path, monk
         saved = {"options": portable_options(Config(model=before))}
         Path(now).mkdir()
         assert bool(changed_options(Config(model=now), saved, tmp_path / "none")) is not is_same
+
+
+def test_a_glob_in_a_folder_with_brackets_finds_the_same_files_from_elsewhere(
+    text_file, tmp_path, monkeypatch
+):
+    folder = tmp_path / "[2024] texts"
+    folder.mkdir()
+    here = shutil.copy(text_file, folder / "a [1].txt")
+    monkeypatch.chdir(folder)
+    given = Config(train=("./*.txt", "a [1].txt"), cache="[cache]")
+    options = portable_options(given)
+    monkeypatch.chdir(tmp_path)
+    assert [expand([path]) for path in options["train"]] == [[str(here)]] * 2
+    assert options["cache"] == str(folder / "[cache]")
 
 
 def test_a_run_of_another_command_is_not_resumed(output, capsys):
