@@ -27,7 +27,8 @@ def run_folder(output: str | None, prefix: str = "") -> Path:
     """The folder of --output; by default runs/DATE-TIME, where `open_output` may add a number."""
     if not output:
         return Path(f"runs/{prefix}{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    return Path(os.path.abspath(output)) if output in (".", "..") else Path(output)
+    path = Path(output)
+    return path if path.name not in ("", "..") else Path(os.path.abspath(output))
 
 
 def resume_point(output: Path, config, form: dict, world: World) -> tuple[Path | None, dict]:

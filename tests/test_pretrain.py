@@ -186,6 +186,15 @@ def test_runs_without_a_name_take_a_free_one(arguments, tmp_path, monkeypatch):
     assert len(folders) == 2
 
 
+@pytest.mark.parametrize("name", [".", "./", ".."])
+def test_a_run_may_be_in_the_current_folder_or_above(name, arguments, output, monkeypatch):
+    here = output / "below" if name == ".." else output
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    built(name, arguments, "--resume").open_output()
+    assert (output / "config.json").is_file()
+
+
 def test_a_text_that_was_edited_is_reported_and_the_run_keeps_its_corpus(
     arguments, text_file, tmp_path, output, capsys
 ):

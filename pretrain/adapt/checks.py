@@ -24,6 +24,7 @@ from pretrain.inputs import MODEL_WAYS, TextFiles, check_sample, marked_in
 from pretrain.model.loading import from_checkpoint
 from pretrain.model_setup import decide_precision, task_problems
 from pretrain.preflight import problems_of, start_problems, validate
+from pretrain.resume import run_folder
 from pretrain.runtime.checkpoint import check_output, make_output
 from pretrain.runtime.distributed import start
 from pretrain.schema import flag
@@ -95,7 +96,7 @@ def build_experiment(options: AdaptOptions) -> Experiment:
     require("matplotlib", "the plots of the report")
     settings = {"model": options.model, "metric": metric_of(finetuning), "save_model": False}
     finetuning = replace(finetuning, **labels, **settings)
-    output = Path(options.output)
+    output = run_folder(options.output)
     ways = None if (output / "experiment.json").is_file() else "a new folder"
     with option_named("--output"):
         check_output(output, options.overwrite, ways, ENTRIES)

@@ -398,9 +398,13 @@ def test_more_seeds_and_budgets_run_only_what_is_new(finished_small, small, tmp_
         assert part(output, name) == part(finished_small, name)
 
 
-def test_an_interrupted_experiment_continues_in_a_moved_folder(finished_small, small, tmp_path):
+def test_an_interrupted_experiment_continues_in_a_moved_folder(
+    finished_small, small, tmp_path, monkeypatch
+):
     """Two of three steps of pretraining are done, and saved."""
-    interrupted(argv(small, tmp_path / "here"), train, "train_step", 3)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    interrupted(argv(small, "./"), train, "train_step", 3)
     output = (tmp_path / "here").rename(tmp_path / "there")
     assert (output / "adapted" / "checkpoint-2").is_dir()
     assert report_of(adapt(small, output)) == report_of(finished_small)
