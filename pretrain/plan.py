@@ -3,6 +3,7 @@
 Micro-batches, steps, phases, intervals: computed once, printed before training, saved with the run.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,11 +67,11 @@ def check_sizes(config: Config, saved: dict, world: World) -> None:
         expected = f"expected a multiple of the --micro-batch-size {size}"
         raise UserError(f"--batch-size {batch}: does not divide evenly; {expected}")
     if micro_batches % world.size:
-        fits = [count for count in range(1, micro_batches + 1) if micro_batches % count == 0]
+        fits = ", ".join(map(str, _divisors(micro_batches)))
         raise UserError(
             f"{counted(world.size, 'process')}: a step of --batch-size {batch} has "
             f"{counted(micro_batches, 'micro-batch')} of --micro-batch-size {size}; expected a "
-            f"number of processes that divides them: {', '.join(map(str, fits))}"
+            f"number of processes that divides them: {fits}"
         )
 
 
@@ -96,7 +97,8 @@ def default_micro_batch_size(config: Config, device: torch.device, world: World)
 def smaller_micro_batch_size(config: Config, size: int, device: torch.device, world: World) -> int:
     """The next size to try when `size` is too large for the device; UserError if there is none."""
     smallest = min_micro_batch_size(config)
-    found = _largest_divisor(config.batch_size // world.size, smallest, size // 2)
+    divisors = _divisors(config.batch_size // world.size)
+    found = max((divisor for divisor in divisors if smallest <= divisor <= size // 2), default=0)
     too_large = f"--micro-batch-size {size}: is too large for the memory of {device}"
     if not found or config.shard:
         smaller = "a smaller one" if found else f"shorter sequences ({length_option(config)})"
@@ -116,12 +118,14 @@ def counted_micro_batch_size(config: Config) -> int:
 
 def _fitting_divisor(number: int, low: int, enough: int) -> int:
     """The largest divisor from `low` to `enough`, else the smallest above; 0 if there is none."""
-    divisors = [size for size in range(low, number + 1) if number % size == 0]
+    divisors = [size for size in _divisors(number) if size >= low]
     return max((size for size in divisors if size <= enough), default=(divisors or [0])[0])
 
 
-def _largest_divisor(number: int, low: int, high: int) -> int:
-    return max((size for size in range(low, high + 1) if number % size == 0), default=0)
+def _divisors(number: int) -> list[int]:
+    """In ascending order."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 @dataclass(frozen=True)

@@ -801,6 +801,7 @@ def test_what_does_not_fit_is_refused_before_work_starts(
         ("cpu", 8, {}, 1, 8),
         ("cpu", 24, {}, 1, 24),
         ("cpu", 100, {}, 1, 25),
+        ("cpu", 10**12, {}, 1, 32),  # in an instant
         ("cpu", 256, {"max_length": 512}, 4, 32),
         ("cpu", 256, {"phases": ("8:0.5", "512:0.5")}, 1, 64),
         ("cuda", 256, {}, 1, 256),
@@ -839,6 +840,7 @@ def test_a_batch_that_no_good_micro_batch_divides_is_reported(capsys):
     assert not capsys.readouterr().out
     told = refused(plan.check_sizes, Config(batch_size=7), {}, World(0, 4))
     assert told.startswith("--batch-size 7: ") and told.endswith(" 4")
+    refused(plan.check_sizes, Config(batch_size=10**12, micro_batch_size=1), {}, World(0, 3))
     damaged = {"micro_batch_size": 16}  # in a checkpoint
     told = refused(plan.check_sizes, Config(batch_size=8), damaged, World())
     assert told.startswith("--batch-size 8: ") and told.endswith(" 16")
