@@ -5,6 +5,7 @@ pretrain/preflight.py checks the values.
 """
 
 import codecs
+import os
 from dataclasses import dataclass, fields
 from itertools import accumulate, chain
 
@@ -388,6 +389,11 @@ class SuiteOptions:
 
 
 # Derived from the options.
+
+
+def as_folder(model: str) -> str:
+    """A folder or hub name such that pretrain.py does not take it for a size."""
+    return os.path.join(".", model) if model in MODEL_SIZES else model
 
 
 def phase_lengths(config: TaskOptions) -> list[tuple[int, float]]:

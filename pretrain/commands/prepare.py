@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.cli import command, parse
-from pretrain.config import PATHS, WORKERS, TextOptions, TokenizerOptions, typed
+from pretrain.config import PATHS, WORKERS, TextOptions, TokenizerOptions, as_folder, typed
 from pretrain.errors import check, option_named, require
 from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import option
@@ -77,7 +77,10 @@ def main(argv: Sequence[str]) -> None:
     )
     words, path = ["--train", corpus.folder], Path(options.tokenizer or "")
     if options.tokenizer and (not path.exists() or (path / "config.json").is_file()):
-        words += ["--model", options.tokenizer]  # it has a model, too; it may be on the hub
+        words += [
+            "--model",
+            as_folder(options.tokenizer),
+        ]  # it has a model, too, perhaps on the hub
         if options.add_tokens:  # so that the model grows by them
             words += ["--add-tokens", options.add_tokens]
         if options.add_special_tokens:
