@@ -233,7 +233,11 @@ def _as_flags(values: dict, options: type) -> list[str]:
         elif isinstance(value, bool):  # YAML reads on and off as booleans
             flags.append(f"{flag(name)}={'on' if value else 'off'}")
         elif isinstance(value, (list, tuple)):
-            flags += [flag(name), *map(str, value)] if value else []
+            words = list(map(str, value))
+            if len(words) == 1 and words[0].startswith("-"):  # argparse sees an option elsewhere
+                flags.append(f"{flag(name)}={words[0]}")
+            else:
+                flags += [flag(name), *words] if words else []
         elif value is not None:
             flags.append(f"{flag(name)}={value}")
     return flags

@@ -25,9 +25,9 @@ VALUES = {
     bool: st.booleans(),
     int: st.integers(-5, 10**6),
     float: st.floats(0, 1e9),
-    str: st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=8).filter(
-        lambda text: text[0] != "-"
-    ),
+    str: st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=8)
+    .flatmap(lambda text: st.sampled_from([text, f"-{text}"]))
+    .filter(lambda text: text != "--"),
 }
 
 
@@ -45,6 +45,7 @@ def test_a_command_parses_to_its_options(data, kind):
         if typing.get_origin(hint) is tuple:
             count = arguments["nargs"] if isinstance(arguments["nargs"], int) else 0
             values = st.lists(values, min_size=count or 1, max_size=count or 3).map(tuple)
+            values = values.filter(lambda v: len(v) == 1 or not any(str(w)[0] == "-" for w in v))
         changes[entry.name] = data.draw(values)
     options = kind(**changes)
     python, path, *argv = shlex.split(as_command("some", options))

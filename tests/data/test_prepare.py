@@ -357,7 +357,7 @@ def test_the_printed_model_is_a_folder(arguments, tmp_path, monkeypatch, capsys)
     (tokenizer / "config.json").write_text('{"model_type": "bert"}')
     monkeypatch.chdir(tmp_path)
     PREPARE.main([str(part) for part in [*arguments, "--tokenizer", "mini"]])
-    assert "--model ./mini" in capsys.readouterr().out
+    assert "--model=./mini" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
