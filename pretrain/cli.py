@@ -112,7 +112,7 @@ def parse(
     """An instance of the dataclass `options`: its own defaults, then `defaults`, then the options
     of --config FILE, then `argv`.
 
-    An option also overrides the one it cannot be combined with. The file may also have options of
+    An option, unless it has its default, also overrides the one it cannot be combined with. The file may also have options of
     `ignored`, without effect. UserError for what the options' types do not allow."""
     parser = build_parser(options, description)
     typed, from_file, values = _parse(parser, argv), {}, {}
@@ -128,9 +128,10 @@ def parse(
     of_caller = _as_flags(_known(defaults or {}, options, options), options)
     for layer in (_parse(parser, of_caller), from_file, typed):
         for entry in fields(options):
-            pair = {entry.name, entry.metadata["excludes"]}
-            if "" not in pair and pair & layer.keys():
-                values = {name: value for name, value in values.items() if name not in pair}
+            pair = (entry.name, entry.metadata["excludes"])
+            for name, other in (pair, pair[::-1]) if pair[1] else ():
+                if name in layer and layer[name] != getattr(options, name):
+                    values.pop(other, None)
         values |= layer
     made = options(**values)
     _check_values_of_file(made, path, from_file.keys() - typed.keys())

@@ -92,6 +92,14 @@ def test_a_typed_option_replaces_one_that_it_excludes(typed, tmp_path):
     assert len(validate(parse([*argv, "--max-length", "8", "--phases", "8:1"], Config, ""))) == 1
 
 
+def test_a_default_replaces_only_the_option_itself(tmp_path):
+    typed = ["--phases", "auto"]
+    for other, expected in (({"max_length": 16}, 16), ({"phases": ["16:1"]}, None)):
+        assert parse(typed, Config, "", defaults=other).max_length == expected
+        config = parse([*in_file(tmp_path, other), *typed], Config, "")
+        assert (config.max_length, config.phases) == (expected, ())
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
