@@ -229,6 +229,9 @@ def _as_flags(values: dict, options: type) -> list[str]:
     switches = {entry.name for entry in fields(options) if isinstance(entry.default, bool)}
     flags = []
     for name, value in values.items():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, (list, dict)):  # YAML reads [name] as a list, too
+                raise UserError(f"{flag(name)} {item}: not plain text; expected it in quotes")
         if isinstance(value, bool) and name in switches:
             flags.append(flag(name) if value else flag(f"no_{name}"))
         elif isinstance(value, bool):  # YAML reads on and off as booleans

@@ -107,6 +107,8 @@ def test_a_default_replaces_only_the_option_itself(tmp_path):
         ("mask_split: [1, 0]", "--mask-split: "),
         ("width: 3", "width"),
         ("- 1", "list"),
+        ("add_special_tokens:\n- [name]", "--add-special-tokens ['name']: "),
+        ("output: {a: b}", "--output {'a': 'b'}: "),
         ("seed: 1\na: [", "line 2"),
         ("seed: 1\n  keep: 2", "line 2"),
         ("\1", "#x0001"),
