@@ -112,8 +112,9 @@ def parse(
     """An instance of the dataclass `options`: its own defaults, then `defaults`, then the options
     of --config FILE, then `argv`.
 
-    An option, unless it has its default, also overrides the one it cannot be combined with. The file may also have options of
-    `ignored`, without effect. UserError for what the options' types do not allow."""
+    An option, unless it has its default, also overrides the one it cannot be combined with. The
+    file may also have options of `ignored`, without effect. UserError for what the options' types
+    do not allow."""
     parser = build_parser(options, description)
     typed, from_file, values = _parse(parser, argv), {}, {}
     path = typed.pop("config", None)
