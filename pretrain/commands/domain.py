@@ -33,7 +33,8 @@ class DomainOptions(TextOptions):
 def main(argv: list[str]) -> None:
     """Parse, count, compare; JSON on the last line."""
     options = parse(argv, DomainOptions, __doc__)
-    check(problems_of(options) + output_problems(options, may_exist=True))
+    is_folder = Path(options.output).is_dir()
+    check(problems_of(options) + output_problems(options, may_exist=is_folder))
     paths: dict[str, list[str]] = {}
     for entry in options.input:
         name, _, path = entry.partition("=")
