@@ -193,6 +193,9 @@ class TextOptions:
     cache: str = changeable("runs/.cache", "folder for prepared corpora and trained tokenizers")
 
 
+ENTITY_OPTIONS = ("entity_field", "lexicon")  # without effect in a command that masks no entities
+
+
 @dataclass(frozen=True)
 class DataOptions(TextOptions):
     """Data: text to train on, and text to validate on."""
