@@ -112,8 +112,9 @@ def parse(
     """An instance of the dataclass `options`: its own defaults, then `defaults`, then the options
     of --config FILE, then `argv`.
 
-    An option also overrides the one it cannot be combined with. The file may also have options of
-    `ignored`, without effect. UserError for what the options' types do not allow."""
+    An option, unless it has its default, also overrides the one it cannot be combined with. The
+    file may also have options of `ignored`, without effect. UserError for what the options' types
+    do not allow."""
     parser = build_parser(options, description)
     typed, from_file, values = _parse(parser, argv), {}, {}
     path = typed.pop("config", None)
@@ -128,9 +129,10 @@ def parse(
     of_caller = _as_flags(_known(defaults or {}, options, options), options)
     for layer in (_parse(parser, of_caller), from_file, typed):
         for entry in fields(options):
-            pair = {entry.name, entry.metadata["excludes"]}
-            if "" not in pair and pair & layer.keys():
-                values = {name: value for name, value in values.items() if name not in pair}
+            pair = (entry.name, entry.metadata["excludes"])
+            for name, other in (pair, pair[::-1]) if pair[1] else ():
+                if name in layer and layer[name] != getattr(options, name):
+                    values.pop(other, None)
         values |= layer
     made = options(**values)
     _check_values_of_file(made, path, from_file.keys() - typed.keys())
@@ -228,12 +230,19 @@ def _as_flags(values: dict, options: type) -> list[str]:
     switches = {entry.name for entry in fields(options) if isinstance(entry.default, bool)}
     flags = []
     for name, value in values.items():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, (list, dict)):  # YAML reads [name] as a list, too
+                raise UserError(f"{flag(name)} {item}: not plain text; expected it in quotes")
         if isinstance(value, bool) and name in switches:
             flags.append(flag(name) if value else flag(f"no_{name}"))
         elif isinstance(value, bool):  # YAML reads on and off as booleans
             flags.append(f"{flag(name)}={'on' if value else 'off'}")
         elif isinstance(value, (list, tuple)):
-            flags += [flag(name), *map(str, value)] if value else []
+            words = list(map(str, value))
+            if len(words) == 1 and words[0].startswith("-"):  # argparse sees an option elsewhere
+                flags.append(f"{flag(name)}={words[0]}")
+            else:
+                flags += [flag(name), *words] if words else []
         elif value is not None:
             flags.append(f"{flag(name)}={value}")
     return flags

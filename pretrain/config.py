@@ -5,6 +5,7 @@ pretrain/preflight.py checks the values.
 """
 
 import codecs
+import os
 from dataclasses import dataclass, fields
 from itertools import accumulate, chain
 
@@ -190,6 +191,9 @@ class TextOptions:
     lexicon: str | None = option(None, "file of terms to mark as entities, one per line", FILE)
     max_documents: int = option(0, "read only the first N documents (0: all)", COUNT_OR_0)
     cache: str = changeable("runs/.cache", "folder for prepared corpora and trained tokenizers")
+
+
+ENTITY_OPTIONS = ("entity_field", "lexicon")  # without effect in a command that masks no entities
 
 
 @dataclass(frozen=True)
@@ -388,6 +392,11 @@ class SuiteOptions:
 
 
 # Derived from the options.
+
+
+def as_folder(model: str) -> str:
+    """A folder or hub name such that pretrain.py does not take it for a size."""
+    return os.path.join(".", model) if model in MODEL_SIZES else model
 
 
 def phase_lengths(config: TaskOptions) -> list[tuple[int, float]]:

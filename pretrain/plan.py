@@ -22,7 +22,7 @@ from pretrain.config import (
     phase_lengths,
     typed,
 )
-from pretrain.data.corpus import Shard
+from pretrain.data.corpus import Shard, is_corpus
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.mixture import Mixture
 from pretrain.data.pairs import Task, micro_batch_bounds
@@ -291,9 +291,13 @@ def report_ineffective(
     if config.warmup > max(1, total_steps):
         problem = f"longer than the run of {counted(total_steps, 'step')}"
         print(f"{typed(config, 'warmup')}: {problem}; the learning rate does not reach its peak")
-    has_size = getattr(asked, "vocab_size", None) != getattr(type(asked), "vocab_size", None)
-    if has_size and asked.model not in MODEL_SIZES:
+    names, kind = ("vocab_size", "lowercase"), type(asked)
+    given = [name for name in names if getattr(asked, name, None) != getattr(kind, name, None)]
+    if "vocab_size" in given and asked.model not in MODEL_SIZES:
         print(f"{typed(asked, 'vocab_size')}: has no effect; the tokenizer is the model's")
+    from_text = given and asked.model in MODEL_SIZES and not asked.tokenizer
+    if from_text and any(map(is_corpus, asked.train)):
+        print(f"{typed(asked, *given)}: has no effect; the tokenizer is the prepared corpus's")
     if getattr(config, "shard", False) and world.size == 1:
         print("--shard: has no effect in one process; start several with torchrun")
     if config.eval_every != type(config).eval_every and not has_validation:

@@ -209,4 +209,7 @@ def _contradictions(options: object) -> list[str]:
         refuse("one of them: nothing fills up to the rate", "entity_fill", "mask_rate")
         if options.masking != "entity":
             problems.append("--entity-fill none: has no effect; expected --masking entity")
+    for name in getattr(options, "unused", ()):
+        if getattr(options, name):
+            problems.append(f"{typed(options, name)}: has no effect here; omit the option")
     return problems

@@ -73,13 +73,15 @@ def portable_options(config) -> dict:
             options[name] = [_portable(name, item) for item in value]
         else:
             options[name] = _portable(name, value)
+    if type(config).model in MODEL_SIZES and config.model in MODEL_SIZES:
+        options["model"] = config.model  # a size, even if there is a folder of this name
     return options
 
 
 def _portable(name: str, value: object) -> object:
     is_path = name in PATH_OPTIONS and value and not value.startswith("hub:")
     if name in MODEL_OPTIONS and value:
-        is_path = value not in MODEL_SIZES and Path(value).exists()
+        is_path = Path(value).exists()
     if not is_path:
         return value
     path = os.path.expanduser(value)

@@ -7,9 +7,17 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
     echo "error: PYTHON=$python: is $($python --version); expected Python 3.10 or later" >&2
     exit 2
 fi
-if ! [ -x .venv/bin/pip ] && ! "$python" -m venv --clear .venv; then
-    echo "error: cannot create .venv; on Debian and Ubuntu, install the package python3-venv" >&2
-    exit 2
+if ! [ -x .venv/bin/pip ]; then  # none yet, an interrupted one, or one that another program made
+    own='_distutils_hack|distutils-precedence.pth|pkg_resources|(pip|setuptools)(-.*)?'
+    others=$(ls .venv/lib/python*/site-packages 2>/dev/null | grep -vxE "$own" || true)
+    if [ -n "$others" ]; then
+        echo "error: .venv: has packages, but no pip; run .venv/bin/python -m ensurepip, or remove it" >&2
+        exit 2
+    fi
+    if ! "$python" -m venv --clear .venv; then
+        echo "error: cannot create .venv; on Debian and Ubuntu, install the package python3-venv" >&2
+        exit 2
+    fi
 fi
 installed=.venv/installed$extras
 if ! cmp -s setup.cfg "$installed"; then

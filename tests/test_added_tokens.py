@@ -273,8 +273,7 @@ def test_a_prepared_corpus_trains_like_its_text_if_it_has_the_tokens(
     for name, more in (("with", ["--add-tokens", words, *ROLES]), ("without", [])):
         given = ["--input", text, "--tokenizer", base, "--cache", cache, *more]
         PREPARE.main([str(part) for part in [*given, "--output", tmp_path / name]])
-        command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-        printed[name] = command[command.index("--train") :]
+        printed[name] = shlex.split(capsys.readouterr().out.rpartition("pretrain.py")[2])
     whole = run(base, steps=2, rate="1e-3", output=tmp_path / "whole")
     short = arguments(tmp_path / "printed", steps=2, rate="1e-3", roles=[])
     PRETRAIN.main([*short, *printed["with"]])

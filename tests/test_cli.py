@@ -25,9 +25,9 @@ VALUES = {
     bool: st.booleans(),
     int: st.integers(-5, 10**6),
     float: st.floats(0, 1e9),
-    str: st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=8).filter(
-        lambda text: text[0] != "-"
-    ),
+    str: st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=8)
+    .flatmap(lambda text: st.sampled_from([text, f"-{text}"]))
+    .filter(lambda text: text != "--"),
 }
 
 
@@ -45,6 +45,7 @@ def test_a_command_parses_to_its_options(data, kind):
         if typing.get_origin(hint) is tuple:
             count = arguments["nargs"] if isinstance(arguments["nargs"], int) else 0
             values = st.lists(values, min_size=count or 1, max_size=count or 3).map(tuple)
+            values = values.filter(lambda v: len(v) == 1 or not any(str(w)[0] == "-" for w in v))
         changes[entry.name] = data.draw(values)
     options = kind(**changes)
     python, path, *argv = shlex.split(as_command("some", options))
@@ -91,6 +92,14 @@ def test_a_typed_option_replaces_one_that_it_excludes(typed, tmp_path):
     assert len(validate(parse([*argv, "--max-length", "8", "--phases", "8:1"], Config, ""))) == 1
 
 
+def test_a_default_replaces_only_the_option_itself(tmp_path):
+    typed = ["--phases", "auto"]
+    for other, expected in (({"max_length": 16}, 16), ({"phases": ["16:1"]}, None)):
+        assert parse(typed, Config, "", defaults=other).max_length == expected
+        config = parse([*in_file(tmp_path, other), *typed], Config, "")
+        assert (config.max_length, config.phases) == (expected, ())
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -98,6 +107,8 @@ def test_a_typed_option_replaces_one_that_it_excludes(typed, tmp_path):
         ("mask_split: [1, 0]", "--mask-split: "),
         ("width: 3", "width"),
         ("- 1", "list"),
+        ("add_special_tokens:\n- [name]", "--add-special-tokens ['name']: "),
+        ("output: {a: b}", "--output {'a': 'b'}: "),
         ("seed: 1\na: [", "line 2"),
         ("seed: 1\n  keep: 2", "line 2"),
         ("\1", "#x0001"),

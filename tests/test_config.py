@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from pretrain.cli import parse
+from pretrain.commands.domain import DomainOptions
+from pretrain.commands.evaluate import EvaluateOptions
 from pretrain.config import (
     AdaptOptions,
     Config,
@@ -16,7 +18,7 @@ from pretrain.config import (
     phase_ends,
     phase_lengths,
 )
-from pretrain.preflight import validate
+from pretrain.preflight import start_problems, validate
 
 BAD = {  # option -> values that are refused, between bars
     "--mask-rate": "1.5 | 0.1 0.2 0.3 | 0.1 0.0 | 0.1 nan",
@@ -133,6 +135,13 @@ def test_what_decides_the_data_the_weights_or_the_update_may_not_change():
     how = {"precision", "compile", "gradient_checkpointing", "patience"}
     assert may_change(Config) == every | where | how
     assert may_change(FinetuneOptions) - may_change(Config) == {"save_model"}
+
+
+@pytest.mark.parametrize("kind", [DomainOptions, EvaluateOptions])
+@pytest.mark.parametrize("name", ["lexicon", "entity_field"])
+def test_what_marks_entities_is_refused_where_none_is_masked(kind, name):
+    (problem,) = start_problems(kind(**{name: __file__}))
+    assert problem.startswith(f"--{name.replace('_', '-')} {__file__}: ")
 
 
 # Phases.

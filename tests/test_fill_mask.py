@@ -42,7 +42,8 @@ def stock_tables(folder, texts, top):
         for place, (scores, ids) in enumerate(zip(*logits.softmax(-1).topk(top)), start=1):
             before, after = "[MASK]".join(parts[:place]), "[MASK]".join(parts[place:])
             rows = zip(map(tokenizer.decode, ids[:, None]), scores.tolist())
-            found.append([(token.strip(), score, before + token + after) for token, score in rows])
+            filled = [(token, score, (before + token + after).lstrip()) for token, score in rows]
+            found.append([(token.strip(), p, s.replace("  ", " ")) for token, p, s in filled])
     return found
 
 

@@ -50,6 +50,26 @@ def test_each_command_has_a_console_script():
         assert callable(pkgutil.resolve_name(name))
 
 
+@pytest.mark.parametrize(
+    "names, is_made",
+    [([], True), (["pip", "setuptools-65.5.0.dist-info"], True), (["pip", "pip_tools"], False)],
+)
+def test_an_environment_of_another_program_is_not_cleared(names, is_made, tmp_path):
+    """One without pip; one that an interrupted set-up left is made again."""
+    for name in names:
+        (tmp_path / ".venv" / "lib" / "python3.10" / "site-packages" / name).mkdir(parents=True)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || { echo "$@" >made; false; }\n')
+    python.chmod(0o755)
+    line = f"set -euo pipefail; source {shlex.quote(str(ROOT / 'scripts/environment.sh'))} ''"
+    environment = {**os.environ, "PYTHON": str(python)}
+    ended = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and ended.stderr.startswith("error: "), ended
+    assert (tmp_path / "made").is_file() == is_made
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """(folder of a wheel's files, names in it). The wheel is built from a copy of the sources."""

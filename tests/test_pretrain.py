@@ -855,11 +855,16 @@ def test_a_batch_that_no_good_micro_batch_divides_is_reported(capsys):
         ("", 3, 1, False, ""),
         ("--max-steps 3", 3, 1, True, ""),
         ("--max-steps 3 --epochs 2", 3, 1, True, "--epochs"),
+        ("--vocab-size 200 --lowercase off --train {corpus}", 3, 1, True, "--vocab-size"),
+        ("--lowercase off --train {corpus}", 3, 1, True, "--lowercase"),
+        ("--lowercase off --train {corpus}/tokenizer", 3, 1, True, ""),
+        ("--lowercase off --tokenizer vocab.txt --train {corpus}", 3, 1, True, ""),
     ],
 )
 def test_what_has_no_effect_is_reported(
-    more, total_steps, processes, has_validation, expected, capsys
+    more, total_steps, processes, has_validation, expected, corpus, capsys
 ):
+    more = more.format(corpus=corpus.folder)
     config = parse(f"--warmup 0.06 {more}".split(), Config, "")
     plan.report_ineffective(config, total_steps, World(0, processes), has_validation)
     lines = capsys.readouterr().out.splitlines()

@@ -88,6 +88,7 @@ class Experiment:
 def build_experiment(options: AdaptOptions) -> Experiment:
     """Read and check everything before any work starts."""
     check(problems_of(options))
+    options = replace(options, model=config.as_folder(options.model))
     pretraining = _passed_on(options, "pretrain", Config)
     if pretraining.encoding == Config.encoding:
         pretraining = replace(pretraining, encoding=options.encoding)

@@ -40,6 +40,14 @@ class Task:
     key: str  # changes with anything that decides its results
 
 
+def check_folder(output: Path) -> None:
+    """UserError if `output` is not empty and no suite wrote it: its report.md would be lost."""
+    names = {path.name for path in output.glob("[!.]*")}
+    is_begun = names & {"parts", "runs"} and not names & {"report.md", "experiment.json"}
+    if names and "suite.json" not in names and not is_begun:
+        raise UserError(f"{output}: is not empty; expected a new folder, or one of a suite")
+
+
 def read_tasks(options: SuiteOptions) -> dict[str, Task]:
     """The tasks in the subfolders of --tasks, by name; all their rows and options are checked.
 
@@ -165,8 +173,8 @@ def write_report(output: Path, facts: dict) -> str:
         f"Means over {seeds} seeds, with the standard deviation. The average weighs all tasks "
         f"equally.\n\n```bash\n{commands}\n```\n"
     )
+    write_json(output / "suite.json", facts)  # first: see `check_folder`
     write_text(output / "report.md", text)
-    write_json(output / "suite.json", facts)
     return table
 
 

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from pretrain.cli import parse
-from pretrain.config import COUNT, ON_OFF, TextOptions
+from pretrain.config import COUNT, ENTITY_OPTIONS, ON_OFF, TextOptions
 from pretrain.errors import check, counted, option_named, require
 from pretrain.files import as_json, write_json, write_text
 from pretrain.preflight import output_problems, problems_of
@@ -17,6 +18,7 @@ NAMED_PATHS = each(pattern(r"[^=/]+=.+", "NAME=PATH, no slash in the name", "NAM
 class DomainOptions(TextOptions):
     """Comparison: all options of domain.py."""
 
+    unused: ClassVar = ENTITY_OPTIONS
     input: tuple[str, ...] = option(
         (), "texts to compare; a NAME may have several paths", NAMED_PATHS, required=True
     )
@@ -33,7 +35,8 @@ class DomainOptions(TextOptions):
 def main(argv: list[str]) -> None:
     """Parse, count, compare; JSON on the last line."""
     options = parse(argv, DomainOptions, __doc__)
-    check(problems_of(options) + output_problems(options, may_exist=True))
+    is_folder = Path(options.output).is_dir()
+    check(problems_of(options) + output_problems(options, may_exist=is_folder))
     paths: dict[str, list[str]] = {}
     for entry in options.input:
         name, _, path = entry.partition("=")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from pretrain import config
 from pretrain.cli import parse
@@ -23,6 +24,7 @@ DEFAULT = {"objective": "mlm+nsp", "max_length": 128, "eval_tokens": 200_000, "e
 class EvaluateOptions(config.DeviceOptions, config.TextOptions):
     """Evaluation: options of evaluate.py; the defaults come from the run that made the model."""
 
+    unused: ClassVar = config.ENTITY_OPTIONS
     model: str | None = option(None, "BERT checkpoint: folder or hub name", required=True)
     baseline: str | None = option(None, "checkpoint to compare with on the same masks", NAME)
     input: tuple[str, ...] = option(

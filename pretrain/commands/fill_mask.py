@@ -79,5 +79,7 @@ def fill_masks(fill, text: str, top: int, max_length: int) -> list[list[tuple[st
         if not all(math.isfinite(score) for _, score in tokens):
             problem = f"its predictions for {text!r} are not finite; expected another model"
             raise UserError(f"--model {fill.model.name_or_path}: {problem}")
+        if not before or before[-1].isspace():  # a byte-level token brings its own space
+            tokens = [(token.removeprefix(" "), score) for token, score in tokens]
         tables.append([(token, score, before + token + after) for token, score in tokens])
     return tables

@@ -1,6 +1,7 @@
 """Fine-tune an encoder to predict classes, entities or numbers: best model, scores, predictions."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"\nresume: {command('finetune', '--resume', '--output', output)}")
     else:
         print(f"\nuse: {output / 'final'}" if options.save_model else f"\nscores: {output}")
-    print(f"TensorBoard: tensorboard --logdir {output}")
+    print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(output))}")
     print(as_json(summary | numbers))
 
 

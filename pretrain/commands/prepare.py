@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.cli import command, parse
-from pretrain.config import PATHS, WORKERS, TextOptions, TokenizerOptions, typed
+from pretrain.cli import as_command, parse
+from pretrain.config import PATHS, WORKERS, Config, TextOptions, TokenizerOptions, as_folder, typed
 from pretrain.errors import check, option_named, require
 from pretrain.preflight import output_problems, problems_of
 from pretrain.schema import option
@@ -75,11 +75,12 @@ def main(argv: Sequence[str]) -> None:
         workers=options.workers,
         on_cluster=options.ray is not None,
     )
-    words, path = ["--train", corpus.folder], Path(options.tokenizer or "")
+    path, made_from = Path(options.tokenizer or ""), {}
     if options.tokenizer and (not path.exists() or (path / "config.json").is_file()):
-        words += ["--model", options.tokenizer]  # it has a model, too; it may be on the hub
-        if options.add_tokens:  # so that the model grows by them
-            words += ["--add-tokens", options.add_tokens]
-        if options.add_special_tokens:
-            words += ["--add-special-tokens", *options.add_special_tokens]
-    print(f"to train on it: {command('pretrain', *words)}")
+        made_from = {  # it has a model, too, perhaps on the hub, which grows by the new tokens
+            "model": as_folder(options.tokenizer),
+            "add_tokens": options.add_tokens,
+            "add_special_tokens": options.add_special_tokens,
+        }
+    config = Config(train=(str(corpus.folder),), **made_from)
+    print(f"to train on it: {as_command('pretrain', config)}")

@@ -3,6 +3,7 @@
 Without arguments, trains a tiny BERT on embedded English text in about three minutes."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,7 @@ def report(output: Path, summary: dict) -> None:
     rows.pop("recipe", None)  # runs of earlier versions have none
     if summary["state"] != "finished":
         rows["resume"] = command("pretrain", "--resume", "--output", output)
-    rows["TensorBoard"] = f"tensorboard --logdir {output}"
+    rows["TensorBoard"] = f"tensorboard --logdir {shlex.quote(str(output))}"
     formats = {float: ",.4f", int: ","}
     for name, value in rows.items():
         print(f"{name.replace('_', ' '):23} {value:{formats.get(type(value), '')}}")

@@ -13,11 +13,12 @@ def main(argv: list[str]) -> None:
     options = parse(join_quoted(argv, SuiteOptions), SuiteOptions, __doc__)
     check(problems_of(options) + output_problems(options, may_exist=True))
 
-    from pretrain.adapt.suite import read_tasks, run_suite, write_report
+    from pretrain.adapt.suite import check_folder, read_tasks, run_suite, write_report
     from pretrain.files import lock
 
     output = Path(options.output)
     with option_named("--output"):
         lock(output)
+        check_folder(output)
     facts = run_suite(options, read_tasks(options))
     print(f"\n{write_report(output, facts)}\n\nreport: {output / 'report.md'}")

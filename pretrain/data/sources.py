@@ -46,7 +46,7 @@ def expand(paths: Iterable[str]) -> list[str]:
         if path.startswith("hub:"):
             files[path] = None
             continue
-        given = Path(path).expanduser()
+        given = Path(os.path.expanduser(path))
         is_there = os.path.exists(given)
         matches = [given] if is_there else map(Path, glob.glob(str(given), recursive=True))
         found = [os.path.abspath(file) for match in matches for file in files_of(match)]

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pretrain import plots
 from pretrain.card import results, write_card
-from pretrain.config import TASK_METRICS, FinetuneOptions, typed
+from pretrain.config import TASK_METRICS, FinetuneOptions, as_folder, typed
 from pretrain.data import tokenizer as tokenizers
 from pretrain.errors import UserError, check, counted, option_named, require
 from pretrain.files import key_of, write_text
@@ -214,7 +214,7 @@ class FinetuningRun(Run):
             opens_with=f"`{task.auto_class}` and {way} of transformers.",
             rows=facts,
             tags=[family],
-            started_from=self.config.model,
+            started_from=as_folder(self.config.model),
             scores=scores,
         )
 

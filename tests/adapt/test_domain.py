@@ -315,3 +315,9 @@ def test_bad_input_is_refused_and_nothing_is_written(
         line, named = line.replace(name, str(folder)), named.replace(name, str(folder))
     words = [*line.split(), "--cache", cache, "--output", tmp_path / "out"]
     refusal(DOMAIN, words, capsys, named, tmp_path / "out")
+
+
+def test_a_file_as_output_is_refused_early(home, capsys):
+    output = home / "two.txt"
+    words = [*ONE.replace("HOME", str(home)).split(), "--output", output]
+    refusal(DOMAIN, words, capsys, f"--output {output}: ")

@@ -30,8 +30,9 @@ from transformers import BertConfig, BertForPreTraining, BertModel
 
 from pretrain import bootstrap, plots, train
 from pretrain.adapt import pipeline
+from pretrain.adapt.checks import build_experiment
 from pretrain.cli import parse, run_command
-from pretrain.config import FinetuneOptions
+from pretrain.config import AdaptOptions, FinetuneOptions
 from pretrain.data import tokenizer as tokenizers
 
 f1_score = pytest.importorskip("sklearn.metrics").f1_score
@@ -354,6 +355,17 @@ def test_a_finished_experiment_trains_nothing_and_rewrites_the_report(
     printed = capsys.readouterr().out
     answer = report_of(output).split("\n")[2].removeprefix("> ").replace("**", "")
     assert answer in printed and str(output / "report.html") in printed and "12 fine" in printed
+
+
+def test_a_model_folder_that_is_named_like_a_size(small, place, tmp_path, monkeypatch):
+    shutil.copytree(place / "model", tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    options = parse(argv(small, "out", model="tiny"), AdaptOptions, "")
+    experiment = build_experiment(options)
+    pipeline.clean(experiment)
+    pipeline.pretrain(experiment, "adapted")
+    config = json.loads(Path("out/adapted/final/config.json").read_text())
+    assert config["hidden_size"] == SMALL["hidden_size"]
 
 
 def test_a_slash_does_not_make_another_model(finished_small, small, tmp_path, monkeypatch):

@@ -142,7 +142,8 @@ def test_an_interrupted_suite_gives_the_same_result(place, tmp_path):
     shutil.copytree(whole, output)
     shutil.rmtree(output / "runs")
     next((output / "parts").glob("plain-*")).unlink()
-    (output / "suite.json").unlink()
+    for name in ("suite.json", "report.md"):
+        (output / name).unlink()
     SUITE(options_for(place, place / "tasks", output, "--seeds", "1"))
     assert (output / "report.md").read_text() == (whole / "report.md").read_text()
 
@@ -171,6 +172,19 @@ def test_a_bad_task_is_named_before_any_work(file, content, named, place, tmp_pa
     message = refusal(SUITE, options_for(place, tasks, output), capsys)
     assert all(word in message for word in ["--tasks", *named])
     assert not (output / "parts").exists()
+
+
+@pytest.mark.parametrize(
+    "names", [["report.md"], ["report.md", "runs"], ["experiment.json", "parts"]]
+)
+def test_a_folder_that_no_suite_wrote_is_refused(names, place, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in names:
+        (output / name).write_text("mine")
+    argv = options_for(place, place / "tasks", output)
+    assert refusal(SUITE, argv, capsys).startswith(f"--output {output}: ")
+    assert {path.name for path in output.iterdir()} == set(names)
 
 
 @pytest.mark.parametrize(

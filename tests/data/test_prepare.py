@@ -351,6 +351,15 @@ def test_the_command_prepares_once(arguments, tmp_path, capsys):
     assert len(list((tmp_path / "cache").glob("*/corpus.json"))) == 3
 
 
+def test_the_printed_model_is_a_folder(arguments, tmp_path, monkeypatch, capsys):
+    """Also one that is named like a size."""
+    tokenizer = (tmp_path / "tokenizer").rename(tmp_path / "mini")
+    (tokenizer / "config.json").write_text('{"model_type": "bert"}')
+    monkeypatch.chdir(tmp_path)
+    PREPARE.main([str(part) for part in [*arguments, "--tokenizer", "mini"]])
+    assert "--model=./mini" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "more, expected",
     [

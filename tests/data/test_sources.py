@@ -328,6 +328,14 @@ def test_expand(tmp_path, monkeypatch):
         assert expand(map(str, paths)) == expected
 
 
+def test_a_name_that_begins_with_a_tilde(tmp_path, monkeypatch):
+    """A lock file of an office program, for example; there is no home folder of such a user."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "~$rows.csv"
+    path.touch()
+    assert expand([path.name]) == expand(["~*"]) == [str(path)]
+
+
 def test_a_folder_is_read_behind_links(tmp_path, monkeypatch):
     """Each folder once, also if a link leads up; a link to nothing is named."""
     for name in ("elsewhere/c.txt", "text/a.txt"):

@@ -38,7 +38,7 @@ from pretrain import train
 from pretrain.cli import parse, run_command
 from pretrain.commands import finetune as FINETUNE
 from pretrain.commands import predict as PREDICT
-from pretrain.config import FinetuneOptions
+from pretrain.config import Config, FinetuneOptions
 from pretrain.files import model_folder
 from pretrain.finetune import build as module
 from pretrain.finetune import predict
@@ -193,6 +193,18 @@ def test_the_options_of_a_run_repeat_it_from_any_folder(finished, encoder, files
     assert here["valid"] == [str(Path("~/b.csv").expanduser())] and here["test"] == []
     hub = FinetuneOptions(model="bert-base-uncased")
     assert portable_options(hub)["model"] == "bert-base-uncased"
+
+
+def test_a_folder_that_is_named_like_a_size(encoder, files, tmp_path, monkeypatch):
+    shutil.copytree(encoder, tmp_path / "tiny")
+    card = "---\nlicense: mit\n---\n"
+    (tmp_path / "tiny" / "README.md").write_text(card, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert portable_options(FinetuneOptions(model="tiny"))["model"] == str(tmp_path / "tiny")
+    assert portable_options(Config(model="tiny"))["model"] == "tiny"
+    rows = ["--train", files["train"], "--valid", files["valid"]]
+    run_of(tmp_path / "run", "--model tiny --max-steps 1", rows)
+    assert ModelCard.load(tmp_path / "run" / "final" / "README.md").data.license == "mit"
 
 
 def test_numbers_go_to_the_log(finished, data):
