@@ -567,6 +567,8 @@ OTHERS = {
         ("pretrain", "--mask-rate 0.9", "--mask-rate 0.9: "),
         ("pretrain", "--phases 32:0.5 600:0.5", "--phases 600: "),
         ("pretrain", "--masking entity", "--masking entity: "),
+        ("pretrain", "--lowercase off", "omit --lowercase: "),  # fine-tuning would not honor it
+        ("pretrain", "--tokenizer {place}/model", "omit --tokenizer: "),
         ("finetune", "--label-field x", ""),
         ("finetune", "--no-save-model", ""),  # a switch alone is one word
         ("finetune", "--epochs 0", "--epochs 0"),
