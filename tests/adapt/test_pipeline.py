@@ -313,6 +313,38 @@ def test_copies_of_test_texts_are_removed_and_counted(finished, place):
     assert tables(report_of(finished))[0][1:] == texts
 
 
+def changed_report(finished_small, small, output, name, **values):
+    """The report of the experiment if the result of a part had these `values`."""
+    shutil.copytree(finished_small, output)
+    changed = json.dumps(part(output, name) | values)
+    (output / "parts" / f"{name}.json").write_text(changed, encoding="utf-8")
+    return report_of(adapt(small, output))
+
+
+def test_a_report_without_perplexities_in_training(finished_small, small, tmp_path, monkeypatch):
+    """As after steps whose losses are not finite. Real plots: they need points."""
+    drawn = {}
+
+    def observed(path, title, labels, series, *_):
+        drawn[path.name] = series
+        path.touch()
+
+    monkeypatch.setattr(plots, "curves", observed)
+    report = changed_report(finished_small, small, tmp_path / "out", "perplexity", training=[])
+    assert [*drawn["perplexity.png"]] == ["validation set"]
+    assert report == report_of(finished_small)
+
+
+def test_the_report_names_a_better_step(finished_small, small, tmp_path):
+    """What is fine-tuned is the last one, even where the run recommends another."""
+    found = []
+    for use in ("adapted/final", "adapted/best"):
+        change, output = {"use": use, "best_step": 77}, tmp_path / Path(use).name
+        found.append(changed_report(finished_small, small, output, "pretrain-adapted", **change))
+    (sentence,) = set(found[1].split("\n")) - set(found[0].split("\n"))
+    assert "pretrained on your text" in sentence and "step 77:" in sentence
+
+
 # Commands.
 
 
