@@ -71,6 +71,8 @@ def run_experiment(experiment: Experiment) -> dict:
     if "control" in encoders:
         same = facts["pretraining"]["adapted"]["recipe"]
         same["max_steps"] = facts["pretraining"]["adapted"]["steps"]
+        if experiment.pretraining.entity_fill == "none":  # no command takes a rate with it
+            del same["mask_rate"]
         facts["pretraining"]["control"] = part("pretrain-control", pretrain, "control", same)
     facts["perplexity"] = part("perplexity", measure_perplexity)
     facts["forgetting"] = {}

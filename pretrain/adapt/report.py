@@ -322,8 +322,8 @@ def _compare_perplexities(output: Path, facts: dict) -> str:
     for name, run in facts["pretraining"].items():
         if Path(run["use"]).name != "final":
             text += (
-                f"\n\nThe encoder {ENCODERS[name]} is that of the last step. Its validation perplexity "
-                f"was lower at step {run['best_step']:,}: fewer steps may help more."
+                f"\n\nThe encoder {ENCODERS[name]} is that of the last step. Its validation "
+                f"perplexity was lower at step {run['best_step']:,}: fewer steps may help more."
             )
     return text
 

@@ -370,6 +370,16 @@ def test_the_printed_commands_repeat_the_parts(finished, whole, place, tmp_path,
         assert (output / "final" / "model.safetensors").is_file()
 
 
+def test_the_command_of_a_control_that_masks_only_entities(small, place, documents, tmp_path):
+    lexicon, output = tmp_path / "terms.txt", tmp_path / "out"
+    lexicon.write_text("\n".join(sorted(documents[0][0].split())))
+    masking = f"{small['pretrain']} --masking entity --entity-fill none --lexicon {lexicon}"
+    adapt(small, output, control=place / "control.txt", pretrain=masking)
+    _, _, *command = shlex.split(part(output, "pretrain-control")["command"])
+    script("pretrain").main([*command, "--output", str(tmp_path / "again")])
+    assert rows(tmp_path / "again") == rows(output / "control")
+
+
 # Resuming.
 
 
