@@ -7,6 +7,7 @@ and every encoder is fine-tuned for every label budget and seed. Each part saves
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -126,7 +127,8 @@ def compare(experiment: Experiment) -> dict:
 
 
 def _run_of(experiment: Experiment, name: str, **changes: object) -> PretrainingRun:
-    """A pretraining run; problems with its options are reported under --pretrain."""
+    """A pretraining run; problems with its options are reported under --pretrain, and that a text
+    is too short also under the option that named it."""
     output, share = experiment.output, experiment.options.replay
     texts = {TRAINED_ON[name]: round(1 - share, 9)} | ({"general": share} if share else {})
     settings = CLEANED | {"output": str(output / name), "resume": True}
@@ -135,7 +137,15 @@ def _run_of(experiment: Experiment, name: str, **changes: object) -> Pretraining
     settings |= changes
     config = replace(experiment.pretraining, model=experiment.options.model, **settings)
     with naming(experiment.options, "pretrain"):
-        return pretraining.build(config)
+        try:
+            return pretraining.build(config)
+        except UserError as error:
+            message = re.sub("--valid PATHS(, | or )", "", str(error))  # the experiment has rows
+            inside = f'--pretrain "{experiment.options.pretrain}"'
+            for text in texts:
+                shown = f"{typed(experiment.options, text)}, {inside}: has "
+                message = message.replace(f"--train {output / text}.jsonl: has ", shown)
+            raise UserError(message) from error
 
 
 def _untrained(experiment: Experiment) -> PretrainingRun:
@@ -152,7 +162,8 @@ def _trained(experiment: Experiment, name: str, run: PretrainingRun) -> PackedMo
 
 def pretrain(experiment: Experiment, name: str, same: dict | None = None) -> dict:
     """Pretrain on a text, with options that are the `same` as before; returns the summary."""
-    if name == "adapted" and "control" in experiment.texts:
+    is_new = not checkpoints(experiment.output / "control")  # else its text has been checked
+    if name == "adapted" and "control" in experiment.texts and is_new:
         _run_of(experiment, "control")  # to check its text before hours are spent
     run = _run_of(experiment, name, **recipe.as_options(same or {}))
     if name == "adapted" and experiment.general:

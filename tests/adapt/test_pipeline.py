@@ -398,6 +398,14 @@ def test_a_finished_experiment_trains_nothing_and_rewrites_the_report(
     assert answer in printed and str(output / "report.html") in printed and "12 fine" in printed
 
 
+def test_a_part_whose_file_was_removed_runs_again(finished, whole, steps_seen):
+    """As the message about a damaged one says. The run itself has finished."""
+    before = report_of(finished)
+    (finished / "parts" / "pretrain-adapted.json").unlink()
+    adapt(whole, finished)
+    assert report_of(finished) == before and not steps_seen
+
+
 def test_a_slash_does_not_make_another_model(finished_small, small, tmp_path, monkeypatch):
     output = shutil.copytree(finished_small, tmp_path / "out")
     forbid_work(monkeypatch)
@@ -633,6 +641,17 @@ def test_bad_input_is_refused_before_anything_is_written(
     arguments = argv(small | {"pretrain": f"--cache {cache}"}, tmp_path / "out", **{flag: value})
     begins = OTHERS.get(flag, named).format(place=place)
     refusal(ADAPT, arguments, capsys, begins, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["text", "control"])
+def test_too_few_documents_are_a_problem_of_the_option_that_named_them(
+    name, small, place, documents, tmp_path, capsys
+):
+    """The advice names no option that an experiment has for rows."""
+    few = write_documents(tmp_path / "few.txt", [document[:1] for document in documents[2:5]])
+    options = small | {"control": place / "control.txt", name: few}
+    message = refusal(ADAPT, argv(options, tmp_path / "out"), capsys)
+    assert message.startswith(f'--{name} {few}, --pretrain "') and "--valid " not in message
 
 
 def test_text_with_only_copies_of_test_texts_is_refused(small, place, tmp_path, capsys):
