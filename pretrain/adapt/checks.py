@@ -108,7 +108,10 @@ def build_experiment(options: AdaptOptions) -> Experiment:
     with option_named("--model"):
         model, fresh = from_checkpoint(options.model)
     with naming(options, "pretrain"):
-        check(task_problems(model, pretraining))
+        # Pretraining would honor these, but fine-tuning reads the model's own tokenizer.
+        owner = "tokenizer_config.json in the folder of --model"
+        problems = set_elsewhere(pretraining, ("tokenizer", "lowercase"), owner)
+        check(task_problems(model, pretraining) + problems)
         with option_named("--device"):
             device = start(pretraining.device)[1]
         decide_precision(pretraining, {}, device)

@@ -32,20 +32,16 @@ HEAD_HELD_OUT = 0.2  # of the documents: the head is not trained on these
 def measure(
     run: PretrainingRun,
     adapted: PackedModel,
+    training: Corpus,
     corpus: Corpus,
     vocabulary: Vocabulary,
     has_head: bool,
-    held_out: float = 0.0,
 ) -> dict:
-    """The fields of the `Change` from the model of `run`, which has not been trained, to `adapted`,
-    at the length of the last phase; with `trains_head` and `held_out`: the share of the corpus that
-    `adapted` was not trained on, 0.0 if it was trained on none of it, and `unigram`, the perplexity
-    of guessing by frequency."""
+    """The fields of the `Change` on `corpus` from the model of `run`, which has not been trained,
+    to `adapted`, at the length of the last phase; with `trains_head`, and `unigram`, the perplexity
+    of guessing by the frequencies in `training`. A head is trained on `training`, too."""
     phase, before = run.phases[-1], run.model
     task = Task(None, phase.max_length, phase.eval_batch_size, MASK_RATE, SEED)
-    training = corpus
-    if held_out or not has_head:
-        training, corpus = corpus.split(held_out or HEAD_HELD_OUT)
     if not has_head:
         adapted.load_state_dict(head_of(before), strict=False)
         for model in (before, adapted):
@@ -55,7 +51,7 @@ def measure(
     validation = make_validation_set(corpus, *shape, training=training)
     change = asdict(compare(before, adapted, validation, run.device, run.autocast()))
     change["unigram"] = validation.unigram_perplexity
-    return change | {"trains_head": not has_head, "held_out": held_out}
+    return change | {"trains_head": not has_head}
 
 
 def head_of(model: PackedModel) -> dict[str, torch.nn.Parameter]:

@@ -7,6 +7,7 @@ and every encoder is fine-tuned for every label budget and seed. Each part saves
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,9 +18,10 @@ from pretrain.adapt import domain, forgetting
 from pretrain.adapt.checks import TRAINED_ON, Experiment, naming
 from pretrain.adapt.dedup import write_cleaned
 from pretrain.cli import as_command, command
-from pretrain.config import UTF8, FinetuneOptions, TextOptions
+from pretrain.config import UTF8, FinetuneOptions, TextOptions, typed
 from pretrain.corpora import open_or_prepare
 from pretrain.data import tokenizer as tokenizers
+from pretrain.data.corpus import FEW_DOCUMENTS, Corpus
 from pretrain.data.sources import content_key
 from pretrain.errors import UserError, counted, option_named
 from pretrain.evaluate import evaluate
@@ -70,6 +72,8 @@ def run_experiment(experiment: Experiment) -> dict:
     if "control" in encoders:
         same = facts["pretraining"]["adapted"]["recipe"]
         same["max_steps"] = facts["pretraining"]["adapted"]["steps"]
+        if experiment.pretraining.entity_fill == "none":  # no command takes a rate with it
+            del same["mask_rate"]
         facts["pretraining"]["control"] = part("pretrain-control", pretrain, "control", same)
     facts["perplexity"] = part("perplexity", measure_perplexity)
     facts["forgetting"] = {}
@@ -123,7 +127,8 @@ def compare(experiment: Experiment) -> dict:
 
 
 def _run_of(experiment: Experiment, name: str, **changes: object) -> PretrainingRun:
-    """A pretraining run; problems with its options are reported under --pretrain."""
+    """A pretraining run; problems with its options are reported under --pretrain, and that a text
+    is too short also under the option that named it."""
     output, share = experiment.output, experiment.options.replay
     texts = {TRAINED_ON[name]: round(1 - share, 9)} | ({"general": share} if share else {})
     settings = CLEANED | {"output": str(output / name), "resume": True}
@@ -132,7 +137,15 @@ def _run_of(experiment: Experiment, name: str, **changes: object) -> Pretraining
     settings |= changes
     config = replace(experiment.pretraining, model=experiment.options.model, **settings)
     with naming(experiment.options, "pretrain"):
-        return pretraining.build(config)
+        try:
+            return pretraining.build(config)
+        except UserError as error:
+            message = re.sub("--valid PATHS(, | or )", "", str(error))  # the experiment has rows
+            inside = f'--pretrain "{experiment.options.pretrain}"'
+            for text in texts:
+                shown = f"{typed(experiment.options, text)}, {inside}: has "
+                message = message.replace(f"--train {output / text}.jsonl: has ", shown)
+            raise UserError(message) from error
 
 
 def _untrained(experiment: Experiment) -> PretrainingRun:
@@ -149,9 +162,12 @@ def _trained(experiment: Experiment, name: str, run: PretrainingRun) -> PackedMo
 
 def pretrain(experiment: Experiment, name: str, same: dict | None = None) -> dict:
     """Pretrain on a text, with options that are the `same` as before; returns the summary."""
-    if name == "adapted" and "control" in experiment.texts:
+    is_new = not checkpoints(experiment.output / "control")  # else its text has been checked
+    if name == "adapted" and "control" in experiment.texts and is_new:
         _run_of(experiment, "control")  # to check its text before hours are spent
     run = _run_of(experiment, name, **recipe.as_options(same or {}))
+    if name == "adapted" and experiment.general:
+        _open_general(experiment, run)  # checks that there is enough of it
     run.open_output()
     print_plan(run)
     return train(run) | {
@@ -198,19 +214,38 @@ def measure_perplexity(experiment: Experiment) -> dict:
 
 
 def measure_forgetting(experiment: Experiment) -> dict:
-    """The change of the perplexity on the general text; see `forgetting.measure`. If it was
-    replayed, on the documents that pretraining held out."""
+    """The change of the perplexity on the general text; see `forgetting.measure`. `held_out`: the
+    share of its tokens that was not replayed, 0.0 if it was not replayed at all."""
     run = _untrained(experiment)
     adapted = _trained(experiment, "adapted", run)
     vocabulary = tokenizers.describe(run.tokenizer)
-    cache, has_head = Path(run.config.cache), MLM_HEAD not in experiment.fresh_parts
-    general, held_out = experiment.general, 0.0
+    training, corpus = _open_general(experiment, run)
+    has_head, held_out = MLM_HEAD not in experiment.fresh_parts, 0.0
     if experiment.options.replay:
-        path, held_out = str(experiment.output / "general.jsonl"), run.config.valid_fraction
+        tokens = corpus.count_tokens()
+        held_out = tokens / (training.count_tokens() + tokens)
+    with option_named(f"{typed(experiment.options, 'general')}:"):
+        change = forgetting.measure(run, adapted, training, corpus, vocabulary, has_head)
+    return change | {"held_out": held_out}
+
+
+def _open_general(experiment: Experiment, run: PretrainingRun) -> tuple[Corpus, Corpus]:
+    """(general text that is replayed or that a fresh head is trained on, the rest); twice the whole
+    text if it is only measured. UserError if one of them is empty."""
+    general, cache, share = experiment.general, Path(run.config.cache), 0.0
+    if MLM_HEAD in experiment.fresh_parts:
+        share = forgetting.HEAD_HELD_OUT
+    if experiment.options.replay:  # what pretraining held out
+        path, share = str(experiment.output / "general.jsonl"), run.config.valid_fraction
         general = domain.read_text((path,), "--general", run.config, "token")
+    vocabulary = tokenizers.describe(run.tokenizer)
     corpus = open_or_prepare(general, run.tokenizer, vocabulary, cache, run.world, ways=MODEL_WAYS)
-    with option_named(f"{general.name}:"):
-        return forgetting.measure(run, adapted, corpus, vocabulary, has_head, held_out)
+    parts = corpus.split(share) if share else (corpus, corpus)
+    if not all(part.count(at_most=1) for part in parts):
+        shown = typed(experiment.options, "general")
+        expected = f"expected {FEW_DOCUMENTS} or more different documents"
+        raise UserError(f"{shown}: too little text to train an MLM head and to test it; {expected}")
+    return parts
 
 
 def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict:
@@ -221,8 +256,8 @@ def fine_tune(experiment: Experiment, name: str, budget: str, seed: int) -> dict
     summary = run_fine_tuning(options, output, "test")
     cells = read_predictions(output / experiment.task.predictions)
     predicted = experiment.task.predicted(cells, experiment.labels)
-    typed = as_command("finetune", replace(options, save_model=True))
-    return summary | {"command": typed, "predicted": predicted}
+    shown = as_command("finetune", replace(options, save_model=True))
+    return summary | {"command": shown, "predicted": predicted}
 
 
 def run_fine_tuning(options: FinetuneOptions, output: Path, split: str) -> dict:

@@ -303,7 +303,8 @@ def _compare_perplexities(output: Path, facts: dict) -> str:
         warmup = max(1, facts["pretraining"]["adapted"]["warmup_steps"])
     for name, label in (("curve", "validation set"), ("training", "training text")):
         points = [(x, y) for x, y in perplexity[name] if x >= warmup and y is not None]
-        curves[label] = (*zip(*(points or perplexity[name][-1:])), None)
+        if points := points or perplexity[name][-1:]:  # none if no finite number was logged
+            curves[label] = (*zip(*points), None)
     if warmup:
         rows[0][0] = f"before (meaningless: the encoder had no {missing})"
         steps, values, _ = curves["validation set"]
@@ -317,7 +318,14 @@ def _compare_perplexities(output: Path, facts: dict) -> str:
     if "control" in perplexity:
         rows.append(["after the same pretraining on the control text", perplexity["control"]])
     rows.append(["guessing each token by its frequency", perplexity["unigram"]])
-    return table(["", "perplexity"], rows, ",.1f") + "\n\n![Perplexity](perplexity.png)"
+    text = table(["", "perplexity"], rows, ",.1f") + "\n\n![Perplexity](perplexity.png)"
+    for name, run in facts["pretraining"].items():
+        if Path(run["use"]).name != "final":
+            text += (
+                f"\n\nThe encoder {ENCODERS[name]} is that of the last step. Its validation "
+                f"perplexity was lower at step {run['best_step']:,}: fewer steps may help more."
+            )
+    return text
 
 
 def _describe_forgetting(change: dict) -> str:

@@ -25,7 +25,7 @@ from pretrain.schema import SHOWN_CHARACTERS
 
 MAX_CLASSES = 1000
 MAX_CHARACTERS = 1 << 20  # of a text that are tokenized: far more than fit in an example
-WHOLE_NUMBER = re.compile(r"-?\d+", re.ASCII)
+WHOLE_NUMBER = re.compile(r"[+-]?\d+", re.ASCII)
 FRACTION = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", re.ASCII)
 
 Row = tuple[str, dict, tuple[str, ...]]  # file and line, record, its one or two texts

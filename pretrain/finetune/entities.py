@@ -16,7 +16,7 @@ from pretrain.data.sources import check_files, expand
 from pretrain.data.spans import Entity, check_spans, read_spans
 from pretrain.data.tables import TABLES, format_of
 from pretrain.errors import UserError
-from pretrain.finetune.dataset import Row, read_texts
+from pretrain.finetune.dataset import Row, label_of, read_texts
 
 OUTSIDE = "O"
 SAMPLED_CHARACTERS = 1 << 16  # to see whether a file has tags
@@ -89,7 +89,7 @@ def entities_of(record: dict, text: str, where: str, options: ColumnOptions) -> 
             raise UserError(f"{shown} holds only white space; expected other characters")
         start += len(inside) - len(inside.lstrip())
         end -= len(inside) - len(inside.rstrip())
-        entities.append((start, end, label))
+        entities.append((start, end, label_of(label)))
     return tuple(entities)
 
 

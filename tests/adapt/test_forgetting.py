@@ -122,6 +122,7 @@ def test_replayed_text_is_measured_where_it_was_held_out(place, cache, tmp_path,
     texts = [row["text"] for row in read_rows(output / "general.jsonl")]
     assert len(texts) == 61 and texts[-1] == "river ."
     assert "40% on general text" in text and "the general text | 61 | 1 |" in text
+    assert f"the {change['held_out']:.0%} that was not replayed" in text
     without, _ = adapt(place, cache, tmp_path / "without", "model", 5 * GENTLE)
     assert change["difference"] < 0.8 * without["difference"]
     # The general text decides the result: it can no longer be replaced.
@@ -131,9 +132,22 @@ def test_replayed_text_is_measured_where_it_was_held_out(place, cache, tmp_path,
 
 
 def test_a_fresh_head_is_trained_on_what_was_replayed(place, cache, tmp_path):
-    change, text = adapt(place, cache, tmp_path / "out", "headless", GENTLE, "--replay", 0.4)
-    assert change["trains_head"] and change["held_out"] == 0.05
+    """Of six documents, two are held out, whatever --valid-fraction says."""
+    documents = [[document[0]] * 4 for document in topical(3, 6)]
+    general = write_documents(tmp_path / "general.txt", documents)
+    more = ["--replay", 0.4, "--general", general]
+    change, text = adapt(place, cache, tmp_path / "out", "headless", GENTLE, *more)
+    assert change["trains_head"] and 0.1 < change["held_out"] < 0.7
     assert "trained on the replayed part of the general text" in text
+
+
+def test_general_text_too_small_to_split_is_refused_before_training(place, cache, tmp_path, capsys):
+    """It would leave nothing to train a head on, or nothing to predict."""
+    output, documents = tmp_path / "out", [document[:1] for document in topical(3, 3)]
+    general = write_documents(tmp_path / "general.txt", documents)
+    argv = argv_of(place, cache, output, "headless", GENTLE, "--general", general)
+    assert refusal(ADAPT, argv, capsys).startswith(f"--general {general}: ")
+    assert not list(output.glob("*/checkpoint-*")) and not (output / "adapted").exists()
 
 
 def test_replay_needs_general_text_of_which_some_is_held_out(place, cache, tmp_path, capsys):

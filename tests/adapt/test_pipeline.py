@@ -314,6 +314,38 @@ def test_copies_of_test_texts_are_removed_and_counted(finished, place):
     assert tables(report_of(finished))[0][1:] == texts
 
 
+def changed_report(finished_small, small, output, name, **values):
+    """The report of the experiment if the result of a part had these `values`."""
+    shutil.copytree(finished_small, output)
+    changed = json.dumps(part(output, name) | values)
+    (output / "parts" / f"{name}.json").write_text(changed, encoding="utf-8")
+    return report_of(adapt(small, output))
+
+
+def test_a_report_without_perplexities_in_training(finished_small, small, tmp_path, monkeypatch):
+    """As after steps whose losses are not finite. Real plots: they need points."""
+    drawn = {}
+
+    def observed(path, title, labels, series, *_):
+        drawn[path.name] = series
+        path.touch()
+
+    monkeypatch.setattr(plots, "curves", observed)
+    report = changed_report(finished_small, small, tmp_path / "out", "perplexity", training=[])
+    assert [*drawn["perplexity.png"]] == ["validation set"]
+    assert report == report_of(finished_small)
+
+
+def test_the_report_names_a_better_step(finished_small, small, tmp_path):
+    """What is fine-tuned is the last one, even where the run recommends another."""
+    found = []
+    for use in ("adapted/final", "adapted/best"):
+        change, output = {"use": use, "best_step": 77}, tmp_path / Path(use).name
+        found.append(changed_report(finished_small, small, output, "pretrain-adapted", **change))
+    (sentence,) = set(found[1].split("\n")) - set(found[0].split("\n"))
+    assert "pretrained on your text" in sentence and "step 77:" in sentence
+
+
 # Commands.
 
 
@@ -337,6 +369,16 @@ def test_the_printed_commands_repeat_the_parts(finished, whole, place, tmp_path,
         again = json.loads((output / "summary.json").read_text())
         assert again["test"] == part(finished, f"finetune-{name}-1")["test"]
         assert (output / "final" / "model.safetensors").is_file()
+
+
+def test_the_command_of_a_control_that_masks_only_entities(small, place, documents, tmp_path):
+    lexicon, output = tmp_path / "terms.txt", tmp_path / "out"
+    lexicon.write_text("\n".join(sorted(documents[0][0].split())))
+    masking = f"{small['pretrain']} --masking entity --entity-fill none --lexicon {lexicon}"
+    adapt(small, output, control=place / "control.txt", pretrain=masking)
+    _, _, *command = shlex.split(part(output, "pretrain-control")["command"])
+    script("pretrain").main([*command, "--output", str(tmp_path / "again")])
+    assert rows(tmp_path / "again") == rows(output / "control")
 
 
 # Resuming.
@@ -366,6 +408,14 @@ def test_a_model_folder_that_is_named_like_a_size(small, place, tmp_path, monkey
     pipeline.pretrain(experiment, "adapted")
     config = json.loads(Path("out/adapted/final/config.json").read_text())
     assert config["hidden_size"] == SMALL["hidden_size"]
+
+
+def test_a_part_whose_file_was_removed_runs_again(finished, whole, steps_seen):
+    """As the message about a damaged one says. The run itself has finished."""
+    before = report_of(finished)
+    (finished / "parts" / "pretrain-adapted.json").unlink()
+    adapt(whole, finished)
+    assert report_of(finished) == before and not steps_seen
 
 
 def test_a_slash_does_not_make_another_model(finished_small, small, tmp_path, monkeypatch):
@@ -584,6 +634,8 @@ OTHERS = {
         ("pretrain", "--mask-rate 0.9", "--mask-rate 0.9: "),
         ("pretrain", "--phases 32:0.5 600:0.5", "--phases 600: "),
         ("pretrain", "--masking entity", "--masking entity: "),
+        ("pretrain", "--lowercase off", "omit --lowercase: "),  # fine-tuning would not honor it
+        ("pretrain", "--tokenizer {place}/model", "omit --tokenizer: "),
         ("finetune", "--label-field x", ""),
         ("finetune", "--no-save-model", ""),  # a switch alone is one word
         ("finetune", "--epochs 0", "--epochs 0"),
@@ -606,6 +658,17 @@ def test_bad_input_is_refused_before_anything_is_written(
     arguments = argv(small | {"pretrain": f"--cache {cache}"}, tmp_path / "out", **{flag: value})
     begins = OTHERS.get(flag, named).format(place=place)
     refusal(ADAPT, arguments, capsys, begins, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["text", "control"])
+def test_too_few_documents_are_a_problem_of_the_option_that_named_them(
+    name, small, place, documents, tmp_path, capsys
+):
+    """The advice names no option that an experiment has for rows."""
+    few = write_documents(tmp_path / "few.txt", [document[:1] for document in documents[2:5]])
+    options = small | {"control": place / "control.txt", name: few}
+    message = refusal(ADAPT, argv(options, tmp_path / "out"), capsys)
+    assert message.startswith(f'--{name} {few}, --pretrain "') and "--valid " not in message
 
 
 def test_text_with_only_copies_of_test_texts_is_refused(small, place, tmp_path, capsys):

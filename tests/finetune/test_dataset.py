@@ -63,11 +63,12 @@ def texts_of(path, **options):
     [
         (["sad", "glad", "sad", "calm"], ["sad", "glad", "sad", "calm"], ["calm", "glad", "sad"]),
         ([10, 9, -1, 10], ["10", "9", "-1", "10"], ["-1", "9", "10"]),
+        (["+1", "-1", "+1", "0"], ["+1", "-1", "+1", "0"], ["-1", "0", "+1"]),
         (["1", "2", "01", "1"], ["1", "2", "01", "1"], ["01", "1", "2"]),
         ([True, False, True, True], ["true", "false", "true", "true"], ["false", "true"]),
         (["b", "B", "é", "b"], ["b", "B", "é", "b"], ["B", "b", "é"]),
     ],
-    ids=["names", "numbers", "spellings", "booleans", "case"],
+    ids=["names", "numbers", "signs", "spellings", "booleans", "case"],
 )
 def test_labels_are_the_same_in_every_format(labels, read_as, classes, suffix, tmp_path):
     rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]

@@ -76,6 +76,12 @@ def test_spans_in_every_spelling_become_rows(column, suffix, tmp_path):
     assert found.labels == [*ENTITIES, ((0, 4, "LOC"),), *ENTITIES]
 
 
+def test_half_a_surrogate_pair_in_a_label_is_replaced(tmp_path):
+    """TensorBoard and a config cannot hold it."""
+    rows = [{"text": "Rome", "spans": [[0, 4, "b\ud83d"]]}]
+    assert read(write_rows(tmp_path / "a.jsonl", rows)).labels == [((0, 4, "b?"),)]
+
+
 BAD_ROWS = {
     "overlap": [[0, 5, "PER"], [3, 8, "LOC"]],
     "no label": [[0, 3]],
