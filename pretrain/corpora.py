@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from pretrain.cli import command
 from pretrain.config import OBJECTIVES, Config, DataOptions, typed
 from pretrain.data.corpus import FORMAT_VERSION, Corpus, damage_of, is_corpus, open_corpus
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.mixture import Mixture
 from pretrain.data.pairs import Task
+from pretrain.data.parallel import WorkersFailed
 from pretrain.data.prepare import prepare
 from pretrain.data.sources import content_key, expand, states_of
 from pretrain.data.tokenizer import Vocabulary
@@ -243,15 +245,19 @@ def open_or_prepare(
                 if needs_entities and not any(found):
                     raise no_entities(text)
             with contextlib.nullcontext() if output else cache_named(cache):
-                corpus = prepare(
-                    text.sources,
-                    text.text_format,
-                    tokenizer,
-                    folder,
-                    markup=markup,
-                    replace_damaged=not output,  # what is in the cache is ours
-                    **more_arguments,
-                )
+                try:
+                    corpus = prepare(
+                        text.sources,
+                        text.text_format,
+                        tokenizer,
+                        folder,
+                        markup=markup,
+                        replace_damaged=not output,  # what is in the cache is ours
+                        **more_arguments,
+                    )
+                except WorkersFailed as error:
+                    way = command("prepare", "--workers", 1, "--input", *text.paths)
+                    raise UserError(f"{error}, or one process: {way}") from error
     if vocabulary.is_special[corpus.shard(corpus.largest).ids[: 1 << 20]].all():
         problem = "only special and unknown tokens, so nothing can be masked"
         raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
