@@ -239,10 +239,11 @@ def test_files_of_several_formats_are_read_in_order_of_their_names(tmp_path):
         assert texts(found) == (expected[:limit] if limit else expected)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "saved"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "saved", "gz"])
 def test_a_name_with_brackets_is_that_file(tmp_path, kind):
-    WRITERS[kind](tmp_path / f"a[1].{kind}", [{"text": "one"}])
-    WRITERS[kind](tmp_path / f"a1.{kind}", [{"text": "two"}])
+    write = WRITERS.get(kind, lambda path, rows: path.write_bytes(gzip.compress(b"one")))
+    write(tmp_path / f"a[1].{kind}", [{"text": "one"}])
+    write(tmp_path / f"a1.{kind}", [{"text": "two"}])
     assert texts(read(tmp_path / f"a[1].{kind}")) == [["one"]]
 
 
