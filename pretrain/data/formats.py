@@ -270,12 +270,12 @@ def _rows(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
         if entities:
             try:
                 found = read_spans(row.get(entities), where)
+                spans = sorted({(start, end) for start, end, _ in found})
+                check_spans(spans, text, where)
             except UserError as error:
                 if has_spans or columns.needs_entities:
                     raise
                 print(f"{error}; so the column {entities} is not read")
-                entities, found = None, []
-            spans = sorted({(start, end) for start, end, _ in found})
+                entities, spans = None, []
             has_spans = has_spans or bool(spans)
-            check_spans(spans, text, where)
         yield {"text": text, "entities": spans} if spans else {"text": text}

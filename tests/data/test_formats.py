@@ -478,8 +478,9 @@ def test_bad_spans_are_named_with_their_line(tmp_path, value):
     assert text == message(path, entity_field="entities")
 
 
-def test_a_column_that_only_has_the_name_of_entities_is_not_read(tmp_path):
-    path = lines(tmp_path / "a.csv", "text,entities", "a b,Apple; Google", "c d,")
+@pytest.mark.parametrize("value", ["Apple; Google", "[[0,3],[2,3]]", "[[1,4]]"])
+def test_a_column_that_only_has_the_name_of_entities_is_not_read(tmp_path, value):
+    path = lines(tmp_path / "a.csv", "text,entities", f'a b,"{value}"', "c d,")
     assert read(path, need_entities=True) == [[("a b", ())], [("c d", ())]]
     assert message(path, entity_field="entities").startswith(f"{path}, line 2: ")
 
