@@ -108,7 +108,7 @@ def open_text(
     for entry in texts:
         if given and not saved:
             _report_shared(config, given, entry)
-        _check_sizes(config, entry, is_given=entry.validation is given)
+        _check_sizes(config, entry, given, is_first=entry is texts[0])
     return texts, facts
 
 
@@ -185,24 +185,26 @@ def report_added(
     return dict(found.most_common())
 
 
-def _check_sizes(config: Config, text: Text, is_given: bool) -> None:
-    """UserError if there are too few documents for the objective, with a way that works. `is_given`
-    says that the validation text is --valid."""
+def _check_sizes(config: Config, text: Text, given: Corpus | None, is_first: bool) -> None:
+    """UserError if there are too few documents for the objective, with a way that works. `given` is
+    the text of --valid, which only the first text of a mixture may have."""
     training, validation = text.training, text.validation
     needed = 2 if OBJECTIVES[config.objective] == "random" else 1  # random: from another document
     ways = f"more text or another --format{', or --objective mlm' if needed == 2 else ''}"
     shown, whole = text.shown, training.info["documents"]
+    is_given = validation is given
+    without = f"{'--valid PATHS or ' if is_first else ''}--valid-fraction 0"
     if training.count(at_most=needed) < needed:
         found = f"{training.count()} for training"
         if not is_given and whole >= needed:  # copies of a document stay on one side
             found += f", besides validation documents and their copies ({whole:,} in all)"
-            ways = "other documents, --valid PATHS or --valid-fraction 0"
+            ways = f"other documents, {without}"
     elif validation and validation.count(at_most=needed) < needed:
         found = f"{validation.count()} for validation"
         if is_given:
             shown = typed(config, "valid")
         else:
-            ways = f"--valid PATHS, --valid-fraction 0, {ways}"
+            ways = f"{without}, {ways}"
     else:
         return
     raise UserError(f"{shown}: has {found}; expected {needed} or more documents: {ways}")
