@@ -521,6 +521,17 @@ def test_empty_and_non_utf8_files_are_named(tmp_path, kind, raw):
         assert message(packed).startswith(f"{packed} ({path.name}): ")
 
 
+def test_a_parquet_file_without_rows_is_one_of_many(tmp_path):
+    """Spark writes such parts. Alone, it is refused."""
+    empty = tmp_path / "0.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(
+        datasets.Dataset.from_dict({"text": ["a"]}).data.table.slice(1), empty
+    )
+    WRITERS["parquet"](tmp_path / "1.parquet", [{"text": "one"}])
+    assert texts(read(*sorted(tmp_path.glob("*.parquet")), cache=tmp_path / "cache")) == [["one"]]
+    assert message(empty).startswith(f"{empty}: ")
+
+
 def test_damaged_tables_are_named(tmp_path):
     """Only a header, a truncated Parquet file, a data set without a file."""
     parquet, saved = tmp_path / "a.parquet", tmp_path / "b"
