@@ -366,7 +366,7 @@ SENTENCES = st.lists(st.lists(CHUNK, min_size=1, max_size=4), min_size=1, max_si
     gap=st.sampled_from([" ", ""]),
     with_starts=st.booleans(),
     separator=st.sampled_from(["\t", " ", " NN I-NP ", "\tx\t"]),
-    newline=st.sampled_from(["\n", "\r\n"]),
+    newline=st.sampled_from(["\n", "\r\n", " \n", "\t\n"]),
     dash=st.sampled_from("-_"),
 )
 def test_tagged_tokens_are_read(
