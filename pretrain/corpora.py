@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from pretrain.cli import command
 from pretrain.config import OBJECTIVES, Config, DataOptions, typed
 from pretrain.data.corpus import FORMAT_VERSION, Corpus, damage_of, is_corpus, open_corpus
 from pretrain.data.loader import PretrainingDataset
 from pretrain.data.mixture import Mixture
 from pretrain.data.pairs import Task
+from pretrain.data.parallel import WorkersFailed
 from pretrain.data.prepare import prepare
 from pretrain.data.sources import content_key, expand, states_of
 from pretrain.data.tokenizer import Vocabulary
@@ -106,7 +108,7 @@ def open_text(
     for entry in texts:
         if given and not saved:
             _report_shared(config, given, entry)
-        _check_sizes(config, entry, is_given=entry.validation is given)
+        _check_sizes(config, entry, given, is_first=entry is texts[0])
     return texts, facts
 
 
@@ -183,24 +185,26 @@ def report_added(
     return dict(found.most_common())
 
 
-def _check_sizes(config: Config, text: Text, is_given: bool) -> None:
-    """UserError if there are too few documents for the objective, with a way that works. `is_given`
-    says that the validation text is --valid."""
+def _check_sizes(config: Config, text: Text, given: Corpus | None, is_first: bool) -> None:
+    """UserError if there are too few documents for the objective, with a way that works. `given` is
+    the text of --valid, which only the first text of a mixture may have."""
     training, validation = text.training, text.validation
     needed = 2 if OBJECTIVES[config.objective] == "random" else 1  # random: from another document
     ways = f"more text or another --format{', or --objective mlm' if needed == 2 else ''}"
     shown, whole = text.shown, training.info["documents"]
+    is_given = validation is given
+    without = f"{'--valid PATHS or ' if is_first else ''}--valid-fraction 0"
     if training.count(at_most=needed) < needed:
         found = f"{training.count()} for training"
         if not is_given and whole >= needed:  # copies of a document stay on one side
             found += f", besides validation documents and their copies ({whole:,} in all)"
-            ways = "other documents, --valid PATHS or --valid-fraction 0"
+            ways = f"other documents, {without}"
     elif validation and validation.count(at_most=needed) < needed:
         found = f"{validation.count()} for validation"
         if is_given:
             shown = typed(config, "valid")
         else:
-            ways = f"--valid PATHS, --valid-fraction 0, {ways}"
+            ways = f"{without}, {ways}"
     else:
         return
     raise UserError(f"{shown}: has {found}; expected {needed} or more documents: {ways}")
@@ -243,15 +247,19 @@ def open_or_prepare(
                 if needs_entities and not any(found):
                     raise no_entities(text)
             with contextlib.nullcontext() if output else cache_named(cache):
-                corpus = prepare(
-                    text.sources,
-                    text.text_format,
-                    tokenizer,
-                    folder,
-                    markup=markup,
-                    replace_damaged=not output,  # what is in the cache is ours
-                    **more_arguments,
-                )
+                try:
+                    corpus = prepare(
+                        text.sources,
+                        text.text_format,
+                        tokenizer,
+                        folder,
+                        markup=markup,
+                        replace_damaged=not output,  # what is in the cache is ours
+                        **more_arguments,
+                    )
+                except WorkersFailed as error:
+                    way = command("prepare", "--workers", 1, "--input", *text.paths)
+                    raise UserError(f"{error}, or one process: {way}") from error
     if vocabulary.is_special[corpus.shard(corpus.largest).ids[: 1 << 20]].all():
         problem = "only special and unknown tokens, so nothing can be masked"
         raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")

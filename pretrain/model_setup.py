@@ -50,7 +50,8 @@ def make_model(
     if added and not from_scratch:
         model.add_vectors(vocabulary.size, added, config.new_vectors == "mean")
     for role in ("bos_token", "eos_token"):
-        if any(entry.startswith(f"{role}=") for entry in config.add_special_tokens):
+        is_named = any(entry.startswith(f"{role}=") for entry in config.add_special_tokens)
+        if from_scratch or is_named:
             setattr(model.config, f"{role}_id", getattr(tokenizer, f"{role}_id"))
     if fresh and not from_scratch:
         missing = f"{config.model} has no {' or '.join(fresh)}"

@@ -207,8 +207,9 @@ def _contradictions(options: object) -> list[str]:
         refuse("an objective with pairs, or no --nsp-weight", "objective", "nsp_weight")
     if getattr(options, "entity_fill", "") == "none":
         refuse("one of them: nothing fills up to the rate", "entity_fill", "mask_rate")
-        if options.masking != "entity":
-            problems.append("--entity-fill none: has no effect; expected --masking entity")
+    for name in ("entity_probability", "entity_budget", "entity_fill"):
+        if given(name) and options.masking != "entity":
+            problems.append(f"{typed(options, name)}: has no effect; expected --masking entity")
     for name in getattr(options, "unused", ()):
         if getattr(options, name):
             problems.append(f"{typed(options, name)}: has no effect here; omit the option")

@@ -265,6 +265,18 @@ def test_added_tokens_are_counted_at_the_end_of_16_bits(capsys):
     assert found == {"65535": 2}
 
 
+def test_a_model_from_scratch_knows_the_roles_in_a_prepared_corpus(
+    arguments, text, cache, tmp_path
+):
+    given = ["--input", text, "--vocab-size", 120, "--cache", cache, *ROLES]
+    PREPARE.main([str(part) for part in [*given, "--output", tmp_path / "corpus"]])
+    given = ["--model", "tiny", *SIZES]
+    PRETRAIN.main(arguments(tmp_path / "run", *given, train=tmp_path / "corpus", roles=[]))
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "final")
+    end = final_tokenizer(tmp_path / "run").convert_tokens_to_ids("[EOT]")
+    assert (model.config.eos_token_id, model.config.bos_token_id) == (end, None)
+
+
 @only
 def test_a_prepared_corpus_trains_like_its_text_if_it_has_the_tokens(
     base, run, arguments, text, cache, words, tmp_path, capsys

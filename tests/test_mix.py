@@ -207,13 +207,18 @@ def test_show_masks_repeats_the_data_of_a_step(
 # Refused.
 
 
-def test_a_text_without_documents_to_hold_out_is_refused_by_name(texts, output, tmp_path, capsys):
-    """Each text has its own validation split, also the second."""
-    few = write_documents(tmp_path / "few.txt", make_documents(1, seed=4))
-    command = ["--train", texts[0], few, "--mix", 3, 1, "--cache", tmp_path, "--output", output]
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_text_without_documents_to_hold_out_is_refused_by_name(
+    place, texts, output, tmp_path, capsys
+):
+    """Each text has its own validation split, which --valid replaces only for the first."""
+    few = write_documents(tmp_path / "few.txt", make_documents(2, seed=4) * 10)
+    paths = [few, texts[0]] if place == 0 else [texts[0], few]
+    command = ["--train", *paths, "--mix", 3, 1, "--cache", tmp_path, "--output", output]
     more = "--vocab-size 120 --format sentences"
     argv = arguments_of(command, SHORT_RUN, SIZES, more)
-    refusal(main, argv, capsys, f"--train {few}: ", output)
+    told = refusal(main, argv, capsys, f"--train {few}: ", output)
+    assert "--valid-fraction 0" in told and ("--valid PATHS" in told) == (place == 0)
 
 
 def test_a_first_text_that_is_smaller_than_its_share_of_a_step_is_refused(

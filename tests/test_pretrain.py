@@ -758,6 +758,9 @@ BAD = {  # options -> what the messages begin with
     "--objective mlm --nsp-weight 0.5": "--objective mlm --nsp-weight 0.5: ",
     "--entity-fill none --mask-rate 0.2": "--entity-fill none --mask-rate 0.2: |"
     "--entity-fill none: ",
+    "--masking word --entity-probability 1 --entity-budget 0.9 --entity-fill token": (
+        "--entity-probability 1.0: |--entity-budget 0.9: |--entity-fill token: "
+    ),
     "--replace similar --similar {wrong}/same.tsv": "--similar {wrong}/same.tsv: ",
     "--masking entity": "--masking entity: ",
     "--masking entity --train {prepared}": "--masking entity: ",

@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -23,6 +23,13 @@ from pretrain.files import key_of
 HAN_CLASS = "[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in HAN) + "]"
 CHINESE_SHARE = 0.05  # of the letters; above this, the Chinese words of a text matter
 SEGMENTED_SHARE = 0.2  # spaces per Chinese character; above this, text counts as segmented
+# sentencex does not cut between two of these, even if one is in ":(" and one in "b)" pages later.
+OPENING = "([{<«“‘„‚‹《「（"
+MARKS = OPENING + ")]}>»”’‛‟›》」）\"'`"
+# White space other than " " may make it panic. An apostrophe inside a word is no mark.
+HIDING = re.compile(rf"\s|(?!\b['’]\b)[{re.escape(MARKS)}]")
+MAX_QUOTED = 3  # sentences between marks that stay one
+CUT_VERSION = 2  # of the rules above
 BLANK, ALONE, LETTER, DIGIT, MARK = range(5)  # kinds of characters
 
 
@@ -38,7 +45,8 @@ class Markup:
     @property
     def key(self) -> list:
         """JSON values that identify the markup."""
-        return [self.language, self.words, key_of(self.lexicon), self.ignore_case]
+        language = f"{self.language} {CUT_VERSION}" if self.language else ""
+        return [language, self.words, key_of(self.lexicon), self.ignore_case]
 
     @property
     def cut(self) -> Cut | None:
@@ -47,13 +55,21 @@ class Markup:
             return None
         segment = require("sentencex", "splitting sentences").segment
 
-        def cut(line: str) -> list[str]:
+        def parts_of(text: str) -> list[str]:
             try:
                 with refusing("sentencex", "expected sentences"):
-                    parts = segment(self.language, line)
+                    parts = segment(self.language, text)
             except UserError:  # it panics at some spaces: uncut is better than no corpus
-                return [line]
-            return parts if sum(map(len, parts)) == len(line) else [line]
+                return [text]
+            return parts if sum(map(len, parts)) == len(text) else [text]
+
+        def cut(line: str) -> list[str]:
+            sentences = []
+            for part in parts_of(line):
+                without_marks = parts_of(HIDING.sub(" ", part))
+                is_glued = len(without_marks) > MAX_QUOTED
+                sentences += _cut_like(without_marks, part) if is_glued else [part]
+            return sentences
 
         return cut
 
@@ -84,6 +100,19 @@ class Markup:
                 free[start:end] = bytes(end - start)
                 spans.append((start, end))
         return sorted(spans)
+
+
+def _cut_like(parts: list[str], text: str) -> list[str]:
+    """`text` in parts as long as `parts`, except that marks which open one begin it."""
+    found, begin = [], 0
+    for end in accumulate(map(len, parts)):
+        part = text[begin:end]
+        if end < len(text):
+            bare = part.rstrip(MARKS)
+            part = bare if bare[-1:].isspace() else part.rstrip(OPENING)
+        found.append(part)
+        begin += len(part)
+    return list(filter(None, found))
 
 
 def _inside_word(text: str, place: int) -> bool:

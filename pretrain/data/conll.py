@@ -71,7 +71,7 @@ def _blocks(path: Path, encoding: str) -> Iterator[tuple[list[Row], bool]]:
     rows, starts_document = [], False
     with path.open(encoding=encoding, newline="\n") as handle:
         for number, line in enumerate(chain(handle, [""]), start=1):
-            line = line.rstrip("\r\n")
+            line = line.rstrip()
             is_start = line.startswith("-DOCSTART-")
             if line.strip() and not is_start:
                 fields = line.split("\t" if "\t" in line else " ")
@@ -79,7 +79,7 @@ def _blocks(path: Path, encoding: str) -> Iterator[tuple[list[Row], bool]]:
                 if len(fields) < 2 or not token:
                     problem = f"{path}, line {number}: {line[:40]!r}"
                     raise UserError(f"{problem}; expected a token, a tab or space, and its tag")
-                rows.append((number, token, fields[-1].strip()))
+                rows.append((number, token, fields[-1].lstrip()))
                 continue
             if rows:
                 yield rows, starts_document

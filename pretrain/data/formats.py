@@ -7,7 +7,6 @@ files. Columns, spans and tags are checked here; messages name the file and line
 """
 
 import codecs
-import glob
 import json
 import shutil
 import zipfile
@@ -131,7 +130,8 @@ def _unpack(entry: str, cache: Path) -> list[str]:
                 raise too_large
             archive.extractall(folder)
             return
-        packed = fsspec.open(glob.escape(entry), "rb", compression="infer")
+        # fsspec.open would expand patterns and split at "::", as in the names of some files.
+        packed = fsspec.filesystem("file").open(path.absolute(), compression="infer")
         with packed as source, (folder / path.stem).open("wb") as target:
             while part := source.read(CHUNK_BYTES):
                 target.write(part)
@@ -270,12 +270,12 @@ def _rows(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
         if entities:
             try:
                 found = read_spans(row.get(entities), where)
+                spans = sorted({(start, end) for start, end, _ in found})
+                check_spans(spans, text, where)
             except UserError as error:
                 if has_spans or columns.needs_entities:
                     raise
                 print(f"{error}; so the column {entities} is not read")
-                entities, found = None, []
-            spans = sorted({(start, end) for start, end, _ in found})
+                entities, spans = None, []
             has_spans = has_spans or bool(spans)
-            check_spans(spans, text, where)
         yield {"text": text, "entities": spans} if spans else {"text": text}

@@ -23,6 +23,10 @@ ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}  # in a worker, which has one 
 ADVICE = "finished pieces are kept, and the same command resumes"
 
 
+class WorkersFailed(UserError):
+    """Worker processes did not start, or one was killed; fewer may work."""
+
+
 def choose_workers(workers: int | None, sizes: Sequence[int], worthwhile: int) -> int:
     """Number of processes for pieces of `sizes`; by default one per core and `worthwhile` bytes."""
     if workers is None:
@@ -43,8 +47,8 @@ def in_processes(
         with blocked():  # multiprocessing starts a helper process here
             pool = ProcessPoolExecutor(workers, context, _start_worker, (lifeline,))
     except OSError as error:
-        expected = "expected a writable /dev/shm, or one worker"
-        raise UserError(f"{workers} workers: cannot start ({error}); {expected}") from error
+        problem = f"{workers} workers: cannot start ({error})"
+        raise WorkersFailed(f"{problem}; expected a writable /dev/shm") from error
     with pool:
         try:
             submitted = _submit(pool, function, shared, tasks)
@@ -55,7 +59,7 @@ def in_processes(
             held.close()
             if isinstance(error, BrokenProcessPool):
                 problem = "a worker process was killed, perhaps because memory ran out"
-                raise UserError(f"{problem}; expected fewer workers ({ADVICE})") from error
+                raise WorkersFailed(f"{problem}; expected more memory ({ADVICE})") from error
             raise
 
 

@@ -19,6 +19,7 @@ ALIASES = {"ndjson": "jsonl", "json": "jsonl", "bio": "conll", "bmes": "conll", 
 TABLES = ("csv", "tsv", "jsonl", "parquet", "arrow")
 TEXT_FORMATS = {"plain", "jsonl", "csv", "tsv", "conll"}  # the others have no encoding
 SPLIT = "train"  # is read, unless another one is named
+PARQUET_BATCH = 1000  # rows in memory
 MAX_NAME, SHOWN_NAMES = 20, 20  # characters of a column, columns in a message
 SENTENCE = re.compile(r"[\s，。！？；]")  # in a long name of a column: the file has no header
 HUB_FORMS = "hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"
@@ -224,6 +225,8 @@ def _dataset_rows(entry: str, kind: str) -> Iterator[dict]:
             split = split or SPLIT
             table = datasets.load_dataset(name, config or None, split=split, streaming=True)
         else:
-            file = glob.escape(entry)
-            table = datasets.load_dataset(kind, data_files=file, split="train", streaming=True)
+            more = {"data_files": glob.escape(entry), "split": "train", "streaming": True}
+            if kind == "parquet":  # by default as large as a group of rows, which fails at 0 rows
+                more["batch_size"] = PARQUET_BATCH
+            table = datasets.load_dataset(kind, **more)
         yield from table

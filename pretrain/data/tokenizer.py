@@ -219,8 +219,9 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     starts_word, is_special = np.ones(size, bool), np.ones(size, bool)
     is_special[list(entries.values())] = False  # ids without an entry stay special: never drawn
     starts_word[[number for entry, number in entries.items() if entry.startswith("##")]] = False
-    is_special[tokenizer.all_special_ids] = True
     state = json.loads(tokenizer.backend_tokenizer.to_str())
+    without_role = [token["id"] for token in state["added_tokens"] if token["special"]]
+    is_special[[*tokenizer.all_special_ids, *without_role]] = True
     return Vocabulary(
         size=size,
         **ids,

@@ -210,8 +210,19 @@ def test_sentences_are_cut_by_language(tmp_path, monkeypatch):
     assert Markup("en").cut("a. b. c") == ["a. b. c"]
 
 
+@pytest.mark.parametrize("opened, closed", [(":(", "b)"), ('5"', '6"'), ("<", "->"), ("'", "'")])
+def test_marks_pages_apart_hide_no_sentences(opened, closed):
+    middle = ["He didn't see Dr. Smith. ", "«Who? ", "I.» "] * 10
+    parts = [f"A {opened} sad day. ", *middle, f"Or {closed} came. ", "The end."]
+    assert Markup("en").cut("".join(parts)) == parts
+    parts = ["他走了。", "“她来了。", "我们去。", "你们去。", "他们去。”", "天黑了。"]
+    assert Markup("zh").cut("".join(parts)) == parts
+    parts = ['He said, "Stop! It is late." ', "We left."]  # a short speech stays whole
+    assert Markup("en").cut("".join(parts)) == parts
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.text(st.sampled_from("ab.!? \"'()。！今\u3000é😀\t\x0b"), max_size=30))
+@given(st.text(st.sampled_from("aB.!? \"'()“«。！今\u3000\xa0é😀\t\x0b"), max_size=60))
 def test_parts_of_a_line_make_the_line(line):
     assert "".join(Markup("en").cut(line)) == line == "".join(Markup("zh").cut(line))
 

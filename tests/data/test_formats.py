@@ -239,10 +239,11 @@ def test_files_of_several_formats_are_read_in_order_of_their_names(tmp_path):
         assert texts(found) == (expected[:limit] if limit else expected)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "saved"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "saved", "gz"])
 def test_a_name_with_brackets_is_that_file(tmp_path, kind):
-    WRITERS[kind](tmp_path / f"a[1].{kind}", [{"text": "one"}])
-    WRITERS[kind](tmp_path / f"a1.{kind}", [{"text": "two"}])
+    write = WRITERS.get(kind, lambda path, rows: path.write_bytes(gzip.compress(b"one")))
+    write(tmp_path / f"a[1].{kind}", [{"text": "one"}])
+    write(tmp_path / f"a1.{kind}", [{"text": "two"}])
     assert texts(read(tmp_path / f"a[1].{kind}")) == [["one"]]
 
 
@@ -365,7 +366,7 @@ SENTENCES = st.lists(st.lists(CHUNK, min_size=1, max_size=4), min_size=1, max_si
     gap=st.sampled_from([" ", ""]),
     with_starts=st.booleans(),
     separator=st.sampled_from(["\t", " ", " NN I-NP ", "\tx\t"]),
-    newline=st.sampled_from(["\n", "\r\n"]),
+    newline=st.sampled_from(["\n", "\r\n", " \n", "\t\n"]),
     dash=st.sampled_from("-_"),
 )
 def test_tagged_tokens_are_read(
@@ -477,8 +478,9 @@ def test_bad_spans_are_named_with_their_line(tmp_path, value):
     assert text == message(path, entity_field="entities")
 
 
-def test_a_column_that_only_has_the_name_of_entities_is_not_read(tmp_path):
-    path = lines(tmp_path / "a.csv", "text,entities", "a b,Apple; Google", "c d,")
+@pytest.mark.parametrize("value", ["Apple; Google", "[[0,3],[2,3]]", "[[1,4]]"])
+def test_a_column_that_only_has_the_name_of_entities_is_not_read(tmp_path, value):
+    path = lines(tmp_path / "a.csv", "text,entities", f'a b,"{value}"', "c d,")
     assert read(path, need_entities=True) == [[("a b", ())], [("c d", ())]]
     assert message(path, entity_field="entities").startswith(f"{path}, line 2: ")
 
@@ -517,6 +519,17 @@ def test_empty_and_non_utf8_files_are_named(tmp_path, kind, raw):
         packed = tmp_path / f"a.{kind}.gz"
         packed.write_bytes(gzip.compress(raw))
         assert message(packed).startswith(f"{packed} ({path.name}): ")
+
+
+def test_a_parquet_file_without_rows_is_one_of_many(tmp_path):
+    """Spark writes such parts. Alone, it is refused."""
+    empty = tmp_path / "0.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(
+        datasets.Dataset.from_dict({"text": ["a"]}).data.table.slice(1), empty
+    )
+    WRITERS["parquet"](tmp_path / "1.parquet", [{"text": "one"}])
+    assert texts(read(*sorted(tmp_path.glob("*.parquet")), cache=tmp_path / "cache")) == [["one"]]
+    assert message(empty).startswith(f"{empty}: ")
 
 
 def test_damaged_tables_are_named(tmp_path):

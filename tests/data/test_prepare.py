@@ -6,6 +6,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -383,6 +384,23 @@ def test_the_command_says_who_prepares(arguments, monkeypatch, more, expected):
     monkeypatch.setattr(parallel, "on_cluster", on_cluster)
     PREPARE.main([str(part) for part in [*arguments, *more]])
     assert asked == expected
+
+
+def end_worker(*_):
+    os._exit(9)
+
+
+def test_advice_for_a_killed_worker_leads_to_the_corpus(arguments, tmp_path, monkeypatch):
+    """It names this command: with others, --workers means something else."""
+    argv = [str(part) for part in arguments]
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "choose_workers", lambda *_: 2)
+        patch.setattr(prepare_module, "_write_piece", end_worker)
+        told = refused(PREPARE.main, argv)
+    words = shlex.split(told.partition("prepare.py ")[2])
+    assert "--workers" in words
+    PREPARE.main([*argv, *words])
+    assert len(list((tmp_path / "cache").glob("*/corpus.json"))) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no shard", "no manifest"])

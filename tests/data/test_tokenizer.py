@@ -192,8 +192,9 @@ def test_vocabulary_against_a_loop():
     made = bert()
     made.add_tokens(["whole"])
     made.add_special_tokens({"additional_special_tokens": ["[NAME]"]})
-    found, entries, specials = describe(made), [*ENTRIES, "whole", "[NAME]"], {"[NAME]"}
-    specials |= set(SPECIAL_TOKENS)
+    made.backend_tokenizer.add_special_tokens(["<|endoftext|>"])  # special, but without a role
+    found, entries = describe(made), [*ENTRIES, "whole", "[NAME]", "<|endoftext|>"]
+    specials = {*SPECIAL_TOKENS, "[NAME]", "<|endoftext|>"}
     ids = (found.pad_id, found.unknown_id, found.cls_id, found.sep_id, found.mask_id)
     assert ids == (0, 1, 2, 3, 4) and found.size == len(entries)
     assert found.is_special.tolist() == [entry in specials for entry in entries]
