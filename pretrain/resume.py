@@ -97,6 +97,8 @@ def _has_moved(name: str, before: object, now: object) -> bool:
     if name not in PATH_OPTIONS | MODEL_OPTIONS or not before or not now:
         return False
     old, new = ([value] if isinstance(value, str) else value for value in (before, now))
+    if not (isinstance(old, list) and all(isinstance(item, str) for item in old)):
+        return False
 
     def is_same(was: str, path: str) -> bool:
         # A folder may have got the name of a model on the hub.
