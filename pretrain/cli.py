@@ -130,7 +130,7 @@ def parse(
     for layer in (_parse(parser, of_caller), from_file, typed):
         for entry in fields(options):
             pair = (entry.name, entry.metadata["excludes"])
-            for name, other in (pair, pair[::-1]) if pair[1] else ():
+            for name, other in (pair, pair[::-1]):  # the second is "" for most options
                 if name in layer and layer[name] != getattr(options, name):
                     values.pop(other, None)
         values |= layer

@@ -265,8 +265,8 @@ def model_folder(name: str) -> str:
     path, recommended = os.path.expanduser(name), ""
     with contextlib.suppress(UserError, KeyError, TypeError):
         recommended = Path(read_json(Path(path, "summary.json"))["use"]).name
-    for part in filter({"final", "best"}.__contains__, (recommended, "final", "best")):
-        if os.path.isdir(os.path.join(path, part)):
+    for part in (recommended, "final", "best"):
+        if part in ("final", "best") and os.path.isdir(os.path.join(path, part)):
             path = os.path.join(path, part)
             break
     if os.path.isdir(path):

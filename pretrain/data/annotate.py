@@ -27,7 +27,7 @@ SEGMENTED_SHARE = 0.2  # spaces per Chinese character; above this, text counts a
 OPENING = "([{<«“‘„‚‹《「（"
 MARKS = OPENING + ")]}>»”’‛‟›》」）\"'`"
 # White space other than " " may make it panic. An apostrophe inside a word is no mark.
-HIDING = re.compile(rf"\s|(?!\b['’]\b)[{re.escape(MARKS)}]")
+HIDING = re.compile(rf"[^\S ]|(?!\b['’]\b)[{re.escape(MARKS)}]")
 MAX_QUOTED = 3  # sentences between marks that stay one
 CUT_VERSION = 2  # of the rules above
 BLANK, ALONE, LETTER, DIGIT, MARK = range(5)  # kinds of characters
@@ -66,7 +66,8 @@ class Markup:
         def cut(line: str) -> list[str]:
             sentences = []
             for part in parts_of(line):
-                without_marks = parts_of(HIDING.sub(" ", part))
+                hidden, num_hidden = HIDING.subn(" ", part)
+                without_marks = parts_of(hidden) if num_hidden else [part]
                 is_glued = len(without_marks) > MAX_QUOTED
                 sentences += _cut_like(without_marks, part) if is_glued else [part]
             return sentences

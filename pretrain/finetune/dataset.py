@@ -83,8 +83,7 @@ def read_texts(paths: Sequence[str], options: ColumnOptions, problems: list[str]
         for column in columns:
             text = record.get(column)
             if isinstance(text, str) and text.strip():
-                # JSON may hold half a surrogate pair.
-                texts.append(text.encode("utf-8", "replace").decode("utf-8"))
+                texts.append(_as_unicode(text))
             else:
                 problems.append(wrong_cell(where, column, text, "text"))
         if len(texts) == len(columns):
@@ -93,12 +92,16 @@ def read_texts(paths: Sequence[str], options: ColumnOptions, problems: list[str]
         raise UserError(f"{' '.join(paths)}: no rows; expected rows after a header")
 
 
+def _as_unicode(text: str) -> str:
+    """`text` with "?" for each half of a surrogate pair, which JSON may hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def label_of(value: object) -> str:
     """The label in a cell, "" if the cell is blank."""
     if isinstance(value, bool):
         return str(value).lower()
-    label = "" if value is None else str(value).strip()
-    return label.encode("utf-8", "replace").decode("utf-8")  # JSON can hold half a surrogate pair
+    return "" if value is None else _as_unicode(str(value).strip())
 
 
 def is_label(value: object) -> bool:
