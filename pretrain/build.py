@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pretrain import plan, recipe
-from pretrain.config import MODEL_SIZES, Config, typed
+from pretrain.config import MODEL_SIZES, Config, phase_ends, typed
 from pretrain.corpora import Text, make_dataset, open_text, report_added
 from pretrain.data.collate import Collator
 from pretrain.data.loader import PretrainingDataset, TrainData
@@ -79,7 +79,11 @@ def build(asked: Config) -> PretrainingRun:
     set_up_model(inputs.model, asked, config, device, precision)
     model = place(inputs.model, device, config.shard)
     phases, epoch, seconds = fit_phases(config, saved, inputs, precision, world)
-    steps = plan.plan_steps(config, asked, saved, epoch)
+    total_steps = plan.count_steps(config, asked, saved, epoch.steps)
+    passes = plan.count_passes(config, epoch, total_steps)
+    ends = phase_ends(config, total_steps)
+    eval_every = max(10, min(1000, total_steps // 20))  # by default
+    save_every = eval_every if eval_every > 500 else 2 * eval_every  # most follow an evaluation
 
     if config.masking == "entity":
         shortest = min(phases, key=lambda phase: phase.max_length)
@@ -87,9 +91,10 @@ def build(asked: Config) -> PretrainingRun:
     if inputs.masks.similar and not saved:
         report_similar(config, phases[0].dataset, inputs.masks.similar, inputs.vocabulary)
     has_validation = inputs.texts[0].validation is not None
-    plan.report_ineffective(config, steps.total, world, has_validation, asked)
+    plan.report_ineffective(config, total_steps, world, has_validation, asked)
     torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
-    if device.type == "cuda":
+    on_gpu, micro_batch_size = device.type == "cuda", phases[0].dataset.task.micro_batch_size
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
     facts = {"steps_per_epoch": epoch.steps, "recipe": recipe.values_of(config)}
     return PretrainingRun(
@@ -101,17 +106,26 @@ def build(asked: Config) -> PretrainingRun:
         output=output,
         tokenizer=inputs.tokenizer,
         model=model,
-        data=_open_data(config, phases, steps, world, device),
-        phase_ends=steps.phase_ends,
-        eval_every=steps.eval_every,
-        save_every=steps.save_every,
+        data=TrainData(
+            [(phase.dataset, phase.collator) for phase in phases],
+            ends,
+            config.batch_size // micro_batch_size,
+            world.rank,
+            world.size,
+            total_steps=total_steps,
+            workers=(2 if on_gpu else 0) if config.workers is None else config.workers,
+            pin_memory=on_gpu,
+        ),
+        phase_ends=ends,
+        eval_every=plan.steps_between(config.eval_every, epoch.steps, auto=eval_every),
+        save_every=plan.steps_between(config.save_every, epoch.steps, auto=save_every),
         compile=should_compile(config, model),
         checkpoint=checkpoint,
         saved=saved,
         phases=phases,
-        micro_batch_size=phases[0].dataset.task.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         data_facts=facts | inputs.facts,
-        passes=steps.passes,
+        passes=passes,
         added_tokens=inputs.added_tokens,
         situation=situation,
         trial_seconds=seconds,
@@ -162,7 +176,9 @@ def fit_phases(
 
     A resumed run skips the trial."""
     model, device = inputs.model, inputs.model.device
-    size = plan.first_micro_batch_size(config, saved, device, world)
+    plan.check_sizes(config, saved, world)
+    size = saved.get("micro_batch_size") or config.micro_batch_size
+    size = size or plan.default_micro_batch_size(config, device, world)
     while True:
         tasks = plan.make_tasks(config, size)
         datasets = [make_dataset(config, inputs.texts, task) for task in tasks]
@@ -195,24 +211,6 @@ def _make_phase(config: Config, dataset: PretrainingDataset | Mixture, inputs: I
                 sets[text.name] = make_validation_set(text.validation, *shape, text.training)
     validation = sets.pop(inputs.texts[0].name, None)
     return Phase(dataset, collator, validation, size, others=sets)
-
-
-def _open_data(
-    config: Config, phases: list[Phase], steps: plan.Steps, world: World, device: torch.device
-) -> TrainData:
-    on_gpu, workers = device.type == "cuda", config.workers
-    if workers is None:
-        workers = 2 if on_gpu else 0
-    return TrainData(
-        [(phase.dataset, phase.collator) for phase in phases],
-        steps.phase_ends,
-        config.batch_size // phases[0].dataset.task.micro_batch_size,
-        world.rank,
-        world.size,
-        total_steps=steps.total,
-        workers=workers,
-        pin_memory=on_gpu,
-    )
 
 
 def _trial_seconds(

@@ -18,7 +18,6 @@ from pretrain.config import (
     length_option,
     longest,
     min_micro_batch_size,
-    phase_ends,
     phase_lengths,
     typed,
 )
@@ -44,14 +43,6 @@ def make_tasks(config: Config, micro_batch_size: int) -> list[Task]:
         Task(pairs, length, micro_batch_size, rate, config.seed, counted_length(config))
         for length, _ in phase_lengths(config)
     ]
-
-
-def first_micro_batch_size(config: Config, saved: dict, device: torch.device, world: World) -> int:
-    """The size that was saved or given; else what keeps the device busy. UserError if the processes
-    cannot share a step evenly."""
-    check_sizes(config, saved, world)
-    size = saved.get("micro_batch_size") or config.micro_batch_size
-    return size or default_micro_batch_size(config, device, world)
 
 
 def check_sizes(config: Config, saved: dict, world: World) -> None:
@@ -233,41 +224,7 @@ def drop_old_end(config: Config, saved: dict) -> Config:
     return replace(config, max_steps=0) if is_old else config
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The optimizer steps of a run."""
-
-    phase_ends: list[int]  # the last step of each phase; the final one is the run's last step
-    eval_every: int
-    save_every: int
-    passes: tuple[float, ...]  # over each text of a mixture; (): no mixture, or not counted
-
-    @property
-    def total(self) -> int:
-        return self.phase_ends[-1]
-
-
-def plan_steps(config: Config, asked: Config, saved: dict, epoch: Epoch) -> Steps:
-    """The steps of the run, some for each phase. UserError if it would read a text of a mixture,
-    other than the first, more than MAX_PASSES times."""
-    total = _count_steps(config, asked, saved, epoch.steps)
-    passes = tuple(count * total / epoch.steps for count in epoch.passes)
-    for path, count in list(zip(config.train, passes))[1:]:
-        if count > MAX_PASSES:
-            problem = f"{path} would be read {count:,.0f} times"
-            expected = f"expected at most {MAX_PASSES:,}: a smaller share, or more text"
-            raise UserError(f"{typed(config, 'mix')}: {problem}; {expected}")
-    eval_every = max(10, min(1000, total // 20))
-    save_every = eval_every if eval_every > 500 else 2 * eval_every  # most follow an evaluation
-    return Steps(
-        phase_ends(config, total),
-        steps_between(config.eval_every, epoch.steps, auto=eval_every),
-        steps_between(config.save_every, epoch.steps, auto=save_every),
-        passes,
-    )
-
-
-def _count_steps(config: Config, asked: Config, saved: dict, steps_per_epoch: int) -> int:
+def count_steps(config: Config, asked: Config, saved: dict, steps_per_epoch: int) -> int:
     """Optimizer steps of the run; a resumed run keeps its own unless the options changed."""
     names = ("max_steps", "epochs")
     if saved and all(getattr(asked, name) == saved["options"][name] for name in names):
@@ -277,6 +234,18 @@ def _count_steps(config: Config, asked: Config, saved: dict, steps_per_epoch: in
         changed = f"the schedules{' and the phases' if config.phases else ''} change"
         print(f"the run now ends at step {total}, not {saved['total_steps']}: {changed}")
     return total
+
+
+def count_passes(config: Config, epoch: Epoch, total_steps: int) -> tuple[float, ...]:
+    """How often the run reads each text of a mixture; (): no mixture, or not counted. UserError for
+    one, other than the first, that it would read more than MAX_PASSES times."""
+    passes = tuple(count * total_steps / epoch.steps for count in epoch.passes)
+    for path, count in list(zip(config.train, passes))[1:]:
+        if count > MAX_PASSES:
+            problem = f"{path} would be read {count:,.0f} times"
+            expected = f"expected at most {MAX_PASSES:,}: a smaller share, or more text"
+            raise UserError(f"{typed(config, 'mix')}: {problem}; {expected}")
+    return passes
 
 
 def report_ineffective(
