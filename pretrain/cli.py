@@ -135,18 +135,12 @@ def parse(
                     values.pop(other, None)
         values |= layer
     made = options(**values)
-    _check_values_of_file(made, path, from_file.keys() - typed.keys())
-    return made
-
-
-def _check_values_of_file(options: object, path: str, names: set[str]) -> None:
-    """UserError with all values of `options` that are out of bounds, if one of `names`, which the
-    file `path` decides, is among them: it names the file. The command checks the rest."""
-    problems = misfits(options)
-    in_file = problems.keys() & names
-    for name in in_file:
+    problems = misfits(made)
+    of_file = problems.keys() & (from_file.keys() - typed.keys())
+    for name in of_file:
         problems[name] = f"--config {path}: {problems[name]}"
-    check(list(problems.values()) if in_file else [])
+    check(list(problems.values()) if of_file else [])  # else the command checks all values
+    return made
 
 
 def join_quoted(argv: Sequence[str], options: type) -> list[str]:
@@ -168,30 +162,23 @@ def join_quoted(argv: Sequence[str], options: type) -> list[str]:
 
 def read_options(path: str | Path) -> dict:
     """The {option: value} of a YAML or JSON file."""
+    import yaml  # installed with transformers
+
     expected = "expected YAML or JSON"
     text = read_text(path, "YAML or JSON")
-    if str(path).endswith(".json"):
-        with refusing(f"{path}: is not JSON", expected):
-            values = json.loads(text)
-    else:
-        values = _parse_yaml(text, str(path))
+    is_json = str(path).endswith(".json")
+    with refusing(f"{path}: is not {'JSON' if is_json else 'YAML'}", expected):
+        try:
+            values = json.loads(text) if is_json else yaml.safe_load(text)
+        except yaml.MarkedYAMLError as error:  # its own message has eight lines
+            line, problem = error.problem_mark.line + 1, error.problem
+            raise UserError(f"{path}, line {line}: {problem}; {expected}") from error
     if values is None:  # an empty file
         return {}
     if not isinstance(values, dict):
         found = type(values).__name__
         raise UserError(f"{path}: is {found}; expected a mapping of options to values")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
-
-
-def _parse_yaml(text: str, path: str) -> object:
-    import yaml  # installed with transformers
-
-    with refusing(f"{path}: is not YAML", "expected YAML or JSON"):
-        try:
-            return yaml.safe_load(text)
-        except yaml.MarkedYAMLError as error:  # its own message has eight lines
-            line, problem = error.problem_mark.line + 1, error.problem
-            raise UserError(f"{path}, line {line}: {problem}; expected YAML or JSON") from error
 
 
 def _known(values: dict, options: type, ignored: type) -> dict:

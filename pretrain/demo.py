@@ -40,13 +40,13 @@ def write_text(cache: Path) -> Path:
     """The text as a file in the `sentences` format, written once per version of Python."""
     path = cache / f"python-docs-{platform.python_version()}.txt"
 
-    def write(partial: Path) -> None:
-        print("collecting the embedded text: Python's language reference and docstrings")
-        text = "\n\n".join("\n".join(document) for document in _documents())
-        partial.write_text(f"{text}\n", encoding="utf-8")
-
-    with cache_named(cache):
-        files.write_once(path, write)
+    if path.exists():
+        return path
+    with cache_named(cache), files.exclusive(path):
+        if not path.exists():  # else another process was faster
+            print("collecting the embedded text: Python's language reference and docstrings")
+            text = "\n\n".join("\n".join(document) for document in _documents())
+            files.write_text(path, f"{text}\n")
     return path
 
 

@@ -44,14 +44,6 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         remove(partial)
 
 
-def write_once(path: Path, write: Callable[[Path], object]) -> None:
-    """`write_aside`, unless `path` exists. One process writes; others that want it wait."""
-    if not path.exists():
-        with exclusive(path):
-            if not path.exists():  # else another process was faster
-                write_aside(path, write)
-
-
 def _partial_name(name: str, token: str) -> str:
     return f".{name}.{token}.partial"
 

@@ -158,8 +158,15 @@ class PretrainingRun(Run):
         if importlib.util.find_spec("matplotlib") is None:
             return
         try:
-            curves = self._curves()
-            if sum(len(x) for x, _, _ in curves.values()) >= MIN_DRAWN:
+            points: dict[str, list[tuple[int, float]]] = {}
+            for line in (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                if row.get("eval/perplexity") is not None:
+                    length = self.phases[self.phase_at(row["step"])].max_length
+                    name = f"sequences of {length} tokens"
+                    points.setdefault(name, []).append((row["step"], row["eval/perplexity"]))
+            if sum(map(len, points.values())) >= MIN_DRAWN:
+                curves = {name: (*zip(*found), None) for name, found in points.items()}
                 title = "Validation perplexity while pretraining: lower is better"
                 labels = ("optimizer step", "perplexity (logarithmic)")
                 guess = self.phases[-1].validation.unigram_perplexity
@@ -167,39 +174,21 @@ class PretrainingRun(Run):
         except Exception as error:  # a picture is not worth a finished run
             print(f"{path.name}: not drawn ({first_line(error)})")
 
-    def _curves(self) -> dict[str, tuple]:
-        """Validation perplexities in the log, by length, in the form that `plots.curves` takes."""
-        points: dict[str, list[tuple[int, float]]] = {}
-        for line in (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row.get("eval/perplexity") is not None:
-                length = self.phases[self.phase_at(row["step"])].max_length
-                name = f"sequences of {length} tokens"
-                points.setdefault(name, []).append((row["step"], row["eval/perplexity"]))
-        return {name: (*zip(*found), None) for name, found in points.items()}
-
     def has_result(self) -> bool:
         """Whether the run is finished and `final/` is its model. All processes must call this."""
-        final, has_final = self.output / "final", False
+        final, has_final, summary = self.output / "final", False, {}
         if self.world.is_main and self.saved.get("finished") and not self.is_extended:
             folders = [final, self.output / "best"] if self.phases[-1].validation else [final]
             is_whole = not any(ckpt.problem_of(folder, needed=()) for folder in folders)
             step = ckpt.step_of(self.checkpoint)
-            is_new = ckpt.read_facts(final).get("step") == step and self._has_summary(step)
-            has_final = is_whole and is_new and not self._is_more_patient(step)
+            with contextlib.suppress(UserError):
+                summary = read_json(self.output / "summary.json")  # written last
+            has_summary = (summary.get("state"), summary.get("steps")) == (FINISHED, step)
+            is_new = ckpt.read_facts(final).get("step") == step and has_summary
+            # --patience ended the run, and has changed since.
+            has_changed = self.saved["options"].get("patience") != self.asked.patience
+            has_final = is_whole and is_new and not (step < self.total_steps and has_changed)
         return gather(has_final)[0]
-
-    def _has_summary(self, step: int) -> bool:
-        """Whether summary.json, which is written last, is that of the run's end."""
-        with contextlib.suppress(UserError):
-            summary = read_json(self.output / "summary.json")
-            return (summary.get("state"), summary.get("steps")) == (FINISHED, step)
-        return False
-
-    def _is_more_patient(self, step: int) -> bool:
-        """Whether --patience ended the run at `step`, and has changed since."""
-        before = self.saved["options"].get("patience")
-        return step < self.total_steps and before != self.asked.patience
 
     def has_turned(self, state) -> bool:
         """Whether the model clearly overfits: its loss rises from evaluation to evaluation and is

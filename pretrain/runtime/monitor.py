@@ -6,14 +6,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, counted
 from pretrain.files import as_json, write_text
 
 LINE_SECONDS = 5.0  # between lines of progress
@@ -114,7 +113,12 @@ class Monitor:
 
     def _add_scalars(self, row: dict[str, float]) -> None:
         if self.charts is not None:  # once in a run: TensorBoard reads the first layout only
-            self.writer.add_custom_scalars(_layout(self.charts, row))
+            charts = dict(self.charts)
+            for loss in sorted({name.partition("/")[2] for name in row if name.endswith("_loss")}):
+                title = f"{loss.removesuffix('_loss').upper()}, training and held-out"
+                numbers = ["Multiline", [f"train/{loss}", f"eval/{loss}"]]
+                charts.setdefault("loss", {})[title] = numbers
+            self.writer.add_custom_scalars(charts)
             self.charts = None
         for name, value in row.items():
             if name != "step" and value is not None:
@@ -153,15 +157,6 @@ class Monitor:
             self.say(f"step {step}: validation {', '.join(scores)}")
 
 
-def _layout(charts: dict, names: Iterable[str]) -> dict:
-    """`charts`, and one more for each loss in `names`."""
-    loss_charts = {}
-    for loss in sorted({name.partition("/")[2] for name in names if name.endswith("_loss")}):
-        title = f"{loss.removesuffix('_loss').upper()}, training and held-out"
-        loss_charts[title] = ["Multiline", [f"train/{loss}", f"eval/{loss}"]]
-    return charts | {"loss": loss_charts} if loss_charts else charts
-
-
 def _trim_rows(path: Path, start_step: int, evaluated: bool) -> list[dict]:
     """Delete the rows after `start_step`, its evaluation unless `evaluated`, and partial rows.
     Returns the rows that are left: none if the run starts over."""
@@ -179,8 +174,8 @@ def _trim_rows(path: Path, start_step: int, evaluated: bool) -> list[dict]:
         if is_kept and line.endswith("\n"):
             kept.append(row)
     if num_damaged:
-        rows = "row" if num_damaged == 1 else "rows"
-        print(f"{path}: {num_damaged:,} {rows} cannot be read and will be missing from the log")
+        rows = counted(num_damaged, "row")
+        print(f"{path}: {rows} cannot be read and will be missing from the log")
     if path.exists():  # also a pipe, which is replaced
         write_text(path, "".join(as_json(row) + "\n" for row in kept))
     return kept
