@@ -64,7 +64,9 @@ def build(asked: Config) -> PretrainingRun:
         with option_named("--output"):
             lock(output)
     checkpoint, saved = resume_point(output, asked, PRETRAINING_FORM, world)
-    asked = plan.drop_old_end(asked, saved)
+    before = saved.get("options", vars(asked))
+    if asked.epochs != before["epochs"] and asked.max_steps == before["max_steps"]:
+        asked = replace(asked, max_steps=0)  # a new --epochs replaces it
     precision = decide_precision(asked, saved, device)
     if asked.shard and precision == "fp16":
         raise UserError("--shard: does not work with --precision fp16; expected bf16 or fp32")

@@ -50,17 +50,13 @@ def build_parser(options: type, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help=config_help)
     groups, hints = {}, typing.get_type_hints(options)
     for entry in fields(options):
-        title = _group_of(options, entry.name)
+        kinds = [kind for kind in options.__mro__ if hasattr(kind, entry.name)]
+        # The group is named in the docstring of the most general class with the option.
+        title = kinds[-1].__doc__.partition(":")[0].rstrip(".").lower()
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         _add_option(groups[title], entry, hints[entry.name])
     return parser
-
-
-def _group_of(options: type, name: str) -> str:
-    """The group of an option: the title in the docstring of the most general class with it."""
-    kinds = [kind for kind in options.__mro__ if name in getattr(kind, "__dataclass_fields__", ())]
-    return kinds[-1].__doc__.partition(":")[0].rstrip(".").lower()
 
 
 def _add_option(group: argparse._ArgumentGroup, entry: Field, hint: object) -> None:
@@ -289,7 +285,10 @@ def _end_of(main: Callable, argv: Sequence[str], hint: str, stops: list) -> tupl
         message = f"{str(stop) or 'interrupted'}{hint}"
         return message, 128 + getattr(stop, "number", signal.SIGINT)
     except Exception as error:
-        _free_frames(error)
+        cause: BaseException | None = error
+        while cause is not None:  # free what the frames refer to, such as a loader's workers
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
         if stops:  # a library may have replaced it, and `refusing` made a UserError of that
             return f"{stops[0]}{hint}", 128 + stops[0].number
         if isinstance(error, UserError):
@@ -334,10 +333,3 @@ def _keep_output_open() -> None:
             raw = io.BufferedWriter(_Output(number, "w", closefd=False))
             stream = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
             setattr(sys, name, stream)
-
-
-def _free_frames(error: BaseException | None) -> None:
-    """Free what the frames of an error and its causes refer to, such as a loader's workers."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

@@ -71,10 +71,6 @@ def _are_phases(texts: tuple[str, ...]) -> bool:
     return all(map(LENGTH.holds, lengths)) and min(shares) > 0 and abs(sum(shares) - 1) <= 1e-6
 
 
-def _is_split(shares: tuple[float, ...]) -> bool:
-    return all(0 <= share <= 1 for share in shares) and abs(sum(shares) - 1) < 1e-6
-
-
 def _is_encoding(name: str) -> bool:
     try:
         codecs.lookup(name).incrementaldecoder()
@@ -129,7 +125,12 @@ BUDGETS = each(pattern(r"all|[0-9]+", "a number of rows, or all", "N"))
 ASSIGNMENTS = each(pattern(r"[^\W\d]\w*=.*", "KEY=VALUE", "KEY=VALUE"), nargs="*")
 BETA = Rule(lambda beta: 0 <= beta < 1, "numbers of at least 0 and below 1", metavar="BETA")
 BETAS = each(BETA, nargs=2)
-SPLIT = Rule(_is_split, "three shares from 0 to 1 that sum to 1", metavar="SHARE", nargs=3)
+SPLIT = Rule(
+    lambda shares: min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6,
+    "three shares from 0 to 1 that sum to 1",
+    metavar="SHARE",
+    nargs=3,
+)
 WEIGHTS = each(Rule(POSITIVE.holds, "finite numbers above 0", metavar="SHARE"))
 MASK_RATE = Rule(
     lambda rates: 1 <= len(rates) <= 2 and all(0 < rate <= 0.8 for rate in rates),

@@ -145,12 +145,10 @@ def _report_shared(config: Config, validation: Corpus, text: Text) -> None:
 def _is_usable(folder: str | None, config: Config) -> bool:
     """Whether a resumed run can open its corpus in `folder`. If it is missing, or damaged in the
     cache, the run prepares it again."""
-    if not folder:
+    if not folder or not is_corpus(folder):
         return False
     is_cached = Path(folder).parent == Path(os.path.abspath(config.cache))
-    if is_cached and damage_of(Path(folder)):
-        return False
-    return is_corpus(folder)
+    return not (is_cached and damage_of(Path(folder)))
 
 
 def text_key(paths: Iterable[str]) -> str:
@@ -226,7 +224,7 @@ def open_or_prepare(
 
     UserError with `ways` out if too much of it is unknown to the tokenizer, unless it
     `is_accepted`, by a run that resumes. `more_arguments` are those of `prepare`."""
-    verb, sample = "found", ""
+    verb = "found"
     if text.is_corpus:
         with option_named(text.option):
             corpus = open_corpus(text.paths[0], vocabulary)
@@ -241,7 +239,7 @@ def open_or_prepare(
             if not (folder / "corpus.json").is_file():
                 verb = "prepared"
                 if not is_accepted:
-                    sample = check_sample(text, tokenizer, ways)
+                    check_sample(text, tokenizer, ways)
                 found = (markup.find(*item) for item in text.sentences() if item)
                 needs_entities = masking == "entity" or markup.lexicon and masking != "any"
                 if needs_entities and not any(found):
@@ -260,10 +258,8 @@ def open_or_prepare(
         raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
     info = corpus.info
     if not is_accepted:
-        if not text.is_corpus:
-            sample = sample or text.sample()
         share = info["unknown_tokens"] / info["tokens"]
-        check_vocabulary(text.name, share, tokenizer, sample, ways)
+        check_vocabulary(text.name, share, tokenizer, text.sample(), ways)
     if masking == "entity" and not info["entities"]:
         raise no_entities(text)
     name = text.name if len(text.paths) == 1 else text.option

@@ -32,7 +32,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     processes may write it, call this inside `exclusive`, which removes what killed ones left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process number: in each container it is 1.
-    partial = path.with_name(_partial_name(path.name, secrets.token_hex(4)))
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         write(partial)
         partial.replace(path)
@@ -42,10 +42,6 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         raise
     finally:
         remove(partial)
-
-
-def _partial_name(name: str, token: str) -> str:
-    return f".{name}.{token}.partial"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -128,7 +124,9 @@ def lock(folder: Path, wait: bool = False) -> bool:
     if folder in _held:
         return True
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = _lock_file(folder)
+    path = folder.with_name(f".{folder.name}.lock")
+    if not path.exists() and not os.access(folder.parent, os.W_OK) and folder.is_dir():
+        path = folder / ".lock"  # a volume mounted into a container, for example
     handle = path.open("a+")
     try:
         has_locks = _acquire(handle, folder, wait)
@@ -166,13 +164,6 @@ def _acquire(handle: TextIO, folder: Path, wait: bool) -> bool:
     return True
 
 
-def _lock_file(folder: Path) -> Path:
-    path = folder.with_name(f".{folder.name}.lock")
-    if not path.exists() and not os.access(folder.parent, os.W_OK) and folder.is_dir():
-        path = folder / ".lock"  # a volume mounted into a container, for example
-    return path
-
-
 def _is_open(path: Path, handle: TextIO) -> bool:
     """Whether `handle` is open on the file that is now at `path`."""
     try:
@@ -208,7 +199,7 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
     UserError if the disk is full or read-only."""
     try:
         if lock(path, wait):
-            for leftover in path.parent.glob(_partial_name(glob.escape(path.name), "?" * 8)):
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
                 remove(leftover)
         yield
     except UserError:

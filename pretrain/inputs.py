@@ -163,7 +163,10 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
     if language == "auto":
         language = "zh" if chinese_share > 0.5 else "en"
     if words == "jieba":
-        _require_jieba(options, masking)
+        is_chosen = options.words == "auto" and hasattr(options, "masking")
+        shown = typed(options, "masking") if is_chosen else "--words jieba"
+        fills = " or --entity-fill none" if masking == "entity" else ""
+        require("rjieba", f"{shown}: finding Chinese words", f"use --words tokenizer{fills}")
     if language:
         require("sentencex", f"--split-sentences {language}")
     if options.lexicon:
@@ -173,16 +176,6 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
     elif masking == "entity" and text.text_format != "jsonl":
         raise no_entities(text)
     return Markup(language, words, terms if masking != "token" else ())
-
-
-def _require_jieba(options: TextOptions, masking: str) -> None:
-    """UserError with the ways out if the package for Chinese words is not installed."""
-    shown, ways = "--words jieba", "use --words tokenizer"
-    if options.words == "auto" and hasattr(options, "masking"):
-        shown = typed(options, "masking")
-    if masking == "entity":
-        ways += " or --entity-fill none"
-    require("rjieba", f"{shown}: finding Chinese words", ways)
 
 
 def prepare_tokenizer(
@@ -316,21 +309,19 @@ def _read_new_words(tokenizer: PreTrainedTokenizerBase, options: TokenizerOption
     return kept
 
 
-def check_sample(text: TextFiles, tokenizer: PreTrainedTokenizerBase, ways: str) -> str:
-    """A sample of a text; UserError with `ways` out if too much of it is unknown to the
-    tokenizer."""
+def check_sample(text: TextFiles, tokenizer: PreTrainedTokenizerBase, ways: str) -> None:
+    """UserError with `ways` out if too much of a sample of the text is unknown to the tokenizer."""
     sample = text.sample()
     share, _ = tokenizers.find_unknown(tokenizer, sample.split("\n"))
     if share > MAX_UNKNOWN:
         check_vocabulary(text.name, share, tokenizer, sample, ways)
-    return sample
 
 
 def check_vocabulary(
     name: str,
     share: float,
     tokenizer: PreTrainedTokenizerBase,
-    sample: str = "",
+    sample: str,
     ways: str = MODEL_WAYS,
 ) -> None:
     """UserError if the `share` of tokens that are unknown is above MAX_UNKNOWN, a printed warning

@@ -24,18 +24,12 @@ SAMPLED_MICRO_BATCHES = 20  # to count entities and words in
 def make_masking(
     config: Config, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
 ) -> Masking:
-    """The masking that the options describe; UserError if no similar word is usable."""
+    """The masking that the options describe. Prints how many words of --similar are usable;
+    UserError if none is."""
     names = [entry.name for entry in fields(Masking) if hasattr(config, entry.name)]
-    options = {name: getattr(config, name) for name in names} | {"similar": None}
-    if config.replace == "similar":
-        options["similar"] = _read_similar(config, tokenizer, vocabulary)
-    return Masking(**options)
-
-
-def _read_similar(
-    config: Config, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
-) -> SimilarWords:
-    """The table of --similar; prints how many of its words are usable."""
+    options = {name: getattr(config, name) for name in names if name != "similar"}
+    if config.replace != "similar":
+        return Masking(**options)
     backend = without_limits(tokenizer)
     space = " " if vocabulary.needs_space else ""
 
@@ -54,7 +48,7 @@ def _read_similar(
     pairs = counted(similar.counts.sum(), "similar word")
     found = f"{counted(len(similar.counts), 'word')} with {pairs}"
     print(f"{shown}: {found} of the same number of tokens")
-    return similar
+    return Masking(**options, similar=similar)
 
 
 def report_similar(

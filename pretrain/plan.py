@@ -216,14 +216,6 @@ def check_pairs(labels: np.ndarray, config: Config, at_length: str = "") -> None
         )
 
 
-def drop_old_end(config: Config, saved: dict) -> Config:
-    """The options of a resumed run: if only --epochs is new, it replaces --max-steps."""
-    if not saved or config.epochs == saved["options"]["epochs"]:
-        return config
-    is_old = config.max_steps == saved["options"]["max_steps"]
-    return replace(config, max_steps=0) if is_old else config
-
-
 def count_steps(config: Config, asked: Config, saved: dict, steps_per_epoch: int) -> int:
     """Optimizer steps of the run; a resumed run keeps its own unless the options changed."""
     names = ("max_steps", "epochs")
