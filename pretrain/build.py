@@ -74,7 +74,7 @@ def build(asked: Config) -> PretrainingRun:
         plan.check_sizes(asked, saved, world)
 
     torch.manual_seed(asked.seed)
-    inputs = read_inputs(asked, checkpoint, saved, world)
+    inputs = read_inputs(asked, checkpoint, saved)
     situation = _situation(asked, inputs)
     config = recipe.resolve(asked, saved, situation)
     inputs = replace(inputs, masks=replace(inputs.masks, mask_rate=config.mask_rate))
@@ -134,11 +134,11 @@ def build(asked: Config) -> PretrainingRun:
     )
 
 
-def read_inputs(config: Config, checkpoint: Path | None, saved: dict, world: World) -> Inputs:
+def read_inputs(config: Config, checkpoint: Path | None, saved: dict) -> Inputs:
     """Tokenizer and model (their configs first), then the text, which takes longest.
 
     UserError if one does not fit the others or the resumed run."""
-    tokenizer, text, added = prepare_tokenizer(config, checkpoint, world)
+    tokenizer, text, added = prepare_tokenizer(config, checkpoint)
     vocabulary = describe(tokenizer)
     masks = make_masking(config, tokenizer, vocabulary)
     model, fresh = make_model(config, checkpoint, tokenizer, vocabulary, added)
@@ -146,7 +146,7 @@ def read_inputs(config: Config, checkpoint: Path | None, saved: dict, world: Wor
     if saved and digest != saved.get("similar_words"):
         problem = f"{typed(config, 'similar')}: has changed since the run started"
         raise UserError(f"{problem}; restore the file, or start a new run")
-    texts, facts = open_text(config, tokenizer, vocabulary, text, world, saved)
+    texts, facts = open_text(config, tokenizer, vocabulary, text, saved)
     corpora = [text.training for text in texts]
     occurrences = report_added(corpora, added, tokenizer)
     if MLM_HEAD in fresh:

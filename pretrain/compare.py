@@ -41,13 +41,13 @@ class Change:
 
 @torch.no_grad()
 def sequence_losses(
-    model: PackedModel, validation: ValidationSet, device: torch.device, context: torch.autocast
+    model: PackedModel, validation: ValidationSet, context: torch.autocast
 ) -> tuple[np.ndarray, np.ndarray]:
     """(summed MLM loss, number of masked tokens) of each sequence, float64 [sequences]."""
     sums, counts = [], []
     with evaluation_mode(model), context:
         for batch in validation.batches:
-            on_device = batch.to(device)
+            on_device = batch.to(model.device)
             logits = model.masked_lm_logits(model.encode(on_device), on_device)
             labels = on_device.labels["mlm"]
             losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
@@ -61,15 +61,11 @@ def sequence_losses(
 
 
 def compare(
-    before: PackedModel,
-    after: PackedModel,
-    validation: ValidationSet,
-    device: torch.device,
-    context: torch.autocast,
+    before: PackedModel, after: PackedModel, validation: ValidationSet, context: torch.autocast
 ) -> Change:
     """The change from one model to the other, which have the same vocabulary."""
-    old, counts = sequence_losses(before, validation, device, context)
-    new, _ = sequence_losses(after, validation, device, context)
+    old, counts = sequence_losses(before, validation, context)
+    new, _ = sequence_losses(after, validation, context)
     _, groups = np.unique(validation.documents, return_inverse=True)
     drawn = counted(groups.max() + 1, "document")
     if groups.max() + 1 < MIN_DOCUMENTS:

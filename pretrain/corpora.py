@@ -35,7 +35,7 @@ from pretrain.inputs import (
     option_of,
     text_paths,
 )
-from pretrain.runtime.distributed import World, gather, main_first
+from pretrain.runtime.distributed import gather, main_first
 
 SHOWN_TOKENS = 8  # of the added ones, with their counts
 
@@ -60,7 +60,6 @@ def open_text(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
     text: dict[str, TextFiles],
-    world: World,
     saved: dict,
 ) -> tuple[list[Text], dict[str, object]]:
     """(the text of a run or the texts of its mixture, what a checkpoint saves about them).
@@ -80,10 +79,10 @@ def open_text(
             if is_usable:
                 opened[name] = open_corpus(folder, vocabulary)
         if not is_usable:
-            files = text.get(name) or check_text(paths, option, config, world, masking)
+            files = text.get(name) or check_text(paths, option, config, masking)
             cache = Path(config.cache)
             opened[name] = open_or_prepare(
-                files, tokenizer, vocabulary, cache, world, masking, is_accepted=bool(saved)
+                files, tokenizer, vocabulary, cache, masking, is_accepted=bool(saved)
             )
         elif keys.get(name) != found[name]:
             shown = " ".join([option, *paths, *(["or --lexicon", *terms] if terms else [])])
@@ -213,7 +212,6 @@ def open_or_prepare(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
     cache: Path,
-    world: World,
     masking: str = "token",
     output: Path | None = None,
     is_accepted: bool = False,
@@ -235,7 +233,7 @@ def open_or_prepare(
         roles = tokenizer.special_tokens_map  # saved with the corpus, in no fingerprint
         settings = [text.text_format, vocabulary.fingerprint, FORMAT_VERSION, markup.key, roles]
         folder = output or cache / content_key(text.sources, *settings)
-        with main_first(world):
+        with main_first():
             if not (folder / "corpus.json").is_file():
                 verb = "prepared"
                 if not is_accepted:

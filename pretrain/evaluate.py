@@ -99,7 +99,6 @@ def unigram_perplexity(corpus: Corpus, batches: list[Batch], vocab_size: int) ->
 def evaluate(
     model: PackedModel,
     validation: ValidationSet,
-    device: torch.device,
     context: torch.autocast,
     world: World = World(),
     stop: Callable[[], int] = lambda: 0,
@@ -115,11 +114,11 @@ def evaluate(
             number = start + world.rank
             # All processes must take part if the model is sharded; repeated batches do not count.
             batch = batches[min(number, len(batches) - 1)]
-            losses = LossTotals.of(model(batch.to(device)), batch.denominators)
+            losses = LossTotals.of(model(batch.to(model.device)), batch.denominators)
             totals += losses if number < len(batches) else losses.where(False)
     if stop():
         return None
-    means = totals.read(device).means()
+    means = totals.read(model.device).means()
     if validation.unigram_perplexity is not None:
         means["unigram_perplexity"] = validation.unigram_perplexity
     return means
@@ -141,13 +140,12 @@ def sample_predictions(
     model: PackedModel,
     validation: ValidationSet,
     tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
     context: torch.autocast,
 ) -> str:
     """Markdown: a few sequences with their masks, and the most likely tokens for each mask."""
     batch = validation.batches[0]
     with evaluation_mode(model), context:
-        on_device = batch.to(device)
+        on_device = batch.to(model.device)
         logits = model.masked_lm_logits(model.encode(on_device), on_device)
     ends = batch.cu_seqlens[: min(SHOWN_SEQUENCES, batch.num_sequences) + 1].tolist()
     positions = batch.masked_positions[: batch.counts["mlm"]].tolist()

@@ -34,7 +34,7 @@ from pretrain.errors import NotWritable, UserError, check, counted, option_named
 from pretrain.files import exclusive
 from pretrain.model.loading import load_config
 from pretrain.runtime.checkpoint import problem_of, write_folder
-from pretrain.runtime.distributed import World, main_first
+from pretrain.runtime.distributed import main_first
 
 SAMPLED_PIECES, SAMPLED_CHARACTERS = 16, 1 << 18  # read to detect the script of a text
 # Shares of unknown tokens: one for a warning, one for a UserError. A vocabulary that fits leaves
@@ -103,7 +103,7 @@ def cache_named(cache: str | Path) -> Iterator[None]:
 
 
 def check_text(
-    paths: tuple[str, ...], option: str, options: TextOptions, world: World, masking: str = "token"
+    paths: tuple[str, ...], option: str, options: TextOptions, masking: str = "token"
 ) -> TextFiles:
     """The text that `paths` name, checked.
 
@@ -115,7 +115,7 @@ def check_text(
         if any(map(is_corpus, paths)):
             _check_corpus(text, options)
             return text
-        with main_first(world), cache_named(options.cache):
+        with main_first(), cache_named(options.cache):
             with_entities = masking in ("entity", "any")
             sources, text_format = open_files(paths, options, with_entities, may_lack_entities)
             for entry in expand(paths):
@@ -179,7 +179,7 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
 
 
 def prepare_tokenizer(
-    config: Config, checkpoint: Path | None, world: World
+    config: Config, checkpoint: Path | None
 ) -> tuple[PreTrainedTokenizerBase, dict[str, TextFiles], dict[int, list[int]]]:
     """(tokenizer, checked text by name as in `text_paths`, ids that each new token replaces).
 
@@ -191,9 +191,9 @@ def prepare_tokenizer(
     added = add_tokens(tokenizer, config) if tokenizer else {}
     text = {}
     for name, paths in text_paths(config).items():
-        text[name] = check_text(paths, option_of(name), config, world, marked_in(name, config))
+        text[name] = check_text(paths, option_of(name), config, marked_in(name, config))
     if not tokenizer:
-        tokenizer = make_tokenizer(config, [text[name] for name in text if name != "valid"], world)
+        tokenizer = make_tokenizer(config, [text[name] for name in text if name != "valid"])
         added = add_tokens(tokenizer, config)
     return tokenizer, text, added
 
@@ -239,7 +239,7 @@ def find_tokenizer(
 
 
 def make_tokenizer(
-    options: TokenizerOptions, texts: Sequence[TextFiles], world: World
+    options: TokenizerOptions, texts: Sequence[TextFiles]
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the first corpus among `texts`, or else one trained on all of them."""
     for text in texts:
@@ -252,7 +252,7 @@ def make_tokenizer(
     rules = (options.vocab_size, tokenizers.MIN_OCCURRENCES, lowercase)
     key = content_key(sources, *formats, *rules)
     folder = Path(options.cache) / f"tokenizer-{key}"
-    with main_first(world), cache_named(options.cache):
+    with main_first(), cache_named(options.cache):
         if problem_of(folder, needed=()):
             _train_tokenizer(folder, texts, options.vocab_size, lowercase)
     return tokenizers.load(str(folder))

@@ -113,14 +113,14 @@ class PretrainingRun(Run):
         phase = self.phases[self.phase_at(step)]
         if phase.validation is None:
             return {}
-        model, device, context = self.model, self.device, self.autocast()
+        model, context = self.model, self.autocast()
         scores: dict[str, float] = {}
         for name, validation in {"": phase.validation, **phase.others}.items():
-            found = evaluate(model, validation, device, context, self.world, stop)
+            found = evaluate(model, validation, context, self.world, stop)
             if found is None:
                 return None
             scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
-        samples = sample_predictions(model, phase.validation, self.tokenizer, device, context)
+        samples = sample_predictions(model, phase.validation, self.tokenizer, context)
         monitor.log(step, {"held-out predictions": samples})
         return scores
 

@@ -39,7 +39,7 @@ def changed(model, share):
 def test_losses_of_sequences_equal_the_stock_model(corpus, vocabulary, tmp_path, fill):
     validation = make_validation_set(corpus, "random", MAX_LENGTH, 8, vocabulary, 3000, fill)
     model = small_model(vocabulary.size, hidden_dropout_prob=0.3)
-    sums, counts = compare.sequence_losses(model, validation, CPU, PRECISION)
+    sums, counts = compare.sequence_losses(model, validation, PRECISION)
     assert model.training
     model.save_pretrained(tmp_path)
     stock = stock_class("bert", "ForPreTraining").from_pretrained(tmp_path).eval()
@@ -55,7 +55,7 @@ def test_losses_of_sequences_equal_the_stock_model(corpus, vocabulary, tmp_path,
             losses = -row[places].log_softmax(-1).gather(1, of_row[places, None])
             expected.append((losses.sum().item(), int(places.sum())))
     np.testing.assert_allclose(np.stack([sums, counts], axis=1), expected, rtol=1e-4)
-    perplexity = evaluate(model, validation, CPU, PRECISION)["perplexity"]
+    perplexity = evaluate(model, validation, PRECISION)["perplexity"]
     assert np.exp(sums.sum() / counts.sum()) == pytest.approx(perplexity, rel=1e-5)
 
 
@@ -80,11 +80,11 @@ def test_each_sequence_belongs_to_the_document_that_it_begins_in(corpus, vocabul
 def test_a_change_and_its_interval_equal_a_slow_bootstrap(validation, vocabulary):
     before = small_model(vocabulary.size)
     models = (before, changed(before, 0.1))
-    change = compare.compare(*models, validation, CPU, PRECISION)
-    sides = [compare.sequence_losses(each, validation, CPU, PRECISION) for each in models]
+    change = compare.compare(*models, validation, PRECISION)
+    sides = [compare.sequence_losses(each, validation, PRECISION) for each in models]
     (old, counts), (new, _) = sides
     assert change.difference == pytest.approx((new - old).sum() / counts.sum())
-    scores = [evaluate(each, validation, CPU, PRECISION) for each in models]
+    scores = [evaluate(each, validation, PRECISION) for each in models]
     perplexities = [of_model["perplexity"] for of_model in scores]
     assert (change.before, change.after) == pytest.approx(perplexities, rel=1e-4)
     numbers = np.unique(validation.documents)
@@ -102,7 +102,7 @@ def test_a_change_and_its_interval_equal_a_slow_bootstrap(validation, vocabulary
 def test_few_documents_are_drawn_by_sequence(validation, vocabulary, monkeypatch):
     monkeypatch.setattr(compare, "MIN_DOCUMENTS", 1000)
     models = small_model(vocabulary.size), changed(small_model(vocabulary.size), 0.1)
-    change = compare.compare(*models, validation, CPU, PRECISION)
+    change = compare.compare(*models, validation, PRECISION)
     assert change.drawn == f"{len(validation.documents)} sequences"
     assert change.low < change.difference < change.high
 

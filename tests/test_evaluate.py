@@ -39,7 +39,7 @@ def make(sides, vocabulary):
 
 
 def run(model, validation):
-    return evaluate(model, validation, CPU, autocast(CPU, "fp32"))
+    return evaluate(model, validation, autocast(CPU, "fp32"))
 
 
 def stock_numbers(model, batches, folder, pairs):
@@ -143,7 +143,7 @@ def test_a_stop_ends_the_evaluation(make, vocabulary):
     model, calls = small_model(vocabulary.size), iter([0, 0, 15])
     validation = make(size=1)
     context = autocast(CPU, "fp32")
-    assert evaluate(model, validation, CPU, context, stop=lambda: next(calls)) is None
+    assert evaluate(model, validation, context, stop=lambda: next(calls)) is None
     assert model.training
 
 
@@ -190,7 +190,7 @@ def test_a_validation_set_tells_its_size_and_the_better_guess(objective, make):
 
 def samples_of(model, validation, tokenizer):
     """[(text, [(place, read, right, predicted)])] of sample_predictions."""
-    text = sample_predictions(model, validation, tokenizer, CPU, autocast(CPU, "fp32"))
+    text = sample_predictions(model, validation, tokenizer, autocast(CPU, "fp32"))
     parts, samples = text.split("\n\n"), []
     for text, table in zip(parts[::2], parts[1::2], strict=True):
         head, rule, *rows = table.split("\n")

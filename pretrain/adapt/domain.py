@@ -21,7 +21,6 @@ from pretrain.data.sources import read_lines
 from pretrain.errors import UserError, require
 from pretrain.files import markdown_table
 from pretrain.inputs import TextFiles, check_text
-from pretrain.runtime.distributed import World
 
 # A Chinese character, or a run of letters and digits with their marks.
 WORD = regex.compile(
@@ -41,7 +40,7 @@ def read_text(
     paths: tuple[str, ...], option: str, options: TextOptions, masking: str = "word"
 ) -> TextFiles:
     """The checked text of `paths`; UserError for a prepared corpus, which no longer has words."""
-    text = check_text(paths, option, options, World(), masking)
+    text = check_text(paths, option, options, masking)
     if text.is_corpus:
         raise UserError(f"{text.name}: already a prepared corpus; expected text")
     return text

@@ -49,7 +49,7 @@ def measure(
             _train_head(model, TrainData([data], (), 1), run)
     shape = (None, task.max_length, task.micro_batch_size, vocabulary, run.config.eval_tokens)
     validation = make_validation_set(corpus, *shape, training=training)
-    change = asdict(compare(before, adapted, validation, run.device, run.autocast()))
+    change = asdict(compare(before, adapted, validation, run.autocast()))
     change["unigram"] = validation.unigram_perplexity
     return change | {"trains_head": not has_head}
 

@@ -188,7 +188,7 @@ def measure_perplexity(experiment: Experiment) -> dict:
         return {}
 
     def perplexity_of(model: PackedModel) -> float:
-        return evaluate(model, validation, run.device, context)["perplexity"]
+        return evaluate(model, validation, context)["perplexity"]
 
     lines = (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     curve, training = [], []
@@ -239,7 +239,7 @@ def _open_general(experiment: Experiment, run: PretrainingRun) -> tuple[Corpus, 
         path, share = str(experiment.output / "general.jsonl"), run.config.valid_fraction
         general = domain.read_text((path,), "--general", run.config, "token")
     vocabulary = tokenizers.describe(run.tokenizer)
-    corpus = open_or_prepare(general, run.tokenizer, vocabulary, cache, run.world, ways=MODEL_WAYS)
+    corpus = open_or_prepare(general, run.tokenizer, vocabulary, cache, ways=MODEL_WAYS)
     parts = corpus.split(share) if share else (corpus, corpus)
     if not all(part.count(at_most=1) for part in parts):
         shown = typed(experiment.options, "general")

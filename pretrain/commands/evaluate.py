@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     options = replace(options, objective=fitting_objective(options, loaded, asked is not None))
     texts = {}
     for name, paths in by_name(options.input).items():
-        texts[name] = check_text(paths, f"--input {name}".strip(), options, world)
+        texts[name] = check_text(paths, f"--input {name}".strip(), options)
     models = {}
     for name, (model, *_) in loaded.items():
         weight = facts.get("nsp_weight", 1.0)
@@ -87,12 +87,12 @@ def main(argv: Sequence[str]) -> None:
         models[name] = model.to(device)
     numbers = {}
     for name, text in texts.items():
-        validation = open_input(options, text, tokenizer, vocabulary, world)
+        validation = open_input(options, text, tokenizer, vocabulary)
         numbers[name] = measure(options, name, validation, models, precision, world)
     print(as_json(numbers.get("", numbers)))
 
 
-def open_input(options: EvaluateOptions, text, tokenizer, vocabulary, world):
+def open_input(options: EvaluateOptions, text, tokenizer, vocabulary):
     """The validation set of a text; with --valid-fraction, that of a run. UserError if there are
     too few documents, or nothing can be masked."""
     from pretrain.corpora import open_or_prepare
@@ -100,7 +100,7 @@ def open_input(options: EvaluateOptions, text, tokenizer, vocabulary, world):
     from pretrain.inputs import MODEL_WAYS
 
     cache = Path(options.cache)
-    corpus = open_or_prepare(text, tokenizer, vocabulary, cache, world, ways=MODEL_WAYS)
+    corpus = open_or_prepare(text, tokenizer, vocabulary, cache, ways=MODEL_WAYS)
     training = corpus  # to guess the frequencies of tokens from
     if options.valid_fraction:
         training, corpus = corpus.split(options.valid_fraction)
@@ -126,9 +126,9 @@ def measure(
 
     model, change = models["model"], None
     context = autocast(model.device, precision)
-    numbers = evaluate(model, validation, model.device, context, world)
+    numbers = evaluate(model, validation, context, world)
     if "baseline" in models:
-        change = compare(models["baseline"], model, validation, model.device, context)
+        change = compare(models["baseline"], model, validation, context)
         numbers |= {
             "baseline_perplexity": change.before,
             "log_perplexity_difference": change.difference,

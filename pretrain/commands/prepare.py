@@ -50,14 +50,12 @@ def main(argv: Sequence[str]) -> None:
         find_tokenizer,
         make_tokenizer,
     )
-    from pretrain.runtime.distributed import World
 
-    world = World()
     tokenizer = find_tokenizer(options)
-    text = check_text(options.input, "--input", options, world, masking="any")
+    text = check_text(options.input, "--input", options, masking="any")
     if text.is_corpus:
         check([f"{text.name}: already a prepared corpus; expected text"])
-    tokenizer = tokenizer or make_tokenizer(options, [text], world)
+    tokenizer = tokenizer or make_tokenizer(options, [text])
     add_tokens(tokenizer, options)
     if options.ray:
         with option_named("--ray"):
@@ -69,7 +67,6 @@ def main(argv: Sequence[str]) -> None:
         tokenizer,
         vocabulary,
         cache,
-        world,
         output=output,
         ways=TOKENIZER_WAYS,
         workers=options.workers,

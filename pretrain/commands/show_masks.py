@@ -143,15 +143,14 @@ def open_data(options: ShowMasksOptions) -> tuple:
     from pretrain.data.collate import Collator
     from pretrain.inputs import prepare_tokenizer
     from pretrain.mask_setup import make_masking
-    from pretrain.runtime.distributed import World
 
     if not options.train:
         train = (str(demo.write_text(Path(options.cache))),)
         options = replace(options, train=train, format="sentences")
-    tokenizer, text, _ = prepare_tokenizer(options, None, World())
+    tokenizer, text, _ = prepare_tokenizer(options, None)
     vocabulary = tokenizers.describe(tokenizer)
     masking = make_masking(options, tokenizer, vocabulary)
-    texts, _ = open_text(options, tokenizer, vocabulary, text, World(), {})
+    texts, _ = open_text(options, tokenizer, vocabulary, text, {})
     task = plan.make_tasks(options, options.micro_batch_size)[options.phase - 1]
     dataset = make_dataset(options, texts, task)
     if task.pairs:

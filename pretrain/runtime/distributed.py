@@ -150,12 +150,13 @@ def wait_for_all() -> None:
 
 
 @contextlib.contextmanager
-def main_first(world: World) -> Iterator[None]:
+def main_first() -> Iterator[None]:
     """The main process runs the block first; the others then find what it wrote to disk."""
-    if not world.is_main:
+    rank = dist.get_rank() if dist.is_initialized() else None  # None: alone
+    if rank:
         dist.barrier(_patient_group())
     yield
-    if world.is_main and world.size > 1:  # not if the block failed, which ends the others, too
+    if rank == 0:  # not if the block failed, which ends the others, too
         dist.barrier(_patient_group())
 
 

@@ -25,7 +25,7 @@ LOADER_SECONDS = 0.7  # per measurement: enough to make prefetched batches negli
 def measure_prepare(bench) -> Iterator[dict]:
     """Tokens/s of `prepare`, and of `encode_batch_fast` alone on the same sentences, in turns."""
     run = bench.make_run()
-    text = check_text(bench.options.train, "--train", bench.options, run.world)
+    text = check_text(bench.options.train, "--train", bench.options)
     if text.is_corpus:
         raise UserError(f"{text.name}: is a corpus; expected text, or --parts without prepare")
     lines = sample_of(text.sentences())

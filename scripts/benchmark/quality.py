@@ -58,7 +58,7 @@ class Referee:
         """Validation numbers of the model in `folder`."""
         run, (model, _) = self.run, from_checkpoint(str(folder))
         set_up_model(model.to(run.device), run.asked, run.config, run.device, run.precision)
-        return evaluate(model, run.phases[0].validation, run.device, run.autocast())
+        return evaluate(model, run.phases[0].validation, run.autocast())
 
 
 def serve(turns: Connection, options: dict) -> None:

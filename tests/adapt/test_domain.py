@@ -19,7 +19,6 @@ from pretrain.config import TextOptions
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.sources import read_lines
 from pretrain.inputs import check_text
-from pretrain.runtime.distributed import World
 
 rjieba = pytest.importorskip("rjieba")
 imread = pytest.importorskip("matplotlib.image").imread
@@ -40,7 +39,7 @@ def text_of(tmp_path, cache):
         path = tmp_path / "text.txt"
         path.write_text(content, encoding="utf-8")
         options = TextOptions(cache=str(cache), format="sentences", **options)
-        return check_text([str(path)], "--input text", options, World(), "word")
+        return check_text([str(path)], "--input text", options, "word")
 
     return make
 
