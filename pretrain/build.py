@@ -30,7 +30,7 @@ from pretrain.model_setup import decide_precision, make_model, set_up_model, sho
 from pretrain.preflight import validate
 from pretrain.pretraining import PRETRAINING_FORM, Phase, PretrainingRun
 from pretrain.resume import resume_point, run_folder
-from pretrain.runtime.distributed import World, any_rank, start
+from pretrain.runtime.distributed import World, any_rank, is_sharded, start
 from pretrain.runtime.memory import explained, trial_seconds
 from pretrain.runtime.optim import autocast
 from pretrain.runtime.sharding import place
@@ -98,6 +98,9 @@ def build(asked: Config) -> PretrainingRun:
     on_gpu, micro_batch_size = device.type == "cuda", phases[0].dataset.task.micro_batch_size
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
+    workers = config.workers
+    if workers is None:
+        workers = 2 if on_gpu else 0
     facts = {"steps_per_epoch": epoch.steps, "recipe": recipe.values_of(config)}
     return PretrainingRun(
         asked=asked,
@@ -115,7 +118,7 @@ def build(asked: Config) -> PretrainingRun:
             world.rank,
             world.size,
             total_steps=total_steps,
-            workers=(2 if on_gpu else 0) if config.workers is None else config.workers,
+            workers=workers,
             pin_memory=on_gpu,
         ),
         phase_ends=ends,
@@ -191,7 +194,7 @@ def fit_phases(
         phases = [_make_phase(config, dataset, inputs) for dataset in datasets]
         if saved:
             return phases, epoch, None
-        seconds = _trial_seconds(model, phases, autocast(device, precision), config.shard)
+        seconds = _trial_seconds(model, phases, autocast(device, precision))
         if seconds is not None:
             return phases, epoch, seconds
         size = plan.smaller_micro_batch_size(config, size, device, world)
@@ -216,17 +219,17 @@ def _make_phase(config: Config, dataset: PretrainingDataset | Mixture, inputs: I
 
 
 def _trial_seconds(
-    model: PackedModel, phases: list[Phase], context: torch.autocast, shard: bool
+    model: PackedModel, phases: list[Phase], context: torch.autocast
 ) -> float | None:
     """The time of the slowest phase's fullest micro-batch; None if one does not fit in memory."""
     times = []
     for phase in phases:
         batch = phase.fullest_batch().to(model.device)
-        times.append(trial_seconds(model, batch, context, shard))
+        times.append(trial_seconds(model, batch, context))
         if times[-1] is None:
             break
     fits = times[-1] is not None
     # The trial exchanges sharded weights: if one process runs out of memory, the others wait for
     # it and end when it does.
-    all_fit = fits if shard else not any_rank(not fits)
+    all_fit = fits if is_sharded(model) else not any_rank(not fits)
     return max(times) if all_fit else None

@@ -152,7 +152,7 @@ def test_patience_and_best_use_the_last_phase(of_one_length, output, lengths):
 def test_memory_is_tried_for_each_phase(arguments, output, monkeypatch):
     tried = []
 
-    def fits(model, batch, context, is_sharded):
+    def fits(model, batch, context):
         tried.append(batch.max_length)
         return 0.1 if batch.max_length == 32 or batch.num_tokens <= 128 else None
 

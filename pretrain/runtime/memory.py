@@ -10,7 +10,7 @@ from torch import nn
 
 from pretrain.batch import Batch
 from pretrain.errors import UserError, first_line
-from pretrain.runtime.distributed import is_lost_peer
+from pretrain.runtime.distributed import is_lost_peer, is_sharded
 
 MAX_TRIAL_SECONDS = 2.0  # a slower first pass on a CPU is not repeated
 FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # of the host, CUDA, cuBLAS
@@ -47,9 +47,7 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
 
 
-def trial_seconds(
-    model: nn.Module, batch: Batch, context: torch.autocast, is_sharded: bool = False
-) -> float | None:
+def trial_seconds(model: nn.Module, batch: Batch, context: torch.autocast) -> float | None:
     """Seconds for forward and backward of `batch`; None if they do not fit in memory next to
     gradients and two optimizer states per weight, as in AdamW: what a step needs from its second
     micro-batch on."""
@@ -68,7 +66,7 @@ def trial_seconds(
             loss.backward()
             loss.item()  # waits for a GPU
             duration = time.perf_counter() - begin
-            if duration > MAX_TRIAL_SECONDS and not loss.is_cuda and not is_sharded:
+            if duration > MAX_TRIAL_SECONDS and not loss.is_cuda and not is_sharded(model):
                 break
         seconds = duration
         del loss, states
