@@ -50,8 +50,8 @@ def build_parser(options: type, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help=config_help)
     groups, hints = {}, typing.get_type_hints(options)
     for entry in fields(options):
+        # Named in the docstring of the most general class with the option.
         kinds = [kind for kind in options.__mro__ if hasattr(kind, entry.name)]
-        # The group is named in the docstring of the most general class with the option.
         title = kinds[-1].__doc__.partition(":")[0].rstrip(".").lower()
         if title not in groups:
             groups[title] = parser.add_argument_group(title)

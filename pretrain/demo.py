@@ -108,8 +108,10 @@ def fit_to_machine(config: Config) -> Config:
 def _seconds_per_step(run: PretrainingRun, precision: str, threads: int) -> float:
     """Median of a few steps after one to warm up; they train a copy of the model."""
     torch.set_num_threads(threads)
-    config, model, phase = run.config, copy.deepcopy(run.model).train(), run.phases[0]
-    optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler(enabled=False)
+    config, phase = run.config, run.phases[0]
+    model = copy.deepcopy(run.model).train()
+    optimizers = make_optimizers(model, config)
+    scaler = torch.amp.GradScaler(enabled=False)
     context, max_norm = autocast(run.device, precision), config.max_grad_norm
     places = [DataPosition(0, 0, n) for n in range(config.batch_size // run.micro_batch_size)]
     batches = [phase.collator(phase.dataset[place]) for place in places]

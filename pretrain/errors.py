@@ -86,7 +86,10 @@ def os_error(error: BaseException) -> OSError | None:
     if isinstance(error, OSError):
         return error
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+    if not found:
+        return None
+    number = int(found[1])
+    return OSError(number, os.strerror(number))
 
 
 def what_it_takes(error: OSError) -> str:

@@ -150,7 +150,8 @@ def sample_predictions(
     ends = batch.cu_seqlens[: min(SHOWN_SEQUENCES, batch.num_sequences) + 1].tolist()
     positions = batch.masked_positions[: batch.counts["mlm"]].tolist()
     shown = [position for position in positions if position < ends[-1]]
-    shares, ids = logits[: len(shown)].float().cpu().softmax(-1).topk(SHOWN_GUESSES)
+    probabilities = logits[: len(shown)].float().cpu().softmax(-1)
+    shares, ids = probabilities.topk(SHOWN_GUESSES)
     name, paragraphs = tokenizer.convert_ids_to_tokens, []
     for start, end in pairwise(ends):
         tokens, rows = name(batch.input_ids[start:end].tolist()), []

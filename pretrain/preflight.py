@@ -99,8 +99,9 @@ def _conflicts(options: object) -> list[str]:
     def refuse(problem: str, *names: str) -> None:
         problems.append(f"{typed(options, *names)}: {problem}")
 
-    batch, micro, phases = value("batch_size") or 0, value("micro_batch_size") or 0, value("phases")
-    batch = 0 if batch == AUTO else batch
+    batch = 0 if value("batch_size") in (None, AUTO) else value("batch_size")
+    micro = value("micro_batch_size") or 0
+    phases = value("phases")
     if batch > 0 and micro > 0 and batch % micro:
         expected = f"expected a divisor, such as {math.gcd(batch, micro)}"
         refuse(f"does not divide evenly; {expected}", "batch_size", "micro_batch_size")

@@ -135,7 +135,7 @@ class PretrainingRun(Run):
             "masking": config.masking,
             "started_from": config.model,
             "language": None if config.split_sentences == AUTO else config.split_sentences,
-            "datasets": list(hub_datasets(config.train)),
+            "datasets": hub_datasets(config.train),
             "mix": list(config.mix),
             "eval_tokens": config.eval_tokens,
             "eval_batch_size": phase.eval_batch_size,
@@ -204,7 +204,8 @@ class PretrainingRun(Run):
         the start is better at all."""
         last, best = self.sort_key(state.scores), self.sort_key(state.best_scores)
         allowed = abs(best[0]) * SAME_PERPLEXITY if state.best_step else 0.0
-        return self.output / ("final" if last >= best or last[0] >= best[0] - allowed else "best")
+        is_good = last >= best or last[0] >= best[0] - allowed
+        return self.output / ("final" if is_good else "best")
 
     def notes(self, state) -> list[str]:
         """Also which folder to use instead of `final/`, or that nothing can tell, and whether the
@@ -255,7 +256,8 @@ def print_plan(run: PretrainingRun) -> None:
     weights = sum(weight.numel() for weight in run.model.parameters())
     length, size = counted_length(config), run.micro_batch_size
     accumulation = config.batch_size // size // world.size
-    processes, micro_batches = counted(world.size, "process"), counted(accumulation, "micro-batch")
+    processes = counted(world.size, "process")
+    micro_batches = counted(accumulation, "micro-batch")
     print(
         f"model: {settings.num_hidden_layers}x{settings.hidden_size}, {weights / 1e6:.1f} M "
         f"weights, vocabulary {settings.vocab_size:,}, on {run.device} in {run.precision}, "
@@ -293,9 +295,10 @@ def print_plan(run: PretrainingRun) -> None:
     if not config.phases:
         return
     tokens = run.phases[0].dataset.task.token_limit
-    starts = [1, *(end + 1 for end in run.phase_ends)]
-    for index, phase in enumerate(run.phases):
+    begin = 1
+    for number, (phase, end) in enumerate(zip(run.phases, run.phase_ends), start=1):
         print(
-            f"phase {index + 1}: steps {starts[index]:,} to {run.phase_ends[index]:,}, sequences "
-            f"of {phase.max_length} tokens, {tokens / phase.max_length:.4g} per micro-batch"
+            f"phase {number}: steps {begin:,} to {end:,}, sequences of {phase.max_length} tokens, "
+            f"{tokens / phase.max_length:.4g} per micro-batch"
         )
+        begin = end + 1

@@ -47,7 +47,8 @@ class World:
 def start(device: str, alone: str = "") -> tuple[World, torch.device]:
     """(world, device) of this process, which joins the others if torchrun started it. `device` is
     auto, cpu, cuda or cuda:N. `alone` names work that must run in one process."""
-    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    rank = int(os.environ.get("RANK", 0))
+    world = World(rank, int(os.environ.get("WORLD_SIZE", 1)))
     if alone and world.size > 1:
         raise UserError(f"{device}: {alone} runs in one process; expected no torchrun")
     chosen = _choose_device(device, world)

@@ -43,7 +43,8 @@ def measure_prepare(bench) -> Iterator[dict]:
         seconds["peer"].append(time.perf_counter() - middle)
     tokens = corpus.info["tokens"]
     assert tokens == sum(len(encoding.ids) for encoding in encodings), "the sides differ"
-    yield {"tokens_per_second": {side: tokens / median(s[1:]) for side, s in seconds.items()}}
+    rates = {side: tokens / median(measured[1:]) for side, measured in seconds.items()}
+    yield {"tokens_per_second": rates}
 
 
 def sample_of(sentences: Iterator) -> list[str]:

@@ -40,8 +40,10 @@ class Process:
     deadline: float | None = None  # of time.monotonic(), for all answers, instead
 
     def __init__(self, folder: Path, name: str, call: Callable, *values: object, method: str = ""):
-        self.log, self.begin, self.is_working = folder / f"{name}.log", time.perf_counter(), False
+        self.log = folder / f"{name}.log"
         self.log.touch()
+        self.begin = time.perf_counter()
+        self.is_working = False
         # multiprocessing removes what a killed process leaves; no need for a warning.
         os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
         context = multiprocessing.get_context(method or self.method)

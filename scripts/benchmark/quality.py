@@ -120,7 +120,9 @@ def measure_quality(bench) -> Iterator[dict]:
     old_runs = []
     yield compare(points, old_runs)
     for rate in options.old_rates:
-        side, folder, run = f"old recipe at {rate:g}", bench.folder / f"old-{rate:g}", []
+        side = f"old recipe at {rate:g}"
+        folder = bench.folder / f"old-{rate:g}"
+        run: list[dict] = []
         values = (peer, folder, rate, 60 * options.minutes)
         process = Process(bench.folder, folder.name, train_old, *values)
         old_runs.append(run)

@@ -23,7 +23,9 @@ def _row(ids: np.ndarray, token_types: np.ndarray, vocabulary: Vocabulary) -> di
 
 def same_examples(run, number: int | None = None) -> list[dict]:
     """The first `number` examples of the run, in order (None: those of one epoch)."""
-    dataset, vocabulary, rows = run.phases[0].dataset, run.phases[0].collator.vocabulary, []
+    dataset = run.phases[0].dataset
+    vocabulary = run.phases[0].collator.vocabulary
+    rows: list[dict] = []
     for position in dataset.positions(DataPosition(0, 0, 0), end_epoch=None if number else 1):
         examples = dataset[position]
         packed = pack(examples, vocabulary)
@@ -45,8 +47,9 @@ def blocks(run, number: int) -> list[dict]:
     while num_tokens < number * width:
         parts += [[vocabulary.cls_id], next(documents), [vocabulary.sep_id]]
         num_tokens += len(parts[-2]) + 2
-    ids = np.concatenate(parts)[: number * width].astype(np.int64).reshape(number, width)
-    return [_row(block, np.zeros(width, np.int64), vocabulary) for block in ids]
+    ids = np.concatenate(parts)[: number * width].astype(np.int64)
+    token_types = np.zeros(width, np.int64)
+    return [_row(block, token_types, vocabulary) for block in ids.reshape(number, width)]
 
 
 def _documents(corpus: Corpus) -> Iterator[np.ndarray]:

@@ -265,7 +265,8 @@ def measure_both(bench, rows_of: Callable, **changed: object) -> Iterator[dict]:
 
 def measure_variants(bench) -> Iterator[dict]:
     """A row per variant, with its figures or its error; all end within --minutes."""
-    pace, deadline = PACE[bench.device_type], time.monotonic() + 60 * bench.options.minutes
+    pace = PACE[bench.device_type]
+    deadline = time.monotonic() + 60 * bench.options.minutes
     rows = {variant.name: {"variant": variant.name} for variant in VARIANTS}
     for first in range(0, len(VARIANTS), GROUP):
         sides = {}
