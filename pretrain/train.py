@@ -36,7 +36,7 @@ from pretrain.runtime.optim import (
 from pretrain.runtime.sharding import OptimizerState, RandomState, whole, whole_weights
 from pretrain.runtime.stop import StopFlag
 from pretrain.schema import AUTO, integer, misfit
-from pretrain.signals import Interrupted
+from pretrain.signals import Interrupted, handled
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,8 @@ def train(run: Run) -> dict:
     monitor = run.open_monitor(state.step, evaluated=state.evaluated_at == state.step)
     guard.report = monitor.say
     run.model.train()
-    with StopFlag(config.max_minutes, run.time_limit) as stop, explained(*run.error_labels):
+    stop = StopFlag(config.max_minutes, run.time_limit)
+    with handled(stop.note), explained(*run.error_labels):
         while True:
             step = state.step
             evaluate_now = step >= run.total_steps or step % run.eval_every == 0

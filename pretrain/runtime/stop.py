@@ -5,14 +5,12 @@ import os
 import signal
 import time
 import types
-from typing import Any
 
 from pretrain.runtime.distributed import any_rank, max_over_ranks
-from pretrain.signals import handled
 
 
 class StopFlag:
-    """Notes stop signals inside a `with`; a second SIGINT kills the process.
+    """Notes stop signals inside `with handled(flag.note)`; a second SIGINT kills the process.
     `max_minutes` (0: no limit) counts from construction; `limit` is its name in `reason`."""
 
     signal = 0  # that all processes agreed on in `signaled`; 0: none
@@ -21,16 +19,9 @@ class StopFlag:
         self._seconds, self._limit, self._begin = max_minutes * 60, limit, time.monotonic()
         self._num_calls, self._is_out_of_time = 0, False
         self._received = 0  # by this process, at any moment
-        self._handled = handled(self._note)
 
-    def __enter__(self) -> "StopFlag":
-        self._handled.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._handled.__exit__(*error)
-
-    def _note(self, number: int, frame: types.FrameType | None) -> None:
+    def note(self, number: int, frame: types.FrameType | None) -> None:
+        """The handler of stop signals."""
         self._received = self._received or number
         message = f"\n{signal.Signals(number).name}: finishing and saving this step, then stopping"
         if number == signal.SIGINT:

@@ -11,7 +11,7 @@ from conftest import in_processes
 from pretrain.runtime import stop as module
 from pretrain.runtime.distributed import start, stop
 from pretrain.runtime.stop import StopFlag
-from pretrain.signals import STOP_SIGNALS
+from pretrain.signals import STOP_SIGNALS, handled
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,8 @@ def without_nohup():
 
 def test_nohup_is_respected():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with StopFlag() as flag:
+    flag = StopFlag()
+    with handled(flag.note):
         os.kill(os.getpid(), signal.SIGHUP)
         assert not flag.agreed()
 
@@ -31,7 +32,8 @@ def test_nohup_is_respected():
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_noted_and_handlers_are_restored(number, capfd):
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    with StopFlag() as flag:
+    flag = StopFlag()
+    with handled(flag.note):
         assert not flag.agreed() and flag.signaled() == 0 and flag.reason == ""
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)  # the first one counts
@@ -61,7 +63,8 @@ def test_a_thread_other_than_the_main_one_trains_without_signals():
     reasons = []
 
     def run():
-        with StopFlag() as flag:
+        flag = StopFlag()
+        with handled(flag.note):
             reasons.append(flag.agreed())
 
     thread = threading.Thread(target=run)
@@ -73,7 +76,8 @@ def test_a_thread_other_than_the_main_one_trains_without_signals():
 def test_a_signal_to_one_process_and_a_limit_of_one_stop_all(tmp_path):
     def main(argv):
         world, _ = start("cpu")
-        with StopFlag() as flag:
+        flag = StopFlag()
+        with handled(flag.note):
             if world.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             signaled = flag.signaled()
@@ -102,7 +106,8 @@ def test_a_signal_during_the_exchange_stops_all_at_the_next_call(tmp_path):
                     os.kill(os.getpid(), signal.SIGTERM)
                 return result
 
-            with StopFlag(max_minutes=60) as flag, pytest.MonkeyPatch.context() as patch:
+            flag = StopFlag(max_minutes=60)
+            with handled(flag.note), pytest.MonkeyPatch.context() as patch:
                 flag.agreed()
                 patch.setattr(module, name, interrupted)
                 found += [flag.agreed(), flag.agreed()]
