@@ -74,6 +74,5 @@ def compare(
     total = counts.sum()
     means = [float(losses.sum() / total) for losses in (old, new)]
     perplexities = np.exp(np.minimum(means, MAX_LOG_PERPLEXITY))
-    return Change(
-        *map(float, perplexities), means[1] - means[0], *interval_of_mean(*by_group), drawn
-    )
+    low, high = interval_of_mean(*by_group)
+    return Change(*map(float, perplexities), means[1] - means[0], low, high, drawn)

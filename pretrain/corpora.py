@@ -174,11 +174,11 @@ def report_added(
     found = Counter(dict(zip(tokenizer.convert_ids_to_tokens(ids), counts[ids].tolist())))
     never = [token for token, count in found.items() if not count]
     common = found.most_common(min(SHOWN_TOKENS, len(found) - len(never)))
-    parts = [", ".join(f"{token} {count:,}" for token, count in common)] if common else []
+    parts = [f"{token} {count:,}" for token, count in common]
     if never:
         parts.append(f"{len(never):,} never occur, such as {', '.join(never[:3])}")
     total = f"{counted(len(found), 'added token')}, {counted(found.total(), 'occurrence')}"
-    print(f"{total}: {'; '.join(parts)}; added_tokens.tsv lists all")
+    print(f"{total}: {', '.join(parts)}; added_tokens.tsv lists all")
     return dict(found.most_common())
 
 

@@ -349,7 +349,5 @@ def no_entities(text: TextFiles) -> UserError:
     if text.markup.lexicon:
         expected = "expected terms spelled as in the text"
         return UserError(f"--lexicon: no term occurs in {text.name}; {expected}")
-    expected = (
-        "--lexicon FILE, JSONL with spans (--entity-field), or tagged tokens (--format conll)"
-    )
-    return UserError(f"--masking entity: no entities in {text.name}; expected {expected}")
+    ways = "--lexicon FILE, JSONL with spans (--entity-field), or tagged tokens (--format conll)"
+    return UserError(f"--masking entity: no entities in {text.name}; expected {ways}")

@@ -129,11 +129,8 @@ def _conflicts(options: object) -> list[str]:
             refuse(f"expected --masking entity, not {masking}", name)
     if value("resume") and not value("output"):
         refuse("no run folder; expected --output DIR", "resume")
-    if (
-        value("patience") not in (None, 0, AUTO)
-        and value("valid_fraction") == 0
-        and not value("valid")
-    ):
+    is_patient = value("patience") not in (None, 0, AUTO)
+    if is_patient and value("valid_fraction") == 0 and not value("valid"):
         expected = "expected --valid PATHS, or a share above 0"
         refuse(f"no validation text; {expected}", "patience", "valid_fraction")
     metrics = TASK_METRICS.get(value("task"), ())

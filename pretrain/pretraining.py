@@ -119,7 +119,8 @@ class PretrainingRun(Run):
             found = evaluate(model, validation, context, self.world, stop)
             if found is None:
                 return None
-            scores |= {f"{name}/{key}" if name else key: value for key, value in found.items()}
+            prefix = f"{name}/" if name else ""
+            scores |= {prefix + key: value for key, value in found.items()}
         samples = sample_predictions(model, phase.validation, self.tokenizer, context)
         monitor.log(step, {"held-out predictions": samples})
         return scores
@@ -288,9 +289,12 @@ def print_plan(run: PretrainingRun) -> None:
             print(f"validation{at_length}: {phase.validation}")
     if run.trial_seconds:
         minutes = steps * accumulation * run.trial_seconds / 60
-        shown = f"{minutes:.2g} minutes" if minutes < 99.5 else f"{minutes / 60:,.1f} hours"
         if minutes < 1:
             shown = counted(math.ceil(minutes * 60), "second")
+        elif minutes < 99.5:
+            shown = f"{minutes:.2g} minutes"
+        else:
+            shown = f"{minutes / 60:,.1f} hours"
         print(f"time: about {shown} on this machine, without evaluations")
     if not config.phases:
         return

@@ -43,7 +43,8 @@ def measure_fp16(bench) -> Iterator[dict]:
     yield found
     if run.process.exitcode == 0:
         yield {"skipped_steps": read_json(output / "summary.json")["skipped_steps"]}
-        first, last = found["losses"][0]["loss"], found["losses"][-1]["loss"]
+        first = found["losses"][0]["loss"]
+        last = found["losses"][-1]["loss"]
         if not last < (1 - MIN_DECREASE) * first:  # a loss that is not finite is not logged
             yield {"failed": {"loss": f"does not decrease: {first:.4f} to {last:.4f}"}}
 

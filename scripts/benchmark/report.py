@@ -30,12 +30,14 @@ def _print_part(part: str, found: dict, brief: bool) -> None:
         label = name.replace("_", " ")
         if isinstance(value, list):
             for row in [] if brief and name != "rows" else value:
-                print("    " + ", ".join(f"{key} {_short(cell)}" for key, cell in row.items()))
+                cells = [f"{key} {_short(cell)}" for key, cell in row.items()]
+                print(f"    {', '.join(cells)}")
         elif not isinstance(value, dict):
             values.append(f"{label} {_short(value)}")
         elif name != "failed" and {"ours", "peer"} & value.keys():
+            title = f"{part}, {label}"
             cells = [f"{name} {_short(value[name])}" for name in COLUMNS if name in value]
-            print(f"{f'{part}, {label}':32}" + "".join(f"{cell:20}" for cell in cells))
+            print(f"{title:32}" + "".join(f"{cell:20}" for cell in cells))
     if values:
         print(f"{part}: {', '.join(values)}")
     for name, reason in found.get("failed", {}).items():
