@@ -93,8 +93,9 @@ def fit_to_machine(config: Config) -> Config:
     candidates = product(sorted(precisions), sorted(threads))
     times = {candidate: _seconds_per_step(run, *candidate) for candidate in candidates}
     times = gather(times)[0]  # so that every process chooses the same
-    for (precision, threads), value in times.items():
-        print(f"a step takes {1000 * value:.0f} ms in {precision} on {counted(threads, 'thread')}")
+    for (precision, threads), seconds in times.items():
+        how = f"in {precision} on {counted(threads, 'thread')}"
+        print(f"a step takes {1000 * seconds:.0f} ms {how}")
     precision, threads = min(times, key=times.get)
     print(f"training in {precision} on {counted(threads, 'thread')}")
     torch.set_num_threads(threads)

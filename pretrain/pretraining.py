@@ -262,12 +262,15 @@ def print_plan(run: PretrainingRun) -> None:
     print(
         f"model: {settings.num_hidden_layers}x{settings.hidden_size}, {weights / 1e6:.1f} M "
         f"weights, vocabulary {settings.vocab_size:,}, on {run.device} in {run.precision}, "
-        f"attention by {run.model.attention}{', compiled' if run.compile else ''}\n"
+        f"attention by {run.model.attention}{', compiled' if run.compile else ''}"
+    )
+    print(
         f"step: {config.batch_size} x {length} = {config.batch_size * length:,} tokens, in "
-        f"{micro_batches} of {size} x {length} on each of {processes}\n"
+        f"{micro_batches} of {size} x {length} on each of {processes}"
+    )
+    print(
         f"run: {counted(steps, 'step')}, {steps / epoch:.1f} epochs of {counted(epoch, 'step')}; "
-        f"evaluation every "
-        f"{run.eval_every:,}, checkpoint every {run.save_every:,}; {run.output}"
+        f"evaluation every {run.eval_every:,}, checkpoint every {run.save_every:,}; {run.output}"
     )
     if not run.saved:
         print(recipe.explain(run.asked, config, run.situation, steps))

@@ -115,7 +115,7 @@ class Ours:
         if self.device.type == "cuda":  # the profiler slows the host, not the kernels
             step_seconds = seconds / num_steps
         busy_seconds = sum(took for took, _ in kernels.values())
-        shown = sorted(kernels.items(), key=lambda item: -item[1][0])[:SHOWN_KERNELS]
+        slowest = sorted(kernels.items(), key=lambda item: -item[1][0])
         return {
             "tokens_per_second": {"ours": tokens / seconds},
             "data_wait": {"ours": wait_share, "goal": DATA_WAIT_GOAL},
@@ -124,7 +124,7 @@ class Ours:
             "kernels_ms": {"ours": 1000 * busy_seconds},
             "kernels": [
                 {"share": took / step_seconds, "ms": 1000 * took, "count": count, "name": name}
-                for name, (took, count) in shown
+                for name, (took, count) in slowest[:SHOWN_KERNELS]
             ],
         }
 
