@@ -96,20 +96,18 @@ def results(
     """The scores that `metrics` names, for the hub's index: {name: metric on the hub}.
 
     Those that are not finite are left out: the hub would refuse them."""
-    found = []
-    for name, metric in metrics.items():
-        if math.isfinite(scores.get(name, math.nan)):
-            found.append(
-                EvalResult(
-                    task_type=task,
-                    dataset_type=f"custom-{measured_on.replace(' ', '-')}",
-                    dataset_name=measured_on,
-                    metric_type=metric,
-                    metric_name=name.replace("_", " "),
-                    metric_value=round(scores[name], 4),
-                )
-            )
-    return found
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=f"custom-{measured_on.replace(' ', '-')}",
+            dataset_name=measured_on,
+            metric_type=metric,
+            metric_name=name.replace("_", " "),
+            metric_value=round(scores[name], 4),
+        )
+        for name, metric in metrics.items()
+        if math.isfinite(scores.get(name, math.nan))
+    ]
 
 
 def hub_datasets(paths: Iterable[str]) -> list[str]:

@@ -249,8 +249,9 @@ def model_folder(name: str) -> str:
     with contextlib.suppress(UserError, KeyError, TypeError):
         recommended = Path(read_json(Path(path, "summary.json"))["use"]).name
     for part in (recommended, "final", "best"):
-        if part in ("final", "best") and os.path.isdir(os.path.join(path, part)):
-            path = os.path.join(path, part)
+        folder = os.path.join(path, part)
+        if part in ("final", "best") and os.path.isdir(folder):
+            path = folder
             break
     if os.path.isdir(path):
         check_regular(Path(path))

@@ -122,7 +122,7 @@ def measure_quality(bench) -> Iterator[dict]:
     for rate in options.old_rates:
         side = f"old recipe at {rate:g}"
         folder = bench.folder / f"old-{rate:g}"
-        run: list[dict] = []
+        run = []
         values = (peer, folder, rate, 60 * options.minutes)
         process = Process(bench.folder, folder.name, train_old, *values)
         old_runs.append(run)

@@ -25,7 +25,7 @@ def same_examples(run, number: int | None = None) -> list[dict]:
     """The first `number` examples of the run, in order (None: those of one epoch)."""
     dataset = run.phases[0].dataset
     vocabulary = run.phases[0].collator.vocabulary
-    rows: list[dict] = []
+    rows = []
     for position in dataset.positions(DataPosition(0, 0, 0), end_epoch=None if number else 1):
         examples = dataset[position]
         packed = pack(examples, vocabulary)
