@@ -64,9 +64,7 @@ def build(asked: Config) -> PretrainingRun:
         with option_named("--output"):
             lock(output)
     checkpoint, saved = resume_point(output, asked, PRETRAINING_FORM, world)
-    before = saved.get("options", vars(asked))
-    if asked.epochs != before["epochs"] and asked.max_steps == before["max_steps"]:
-        asked = replace(asked, max_steps=0)  # a new --epochs replaces it
+    asked = plan.drop_old_end(asked, saved)
     precision = decide_precision(asked, saved, device)
     if asked.shard and precision == "fp16":
         raise UserError("--shard: does not work with --precision fp16; expected bf16 or fp32")
@@ -84,8 +82,7 @@ def build(asked: Config) -> PretrainingRun:
     total_steps = plan.count_steps(config, asked, saved, epoch.steps)
     passes = plan.count_passes(config, epoch, total_steps)
     ends = phase_ends(config, total_steps)
-    eval_every = max(10, min(1000, total_steps // 20))  # by default
-    save_every = eval_every if eval_every > 500 else 2 * eval_every  # most follow an evaluation
+    eval_every, save_every = plan.intervals(config, total_steps, epoch.steps)
 
     if config.masking == "entity":
         shortest = min(phases, key=lambda phase: phase.max_length)
@@ -95,12 +92,8 @@ def build(asked: Config) -> PretrainingRun:
     has_validation = inputs.texts[0].validation is not None
     plan.report_ineffective(config, total_steps, world, has_validation, asked)
     torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
-    on_gpu, micro_batch_size = device.type == "cuda", phases[0].dataset.task.micro_batch_size
-    if on_gpu:
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
-    workers = config.workers
-    if workers is None:
-        workers = 2 if on_gpu else 0
     facts = {"steps_per_epoch": epoch.steps, "recipe": recipe.values_of(config)}
     return PretrainingRun(
         asked=asked,
@@ -111,24 +104,15 @@ def build(asked: Config) -> PretrainingRun:
         output=output,
         tokenizer=inputs.tokenizer,
         model=model,
-        data=TrainData(
-            [(phase.dataset, phase.collator) for phase in phases],
-            ends,
-            config.batch_size // micro_batch_size,
-            world.rank,
-            world.size,
-            total_steps=total_steps,
-            workers=workers,
-            pin_memory=on_gpu,
-        ),
+        data=_open_data(config, phases, ends, world, device),
         phase_ends=ends,
-        eval_every=plan.steps_between(config.eval_every, epoch.steps, auto=eval_every),
-        save_every=plan.steps_between(config.save_every, epoch.steps, auto=save_every),
+        eval_every=eval_every,
+        save_every=save_every,
         compile=should_compile(config, model),
         checkpoint=checkpoint,
         saved=saved,
         phases=phases,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=phases[0].dataset.task.micro_batch_size,
         data_facts=facts | inputs.facts,
         passes=passes,
         added_tokens=inputs.added_tokens,
@@ -216,6 +200,24 @@ def _make_phase(config: Config, dataset: PretrainingDataset | Mixture, inputs: I
                 sets[text.name] = make_validation_set(text.validation, *shape, text.training)
     validation = sets.pop(inputs.texts[0].name, None)
     return Phase(dataset, collator, validation, size, others=sets)
+
+
+def _open_data(
+    config: Config, phases: list[Phase], phase_ends: list[int], world: World, device: torch.device
+) -> TrainData:
+    on_gpu, workers = device.type == "cuda", config.workers
+    if workers is None:
+        workers = 2 if on_gpu else 0
+    return TrainData(
+        [(phase.dataset, phase.collator) for phase in phases],
+        phase_ends,
+        config.batch_size // phases[0].dataset.task.micro_batch_size,
+        world.rank,
+        world.size,
+        total_steps=phase_ends[-1],
+        workers=workers,
+        pin_memory=on_gpu,
+    )
 
 
 def _trial_seconds(

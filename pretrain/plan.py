@@ -216,6 +216,14 @@ def check_pairs(labels: np.ndarray, config: Config, at_length: str = "") -> None
         )
 
 
+def drop_old_end(config: Config, saved: dict) -> Config:
+    """The options of a resumed run: if only --epochs is new, it replaces --max-steps."""
+    if not saved or config.epochs == saved["options"]["epochs"]:
+        return config
+    is_old = config.max_steps == saved["options"]["max_steps"]
+    return replace(config, max_steps=0) if is_old else config
+
+
 def count_steps(config: Config, asked: Config, saved: dict, steps_per_epoch: int) -> int:
     """Optimizer steps of the run; a resumed run keeps its own unless the options changed."""
     names = ("max_steps", "epochs")
@@ -263,6 +271,16 @@ def report_ineffective(
         print("--shard: has no effect in one process; start several with torchrun")
     if config.eval_every != type(config).eval_every and not has_validation:
         print(f"{typed(config, 'eval_every')}: has no effect; there is no validation text")
+
+
+def intervals(config: Config, total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
+    """(steps between evaluations, steps between checkpoints)."""
+    eval_every = max(10, min(1000, total_steps // 20))
+    save_every = eval_every if eval_every > 500 else 2 * eval_every  # most follow an evaluation
+    return (
+        steps_between(config.eval_every, steps_per_epoch, auto=eval_every),
+        steps_between(config.save_every, steps_per_epoch, auto=save_every),
+    )
 
 
 def steps_between(every: str, steps_per_epoch: int, auto: int) -> int:
