@@ -102,9 +102,7 @@ class PretrainingDataset(Dataset):
 
     def count_tokens(self, position: DataPosition) -> int:
         """Tokens of the micro-batch at `position`, [CLS] and [SEP] included."""
-        plan = self.plan(position.epoch, position.place)
-        first, last = plan.bounds[position.micro_batch : position.micro_batch + 2]
-        return int(plan.take(slice(first, last)).lengths.sum())
+        return int(self[position].plan.lengths.sum())
 
     @property
     def place_of_largest(self) -> int:

@@ -123,14 +123,9 @@ def plan_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) 
     if task.pairs == "random":
         return plan
     swapped = (plan.label == 0) & (uniform(derive(plan.keys, SWAP)) < 0.5)
-    return replace(
-        plan,
-        a_start=np.where(swapped, plan.b_start, plan.a_start),
-        a_length=np.where(swapped, plan.b_length, plan.a_length),
-        b_start=np.where(swapped, plan.a_start, plan.b_start),
-        b_length=np.where(swapped, plan.a_length, plan.b_length),
-        label=np.where(swapped, 1, plan.label),
-    )
+    segments = np.stack([plan.a_start, plan.a_length, plan.b_start, plan.b_length])
+    segments = np.where(swapped, segments[[2, 3, 0, 1]], segments)
+    return Plan(*segments, np.where(swapped, 1, plan.label), plan.keys)
 
 
 def whole_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
