@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.model.packed import MLM_HEAD, PackedModel
 
@@ -19,10 +19,6 @@ class PackedRoberta(PackedModel):
 
     def transform(self, hidden: Tensor) -> Tensor:
         return self.lm_head.layer_norm(F.gelu(self.lm_head.dense(hidden)))
-
-    def set_output_embeddings(self, decoder: nn.Linear) -> None:
-        """Called when the vocabulary grows; keeps one bias for decoder and head."""
-        self.lm_head.decoder, self.lm_head.bias = decoder, decoder.bias
 
 
 class RobertaForMaskedLM(PackedRoberta, transformers.RobertaForMaskedLM):
