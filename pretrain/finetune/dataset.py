@@ -178,24 +178,19 @@ class EncodedRows:
     """Token ids in pieces of at most `max_length` tokens, and micro-batches of them."""
 
     is_predicted: slice | np.ndarray = slice(None)  # which outputs become predictions
+    class_weights: np.ndarray | None = None  # float64 [classes], in the loss
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.max_length = tokenizer.model_max_length
-        self.examples: list[tuple] = []  # ids, type ids and what a subclass adds
+        self.unknown_id = tokenizer.unk_token_id
+        self.examples: list[tuple] = []  # uint32 ids, uint8 type ids and what a subclass adds
         self.num_cut = 0  # texts that exceed `max_length`
-        self._unk, self._num_tokens, self._num_unknown = tokenizer.unk_token_id, 0, 0
-
-    def add(self, encoding: Encoding, *more: object) -> None:
-        """Append an example; `more` is stored after its ids (uint32) and type ids (uint8)."""
-        ids, type_ids = np.array(encoding.ids, np.uint32), np.array(encoding.type_ids, np.uint8)
-        self.examples.append((ids, type_ids, *more))
-        self._num_tokens += len(ids)
-        self._num_unknown += int((ids == self._unk).sum())
 
     @property
     def unknown_share(self) -> float:
         """Of the tokens, the share that the tokenizer does not know."""
-        return self._num_unknown / max(1, self._num_tokens)
+        ids = np.concatenate([example[0] for example in self.examples])
+        return float((ids == self.unknown_id).mean())
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -210,16 +205,20 @@ class EncodedRows:
         raise NotImplementedError
 
 
+def arrays_of(encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, type ids) of a text."""
+    return np.array(encoding.ids, np.uint32), np.array(encoding.type_ids, np.uint8)
+
+
 class LabeledDataset(EncodedRows):
     """Rows as token ids, cut to the tokenizer's `model_max_length`.
 
-    `labels`: the `numbers` of the rows. `class_weights`: float64 [classes], in the loss."""
+    `labels`: the `numbers` of the rows."""
 
     def __init__(self, rows: LabeledRows, tokenizer: PreTrainedTokenizerBase):
         super().__init__(tokenizer)
         backend = without_limits(tokenizer)
         backend.enable_truncation(self.max_length, direction=tokenizer.truncation_side)
-        self.class_weights: np.ndarray | None = None
         self.labels = rows.numbers
         if tokenizer.truncation_side == "left":
             part = slice(-MAX_CHARACTERS, None)
@@ -228,7 +227,7 @@ class LabeledDataset(EncodedRows):
         parts = ([text[part] for text in texts] for texts in rows.texts)
         inputs = [tuple(texts) if len(texts) == 2 else texts[0] for texts in parts]
         for label, encoding in zip(self.labels, encode_together(backend, inputs)):
-            self.add(encoding, label)
+            self.examples.append((*arrays_of(encoding), label))
             self.num_cut += bool(encoding.overflowing)
 
     def pack(self, examples: Sequence[Example]) -> Batch:
