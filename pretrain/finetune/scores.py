@@ -9,11 +9,10 @@ follows from it, and all scores are NaN. `num_scored` rows had a label, `num_unl
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from pretrain.data.spans import Entity
 from pretrain.finetune.dataset import is_known
 from pretrain.finetune.entities import decode, labels_of
 from pretrain.finetune.windows import TaggedText
@@ -171,8 +170,11 @@ class Tally:
         }
 
 
-def count_entities(given: set[Entity], found: set[Entity], labels: list[str]) -> np.ndarray:
+def count_entities(
+    given: Iterable[Sequence], found: Iterable[Sequence], labels: list[str]
+) -> np.ndarray:
     """int64 [3, labels]: numbers of right, given and found entities."""
+    given, found = set(map(tuple, given)), set(map(tuple, found))
     counts = np.zeros((3, len(labels)), np.int64)
     for kind, entities in ((RIGHT, given & found), (GIVEN, given), (FOUND, found)):
         for *_, label in entities:
@@ -185,7 +187,7 @@ class EntityTally:
 
     def __init__(self, tags: list[str]):
         self.tags, self.labels = tags, labels_of(tags)
-        self.counts = count_entities(set(), set(), self.labels)
+        self.counts = count_entities((), (), self.labels)
         self.loss_sum, self.num_words = 0.0, 0
         self.predicted = [0]  # number of entities found, in all rows
         self.num_scored = self.num_unlabeled = 0
@@ -195,13 +197,13 @@ class EntityTally:
         start = 0
         for text in labels:
             shares, start = probabilities[start : start + len(text.words)], start + len(text.words)
-            found = {entity[:3] for entity in decode(shares, text.words, self.tags)}
+            found = [entity[:3] for entity in decode(shares, text.words, self.tags)]
             self.predicted[0] += len(found)
             if text.entities is None:
                 self.num_unlabeled += 1
                 continue
             self.num_scored += 1
-            self.counts += count_entities(set(text.entities), found, self.labels)
+            self.counts += count_entities(text.entities, found, self.labels)
             of_tag = shares[np.arange(len(text.tags)), text.tags]
             self.loss_sum -= float(np.log(np.maximum(of_tag, SMALLEST)).sum())
             self.num_words += len(text.tags)

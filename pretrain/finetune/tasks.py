@@ -65,6 +65,7 @@ class Classification:
     pipeline_options = ""  # that make its predictions match ours
     dataset, tally = LabeledDataset, Tally
     documents = staticmethod(read_texts)  # the rows of files, labeled or not
+    value_of = staticmethod(label_of)  # the label in a cell
     has_classes = True  # a row has one of them
     when_long = "cut"  # what happens to texts that are too long
     predictions = "test_predictions.csv"
@@ -141,7 +142,7 @@ class Classification:
 
     def label(self, row: Row, options: ColumnOptions, classes: list[str] | None = None) -> object:
         """The label of a row, which may be missing, or none of the model's `classes`."""
-        return label_of(row[1].get(options.label_field))
+        return self.value_of(row[1].get(options.label_field))
 
     def columns(self, classes: list[str]) -> list[str]:
         """The names of the cells that a prediction adds to a row."""
@@ -182,7 +183,7 @@ class Classification:
         return f"{len(names)} classes"
 
     def truth(self, rows: LabeledRows) -> list:
-        """What is right for each row, in a form that JSON keeps."""
+        """What is right for each row: the number of its class, or its number."""
         return rows.numbers.tolist()
 
     def texts(self, rows: LabeledRows) -> list[list[Sentence]]:
@@ -190,8 +191,8 @@ class Classification:
         return [[(part, ()) for part in parts] for parts in rows.texts]
 
     def predicted(self, cells: Iterable[dict], names: list[str]) -> list:
-        """What was predicted for each row, in the form of `truth`; `cells` as in the file of
-        predictions."""
+        """What was predicted for each row, comparable with `truth` and in a form that JSON keeps;
+        `cells` as in the file of predictions."""
         return [names.index(row["predicted_label"]) for row in cells]
 
     def outcomes(self, truth: list, predicted: list, names: list[str]) -> np.ndarray:
@@ -207,6 +208,7 @@ class Regression(Classification):
     """A number for a row. An outcome is the true and the predicted one: [2]."""
 
     name, tally, has_classes = "regression", NumberTally, False
+    value_of = staticmethod(number_of)  # NaN if there is none
     curves = ("eval/pearson", "eval/spearman")
     metrics = {
         "pearson": Metric(
@@ -243,14 +245,6 @@ class Regression(Classification):
             raise UserError(f"{source}: {found}; expected two or more")
         return []
 
-    def label(self, row: Row, options: ColumnOptions, classes: list[str] | None = None) -> float:
-        """NaN if it has none."""
-        return number_of(row[1].get(options.label_field))
-
-    def columns(self, classes: list[str]) -> list[str]:
-        """One number."""
-        return ["predicted_label"]
-
     def cells(
         self, dataset: LabeledDataset, outputs: np.ndarray, classes: list[str]
     ) -> Iterator[dict]:
@@ -271,10 +265,6 @@ class Regression(Classification):
         """A number: it has no labels to count."""
         return "a number for each row"
 
-    def truth(self, rows: LabeledRows) -> list:
-        """The numbers."""
-        return rows.labels
-
     def predicted(self, cells: Iterable[dict], names: list[str]) -> list:
         """The predicted numbers."""
         return [float(row["predicted_label"]) for row in cells]
@@ -292,6 +282,7 @@ class EntityRecognition(Classification):
     pipeline_options = ', aggregation_strategy="first"'
     dataset, tally = TaggedDataset, EntityTally
     names = staticmethod(labels_of)  # in its tags
+    label_field = staticmethod(entity_field)  # it has several usual names
     has_classes = False
     when_long = "read in overlapping windows"
     predictions = "test_predictions.jsonl"
@@ -319,21 +310,14 @@ class EntityRecognition(Classification):
         self, paths: Sequence[str], options: ColumnOptions, problems: list[str]
     ) -> Iterator[Row]:
         """The rows of tables and CoNLL files, with or without entities."""
-
-        def check_entities(row: Row) -> bool:
+        for row in read_documents(paths, options, problems):
             where, record, (text, *_) = row
             try:
                 entities_of(record, text, where, options)
             except UserError as error:
                 problems.append(str(error))
-                return False
-            return True
-
-        return filter(check_entities, read_documents(paths, options, problems))
-
-    def label_field(self, record: dict, options: ColumnOptions) -> str | None:
-        """It has several usual names."""
-        return entity_field(record, options)
+            else:
+                yield row
 
     def expected(self, value: object, classes: list[str] | None) -> str | None:
         """None: `documents` has checked the cells."""
@@ -399,8 +383,8 @@ class EntityRecognition(Classification):
         return f"entities of {counted(len(names), 'type')}"
 
     def truth(self, rows: LabeledRows) -> list:
-        """A list of [start, end, label] for each row."""
-        return [list(map(list, entities)) for entities in rows.labels]
+        """The entities of each row."""
+        return rows.labels
 
     def texts(self, rows: LabeledRows) -> list[list[Sentence]]:
         """The text of each row, with its entities for --masking entity."""
@@ -416,10 +400,8 @@ class EntityRecognition(Classification):
 
     def outcomes(self, truth: list, predicted: list, names: list[str]) -> np.ndarray:
         """float32 [rows, 3, labels]."""
-        counts = []
-        for of_row in zip(truth, predicted):
-            given, found = (set(map(tuple, entities)) for entities in of_row)
-            counts.append(scores.count_entities(given, found, names))
+        pairs = zip(truth, predicted)
+        counts = [scores.count_entities(given, found, names) for given, found in pairs]
         return np.array(counts, np.float32)
 
 
