@@ -220,10 +220,8 @@ class LabeledDataset(EncodedRows):
         backend = without_limits(tokenizer)
         backend.enable_truncation(self.max_length, direction=tokenizer.truncation_side)
         self.labels = rows.numbers
-        if tokenizer.truncation_side == "left":
-            part = slice(-MAX_CHARACTERS, None)
-        else:
-            part = slice(MAX_CHARACTERS)
+        cuts_left = tokenizer.truncation_side == "left"
+        part = slice(-MAX_CHARACTERS, None) if cuts_left else slice(MAX_CHARACTERS)
         parts = ([text[part] for text in texts] for texts in rows.texts)
         inputs = [tuple(texts) if len(texts) == 2 else texts[0] for texts in parts]
         for label, encoding in zip(self.labels, encode_together(backend, inputs)):

@@ -139,15 +139,13 @@ def decode(
 
     As in seqeval and the pipelines of transformers, B- begins an entity, and so does I- unless an
     entity with that label is open."""
-    best, found, open_label = probabilities.argmax(-1), [], ""
+    best, found = probabilities.argmax(-1), []
     split = [_split(tag) for tag in tags]
     for place in np.flatnonzero(np.array([bool(label) for _, label in split])[best]):
         begins, label = split[best[place]]
-        continues = not begins and label == open_label and place == found[-1][1]
-        if not continues:
+        if begins or not found or found[-1][1:] != [place, label]:
             found.append([place, place, label])
         found[-1][1] = place + 1
-        open_label = label
     entities = []
     for first, end, label in found:
         score = float(probabilities[first:end].max(-1).mean())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pretrain.config import UTF8, ColumnOptions
-from pretrain.errors import UserError, check
+from pretrain.errors import check
 from pretrain.evaluate import evaluation_mode
 from pretrain.files import as_json
 from pretrain.finetune.dataset import LabeledDataset
@@ -62,25 +62,23 @@ def check_rows(
 
 
 def write_rows(path: Path, rows: Iterable[dict], as_csv: bool, encoding: str = UTF8) -> None:
-    """Write `rows` as CSV, with the columns of the first row, or as JSON lines."""
+    """Write `rows` as CSV, with the columns of the first row, or as JSON lines. `check_rows` has
+    refused rows with other columns."""
     # JSON may hold half a surrogate pair: \ud800 stays as it is.
     with path.open("w", encoding=encoding, errors="backslashreplace", newline="") as out:
         if not as_csv:
             out.writelines(f"{_as_json(row)}\n" for row in rows)
             return
-        for number, row in enumerate(rows, start=1):
-            if number == 1:
+        writer = None
+        for row in rows:
+            if writer is None:
                 writer = csv.DictWriter(out, list(row))
                 writer.writeheader()
             cells = dict(row)
             for name, value in row.items():
                 if isinstance(value, (list, dict)):
                     cells[name] = _as_json(value)
-            try:
-                writer.writerow(cells)
-            except ValueError as error:
-                problem = f"row {number} has different columns from the first"
-                raise UserError(f"{problem} ({error}); expected .jsonl") from error
+            writer.writerow(cells)
 
 
 def read_predictions(path: Path) -> Iterator[dict]:
