@@ -17,7 +17,7 @@ from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
 from pretrain.data.sources import content_key, expand
 from pretrain.errors import MORE, UserError, check, option_named, require
 from pretrain.files import lock, model_folder, read_json, sha256_of, write_json
-from pretrain.finetune.build import budget_range, build, metric_of
+from pretrain.finetune.build import budget_range, build
 from pretrain.finetune.dataset import LabeledRows
 from pretrain.finetune.tasks import TASKS, Classification
 from pretrain.inputs import MODEL_WAYS, TextFiles, check_sample, marked_in
@@ -95,16 +95,20 @@ def build_experiment(options: AdaptOptions) -> Experiment:
     finetuning = _passed_on(options, "finetune", FinetuneOptions)
     labels = {name: getattr(options, name) for name in LABEL_OPTIONS}
     require("matplotlib", "the plots of the report")
-    settings = {"model": options.model, "metric": metric_of(finetuning), "save_model": False}
-    finetuning = replace(finetuning, **labels, **settings)
+    finetuning = replace(finetuning, model=options.model, save_model=False, **labels)
     output = run_folder(options.output)
     ways = None if (output / "experiment.json").is_file() else "a new folder"
     with option_named("--output"):
         check_output(output, options.overwrite, ways, ENTRIES)
     with naming(options, "finetune"):
         run = build(replace(finetuning, output=str(output / "finetune" / ".check")))
+    finetuning = replace(finetuning, metric=run.config.metric)
     rows, task = run.rows, run.task
-    budgets = _count_budgets(options, *budget_range(task, rows["train"]))
+    allowed, expected = budget_range(task, rows["train"])
+    named = options.label_budgets
+    budgets = {name: allowed[-1] if name == "all" else int(name) for name in named}
+    wrong = [name for name, count in budgets.items() if count not in allowed]
+    check([f"--label-budgets {name}: expected {expected}, or all" for name in wrong])
     with option_named("--model"):
         model, fresh = from_checkpoint(options.model)
     with naming(options, "pretrain"):
@@ -131,7 +135,7 @@ def build_experiment(options: AdaptOptions) -> Experiment:
         finetuning,
         rows,
         task.names(run.classes),
-        budgets,
+        dict(sorted(budgets.items(), key=lambda item: item[1])),
         texts,
         general,
         fresh,
@@ -169,14 +173,6 @@ def naming(options: AdaptOptions, name: str) -> Iterator[None]:
             if not line.startswith(MORE) and line.split(" ")[0].rstrip(":") not in own:
                 lines[number] = f'--{name} "{getattr(options, name)}": {line}'
         raise UserError("\n".join(lines)) from error
-
-
-def _count_budgets(options: AdaptOptions, allowed: range, expected: str) -> dict[str, int]:
-    names = options.label_budgets
-    budgets = {name: allowed[-1] if name == "all" else int(name) for name in names}
-    wrong = [name for name, count in budgets.items() if count not in allowed]
-    check([f"--label-budgets {name}: expected {expected}, or all" for name in wrong])
-    return dict(sorted(budgets.items(), key=lambda item: item[1]))
 
 
 def _read_texts(options: AdaptOptions, pretraining: Config, task: str) -> dict[str, TextFiles]:

@@ -13,13 +13,12 @@ class Parts:
     def __init__(self, output: Path):
         self.output = output
         self.seconds: dict[str, float] = {}  # by part
-
-    def file(self, name: str) -> Path:
-        return self.output / "parts" / f"{name}.json"
+        self.took: dict[str, str] = {}  # by part, for this process
 
     def result(self, name: str, work: Callable[..., dict], *arguments: object) -> dict:
         """The saved result of a part, or else the result of `work(*arguments)`, timed."""
-        path = self.file(name)
+        path = self.output / "parts" / f"{name}.json"
+        self.took[name] = "already done"
         if path.is_file():
             result = read_json(path, {}, "a result; remove the file to run the part again")
         else:
@@ -30,5 +29,10 @@ class Parts:
             result["wall_seconds"] = max(time.monotonic() - begin, result.get("seconds", 0.0))
             write_json(path, result)
             result = read_json(path)  # the same now and after an interruption
+            self.took[name] = f"{result['wall_seconds']:.0f} s"
         self.seconds[name] = result["wall_seconds"]
         return result
+
+    def print_score(self, name: str, shown: str, scores: dict, metric: str) -> None:
+        """Print a score of a part, and how long that took."""
+        print(f"{shown}: {metric.replace('_', ' ')} {scores[metric]:.3f} ({self.took[name]})")

@@ -82,12 +82,10 @@ def run_experiment(experiment: Experiment) -> dict:
         facts["forgetting"] = part(f"forgetting.{key}", measure_forgetting)
     for budget, seed, name in runs:
         run = f"finetune-{name}-{budget}-{seed}"
-        is_saved = experiment.parts.file(run).is_file()
         result = part(run, fine_tune, name, budget, seed)
         facts["scores"][name][budget].append(result)
-        score = f"{metric.replace('_', ' ')} {result['test'][metric]:.3f}"
-        took = "already done" if is_saved else f"{result['wall_seconds']:.0f} s"
-        print(f"{name}, {budgets[budget]:,} rows, seed {seed}: {score} ({took})")
+        shown = f"{name}, {budgets[budget]:,} rows, seed {seed}"
+        experiment.parts.print_score(run, shown, result["test"], metric)
     return facts
 
 

@@ -55,6 +55,7 @@ def write_report(output: Path, facts: dict) -> str:
     answer += caveats(facts)
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
     machine = f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}"
+    labels = cell(", ".join(facts["labels"][:SHOWN_LABELS]))
     names = [TEXTS[name] for name in facts["overlap"]["overlap"]]
     texts = _text_rows(facts["text"], "documents", "removed", "task_texts")
     pieces = _text_rows(facts["overlap"]["texts"], "words", "pieces_per_word", "unknown_share")
@@ -64,12 +65,12 @@ def write_report(output: Path, facts: dict) -> str:
         encoder=cell(facts["model"]),
         seed_count=counted(facts["seeds"], "seed"),
         replayed=f", {facts['replay']:.0%} on general text" if facts["replay"] else "",
-        predicts=task.describe(facts["labels"]) + _names(facts["labels"]),
+        predicts=task.describe(facts["labels"]) + (f" ({labels})" if labels else ""),
         meaning=metric.meaning,
         guess="" if guess is None else f" Always predicting {GUESS} would reach {guess:.3f}.",
         draws=DRAWS,
         texts_table=table(TEXTS_HEADER, texts, ",", ",", ","),
-        scores_table=_compare_scores(output, facts, differences),
+        scores_table=_compare_scores(output, facts, differences, guess),
         labels_section=_compare_labels(output, facts),
         perplexities=_compare_perplexities(output, facts),
         forgetting_section=_describe_forgetting(facts["forgetting"]),
@@ -234,15 +235,10 @@ def _guess(facts: dict) -> float | None:
     return float(_metric_of(facts).score(each_once, outcomes)[0])
 
 
-def _names(labels: list[str]) -> str:
-    """The first labels in parentheses; "" if there are none."""
-    return f" ({cell(', '.join(labels[:SHOWN_LABELS]))})" if labels else ""
-
-
 # Sections: a table each, and a plot.
 
 
-def _compare_scores(output: Path, facts: dict, differences: dict) -> str:
+def _compare_scores(output: Path, facts: dict, differences: dict, guess: float | None) -> str:
     budgets, seeds, metric = facts["budgets"], facts["seeds"], _metric_of(facts).title
     rows, curves = {budget: [f"{count:,}"] for budget, count in budgets.items()}, {}
     for name, runs in facts["scores"].items():
@@ -256,7 +252,6 @@ def _compare_scores(output: Path, facts: dict, differences: dict) -> str:
         curves[ENCODERS[name]] = (list(budgets.values()), means, deviations)
     path, labels = output / "learning_curve.png", ("labeled training rows", metric)
     title = f"{metric} on the test rows: mean and deviation over the seeds ({seeds})"
-    guess = _guess(facts)
     levels = {} if guess is None else {f"always {GUESS}": guess}
     plots.curves(path, title, labels, curves, levels, "x")
 

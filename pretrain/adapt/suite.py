@@ -52,7 +52,9 @@ def read_tasks(options: SuiteOptions) -> dict[str, Task]:
     """The tasks in the subfolders of --tasks, by name; all their rows and options are checked.
 
     UserError names the task and what is wrong."""
-    _check_passed_on(options)
+    with naming(options, "finetune"):
+        asked = parse(shlex.split(options.finetune), FinetuneOptions, "")
+        check(set_elsewhere(asked, [*SET_HERE, *SPLITS], "the suite"))
     root = Path(options.tasks)
     found = sorted(path for path in root.glob("*") if path.is_dir())
     folders = [path for path in found if not path.name.startswith(".")]
@@ -66,13 +68,6 @@ def read_tasks(options: SuiteOptions) -> dict[str, Task]:
             problems += [f"--tasks {folder}: {line}" for line in str(error).splitlines()]
     check(problems)
     return tasks
-
-
-def _check_passed_on(options: SuiteOptions) -> None:
-    """UserError about --finetune if it has an option that the suite or the task sets."""
-    with naming(options, "finetune"):
-        asked = parse(shlex.split(options.finetune), FinetuneOptions, "")
-        check(set_elsewhere(asked, [*SET_HERE, *SPLITS], "the suite"))
 
 
 def _read_task(folder: Path, options: SuiteOptions) -> Task:
@@ -136,12 +131,9 @@ def run_suite(options: SuiteOptions, tasks: dict[str, Task]) -> dict:
         runs = []
         for seed in range(options.seeds):
             part = f"{name}-{seed}-{task.key}"
-            is_saved = parts.file(part).is_file()
             finetuning, folder = replace(task.options, seed=seed), output / "runs" / part
             runs.append(parts.result(part, run_fine_tuning, finetuning, folder, task.split))
-            score = runs[-1][task.split][task.metric]
-            took = "already done" if is_saved else f"{runs[-1]['wall_seconds']:.0f} s"
-            print(f"{name}, seed {seed}: {task.metric.replace('_', ' ')} {score:.3f} ({took})")
+            parts.print_score(part, f"{name}, seed {seed}", runs[-1][task.split], task.metric)
         scores = [numbers_of(run[task.split]) for run in runs]
         facts["tasks"][name] = {
             "metric": task.metric,

@@ -1,7 +1,5 @@
 """Find out whether further pretraining on your text helps your task; writes a report."""
 
-import shutil
-
 from pretrain.cli import command, join_quoted, parse
 from pretrain.config import AdaptOptions
 
@@ -15,6 +13,7 @@ def main(argv: list[str]) -> None:
     from pretrain.adapt.checks import build_experiment, open_experiment
     from pretrain.adapt.pipeline import run_experiment
     from pretrain.adapt.report import write_report
+    from pretrain.files import remove
 
     experiment = build_experiment(options)
     open_experiment(experiment)
@@ -23,6 +22,6 @@ def main(argv: list[str]) -> None:
     output = experiment.output
     answer = write_report(output, facts)
     if experiment.replaced:
-        shutil.rmtree(experiment.replaced, ignore_errors=True)
+        remove(experiment.replaced)
     print(f"\n{answer.replace('**', '')}\n")
     print(f"report: {output / 'report.html'} (also as {output / 'report.md'})")

@@ -258,12 +258,13 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     data = LabeledSteps(train, options.batch_size, size, options.seed, pin_memory=on_gpu)
     epoch = data.steps_per_epoch
     total_steps = options.max_steps or max(1, round(options.epochs * epoch))
+    metric = TASK_METRICS[options.task][0] if options.metric == AUTO else options.metric
     if not quiet:
         report_ineffective(options, total_steps, world)
     torch.manual_seed(options.seed)  # for dropout, independent of the draws for the head
     run = FinetuningRun(
         asked=options,
-        config=replace(options, metric=metric_of(options)),
+        config=replace(options, metric=metric),
         world=world,
         device=device,
         precision=precision,
@@ -287,11 +288,6 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     if not quiet:
         print_rows(run)
     return run
-
-
-def metric_of(options: FinetuneOptions) -> str:
-    """The score that selects the best model."""
-    return TASK_METRICS[options.task][0] if options.metric == AUTO else options.metric
 
 
 def load_model(
