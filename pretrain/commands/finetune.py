@@ -17,10 +17,8 @@ HINT = "--resume continues the run"
 def main(argv: Sequence[str]) -> None:
     """Parse, train, print the scores; JSON on the last line."""
     options = parse(argv, FinetuneOptions, __doc__)
-    output, resumes = Path(options.output or ""), options.resume and options.output
-    saved = read_saved(output, FinetuneOptions) if resumes else None
-    if saved:
-        options = parse(argv, FinetuneOptions, __doc__, defaults=saved)
+    saved = read_saved(options)
+    options = parse(argv, FinetuneOptions, __doc__, defaults=saved)
     check(problems_of(options, is_new=not saved))
 
     from pretrain.files import as_json, lock
@@ -30,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
     from pretrain.runtime.checkpoint import prune
     from pretrain.train import FINISHED, train
 
+    output, resumes = Path(options.output or ""), options.resume and options.output
     is_read_only = output.is_dir() and not os.access(output, os.W_OK)
     if options.output and not (resumes and is_read_only):  # `build` refuses an unfinished run
         with option_named("--output"):

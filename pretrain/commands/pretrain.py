@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pretrain.cli import command, parse, read_options
 from pretrain.commands.fill_mask import fill_masks, open_pipeline
-from pretrain.config import Config
+from pretrain.config import Config, FinetuneOptions
 from pretrain.errors import UserError, check
 from pretrain.files import model_folder
 from pretrain.preflight import problems_of, validate
@@ -34,8 +34,7 @@ HINT = "--resume continues the run"
 def main(argv: Sequence[str]) -> None:
     """Parse, prepare, train, report."""
     asked = parse(argv, Config, __doc__)
-    resumes = asked.resume and asked.output
-    saved = read_saved(Path(asked.output), Config) if resumes else None
+    saved = read_saved(asked)
     is_demo = not asked.train and not saved
     embedded = dict(EMBEDDED_DEFAULTS)
     if asked.tokenizer:
@@ -85,9 +84,12 @@ def main(argv: Sequence[str]) -> None:
     stop()
 
 
-def read_saved(output: Path, options: type) -> dict | None:
-    """Options of the run in `output`: from config.json, or from the newest checkpoint if that file
-    is missing or damaged. None without a run. UserError if they do not fit `options`, a class."""
+def read_saved(asked: Config | FinetuneOptions) -> dict | None:
+    """Options of the run to resume: from config.json, or from the newest checkpoint if that file is
+    missing or damaged. None without a run. UserError if they do not fit the class of `asked`."""
+    if not (asked.resume and asked.output):
+        return None
+    output = Path(asked.output)
     states = list(output.glob("checkpoint-[0-9]*/training_state.json"))
     states.sort(key=lambda path: (len(path.parent.name), path.parent.name), reverse=True)
     problems = []
@@ -96,7 +98,7 @@ def read_saved(output: Path, options: type) -> dict | None:
         try:
             values = read_options(path)
             values = dict(values["options"]) if path in states else values
-            found = validate(parse([], options, "", defaults=values))
+            found = validate(parse([], type(asked), "", defaults=values))
         except (UserError, KeyError, TypeError) as error:
             found = str(error).splitlines()
         if values and not found:

@@ -71,7 +71,9 @@ def main(argv: Sequence[str]) -> None:
     problems, num_phases = problems_of(options), max(1, len(options.phases))
     if options.phase > num_phases:
         problems.append(f"--phase {options.phase}: expected a phase of --phases, 1 to {num_phases}")
-    check(problems + _save_problems(options))
+    if options.save:  # it may replace a file
+        problems += output_problems(options, "save", may_exist=not Path(options.save).is_dir())
+    check(problems)
     if not options.mask_rate:
         rate = recipe.auto_mask_rate(options, options.model in config.MODEL_SIZES)
         if options.recipe == "classic":
@@ -105,13 +107,6 @@ def main(argv: Sequence[str]) -> None:
     if options.save:
         write_aside(Path(options.save), lambda path: torch.save(saved, path))
         print(f"{options.save}: {counted(len(saved), 'micro-batch')} for torch.load")
-
-
-def _save_problems(options: ShowMasksOptions) -> list[str]:
-    """What is wrong with --save, which may replace a file."""
-    if not options.save:
-        return []
-    return output_problems(options, "save", may_exist=not Path(options.save).is_dir())
 
 
 def _read_position(options: ShowMasksOptions, dataset):
