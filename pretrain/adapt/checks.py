@@ -103,8 +103,8 @@ def build_experiment(options: AdaptOptions) -> Experiment:
     with naming(options, "finetune"):
         run = build(replace(finetuning, output=str(output / "finetune" / ".check")))
     finetuning = replace(finetuning, metric=run.config.metric)
-    rows, task = run.rows, run.task
-    allowed, expected = budget_range(task, rows["train"])
+    rows = {name: dataset.rows for name, dataset in run.datasets.items()}
+    allowed, expected = budget_range(run.task, rows["train"])
     named = options.label_budgets
     budgets = {name: allowed[-1] if name == "all" else int(name) for name in named}
     wrong = [name for name, count in budgets.items() if count not in allowed]
@@ -122,7 +122,7 @@ def build_experiment(options: AdaptOptions) -> Experiment:
         if options.replay and not pretraining.valid_fraction:
             expected = "expected a share above 0, to measure the general text on"
             raise UserError(f"{typed(pretraining, 'valid_fraction')}: no text is left; {expected}")
-        texts, general = _read_texts(options, pretraining, task.name), None
+        texts, general = _read_texts(options, pretraining, run.task.name), None
         if options.general:
             # Replayed text is marked like any other text of a mixture but the first.
             masking = marked_in("train-2", pretraining) if options.replay else "token"
@@ -134,7 +134,7 @@ def build_experiment(options: AdaptOptions) -> Experiment:
         pretraining,
         finetuning,
         rows,
-        task.names(run.classes),
+        run.task.names(run.classes),
         dict(sorted(budgets.items(), key=lambda item: item[1])),
         texts,
         general,

@@ -19,7 +19,7 @@ from pretrain.config import FinetuneOptions, SuiteOptions, typed
 from pretrain.data.sources import expand
 from pretrain.errors import UserError, check, refusing
 from pretrain.files import key_of, markdown_table, sha256_of, write_json, write_text
-from pretrain.finetune.build import build, check_tokens
+from pretrain.finetune.build import build
 from pretrain.finetune.scores import numbers_of
 from pretrain.preflight import missing, start_problems, validate
 from pretrain.schema import SHOWN_CHARACTERS
@@ -83,7 +83,7 @@ def _read_task(folder: Path, options: SuiteOptions) -> Task:
     output = Path(options.output) / "runs" / ".check"  # never made: the run does not start
     run = build(replace(finetuning, output=str(output)), keep_head=False, quiet=True)
     for name, dataset in run.datasets.items():
-        check_tokens(typed(finetuning, name), dataset, run.tokenizer, run.rows[name].texts)
+        dataset.check_tokens(typed(finetuning, name))
     split = "test" if finetuning.test else "valid"
     return Task(finetuning, run.score[0], split, _key_of(finetuning))
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
     from pretrain.data.sentences import in_groups
     from pretrain.data.tokenizer import ENCODED_CHARACTERS, characters_of
-    from pretrain.finetune.build import check_tokens, load_model
+    from pretrain.finetune.build import load_model
     from pretrain.finetune.dataset import LabeledRows
     from pretrain.finetune.heads import task_of
     from pretrain.finetune.predict import check_rows, predict, write_rows
@@ -75,14 +75,14 @@ def main(argv: Sequence[str]) -> None:
             labels = [task.label(row, options, classes) for row in chunk]
             dataset = task.dataset(LabeledRows(texts, labels, classes), tokenizer)
             if not tally.num_scored + tally.num_unlabeled:  # the first chunk stands for all
-                check_tokens(typed(options, "input"), dataset, tokenizer, texts)
+                dataset.check_tokens(typed(options, "input"))
             outputs = predict(model, dataset, options.batch_size, context)
             if not np.isfinite(outputs).all():
                 problem = f"its output in {precision} is not finite"
                 expected = f"expected {overflow_advice(precision)}"
                 raise UserError(f"--model {options.model}: {problem}; {expected}")
             tally.add(dataset.labels, outputs)
-            for (_, record, _), cells in zip(chunk, task.cells(dataset, outputs, classes)):
+            for (_, record, _), cells in zip(chunk, task.cells(dataset, outputs)):
                 yield record | cells
 
     def write(path):

@@ -8,7 +8,6 @@ confusion matrix.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,6 @@ from pretrain.finetune.predict import predict, write_rows
 from pretrain.finetune.scores import numbers_of, predicted_of, score_table
 from pretrain.finetune.tasks import TASKS, Classification
 from pretrain.finetune.windows import TaggedDataset
-from pretrain.inputs import check_vocabulary
 from pretrain.model.attention import choose_attention
 from pretrain.model_setup import decide_precision, enable_gradient_checkpointing
 from pretrain.plan import report_ineffective, steps_between
@@ -43,7 +41,6 @@ from pretrain.runtime.optim import overflow_advice
 from pretrain.schema import AUTO, TEXT
 
 MAX_LENGTH = 512  # tokens, unless --max-length is given
-SAMPLED_ROWS = 1000  # to show what is unknown to the tokenizer
 PUBLISHED = {  # in the hub's index of models
     "accuracy": "accuracy",
     "f1": "f1",
@@ -63,8 +60,7 @@ class FinetuningRun(Run):
     Until then its weights are kept in memory and in every checkpoint."""
 
     classes: list[str]  # as in LabeledRows
-    rows: dict[str, LabeledRows]  # train, valid and, if given, test
-    datasets: dict[str, LabeledDataset | TaggedDataset]  # with the same keys
+    datasets: dict[str, LabeledDataset | TaggedDataset]  # train, valid and, if given, test
     best_weights: dict[str, Tensor] = field(default_factory=dict)  # on the CPU
     test_scores: dict = field(default_factory=dict)
 
@@ -139,8 +135,9 @@ class FinetuningRun(Run):
             outputs, self.test_scores = self.score_rows("test")
         if self.has_test_scores():
             name, scores = "test", self.test_scores
-            labels = self.task.label_cells(self.rows["test"])
-            predicted = self.task.cells(self.datasets["test"], outputs, self.classes)
+            dataset = self.datasets["test"]
+            labels = self.task.label_cells(dataset.rows)
+            predicted = self.task.cells(dataset, outputs)
             path = self.output / self.task.predictions
             write_rows(path, (a | b for a, b in zip(labels, predicted)), path.suffix == ".csv")
         if "confusion" in scores:
@@ -176,7 +173,7 @@ class FinetuningRun(Run):
     def complete_summary(self, state, summary: dict) -> None:
         """Add the best validation scores and the test scores."""
         summary.pop("mask_shortfall", None)
-        summary["train_rows"] = len(self.rows["train"].texts)
+        summary["train_rows"] = len(self.datasets["train"].rows.texts)
         if state.best_scores:
             summary |= {"best_step": state.best_step, "valid": state.best_scores}
         if self.has_test_scores():
@@ -196,7 +193,7 @@ class FinetuningRun(Run):
         facts = [
             ["started from", self.config.model],
             *([["classes", ", ".join(names)]] if names else []),
-            ["training rows", len(self.rows["train"].texts)],
+            ["training rows", len(self.datasets["train"].rows.texts)],
             ["tokens per example", self.tokenizer.model_max_length],
             ["step of the best model", state.best_step],
             ["seed", self.config.seed],
@@ -248,7 +245,7 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
         enable_gradient_checkpointing(model)
     datasets = {name: task.dataset(part, tokenizer) for name, part in rows.items()}
     for name, dataset in () if saved or quiet else datasets.items():
-        check_tokens(typed(options, name), dataset, tokenizer, rows[name].texts)
+        dataset.check_tokens(typed(options, name))
     train = datasets["train"]
     if options.class_weights == "balanced":
         train.class_weights = len(train) / (len(classes) * np.bincount(train.labels))
@@ -282,7 +279,6 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
         data_facts={"rows": rows_key},
         quiet=quiet,
         classes=classes,
-        rows=rows,
         datasets=datasets,
     )
     if not quiet:
@@ -356,33 +352,22 @@ def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
     return rows | {"train": train.take(chosen.tolist())}
 
 
-def check_tokens(
-    name: str,
-    dataset: LabeledDataset | TaggedDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[tuple[str, ...]],
-) -> None:
-    """`check_vocabulary` for rows with `texts`; `name` is an option and its value."""
-    sample = "\n".join(chain.from_iterable(texts[:SAMPLED_ROWS]))
-    check_vocabulary(name, dataset.unknown_share, tokenizer, sample)
-
-
 def print_rows(run: FinetuningRun) -> None:
     """Print the rows per class, how many are cut, how many entities end inside a word, and how many
     texts are also in --train."""
-    seen, task = set(run.rows["train"].texts), run.task
+    seen, task = set(run.datasets["train"].rows.texts), run.task
     for name, dataset in run.datasets.items():
-        rows = run.rows[name]
-        facts = [counted(len(rows.texts), "row"), *task.counts(rows, dataset)]
+        texts = dataset.rows.texts
+        facts = [counted(len(texts), "row"), *task.counts(dataset)]
         if dataset.num_cut:
             facts.append(f"{dataset.num_cut:,} over {dataset.max_length} tokens, {task.when_long}")
         print(f"--{name}: {', '.join(facts)}")
         if snapped := getattr(dataset, "num_snapped", 0):
             found = f"{typed(run.config, name)}: {counted(snapped, 'entity')} cut inside a word"
             print(f"{found}: the tags are of whole words, so no prediction can match")
-        repeated = sum(text in seen for text in rows.texts)
+        repeated = sum(text in seen for text in texts)
         if name != "train" and repeated:
-            found = f"{typed(run.config, name)}: {repeated:,} of {counted(len(rows.texts), 'text')}"
+            found = f"{typed(run.config, name)}: {repeated:,} of {counted(len(texts), 'text')}"
             print(f"{found} also in --train, so scores will look too good; expected other rows")
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ from pretrain.data.hash_rng import derive, key
 from pretrain.data.tables import choose_field, no_column, open_tables, path_of
 from pretrain.data.tokenizer import encode_together, without_limits
 from pretrain.errors import UserError, check, counted
+from pretrain.inputs import check_vocabulary
 from pretrain.schema import SHOWN_CHARACTERS
 
 MAX_CLASSES = 1000
+SAMPLED_ROWS = 1000  # to show what is unknown to the tokenizer
 MAX_CHARACTERS = 1 << 20  # of a text that are tokenized: far more than fit in an example
 WHOLE_NUMBER = re.compile(r"[+-]?\d+", re.ASCII)
 FRACTION = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", re.ASCII)
@@ -175,22 +178,23 @@ def budget_rows(labels: list[str], budget: int, seed: int) -> np.ndarray:
 
 
 class EncodedRows:
-    """Token ids in pieces of at most `max_length` tokens, and micro-batches of them."""
+    """`rows` as token ids in pieces of at most `max_length` tokens, and micro-batches of them."""
 
     is_predicted: slice | np.ndarray = slice(None)  # which outputs become predictions
     class_weights: np.ndarray | None = None  # float64 [classes], in the loss
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, rows: LabeledRows, tokenizer: PreTrainedTokenizerBase):
+        self.rows, self.tokenizer = rows, tokenizer
         self.max_length = tokenizer.model_max_length
-        self.unknown_id = tokenizer.unk_token_id
         self.examples: list[tuple] = []  # uint32 ids, uint8 type ids and what a subclass adds
         self.num_cut = 0  # texts that exceed `max_length`
 
-    @property
-    def unknown_share(self) -> float:
-        """Of the tokens, the share that the tokenizer does not know."""
+    def check_tokens(self, name: str) -> None:
+        """`check_vocabulary` for these rows; `name` is an option and its value."""
         ids = np.concatenate([example[0] for example in self.examples])
-        return float((ids == self.unknown_id).mean())
+        unknown_share = float((ids == self.tokenizer.unk_token_id).mean())
+        sample = "\n".join(chain.from_iterable(self.rows.texts[:SAMPLED_ROWS]))
+        check_vocabulary(name, unknown_share, self.tokenizer, sample)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -216,7 +220,7 @@ class LabeledDataset(EncodedRows):
     `labels`: the `numbers` of the rows."""
 
     def __init__(self, rows: LabeledRows, tokenizer: PreTrainedTokenizerBase):
-        super().__init__(tokenizer)
+        super().__init__(rows, tokenizer)
         backend = without_limits(tokenizer)
         backend.enable_truncation(self.max_length, direction=tokenizer.truncation_side)
         self.labels = rows.numbers

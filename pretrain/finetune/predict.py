@@ -12,16 +12,15 @@ from pretrain.config import UTF8, ColumnOptions
 from pretrain.errors import check
 from pretrain.evaluate import evaluation_mode
 from pretrain.files import as_json
-from pretrain.finetune.dataset import LabeledDataset
+from pretrain.finetune.dataset import EncodedRows
 from pretrain.finetune.heads import PackedClassifier
 from pretrain.finetune.tasks import Classification
-from pretrain.finetune.windows import TaggedDataset
 
 
 @torch.no_grad()
 def predict(
     model: PackedClassifier,
-    dataset: LabeledDataset | TaggedDataset,
+    dataset: EncodedRows,
     batch_size: int,
     context: torch.autocast,
     stop=lambda: 0,

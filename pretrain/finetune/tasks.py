@@ -148,10 +148,9 @@ class Classification:
         """The names of the cells that a prediction adds to a row."""
         return ["predicted_label", *(f"probability_{label}" for label in classes)]
 
-    def cells(
-        self, dataset: LabeledDataset, outputs: np.ndarray, classes: list[str]
-    ) -> Iterator[dict]:
+    def cells(self, dataset: LabeledDataset, outputs: np.ndarray) -> Iterator[dict]:
         """For each row, the cells that a prediction adds, from `outputs` of `predict`."""
+        classes = dataset.rows.classes
         names = self.columns(classes)
         for row in outputs:
             numbers = [round(float(probability), 6) for probability in row]
@@ -161,10 +160,10 @@ class Classification:
         """For each row, its label as written beside its prediction."""
         return ({"label": label} for label in rows.labels)
 
-    def counts(self, rows: LabeledRows, dataset: LabeledDataset) -> list[str]:
+    def counts(self, dataset: LabeledDataset) -> list[str]:
         """Numbers of rows by class, to print."""
-        numbers = np.bincount(dataset.labels, minlength=len(rows.classes))
-        named = zip(rows.classes[:SHOWN_CLASSES], numbers)
+        classes = dataset.rows.classes
+        named = zip(classes[:SHOWN_CLASSES], np.bincount(dataset.labels, minlength=len(classes)))
         return [f"{label} {count:,}" for label, count in named]
 
     def warning(self, predicted: Sequence[int], classes: list[str], scores: dict) -> str | None:
@@ -245,15 +244,13 @@ class Regression(Classification):
             raise UserError(f"{source}: {found}; expected two or more")
         return []
 
-    def cells(
-        self, dataset: LabeledDataset, outputs: np.ndarray, classes: list[str]
-    ) -> Iterator[dict]:
+    def cells(self, dataset: LabeledDataset, outputs: np.ndarray) -> Iterator[dict]:
         """For each row, the number, in the fewest digits that no other float32 has."""
         return ({"predicted_label": float(str(number))} for number in outputs)
 
-    def counts(self, rows: LabeledRows, dataset: LabeledDataset) -> list[str]:
+    def counts(self, dataset: LabeledDataset) -> list[str]:
         """The range of the numbers, to print."""
-        low, high, mean = min(rows.labels), max(rows.labels), np.mean(rows.labels)
+        low, high, mean = dataset.labels.min(), dataset.labels.max(), dataset.labels.mean()
         return [f"numbers from {low:g} to {high:g}, {mean:.4g} on average"]
 
     def warning(self, predicted: Sequence[int], classes: list[str], scores: dict) -> str | None:
@@ -350,15 +347,13 @@ class EntityRecognition(Classification):
         """A list of entities."""
         return ["predicted_entities"]
 
-    def cells(
-        self, dataset: TaggedDataset, outputs: np.ndarray, classes: list[str]
-    ) -> Iterator[dict]:
+    def cells(self, dataset: TaggedDataset, outputs: np.ndarray) -> Iterator[dict]:
         """For each row, the entities with label, text and score."""
         labels: list[TaggedText] = dataset.labels
         bounds = np.cumsum([len(text.words) for text in labels])[:-1]
         for text, shares in zip(labels, np.split(outputs, bounds)):
             entities = []
-            for *span, score in decode(shares, text.words, classes):
+            for *span, score in decode(shares, text.words, dataset.rows.classes):
                 shown = {"text": text.text[span[0] : span[1]], "score": round(score, 6)}
                 entities.append(dict(zip(KEYS, span)) | shown)
             yield {"predicted_entities": entities}
@@ -368,10 +363,10 @@ class EntityRecognition(Classification):
         for (text, *_), entities in zip(rows.texts, rows.labels):
             yield {"text": text, "entities": [dict(zip(KEYS, entity)) for entity in entities]}
 
-    def counts(self, rows: LabeledRows, dataset: TaggedDataset) -> list[str]:
+    def counts(self, dataset: TaggedDataset) -> list[str]:
         """Numbers of entities by label, to print."""
-        found = [label for entities in rows.labels for *_, label in entities]
-        named = labels_of(rows.classes)[:SHOWN_CLASSES]
+        found = [label for entities in dataset.rows.labels for *_, label in entities]
+        named = labels_of(dataset.rows.classes)[:SHOWN_CLASSES]
         return [f"{label} {found.count(label):,}" for label in named]
 
     def warning(self, predicted: Sequence[int], classes: list[str], scores: dict) -> str | None:

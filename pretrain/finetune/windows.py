@@ -36,7 +36,7 @@ class TaggedDataset(EncodedRows):
     once for each word, in the order of the words of all rows."""
 
     def __init__(self, rows: LabeledRows, tokenizer: PreTrainedTokenizerBase):
-        super().__init__(tokenizer)
+        super().__init__(rows, tokenizer)
         backend = without_limits(tokenizer)
         room = self.max_length - backend.num_special_tokens_to_add(False)
         texts = [text for text, *_ in rows.texts]

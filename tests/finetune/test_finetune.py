@@ -575,7 +575,7 @@ def test_a_label_budget_takes_rows_of_each_class_by_the_seed(data, files):
         return build(data, FAST, f"--label-budget {budget} --seed {seed}")
 
     def rows(*arguments):
-        train = run(*arguments).rows["train"]
+        train = run(*arguments).datasets["train"].rows
         return list(zip(train.texts, train.labels))
 
     few, small = rows(6), run(6)
@@ -635,7 +635,7 @@ def test_rows_are_read_in_their_encoding(data, files, tmp_path, encoding):
     path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
     refused(build, data, FAST, ["--train", path], begins=f"--train {path}: ")
     run = build(data, FAST, ["--train", path, "--encoding", encoding])  # --valid is UTF-8
-    assert run.rows["train"].texts == [(row["text"],) for row in rows]
+    assert run.datasets["train"].rows.texts == [(row["text"],) for row in rows]
 
 
 # A result that is replaced.
