@@ -62,7 +62,7 @@ class FinetuningRun(Run):
     classes: list[str]  # as in LabeledRows
     datasets: dict[str, LabeledDataset | TaggedDataset]  # train, valid and, if given, test
     best_weights: dict[str, Tensor] = field(default_factory=dict)  # on the CPU
-    test_scores: dict = field(default_factory=dict)
+    test_scores: dict = field(default_factory=dict)  # {} also if they are not finite
 
     evaluates_first = False
     higher_is_better = True
@@ -130,12 +130,10 @@ class FinetuningRun(Run):
             raise UserError(f"{typed(self.config, 'valid')}: {problem}; expected {expected}")
         self.model.load_state_dict(self.best_weights)
         state.scores = scores = state.best_scores  # the scores of `final/`
-        name = "validation"
-        if "test" in self.datasets:
-            outputs, self.test_scores = self.score_rows("test")
-        if self.has_test_scores():
-            name, scores = "test", self.test_scores
-            dataset = self.datasets["test"]
+        name, dataset = "validation", self.datasets.get("test")
+        outputs, found = self.score_rows("test") if dataset else (None, {})
+        if math.isfinite(found.get("loss", math.nan)):
+            name, scores, self.test_scores = "test", found, found
             labels = self.task.label_cells(dataset.rows)
             predicted = self.task.cells(dataset, outputs)
             path = self.output / self.task.predictions
@@ -149,10 +147,6 @@ class FinetuningRun(Run):
         if self.config.save_model:
             super().finish(state)
 
-    def has_test_scores(self) -> bool:
-        """Whether there are test rows, and outputs for them that are finite."""
-        return math.isfinite(self.test_scores.get("loss", math.nan))
-
     def notes(self, state) -> list[str]:
         """Also says if the last step was the best, if all rows get the same prediction, and if
         there are no test scores."""
@@ -165,7 +159,7 @@ class FinetuningRun(Run):
             counts = predicted_of(scores)
             warning = self.task.warning(counts, self.classes, scores) if scores else None
             found += [f"--{name}: {warning}"] if warning else []
-        if "test" in self.datasets and not self.has_test_scores():
+        if "test" in self.datasets and not self.test_scores:
             problem = f"the outputs in {self.precision} are not finite, so there are no scores"
             found.append(f"{typed(options, 'test')}: {problem}")
         return found
@@ -176,7 +170,7 @@ class FinetuningRun(Run):
         summary["train_rows"] = len(self.datasets["train"].rows.texts)
         if state.best_scores:
             summary |= {"best_step": state.best_step, "valid": state.best_scores}
-        if self.has_test_scores():
+        if self.test_scores:
             summary["test"] = self.test_scores
 
     def clean_up(self) -> None:
