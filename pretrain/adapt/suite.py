@@ -27,7 +27,6 @@ from pretrain.schema import SHOWN_CHARACTERS
 TASK_FILE = "task.json"
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
 SET_HERE = (*RUN_OPTIONS, "seed", "save_model")
-NOT_SCORES = ("loss",)
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ def read_tasks(options: SuiteOptions) -> dict[str, Task]:
         asked = parse(shlex.split(options.finetune), FinetuneOptions, "")
         check(set_elsewhere(asked, [*SET_HERE, *SPLITS], "the suite"))
     root = Path(options.tasks)
-    found = sorted(path for path in root.glob("*") if path.is_dir())
-    folders = [path for path in found if not path.name.startswith(".")]
+    folders = sorted(path for path in root.glob("[!.]*") if path.is_dir())
     if not folders:
         raise UserError(f"--tasks {root}: has no subfolder; expected one for each task")
     tasks, problems = {}, []
@@ -152,7 +150,7 @@ def write_report(output: Path, facts: dict) -> str:
     the average over tasks."""
     rows = []
     for name, task in facts["tasks"].items():
-        others = [key for key in task["all_scores"] if key not in (*NOT_SCORES, task["metric"])]
+        others = [key for key in task["all_scores"] if key not in ("loss", task["metric"])]
         more = [f"{key.replace('_', ' ')} {mean(task['all_scores'][key]):.3f}" for key in others]
         metric = task["metric"].replace("_", " ")
         rows.append([name, metric, task["split"], spread(task["scores"]), ", ".join(more)])

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.cli import command, parse
-from pretrain.commands.pretrain import read_saved
+from pretrain.commands.pretrain import finished_summary, read_saved
 from pretrain.config import FinetuneOptions
-from pretrain.errors import UserError, check, option_named
+from pretrain.errors import check, option_named
 from pretrain.preflight import problems_of
 
 HINT = "--resume continues the run"
@@ -33,7 +33,9 @@ def main(argv: Sequence[str]) -> None:
     if options.output and not (resumes and is_read_only):  # `build` refuses an unfinished run
         with option_named("--output"):
             lock(output)
-    if resumes and _is_finished(output, options.save_model):
+    # A damaged run continues from its checkpoint or, as a finished one has none, from its start, to
+    # the same result.
+    if resumes and finished_summary(output, options.save_model):
         check(changed_options(options, {"options": saved or {}}, output / "config.json"))
         if not is_read_only:
             prune(output, keep=0)  # if a kill left checkpoints
@@ -55,24 +57,3 @@ def main(argv: Sequence[str]) -> None:
         print(f"\nuse: {output / 'final'}" if options.save_model else f"\nscores: {output}")
     print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(output))}")
     print(as_json(summary | numbers))
-
-
-def _is_finished(output: Path, has_model: bool) -> bool:
-    """Whether the run in `output` has its result. Prints what is damaged: the run then continues
-    from its checkpoint or, as a finished one has none, from its start, to the same result."""
-    from pretrain.files import read_json
-    from pretrain.runtime.checkpoint import problem_of
-    from pretrain.train import FINISHED
-
-    path = output / "summary.json"
-    if not path.exists():
-        return False
-    try:
-        state = read_json(path).get("state", FINISHED)
-    except UserError as error:
-        print(error)
-        return False
-    problem = problem_of(output / "final", needed=()) if has_model and state == FINISHED else None
-    if problem:
-        print(problem)
-    return state == FINISHED and not problem

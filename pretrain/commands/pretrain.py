@@ -113,22 +113,36 @@ def read_saved(asked: Config | FinetuneOptions) -> dict | None:
 def report_finished(config: Config, saved: dict) -> bool:
     """Report a finished run again without writing anything. False if it is not whole, or if an
     option differs from the `saved` ones, which may mean more steps."""
-    from pretrain.files import read_json
     from pretrain.resume import portable_options
+
+    output, options = Path(config.output), portable_options(config)
+    is_same = all(options[name] == value for name, value in saved.items())
+    summary = finished_summary(output) if is_same else {}
+    if summary:
+        print(f"{output} is finished and read-only")
+        report(output, summary)
+    return bool(summary)
+
+
+def finished_summary(output: Path, has_model: bool = True) -> dict:
+    """The summary of the run in `output`; {} if it is not finished or its result is damaged. Prints
+    what is damaged."""
+    from pretrain.files import read_json
     from pretrain.runtime.checkpoint import problem_of
     from pretrain.train import FINISHED
 
-    output = Path(config.output)
-    options = portable_options(config)
-    is_same = all(options[name] == value for name, value in saved.items())
-    if not is_same or problem_of(output / "final", needed=()):
-        return False
-    summary = read_json(output / "summary.json")
+    path = output / "summary.json"
+    try:
+        summary = {"state": FINISHED} | read_json(path) if path.exists() else {}
+    except UserError as error:
+        print(error)
+        return {}
     if summary.get("state") != FINISHED:
-        return False
-    print(f"{output} is finished and read-only")
-    report(output, summary)
-    return True
+        return {}
+    problem = problem_of(output / "final", needed=()) if has_model else None
+    if problem:
+        print(problem)
+    return {} if problem else summary
 
 
 def report(output: Path, summary: dict) -> None:

@@ -238,8 +238,6 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     datasets = {name: task.dataset(part, tokenizer) for name, part in rows.items()}
-    for name, dataset in () if saved or quiet else datasets.items():
-        dataset.check_tokens(typed(options, name))
     train = datasets["train"]
     if options.class_weights == "balanced":
         train.class_weights = len(train) / (len(classes) * np.bincount(train.labels))
@@ -250,8 +248,6 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
     epoch = data.steps_per_epoch
     total_steps = options.max_steps or max(1, round(options.epochs * epoch))
     metric = TASK_METRICS[options.task][0] if options.metric == AUTO else options.metric
-    if not quiet:
-        report_ineffective(options, total_steps, world)
     torch.manual_seed(options.seed)  # for dropout, independent of the draws for the head
     run = FinetuningRun(
         asked=options,
@@ -276,6 +272,9 @@ def build(options: FinetuneOptions, keep_head: bool = True, quiet: bool = False)
         datasets=datasets,
     )
     if not quiet:
+        for name, dataset in () if saved else datasets.items():
+            dataset.check_tokens(typed(options, name))
+        report_ineffective(options, total_steps, world)
         print_rows(run)
     return run
 
@@ -342,8 +341,9 @@ def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
     allowed, expected = budget_range(task, train)
     if budget not in allowed:
         raise UserError(f"--label-budget {budget}: expected {expected}")
-    chosen = budget_rows(task.strata(train), budget, options.seed)
-    return rows | {"train": train.take(chosen.tolist())}
+    chosen = budget_rows(task.strata(train), budget, options.seed).tolist()
+    texts, labels = ([column[row] for row in chosen] for column in (train.texts, train.labels))
+    return rows | {"train": LabeledRows(texts, labels, classes)}
 
 
 def print_rows(run: FinetuningRun) -> None:

@@ -54,11 +54,6 @@ class LabeledRows:
         places = {label: number for number, label in enumerate(self.classes)}
         return np.array([places.get(label, IGNORED) for label in self.labels], np.int64)
 
-    def take(self, numbers: Sequence[int]) -> "LabeledRows":
-        """The rows with these numbers, in this order."""
-        texts = [self.texts[row] for row in numbers]
-        return LabeledRows(texts, [self.labels[row] for row in numbers], self.classes)
-
 
 def choose_columns(record: dict, where: str, options: ColumnOptions) -> tuple[str, ...]:
     """The columns of the one or two texts, from a file's first row; UserError if it lacks one."""

@@ -133,16 +133,13 @@ class Tally:
         self.confusion = np.zeros((len(classes), len(classes)), np.int64)  # a row per true class
         self.loss_sum = 0.0
         self.predicted = np.zeros(len(classes), np.int64)  # rows by predicted class
-        self.num_unlabeled = 0
-
-    @property
-    def num_scored(self) -> int:
-        return int(self.confusion.sum())
+        self.num_scored = self.num_unlabeled = 0
 
     def add(self, labels: np.ndarray, probabilities: np.ndarray) -> None:
         """Count `labels` int64 [rows], IGNORED if unknown, and `probabilities` [rows, classes]."""
         known, best = is_known(labels), probabilities.argmax(-1)
         self.predicted += np.bincount(best, minlength=len(self.classes))
+        self.num_scored += int(known.sum())
         self.num_unlabeled += int((~known).sum())
         labels, probabilities = labels[known], probabilities[known]
         np.add.at(self.confusion, (labels, best[known]), 1)
