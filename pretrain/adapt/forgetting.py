@@ -17,7 +17,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.data.loader import PretrainingDataset, TrainData
 from pretrain.data.masking import Masking
 from pretrain.data.pairs import Task
-from pretrain.data.tokenizer import Vocabulary
+from pretrain.data.tokenizer import describe
 from pretrain.evaluate import MASK_RATE, SEED, evaluation_mode, make_validation_set
 from pretrain.model.packed import PackedModel
 from pretrain.pretraining import PretrainingRun
@@ -34,13 +34,12 @@ def measure(
     adapted: PackedModel,
     training: Corpus,
     corpus: Corpus,
-    vocabulary: Vocabulary,
     has_head: bool,
 ) -> dict:
     """The fields of the `Change` on `corpus` from the model of `run`, which has not been trained,
     to `adapted`, at the length of the last phase; with `trains_head`, and `unigram`, the perplexity
     of guessing by the frequencies in `training`. A head is trained on `training`, too."""
-    phase, before = run.phases[-1], run.model
+    phase, before, vocabulary = run.phases[-1], run.model, describe(run.tokenizer)
     task = Task(None, phase.max_length, phase.eval_batch_size, MASK_RATE, SEED)
     if not has_head:
         adapted.load_state_dict(head_of(before), strict=False)

@@ -216,14 +216,13 @@ def measure_forgetting(experiment: Experiment) -> dict:
     share of its tokens that was not replayed, 0.0 if it was not replayed at all."""
     run = _untrained(experiment)
     adapted = _trained(experiment, "adapted", run)
-    vocabulary = tokenizers.describe(run.tokenizer)
     training, corpus = _open_general(experiment, run)
     has_head, held_out = MLM_HEAD not in experiment.fresh_parts, 0.0
     if experiment.options.replay:
         tokens = corpus.count_tokens()
         held_out = tokens / (training.count_tokens() + tokens)
     with option_named(f"{typed(experiment.options, 'general')}:"):
-        change = forgetting.measure(run, adapted, training, corpus, vocabulary, has_head)
+        change = forgetting.measure(run, adapted, training, corpus, has_head)
     return change | {"held_out": held_out}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pretrain.config import UTF8, ColumnOptions
-from pretrain.errors import check
+from pretrain.errors import UserError, check
 from pretrain.evaluate import evaluation_mode
 from pretrain.files import as_json
 from pretrain.finetune.dataset import EncodedRows
@@ -48,7 +48,12 @@ def check_rows(
     CSV file has the columns of the first row, the first row with others."""
     problems, taken, added = [], {}, set(task.columns(classes))
     columns: set[str] = set()
-    for where, record, _ in task.documents(paths, options, problems):
+    for row in task.documents(paths, options, problems):
+        where, record, _ = row
+        try:
+            task.label(row, options)
+        except UserError as error:
+            problems.append(str(error))
         columns = columns or set(record)
         if as_csv and (others := sorted(record.keys() - columns)):
             shown = ", ".join(others)

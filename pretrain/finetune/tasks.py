@@ -109,8 +109,12 @@ class Classification:
             if expected := self.expected(record[field], classes):
                 problems.append(wrong_cell(where, field, record[field], expected))
                 continue
+            try:
+                labels.append(self.label(row, options))
+            except UserError as error:
+                problems.append(str(error))
+                continue
             texts.append(row_texts)
-            labels.append(self.label(row, options))
             wheres.append(where)
         check_rows(problems, len(labels))
         classes = self.find_classes(labels, wheres, " ".join(paths), classes)
@@ -141,7 +145,8 @@ class Classification:
         return rows.labels if self.has_classes else [""] * len(rows.labels)
 
     def label(self, row: Row, options: ColumnOptions, classes: list[str] | None = None) -> object:
-        """The label of a row, which may be missing, or none of the model's `classes`."""
+        """The label of a row, which may be missing, or none of the model's `classes`. UserError for
+        spans that are none of its text."""
         return self.value_of(row[1].get(options.label_field))
 
     def columns(self, classes: list[str]) -> list[str]:
@@ -278,6 +283,7 @@ class EntityRecognition(Classification):
     auto_class, pipeline = "AutoModelForTokenClassification", "token-classification"
     pipeline_options = ', aggregation_strategy="first"'
     dataset, tally = TaggedDataset, EntityTally
+    documents = staticmethod(read_documents)  # of tables and CoNLL files
     names = staticmethod(labels_of)  # in its tags
     label_field = staticmethod(entity_field)  # it has several usual names
     has_classes = False
@@ -303,21 +309,8 @@ class EntityRecognition(Classification):
     by_label = "Entities per type before and after"
     label_name, support, support_key = "type", "test entities", "entities"
 
-    def documents(
-        self, paths: Sequence[str], options: ColumnOptions, problems: list[str]
-    ) -> Iterator[Row]:
-        """The rows of tables and CoNLL files, with or without entities."""
-        for row in read_documents(paths, options, problems):
-            where, record, (text, *_) = row
-            try:
-                entities_of(record, text, where, options)
-            except UserError as error:
-                problems.append(str(error))
-            else:
-                yield row
-
     def expected(self, value: object, classes: list[str] | None) -> str | None:
-        """None: `documents` has checked the cells."""
+        """None: `label` checks the cells."""
 
     def find_classes(
         self, labels: list, wheres: list[str], source: str, known: list[str] | None
