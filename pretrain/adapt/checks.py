@@ -239,9 +239,8 @@ def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """What has changed since the experiment was started."""
     commands = {"options": "{}", "pretrain": '--pretrain "{}"', "finetune": '--finetune "{}"'}
     kinds = {"options": AdaptOptions, "pretrain": Config, "finetune": FinetuneOptions}
-    models = [model_folder(values["options"]["model"]) for values in (before, now)]
-    models = [os.path.abspath(name) if os.path.isdir(name) else name for name in models]
-    ignored = set(models) if models[0] != models[1] else set()  # another model has other files
+    models = {os.path.abspath(model_folder(of["options"]["model"])) for of in (before, now)}
+    ignored = models if len(models) > 1 else set()  # another model has other files
     found = []
     for kind, values in now.items():
         # An experiment of an earlier version lacks the newer options.

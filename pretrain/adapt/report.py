@@ -265,11 +265,10 @@ def _compare_scores(output: Path, facts: dict, differences: dict, guess: float |
 
 def _compare_labels(output: Path, facts: dict) -> str:
     """A section: F1 of each class or type, and the plot of the classes; "" without labels."""
-    task = TASKS[facts["task"]]
-    if not task.by_label:
+    task, labels, f1, matrices = TASKS[facts["task"]], facts["labels"], {}, {}
+    if not labels:
         return ""
     budget, count = list(facts["budgets"].items())[-1]  # the largest
-    labels, f1, matrices = facts["labels"], {}, {}
     for name in [name for name in ENCODERS if name in facts["scores"]]:
         tests = [run["test"] for run in facts["scores"][name][budget]]
         f1[name] = [np.mean([test["classes"][label]["f1"] for test in tests]) for label in labels]

@@ -89,7 +89,7 @@ class Classification:
             scores.matthews,
         ),
     }
-    by_label = "Which classes?"  # heading of the scores of each label; "" if there are none
+    by_label = "Which classes?"  # heading of the scores of each label
     label_name, support, support_key = "class", "test rows", "rows"
 
     def read(
@@ -234,7 +234,6 @@ class Regression(Classification):
             scores.mean_correlation,
         ),
     }
-    by_label = ""
 
     def expected(self, value: object, classes: list[str] | None) -> str | None:
         """A number."""
