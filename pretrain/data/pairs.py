@@ -124,8 +124,9 @@ def plan_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) 
         return plan
     swapped = (plan.label == 0) & (uniform(derive(plan.keys, SWAP)) < 0.5)
     segments = np.stack([plan.a_start, plan.a_length, plan.b_start, plan.b_length])
-    segments = np.where(swapped, segments[[2, 3, 0, 1]], segments)
-    return Plan(*segments, np.where(swapped, 1, plan.label), plan.keys)
+    a_start, a_length, b_start, b_length = np.where(swapped, segments[[2, 3, 0, 1]], segments)
+    label = np.where(swapped, 1, plan.label)
+    return Plan(a_start, a_length, b_start, b_length, label, plan.keys)
 
 
 def whole_pairs(shard: Shard, documents: np.ndarray, task: Task, key: np.uint64) -> Plan:
