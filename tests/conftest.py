@@ -265,6 +265,38 @@ def encoder(tiny_tokenizer, vocabulary, tmp_path_factory):
     return str(save(folder, BertModel(config), tiny_tokenizer))
 
 
+# Faults and observers: functions that change the process in which something will happen.
+
+
+def at(target, name, call, act, put=setattr):
+    """Pass the arguments of call number `call`, from 1 on, of a function to `act` first; 0: of each
+    call."""
+
+    def patch():
+        original, calls = getattr(target, name), []
+
+        def watched(*given, **named):
+            calls.append(name)
+            if call in (0, len(calls)):
+                act(*given)
+            return original(*given, **named)
+
+        put(target, name, watched)
+
+    return patch
+
+
+def send(number):
+    return lambda *given: os.kill(os.getpid(), number)
+
+
+def fail(error):
+    def act(*given, **named):
+        raise error
+
+    return act
+
+
 # Runs of the commands.
 
 
@@ -444,14 +476,10 @@ def observed_steps():
     """A list that collects the micro-batches of every training step inside the context."""
     from pretrain import train
 
-    seen, original = [], train.train_step
-
-    def observed(model, batches, *more):
-        seen.append(batches)
-        return original(model, batches, *more)
-
+    seen = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train, "train_step", observed)
+        note = lambda model, batches, *more: seen.append(batches)  # noqa: E731
+        at(train, "train_step", 0, note, patched.setattr)()
         yield seen
 
 

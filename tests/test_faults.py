@@ -23,7 +23,9 @@ from conftest import (
     arguments_of,
     assert_same,
     assert_same_run,
+    at,
     built,
+    fail,
     in_processes,
     interrupted_copy,
     leaves,
@@ -31,6 +33,7 @@ from conftest import (
     resume,
     rows,
     script,
+    send,
     summary_of,
     ten_steps,
     without_privileges,
@@ -68,37 +71,8 @@ WEIGHT = "bert.embeddings.word_embeddings.weight"
 # Faults: functions that change the process in which a run will start.
 
 
-def at(target, name, call, act):
-    """Pass the arguments of call number `call`, from 1 on, of a function to `act` first; 0: of each
-    call."""
-
-    def patch():
-        original, calls = getattr(target, name), []
-
-        def watched(*given, **named):
-            calls.append(name)
-            if call in (0, len(calls)):
-                act(*given)
-            return original(*given, **named)
-
-        setattr(target, name, watched)
-
-    return patch
-
-
 def all_of(*faults):
     return lambda: [fault() for fault in faults]
-
-
-def send(number):
-    return lambda *given: os.kill(os.getpid(), number)
-
-
-def fail(error):
-    def act(*given):
-        raise error
-
-    return act
 
 
 def in_a_worker(act):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    at,
     make_documents,
     read_rows,
     refusal,
@@ -150,32 +151,27 @@ def tables(text):
 
 def fine_tunings(monkeypatch):
     """A list that collects the names of fine-tuning runs as they start."""
-    names, original = [], pipeline.train
+    names = []
 
-    def observed(run):
+    def note(run):
         if isinstance(run.config, FinetuneOptions):
             names.append(run.output.name)
-        return original(run)
 
-    monkeypatch.setattr(pipeline, "train", observed)
+    at(pipeline, "train", 0, note, monkeypatch.setattr)()
     return names
 
 
 def interrupted(arguments, module, name, number):
     """Run the experiment with Ctrl-C at call `number` of `module.name`."""
-    calls, original = [], getattr(module, name)
 
-    def observed(*more):
-        calls.append(more)
-        if len(calls) == number:
-            output = Path(arguments[-1])
-            for done in (output / "parts").glob("pretrain-*.json"):  # a kill would leave its lock
-                assert not (output / f".{done.stem.removeprefix('pretrain-')}.lock").exists()
-            raise KeyboardInterrupt
-        return original(*more)
+    def stop(*given):
+        output = Path(arguments[-1])
+        for done in (output / "parts").glob("pretrain-*.json"):  # a kill would leave its lock
+            assert not (output / f".{done.stem.removeprefix('pretrain-')}.lock").exists()
+        raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(module, name, observed)
+        at(module, name, number, stop, context.setattr)()
         assert run_command(ADAPT, arguments) == 130
 
 

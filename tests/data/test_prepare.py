@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import content, in_processes, refusal, refused, script, without_privileges
+from conftest import at, content, in_processes, refusal, refused, script, without_privileges
 from data_reference import write_documents
 
 from pretrain.cli import run_command
@@ -248,14 +248,9 @@ def test_an_interrupted_preparation_resumes_by_piece(make, whole, tmp_path, torn
         flipped = raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
         changed = {"cut": raw[:-9], "zeros": bytes(len(raw)), "bit": flipped}
         path.unlink() if how == "gone" else path.write_bytes(changed[how])
-    written, save = [], np.save
-
-    def save_and_note(path, array, **named):
-        written.append(path)
-        save(path, array, **named)
-
+    written = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(np, "save", save_and_note)
+        at(np, "save", 0, lambda path, array: written.append(path), patch.setattr)()
         assert content(make(tmp_path / "corpus").folder) == whole
     again = [number for number, path in arrays.items() if path in written]
     assert again == ([1, 2] if torn else [2])

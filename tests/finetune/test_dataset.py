@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, write_rows
+from conftest import at, refused, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_reference import assert_close, gradients, roughen, small_config
@@ -20,6 +20,7 @@ from pretrain.batch import IGNORED
 from pretrain.config import LabelOptions
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.sentences import in_groups
+from pretrain.finetune import dataset as module
 from pretrain.finetune.dataset import (
     LabeledDataset,
     LabeledRows,
@@ -312,16 +313,14 @@ def test_a_tokenizer_that_cuts_on_the_left_cuts_there(tiny_tokenizer):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_of_a_long_text_only_the_part_in_use_is_tokenized(side, tiny_tokenizer, monkeypatch):
     """Else a cell of tens of MB would take GB."""
-    monkeypatch.setattr("pretrain.finetune.dataset.MAX_CHARACTERS", 100)
+    monkeypatch.setattr(module, "MAX_CHARACTERS", 100)
     tokenizer, sizes = copy.deepcopy(tiny_tokenizer), []
     tokenizer.truncation_side, tokenizer.model_max_length = side, 8
-    encode = tokenizers.encode_together
 
-    def encode_together(backend, texts):
+    def note(backend, texts):
         sizes.extend(map(tokenizers.characters_of, texts))
-        return encode(backend, texts)
 
-    monkeypatch.setattr("pretrain.finetune.dataset.encode_together", encode_together)
+    at(module, "encode_together", 0, note, monkeypatch.setattr)()
     text = "bank river money " * 100 + "teach learn model"
     dataset = LabeledDataset(LabeledRows([(text,)], [""], ["a", "b"]), tokenizer)
     stock = tokenizer(text, truncation=True, max_length=8)["input_ids"]
