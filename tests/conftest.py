@@ -419,15 +419,44 @@ def assert_same_run(left, right, step=10):
     assert rows(left) == rows(right)
 
 
+def change_json(path, change) -> None:
+    """Write what `change` makes of the content."""
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def change_weights(folder, change) -> None:
+    """Call `change` with the weights of a model folder, by name, and save them."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def overflowing(folder, copy, factor=1e30) -> Path:
     """A copy of a model whose weights are finite, unless the factor is not, and outputs are not."""
-    shutil.copytree(folder, copy)
-    weights = load_file(copy / "model.safetensors")
-    for name in weights:
-        if "intermediate.dense.weight" in name or "output.dense.weight" in name:
-            weights[name] *= factor
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+
+    def multiply(weights):
+        for name in weights:
+            if "intermediate.dense.weight" in name or "output.dense.weight" in name:
+                weights[name] *= factor
+
+    change_weights(shutil.copytree(folder, copy), multiply)
     return copy
+
+
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch):
+    """A function that makes the folder of a model in the hub's cache, which is empty at first."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def make(name) -> Path:
+        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        snapshot = folder / "snapshots" / ("0" * 40)
+        for needed in (snapshot, folder / "refs"):
+            needed.mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        return snapshot
+
+    return make
 
 
 def interrupted_copy(finished, output, step):

@@ -25,6 +25,7 @@ from conftest import (
     assert_same_run,
     at,
     built,
+    change_json,
     fail,
     in_processes,
     interrupted_copy,
@@ -44,7 +45,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from stress import assert_one_curve
 from tensorboard.summary.writer import event_file_writer
-from test_safety import FUZZ, change_json, mutations, put
+from test_safety import FUZZ, mutations, put
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import get_worker_info

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refusal, refused, save, script
+from conftest import ROOT, change_json, refusal, refused, save, script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed_reference import small_config, small_stock
@@ -80,10 +80,6 @@ def mutations(draw):
         return value
 
     return mutate
-
-
-def change_json(path, change):
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
 class Bomb:
@@ -347,9 +343,7 @@ def test_a_config_that_describes_more_than_the_weights_hold(model_copy, sizes):
 
 
 @pytest.mark.parametrize("place", ["in shards", "pickled", "in a subfolder", "on the hub"])
-def test_sizes_are_compared_with_the_weights_wherever_they_lie(
-    model_copy, place, tmp_path, monkeypatch
-):
+def test_sizes_are_compared_with_the_weights_wherever_they_lie(model_copy, place, on_hub):
     name, weights, config = str(model_copy), model_copy / "model.safetensors", {}
     size = weights.stat().st_size
     (model_copy / "ours.bin").write_bytes(bytes(size))  # other files do not count
@@ -364,12 +358,8 @@ def test_sizes_are_compared_with_the_weights_wherever_they_lie(
         weights.rename(model_copy / "sub" / "model.safetensors")
         config = {"transformers_weights": "sub/model.safetensors"}
     else:
-        name, cached = "some-body/some-model", tmp_path / "models--some-body--some-model"
-        (cached / "refs").mkdir(parents=True)
-        (cached / "refs" / "main").write_text("0" * 40)
-        shutil.copytree(model_copy, cached / "snapshots" / ("0" * 40))
-        model_copy = cached / "snapshots" / ("0" * 40)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        name = "some-body/some-model"
+        model_copy = shutil.copytree(model_copy, on_hub(name), dirs_exist_ok=True)
     if place not in ("pickled", "in shards", "in a subfolder"):  # they load as they are
         from_checkpoint(name)
     change_json(model_copy / "config.json", lambda old: old | config | {"type_vocab_size": 1 << 20})

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import (
     at,
+    change_json,
     make_documents,
     read_rows,
     refusal,
@@ -313,8 +314,7 @@ def test_copies_of_test_texts_are_removed_and_counted(finished, place):
 def changed_report(finished_small, small, output, name, **values):
     """The report of the experiment if the result of a part had these `values`."""
     shutil.copytree(finished_small, output)
-    changed = json.dumps(part(output, name) | values)
-    (output / "parts" / f"{name}.json").write_text(changed, encoding="utf-8")
+    change_json(output / "parts" / f"{name}.json", lambda result: result | values)
     return report_of(adapt(small, output))
 
 
@@ -510,12 +510,13 @@ def test_options_may_change_before_training(small, place, tmp_path):
 def test_an_experiment_of_a_version_with_fewer_options_resumes(
     finished_small, small, tmp_path, monkeypatch
 ):
-    output = tmp_path / "out"
-    shutil.copytree(finished_small, output)
-    record = json.loads((output / "experiment.json").read_text())
-    for kind in ("options", "pretrain", "finetune"):
-        del record[kind]["encoding"]
-    (output / "experiment.json").write_text(json.dumps(record))
+    def without_encoding(record):
+        for kind in ("options", "pretrain", "finetune"):
+            del record[kind]["encoding"]
+        return record
+
+    output = shutil.copytree(finished_small, tmp_path / "out")
+    change_json(output / "experiment.json", without_encoding)
     forbid_work(monkeypatch)
     adapt(small, output)
     assert "encoding" in json.loads((output / "experiment.json").read_text())["options"]

@@ -19,6 +19,7 @@ from conftest import (
     arguments_of,
     assert_same,
     at,
+    change_weights,
     fail,
     in_processes,
     overflowing,
@@ -33,7 +34,7 @@ from conftest import (
 from conftest import rows as exact_rows
 from huggingface_hub import ModelCard
 from packed_reference import small_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from pretrain import train
@@ -761,10 +762,8 @@ def misfits(encoder, finished, vocabulary, tmp_path):
         no_tokenizer = shutil.ignore_patterns("tokenizer*") if name == "bare" else None
         shutil.copytree(finished[0] / "final", tmp_path / name, ignore=no_tokenizer)
         stock(small_config(size, **settings)).save_pretrained(tmp_path / name)
-    shutil.copytree(finished[0] / "final", tmp_path / "not finite")
-    weights = load_file(tmp_path / "not finite" / "model.safetensors")
-    weights["classifier.bias"][0] = np.nan
-    save_file(weights, tmp_path / "not finite" / "model.safetensors", metadata={"format": "pt"})
+    spoiled = shutil.copytree(finished[0] / "final", tmp_path / "not finite")
+    change_weights(spoiled, lambda weights: weights["classifier.bias"][0].fill_(np.nan))
     return {path.name: path for path in tmp_path.iterdir()}
 
 
