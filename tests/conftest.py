@@ -265,6 +265,15 @@ def encoder(tiny_tokenizer, vocabulary, tmp_path_factory):
     return str(save(folder, BertModel(config), tiny_tokenizer))
 
 
+@pytest.fixture(scope="session")
+def pretrained(tiny_tokenizer, vocabulary, tmp_path_factory) -> Path:
+    """A small BERT with both heads and noise on every weight, and its tokenizer."""
+    import packed_reference
+
+    model = packed_reference.small_model(vocabulary.size)
+    return save(tmp_path_factory.mktemp("pretrained") / "model", model, tiny_tokenizer)
+
+
 # Faults and observers: functions that change the process in which something will happen.
 
 
@@ -326,6 +335,12 @@ def built(output: Path, *options):
     from pretrain.build import build
 
     return build(parse(arguments_of(*options, ["--output", output]), Config, ""))
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory) -> Path:
+    """The uninterrupted run with the `arguments` of the tests of a file, for comparison."""
+    return pretrain_into(tmp_path_factory.mktemp("runs") / "finished", arguments)
 
 
 def resume(output: Path, *options) -> Path:
