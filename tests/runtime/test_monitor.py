@@ -93,8 +93,10 @@ def test_a_resumed_run_has_one_unbroken_curve(close, tmp_path):
     assert_one_curve(tmp_path, 7)
     write(tmp_path, 5, 9)  # the newest checkpoint is of step 5
     assert_one_curve(tmp_path, 9)
-    write(tmp_path, 8, 10)  # once more, after an evaluation
+    write(tmp_path, 8, 10, close=close)  # once more, after an evaluation
     assert_one_curve(tmp_path, 10)
+    write(tmp_path, 0, 2, evaluated=False)  # without a checkpoint, it starts over
+    assert_one_curve(tmp_path, 2)
 
 
 def test_a_pipe_in_place_of_the_log_is_replaced(tmp_path):
@@ -110,12 +112,6 @@ def test_a_step_without_evaluation_keeps_only_its_training_row(tmp_path):
     monitor.close({})
     write(tmp_path, 4, 9, evaluated=False)
     assert_one_curve(tmp_path, 9)
-
-
-def test_a_run_without_a_checkpoint_starts_over(tmp_path):
-    write(tmp_path, 0, 5, evaluated=False, close=False)
-    write(tmp_path, 0, 2, evaluated=False)
-    assert_one_curve(tmp_path, 2)
 
 
 @pytest.mark.parametrize(
