@@ -53,7 +53,7 @@ def labeled(texts):
 
 
 @pytest.fixture(scope="module")
-def place(documents, tmp_path_factory):
+def place(documents, all_sentences, tmp_path_factory):
     """An encoder, texts and labeled rows.
 
     Both texts contain the first test row and the last one, which has two sentences."""
@@ -68,7 +68,7 @@ def place(documents, tmp_path_factory):
     copies = [[test[0].replace(" ", "  "), *documents[0]], [*documents[1], *last, "river ."], last]
     for name, of in (("text", documents[2:]), ("control", make_documents(40, 11))):
         write_documents(folder / f"{name}.txt", [*of, *copies])
-    tokenizer = tokenizers.train(lambda: (line for of in documents for line in of), 120)
+    tokenizer = tokenizers.train(lambda: iter(all_sentences), 120)
     torch.manual_seed(0)  # encoders with scores that differ
     config = BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **SMALL)
     for name, kind in (("model", BertForPreTraining), ("headless", BertModel)):
