@@ -263,10 +263,9 @@ def test_other_seeds_draw_other_rows():
 
 
 @pytest.fixture(scope="module")
-def texts(documents):
+def texts(all_sentences):
     """Texts of 1 to about 300 tokens."""
-    sentences = [sentence for document in documents for sentence in document]
-    joined = [" ".join(sentences[start : start + 1 + start % 3])[:500] for start in range(24)]
+    joined = [" ".join(all_sentences[start : start + 1 + start % 3])[:500] for start in range(24)]
     return [*joined, "bank", "河流 bank 银行", "Bank's  RIVER\n\tmoney?", "zzz 🙂"]
 
 
