@@ -374,8 +374,7 @@ def output(tmp_path) -> Path:
 def rows(output):
     """Rows of metrics.jsonl, one per step, without numbers that depend on clock or machine."""
     by_step = {}
-    for line in (output / "metrics.jsonl").read_text().splitlines():
-        numbers = json.loads(line)
+    for numbers in read_rows(output / "metrics.jsonl"):
         row = by_step.setdefault(numbers["step"], {"step": numbers.pop("step")})
         assert not row.keys() & numbers.keys(), "a number is logged twice"
         for name, value in numbers.items():
