@@ -180,14 +180,6 @@ def test_rows_of_another_task_are_one_problem(task, tmp_path):
         assert len(found) == 4 and not any("right task" in line for line in found)
 
 
-def test_a_text_file_with_columns_can_be_renamed(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("text\tlabel\none\tx\ntwo\ty\n")
-    (line,) = problems(read, path)
-    assert line.startswith(f"{path}: ") and ".tsv" in line
-    assert read(path.rename(tmp_path / "a.tsv")).classes == ["x", "y"]
-
-
 @pytest.mark.parametrize(
     "labels, wheres", [(["x", "3", "4", "y"], [1, 2]), ([True, False, 0, 1], [1, 3])]
 )
