@@ -1,11 +1,11 @@
 """Logs of a run: TensorBoard's curves equal the rows of metrics.jsonl, a resumed run has one
 unbroken curve and no row twice, and a process other than the main one writes nothing."""
 
-import json
 import math
 import os
 
 import pytest
+from conftest import read_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -57,8 +57,7 @@ def write(output, first, last, evaluated=True, close=True):
 
 
 def rows(output):
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_rows(output / "metrics.jsonl")
 
 
 def expected_rows(last):
