@@ -520,8 +520,11 @@ def observed_steps():
     from pretrain import train
 
     seen = []
+
+    def note(model, batches, *more):
+        seen.append(batches)
+
     with pytest.MonkeyPatch.context() as patched:
-        note = lambda model, batches, *more: seen.append(batches)  # noqa: E731
         at(train, "train_step", 0, note, patched.setattr)()
         yield seen
 
