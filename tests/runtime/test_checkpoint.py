@@ -249,7 +249,11 @@ def test_a_write_in_another_container_is_not_disturbed(tmp_path, monkeypatch):
     assert path.read_text() == "of this one" and os.listdir(tmp_path) == ["text"]
     child = os.fork()
     if not child:
-        kill = lambda partial: (partial.mkdir(), signal.raise_signal(signal.SIGKILL))  # noqa: E731
+
+        def kill(partial):
+            partial.mkdir()
+            signal.raise_signal(signal.SIGKILL)
+
         files.write_aside(path, kill)
     os.waitpid(child, 0)
     assert len(os.listdir(tmp_path)) == 2
