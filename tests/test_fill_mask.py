@@ -65,7 +65,7 @@ def test_bad_input_is_refused_in_one_message(encoder, pretrained, tmp_path, caps
     for argv, said in (
         (["--model", model, "bank river ."], "'bank river .'"),
         (["--model", model, "[MASK] " + "bank " * 600], "'[MASK] bank bank"),
-        (["--model", encoder, "[MASK]"], f"--model {encoder}: "),  # without a head,
+        (["--model", encoder, "[MASK]"], f"--model {encoder}: "),  # without a head
         (["--model", bare, "[MASK]"], f"--model {bare}: "),
         (["--model", tmp_path / "absent", "[MASK]"], f"--model {tmp_path / 'absent'}: "),
         (["--model", big, "bank [MASK]"], f"--model {big}: "),
