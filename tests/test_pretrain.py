@@ -732,6 +732,7 @@ BAD = {  # options -> what the messages begin with
     "--device tpu": "--device tpu: ",
     "--device cuda": "--device cuda: ",
     "--precision fp16": "--precision fp16: ",
+    "--output /": "--output /: ",
     "--cache {wrong}/lines.txt": "--cache {wrong}/lines.txt: ",
     "--model enormous": "--model enormous: ",
     "--model Tiny": "--model Tiny: ",
