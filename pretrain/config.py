@@ -87,8 +87,8 @@ LENGTH = integer(8, MAX_LENGTH)
 POSITIVE = number(0, above=True)
 NOT_NEGATIVE = number(0)
 SHARE = number(0, 1, above=True)
-ON_OFF = one_of("on", "off")
 AUTO_ON_OFF = one_of("auto", "on", "off")
+LOWERCASE = "strip case and accents: auto (unless a bare vocab.txt has capitals), on or off"
 PRECISION = one_of("auto", "bf16", "fp16", "fp32")
 FORMAT = one_of("auto", *PLAIN_FORMATS, *RECORD_FORMATS)
 WORDS = one_of("auto", "tokenizer", "spaces", "jieba")
@@ -166,7 +166,7 @@ class TokenizerOptions:
 
     tokenizer: str | None = option(None, "folder, vocab.txt or hub name (default: the model's)")
     vocab_size: int = option(30522, "largest size of a trained vocabulary", integer(100, 1 << 20))
-    lowercase: str = option("on", "strip case and accents (trained or vocab.txt)", ON_OFF)
+    lowercase: str = option("auto", LOWERCASE, AUTO_ON_OFF)
     add_tokens: str | None = option(None, "file of words to add as tokens, one per line", FILE)
     add_special_tokens: Texts = option((), "never split or masked: [name], eos_token=[EOT]", TOKENS)
     new_vectors: str = option("mean", "new embeddings: mean of their pieces, or random", VECTORS)

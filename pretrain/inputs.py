@@ -225,17 +225,16 @@ def find_tokenizer(
     options: TokenizerOptions, model: str = "base"
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the options or of the model; None if the text decides."""
-    lowercase = options.lowercase == "on"
     if model not in MODEL_SIZES:
         with option_named("--model"):
             load_config(model)  # so that a wrong name is reported as a wrong model
     if options.tokenizer:
         with option_named("--tokenizer"):
-            return tokenizers.load(options.tokenizer, lowercase)
+            return tokenizers.load(options.tokenizer, options.lowercase)
     if model in MODEL_SIZES:
         return None
     with option_named("--model"):
-        return tokenizers.load(model, lowercase)
+        return tokenizers.load(model, options.lowercase)
 
 
 def make_tokenizer(
@@ -246,7 +245,7 @@ def make_tokenizer(
         if text.is_corpus:
             with option_named(text.option):
                 return load_tokenizer(text.paths[0])
-    lowercase = options.lowercase == "on"
+    lowercase = options.lowercase != "off"
     sources = [source for text in texts for source in text.sources]
     formats = [text.text_format for text in texts]
     rules = (options.vocab_size, tokenizers.MIN_OCCURRENCES, lowercase)

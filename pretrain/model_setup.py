@@ -84,7 +84,7 @@ def _vocabulary_problems(
     if from_scratch or not config.tokenizer:
         return []
     try:
-        own = tokenizers.load(config.model, config.lowercase == "on")
+        own = tokenizers.load(config.model, config.lowercase)
     except UserError:
         return []
     if own.get_vocab().items() <= tokenizer.get_vocab().items():

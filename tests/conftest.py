@@ -265,6 +265,47 @@ def encoder(tiny_tokenizer, vocabulary, tmp_path_factory):
     return str(save(folder, BertModel(config), tiny_tokenizer))
 
 
+@pytest.fixture(scope="session")
+def pretrained(tiny_tokenizer, vocabulary, tmp_path_factory) -> Path:
+    """A small BERT with both heads and noise on every weight, and its tokenizer."""
+    import packed_reference
+
+    model = packed_reference.small_model(vocabulary.size)
+    return save(tmp_path_factory.mktemp("pretrained") / "model", model, tiny_tokenizer)
+
+
+# Faults and observers: functions that change the process in which something will happen.
+
+
+def at(target, name, call, act, put=setattr):
+    """Pass the arguments of call number `call`, from 1 on, of a function to `act` first; 0: of each
+    call."""
+
+    def patch():
+        original, calls = getattr(target, name), []
+
+        def watched(*given, **named):
+            calls.append(name)
+            if call in (0, len(calls)):
+                act(*given)
+            return original(*given, **named)
+
+        put(target, name, watched)
+
+    return patch
+
+
+def send(number):
+    return lambda *given: os.kill(os.getpid(), number)
+
+
+def fail(error):
+    def act(*given, **named):
+        raise error
+
+    return act
+
+
 # Runs of the commands.
 
 
@@ -294,6 +335,12 @@ def built(output: Path, *options):
     from pretrain.build import build
 
     return build(parse(arguments_of(*options, ["--output", output]), Config, ""))
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory) -> Path:
+    """The uninterrupted run with the `arguments` of the tests of a file, for comparison."""
+    return pretrain_into(tmp_path_factory.mktemp("runs") / "finished", arguments)
 
 
 def resume(output: Path, *options) -> Path:
@@ -327,8 +374,7 @@ def output(tmp_path) -> Path:
 def rows(output):
     """Rows of metrics.jsonl, one per step, without numbers that depend on clock or machine."""
     by_step = {}
-    for line in (output / "metrics.jsonl").read_text().splitlines():
-        numbers = json.loads(line)
+    for numbers in read_rows(output / "metrics.jsonl"):
         row = by_step.setdefault(numbers["step"], {"step": numbers.pop("step")})
         assert not row.keys() & numbers.keys(), "a number is logged twice"
         for name, value in numbers.items():
@@ -387,15 +433,44 @@ def assert_same_run(left, right, step=10):
     assert rows(left) == rows(right)
 
 
+def change_json(path, change) -> None:
+    """Write what `change` makes of the content."""
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def change_weights(folder, change) -> None:
+    """Call `change` with the weights of a model folder, by name, and save them."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def overflowing(folder, copy, factor=1e30) -> Path:
     """A copy of a model whose weights are finite, unless the factor is not, and outputs are not."""
-    shutil.copytree(folder, copy)
-    weights = load_file(copy / "model.safetensors")
-    for name in weights:
-        if "intermediate.dense.weight" in name or "output.dense.weight" in name:
-            weights[name] *= factor
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+
+    def multiply(weights):
+        for name in weights:
+            if "intermediate.dense.weight" in name or "output.dense.weight" in name:
+                weights[name] *= factor
+
+    change_weights(shutil.copytree(folder, copy), multiply)
     return copy
+
+
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch):
+    """A function that makes the folder of a model in the hub's cache, which is empty at first."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def make(name) -> Path:
+        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        snapshot = folder / "snapshots" / ("0" * 40)
+        for needed in (snapshot, folder / "refs"):
+            needed.mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        return snapshot
+
+    return make
 
 
 def interrupted_copy(finished, output, step):
@@ -444,14 +519,13 @@ def observed_steps():
     """A list that collects the micro-batches of every training step inside the context."""
     from pretrain import train
 
-    seen, original = [], train.train_step
+    seen = []
 
-    def observed(model, batches, *more):
+    def note(model, batches, *more):
         seen.append(batches)
-        return original(model, batches, *more)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train, "train_step", observed)
+        at(train, "train_step", 0, note, patched.setattr)()
         yield seen
 
 

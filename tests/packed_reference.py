@@ -3,10 +3,8 @@ ones for stock classes."""
 
 from __future__ import annotations
 
-import re
 from itertools import accumulate
 
-import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -19,7 +17,6 @@ from pretrain.data.collate import Collator, Examples
 from pretrain.data.loader import DataPosition, PretrainingDataset
 from pretrain.data.masking import Masking
 from pretrain.data.pairs import Task
-from pretrain.errors import UserError
 from pretrain.model.bert import BertForPreTraining
 from pretrain.model.loading import FAMILIES as LOADED_FAMILIES
 from pretrain.model.packed import PackedModel
@@ -199,11 +196,6 @@ def assert_same_training(model, batch, stock, theirs) -> dict[str, Loss]:
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert gradients(model).keys() == trained
     return terms
-
-
-def refused(value):
-    """The call raises a UserError that starts with the value; the caller adds the option."""
-    return pytest.raises(UserError, match=f"^{re.escape(str(value))}: ")
 
 
 def dense_attention(qkv: Tensor, cu_seqlens: Tensor, window: int | None = None) -> Tensor:

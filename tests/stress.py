@@ -27,6 +27,7 @@ from conftest import (  # noqa: E402
     assert_same,
     assert_same_run,
     make_documents,
+    read_rows,
     rows,
     write_documents,
 )
@@ -108,7 +109,7 @@ def disturb(command, number, seconds):
 def assert_one_curve(output):
     """TensorBoard reads each logged number once, in order."""
     accumulator = EventAccumulator(str(output), size_guidance={"scalars": 0}).Reload()
-    logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    logged = read_rows(output / "metrics.jsonl")
     for name in {name for row in logged for name in row} - {"step"}:
         points = [event.step for event in accumulator.Scalars(name)]
         assert points == [row["step"] for row in logged if name in row], name

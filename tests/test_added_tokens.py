@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import (
     SIZES,
+    arguments_of,
     assert_same_run,
     interrupted_copy,
     refusal,
@@ -71,11 +72,10 @@ def arguments(text, cache):
     """Options of a short run; at the default rate, its first step barely changes the weights."""
 
     def make(output, *more, steps=1, rate="1e-30", train=text, roles=ROLES) -> list[str]:
-        task = ["--train", train, "--objective", "mlm", "--max-length", 64, "--precision", "fp32"]
-        size = ["--batch-size", 16, "--micro-batch-size", 8, "--eval-tokens", 600, "--keep", 9]
-        time = ["--max-steps", steps, "--save-every", 2, "--learning-rate", rate]
-        folders = ["--cache", cache, "--output", output]
-        return [str(part) for part in [*task, *size, *time, *folders, *roles, *more]]
+        files = ["--train", train, "--cache", cache, "--output", output]
+        size = "--max-length 64 --batch-size 16 --micro-batch-size 8 --eval-tokens 600 --keep 9"
+        task = f"--objective mlm --precision fp32 --max-steps {steps} --learning-rate {rate}"
+        return arguments_of(files, size, task, "--save-every 2", roles, more)
 
     return make
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from conftest import SHORT_RUN, SIZES, pretrain_into
-from huggingface_hub import ModelCard, constants, metadata_load
+from huggingface_hub import ModelCard, metadata_load
 
 from pretrain import __version__
 from pretrain.card import hub_datasets, inherited, results, write_card
@@ -63,24 +63,6 @@ def with_card(folder, text):
     return str(folder)
 
 
-@pytest.fixture
-def on_hub(tmp_path, monkeypatch):
-    """Put files of a model on the hub into its cache."""
-    cache = tmp_path / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-
-    def write(name, files):
-        folder = cache / f"models--{name.replace('/', '--')}"
-        snapshot = folder / "snapshots" / ("0" * 40)
-        snapshot.mkdir(parents=True)
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text("0" * 40)
-        for file, text in files.items():
-            (snapshot / file).write_text(text)
-
-    return write
-
-
 def test_the_index_of_scores_is_read_back_as_it_was_written(folder):
     data = written(folder).data
     assert data.model_name == "mine" and data.eval_results == list(CARD["scores"])
@@ -120,8 +102,9 @@ def test_a_local_model_passes_on_its_license_language_and_base(folder, tmp_path)
 
 
 def test_a_model_on_the_hub_is_the_base_model(folder, on_hub):
-    on_hub("google/bert", {"config.json": "{}", "README.md": "---\nlicense: mit\n---\n"})
-    on_hub("google/bare", {"config.json": "{}"})
+    for name in ("google/bert", "google/bare"):
+        (on_hub(name) / "config.json").write_text("{}")
+    with_card(on_hub("google/bert"), "---\nlicense: mit\n---\n")
     assert inherited("google/bert") == {"license": "mit", "base_model": "google/bert"}
     assert inherited("google/bare") == {"base_model": "google/bare"}
     assert written(folder, started_from="google/bert").data.license == "mit"

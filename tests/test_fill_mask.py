@@ -4,19 +4,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import refusal, save, script
-from packed_reference import roughen, small_config
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForPreTraining, BertModel
+from conftest import change_weights, overflowing, refusal, script
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 FILL_MASK = script("fill_mask")
-
-
-@pytest.fixture(scope="module")
-def model(vocabulary, tiny_tokenizer, tmp_path_factory):
-    """A folder with a model and its tokenizer."""
-    model = roughen(BertForPreTraining(small_config(vocabulary.size)))
-    return save(tmp_path_factory.mktemp("model"), model, tiny_tokenizer)
 
 
 def tables(printed):
@@ -52,8 +43,8 @@ def stock_tables(folder, texts, top):
     [["bank [MASK] river ."], ["[MASK] bank [MASK] river [MASK] .", "money [MASK]"]],
     ids=["one", "several"],
 )
-def test_scores_equal_the_stock_models_softmax(texts, model, capsys):
-    assert_stock_scores(model, texts, capsys)
+def test_scores_equal_the_stock_models_softmax(texts, pretrained, capsys):
+    assert_stock_scores(pretrained, texts, capsys)
 
 
 def assert_stock_scores(model, texts, capsys):
@@ -64,23 +55,17 @@ def assert_stock_scores(model, texts, capsys):
         assert row == (expected_row[0], pytest.approx(expected_row[1], abs=1e-4), expected_row[2])
 
 
-def test_bad_input_is_refused_in_one_message(model, vocabulary, tmp_path, capsys):
-    headless, bare = tmp_path / "headless", tmp_path / "bare"
-    shutil.copytree(model, headless)
-    BertModel(small_config(vocabulary.size)).save_pretrained(headless)
-    big, spoiled = (shutil.copytree(model, tmp_path / name) for name in ("big", "spoiled"))
-    for folder, value in ((big, 3e38), (spoiled, torch.nan)):
-        weights = load_file(model / "model.safetensors")
-        weights["cls.predictions.transform.dense.weight"] *= 1e38
-        weights["cls.predictions.bias"][0] = value
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    bare.mkdir()  # without a tokenizer
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(model / name, bare)
+def test_bad_input_is_refused_in_one_message(encoder, pretrained, tmp_path, capsys):
+    model, bare = pretrained, tmp_path / "bare"
+    big = overflowing(model, tmp_path / "big")
+    change_weights(big, lambda weights: weights["cls.predictions.bias"][0].fill_(3e38))
+    spoiled = shutil.copytree(model, tmp_path / "spoiled")
+    change_weights(spoiled, lambda weights: weights["cls.predictions.bias"][0].fill_(torch.nan))
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     for argv, said in (
         (["--model", model, "bank river ."], "'bank river .'"),
         (["--model", model, "[MASK] " + "bank " * 600], "'[MASK] bank bank"),
-        (["--model", headless, "[MASK]"], f"--model {headless}: "),
+        (["--model", encoder, "[MASK]"], f"--model {encoder}: "),  # without a head
         (["--model", bare, "[MASK]"], f"--model {bare}: "),
         (["--model", tmp_path / "absent", "[MASK]"], f"--model {tmp_path / 'absent'}: "),
         (["--model", big, "bank [MASK]"], f"--model {big}: "),
@@ -94,13 +79,13 @@ def test_bad_input_is_refused_in_one_message(model, vocabulary, tmp_path, capsys
         assert said in message and "\n" not in message
 
 
-def test_no_more_tokens_are_shown_than_there_are(model, vocabulary, capsys):
-    FILL_MASK.main(["--model", str(model), "--top", "100000", "[MASK]"])
+def test_no_more_tokens_are_shown_than_there_are(pretrained, vocabulary, capsys):
+    FILL_MASK.main(["--model", str(pretrained), "--top", "100000", "[MASK]"])
     assert len(capsys.readouterr().out.splitlines()) == 1 + vocabulary.size + 1
 
 
-def test_words_that_the_tokenizer_does_not_know_are_shown(model, capsys):
-    FILL_MASK.main(["--model", str(model), "bank [MASK] река", "bank [MASK] river ."])
+def test_words_that_the_tokenizer_does_not_know_are_shown(pretrained, capsys):
+    FILL_MASK.main(["--model", str(pretrained), "bank [MASK] река", "bank [MASK] river ."])
     first, *rest = capsys.readouterr().out.splitlines()
     assert "река" in first and "bank" in first
     assert not [line for line in rest if "unknown" in line]

@@ -14,6 +14,7 @@ from conftest import (
     SIZES,
     arguments_of,
     assert_same_run,
+    at,
     built,
     evaluated,
     make_documents,
@@ -23,10 +24,11 @@ from conftest import (
     resume,
     rows,
     scores_of,
+    send,
     summary_of,
     write_documents,
 )
-from test_faults import KILL, NO_DROPOUT, assert_close_runs, at, send, start
+from test_faults import KILL, NO_DROPOUT, assert_close_runs, start
 
 from pretrain import plan, train
 from pretrain.commands import show_masks

@@ -26,10 +26,6 @@ BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
 CONSOLE_SCRIPT = "import sys\nfrom pretrain.commands.console import main\nsys.exit(main())\n"
 
 
-def spelled(name):
-    return f"bert-{name.replace('_', '-')}"
-
-
 def text_of(name):
     return (ROOT / name).read_text("utf-8")
 
@@ -44,7 +40,7 @@ def test_there_is_one_version():
 def test_each_command_has_a_console_script():
     lines = SETTINGS["options.entry_points"]["console_scripts"].strip().splitlines()
     targets = dict(line.split(" = ") for line in lines)
-    assert targets.keys() == {spelled(name) for name in NAMES}
+    assert targets.keys() == {f"bert-{name.replace('_', '-')}" for name in NAMES}
     (target,) = {*targets.values()}
     for name in (target, *(f"pretrain.commands.{name}:main" for name in NAMES)):
         assert callable(pkgutil.resolve_name(name))

@@ -172,9 +172,6 @@ def test_a_model_from_scratch_has_positions_for_the_longest_phase(arguments, out
     assert config["max_position_embeddings"] == 600
 
 
-# Other commands, and what is printed.
-
-
 # Refused.
 
 

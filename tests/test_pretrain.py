@@ -29,6 +29,7 @@ from conftest import (
     summary_of,
     ten_steps,
     write_documents,
+    write_rows,
 )
 from transformers import BertModel
 
@@ -57,12 +58,6 @@ def arguments(cache, text_file):
 def to_continue(arguments):
     """The options without those that change the model."""
     return [word for word in arguments if word not in SIZES]
-
-
-@pytest.fixture(scope="module")
-def finished(arguments, tmp_path_factory):
-    """The uninterrupted run, for comparison."""
-    return pretrain_into(tmp_path_factory.mktemp("pretrain") / "finished", arguments)
 
 
 @pytest.fixture(scope="module")
@@ -329,12 +324,13 @@ def test_a_garbled_log_does_not_stop_resuming(finished, output):
 # Text, models, and what other commands make of a run.
 
 
-def test_advice_for_few_documents_leads_to_a_run(arguments, tmp_path, output, documents, capsys):
+def test_advice_for_few_documents_leads_to_a_run(
+    arguments, tmp_path, output, all_sentences, capsys
+):
     """One document; one document many times, which would all be held out."""
     files = [arguments, "--format sentences --max-steps 1 --output", [output], "--train"]
-    sentences = [sentence for document in documents for sentence in document]
-    one = write_documents(tmp_path / "one.txt", [sentences])
-    copies = write_documents(tmp_path / "copies.txt", [sentences[:90]] * 6)
+    one = write_documents(tmp_path / "one.txt", [all_sentences])
+    copies = write_documents(tmp_path / "copies.txt", [all_sentences[:90]] * 6)
     for path, way in ((one, "--objective mlm"), (copies, "--valid-fraction 0")):
         argv = arguments_of(*files, [path], "--overwrite")
         told = refusal(main, argv, capsys)
@@ -556,8 +552,7 @@ def marked(tmp_path_factory, documents):
     for text in ("\n".join(document) for document in documents):
         spans = [[match.start(), match.end(), "TERM"] for match in pattern.finditer(text)]
         records.append({"text": text, "entities": spans})
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "spans.jsonl").write_text(lines, encoding="utf-8")
+    write_rows(folder / "spans.jsonl", records)
     titles = "\n".join(map(str.title, TERMS))  # the tokenizer ignores the case
     (folder / "terms.txt").write_text(titles, encoding="utf-8")
     similar = "bank\tmoney\tmodel\nriver\tmoney\nmoney\triver\n"
@@ -650,8 +645,7 @@ def test_a_prepared_corpus_trains_like_its_text(
 
 def test_validation_text_needs_no_entities(arguments, marked, tmp_path):
     (tmp_path / "valid.txt").write_text("teach .\nlearn slow .\n\n" * 20, encoding="utf-8")
-    records = '{"text": "the bank ."}\n{"text": "the river ."}\n'
-    (tmp_path / "valid.jsonl").write_text(records, encoding="utf-8")
+    write_rows(tmp_path / "valid.jsonl", [{"text": "the bank ."}, {"text": "the river ."}])
     task = f"--masking entity --max-steps 1 --valid {tmp_path}/valid"
     by_lexicon = f"{task}.txt --lexicon {marked['lexicon']}"
     by_spans = f"{task}.jsonl --train {marked['spans']} --entity-field entities --objective mlm"
@@ -738,6 +732,7 @@ BAD = {  # options -> what the messages begin with
     "--device tpu": "--device tpu: ",
     "--device cuda": "--device cuda: ",
     "--precision fp16": "--precision fp16: ",
+    "--output /": "--output /: ",
     "--cache {wrong}/lines.txt": "--cache {wrong}/lines.txt: ",
     "--model enormous": "--model enormous: ",
     "--model Tiny": "--model Tiny: ",

@@ -164,11 +164,6 @@ def arguments(to_continue):
     return arguments_of(to_continue, "--model tiny --vocab-size 120", sizes)
 
 
-@pytest.fixture(scope="module")
-def finished(arguments, tmp_path_factory):
-    return pretrain_into(tmp_path_factory.mktemp("recipe") / "finished", arguments)
-
-
 def test_the_run_saves_what_was_chosen_and_what_was_asked(finished):
     options = read_json(finished / "config.json")
     assert options["learning_rate"] == options["batch_size"] == "auto"

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refusal, refused, save, script
+from conftest import ROOT, change_json, refusal, refused, save, script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packed_reference import small_config, small_stock
+from packed_reference import small_stock
 
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.corpus import ADVICE, ARRAYS, Corpus, load_tokenizer, open_corpus, seal
@@ -80,10 +80,6 @@ def mutations(draw):
         return value
 
     return mutate
-
-
-def change_json(path, change):
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
 class Bomb:
@@ -256,13 +252,16 @@ def test_a_mutated_manifest(source, corpus_copy, mutate):
         assert str(corpus_copy) in str(error)
 
 
-@pytest.mark.parametrize("raw", ["{", "{}", None])
-def test_commands_name_a_bad_manifest(corpus_copy, model, tmp_path, raw, capsys):
+VERSIONS = [f'{{"format_version": {version}}}' for version in (1, 2, 3, 99)]
+
+
+@pytest.mark.parametrize("raw", ["{", "{}", "3", "[" * 9999, *VERSIONS, None], ids=repr)
+def test_commands_name_a_bad_manifest(corpus_copy, pretrained, tmp_path, raw, capsys):
     path = corpus_copy / "corpus.json"
     path.write_text(raw) if raw else path.unlink()
     common = ["--cache", tmp_path / "cache", "--device", "cpu", "--max-length", 64]
     for name, option, more in (
-        ("evaluate", "--input", ["--model", model]),
+        ("evaluate", "--input", ["--model", pretrained]),
         ("pretrain", "--train", ["--output", tmp_path / "run"]),
     ):
         text = refusal(script(name).main, [option, corpus_copy, *more, *common], capsys)
@@ -272,15 +271,9 @@ def test_commands_name_a_bad_manifest(corpus_copy, model, tmp_path, raw, capsys)
 # Models.
 
 
-@pytest.fixture(scope="module")
-def model(tiny_tokenizer, vocabulary, tmp_path_factory):
-    model = BertForPreTraining(small_config(vocabulary.size))
-    return save(tmp_path_factory.mktemp("safety") / "model", model, tiny_tokenizer)
-
-
 @pytest.fixture
-def model_copy(model, tmp_path):
-    return Path(shutil.copytree(model, tmp_path / "model"))
+def model_copy(pretrained, tmp_path):
+    return Path(shutil.copytree(pretrained, tmp_path / "model"))
 
 
 @pytest.fixture(scope="module", params=["bert", "distilbert", "modernbert"])
@@ -318,10 +311,10 @@ WRONG_VALUES = {
 
 
 @pytest.mark.parametrize("field", WRONG_VALUES)
-def test_a_wrong_size_is_reported_before_allocation(model, model_copy, field, monkeypatch):
+def test_a_wrong_size_is_reported_before_allocation(model_copy, field, monkeypatch):
     monkeypatch.setattr(BertForPreTraining, "__init__", None)
-    config = json.loads((model / "config.json").read_text())
     path = model_copy / "config.json"
+    config = json.loads(path.read_text())
     for value in WRONG_VALUES[field]:
         path.write_text(json.dumps({**config, field: value}))
         for load in (from_checkpoint, load_classifier):
@@ -347,9 +340,7 @@ def test_a_config_that_describes_more_than_the_weights_hold(model_copy, sizes):
 
 
 @pytest.mark.parametrize("place", ["in shards", "pickled", "in a subfolder", "on the hub"])
-def test_sizes_are_compared_with_the_weights_wherever_they_lie(
-    model_copy, place, tmp_path, monkeypatch
-):
+def test_sizes_are_compared_with_the_weights_wherever_they_lie(model_copy, place, on_hub):
     name, weights, config = str(model_copy), model_copy / "model.safetensors", {}
     size = weights.stat().st_size
     (model_copy / "ours.bin").write_bytes(bytes(size))  # other files do not count
@@ -364,12 +355,8 @@ def test_sizes_are_compared_with_the_weights_wherever_they_lie(
         weights.rename(model_copy / "sub" / "model.safetensors")
         config = {"transformers_weights": "sub/model.safetensors"}
     else:
-        name, cached = "some-body/some-model", tmp_path / "models--some-body--some-model"
-        (cached / "refs").mkdir(parents=True)
-        (cached / "refs" / "main").write_text("0" * 40)
-        shutil.copytree(model_copy, cached / "snapshots" / ("0" * 40))
-        model_copy = cached / "snapshots" / ("0" * 40)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        name = "some-body/some-model"
+        model_copy = shutil.copytree(model_copy, on_hub(name), dirs_exist_ok=True)
     if place not in ("pickled", "in shards", "in a subfolder"):  # they load as they are
         from_checkpoint(name)
     change_json(model_copy / "config.json", lambda old: old | config | {"type_vocab_size": 1 << 20})
@@ -468,9 +455,9 @@ def test_references_to_code_are_not_copied(model_copy, tmp_path):
 
 @FUZZ
 @given(mutate=mutations(), name=st.sampled_from(["tokenizer.json"] * 2 + ["tokenizer_config.json"]))
-def test_a_mutated_tokenizer(model, model_copy, mutate, name):
+def test_a_mutated_tokenizer(pretrained, model_copy, mutate, name):
     for other in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model / other, model_copy / other)
+        shutil.copy(pretrained / other, model_copy / other)
     change_json(model_copy / name, mutate)
     try:
         loaded = tokenizers.load(str(model_copy))
@@ -481,20 +468,17 @@ def test_a_mutated_tokenizer(model, model_copy, mutate, name):
         assert str(model_copy) in str(error)
 
 
-def half_tokenizers(state):
-    """Changes of tokenizer.json and of tokenizer_config.json, and the error that they lead to."""
-    entry, template = list(state["model"]["vocab"])[50], state["post_processor"]
-    far = {**state["model"], "vocab": {**state["model"]["vocab"], entry: 2**31}}
-    panics = [{"SpecialToken": {"id": "[NONE]", "type_id": 0}}]
-    yield {"model": far}, {}, "2,147,483,648"
-    yield {"post_processor": {**template, "single": panics}}, {}, "PanicException"
-    yield {}, {"model_max_length": "x"}, "TypeError"
-
-
 def test_half_a_tokenizer(model_copy):
     path, config_path = model_copy / "tokenizer.json", model_copy / "tokenizer_config.json"
     state, config = json.loads(path.read_text()), json.loads(config_path.read_text())
-    for change, more, problem in half_tokenizers(state):
+    entry, template = list(state["model"]["vocab"])[50], state["post_processor"]
+    far = {**state["model"], "vocab": {**state["model"]["vocab"], entry: 2**31}}
+    panics = [{"SpecialToken": {"id": "[NONE]", "type_id": 0}}]
+    for change, more, problem in (  # of tokenizer.json, of tokenizer_config.json
+        ({"model": far}, {}, "2,147,483,648"),
+        ({"post_processor": {**template, "single": panics}}, {}, "PanicException"),
+        ({}, {"model_max_length": "x"}, "TypeError"),
+    ):
         path.write_text(json.dumps(state | change))
         kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config_path.write_text(json.dumps(config | kind | more))

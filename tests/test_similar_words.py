@@ -9,11 +9,6 @@ from pretrain.data import vectors as module
 SIMILAR_WORDS = script("similar_words")
 
 
-def write(path, rows, header=""):
-    path.write_text(header + "".join(f"{word} {' '.join(map(str, row))}\n" for word, row in rows))
-    return path
-
-
 @pytest.mark.parametrize("block", [1, 1 << 24])
 @pytest.mark.parametrize("header", ["", "32 5\n"])
 def test_the_table_holds_the_nearest_words(tmp_path, header, block, monkeypatch):
@@ -22,8 +17,9 @@ def test_the_table_holds_the_nearest_words(tmp_path, header, block, monkeypatch)
     draw = np.random.default_rng(3)
     rows = {f"w{number}": draw.normal(size=5).round(3) for number in range(30)}
     extra = [("w3", np.ones(5)), ("zero", np.zeros(5))]
-    path = write(tmp_path / "vectors.txt", [*rows.items(), *extra], header)
-    output = tmp_path / "similar.tsv"
+    lines = [f"{word} {' '.join(map(str, row))}\n" for word, row in [*rows.items(), *extra]]
+    path, output = tmp_path / "vectors.txt", tmp_path / "similar.tsv"
+    path.write_text(header + "".join(lines))
     SIMILAR_WORDS.main(["--vectors", str(path), "--output", str(output), "--count", "4"])
 
     def cosine(one, other):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pretrain.cli import parse
-from pretrain.config import COUNT, ENTITY_OPTIONS, ON_OFF, TextOptions
+from pretrain.config import AUTO_ON_OFF, COUNT, ENTITY_OPTIONS, LOWERCASE, TextOptions
 from pretrain.errors import check, counted, option_named, require
 from pretrain.files import as_json, write_json, write_text
 from pretrain.preflight import output_problems, problems_of
@@ -23,7 +23,7 @@ class DomainOptions(TextOptions):
         (), "texts to compare; a NAME may have several paths", NAMED_PATHS, required=True
     )
     tokenizer: str | None = option(None, "folder, vocab.txt or hub name, to split words with")
-    lowercase: str = option("on", "lower-case and strip accents, for a bare vocab.txt", ON_OFF)
+    lowercase: str = option("auto", LOWERCASE, AUTO_ON_OFF)
     top: int = option(10_000, "number of most frequent words to compare", COUNT)
     stop_words: str = option("auto", "words to ignore: auto (English and Chinese), none, or a file")
     candidates: int = option(1000, "words in each file of candidates for --add-tokens", COUNT)
@@ -49,8 +49,8 @@ def main(argv: list[str]) -> None:
     with option_named("--stop-words"):
         ignored = domain.stop_words(options.stop_words)
     with option_named("--tokenizer"):
-        lowercase = options.lowercase == "on"
-        tokenizer = tokenizers.load(options.tokenizer, lowercase) if options.tokenizer else None
+        name = options.tokenizer
+        tokenizer = tokenizers.load(name, options.lowercase) if name else None
     texts = {}
     for name, named_paths in paths.items():
         texts[name] = domain.read_text(tuple(named_paths), f"--input {name}", options)

@@ -300,11 +300,10 @@ def _join_small(recipe: _Recipe, entries: list[dict]) -> list[dict]:
     if len(groups) > 1 and is_small(groups[-1]):
         last = groups.pop()
         groups[-1] += last
-    joined = []
-    for first, *more in groups:
-        if more:
-            paths = [array_paths(recipe.folder, entry["name"]) for entry in (first, *more)]
-            shards = [Shard(*map(np.load, arrays.values())) for arrays in paths]
-            first = _write_shard(recipe, f"{first['name']}-joined", corpora.concatenate(shards))
-        joined.append(first)
-    return joined
+    return [group[0] if len(group) == 1 else _join(recipe, group) for group in groups]
+
+
+def _join(recipe: _Recipe, group: list[dict]) -> dict:
+    paths = [array_paths(recipe.folder, entry["name"]).values() for entry in group]
+    shards = [Shard(*map(np.load, arrays)) for arrays in paths]
+    return _write_shard(recipe, f"{group[0]['name']}-joined", corpora.concatenate(shards))

@@ -31,6 +31,7 @@ HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 KANA = (0x3040, 0x30FF)
 # Texts that are encoded together: their encodings take a hundred times as much memory.
 ENCODED_TOGETHER, ENCODED_CHARACTERS = 10_000, 1 << 22
+MIN_CAPITALS = 0.01  # of the entries of a vocabulary for text with capitals
 MAX_IDS = 1 << 24  # the memory of the engine grows with the ids
 PASSING_STATE = ("truncation", "padding")  # changes when a tokenizer is used
 EXPECTED_FILES = "tokenizer.json, tokenizer_config.json or vocab.txt"
@@ -56,10 +57,11 @@ class Vocabulary:
     needs_space: bool = False  # in running text, the token of a word includes the space before it
 
 
-def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
+def load(name: str, lowercase: str = "auto") -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, in a vocab.txt (or a folder with only that), or on the hub.
 
-    `lowercase` applies only to a bare vocab.txt. UserError if it cannot be loaded or used."""
+    `lowercase` is auto, on or off and applies only to a bare vocab.txt, which does not say whether
+    it is for text in lower case. UserError if it cannot be loaded or used."""
     path = Path(model_folder(name))
     saved = ("tokenizer.json", "tokenizer_config.json")
     if path.is_dir() and not any((path / file).is_file() for file in saved):
@@ -67,7 +69,10 @@ def load(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
         if not path.is_file():
             raise UserError(f"{name}: no tokenizer in this folder; expected {EXPECTED_FILES}")
     if path.is_file():
-        return from_vocabulary(read_vocabulary(path), lowercase)
+        vocabulary = read_vocabulary(path)
+        if lowercase == "auto":
+            lowercase = "off" if _has_capitals(vocabulary) else "on"
+        return from_vocabulary(vocabulary, lowercase == "on")
     if (path / "config.json").is_file():  # it decides the class of the tokenizer
         read_json(path / "config.json", expected="the config of a model")
     source = str(path) if path.is_dir() else name
@@ -106,6 +111,11 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     if missing:
         raise UserError(f"{path}: no {missing}; expected a BERT vocabulary, one entry per line")
     return vocabulary
+
+
+def _has_capitals(vocabulary: Iterable[str]) -> bool:
+    words = [entry for entry in vocabulary if not entry.startswith("[")]  # [CLS], [unused1]
+    return sum(word != word.lower() for word in words) > MIN_CAPITALS * len(words)
 
 
 def from_vocabulary(vocabulary: dict[str, int], lowercase: bool) -> PreTrainedTokenizerBase:

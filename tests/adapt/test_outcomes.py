@@ -125,12 +125,6 @@ def draw_case(task, rng, count):
     return truth, [a if right else b for a, b, right in zip(truth, other, is_right)]
 
 
-def scored(task, metric, weights, truth, predicted):
-    of_task = TASKS[task]
-    outcomes = of_task.outcomes(truth, predicted, LABELS)
-    return of_task.metrics[metric].score(weights.astype(np.float32), outcomes)
-
-
 @pytest.mark.filterwarnings("ignore:A single label was found")
 @pytest.mark.parametrize("task, metric", METRICS)
 @settings(max_examples=25, deadline=None)
@@ -142,7 +136,8 @@ def test_weighted_scores_are_those_of_the_repeated_rows(task, metric, seed, num_
     weights = rng.integers(0, 4, (4, num_rows))
     weights[:, rng.integers(num_rows)] += weights.sum(1) == 0
     weights[0] = 1
-    found = scored(task, metric, weights, truth, predicted)
+    outcomes = TASKS[task].outcomes(truth, predicted, LABELS)
+    found = TASKS[task].metrics[metric].score(weights.astype(np.float32), outcomes)
     for score, counts in zip(found, weights, strict=True):
         rows = np.repeat(np.arange(num_rows), counts)
         repeated = take(truth, rows), take(predicted, rows)

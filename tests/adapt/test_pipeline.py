@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    at,
+    change_json,
     make_documents,
     read_rows,
     refusal,
@@ -51,7 +53,7 @@ def labeled(texts):
 
 
 @pytest.fixture(scope="module")
-def place(documents, tmp_path_factory):
+def place(documents, all_sentences, tmp_path_factory):
     """An encoder, texts and labeled rows.
 
     Both texts contain the first test row and the last one, which has two sentences."""
@@ -66,7 +68,7 @@ def place(documents, tmp_path_factory):
     copies = [[test[0].replace(" ", "  "), *documents[0]], [*documents[1], *last, "river ."], last]
     for name, of in (("text", documents[2:]), ("control", make_documents(40, 11))):
         write_documents(folder / f"{name}.txt", [*of, *copies])
-    tokenizer = tokenizers.train(lambda: (line for of in documents for line in of), 120)
+    tokenizer = tokenizers.train(lambda: iter(all_sentences), 120)
     torch.manual_seed(0)  # encoders with scores that differ
     config = BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **SMALL)
     for name, kind in (("model", BertForPreTraining), ("headless", BertModel)):
@@ -150,32 +152,27 @@ def tables(text):
 
 def fine_tunings(monkeypatch):
     """A list that collects the names of fine-tuning runs as they start."""
-    names, original = [], pipeline.train
+    names = []
 
-    def observed(run):
+    def note(run):
         if isinstance(run.config, FinetuneOptions):
             names.append(run.output.name)
-        return original(run)
 
-    monkeypatch.setattr(pipeline, "train", observed)
+    at(pipeline, "train", 0, note, monkeypatch.setattr)()
     return names
 
 
 def interrupted(arguments, module, name, number):
     """Run the experiment with Ctrl-C at call `number` of `module.name`."""
-    calls, original = [], getattr(module, name)
 
-    def observed(*more):
-        calls.append(more)
-        if len(calls) == number:
-            output = Path(arguments[-1])
-            for done in (output / "parts").glob("pretrain-*.json"):  # a kill would leave its lock
-                assert not (output / f".{done.stem.removeprefix('pretrain-')}.lock").exists()
-            raise KeyboardInterrupt
-        return original(*more)
+    def stop(*given):
+        output = Path(arguments[-1])
+        for done in (output / "parts").glob("pretrain-*.json"):  # a kill would leave its lock
+            assert not (output / f".{done.stem.removeprefix('pretrain-')}.lock").exists()
+        raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(module, name, observed)
+        at(module, name, number, stop, context.setattr)()
         assert run_command(ADAPT, arguments) == 130
 
 
@@ -317,8 +314,7 @@ def test_copies_of_test_texts_are_removed_and_counted(finished, place):
 def changed_report(finished_small, small, output, name, **values):
     """The report of the experiment if the result of a part had these `values`."""
     shutil.copytree(finished_small, output)
-    changed = json.dumps(part(output, name) | values)
-    (output / "parts" / f"{name}.json").write_text(changed, encoding="utf-8")
+    change_json(output / "parts" / f"{name}.json", lambda result: result | values)
     return report_of(adapt(small, output))
 
 
@@ -514,12 +510,13 @@ def test_options_may_change_before_training(small, place, tmp_path):
 def test_an_experiment_of_a_version_with_fewer_options_resumes(
     finished_small, small, tmp_path, monkeypatch
 ):
-    output = tmp_path / "out"
-    shutil.copytree(finished_small, output)
-    record = json.loads((output / "experiment.json").read_text())
-    for kind in ("options", "pretrain", "finetune"):
-        del record[kind]["encoding"]
-    (output / "experiment.json").write_text(json.dumps(record))
+    def without_encoding(record):
+        for kind in ("options", "pretrain", "finetune"):
+            del record[kind]["encoding"]
+        return record
+
+    output = shutil.copytree(finished_small, tmp_path / "out")
+    change_json(output / "experiment.json", without_encoding)
     forbid_work(monkeypatch)
     adapt(small, output)
     assert "encoding" in json.loads((output / "experiment.json").read_text())["options"]

@@ -70,11 +70,6 @@ def test_the_verdict_says_what_the_intervals_say(differences, control):
 # Tables.
 
 
-def body_of(page):
-    """The elements of a page, whose body must be well-formed."""
-    return ElementTree.fromstring(re.search("<body>.*</body>", page, re.DOTALL)[0])
-
-
 NAMES = ["a|b", "<b>bold</b>", "x & y", "&amp;", "<script>alert(1)</script>", "two\nlines", "正面"]
 NAMES += ["|", "a||b|", "1 < 2 > 0", "*urgent*", "__init__", "`code`", "a\\|b", "a\\", "{0}"]
 NAMES += ["[a](http://b.c)", "![a](http://b.c/d.png)"]
@@ -82,7 +77,8 @@ NAMES += ["[a](http://b.c)", "![a](http://b.c/d.png)"]
 
 def test_the_page_shows_cells_verbatim(tmp_path):
     shown = report.table(["class", "number"], [[name, n] for n, name in enumerate(NAMES)], ".1f")
-    body = body_of(report.to_html(shown, tmp_path))
+    page = report.to_html(shown, tmp_path)
+    body = ElementTree.fromstring(re.search("<body>.*</body>", page, re.DOTALL)[0])
     rows = [["".join(cell.itertext()) for cell in row] for row in body.iter("tr")]
     expected = [[name.replace("\n", " "), f"{n:.1f}"] for n, name in enumerate(NAMES)]
     assert rows == [["class", "number"], *expected]

@@ -6,7 +6,7 @@ from statistics import mean, stdev
 
 import pytest
 import torch
-from conftest import refusal, script
+from conftest import refusal, save, script
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
@@ -29,8 +29,8 @@ def place(tiny_tokenizer, tmp_path_factory):
     """A model and two tasks, one of them with other names, pairs and no test rows."""
     folder = tmp_path_factory.mktemp("suite")
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tiny_tokenizer), **SMALL)).save_pretrained(folder / "model")
-    tiny_tokenizer.save_pretrained(folder / "model")
+    model = BertModel(BertConfig(vocab_size=len(tiny_tokenizer), **SMALL))
+    save(folder / "model", model, tiny_tokenizer)
     for split in ("train", "valid", "test"):
         write_rows(folder / "tasks" / "plain" / f"{split}.csv", "text,label,more", 16)
     pairs = folder / "tasks" / "pairs"
@@ -79,23 +79,13 @@ def test_its_numbers_are_those_of_its_runs_and_it_runs_only_what_changed(place, 
     assert new == ["pairs-2", "plain-0", "plain-1", "plain-2"]
 
 
-def put_on_hub(cache, name, seed, tokenizer):
-    """Put a model into the hub's cache."""
-    folder = cache / f"models--{name.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0" * 40)
-    torch.manual_seed(seed)
-    model = BertModel(BertConfig(vocab_size=len(tokenizer), **SMALL))
-    for saved_part in (model, tokenizer):
-        saved_part.save_pretrained(folder / "snapshots" / ("0" * 40))
-
-
-def test_another_model_on_the_hub_is_fine_tuned_anew(place, tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+def test_another_model_on_the_hub_is_fine_tuned_anew(place, tiny_tokenizer, tmp_path, on_hub):
     output, results = tmp_path / "out", []
-    for seed, name in enumerate(["a/one", "b/two", "a/one"]):
-        if not results[1:]:
-            put_on_hub(tmp_path / "hub", name, seed, tiny_tokenizer)
+    for seed, name in enumerate(["a/one", "b/two"]):
+        torch.manual_seed(seed)
+        model = BertModel(BertConfig(vocab_size=len(tiny_tokenizer), **SMALL))
+        save(on_hub(name), model, tiny_tokenizer)
+    for name in ("a/one", "b/two", "a/one"):
         SUITE(options_for(place, place / "tasks", output, "--seeds", "1", "--model", name))
         results.append(saved(output))
     first, second, third = results

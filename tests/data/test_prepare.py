@@ -18,7 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import content, in_processes, refusal, refused, script, without_privileges
+from conftest import (
+    arguments_of,
+    at,
+    content,
+    fail,
+    in_processes,
+    refusal,
+    refused,
+    script,
+    without_privileges,
+)
 from data_reference import write_documents
 
 from pretrain.cli import run_command
@@ -64,9 +74,8 @@ def make(sources, tiny_tokenizer):
     """Prepare the sources into a folder; the lexicon has an engine that cannot be pickled."""
     markup = Markup(lexicon=("bank", "water"))
     assert markup.find("a bank")
-    return partial(
-        prepare, sources, "sentences", tiny_tokenizer, piece_bytes=PIECE_BYTES, markup=markup
-    )
+    options = {"piece_bytes": PIECE_BYTES, "markup": markup}
+    return partial(prepare, sources, "sentences", tiny_tokenizer, **options)
 
 
 @pytest.fixture(scope="module")
@@ -248,14 +257,9 @@ def test_an_interrupted_preparation_resumes_by_piece(make, whole, tmp_path, torn
         flipped = raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
         changed = {"cut": raw[:-9], "zeros": bytes(len(raw)), "bit": flipped}
         path.unlink() if how == "gone" else path.write_bytes(changed[how])
-    written, save = [], np.save
-
-    def save_and_note(path, array, **named):
-        written.append(path)
-        save(path, array, **named)
-
+    written = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(np, "save", save_and_note)
+        at(np, "save", 0, lambda path, array: written.append(path), patch.setattr)()
         assert content(make(tmp_path / "corpus").folder) == whole
     again = [number for number, path in arrays.items() if path in written]
     assert again == ([1, 2] if torn else [2])
@@ -264,18 +268,13 @@ def test_an_interrupted_preparation_resumes_by_piece(make, whole, tmp_path, torn
 def test_a_preparation_that_is_interrupted_at_its_end_writes_no_shard_again(
     make, whole, tmp_path, monkeypatch
 ):
-    def stop(path):
-        raise Interruption
-
     with monkeypatch.context() as patch, pytest.raises(Interruption):
-        patch.setattr("pretrain.data.prepare.sync", stop)
+        patch.setattr(prepare_module, "sync", fail(Interruption))
         make(tmp_path / "corpus")
-    save, written = np.save, []
-    monkeypatch.setattr(np, "save", lambda path, *more, **named: written.append(path))
-    corpus = make(tmp_path / "corpus")
+    written = []
+    at(np, "save", 0, lambda path, array: written.append(path), monkeypatch.setattr)()
+    assert content(make(tmp_path / "corpus").folder) == whole
     assert not [path for path in written if "joined" not in path.name]
-    monkeypatch.setattr(np, "save", save)
-    assert corpus.folder.exists()
 
 
 @pytest.mark.parametrize("edited", ["Shorter .\n", "One more sentence .\n" * 900])
@@ -339,7 +338,7 @@ def test_the_command_prepares_once(arguments, tmp_path, capsys):
     """It writes to the cache, where it finds the corpus again, or to --output."""
     made = []
     for more in ([], [], ["--workers", "0", "--output", tmp_path / "corpus"]):
-        PREPARE.main([str(part) for part in [*arguments, *more]])
+        PREPARE.main(arguments_of(arguments, more))
         made.append(capsys.readouterr().out)
     assert ["prepared in" in told for told in made] == [True, False, True]
     (cached,) = (tmp_path / "cache").glob("*/corpus.json")
@@ -348,7 +347,7 @@ def test_the_command_prepares_once(arguments, tmp_path, capsys):
     info = json.loads(cached.read_text())
     assert f"{info['tokens']:,} tokens" in made[0]
     for token in ("[EOT]", "eos_token=[EOT]"):  # the same ids, with another role
-        PREPARE.main([str(part) for part in [*arguments, "--add-special-tokens", token]])
+        PREPARE.main(arguments_of(arguments, ["--add-special-tokens", token]))
     assert len(list((tmp_path / "cache").glob("*/corpus.json"))) == 3
 
 
@@ -357,7 +356,7 @@ def test_the_printed_model_is_a_folder(arguments, tmp_path, monkeypatch, capsys)
     tokenizer = (tmp_path / "tokenizer").rename(tmp_path / "mini")
     (tokenizer / "config.json").write_text('{"model_type": "bert"}')
     monkeypatch.chdir(tmp_path)
-    PREPARE.main([str(part) for part in [*arguments, "--tokenizer", "mini"]])
+    PREPARE.main(arguments_of(arguments, "--tokenizer mini"))
     assert "--model=./mini" in capsys.readouterr().out
 
 
@@ -382,7 +381,7 @@ def test_the_command_says_who_prepares(arguments, monkeypatch, more, expected):
     monkeypatch.setattr(parallel, "connect", asked.append)
     monkeypatch.setattr(parallel, "choose_workers", lambda workers, *_: asked.append(workers) or 1)
     monkeypatch.setattr(parallel, "on_cluster", on_cluster)
-    PREPARE.main([str(part) for part in [*arguments, *more]])
+    PREPARE.main(arguments_of(arguments, more))
     assert asked == expected
 
 
@@ -392,7 +391,7 @@ def end_worker(*_):
 
 def test_advice_for_a_killed_worker_leads_to_the_corpus(arguments, tmp_path, monkeypatch):
     """It names this command: with others, --workers means something else."""
-    argv = [str(part) for part in arguments]
+    argv = arguments_of(arguments)
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "choose_workers", lambda *_: 2)
         patch.setattr(prepare_module, "_write_piece", end_worker)
@@ -405,7 +404,7 @@ def test_advice_for_a_killed_worker_leads_to_the_corpus(arguments, tmp_path, mon
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no shard", "no manifest"])
 def test_a_damaged_corpus_in_the_cache_is_prepared_again(arguments, tmp_path, capsys, damage):
-    argv = [str(part) for part in arguments]
+    argv = arguments_of(arguments)
     PREPARE.main(argv)
     (manifest,) = (tmp_path / "cache").glob("*/corpus.json")
     ids, expected = manifest.with_name("shard-00000.ids.npy"), content(manifest.parent)
@@ -422,7 +421,7 @@ def test_a_damaged_corpus_in_the_cache_is_prepared_again(arguments, tmp_path, ca
 
 def test_a_read_only_cache_serves_what_it_holds(arguments, tmp_path):
     """Only text that it lacks needs to be written; --cache names another folder."""
-    cache, argv = tmp_path / "cache", [str(part) for part in arguments]
+    cache, argv = tmp_path / "cache", arguments_of(arguments)
     PREPARE.main(argv)
     (cache / "sources.json").unlink()
     cache.chmod(0o555)

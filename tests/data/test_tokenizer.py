@@ -114,13 +114,13 @@ def test_a_vocabulary_without_room_for_all_characters_keeps_its_size(size):
     assert size // 2 < len(made) <= size
 
 
-@pytest.mark.parametrize("lowercase", [True, False])
+@pytest.mark.parametrize("lowercase", ["on", "off"])
 @pytest.mark.parametrize("way", ["file", "folder"])
 def test_a_bare_vocabulary_is_read_as_transformers_does(vocabulary_file, lowercase, way):
     folder = str(vocabulary_file.parent)
     mine = load(folder if way == "folder" else str(vocabulary_file), lowercase)
-    stock = BertTokenizer.from_pretrained(folder, do_lower_case=lowercase)
-    in_python = BertTokenizerLegacy(str(vocabulary_file), do_lower_case=lowercase)
+    stock = BertTokenizer.from_pretrained(folder, do_lower_case=lowercase == "on")
+    in_python = BertTokenizerLegacy(str(vocabulary_file), do_lower_case=lowercase == "on")
     assert mine.is_fast and len(mine) == len(stock) == len(in_python)
     seen = set()
     for text in TEXTS:
@@ -131,6 +131,13 @@ def test_a_bare_vocabulary_is_read_as_transformers_does(vocabulary_file, lowerca
     assert len(seen) > 50 and mine.unk_token_id in seen  # the text reaches the entries
     for name in ("pad", "unk", "cls", "sep", "mask"):
         assert getattr(mine, f"{name}_token_id") == getattr(in_python, f"{name}_token_id")
+
+
+@pytest.mark.parametrize("name", ["Paris", "paris"])
+def test_a_bare_vocabulary_with_capitals_keeps_those_of_the_text(tmp_path, name):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*SPECIAL_TOKENS, "[unused1]", "the", name]))
+    assert load(str(path)).tokenize("the Paris") == ["the", name]
 
 
 def test_entries_with_other_line_breaks_keep_their_ids(tmp_path):

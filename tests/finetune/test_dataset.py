@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, write_rows
+from conftest import at, refused, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_reference import assert_close, gradients, roughen, small_config
@@ -20,6 +20,7 @@ from pretrain.batch import IGNORED
 from pretrain.config import LabelOptions
 from pretrain.data import tokenizer as tokenizers
 from pretrain.data.sentences import in_groups
+from pretrain.finetune import dataset as module
 from pretrain.finetune.dataset import (
     LabeledDataset,
     LabeledRows,
@@ -179,14 +180,6 @@ def test_rows_of_another_task_are_one_problem(task, tmp_path):
         assert len(found) == 4 and not any("right task" in line for line in found)
 
 
-def test_a_text_file_with_columns_can_be_renamed(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("text\tlabel\none\tx\ntwo\ty\n")
-    (line,) = problems(read, path)
-    assert line.startswith(f"{path}: ") and ".tsv" in line
-    assert read(path.rename(tmp_path / "a.tsv")).classes == ["x", "y"]
-
-
 @pytest.mark.parametrize(
     "labels, wheres", [(["x", "3", "4", "y"], [1, 2]), ([True, False, 0, 1], [1, 3])]
 )
@@ -262,10 +255,9 @@ def test_other_seeds_draw_other_rows():
 
 
 @pytest.fixture(scope="module")
-def texts(documents):
+def texts(all_sentences):
     """Texts of 1 to about 300 tokens."""
-    sentences = [sentence for document in documents for sentence in document]
-    joined = [" ".join(sentences[start : start + 1 + start % 3])[:500] for start in range(24)]
+    joined = [" ".join(all_sentences[start : start + 1 + start % 3])[:500] for start in range(24)]
     return [*joined, "bank", "河流 bank 银行", "Bank's  RIVER\n\tmoney?", "zzz 🙂"]
 
 
@@ -312,16 +304,14 @@ def test_a_tokenizer_that_cuts_on_the_left_cuts_there(tiny_tokenizer):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_of_a_long_text_only_the_part_in_use_is_tokenized(side, tiny_tokenizer, monkeypatch):
     """Else a cell of tens of MB would take GB."""
-    monkeypatch.setattr("pretrain.finetune.dataset.MAX_CHARACTERS", 100)
+    monkeypatch.setattr(module, "MAX_CHARACTERS", 100)
     tokenizer, sizes = copy.deepcopy(tiny_tokenizer), []
     tokenizer.truncation_side, tokenizer.model_max_length = side, 8
-    encode = tokenizers.encode_together
 
-    def encode_together(backend, texts):
+    def note(backend, texts):
         sizes.extend(map(tokenizers.characters_of, texts))
-        return encode(backend, texts)
 
-    monkeypatch.setattr("pretrain.finetune.dataset.encode_together", encode_together)
+    at(module, "encode_together", 0, note, monkeypatch.setattr)()
     text = "bank river money " * 100 + "teach learn model"
     dataset = LabeledDataset(LabeledRows([(text,)], [""], ["a", "b"]), tokenizer)
     stock = tokenizer(text, truncation=True, max_length=8)["input_ids"]

@@ -1,6 +1,7 @@
 """Entities: every way to write them gives the same rows; windows count each word once, where it has
 the most context; tags and spans turn into each other; scores equal seqeval's and a slow form."""
 
+import copy
 import json
 import re
 
@@ -170,7 +171,7 @@ def slow_owner(place, count, windows):
 @settings(max_examples=60, deadline=None)
 @given(text=TEXT, max_length=st.integers(8, 30))
 def test_each_word_counts_once_where_it_has_the_most_context(tiny_tokenizer, text, max_length):
-    tokenizer = tiny_tokenizer
+    tokenizer = copy.deepcopy(tiny_tokenizer)
     backend = without_limits(tokenizer)
     whole = backend.encode(text, add_special_tokens=False)
     tokenizer.model_max_length = max_length
@@ -207,24 +208,26 @@ def test_a_text_that_fits_is_read_whole(any_tokenizer):
     """Also by tokenizers whose tokens share a character or begin with a space."""
     texts = ["banking slowly , 中文 x", " the river a中b", "\u3000中\u3000", "teach-ing (token)"]
     expected = ["banking slowly , 中 文 x", "the river a 中 b", "中", "teach - ing ( token )"]
-    any_tokenizer.model_max_length = 64
+    tokenizer = copy.deepcopy(any_tokenizer)
+    tokenizer.model_max_length = 64
     rows = LabeledRows([(text,) for text in texts], [None] * 4, TAGS)
-    dataset = TaggedDataset(rows, any_tokenizer)
+    dataset = TaggedDataset(rows, tokenizer)
     assert len(dataset) == 4 and not dataset.num_cut
     for text, tagged, example, words in zip(texts, dataset.labels, dataset.examples, expected):
-        assert example[0].tolist() == any_tokenizer(text)["input_ids"]
+        assert example[0].tolist() == tokenizer(text)["input_ids"]
         found = [text[start:end] for start, end in tagged.words.tolist()]
         assert "".join(found) == "".join(words.split())
-        if "▁" not in any_tokenizer.get_vocab():  # that one joins unknown characters in one token
+        if "▁" not in tokenizer.get_vocab():  # that one joins unknown characters in one token
             assert set("中文") & set(text) <= set(found)
         assert (tagged.tags == IGNORED).all() and len(tagged.tags) == len(example[2]) == len(found)
 
 
 def test_micro_batches_hold_the_tags_of_all_words(tiny_tokenizer):
-    tiny_tokenizer.model_max_length = 12
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.model_max_length = 12
     texts = ["bank river " * 20, "money", "slow banking " * 9]
     entities = [((0, 4, "LOC"), (5, 10, "PER")), (), ((5, 12, "LOC"),)]
-    dataset = TaggedDataset(LabeledRows([(of,) for of in texts], entities, TAGS), tiny_tokenizer)
+    dataset = TaggedDataset(LabeledRows([(of,) for of in texts], entities, TAGS), tokenizer)
     batches = list(dataset.micro_batches(range(len(dataset)), 3))
     assert len(batches) == -(-len(dataset) // 3) > 2
     tags = np.concatenate([batch.labels["label"].numpy() for batch in batches])

@@ -5,7 +5,6 @@ bit for bit, and bad input is reported before anything is written."""
 import contextlib
 import io
 import json
-import os
 import random
 import shutil
 import signal
@@ -19,11 +18,15 @@ import torch
 from conftest import (
     arguments_of,
     assert_same,
+    at,
+    change_weights,
+    fail,
     in_processes,
     overflowing,
     read_rows,
     refusal,
     refused,
+    send,
     summary_of,
     without_privileges,
     write_rows,
@@ -31,7 +34,7 @@ from conftest import (
 from conftest import rows as exact_rows
 from huggingface_hub import ModelCard
 from packed_reference import small_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from pretrain import train
@@ -412,25 +415,13 @@ def whole(encoder, files, tmp_path_factory):
     return runs
 
 
-def interrupting(monkeypatch, target, name, call, number):
-    """A patch that sends signal `number` to this process at a call of a function."""
-    original, calls = getattr(target, name), []
-
-    def watched(*arguments, **options):
-        calls.append(name)
-        if len(calls) == call:
-            os.kill(os.getpid(), number)
-        return original(*arguments, **options)
-
-    return lambda rank: monkeypatch.setattr(target, name, watched)
-
-
 def kill_and_resume(monkeypatch, tmp_path, output, options, target, name, call):
     """Run a command whose process is killed at a call of a function; then resume it here."""
     command = [*options, "--save-every", "2", "--resume", "--output", output]
-    kill = interrupting(monkeypatch, target, name, call, signal.SIGKILL)
+    kill = at(target, name, call, send(signal.SIGKILL))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    ((code, text),) = in_processes(tmp_path, FINETUNE.main, command, prepare=kill)
+    given = {"prepare": lambda rank: kill()}
+    ((code, text),) = in_processes(tmp_path, FINETUNE.main, command, **given)
     assert code == -signal.SIGKILL, text
     printed(FINETUNE.main, command)
 
@@ -462,7 +453,7 @@ def test_killed_anywhere_then_resumed(
 def test_a_signal_during_an_evaluation_saves_and_exits(whole, output, monkeypatch, capsys):
     options, undisturbed = whole["adamw"]
     with monkeypatch.context() as patch:
-        interrupting(patch, module, "predict", 2, signal.SIGINT)(0)
+        at(module, "predict", 2, send(signal.SIGINT), patch.setattr)()
         argv = arguments_of(options, ["--output", output])
         assert run_command(FINETUNE.main, argv, FINETUNE.HINT) == 128 + signal.SIGINT
     error = capsys.readouterr().err
@@ -476,7 +467,7 @@ def test_a_signal_during_an_evaluation_saves_and_exits(whole, output, monkeypatc
 def test_a_signal_at_the_end_keeps_the_result(whole, output, monkeypatch):
     options, undisturbed = whole["adamw"]
     with monkeypatch.context() as patch:
-        interrupting(patch, module, "predict", 5, signal.SIGTERM)(0)  # of the test rows
+        at(module, "predict", 5, send(signal.SIGTERM), patch.setattr)()  # of the test rows
         assert run_command(FINETUNE.main, arguments_of(options, ["--output", output])) == 0
     assert_same_result(output, undisturbed)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
@@ -641,13 +632,6 @@ def test_rows_are_read_in_their_encoding(data, files, tmp_path, encoding):
 # A result that is replaced.
 
 
-def failing(error):
-    def fail(*arguments, **options):
-        raise error
-
-    return fail
-
-
 @pytest.mark.parametrize("more", ["", "--no-save-model"], ids=["model", "scores"])
 def test_a_result_is_replaced_once_the_new_one_is_complete(more, data, tmp_path, monkeypatch):
     output, aside = tmp_path / "run", tmp_path / ".run.replaced"
@@ -657,7 +641,7 @@ def test_a_result_is_replaced_once_the_new_one_is_complete(more, data, tmp_path,
     refused(run_of, *options, begins=f"--output {output}")
     for _ in range(2):  # what a failed run leaves replaces nothing
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of luck"):
-            patch.setattr(module, "predict", failing(RuntimeError("out of luck")))
+            patch.setattr(module, "predict", fail(RuntimeError("out of luck")))
             run_of(*options, "--overwrite")
         assert not (output / "summary.json").exists() and not (output / "final").exists()
         assert (aside / "summary.json").read_text() == first
@@ -724,7 +708,7 @@ GOOD = "".join(f"words {number},{'ab'[number % 2]}\n" for number in range(8))
         ("train.csv", "x,a\nx,a\n", ":", "'a'"),
         ("train.csv", "", ":", "no rows"),
         ("train.csv", "Grüße,a\n", "", "UTF-8"),
-        ("valid.txt", GOOD, ":", "csv, tsv, jsonl, parquet"),
+        ("valid.txt", GOOD, ":", ".tsv"),  # it may be renamed
         ("test.csv.gz", GOOD, ":", "csv, tsv, jsonl, parquet"),
     ],
 )
@@ -778,10 +762,8 @@ def misfits(encoder, finished, vocabulary, tmp_path):
         no_tokenizer = shutil.ignore_patterns("tokenizer*") if name == "bare" else None
         shutil.copytree(finished[0] / "final", tmp_path / name, ignore=no_tokenizer)
         stock(small_config(size, **settings)).save_pretrained(tmp_path / name)
-    shutil.copytree(finished[0] / "final", tmp_path / "not finite")
-    weights = load_file(tmp_path / "not finite" / "model.safetensors")
-    weights["classifier.bias"][0] = np.nan
-    save_file(weights, tmp_path / "not finite" / "model.safetensors", metadata={"format": "pt"})
+    spoiled = shutil.copytree(finished[0] / "final", tmp_path / "not finite")
+    change_weights(spoiled, lambda weights: weights["classifier.bias"][0].fill_(np.nan))
     return {path.name: path for path in tmp_path.iterdir()}
 
 
@@ -855,7 +837,7 @@ def test_rows_come_back_in_order_with_the_numbers_of_the_stock_pipeline(
 
 def test_rows_stream_a_chunk_at_a_time(predict_argv, tmp_path, monkeypatch):
     monkeypatch.setattr(PREDICT, "CHUNK", 4)
-    task, predict_chunk, read_rows, seen = TASKS["classification"], predict.predict, [], []
+    task, read_rows, seen = TASKS["classification"], [], []
     documents = task.documents
 
     def counted_documents(*arguments):
@@ -864,12 +846,11 @@ def test_rows_stream_a_chunk_at_a_time(predict_argv, tmp_path, monkeypatch):
             read_rows.append(row)
             yield row
 
-    def counted_predict(model, dataset, *more):
+    def count(model, dataset, *more):
         seen.append((len(read_rows), len(dataset)))
-        return predict_chunk(model, dataset, *more)
 
     monkeypatch.setattr(task, "documents", counted_documents)
-    monkeypatch.setattr(predict, "predict", counted_predict)
+    at(predict, "predict", 0, count, monkeypatch.setattr)()
     PREDICT.main(predict_argv(write_rows(tmp_path / "in.jsonl", make_rows(10, 8))))
     assert seen == [(4, 4), (8, 4), (10, 2)]
 
@@ -978,7 +959,7 @@ def test_wrong_rows_are_reported_before_any_work_and_nothing_is_left(
 ):
     monkeypatch.setattr(PREDICT, "CHUNK", 4)
     path, output = tmp_path / "in.jsonl", tmp_path / f"out.{written_as}"
-    monkeypatch.setattr(predict, "predict", failing(AssertionError("predicts too early")))
+    monkeypatch.setattr(predict, "predict", fail(AssertionError("predicts too early")))
     write_rows(path, [row | spoil.get(number, {}) for number, row in enumerate(make_rows(12, 6))])
     output.write_text("old")
     lines = refusal(PREDICT.main, predict_argv(path, output.name, "--overwrite"), capsys)

@@ -2,19 +2,18 @@
 same texts, padded; folders open with AutoModelForSequenceClassification and keep their labels; a
 head is kept if the labels match and starts fresh otherwise. The same for regression and tags."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import change_json, read_json, refused
 from packed_reference import (
     FAMILIES,
     MAX_LENGTH,
     assert_close,
     assert_same_training,
     pad,
-    refused,
     small_stock,
     stock_class,
 )
@@ -103,7 +102,7 @@ def test_a_saved_folder_opens_with_the_auto_class_under_the_names_of_its_labels(
     (family, folder), classes = saved, ["no", "yes", "perhaps", "never"]
     model = load_classifier(folder, classes)
     model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_json(tmp_path / "config.json")
     assert config["architectures"] == [FAMILIES[family] + HEAD] and config["model_type"] == family
     assert config["problem_type"] == "single_label_classification"
     auto = AutoModelForSequenceClassification
@@ -163,8 +162,7 @@ def test_a_head_starts_fresh_if_the_labels_differ(classes, keep_head, saved):
 def test_a_pretrained_encoder_is_a_classifier_only_with_a_new_head(family, head, tmp_path):
     stock = stock_classifier(family, head, classes=["LABEL_0", "LABEL_1"])
     stock.save_pretrained(tmp_path)
-    with refused(tmp_path):
-        load_classifier(str(tmp_path))
+    refused(load_classifier, str(tmp_path), begins=f"{tmp_path}: ")
     model = load_classifier(str(tmp_path), CLASSES)
     for name, weight in stock.base_model.named_parameters():
         ours = model.base_model.state_dict().get(name)
@@ -185,8 +183,7 @@ def test_encoders_with_and_without_a_pooler_get_the_same_head(tmp_path):
 
 def test_multi_label_heads_are_not_used(tmp_path):
     stock_classifier("bert", problem_type="multi_label_classification").save_pretrained(tmp_path)
-    with refused(tmp_path):
-        load_classifier(str(tmp_path))
+    refused(load_classifier, str(tmp_path), begins=f"{tmp_path}: ")
     config = load_classifier(str(tmp_path), ["a", "b"]).config
     assert config.problem_type == "single_label_classification"
 
@@ -205,8 +202,7 @@ def test_a_head_of_another_task_is_not_used(task, saved, tmp_path):
             again = load_classifier(str(tmp_path), classes, task=other)
             assert_equal(again.state_dict(), model.state_dict())
             continue
-        with refused(tmp_path):
-            load_classifier(str(tmp_path), task=other)
+        refused(load_classifier, str(tmp_path), task=other, begins=f"{tmp_path}: ")
         torch.manual_seed(8)
         fresh = head_of(load_classifier(str(tmp_path), classes, task=other))
         old = head_of(model)
@@ -223,7 +219,7 @@ def test_numbers_loss_and_gradients_of_regression_equal_the_stock_model(saved, t
     numbers = torch.randn(batch.num_sequences, generator=torch.Generator().manual_seed(3))
     batch = replace(batch, labels={"label": numbers})
     load_classifier(folder, [], task="regression").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_json(tmp_path / "config.json")
     assert config["problem_type"] == "regression" and config["id2label"] == {"0": "LABEL_0"}
     model = load_classifier(str(tmp_path)).train()
     stock = stock_class(family, HEAD).from_pretrained(tmp_path).train()
@@ -277,10 +273,9 @@ def test_twelve_labels_are_in_numeric_order(tmp_path):
     classes = [f"label {number}" for number in range(12)]
     stock_classifier("bert", classes=classes).save_pretrained(tmp_path)
     assert list(load_classifier(str(tmp_path)).config.id2label.values()) == classes
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["id2label"] = dict(sorted(config["id2label"].items()))
-    assert list(config["id2label"])[2] == "10"
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    by_string = dict(sorted((str(number), label) for number, label in enumerate(classes)))
+    assert list(by_string)[2] == "10"
+    change_json(tmp_path / "config.json", lambda config: config | {"id2label": by_string})
     model, same = load_classifier(str(tmp_path)), load_classifier(str(tmp_path), classes)
     assert list(model.config.id2label.values()) == classes
     assert_equal(head_of(model), head_of(same))  # its own labels, its own head

@@ -9,7 +9,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import arguments_of, as_conll, read_rows, refusal, summary_of, write_rows
+from conftest import (
+    arguments_of,
+    as_conll,
+    change_json,
+    read_rows,
+    refusal,
+    summary_of,
+    write_rows,
+)
 from test_finetune import (
     FP32,
     assert_same_result,
@@ -238,11 +246,9 @@ def test_models_for_other_tasks_are_refused(finished, encoder, files, tmp_path, 
     refusal(PREDICT.main, ["--model", encoder, *argv], capsys, "--model ")
     pair = ["--model", finished[0], *argv, "--text-pair-field", "text"]
     refusal(PREDICT.main, pair, capsys, "--text-pair-field text:")
-    folder = tmp_path / "inside only"
-    shutil.copytree(finished[0] / "final", folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["id2label"] = {str(number): f"I-{number}" for number in range(5)}
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = shutil.copytree(finished[0] / "final", tmp_path / "inside only")
+    labels = {"id2label": {str(number): f"I-{number}" for number in range(5)}}
+    change_json(folder / "config.json", lambda config: config | labels)
     refusal(PREDICT.main, ["--model", folder, *argv], capsys, f"--model {folder}:")
     taken = write_rows(tmp_path / "taken.jsonl", [{"text": "a", "predicted_entities": 1}])
     plain = tmp_path / "plain.txt"

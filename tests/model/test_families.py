@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import change_json, change_weights
 from packed_reference import (
     FAMILIES,
     MAX_LENGTH,
@@ -20,7 +21,7 @@ from packed_reference import (
     small_stock,
     stock_class,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining
@@ -242,13 +243,16 @@ def test_a_decoder_of_its_own_is_loaded_trained_grown_and_saved(
     bias is there. Every trainable weight has a gradient, as DDP expects."""
     folder, size = tmp_path / "stock", vocabulary.size
     stock = saved_stock(family, vocabulary, folder, tie_word_embeddings=False)
-    decoder, weights = stock.get_output_embeddings(), load_file(folder / "model.safetensors")
-    if not says_tied:
+    decoder = stock.get_output_embeddings()
+
+    def only_the_heads_bias(weights):
         (name,) = [name for name in weights if name.endswith("decoder.bias")]
         weights[name.replace("decoder.", "")] = weights.pop(name)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    fields = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": says_tied}
-    (folder / "config.json").write_text(json.dumps(fields))
+
+    if not says_tied:
+        change_weights(folder, only_the_heads_bias)
+    tied = {"tie_word_embeddings": says_tied}
+    change_json(folder / "config.json", lambda config: config | tied)
 
     model, fresh = from_checkpoint(str(folder))
     assert fresh == []

@@ -59,11 +59,6 @@ def arguments(base, text_file, cache):
     return [*paths, *OPTIONS.split()]
 
 
-@pytest.fixture(scope="module")
-def finished(arguments, tmp_path_factory):
-    return pretrain_into(tmp_path_factory.mktemp("runs") / "finished", arguments)
-
-
 def test_a_run_trains_and_its_model_opens_with_transformers(base, finished):
     logged = rows(finished)
     assert logged[-1]["step"] == 6

@@ -8,9 +8,8 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import refused
+from conftest import change_json, change_weights, refused
 from packed_reference import small_config_of, small_model
-from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
 from pretrain.config import MODEL_SIZES
@@ -29,7 +28,7 @@ def saved(vocabulary, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy of a model folder with a meaningless name."""
+    """A copy of a model folder with the name of another family."""
     return shutil.copytree(saved, tmp_path / "chinese-roberta-wwm-ext")
 
 
@@ -96,11 +95,6 @@ def test_overrides_that_make_no_model_are_refused(family, entry):
 # Checkpoints.
 
 
-def test_the_config_names_the_family_and_not_the_folder(folder):
-    model, fresh = from_checkpoint(str(folder))
-    assert type(model) is BertForPreTraining and fresh == []
-
-
 @pytest.mark.parametrize(
     "family", ["electra", "albert", "deberta-v2", "xlm-roberta-xl", "somebodys-own"]
 )
@@ -117,8 +111,7 @@ def test_a_name_that_is_unavailable_offline():
 
 
 def set_fields(folder, **fields):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    change_json(folder / "config.json", lambda config: config | fields)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +123,8 @@ def set_fields(folder, **fields):
 )
 def test_a_config_for_other_uses_loads_and_is_saved(fields, folder, tmp_path):
     set_fields(folder, **fields)
-    model, _ = from_checkpoint(str(folder))
+    model, fresh = from_checkpoint(str(folder))
+    assert type(model) is BertForPreTraining and fresh == [], "whatever the folder is called"
     model.save_pretrained(tmp_path / "again")
     BertForPreTraining.from_pretrained(tmp_path / "again")
 
@@ -144,24 +138,13 @@ def test_an_encoder_that_is_not_all_of_the_files_is_reported(folder, capsys):
     refused(from_checkpoint, str(folder), names="position_embedding_type")
 
 
-def without(name, path):
-    weights = load_file(path)
-    del weights[name]
-    save_file(weights, path, metadata={"format": "pt"})
+INNER = "bert.encoder.layer.1.output.dense.weight"
 
 
-def spoil(value, name, path):
-    weights = load_file(path)
-    weights[name].view(-1)[-1] = value
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    "name", ["bert.encoder.layer.1.output.dense.weight", "cls.predictions.bias"]
-)
+@pytest.mark.parametrize("name", [INNER, "cls.predictions.bias"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(value, name, folder):
-    spoil(value, name, folder / "model.safetensors")
+    change_weights(folder, lambda weights: weights[name].view(-1)[-1].fill_(value))
     refused(from_checkpoint, str(folder), begins=f"{folder}: ", names=name)
 
 
@@ -172,7 +155,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, name, folder):
         lambda path: path.write_bytes(path.read_bytes()[:-100]),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"x" * 4096),
-        lambda path: without("bert.encoder.layer.1.output.dense.weight", path),
+        lambda path: change_weights(path.parent, lambda weights: weights.pop(INNER)),
     ],
     ids=["missing", "cut short", "empty", "no safetensors", "without a weight of the encoder"],
 )

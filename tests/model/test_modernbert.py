@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import arguments_of, assert_same_run, interrupted_copy, pretrain_into, refused, resume
+from conftest import (
+    assert_same_run,
+    change_json,
+    interrupted_copy,
+    pretrain_into,
+    refused,
+    resume,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_reference import (
@@ -173,8 +180,7 @@ WRONG = [
 @pytest.mark.parametrize("fields", WRONG, ids=str)
 def test_a_config_that_makes_no_model_is_refused(fields, tmp_path):
     small_stock("modernbert", "ForMaskedLM", VOCAB).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    change_json(tmp_path / "config.json", lambda config: config | fields)
     refused(from_checkpoint, str(tmp_path), begins=f"{tmp_path}: ")
 
 
@@ -212,24 +218,16 @@ def test_dropout_of_a_run_replaces_the_models_own_unless_it_is_automatic(dropout
 # A run.
 
 
-@pytest.fixture(scope="module")
-def arguments(text_file, cache):
+def test_a_run_from_scratch_resumes_bit_for_bit(text_file, cache, tmp_path):
     """Steps with short and long sequences, Muon and dropout."""
-    return arguments_of(
+    options = (
         "--architecture modernbert --model tiny --objective mlm --masking word --vocab-size 120",
         "--phases 32:0.5 96:0.5 --batch-size 16 --micro-batch-size 8 --max-steps 6 --dropout 0.1",
         "--learning-rate 5e-3 --save-every 2 --eval-every 3 --keep 9 --eval-tokens 600",
         "--precision fp32 --config-override hidden_size=32 intermediate_size=64",
         f"num_attention_heads=2 num_hidden_layers=3 local_attention={2 * WINDOW}",
-        ["--train", text_file, "--cache", cache],
     )
-
-
-@pytest.fixture(scope="module")
-def finished(arguments, tmp_path_factory):
-    return pretrain_into(tmp_path_factory.mktemp("runs") / "finished", arguments)
-
-
-def test_a_run_from_scratch_resumes_bit_for_bit(finished, tmp_path):
+    files = ["--train", text_file, "--cache", cache]
+    finished = pretrain_into(tmp_path / "finished", *options, files)
     interrupted_copy(finished, tmp_path / "run", 2)
     assert_same_run(finished, resume(tmp_path / "run"), step=6)

@@ -30,9 +30,6 @@ FILES = [
 ]
 
 
-KILL = signal.SIGKILL
-
-
 @pytest.fixture(scope="module")
 def checkpoint(vocabulary, tiny_tokenizer, tmp_path_factory):
     """A checkpoint as written by a run."""
@@ -252,7 +249,12 @@ def test_a_write_in_another_container_is_not_disturbed(tmp_path, monkeypatch):
     assert path.read_text() == "of this one" and os.listdir(tmp_path) == ["text"]
     child = os.fork()
     if not child:
-        files.write_aside(path, lambda partial: (partial.mkdir(), signal.raise_signal(KILL)))
+
+        def kill(partial):
+            partial.mkdir()
+            signal.raise_signal(signal.SIGKILL)
+
+        files.write_aside(path, kill)
     os.waitpid(child, 0)
     assert len(os.listdir(tmp_path)) == 2
     other = tmp_path / ".text.csv.01234567.partial"  # of another target

@@ -1,11 +1,11 @@
 """Logs of a run: TensorBoard's curves equal the rows of metrics.jsonl, a resumed run has one
 unbroken curve and no row twice, and a process other than the main one writes nothing."""
 
-import json
 import math
 import os
 
 import pytest
+from conftest import read_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -57,8 +57,7 @@ def write(output, first, last, evaluated=True, close=True):
 
 
 def rows(output):
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_rows(output / "metrics.jsonl")
 
 
 def expected_rows(last):
@@ -93,8 +92,10 @@ def test_a_resumed_run_has_one_unbroken_curve(close, tmp_path):
     assert_one_curve(tmp_path, 7)
     write(tmp_path, 5, 9)  # the newest checkpoint is of step 5
     assert_one_curve(tmp_path, 9)
-    write(tmp_path, 8, 10)  # once more, after an evaluation
+    write(tmp_path, 8, 10, close=close)  # once more, after an evaluation
     assert_one_curve(tmp_path, 10)
+    write(tmp_path, 0, 2, evaluated=False)  # without a checkpoint, it starts over
+    assert_one_curve(tmp_path, 2)
 
 
 def test_a_pipe_in_place_of_the_log_is_replaced(tmp_path):
@@ -110,12 +111,6 @@ def test_a_step_without_evaluation_keeps_only_its_training_row(tmp_path):
     monitor.close({})
     write(tmp_path, 4, 9, evaluated=False)
     assert_one_curve(tmp_path, 9)
-
-
-def test_a_run_without_a_checkpoint_starts_over(tmp_path):
-    write(tmp_path, 0, 5, evaluated=False, close=False)
-    write(tmp_path, 0, 2, evaluated=False)
-    assert_one_curve(tmp_path, 2)
 
 
 @pytest.mark.parametrize(

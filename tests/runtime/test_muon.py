@@ -25,9 +25,11 @@ def take_steps(weights, optimizer):
         optimizer.step()
 
 
+@pytest.mark.parametrize("max_elements", [1, muon.MAX_ELEMENTS], ids=["alone", "together"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-6), (torch.float32, 2e-3)])
-def test_muon_equals_torchs(dtype, tolerance):
+def test_muon_equals_torchs(dtype, tolerance, max_elements, monkeypatch):
     """torch's orthogonalizes in bf16, one matrix at a time."""
+    monkeypatch.setattr(muon, "MAX_ELEMENTS", max_elements)
     ours, theirs = make_weights(), make_weights()
     take_steps(ours, Muon(ours, RATE, DECAY, momentum=0.9, dtype=dtype))
     settings = {"momentum": 0.9, "weight_decay": DECAY, "adjust_lr_fn": "match_rms_adamw"}
@@ -54,15 +56,6 @@ def test_stacked_matrices_equal_separate_ones():
             optimizer.step()
     for parts, weight in zip(stacks, stacked):
         torch.testing.assert_close(torch.cat(parts), weight, atol=1e-6, rtol=0.0)
-
-
-def test_batched_matrices_equal_single_ones(monkeypatch):
-    together, alone = make_weights(), make_weights()
-    take_steps(together, Muon(together, RATE, DECAY))
-    monkeypatch.setattr(muon, "MAX_ELEMENTS", 1)
-    take_steps(alone, Muon(alone, RATE, DECAY))
-    for left, right in zip(together, alone):
-        torch.testing.assert_close(left, right, atol=1e-6, rtol=0.0)
 
 
 def test_an_update_is_close_to_the_orthogonal_factor():

@@ -81,17 +81,13 @@ def take_steps(model, optimizers, steps):
             step_if(torch.tensor(True), optimizer)
 
 
-def through_a_file(state, path):
-    torch.save(state, path)
-    return torch.load(path, weights_only=True, mmap=True)
-
-
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_resumed_equals_uninterrupted(kind, tmp_path):
     """Bit for bit, with weights that have no state yet."""
     model, optimizers = make(kind)
     take_steps(model, optimizers, [0, 1])
-    saved = through_a_file(OptimizerState(model, optimizers).state_dict(), tmp_path / "state")
+    torch.save(OptimizerState(model, optimizers).state_dict(), tmp_path / "state")
+    saved = torch.load(tmp_path / "state", weights_only=True, mmap=True)
     assert saved["weights"].keys() == dict(model.named_parameters()).keys()
     resumed, others = make(kind)
     resumed.load_state_dict(model.state_dict())
