@@ -153,6 +153,12 @@ class PretrainingRun(Run):
             self.draw_curve(folder / PICTURE)
         ckpt.write_model(folder, self.model, self.tokenizer, facts, weights)
 
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of each finite number `name` in the log."""
+        lines = (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+
     def draw_curve(self, path: Path) -> None:
         """Draw the validation perplexity of the run, a curve for each length, if matplotlib is
         installed and there are enough evaluations."""
@@ -160,12 +166,9 @@ class PretrainingRun(Run):
             return
         try:
             points: dict[str, list[tuple[int, float]]] = {}
-            for line in (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                if row.get("eval/perplexity") is not None:
-                    length = self.phases[self.phase_at(row["step"])].max_length
-                    name = f"sequences of {length} tokens"
-                    points.setdefault(name, []).append((row["step"], row["eval/perplexity"]))
+            for step, perplexity in self.curve("eval/perplexity"):
+                name = f"sequences of {self.phases[self.phase_at(step)].max_length} tokens"
+                points.setdefault(name, []).append((step, perplexity))
             if sum(map(len, points.values())) >= MIN_DRAWN:
                 curves = {name: (*zip(*found), None) for name, found in points.items()}
                 title = "Validation perplexity while pretraining: lower is better"

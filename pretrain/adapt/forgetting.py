@@ -39,7 +39,8 @@ def measure(
     """The fields of the `Change` on `corpus` from the model of `run`, which has not been trained,
     to `adapted`, at the length of the last phase; with `trains_head`, and `unigram`, the perplexity
     of guessing by the frequencies in `training`. A head is trained on `training`, too."""
-    phase, before, vocabulary = run.phases[-1], run.model, describe(run.tokenizer)
+    phase, before = run.phases[-1], run.model
+    vocabulary = describe(run.tokenizer)
     task = Task(None, phase.max_length, phase.eval_batch_size, MASK_RATE, SEED)
     if not has_head:
         adapted.load_state_dict(head_of(before), strict=False)

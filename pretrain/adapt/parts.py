@@ -35,4 +35,5 @@ class Parts:
 
     def print_score(self, name: str, shown: str, scores: dict, metric: str) -> None:
         """Print a score of a part, and how long that took."""
-        print(f"{shown}: {metric.replace('_', ' ')} {scores[metric]:.3f} ({self.took[name]})")
+        score = f"{metric.replace('_', ' ')} {scores[metric]:.3f}"
+        print(f"{shown}: {score} ({self.took[name]})")

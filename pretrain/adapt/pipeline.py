@@ -6,7 +6,6 @@ and every encoder is fine-tuned for every label budget and seed. Each part saves
 """
 
 import importlib.util
-import json
 import re
 from dataclasses import replace
 from itertools import product
@@ -188,22 +187,16 @@ def measure_perplexity(experiment: Experiment) -> dict:
     def perplexity_of(model: PackedModel) -> float:
         return evaluate(model, validation, context)["perplexity"]
 
-    lines = (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    curve, training = [], []
-    for row in map(json.loads, lines):
-        if row.get("eval/perplexity") is not None and run.is_comparable(row["step"]):
-            curve.append([row["step"], row["eval/perplexity"]])
-        if row.get("train/perplexity") is not None:
-            training.append([row["step"], row["train/perplexity"]])
+    curve = [point for point in run.curve("eval/perplexity") if run.is_comparable(point[0])]
     if not curve:
         return {}
     if curve[0][0] > 0:  # the first evaluation was at the length of the first phase
-        curve.insert(0, [0, perplexity_of(_untrained(experiment).model)])
+        curve.insert(0, (0, perplexity_of(_untrained(experiment).model)))
     result = {
         "before": curve[0][1],
         "after": curve[-1][1],
         "curve": curve,
-        "training": training,
+        "training": run.curve("train/perplexity"),
         "unigram": validation.unigram_perplexity,
     }
     if "control" in experiment.texts:

@@ -265,9 +265,10 @@ def _compare_scores(output: Path, facts: dict, differences: dict, guess: float |
 
 def _compare_labels(output: Path, facts: dict) -> str:
     """A section: F1 of each class or type, and the plot of the classes; "" without labels."""
-    task, labels, f1, matrices = TASKS[facts["task"]], facts["labels"], {}, {}
+    task, labels = TASKS[facts["task"]], facts["labels"]
     if not labels:
         return ""
+    f1, matrices = {}, {}
     budget, count = list(facts["budgets"].items())[-1]  # the largest
     for name in [name for name in ENCODERS if name in facts["scores"]]:
         tests = [run["test"] for run in facts["scores"][name][budget]]

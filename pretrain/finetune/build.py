@@ -133,7 +133,8 @@ class FinetuningRun(Run):
         name, dataset = "validation", self.datasets.get("test")
         outputs, found = self.score_rows("test") if dataset else (None, {})
         if math.isfinite(found.get("loss", math.nan)):
-            name, scores, self.test_scores = "test", found, found
+            name, scores = "test", found
+            self.test_scores = found
             labels = self.task.label_cells(dataset.rows)
             predicted = self.task.cells(dataset, outputs)
             path = self.output / self.task.predictions
@@ -342,7 +343,8 @@ def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
     if budget not in allowed:
         raise UserError(f"--label-budget {budget}: expected {expected}")
     chosen = budget_rows(task.strata(train), budget, options.seed).tolist()
-    texts, labels = ([column[row] for row in chosen] for column in (train.texts, train.labels))
+    texts = [train.texts[row] for row in chosen]
+    labels = [train.labels[row] for row in chosen]
     return rows | {"train": LabeledRows(texts, labels, classes)}
 
 

@@ -168,7 +168,8 @@ class Classification:
     def counts(self, dataset: LabeledDataset) -> list[str]:
         """Numbers of rows by class, to print."""
         classes = dataset.rows.classes
-        named = zip(classes[:SHOWN_CLASSES], np.bincount(dataset.labels, minlength=len(classes)))
+        numbers = np.bincount(dataset.labels, minlength=len(classes))
+        named = zip(classes[:SHOWN_CLASSES], numbers)
         return [f"{label} {count:,}" for label, count in named]
 
     def warning(self, predicted: Sequence[int], classes: list[str], scores: dict) -> str | None:
