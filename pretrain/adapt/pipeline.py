@@ -43,8 +43,9 @@ COMPARED_WORDS = 10_000
 
 def run_experiment(experiment: Experiment) -> dict:
     """Run the parts that have no result yet; returns the facts for the report."""
-    part, budgets, encoders = experiment.part, experiment.budgets, experiment.encoders
-    seeds, metric = experiment.options.seeds, experiment.finetuning.metric
+    part, task = experiment.part, experiment.task
+    budgets, seeds = experiment.budgets, experiment.options.seeds
+    encoders, metric = experiment.encoders, experiment.finetuning.metric
     runs = list(product(budgets, range(seeds), encoders))
     counts = ", ".join(f"{count:,}" for count in budgets.values())
     work = f"{counted(len(runs), 'fine-tuning run')}, {counts} rows, {counted(seeds, 'seed')}"
@@ -52,7 +53,7 @@ def run_experiment(experiment: Experiment) -> dict:
     test, seen = experiment.rows["test"], set(experiment.rows["train"].texts)
     facts = {
         "model": experiment.options.model,
-        "task": experiment.finetuning.task,
+        "task": task.name,
         "metric": metric,
         "labels": experiment.labels,
         "budgets": budgets,
@@ -60,7 +61,7 @@ def run_experiment(experiment: Experiment) -> dict:
         "replay": experiment.options.replay,
         "fresh_parts": experiment.fresh_parts,
         "rows": {name: len(rows.labels) for name, rows in experiment.rows.items()},
-        "truth": experiment.task.truth(test),
+        "truth": task.truth(test),
         "seen_in_training": sum(text in seen for text in test.texts),
         "seconds": experiment.parts.seconds,
         "scores": {name: {budget: [] for budget in budgets} for name in encoders},

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mode
+from statistics import mean, mode, stdev
 
 import numpy as np
 import torch
@@ -123,6 +123,12 @@ def table(header: list[object], rows: Iterable[Sequence[object]], *formats: str)
 
     shown = [list(map(text, row, formats)) for row in rows]
     return markdown_table(list(map(cell, header)), shown)
+
+
+def spread(scores: Sequence[float]) -> str:
+    """Mean and standard deviation, which needs two scores."""
+    shown = f"{mean(scores):.3f}"
+    return f"{shown} ± {stdev(scores):.3f}" if len(scores) > 1 else shown
 
 
 def to_html(text: str, folder: Path) -> str:
@@ -247,8 +253,7 @@ def _compare_scores(output: Path, facts: dict, differences: dict, guess: float |
             scores = _scores_of(runs[budget], facts)
             means.append(np.mean(scores))
             deviations.append(np.std(scores, ddof=1 if seeds > 1 else 0))
-            shown = f" ± {deviations[-1]:.3f}" if seeds > 1 else ""
-            row.append(f"{means[-1]:.3f}{shown}")
+            row.append(spread(scores))
         curves[ENCODERS[name]] = (list(budgets.values()), means, deviations)
     path, labels = output / "learning_curve.png", ("labeled training rows", metric)
     title = f"{metric} on the test rows: mean and deviation over the seeds ({seeds})"

@@ -9,11 +9,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from pretrain.adapt.checks import RUN_OPTIONS, model_files, naming, set_elsewhere
 from pretrain.adapt.parts import Parts
 from pretrain.adapt.pipeline import run_fine_tuning
+from pretrain.adapt.report import spread
 from pretrain.cli import as_command, parse, read_options
 from pretrain.config import FinetuneOptions, SuiteOptions, typed
 from pretrain.data.sources import expand
@@ -132,12 +133,13 @@ def run_suite(options: SuiteOptions, tasks: dict[str, Task]) -> dict:
             finetuning, folder = replace(task.options, seed=seed), output / "runs" / part
             runs.append(parts.result(part, run_fine_tuning, finetuning, folder, task.split))
             parts.print_score(part, f"{name}, seed {seed}", runs[-1][task.split], task.metric)
-        scores = [numbers_of(run[task.split]) for run in runs]
+        found = [numbers_of(run[task.split]) for run in runs]
+        scores = {key: [numbers[key] for numbers in found] for key in found[0]}
         facts["tasks"][name] = {
             "metric": task.metric,
             "split": task.split,
-            "scores": [found[task.metric] for found in scores],
-            "all_scores": {key: [found[key] for found in scores] for key in scores[0]},
+            "scores": scores[task.metric],
+            "all_scores": scores,
             "command": as_command("finetune", replace(task.options, save_model=True)),
         }
     columns = zip(*(task["scores"] for task in facts["tasks"].values()))
@@ -166,9 +168,3 @@ def write_report(output: Path, facts: dict) -> str:
     write_json(output / "suite.json", facts)  # first: see `check_folder`
     write_text(output / "report.md", text)
     return table
-
-
-def spread(scores: Sequence[float]) -> str:
-    """Mean and standard deviation, which needs two scores."""
-    shown = f"{mean(scores):.3f}"
-    return f"{shown} ± {stdev(scores):.3f}" if len(scores) > 1 else shown

@@ -130,15 +130,17 @@ class FinetuningRun(Run):
             raise UserError(f"{typed(self.config, 'valid')}: {problem}; expected {expected}")
         self.model.load_state_dict(self.best_weights)
         state.scores = scores = state.best_scores  # the scores of `final/`
-        name, dataset = "validation", self.datasets.get("test")
-        outputs, found = self.score_rows("test") if dataset else (None, {})
-        if math.isfinite(found.get("loss", math.nan)):
-            name, scores = "test", found
-            self.test_scores = found
-            labels = self.task.label_cells(dataset.rows)
-            predicted = self.task.cells(dataset, outputs)
-            path = self.output / self.task.predictions
-            write_rows(path, (a | b for a, b in zip(labels, predicted)), path.suffix == ".csv")
+        name = "validation"
+        if dataset := self.datasets.get("test"):
+            outputs, found = self.score_rows("test")
+            if math.isfinite(found["loss"]):
+                name, scores = "test", found
+                self.test_scores = found
+                labels = self.task.label_cells(dataset.rows)
+                predicted = self.task.cells(dataset, outputs)
+                path = self.output / self.task.predictions
+                rows = (label | cells for label, cells in zip(labels, predicted))
+                write_rows(path, rows, path.suffix == ".csv")
         if "confusion" in scores:
             title = f"Predictions for the {name} rows of each class"
             matrices = {"": scores["confusion"]}
