@@ -88,7 +88,7 @@ POSITIVE = number(0, above=True)
 NOT_NEGATIVE = number(0)
 SHARE = number(0, 1, above=True)
 AUTO_ON_OFF = one_of("auto", "on", "off")
-LOWERCASE = "strip case and accents: auto (unless a bare vocab.txt has capitals), on or off"
+LOWERCASE = "strip case and accents (trained or vocab.txt); auto: unless vocab.txt has capitals"
 PRECISION = one_of("auto", "bf16", "fp16", "fp32")
 FORMAT = one_of("auto", *PLAIN_FORMATS, *RECORD_FORMATS)
 WORDS = one_of("auto", "tokenizer", "spaces", "jieba")
@@ -126,7 +126,7 @@ ASSIGNMENTS = each(pattern(r"[^\W\d]\w*=.*", "KEY=VALUE", "KEY=VALUE"), nargs="*
 BETA = Rule(lambda beta: 0 <= beta < 1, "numbers of at least 0 and below 1", metavar="BETA")
 BETAS = each(BETA, nargs=2)
 SPLIT = Rule(
-    lambda shares: min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6,
+    lambda shares: all(share >= 0 for share in shares) and abs(sum(shares) - 1) < 1e-6,
     "three shares from 0 to 1 that sum to 1",
     metavar="SHARE",
     nargs=3,

@@ -174,11 +174,11 @@ def report_added(
     found = Counter(dict(zip(tokenizer.convert_ids_to_tokens(ids), counts[ids].tolist())))
     never = [token for token, count in found.items() if not count]
     common = found.most_common(min(SHOWN_TOKENS, len(found) - len(never)))
-    parts = [f"{token} {count:,}" for token, count in common]
+    parts = [", ".join(f"{token} {count:,}" for token, count in common)] if common else []
     if never:
         parts.append(f"{len(never):,} never occur, such as {', '.join(never[:3])}")
     total = f"{counted(len(found), 'added token')}, {counted(found.total(), 'occurrence')}"
-    print(f"{total}: {', '.join(parts)}; added_tokens.tsv lists all")
+    print(f"{total}: {'; '.join(parts)}; added_tokens.tsv lists all")
     return dict(found.most_common())
 
 
@@ -253,7 +253,7 @@ def open_or_prepare(
                         replace_damaged=not output,  # what is in the cache is ours
                         **more_arguments,
                     )
-            except WorkersFailed as error:  # only this command has an option for their number
+            except WorkersFailed as error:  # only prepare.py has an option for their number
                 way = command("prepare", "--workers", 1, "--input", *text.paths)
                 raise UserError(f"{error}, or one process: {way}") from error
     if vocabulary.is_special[corpus.shard(corpus.largest).ids[: 1 << 20]].all():

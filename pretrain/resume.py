@@ -124,6 +124,8 @@ def changed_options(config, saved: dict, path: Path) -> list[str]:
     changed = {name for name in changed if not _has_moved(name, before[name], now[name])}
     if now["micro_batch_size"] == saved.get("micro_batch_size"):
         changed.discard("micro_batch_size")
+    if (before.get("lowercase"), now.get("lowercase")) == ("on", "auto"):
+        changed.discard("lowercase")  # the default of earlier versions; the tokenizer is saved
     replaced = {}
     if {"phases", "max_length"} <= changed:  # one replaced the other
         pair = ("phases", "max_length") if config.phases else ("max_length", "phases")

@@ -106,10 +106,17 @@ def test_a_run_writes_all_documented_files(finished):
 # Resumed.
 
 
-@pytest.mark.parametrize("more", ["--precision bf16", "--valid-fraction 0"])
-def test_resuming_works_with_other_workers_and_options(more, arguments, tmp_path, output):
+@pytest.mark.parametrize(
+    ("more", "changed"),
+    [
+        ("--precision bf16", "--workers 1"),
+        ("--valid-fraction 0", "--workers 1"),
+        ("--lowercase on", "--lowercase auto"),  # the default of an earlier version, and of this
+    ],
+)
+def test_resuming_works_with_other_workers_and_options(more, changed, arguments, tmp_path, output):
     whole = pretrain_into(output, arguments, more, "--max-steps 4")
-    resume(interrupted_copy(whole, tmp_path / "parts", 2), "--workers 1")
+    resume(interrupted_copy(whole, tmp_path / "parts", 2), changed)
     assert_same_run(whole, tmp_path / "parts", step=4)
     is_evaluated = any(name.startswith("eval/") for row in rows(whole) for name in row)
     assert is_evaluated is (whole / "best").exists() is ("--valid-fraction 0" not in more)

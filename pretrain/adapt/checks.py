@@ -35,6 +35,7 @@ SET_HERE = {  # options of the two commands that only the experiment may set
     "pretrain": (*RUN_OPTIONS, "architecture", "train", "mix", "valid", "patience"),
     "finetune": (*RUN_OPTIONS, "label_budget", "seed", "save_model", *LABEL_OPTIONS),
 }
+OF_MODEL = ("tokenizer", "lowercase")  # options to pretrain that fine-tuning could not follow
 TRAINED_ON = {"adapted": "text", "control": "control"}  # encoder -> text
 MODEL_FILES = ("json", "safetensors", "bin", "txt", "model")  # model: SentencePiece
 ENTRIES = (  # names in the folder of an experiment
@@ -114,7 +115,7 @@ def build_experiment(options: AdaptOptions) -> Experiment:
     with naming(options, "pretrain"):
         # Pretraining would honor these, but fine-tuning reads the model's own tokenizer.
         owner = "tokenizer_config.json in the folder of --model"
-        problems = set_elsewhere(pretraining, ("tokenizer", "lowercase"), owner)
+        problems = set_elsewhere(pretraining, OF_MODEL, owner)
         check(task_problems(model, pretraining) + problems)
         with option_named("--device"):
             device = start(pretraining.device)[1]
@@ -246,7 +247,8 @@ def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
         # An experiment of an earlier version lacks the newer options.
         defaults = json.loads(json.dumps(asdict(kinds[kind]()))) if kind in kinds else {}
         for name in {**before[kind], **values}:
-            if name in SET_HERE.get(kind, ()) or (name == "model" and not ignored):
+            is_set = name in (*SET_HERE.get(kind, ()), *OF_MODEL)
+            if is_set or (name == "model" and not ignored):
                 continue  # a consequence of another option, or the same folder
             old, new = before[kind].get(name, defaults.get(name)), values.get(name)
             if old != new and kind in commands:

@@ -31,7 +31,7 @@ HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 KANA = (0x3040, 0x30FF)
 # Texts that are encoded together: their encodings take a hundred times as much memory.
 ENCODED_TOGETHER, ENCODED_CHARACTERS = 10_000, 1 << 22
-MIN_CAPITALS = 0.01  # of the entries of a vocabulary for text with capitals
+MIN_CAPITALS = 0.01  # share of entries with capitals; above it, a vocabulary is for cased text
 MAX_IDS = 1 << 24  # the memory of the engine grows with the ids
 PASSING_STATE = ("truncation", "padding")  # changes when a tokenizer is used
 EXPECTED_FILES = "tokenizer.json, tokenizer_config.json or vocab.txt"

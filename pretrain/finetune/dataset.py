@@ -187,7 +187,7 @@ class EncodedRows:
     def check_tokens(self, name: str) -> None:
         """`check_vocabulary` for these rows; `name` is an option and its value."""
         ids = np.concatenate([example[0] for example in self.examples])
-        unknown_share = float((ids == self.tokenizer.unk_token_id).mean())
+        unknown_share = float((ids == self.tokenizer.unk_token_id).sum() / max(1, len(ids)))
         sample = "\n".join(chain.from_iterable(self.rows.texts[:SAMPLED_ROWS]))
         check_vocabulary(name, unknown_share, self.tokenizer, sample)
 

@@ -66,8 +66,8 @@ def check_rows(
 
 
 def write_rows(path: Path, rows: Iterable[dict], as_csv: bool, encoding: str = UTF8) -> None:
-    """Write `rows` as CSV, with the columns of the first row, or as JSON lines. `check_rows` has
-    refused rows with other columns."""
+    """Write `rows` as CSV, with the columns of the first row, or as JSON lines. The
+    rows of a CSV file have no other columns than the first: callers check that."""
     # JSON may hold half a surrogate pair: \ud800 stays as it is.
     with path.open("w", encoding=encoding, errors="backslashreplace", newline="") as out:
         if not as_csv:

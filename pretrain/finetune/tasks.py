@@ -145,8 +145,8 @@ class Classification:
         return rows.labels if self.has_classes else [""] * len(rows.labels)
 
     def label(self, row: Row, options: ColumnOptions, classes: list[str] | None = None) -> object:
-        """The label of a row, which may be missing, or none of the model's `classes`. UserError for
-        spans that are none of its text."""
+        """The label of a row, which may be missing, or none of the model's `classes`. UserError if
+        its entities do not fit its text."""
         return self.value_of(row[1].get(options.label_field))
 
     def columns(self, classes: list[str]) -> list[str]:

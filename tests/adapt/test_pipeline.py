@@ -507,16 +507,17 @@ def test_options_may_change_before_training(small, place, tmp_path):
     assert row[0].startswith("at step 1") and row[1] == f"{value:,.1f}"
 
 
-def test_an_experiment_of_a_version_with_fewer_options_resumes(
+def test_an_experiment_of_a_version_with_other_options_resumes(
     finished_small, small, tmp_path, monkeypatch
 ):
-    def without_encoding(record):
+    def of_earlier_version(record):
+        record["pretrain"]["lowercase"] = "on"
         for kind in ("options", "pretrain", "finetune"):
             del record[kind]["encoding"]
         return record
 
     output = shutil.copytree(finished_small, tmp_path / "out")
-    change_json(output / "experiment.json", without_encoding)
+    change_json(output / "experiment.json", of_earlier_version)
     forbid_work(monkeypatch)
     adapt(small, output)
     assert "encoding" in json.loads((output / "experiment.json").read_text())["options"]
