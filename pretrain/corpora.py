@@ -242,20 +242,15 @@ def open_or_prepare(
                 needs_entities = masking == "entity" or markup.lexicon and masking != "any"
                 if needs_entities and not any(found):
                     raise no_entities(text)
-            try:
-                with contextlib.nullcontext() if output else cache_named(cache):
-                    corpus = prepare(
-                        text.sources,
-                        text.text_format,
-                        tokenizer,
-                        folder,
-                        markup=markup,
-                        replace_damaged=not output,  # what is in the cache is ours
-                        **more_arguments,
-                    )
-            except WorkersFailed as error:  # only prepare.py has an option for their number
-                way = command("prepare", "--workers", 1, "--input", *text.paths)
-                raise UserError(f"{error}, or one process: {way}") from error
+            with contextlib.nullcontext() if output else cache_named(cache):
+                corpus = _prepare(
+                    text,
+                    tokenizer,
+                    folder,
+                    markup=markup,
+                    replace_damaged=not output,  # what is in the cache is ours
+                    **more_arguments,
+                )
     if vocabulary.is_special[corpus.shard(corpus.largest).ids[: 1 << 20]].all():
         problem = "only special and unknown tokens, so nothing can be masked"
         raise UserError(f"{text.name}: {problem}; expected text that fits the tokenizer")
@@ -268,6 +263,15 @@ def open_or_prepare(
     name = text.name if len(text.paths) == 1 else text.option
     print(f"{name}: {_shown(info)} ({verb} in {corpus.folder})")
     return corpus
+
+
+def _prepare(text: TextFiles, tokenizer: PreTrainedTokenizerBase, folder: Path, **more) -> Corpus:
+    """`prepare`; if its processes fail, the message has the command that runs it in one."""
+    try:
+        return prepare(text.sources, text.text_format, tokenizer, folder, **more)
+    except WorkersFailed as error:
+        way = command("prepare", "--workers", 1, "--input", *text.paths)
+        raise UserError(f"{error}, or one process: {way}") from error
 
 
 def _shown(info: dict) -> str:
