@@ -1,8 +1,8 @@
 """The contract between data and model: `Batch` goes in, `Loss` comes out.
 
-T tokens of N sequences lie end to end, without padding; M of the tokens are masked. Where a device
-needs fixed shapes, T, N and M are filled up: with dummy sequences at the end (first of [PAD], then
-empty ones) and with labels of IGNORED.
+T tokens of N sequences lie end to end, without padding; M of the tokens are masked. T, N and M may
+be filled up, so that a GPU sees fixed shapes and a CPU few different ones: with dummy sequences at
+the end (first of [PAD], then empty ones) and with labels of IGNORED.
 """
 
 from __future__ import annotations

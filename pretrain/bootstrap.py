@@ -14,7 +14,8 @@ BOUNDS = (0.025, 0.975)  # of the interval
 
 
 def _draw_counts(rng: np.random.Generator, num_rows: int) -> Iterator[np.ndarray]:
-    """float32 [DRAWN_TOGETHER, rows], DRAWS rows in all: how often each draw has each row."""
+    """Blocks of DRAWN_TOGETHER draws, DRAWS in all: float32 [draws, rows], how often each draw has
+    each row."""
     for _ in range(DRAWS // DRAWN_TOGETHER):
         rows = rng.integers(0, num_rows, (DRAWN_TOGETHER, num_rows))
         counts = np.stack([np.bincount(draw, minlength=num_rows) for draw in rows])

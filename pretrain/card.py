@@ -1,7 +1,7 @@
 """The model card: README.md of a model folder, with metadata in the form that the hub reads.
 
-Facts of a run flow in. What is known of the model that it started from comes from the card of that
-one: in its folder, or in the cache of the hub. Nothing is downloaded here.
+Facts of a run flow in. What is known of the model that the run started from comes from that model's
+card, in its folder or in the cache of the hub. Nothing is downloaded here.
 """
 
 import math
@@ -62,7 +62,7 @@ def write_card(
     mask_token: str = "[MASK]",
     scores: Sequence[EvalResult] = (),
 ) -> None:
-    """Write README.md into a model folder, which is named after the folder that it is in.
+    """Write README.md into a model folder. The hub's index names the model after the parent folder.
 
     License, base model and, unless given, language are those in the card of `started_from`."""
     base = inherited(started_from)
@@ -127,7 +127,7 @@ def inherited(name: str) -> dict[str, str | list[str]]:
         path = folder / NAME if folder.is_dir() else _cached(name, NAME)
         found: dict = {}
         if path and file_problem(path) is None:
-            with refusing(f"{path}: is no model card", "expected one"):
+            with refusing(f"{path}: is not a model card", "expected one"):
                 found = metadata_load(path) or {}
     except UserError:  # a card is not worth a failed run
         found = {}

@@ -135,7 +135,8 @@ def parse(
     of_file = problems.keys() & (from_file.keys() - typed.keys())
     for name in of_file:
         problems[name] = f"--config {path}: {problems[name]}"
-    check(list(problems.values()) if of_file else [])  # else the command checks all values
+    if of_file:  # else the command checks all values
+        check(list(problems.values()))
     return made
 
 
@@ -205,7 +206,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict:
 
 
 def _at_home(text: str) -> str:
-    """`text` with the home folder for ~, which a shell leaves after "=", and a file has as is."""
+    """`text` with ~/ expanded, which no shell does after "=" or in a file."""
     return os.path.expanduser(text) if text.startswith("~/") else text
 
 

@@ -100,6 +100,7 @@ VECTORS = one_of("mean", "random")
 FILL = one_of("word", "token", "none")
 REPLACE = one_of("mask", "similar")
 OPTIMIZER = one_of("adamw", "muon")
+OPTIMIZER_HELP = "muon: Muon for the encoder's matrices, AdamW for the rest"
 RECIPE = one_of("auto", "classic")
 DROPOUT = number(0, 0.9)
 REPLAY = number(0, 0.9)
@@ -157,7 +158,9 @@ class ModelOptions:
 
     model: str = option("base", f"folder or hub name, or a size: {', '.join(MODEL_SIZES)}")
     architecture: str = option("bert", "family of a model from scratch", ARCHITECTURE)
-    config_override: Texts = option((), "change its config: hidden_dropout_prob=0", ASSIGNMENTS)
+    config_override: Texts = option(
+        (), "change fields of the model's config, such as hidden_dropout_prob=0", ASSIGNMENTS
+    )
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,9 @@ class TokenizerOptions:
     vocab_size: int = option(30522, "largest size of a trained vocabulary", integer(100, 1 << 20))
     lowercase: str = option("auto", LOWERCASE, AUTO_ON_OFF)
     add_tokens: str | None = option(None, "file of words to add as tokens, one per line", FILE)
-    add_special_tokens: Texts = option((), "never split or masked: [name], eos_token=[EOT]", TOKENS)
+    add_special_tokens: Texts = option(
+        (), "tokens to add that are never split or masked: [name], eos_token=[EOT]", TOKENS
+    )
     new_vectors: str = option("mean", "new embeddings: mean of their pieces, or random", VECTORS)
 
 
@@ -204,7 +209,9 @@ class DataOptions(TextOptions):
     train: Texts = option((), "files, folders, globs, hub:NAME[:CONFIG[:SPLIT]], corpus", PATHS)
     mix: Numbers = option((), "token share of each entry of --train (default: one text)", WEIGHTS)
     valid: Texts = option((), "validation text (default: a share of --train)", PATHS)
-    valid_fraction: float = option(0.05, "that share of the documents (0: none)", number(0, 0.5))
+    valid_fraction: float = option(
+        0.05, "share of the documents of --train to hold out (0: none)", number(0, 0.5)
+    )
     workers: int | None = changeable(None, "processes for data (default: CPU 0, GPU 2)", WORKERS)
 
 
@@ -219,7 +226,7 @@ class TaskOptions:
     mask_split: Numbers = option((0.8, 0.1, 0.1), "shares of [MASK], random, unchanged", SPLIT)
     entity_probability: float = option(0.5, "chance that an entity is masked", SHARE)
     entity_budget: float = option(0.2, "maximum share of a sequence to mask as entities", SHARE)
-    entity_fill: str = option("word", "also masked, up to --mask-rate; none: entities alone", FILL)
+    entity_fill: str = option("word", "what else to mask, up to --mask-rate; none: nothing", FILL)
     replace: str = option("mask", "masked tokens become [MASK] or a similar word", REPLACE)
     similar: str | None = option(None, "tab-separated file: a word, then similar words", FILE)
     max_length: int | None = option(
@@ -236,7 +243,7 @@ class OptimizationOptions:
     micro_batch_size: int | None = option(None, "sequences per pass (default: what fits)", COUNT)
     epochs: float = changeable(10.0, "passes over the rows, if --max-steps is 0", EPOCHS)
     max_steps: int = changeable(0, "optimizer steps of the run (0: from --epochs)", COUNT_OR_0)
-    optimizer: str = option("adamw", "muon: for the encoder's matrices, else AdamW", OPTIMIZER)
+    optimizer: str = option("adamw", OPTIMIZER_HELP, OPTIMIZER)
     learning_rate: float = option(5e-5, "peak learning rate, for either optimizer", POSITIVE)
     weight_decay: float = option(0.01, "weight decay, on matrices only (0: off)", NOT_NEGATIVE)
     adam_betas: Numbers = option((0.9, 0.999), "betas of AdamW", BETAS)
@@ -252,7 +259,7 @@ class OptimizationOptions:
 class RecipeOptions(OptimizationOptions):
     """Optimization: what pretrain/recipe.py chooses for the text and the model, unless given."""
 
-    optimizer: str = option(AUTO, "muon: for the encoder's matrices, else AdamW", OPTIMIZER)
+    optimizer: str = option(AUTO, OPTIMIZER_HELP, OPTIMIZER)
     recipe: str = option("auto", "auto, or classic: BERT's own settings", RECIPE)
     batch_size: int | str = option(AUTO, "sequences per step, over all processes", COUNT)
     epochs: float | str = changeable(AUTO, "passes over the text, if --max-steps is 0", EPOCHS)
@@ -269,7 +276,9 @@ class RecipeOptions(OptimizationOptions):
         excludes="max_length",
         takes_auto=True,
     )
-    dropout: float | str = option(AUTO, "in training; the saved config is unchanged", DROPOUT)
+    dropout: float | str = option(
+        AUTO, "dropout rate in training; the saved config is unchanged", DROPOUT
+    )
     patience: int | str = changeable(
         AUTO, "stop after N evaluations without gain (0: off; auto: if it overfits)", COUNT_OR_0
     )
@@ -320,7 +329,9 @@ class Config(
     """Run: all options of pretrain.py."""
 
     eval_tokens: int = option(200_000, "maximum validation tokens per evaluation", COUNT)
-    eval_batch_size: int = option(0, "evaluation micro-batch size (0: as in training)", COUNT_OR_0)
+    eval_batch_size: int = option(
+        0, "sequences of max-length per evaluation micro-batch (0: as in training)", COUNT_OR_0
+    )
     shard: bool = changeable(False, "shard the weights across processes (FSDP2)")
 
 
@@ -348,12 +359,12 @@ class FinetuneOptions(RunOptions, MachineOptions, OptimizationOptions, LabelOpti
     """Fine-tuning: all options of finetune.py."""
 
     model: str | None = option(None, "encoder: a folder or a hub name", required=True)
-    task: str = option("classification", "predicts a class, entities (ner) or a number", TASK)
+    task: str = option("classification", "predict a class, entities (ner) or a number", TASK)
     label_budget: int = option(0, "train on N rows, in class proportion (0: all)", COUNT_OR_0)
     max_length: int | None = option(None, "tokens per example (default: at most 512)", LENGTH)
-    micro_batch_size: int | None = option(None, "examples per pass", COUNT)
-    metric: str = option(AUTO, "score that selects the best model, of those of --task", METRIC)
-    class_weights: str = option("none", "balanced: all classes weigh the same", CLASS_WEIGHTS)
+    micro_batch_size: int | None = option(None, "examples per pass (default: --batch-size)", COUNT)
+    metric: str = option(AUTO, "score of --task that selects the best model", METRIC)
+    class_weights: str = option("none", "balanced: equal total weight per class", CLASS_WEIGHTS)
     seed: int = option(0, "seed for head, dropout, row order and sampling", SEED)
     output: str | None = changeable(None, "run folder (default: runs/finetune-DATE-TIME)")
     eval_every: str = changeable("epoch", "steps between evaluations: N, epoch or auto", INTERVAL)
@@ -374,7 +385,7 @@ class AdaptOptions(LabelOptions):
     test: Texts = option((), "labeled rows to compare on", FILES, required=True)
     task_text: bool = option(False, "also pretrain on the texts of --train")
     label_budgets: Texts = changeable(("all",), "rows to fine-tune on, or all", BUDGETS)
-    seeds: int = changeable(5, "fine-tune each encoder N times per budget, with seeds 0..", COUNT)
+    seeds: int = changeable(5, "fine-tune each encoder N times per budget: seeds 0 to N - 1", COUNT)
     pretrain: str = changeable("", "options of the pretraining, in quotes", metavar="OPTIONS")
     finetune: str = changeable("", "options of the fine-tuning, in quotes", metavar="OPTIONS")
     output: str = changeable("runs/adapt", "folder of the experiment, where it resumes")
@@ -386,8 +397,10 @@ class SuiteOptions:
     """Suite: all options of suite.py."""
 
     model: str | None = option(None, "encoder: a folder or a hub name", required=True)
-    tasks: str | None = option(None, "folder with a subfolder for each task", FILE, required=True)
-    seeds: int = changeable(3, "fine-tune on each task N times, with seeds 0..", COUNT)
+    tasks: str | None = option(
+        None, "folder with a subfolder for each task", FILE, required=True, metavar="DIR"
+    )
+    seeds: int = changeable(3, "fine-tune on each task N times: seeds 0 to N - 1", COUNT)
     finetune: str = changeable("", "options of finetune.py, in quotes", metavar="OPTIONS")
     output: str = changeable("runs/suite", "folder of the results, where it resumes")
 

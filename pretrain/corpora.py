@@ -189,19 +189,19 @@ def _check_sizes(config: Config, text: Text, given: Corpus | None, is_first: boo
     needed = 2 if OBJECTIVES[config.objective] == "random" else 1  # random: from another document
     ways = f"more text or another --format{', or --objective mlm' if needed == 2 else ''}"
     shown, whole = text.shown, training.info["documents"]
-    is_given = validation is given
+    is_held_out = validation is not given  # a part of the text itself
     without = f"{'--valid PATHS or ' if is_first else ''}--valid-fraction 0"
     if training.count(at_most=needed) < needed:
         found = f"{training.count()} for training"
-        if not is_given and whole >= needed:  # copies of a document stay on one side
+        if is_held_out and whole >= needed:  # copies of a document stay on one side
             found += f", besides validation documents and their copies ({whole:,} in all)"
             ways = f"other documents, {without}"
     elif validation and validation.count(at_most=needed) < needed:
         found = f"{validation.count()} for validation"
-        if is_given:
-            shown = typed(config, "valid")
-        else:
+        if is_held_out:
             ways = f"{without}, {ways}"
+        else:
+            shown = typed(config, "valid")
     else:
         return
     raise UserError(f"{shown}: has {found}; expected {needed} or more documents: {ways}")
@@ -220,8 +220,9 @@ def open_or_prepare(
 ) -> Corpus:
     """The corpus of the text: found in the cache, or prepared there or in `output`.
 
-    UserError with `ways` out if too much of it is unknown to the tokenizer, unless it
-    `is_accepted`, by a run that resumes. `more_arguments` are those of `prepare`."""
+    UserError that suggests `ways` if too much of the text is unknown to the tokenizer, unless it
+    `is_accepted` (a run that has started resumes), and for `masking` "entity" if the text has no
+    entities. `more_arguments` are those of `prepare`."""
     verb = "found"
     if text.is_corpus:
         with option_named(text.option):
@@ -239,7 +240,7 @@ def open_or_prepare(
                 if not is_accepted:
                     check_sample(text, tokenizer, ways)
                 found = (markup.find(*item) for item in text.sentences() if item)
-                needs_entities = masking == "entity" or markup.lexicon and masking != "any"
+                needs_entities = masking == "entity" or (markup.lexicon and masking != "any")
                 if needs_entities and not any(found):
                     raise no_entities(text)
             with contextlib.nullcontext() if output else cache_named(cache):

@@ -36,7 +36,7 @@ MAX_MODULE_BYTES = 1 << 20
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test"}
 
 
-def write_text(cache: Path) -> Path:
+def embedded_text(cache: Path) -> Path:
     """The text as a file in the `sentences` format, written once per version of Python."""
     path = cache / f"python-docs-{platform.python_version()}.txt"
 

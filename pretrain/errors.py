@@ -79,9 +79,10 @@ def refusing(message: str, expected: str) -> Iterator[None]:
 
 
 def os_error(error: BaseException) -> OSError | None:
-    """The error of the operating system that `error` is or reports. Libraries in Rust raise others
-    with the text "No space left on device (os error 28)"; numpy, where the disk is full, an OSError
-    without a number: "306906 requested and 55232 written"."""
+    """The error of the operating system that `error` is or reports; None if there is none.
+
+    Libraries in Rust raise errors with the text "No space left on device (os error 28)". On a full
+    disk, numpy raises an OSError without a number: "306906 requested and 55232 written"."""
     if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if isinstance(error, OSError):
@@ -106,8 +107,8 @@ def first_line(error: BaseException) -> str:
 
 
 def require(module: str, what: str, ways: str = "") -> types.ModuleType:
-    """Import an optional module; UserError with the pip command, and other `ways` out, if it is not
-    installed."""
+    """Import an optional module; if it is not installed, UserError with the pip command and with
+    `ways` to do without it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -68,7 +68,9 @@ def make_validation_set(
     fill: bool = False,
     training: Corpus | None = None,
 ) -> ValidationSet:
-    """Batches of the documents with the lowest hashes, at most `max_tokens` tokens.
+    """Batches of the documents with the lowest hashes: at most `max_tokens` tokens, but at least
+    one sequence. `pairs` and `fill` are as in `Task` and `Collator`; the frequencies to guess by
+    are those of `training` (None: no `unigram_perplexity`).
 
     The same text gives the same sequences, whatever the micro-batch size. UserError, without the
     name of the text, if nothing can be masked."""

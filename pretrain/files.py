@@ -230,8 +230,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """UserError unless a file or folder can be created at `path` or, if it exists, changed; it is
-    NotWritable without permission."""
+    """UserError unless a file or folder can be created at `path` or, if it exists, changed. If only
+    permission is missing, the error is NotWritable."""
     if not Path(os.path.realpath(path)).name:
         raise UserError(f"{path}: is the root of the file system; expected another folder")
     base = Path(path)

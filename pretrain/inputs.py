@@ -40,7 +40,7 @@ SAMPLED_PIECES, SAMPLED_CHARACTERS = 16, 1 << 18  # read to detect the script of
 # Shares of unknown tokens: one for a warning, one for a UserError. A vocabulary that fits leaves
 # less than 1%.
 WARNED_UNKNOWN, MAX_UNKNOWN = 0.05, 0.3
-SHOWN_UNKNOWN = 10  # characters, or words and characters of a word
+SHOWN_UNKNOWN = 10  # unknown characters or words in a message, and characters of such a word
 # What a command can take to know its text.
 TOKENIZER_WAYS = "expected a --tokenizer for this text, or a larger --vocab-size to train one"
 TRAINING_WAYS = (
@@ -154,7 +154,7 @@ def _choose_markup(text: TextFiles, options: TextOptions, masking: str) -> Marku
     chinese_share, is_segmented = describe_script(text.sample())
     words, language, terms = options.words, options.split_sentences or "", ()
     fills_words = getattr(options, "entity_fill", "word") == "word"
-    uses_words = masking in ("word", "span") or masking != "token" and fills_words
+    uses_words = masking in ("word", "span") or (masking != "token" and fills_words)
     if words == "auto" and (not uses_words or chinese_share < CHINESE_SHARE):
         words = "tokenizer"
     elif words == "auto":
@@ -309,7 +309,7 @@ def _read_new_words(tokenizer: PreTrainedTokenizerBase, options: TokenizerOption
 
 
 def check_sample(text: TextFiles, tokenizer: PreTrainedTokenizerBase, ways: str) -> None:
-    """UserError with `ways` out if too much of a sample of the text is unknown to the tokenizer."""
+    """UserError that suggests `ways` if too much of a sample is unknown to the tokenizer."""
     sample = text.sample()
     share, _ = tokenizers.find_unknown(tokenizer, sample.split("\n"))
     if share > MAX_UNKNOWN:

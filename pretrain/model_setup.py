@@ -60,7 +60,7 @@ def make_model(
 
 
 def task_problems(model: PackedModel, config: Config) -> list[str]:
-    """Problems of the model with the lengths and the objective, or that it is a decoder."""
+    """Why the model does not fit the lengths or the objective, or that it is not an encoder."""
     option = length_option(config)
     problems = [f"{option} {problem}" for problem in model.length_problems(longest(config))]
     if OBJECTIVES[config.objective]:
@@ -73,7 +73,7 @@ def task_problems(model: PackedModel, config: Config) -> list[str]:
 def _vocabulary_problems(
     model: PackedModel, config: Config, tokenizer: PreTrainedTokenizerBase, num_entries: int
 ) -> list[str]:
-    """A problem if the tokenizer, which has `num_entries` besides added tokens, does not fit the
+    """A problem if the tokenizer (`num_entries` entries without the added tokens) does not fit the
     model, or differs from the one that a pretrained model has."""
     rows, from_scratch = model.config.vocab_size, config.model in MODEL_SIZES
     # Tables are often padded to a round number of rows.
@@ -112,7 +112,7 @@ def set_up_model(
     from."""
     model.attention = choose_attention(device, precision)
     keeps_rates = asked.dropout == AUTO and config.dropout == model.config_dropout
-    if not keeps_rates:  # those of the modules may differ
+    if not keeps_rates:  # else each module keeps its own rate, as in the config
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = config.dropout

@@ -100,8 +100,8 @@ def smaller_micro_batch_size(config: Config, size: int, device: torch.device, wo
 
 
 def counted_micro_batch_size(config: Config) -> int:
-    """The size that an epoch is counted with: that of one process on a CPU. Like all of the plan,
-    the steps of a run depend on neither the device nor the number of processes."""
+    """The micro-batch size that an epoch is counted with: that of one process on a CPU, so that the
+    steps of a run depend on neither the device nor the number of processes."""
     smallest = min_micro_batch_size(config)
     enough = max(smallest, CPU_SEQUENCES)
     return config.micro_batch_size or _fitting_divisor(config.batch_size, smallest, enough)
@@ -199,13 +199,13 @@ def _report_long_sentences(
 
 
 def check_pairs(labels: np.ndarray, config: Config, at_length: str = "") -> None:
-    """Print the shares of the planned pairs; UserError if too few are true.
+    """Print the shares of true, false and missing pairs; UserError if too few are true.
 
-    `labels` int64 [pairs]: 0 is next, 1 is random or swapped, IGNORED: no pair."""
+    `labels` int64 [sequences]: 0 is next, 1 is random or swapped, IGNORED: no pair."""
     true, false, none = (float((labels == label).mean()) for label in (0, 1, IGNORED))
     print(
-        f"{config.objective}{at_length}: {true:.1%} of the pairs are true, {false:.1%} are "
-        f"{OBJECTIVES[config.objective]}, {none:.1%} are sequences without a pair"
+        f"{config.objective}{at_length}: {true:.1%} of the sequences are true pairs, {false:.1%} "
+        f"are {OBJECTIVES[config.objective]} pairs, {none:.1%} have no pair"
     )
     if true < MIN_TRUE_SHARE:
         raise UserError(

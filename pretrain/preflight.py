@@ -48,7 +48,7 @@ def start_problems(options: object) -> list[str]:
 
 
 def output_problems(options: object, name: str = "output", may_exist: bool = False) -> list[str]:
-    """Why the option `name` is no place for a new file or folder."""
+    """Why no new file or folder can be written where the option `name` says."""
     value = getattr(options, name)
     try:
         check_writable(value)

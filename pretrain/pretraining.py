@@ -58,7 +58,8 @@ class Phase:
         return self.dataset.task.max_length
 
     def fullest_batch(self) -> Batch:
-        """With as many masks as at the start or the end of the run, whichever is more."""
+        """The largest micro-batch, with as many masks as at the start or the end of the run,
+        whichever has more."""
         ends = [
             part[part.fullest()._replace(progress=progress)]
             for part in self.dataset.parts
@@ -188,10 +189,10 @@ class PretrainingRun(Run):
             with contextlib.suppress(UserError):
                 summary = read_json(self.output / "summary.json")  # written last
             has_summary = (summary.get("state"), summary.get("steps")) == (FINISHED, step)
-            is_new = ckpt.read_facts(final).get("step") == step and has_summary
+            is_current = ckpt.read_facts(final).get("step") == step and has_summary
             # --patience ended the run, and has changed since.
             has_changed = self.saved["options"].get("patience") != self.asked.patience
-            has_final = is_whole and is_new and not (step < self.total_steps and has_changed)
+            has_final = is_whole and is_current and not (step < self.total_steps and has_changed)
         return gather(has_final)[0]
 
     def has_turned(self, state) -> bool:
@@ -204,16 +205,16 @@ class PretrainingRun(Run):
         return state.scores["mlm_loss"] - state.best_scores["mlm_loss"] >= MIN_EXCESS
 
     def recommended(self, state) -> Path:
-        """The folder to use: `final/`, unless an earlier model is clearly better, or the model of
-        the start is better at all."""
+        """The folder to use: `final/`, unless an earlier model is better by more than
+        SAME_PERPLEXITY, or the starting model is better by any amount."""
         last, best = self.sort_key(state.scores), self.sort_key(state.best_scores)
         allowed = abs(best[0]) * SAME_PERPLEXITY if state.best_step else 0.0
         is_good = last >= best or last[0] >= best[0] - allowed
         return self.output / ("final" if is_good else "best")
 
     def notes(self, state) -> list[str]:
-        """Also which folder to use instead of `final/`, or that nothing can tell, and whether the
-        model to use is no better than guessing."""
+        """Also which folder to use instead of `final/`, or that there is no validation text to tell
+        by, and whether the model to use is no better than guessing."""
         found, folder = super().notes(state), self.recommended(state)
         if not state.scores:
             expected = "expected --valid PATHS or --valid-fraction above 0"

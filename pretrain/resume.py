@@ -101,7 +101,7 @@ def _has_moved(name: str, before: object, now: object) -> bool:
         return False
 
     def is_same(was: str, path: str) -> bool:
-        # A folder may have got the name of a model on the hub.
+        # A folder may since have been given the name of the hub model.
         is_named = was not in MODEL_SIZES and path == os.path.abspath(was)
         is_gone = os.path.isabs(was) and not os.path.exists(was)
         return path == was or is_named or (Path(was).name == Path(path).name and is_gone)

@@ -201,11 +201,12 @@ class Run:
     def keep_best(self, state) -> None:
         self.write_model("best", state)
 
-    def best_problem(self, step: int) -> str | None:
-        """What is wrong with `best/`, the model of `step`, when a run resumes; None if it is intact
-        or could be written again, from the checkpoint of that step.
+    def repair_best(self, step: int) -> str | None:
+        """Repair `best/`, the model of `step`, when a run resumes: if necessary, write it again
+        from the checkpoint of that step. Returns what is still wrong with it, or None.
 
-        After a kill it may be of a later step, which other options would not evaluate again."""
+        After a kill, it may hold the model of a later step, which is evaluated again only if the
+        options (--eval-every) are the same."""
         best, source = self.output / "best", self.output / f"checkpoint-{step}"
         problem = ckpt.problem_of(best, needed=())
         is_later = not problem and ckpt.read_facts(best).get("step") != step

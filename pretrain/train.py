@@ -59,7 +59,7 @@ def train_step(
     device: torch.device,
     world_size: int = 1,
 ) -> StepResult:
-    """One update from this process's micro-batches.
+    """One update from this process's micro-batches; `max_grad_norm` 0 turns clipping off.
 
     Losses are sums, divided once by the counts of the whole step (all micro-batches and processes):
     a mean of means would give more weight to tokens of micro-batches with few masks."""
@@ -101,7 +101,7 @@ class TrainState:
 
     step: int = 0  # optimizer updates done
     evaluated_at: int = -1  # the last step that was evaluated
-    evaluated_in: int = 0  # the phase of that step then; extending a run moves the phases
+    evaluated_in: int = 0  # the phase of that step at the time; extending a run moves the phases
     scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     best_scores: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
@@ -109,10 +109,10 @@ class TrainState:
     rises: int = 0  # evaluations in a row with worse scores than the one before
 
     def record(self, step: int, scores: dict[str, float], run: Run) -> bool:
-        """Record an evaluation. Returns whether its scores are the best so far."""
-        in_last_phase = self.evaluated_in == len(run.phase_ends) - 1
-        before, self.scores = self.scores if in_last_phase else {}, scores
-        self.evaluated_at, self.evaluated_in = step, run.phase_at(step)
+        """Record an evaluation. Returns whether it is the best so far in the last phase."""
+        was_in_last_phase = self.evaluated_in == len(run.phase_ends) - 1
+        before = self.scores if was_in_last_phase else {}
+        self.scores, self.evaluated_at, self.evaluated_in = scores, step, run.phase_at(step)
         if not scores or not run.is_comparable(step):
             return False
         is_worse = run.sort_key(scores) < run.sort_key(before)
@@ -264,7 +264,7 @@ def restore(run: Run, state: TrainState, parts: dict) -> None:
     if run.is_extended:
         state.evaluations_without_gain = state.rises = 0
     is_wanted = state.best_scores and run.world.is_main
-    damage = gather(run.best_problem(state.best_step) if is_wanted else None)[0]
+    damage = gather(run.repair_best(state.best_step) if is_wanted else None)[0]
     if damage and state.is_finished(run):
         print(f"{damage}, and no checkpoint has its weights, so it stays as it is")
     elif damage:
@@ -293,6 +293,7 @@ def conclude(
             run.clean_up()
     wait_for_all()
     if stop.signal and not finished:
-        done = f"saved step {state.step:,} of {run.total_steps:,}" if state.step else "at step 0"
+        saved = f"saved step {state.step:,} of {run.total_steps:,}"
+        done = saved if state.step else "nothing to save before the first step"
         raise Interrupted(stop.signal, f"{done}; stopped by")
     return summary

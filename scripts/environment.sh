@@ -1,5 +1,5 @@
-# Sourced by demo.sh and test.sh: creates a virtual environment in .venv and installs the package with
-# its dependencies, unless that is done.
+# Sourced by demo.sh and test.sh: creates a virtual environment in .venv and installs the package
+# with its dependencies, unless that has been done.
 # Usage: source scripts/environment.sh EXTRAS     (EXTRAS as in setup.cfg, or empty)
 extras=${1:+[$1]}
 python=${PYTHON:-python3}

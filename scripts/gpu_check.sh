@@ -6,8 +6,8 @@
 #     bash scripts/gpu_check.sh second
 #
 # Each part has a time limit and writes $OUT/NAME.json; all output goes to $OUT/log-COMMAND.txt.
-# "On a GPU" in scripts/README.md describes the parts. Needs torch, transformers, accelerate,
-# tensorboard and pytest, and no network.
+# "On a GPU" in scripts/README.md describes the parts. Needs torch, transformers, tensorboard and
+# pytest (and accelerate to measure the peer), but no network.
 set -u
 cd "$(dirname "$0")/.."
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv, then runs the linter, the formatter check, the type check and the tests. Takes options of pytest.
+# Sets up .venv, then runs the linter, the formatter check, the type check and the tests.
+# Takes the options of pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh test

@@ -224,8 +224,8 @@ def test_pretrain_gets_only_what_the_benchmark_was_given(arguments, text_file, c
 @pytest.mark.parametrize(
     ("perplexities", "minutes", "result"),
     [
-        ([600, 500, 300], 2, "(500.0) after 2 minutes: 5 times less"),
-        ([600, 550, 499], 3, "(500.0) after 3 minutes: 3.33 times less"),
+        ([600, 500, 300], 2, "(500.0) after 2 minutes: 5 times as fast"),
+        ([600, 550, 499], 3, "(500.0) after 3 minutes: 3.33 times as fast"),
         ([600], None, "does not reach"),
     ],
 )

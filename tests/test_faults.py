@@ -317,8 +317,8 @@ def test_a_best_model_that_is_later_than_the_checkpoint_is_that_of_the_checkpoin
     shutil.rmtree(output / "best")
     shutil.copytree(finished / "final", output / "best")  # of step 10
     run = built(output, "--resume --config", [output / "config.json"])
-    assert run.best_problem(6) is None and ckpt.read_facts(output / "best")["step"] == 6
-    assert run.best_problem(3) is None and ckpt.read_facts(output / "best")["step"] == 6
+    assert run.repair_best(6) is None and ckpt.read_facts(output / "best")["step"] == 6
+    assert run.repair_best(3) is None and ckpt.read_facts(output / "best")["step"] == 6
 
 
 def test_an_extended_run_writes_final_again(finished, output):

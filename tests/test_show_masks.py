@@ -264,7 +264,7 @@ def test_color_codes_follow_the_option(color, expected, show):
 
 
 def test_without_text_the_embedded_one_is_shown(cache, text_file, capsys, monkeypatch):
-    monkeypatch.setattr("pretrain.demo.write_text", lambda cache: text_file)
+    monkeypatch.setattr("pretrain.demo.embedded_text", lambda cache: text_file)
     options = "--vocab-size 120 --examples 2 --sampled 2"
     SHOW_MASKS.main(["--cache", str(cache), *options.split()])
     assert capsys.readouterr().out.count("[CLS]") == 2

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pretrain import config
-from pretrain.adapt.domain import read_text
+from pretrain.adapt.domain import check_raw_text
 from pretrain.adapt.parts import Parts
 from pretrain.cli import parse
 from pretrain.config import AdaptOptions, Config, FinetuneOptions, typed
@@ -72,7 +72,7 @@ class Experiment:
         return models
 
     @property
-    def cleaned(self) -> dict[str, TextFiles]:
+    def pretraining_texts(self) -> dict[str, TextFiles]:
         """The texts to pretrain on, with the general one if it is replayed."""
         return self.texts | ({"general": self.general} if self.options.replay else {})
 
@@ -121,13 +121,14 @@ def build_experiment(options: AdaptOptions) -> Experiment:
             device = start(pretraining.device)[1]
         decide_precision(pretraining, {}, device)
         if options.replay and not pretraining.valid_fraction:
-            expected = "expected a share above 0, to measure the general text on"
-            raise UserError(f"{typed(pretraining, 'valid_fraction')}: no text is left; {expected}")
+            problem = "no general text is held out to measure forgetting on"
+            option = typed(pretraining, "valid_fraction")
+            raise UserError(f"{option}: {problem}; expected a share above 0")
         texts, general = _read_texts(options, pretraining, run.task.name), None
         if options.general:
             # Replayed text is marked like any other text of a mixture but the first.
             masking = marked_in("train-2", pretraining) if options.replay else "token"
-            general = read_text(options.general, "--general", pretraining, masking)
+            general = check_raw_text(options.general, "--general", pretraining, masking)
         for text in [*texts.values(), *filter(None, [general])]:
             check_sample(text, run.tokenizer, MODEL_WAYS)
     return Experiment(
@@ -183,7 +184,7 @@ def _read_texts(options: AdaptOptions, pretraining: Config, task: str) -> dict[s
         if name == "text" and options.task_text and task == "ner" and masking == "entity":
             masking = "any"  # the entities of the task's rows are enough
         if paths:
-            texts[name] = read_text(paths, flag(name), pretraining, masking)
+            texts[name] = check_raw_text(paths, flag(name), pretraining, masking)
     if len({content_key(text.sources) for text in texts.values()}) < len(texts):
         shown = typed(options, "control")
         raise UserError(f"{shown}: same text as --text; expected text from another domain")
@@ -191,7 +192,7 @@ def _read_texts(options: AdaptOptions, pretraining: Config, task: str) -> dict[s
 
 
 def open_experiment(experiment: Experiment) -> None:
-    """Create the folder, or resume in it; UserError if it has trained with other options."""
+    """Create the folder, or resume in it; UserError if training there began with other options."""
     options, output = experiment.options, experiment.output
     with option_named("--output"):
         lock(output)
@@ -218,7 +219,7 @@ def _record_of(experiment: Experiment) -> dict[str, dict]:
     files += filter(None, [pretraining.lexicon, pretraining.similar, pretraining.add_tokens])
     values, changeable = asdict(options), config.may_change(AdaptOptions)
     texts = {}
-    for name, text in experiment.cleaned.items():
+    for name, text in experiment.pretraining_texts.items():
         texts[name] = content_key(text.sources, text.text_format, text.markup.key)
     record = {
         "options": {name: value for name, value in values.items() if name not in changeable},
@@ -240,21 +241,21 @@ def _differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """What has changed since the experiment was started."""
     commands = {"options": "{}", "pretrain": '--pretrain "{}"', "finetune": '--finetune "{}"'}
     kinds = {"options": AdaptOptions, "pretrain": Config, "finetune": FinetuneOptions}
-    models = {os.path.abspath(model_folder(of["options"]["model"])) for of in (before, now)}
-    ignored = models if len(models) > 1 else set()  # another model has other files
+    folders = {os.path.abspath(model_folder(of["options"]["model"])) for of in (before, now)}
+    is_same_model = len(folders) == 1
     found = []
     for kind, values in now.items():
         # An experiment of an earlier version lacks the newer options.
         defaults = json.loads(json.dumps(asdict(kinds[kind]()))) if kind in kinds else {}
         for name in {**before[kind], **values}:
-            is_set = name in (*SET_HERE.get(kind, ()), *OF_MODEL)
-            if is_set or (name == "model" and not ignored):
-                continue  # a consequence of another option, or the same folder
             old, new = before[kind].get(name, defaults.get(name)), values.get(name)
-            if old != new and kind in commands:
+            is_set = name in (*SET_HERE.get(kind, ()), *OF_MODEL)  # follows from another option
+            is_same_folder = name == "model" and is_same_model
+            of_model = kind == "files" and os.path.abspath(Path(name).parent) in folders
+            if old == new or is_set or is_same_folder or (of_model and not is_same_model):
+                continue
+            if kind in commands:
                 found.append(commands[kind].format(f"{flag(name)} {old}") + f", not {new}")
-            elif old != new and not (
-                kind == "files" and os.path.abspath(Path(name).parent) in ignored
-            ):
+            else:
                 found.append(f"another {name}")
     return found

@@ -36,7 +36,7 @@ CHINESE_STOP_WORDS = """的 了 在 是 我 有 和 就 不 人 都 一 一个 �
     怎么 年 月 日 时 后 前 里 下 大 小 多 更 最 已 已经 将 可 来 么 们"""
 
 
-def read_text(
+def check_raw_text(
     paths: tuple[str, ...], option: str, options: TextOptions, masking: str = "word"
 ) -> TextFiles:
     """The checked text of `paths`; UserError for a prepared corpus, which no longer has words."""

@@ -38,7 +38,8 @@ def measure(
 ) -> dict:
     """The fields of the `Change` on `corpus` from the model of `run`, which has not been trained,
     to `adapted`, at the length of the last phase; with `trains_head`, and `unigram`, the perplexity
-    of guessing by the frequencies in `training`. A head is trained on `training`, too."""
+    of guessing by the frequencies in `training`. Without `has_head`, both models first get the same
+    fresh head, trained on `training`."""
     phase, before = run.phases[-1], run.model
     vocabulary = describe(run.tokenizer)
     task = Task(None, phase.max_length, phase.eval_batch_size, MASK_RATE, SEED)

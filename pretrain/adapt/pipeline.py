@@ -47,7 +47,7 @@ def run_experiment(experiment: Experiment) -> dict:
     budgets, seeds = experiment.budgets, experiment.options.seeds
     encoders, metric = experiment.encoders, experiment.finetuning.metric
     runs = list(product(budgets, range(seeds), encoders))
-    counts = ", ".join(f"{count:,}" for count in budgets.values())
+    counts = " and ".join(f"{count:,}" for count in budgets.values())
     work = f"{counted(len(runs), 'fine-tuning run')}, {counts} rows, {counted(seeds, 'seed')}"
     print(f"{', '.join(encoders)}: {work}")
     test, seen = experiment.rows["test"], set(experiment.rows["train"].texts)
@@ -96,7 +96,7 @@ def clean(experiment: Experiment) -> dict:
     """Write each text to NAME.jsonl without copies of test texts; --task-text adds task texts."""
     counts, rows = {}, experiment.rows
     of_task = experiment.task.texts(rows["train"]) if experiment.options.task_text else []
-    for name, text in experiment.cleaned.items():
+    for name, text in experiment.pretraining_texts.items():
         more = of_task if name == "text" else []
         path = experiment.output / f"{name}.jsonl"
         counts[name] = write_cleaned(text, rows["test"].texts, more, path)
@@ -115,7 +115,7 @@ def compare(experiment: Experiment) -> dict:
     texts, inputs = {}, []
     for name in ("text", "task", "control")[: 1 + len(experiment.texts)]:
         path = str(experiment.output / f"{name}.jsonl")
-        texts[name] = domain.read_text((path,), name, options)
+        texts[name] = domain.check_raw_text((path,), name, options)
         inputs.append(f"{name}={path}")
     ignored = domain.stop_words("auto")
     facts, _ = domain.compare(texts, tokenizers.load(model), COMPARED_WORDS, ignored)
@@ -125,8 +125,8 @@ def compare(experiment: Experiment) -> dict:
 
 
 def _run_of(experiment: Experiment, name: str, **changes: object) -> PretrainingRun:
-    """A pretraining run; problems with its options are reported under --pretrain, and that a text
-    is too short also under the option that named it."""
+    """A pretraining run. Problems with its options are reported under --pretrain; a text that is
+    too short is also reported under the option that named it."""
     output, share = experiment.output, experiment.options.replay
     texts = {TRAINED_ON[name]: round(1 - share, 9)} | ({"general": share} if share else {})
     settings = CLEANED | {"output": str(output / name), "resume": True}
@@ -159,7 +159,8 @@ def _trained(experiment: Experiment, name: str, run: PretrainingRun) -> PackedMo
 
 
 def pretrain(experiment: Experiment, name: str, same: dict | None = None) -> dict:
-    """Pretrain on a text, with options that are the `same` as before; returns the summary."""
+    """Pretrain on a text, with the values in `same`, which an earlier pretraining used; returns the
+    summary."""
     is_new = not checkpoints(experiment.output / "control")  # else its text has been checked
     if name == "adapted" and "control" in experiment.texts and is_new:
         _run_of(experiment, "control")  # to check its text before hours are spent
@@ -221,14 +222,14 @@ def measure_forgetting(experiment: Experiment) -> dict:
 
 
 def _open_general(experiment: Experiment, run: PretrainingRun) -> tuple[Corpus, Corpus]:
-    """(general text that is replayed or that a fresh head is trained on, the rest); twice the whole
-    text if it is only measured. UserError if one of them is empty."""
+    """(general text that is replayed or that a fresh head is trained on, the rest); the whole text
+    twice if it is only measured. UserError if one of them is empty."""
     general, cache, share = experiment.general, Path(run.config.cache), 0.0
     if MLM_HEAD in experiment.fresh_parts:
         share = forgetting.HEAD_HELD_OUT
     if experiment.options.replay:  # what pretraining held out
         path, share = str(experiment.output / "general.jsonl"), run.config.valid_fraction
-        general = domain.read_text((path,), "--general", run.config, "token")
+        general = domain.check_raw_text((path,), "--general", run.config, "token")
     vocabulary = tokenizers.describe(run.tokenizer)
     corpus = open_or_prepare(general, run.tokenizer, vocabulary, cache, ways=MODEL_WAYS)
     parts = corpus.split(share) if share else (corpus, corpus)

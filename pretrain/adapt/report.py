@@ -204,7 +204,7 @@ def caveats(facts: dict) -> str:
         f"{worse} of the {len(runs)} fine-tuned models are worse than predicting the mean of the "
         "test rows": worse,
         "pretraining was too short: guessing by frequency still beats this model": too_short,
-        f"{rows} test rows are few": rows < FEW_ROWS,
+        f"there are only {rows} test rows": rows < FEW_ROWS,
         f"{seen:,} of the {rows:,} test texts are also training rows": seen > rows // 20,
         f"the tokenizer does not know {unknown:.0%} of the words": unknown > MANY_UNKNOWN,
         f"your text shares {shared:.0%} of its frequent words with the training rows, so this says "

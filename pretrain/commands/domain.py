@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         tokenizer = tokenizers.load(name, options.lowercase) if name else None
     texts = {}
     for name, named_paths in paths.items():
-        texts[name] = domain.read_text(tuple(named_paths), f"--input {name}", options)
+        texts[name] = domain.check_raw_text(tuple(named_paths), f"--input {name}", options)
     with option_named("--input"):
         facts, broken = domain.compare(texts, tokenizer, options.top, ignored)
     output = Path(options.output)

@@ -38,12 +38,18 @@ class EvaluateOptions(config.DeviceOptions, config.TextOptions):
     )
     # By default the run's values, else those of DEFAULT.
     objective: str | None = option(
-        None, "the run's, else mlm+nsp, or mlm for a model without NSP head", one_of(*OBJECTIVES)
+        None,
+        "what to score (default: the run's, else mlm+nsp, or mlm for a model without an NSP head)",
+        one_of(*OBJECTIVES),
     )
-    max_length: int | None = option(None, "tokens in a sequence (the run's, else 128)", LENGTH)
-    eval_tokens: int | None = option(None, "limit of tokens (the run's, else 200000)", COUNT)
+    max_length: int | None = option(
+        None, "tokens per sequence (default: the run's, else 128)", LENGTH
+    )
+    eval_tokens: int | None = option(
+        None, "maximum tokens to evaluate (default: the run's, else 200000)", COUNT
+    )
     eval_batch_size: int | None = option(
-        None, "sequences of max-length in a micro-batch (the run's, else 32)", COUNT_OR_0
+        None, "sequences of max-length in a micro-batch (default: the run's, else 32)", COUNT_OR_0
     )
 
 

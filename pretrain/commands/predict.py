@@ -30,9 +30,9 @@ class PredictOptions(DeviceOptions, ColumnOptions):
     output: str | None = option(
         None, "file for rows and predictions: .csv or .jsonl", TABLE, required=True
     )
-    max_length: int | None = option(None, "tokens in a row (default: as in fine-tuning)", LENGTH)
+    max_length: int | None = option(None, "tokens per row (default: as in fine-tuning)", LENGTH)
     batch_size: int = option(64, "rows per forward pass", COUNT)
-    overwrite: bool = option(False, "replace the file --output")
+    overwrite: bool = option(False, "replace the --output file")
 
 
 def main(argv: Sequence[str]) -> None:

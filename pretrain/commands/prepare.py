@@ -17,7 +17,7 @@ class PrepareOptions(TextOptions, TokenizerOptions):
 
     input: tuple[str, ...] = option((), "text: files, folders, globs", PATHS, required=True)
     output: str | None = option(
-        None, "corpus folder to write (default: in the cache, where runs with these words find it)"
+        None, "corpus folder to write (default: in the cache, for runs that use the same --words)"
     )
     workers: int | None = option(
         None, "worker processes (default: one per core, at most one per 64 MB)", WORKERS

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     from pretrain.train import FINISHED, train
 
     if is_demo:
-        config = replace(config, train=(str(demo.write_text(Path(config.cache))),))
+        config = replace(config, train=(str(demo.embedded_text(Path(config.cache))),))
         config = demo.fit_to_machine(config)
     run = build(config)
     final = run.output / "final"
@@ -103,7 +103,7 @@ def read_saved(asked: Config | FinetuneOptions) -> dict | None:
             found = str(error).splitlines()
         if values and not found:
             if problems:
-                print("\n".join([*problems, f"{path}: the options are from here"]))
+                print("\n".join([*problems, f"{path}: using the options in this file"]))
             return values
         problems += [f"{path}: {problem.removeprefix(f'{path}: ')}" for problem in found]
     check(problems)

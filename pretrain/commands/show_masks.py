@@ -110,15 +110,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _read_position(options: ShowMasksOptions, dataset):
-    """The position in --position, which may end with its progress; UserError if it has numbers of
-    other data, or the data end before it."""
+    """The position in --position, which may end with its progress. UserError if its numbers do not
+    fit this text, or lie beyond its end."""
     shown = f"--position {' '.join(f'{number:g}' for number in options.position)}"
     count = len(dataset.start.numbers)
     numbers, progress = options.position[:count], options.position[count:]
     is_place = len(numbers) == count and all(number % 1 == 0 for number in numbers)
     if not is_place or len(progress) > 1 or max(progress, default=0) > 1:
         expected = f"{count} whole numbers and perhaps a share up to 1, as the run prints them"
-        raise UserError(f"{shown}: is no position in this text; expected {expected}")
+        raise UserError(f"{shown}: is not a position in this text; expected {expected}")
     position = dataset.position_of([int(number) for number in numbers])
     for part, place in zip(dataset.parts, position.places):
         last = part.source.num_shards - 1
@@ -140,7 +140,7 @@ def open_data(options: ShowMasksOptions) -> tuple:
     from pretrain.mask_setup import make_masking
 
     if not options.train:
-        train = (str(demo.write_text(Path(options.cache))),)
+        train = (str(demo.embedded_text(Path(options.cache))),)
         options = replace(options, train=train, format="sentences")
     tokenizer, text, _ = prepare_tokenizer(options, None)
     vocabulary = tokenizers.describe(tokenizer)

@@ -21,7 +21,7 @@ class SimilarWordsOptions:
     output: str | None = option(None, "table to write, tab-separated", FILE, required=True)
     count: int = option(10, "similar words of each word", COUNT)
     max_words: int = option(50_000, "read only the first, the most frequent ones", COUNT)
-    overwrite: bool = option(False, "replace the file --output")
+    overwrite: bool = option(False, "replace the --output file")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ SEGMENTED_SHARE = 0.2  # spaces per Chinese character; above this, text counts a
 # sentencex does not cut between two of these, even if one is in ":(" and one in "b)" pages later.
 OPENING = "([{<«“‘„‚‹《「（"
 MARKS = OPENING + ")]}>»”’‛‟›》」）\"'`"
-# White space other than " " may make it panic. An apostrophe inside a word is no mark.
+# White space other than " " may make it panic. An apostrophe inside a word is not a mark.
 HIDING = re.compile(rf"[^\S ]|(?!\b['’]\b)[{re.escape(MARKS)}]")
 MAX_QUOTED = 3  # sentences between marks that stay one
 CUT_VERSION = 2  # of the rules above
@@ -104,7 +104,7 @@ class Markup:
 
 
 def _cut_like(parts: list[str], text: str) -> list[str]:
-    """`text` in parts as long as `parts`, except that marks which open one begin it."""
+    """`text` in parts as long as `parts`, but marks that open a part are moved to its beginning."""
     found, begin = [], 0
     for end in accumulate(map(len, parts)):
         part = text[begin:end]
@@ -204,7 +204,8 @@ def _starts_by_characters(text: str, begin: np.ndarray, end: np.ndarray) -> np.n
     A word starts where the kind of character changes, and at each character of a script without
     spaces. A token that is only the space before a word starts that word."""
     codes, inverse = np.unique(_codes(text), return_inverse=True)
-    kinds = np.array([*map(_kind, map(chr, codes.tolist())), BLANK])[np.append(inverse, len(codes))]
+    kinds = np.array([_kind(chr(code)) for code in codes.tolist()] + [BLANK])
+    kinds = kinds[np.append(inverse, len(codes))]  # [characters + 1], BLANK after the last one
     starts = np.append(True, kinds[1:] != kinds[:-1]) | (kinds == ALONE)
     place = _next_place(kinds != BLANK)[begin]
     is_blank = place > end

@@ -154,7 +154,7 @@ class Corpus:
         return np.flatnonzero(above & (shard.hashes <= np.uint64(self.high - 1)))
 
     def tokens(self, index: int) -> np.ndarray:
-        """The ids of those documents, end to end; a copy."""
+        """The ids of this part's documents in shard `index`, end to end; a copy."""
         shard = self.shard(index)
         belongs = np.isin(np.arange(len(shard.hashes)), self.documents(index))
         return shard.ids[np.repeat(belongs, shard.document_tokens)]

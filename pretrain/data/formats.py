@@ -252,7 +252,8 @@ def _records(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
 
 def _rows(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
     """Text and spans of each row of a table, a saved data set, or a data set on the hub."""
-    field, entities, has_spans = columns.text, columns.entities, columns.entities != ENTITIES
+    field, entities = columns.text, columns.entities
+    is_trusted = columns.needs_entities or entities != ENTITIES  # the user named the column
     for where, row in read_rows(entry, kind):
         field = field or choose_field(row, where)
         if field not in row:
@@ -273,9 +274,9 @@ def _rows(entry: str, kind: str, columns: _Columns) -> Iterator[dict]:
                 spans = sorted({(start, end) for start, end, _ in found})
                 check_spans(spans, text, where)
             except UserError as error:
-                if has_spans or columns.needs_entities:
+                if is_trusted:
                     raise
                 print(f"{error}; so the column {entities} is not read")
                 entities, spans = None, []
-            has_spans = has_spans or bool(spans)
+            is_trusted = is_trusted or bool(spans)  # it has had spans, so it is no other column
         yield {"text": text, "entities": spans} if spans else {"text": text}

@@ -1,4 +1,4 @@
-"""Mixtures: micro-batches of several texts in turns, in given shares of the tokens.
+"""Mixtures: micro-batches alternate between texts, in given shares of the tokens.
 
 A micro-batch holds one text, so each text keeps its own plans, and is repeated as often as its
 share asks for. Whose turn it is depends only on the tokens that each text has given so far. These
@@ -81,6 +81,6 @@ class Mixture(Dataset):
             places[number] = next(walks[number])
 
     def next_shards(self, position: MixturePosition) -> MixturePosition:
-        """`position` without what is left of the shards that have begun."""
+        """`position`, where each text that is inside a shard skips to the beginning of its next."""
         pairs = zip(self.parts, position.places)
         return position._replace(places=tuple(part.next_shards(place) for part, place in pairs))

@@ -33,7 +33,7 @@ BATCH_CHARACTERS = 1 << 20  # of text in a call of the tokenizer
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _Job:
     """What determines the shard of a piece, and where it is written."""
 
     folder: Path
@@ -79,37 +79,37 @@ def prepare(
         pieces = cut_into_pieces(files, text_format, piece_bytes)
         # A fresh copy: once a markup has matched terms, it cannot be pickled.
         engine = without_limits(tokenizer)
-        recipe = _Recipe(partial, text_format, engine, vocabulary, replace(markup))
-        entries = _write_pieces(recipe, pieces, workers, on_cluster)
-        entries = _join_small(recipe, [entry for entry in entries if entry["documents"]])
+        job = _Job(partial, text_format, engine, vocabulary, replace(markup))
+        entries = _write_pieces(job, pieces, workers, on_cluster)
+        entries = _join_small(job, [entry for entry in entries if entry["documents"]])
         if not entries:
             problem = f"{sources[0].path}: the tokenizer finds no token in this text"
             raise UserError(f"{problem}; expected text in a script that it knows")
         _check_unchanged(sources, partial)
         tokenizer.save_pretrained(partial / "tokenizer")
-        _write_manifest(recipe, sources, entries)
+        _write_manifest(job, sources, entries)
         _finish_folder(partial, folder, entries)
     return Corpus(folder)
 
 
-def _write_manifest(recipe: _Recipe, sources: list[Source], entries: list[dict]) -> None:
+def _write_manifest(job: _Job, sources: list[Source], entries: list[dict]) -> None:
     smallest = {value for entry in entries for value in entry.pop("smallest_hashes")}
     hashes = [[array["sha256"] for array in entry["arrays"].values()] for entry in entries]
-    tokenizer_files = sums_of(recipe.folder / "tokenizer").items()
+    tokenizer_files = sums_of(job.folder / "tokenizer").items()
     manifest = {
         "format_version": corpora.FORMAT_VERSION,
         **{name: sum(entry[name] for entry in entries) for name in corpora.COUNTS},
         "fingerprint": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16],
-        "tokenizer": recipe.vocabulary.fingerprint,
-        "vocab_size": recipe.vocabulary.size,
+        "tokenizer": job.vocabulary.fingerprint,
+        "vocab_size": job.vocabulary.size,
         "smallest_hashes": sorted(smallest)[:2],
         "shards": entries,
         "tokenizer_files": [{"name": name, **sums} for name, sums in tokenizer_files],
-        "text_format": recipe.text_format,
-        "words_by": recipe.markup.words,
+        "text_format": job.text_format,
+        "words_by": job.markup.words,
         "sources": [vars(source) for source in sources],
     }
-    write_json(recipe.folder / "corpus.json", corpora.seal(manifest))
+    write_json(job.folder / "corpus.json", corpora.seal(manifest))
 
 
 def _check_unchanged(sources: list[Source], partial: Path) -> None:
@@ -118,8 +118,8 @@ def _check_unchanged(sources: list[Source], partial: Path) -> None:
         status = os.stat(source.path)
         if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
             (partial / "content.key").unlink(missing_ok=True)
-            problem = "has changed while it was prepared"
-            raise UserError(f"{source.path}: {problem}; expected the same command again")
+            problem = "changed while it was being prepared"
+            raise UserError(f"{source.path}: {problem}; run the same command again")
 
 
 def _start_folder(folder: Path, key: str) -> None:
@@ -150,7 +150,7 @@ def _finish_folder(partial: Path, folder: Path, entries: list[dict]) -> None:
 
 
 def _write_pieces(
-    recipe: _Recipe, pieces: list[list[Span]], workers: int | None, on_cluster: bool
+    job: _Job, pieces: list[list[Span]], workers: int | None, on_cluster: bool
 ) -> list[dict]:
     sizes = [sum(span.end - span.start for span in piece) for piece in pieces]
     tasks = [(f"shard-{number:05d}", piece) for number, piece in enumerate(pieces)]
@@ -159,11 +159,11 @@ def _write_pieces(
     entries: list[dict] = [{}] * len(pieces)
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="preparing", disable=None) as bar:
         if on_cluster:
-            results = parallel.on_cluster(_write_piece, recipe, tasks)
+            results = parallel.on_cluster(_write_piece, job, tasks)
         elif workers > 1:
-            results = parallel.in_processes(_write_piece, recipe, tasks, workers)
+            results = parallel.in_processes(_write_piece, job, tasks, workers)
         else:
-            results = ((n, _write_piece(recipe, *task, bar.update)) for n, task in enumerate(tasks))
+            results = ((n, _write_piece(job, *task, bar.update)) for n, task in enumerate(tasks))
         finished = 0
         with closing(results):  # otherwise workers would outlive an interruption
             for number, entry in results:
@@ -174,34 +174,34 @@ def _write_pieces(
 
 
 def _write_piece(
-    recipe: _Recipe, name: str, piece: list[Span], advance: Callable[[int], object] = int
+    job: _Job, name: str, piece: list[Span], advance: Callable[[int], object] = int
 ) -> dict:
     """Write the shard of a piece, unless it is complete; returns its entry in `corpus.json`.
 
     `advance` gets the number of bytes done."""
-    note = recipe.folder / f"{name}.piece.json"
+    note = job.folder / f"{name}.piece.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or torn by a power failure
         entry = json.loads(note.read_text(encoding="utf-8"))
-        if entry["arrays"] == _describe_arrays(recipe.folder, name):
+        if entry["arrays"] == _describe_arrays(job.folder, name):
             return entry
-    entry = _write_shard(recipe, name, _make_shard(recipe, piece, advance))
+    entry = _write_shard(job, name, _make_shard(job, piece, advance))
     write_json(note, entry)
     return entry
 
 
-def _make_shard(recipe: _Recipe, piece: list[Span], advance: Callable[[int], object]) -> Shard:
+def _make_shard(job: _Job, piece: list[Span], advance: Callable[[int], object]) -> Shard:
     """The shard of a piece, without sentences and documents that have no token."""
-    vocabulary, num_sentences = recipe.vocabulary, 0
+    vocabulary, num_sentences = job.vocabulary, 0
     id_type = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
     parts = [(np.zeros(0, id_type), np.zeros(0, np.uint8), np.zeros(0, np.int64))]
     ends, hashes, hasher = [0], [], hashlib.blake2b(digest_size=8)  # of the open document
-    for batch, marked, by_character, encodings in _ahead(_encode(recipe, piece)):
+    for batch, marked, by_character, encodings in _ahead(_encode(job, piece)):
         pieces = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
         ids = np.fromiter(chain.from_iterable(pieces), id_type, int(lengths.sum()))
         starts_word = None if vocabulary.starts_word is None else vocabulary.starts_word[ids]
         if by_character:
-            flags = mark(marked, encodings, starts_word, recipe.markup.words)
+            flags = mark(marked, encodings, starts_word, job.markup.words)
         else:
             assert starts_word is not None, "such a tokenizer is read by character"
             flags = starts_word.astype(np.uint8) * WORD_START
@@ -218,16 +218,17 @@ def _make_shard(recipe: _Recipe, piece: list[Span], advance: Callable[[int], obj
     ids, flags, lengths = map(np.concatenate, zip(*parts))
     sentences = np.append(0, np.cumsum(lengths)[lengths > 0])
     filled = np.append(0, np.cumsum(lengths > 0))  # number of sentences with a token so far
+    # A document without a token ends where the one before it does, so np.unique drops it.
     documents, places = np.unique(filled[ends], return_index=True)
     return Shard(ids, flags, sentences, documents, np.array(hashes, np.uint64)[places[1:] - 1])
 
 
-def _encode(recipe: _Recipe, piece: list[Span]) -> Iterator[tuple]:
+def _encode(job: _Job, piece: list[Span]) -> Iterator[tuple]:
     """(batch, its sentences with entities, whether characters matter, encodings).
 
     A batch is a list of sentences, with None where a document ends."""
-    tokenizer, vocabulary, markup = recipe.tokenizer, recipe.vocabulary, recipe.markup
-    stream = sentences(piece, recipe.text_format, markup.cut)
+    tokenizer, vocabulary, markup = job.tokenizer, job.vocabulary, job.markup
+    stream = sentences(piece, job.text_format, markup.cut)
     stream = _spaced(stream) if vocabulary.needs_space else stream
     for batch in in_groups(stream, lambda item: len(item[0]) if item else 0, BATCH_CHARACTERS):
         marked = [item for item in batch if item is not None]
@@ -261,20 +262,20 @@ def _spaced(stream: Stream) -> Stream:
         is_first = item is None
 
 
-def _write_shard(recipe: _Recipe, name: str, shard: Shard) -> dict:
+def _write_shard(job: _Job, name: str, shard: Shard) -> dict:
     """Write a shard; returns its entry in `corpus.json`."""
-    for array, path in array_paths(recipe.folder, name).items():
+    for array, path in array_paths(job.folder, name).items():
         np.save(path, getattr(shard, array), allow_pickle=False)
     return {
         "name": name,
         "documents": len(shard.hashes),
         "sentences": len(shard.sentences) - 1,
         "tokens": len(shard.ids),
-        "unknown_tokens": int((shard.ids == recipe.vocabulary.unknown_id).sum()),
+        "unknown_tokens": int((shard.ids == job.vocabulary.unknown_id).sum()),
         "words": int((shard.flags & WORD_START > 0).sum()),
         "entities": int((shard.flags & ENTITY_START > 0).sum()),
         "smallest_hashes": np.unique(shard.hashes)[:2].tolist(),
-        "arrays": _describe_arrays(recipe.folder, name),
+        "arrays": _describe_arrays(job.folder, name),
     }
 
 
@@ -285,7 +286,7 @@ def _describe_arrays(folder: Path, name: str) -> dict[str, dict]:
     }
 
 
-def _join_small(recipe: _Recipe, entries: list[dict]) -> list[dict]:
+def _join_small(job: _Job, entries: list[dict]) -> list[dict]:
     """Join each shard of one document to a neighbor: random pairs need a second document."""
 
     def is_small(group: list[dict]) -> bool:
@@ -300,10 +301,10 @@ def _join_small(recipe: _Recipe, entries: list[dict]) -> list[dict]:
     if len(groups) > 1 and is_small(groups[-1]):
         last = groups.pop()
         groups[-1] += last
-    return [group[0] if len(group) == 1 else _join(recipe, group) for group in groups]
+    return [group[0] if len(group) == 1 else _join(job, group) for group in groups]
 
 
-def _join(recipe: _Recipe, group: list[dict]) -> dict:
-    paths = [array_paths(recipe.folder, entry["name"]).values() for entry in group]
+def _join(job: _Job, group: list[dict]) -> dict:
+    paths = [array_paths(job.folder, entry["name"]).values() for entry in group]
     shards = [Shard(*map(np.load, arrays)) for arrays in paths]
-    return _write_shard(recipe, f"{group[0]['name']}-joined", corpora.concatenate(shards))
+    return _write_shard(job, f"{group[0]['name']}-joined", corpora.concatenate(shards))

@@ -37,7 +37,7 @@ class Source:
 
 def expand(paths: Iterable[str]) -> list[str]:
     """The files that `paths` (files, folders, globs) name: absolute, each once. Those of a path are
-    sorted, so that their order stays the same if it moves.
+    sorted, so that their order stays the same if a folder is moved.
 
     hub:NAME is kept as is, and a folder of save_to_disk is one entry."""
     files: dict[str, None] = {}  # in order
@@ -79,8 +79,8 @@ def files_of(path: Path) -> list[Path]:
     folders. An entry without a readable target counts as a file: whoever reads it names it.
 
     UserError for a folder that cannot be read."""
-    names = ("", *SAVED_DATASET)  # "": itself
-    if not os.path.exists(path) or any(os.path.isfile(path / name) for name in names):
+    is_saved = any(os.path.isfile(path / name) for name in SAVED_DATASET)
+    if is_saved or os.path.isfile(path) or not os.path.exists(path):
         return [path]
     files, visited = [], set()
     for folder, subfolders, names in os.walk(path, onerror=_fail, followlinks=True):
@@ -210,7 +210,7 @@ def _expected(chunk: bytes, encoding: str) -> str:
     likely = likely_encodings(chunk)
     likely.pop(encoding, None)
     if not likely:
-        return 'expected UTF-8, or the option "encoding" with that of the file'
+        return 'expected UTF-8, or the option "encoding" with the encoding of the file'
     if encoding != UTF8:  # the option is for all files
         shown = ", ".join(likely)
         return f'expected UTF-8, or the option "encoding" with one for all other files: {shown}?'

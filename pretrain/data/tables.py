@@ -57,7 +57,7 @@ def open_tables(paths: Iterable[str], encoding: str = UTF8) -> Iterator[tuple[st
 
 
 def _table_for(entry: str) -> str:
-    """What was expected in place of a file that is no table."""
+    """What was expected in place of a file that is not a table."""
     expected = f"expected {', '.join(TABLES)}"
     if format_of(entry) == "conll":
         expected += '; a CoNLL file has entities, which need the option "task" ner'

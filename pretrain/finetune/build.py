@@ -110,14 +110,15 @@ class FinetuningRun(Run):
     def keep_best(self, state) -> None:
         self.load_state_dict(self.model.state_dict())
 
-    def best_problem(self, step: int) -> str | None:
+    def repair_best(self, step: int) -> str | None:
         """None: the best weights are part of the checkpoint."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.best_weights
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Keep a copy of the weights: training continues, and checkpoints are removed."""
+        """Keep a copy of `state` as the best weights: the model trains on, and the checkpoint that
+        they are mapped from may be removed."""
         for name, weight in self.model.state_dict().items():
             self.best_weights[name] = state[name].to("cpu", copy=True).view_as(weight)
 
@@ -351,8 +352,8 @@ def read_rows(options: FinetuneOptions) -> dict[str, LabeledRows]:
 
 
 def print_rows(run: FinetuningRun) -> None:
-    """Print the rows per class, how many are cut, how many entities end inside a word, and how many
-    texts are also in --train."""
+    """Print the rows per class, how many are cut, how many entities begin or end inside a word, and
+    how many texts are also in --train."""
     seen, task = set(run.datasets["train"].rows.texts), run.task
     for name, dataset in run.datasets.items():
         texts = dataset.rows.texts
@@ -361,8 +362,8 @@ def print_rows(run: FinetuningRun) -> None:
             facts.append(f"{dataset.num_cut:,} over {dataset.max_length} tokens, {task.when_long}")
         print(f"--{name}: {', '.join(facts)}")
         if snapped := getattr(dataset, "num_snapped", 0):
-            found = f"{typed(run.config, name)}: {counted(snapped, 'entity')} cut inside a word"
-            print(f"{found}: the tags are of whole words, so no prediction can match")
+            found = f"{typed(run.config, name)}: {counted(snapped, 'entity')} not of whole words"
+            print(f"{found}: tags belong to whole words, so no prediction can match")
         repeated = sum(text in seen for text in texts)
         if name != "train" and repeated:
             found = f"{typed(run.config, name)}: {repeated:,} of {counted(len(texts), 'text')}"

@@ -114,7 +114,7 @@ def wrong_cell(where: str, column: str, value: object, expected: str) -> str:
     return f"{where}: column {column} has {shown!r}; expected {expected}"
 
 
-def check_rows(problems: list[str], num_good: int) -> None:
+def refuse_rows(problems: list[str], num_good: int) -> None:
     """Raise the `problems` of rows; if no row is good, the first, and what may explain them all."""
     if num_good or len(problems) < 2:
         check(problems)
@@ -271,11 +271,11 @@ def _order_of(epoch: int, num_rows: int, seed: int) -> list[int]:
 class LabeledSteps:
     """Iterator over optimizer steps: each item is a list of micro-batches.
 
-    The rows of a step are a pure function of seed and step number. Every epoch has its own order;
-    its last step takes the remaining rows."""
+    The examples of a step are a pure function of seed and step number. Every epoch has its own
+    order; its last step takes the remaining examples."""
 
-    dataset: LabeledDataset
-    batch_size: int
+    dataset: EncodedRows
+    batch_size: int  # in examples: rows, or windows of rows
     micro_batch_size: int
     seed: int
     pin_memory: bool = False

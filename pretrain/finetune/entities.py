@@ -114,7 +114,7 @@ def _split(tag: str) -> tuple[bool, str]:
 
 
 def tag_words(entities: Entities, words: np.ndarray, tags: Sequence[str]) -> tuple[np.ndarray, int]:
-    """(int64 [words]: a tag for each word, number of entities that end inside a word).
+    """(int64 [words]: a tag for each word, number of entities that are not made of whole words).
 
     `words`: int64 [words, 2], the first character of each and the end. An entity takes every word
     that it touches and that no entity before it has taken."""

@@ -86,8 +86,8 @@ TAGGERS = {
 
 
 def task_of(config: PreTrainedConfig) -> str | None:
-    """The task that a head with this config is for; None if we have none such. An encoder without
-    head counts as a classifier."""
+    """The task that a head with this config is for; None if finetune.py has no such task. An
+    encoder without a head counts as a classifier."""
     architecture = (config.architectures or [""])[0]
     if architecture.endswith("ForTokenClassification"):
         return "ner" if config.num_labels > 1 else None

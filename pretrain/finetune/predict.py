@@ -44,8 +44,8 @@ def check_rows(
     classes: list[str],
     as_csv: bool = False,
 ) -> None:
-    """UserError lists the rows that cannot be read, new columns that a row already has and, as a
-    CSV file has the columns of the first row, the first row with others."""
+    """UserError lists the rows that cannot be read, the columns that predictions would replace and,
+    for CSV output, the first row with a column that row 1 lacks."""
     problems, taken, added = [], {}, set(task.columns(classes))
     columns: set[str] = set()
     for row in task.documents(paths, options, problems):
@@ -66,8 +66,8 @@ def check_rows(
 
 
 def write_rows(path: Path, rows: Iterable[dict], as_csv: bool, encoding: str = UTF8) -> None:
-    """Write `rows` as CSV, with the columns of the first row, or as JSON lines. The
-    rows of a CSV file have no other columns than the first: callers check that."""
+    """Write `rows` as CSV, with the columns of the first row, or as JSON lines. For CSV, no later
+    row may have other columns: callers check that."""
     # JSON may hold half a surrogate pair: \ud800 stays as it is.
     with path.open("w", encoding=encoding, errors="backslashreplace", newline="") as out:
         if not as_csv:

@@ -21,12 +21,12 @@ from pretrain.finetune.dataset import (
     LabeledRows,
     Row,
     check_one_kind,
-    check_rows,
     classes_of,
     is_label,
     label_of,
     number_of,
     read_texts,
+    refuse_rows,
     wrong_cell,
 )
 from pretrain.finetune.entities import (
@@ -116,7 +116,7 @@ class Classification:
                 continue
             texts.append(row_texts)
             wheres.append(where)
-        check_rows(problems, len(labels))
+        refuse_rows(problems, len(labels))
         classes = self.find_classes(labels, wheres, " ".join(paths), classes)
         return LabeledRows(texts, labels, classes)
 
@@ -328,7 +328,8 @@ class EntityRecognition(Classification):
     def label(
         self, row: Row, options: ColumnOptions, classes: list[str] | None = None
     ) -> Entities | None:
-        """None if it has no column for entities, or if `classes` lack one of their labels."""
+        """The entities of a row. None if the row has no column for them, or if `classes` lack one
+        of their labels."""
         where, record, (text, *_) = row
         entities = entities_of(record, text, where, options)
         if classes is None:

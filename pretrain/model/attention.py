@@ -25,7 +25,7 @@ Attend = Callable[[Tensor], Tensor]  # qkv [T, 3, H, D] -> [T, H, D]
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # part of CUDA builds of torch
 TRITON_HEAD_DIMS = (16, 32, 64)  # 128 needs more shared memory than many GPUs have
 LONGEST_TRITON = 512  # tokens per sequence; the longest measured, up to which it is the fastest
-FLASH_ALIGNMENT = 8  # the head dimension must be a multiple
+FLASH_ALIGNMENT = 8  # the head dimension must be a multiple of this
 LEAST_BLOCK = 64  # queries that share the keys of a window on CPU
 UNPACKED = "expected a packed batch: call the model's `encode`"
 
@@ -98,8 +98,8 @@ def _attend_nearby(query: Tensor, key: Tensor, value: Tensor, window: int) -> Te
 def packed_varlen(
     qkv: Tensor, cu_seqlens: Tensor, max_length: int, kernel: str = "", window: int | None = None
 ) -> Tensor:
-    """The same with one of KERNELS, in fp16 or bf16 on Ampere or later. "": the fastest one
-    measured, see scripts/README.md. Only FLASH has a sliding window."""
+    """[T, 3, H, D] -> [T, H, D] with one of KERNELS, in fp16 or bf16 on Ampere or later. "": the
+    fastest one measured, see scripts/README.md. Only FLASH has a sliding window."""
     if window is not None and max_length <= window + 1:  # every token is near every other
         window = None
     fits = HAS_TRITON and qkv.shape[-1] in TRITON_HEAD_DIMS and max_length <= LONGEST_TRITON

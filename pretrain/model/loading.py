@@ -157,7 +157,8 @@ def check_config(config: PreTrainedConfig, value: str) -> None:
 
 
 def override(config: PreTrainedConfig, entries: Sequence[str]) -> None:
-    """Set fields of `config` from KEY=VALUE entries, in the types of its family's defaults."""
+    """Set fields of `config` from KEY=VALUE entries, in the types of its family's defaults.
+    UserError for an unknown field, or for values that make no model."""
     kinds = {name: type(value) for name, value in type(config)().to_dict().items()}
     known = {name for name, kind in kinds.items() if kind in PARSERS and hasattr(config, name)}
     known -= NOT_OVERRIDDEN
@@ -229,8 +230,8 @@ def _check_files(family: type[PackedModel], name: str, config: PreTrainedConfig)
 
 
 def _report_changes(folder: Path) -> None:
-    """Print the files of a folder that a run wrote which are not as it wrote them: a flipped bit of
-    a weight would go unnoticed."""
+    """Print which files of a folder have changed since a run wrote it: otherwise a flipped bit of a
+    weight would go unnoticed."""
     if not (folder / CHECKSUMS).exists():
         return
     try:

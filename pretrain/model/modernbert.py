@@ -17,7 +17,7 @@ from pretrain.model.packed import MLM_HEAD, PackedModel
 from pretrain.schema import integer, number, one_of, optional
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # in `layer_types` of the config
-ALIGNMENT = 64  # inner widths are a multiple
+ALIGNMENT = 64  # inner widths are multiples of this
 ROTATION = {  # other types change with the longest sequence of a batch
     "rope_type": one_of("default", "linear", "yarn"),
     "rope_theta": number(0, above=True),

@@ -137,13 +137,13 @@ def problem_of(folder: Path, needed: tuple[str, ...] = (STATE_JSON, STATE_TENSOR
 def check_output(
     output: Path, overwrite: bool, ways: str | None = "a new folder", entries: str = RUN_ENTRY
 ) -> None:
-    """UserError if `output` is a file, is not empty, or has more than `entries` to overwrite.
-    `ways` says what to do about a folder that is not empty; None: that is fine."""
+    """UserError if `output` is a file, is not empty or, with `overwrite`, has a name that does not
+    match `entries`. `ways` says what to do about a folder that is not empty; None: that is fine."""
     check_writable(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; expected a folder")
     names = {entry.name for entry in output.iterdir()} - {".lock"} if output.is_dir() else set()
-    # A sealed folder is ours, too: an edited loop may write others than `best` and `final`.
+    # A sealed folder is ours, too: an edited loop may write more than `best` and `final`.
     ours = {name for name in names if os.path.isfile(output / name / CHECKSUMS)}
     foreign = sorted(name for name in names - ours if not re.fullmatch(entries, name))
     if overwrite and foreign:
@@ -161,9 +161,9 @@ def make_output(output: Path, overwrite: bool, has_result: bool) -> Path | None:
         output = output.resolve()
     replaced = _aside(output, "replaced")
     if overwrite and output.is_dir():
-        discarded = replaced if has_result or not replaced.exists() else output
-        shutil.rmtree(discarded, ignore_errors=True)
-        if output.exists():
+        keeps_older = replaced.exists() and not has_result
+        shutil.rmtree(output if keeps_older else replaced, ignore_errors=True)
+        if not keeps_older:
             output.rename(replaced)
     output.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output)

@@ -50,7 +50,7 @@ def start(device: str, alone: str = "") -> tuple[World, torch.device]:
     rank = int(os.environ.get("RANK", 0))
     world = World(rank, int(os.environ.get("WORLD_SIZE", 1)))
     if alone and world.size > 1:
-        raise UserError(f"{device}: {alone} runs in one process; expected no torchrun")
+        raise UserError(f"{device}: {alone} runs in one process; start it without torchrun")
     chosen = _choose_device(device, world)
     # oneDNN keeps a kernel for each shape of a product, some MB each: with its own limit of 1024,
     # predictions for rows of many lengths took over 3 GB, and no less time.

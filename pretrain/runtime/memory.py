@@ -27,7 +27,7 @@ def explained(micro_batch: str = "micro-batch", workers: str = "workers") -> Ite
         if is_full(error):
             advice = "start a new run with a smaller one, or turn on gradient checkpointing"
             problem = f"{micro_batch}: memory is full ({reason}); {advice}"
-        # A worker hangs or died, which a signal handler reports at any line. Errors raised in a
+        # A worker hung or died; a signal handler reports that at any line. Errors raised in a
         # worker say "Caught".
         elif "DataLoader" in text and "Caught " not in text:
             resources = "more free memory or open files (ulimit -n), a writable /dev/shm"

@@ -144,7 +144,8 @@ class Monitor:
         found = [SHOWN[name].format(value) for name, value in numbers.items() if value is not None]
         if found:
             self.bar.set_postfix_str(", ".join(found), refresh=False)
-            first, begin = self.timed_from = self.timed_from or (step, now)
+            self.timed_from = self.timed_from or (step, now)
+            first, begin = self.timed_from
             if step > first:
                 minutes = (now - begin) / (step - first) * (self.total_steps - step) / 60
                 found.append(f"{minutes:.1f} min left")

@@ -15,7 +15,7 @@ from pretrain.runtime.muon import Muon
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 READ_FOUND_INF = (torch.optim.Adam, torch.optim.AdamW, Muon)
-MEASURED_SECONDS = 0.05  # for all calls of which the fastest counts
+MEASURED_SECONDS = 0.05  # of all calls together, at least; the fastest one counts
 WSD_DECAY_SHARE = 0.1  # of the run, at its end
 # TFLOP/s of dense matrices in bf16 or fp16, from datasheets; the longest matching name counts.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10": 125, "A40": 149.7}

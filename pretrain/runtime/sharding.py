@@ -15,6 +15,8 @@ from pretrain.batch import Loss
 from pretrain.errors import UserError
 from pretrain.runtime.distributed import World, gather, is_sharded
 
+SHARDING = "cannot be sharded with this optimizer"
+
 
 def place(model: nn.Module, device: torch.device, shard: bool) -> nn.Module:
     """`model` on `device`; with `shard`, split over the processes layer by layer (FSDP2)."""
@@ -145,7 +147,8 @@ def _saved(weight: Tensor, tensor: Tensor, name: str) -> Tensor | None:
 
 def _loaded(weight: Tensor, device, is_fused: bool, tensor: Tensor, name: str) -> Tensor:
     if is_fused or is_part(weight):
-        _check(name, not tensor.ndim or tensor.shape == weight.shape)
+        problem = SHARDING if is_part(weight) else "does not fit the model"
+        _check(name, not tensor.ndim or tensor.shape == weight.shape, problem)
     if tensor.ndim and is_part(weight):
         return part_like(weight, tensor)
     return _copied(device, tensor, name)
@@ -155,10 +158,10 @@ def _copied(device: torch.device, tensor: Tensor, name: str) -> Tensor:
     return tensor.to(device, copy=True)  # not a view of the mapped file
 
 
-def _check(name: str, fits: bool) -> None:
+def _check(name: str, fits: bool, problem: str = SHARDING) -> None:
     if not fits:
-        expected = "expected a scalar or the shape of its weight; use another optimizer"
-        raise UserError(f"optimizer state {name}: cannot be sharded; {expected}")
+        expected = "expected a scalar or the shape of its weight"
+        raise UserError(f"optimizer state {name}: {problem}; {expected}")
 
 
 class RandomState:

@@ -61,7 +61,7 @@ class BenchmarkOptions(
     micro_batch_size: int = option(32, "sequences per forward pass", integer(1))
     steps: int = option(10, "timed steps of each side; on a GPU, in blocks of 8", integer(1))
     parts: tuple[str, ...] = option(SPEEDS, "what to measure", choices=tuple(PARTS))
-    quick: bool = option(False, "small sizes and few steps: two minutes for all parts on two cores")
+    quick: bool = option(False, "small sizes, few steps: default parts in two minutes on two cores")
     minutes: float = option(
         7.5, "time limit of the part variants, and of each run of quality", number(0, above=True)
     )
@@ -113,9 +113,9 @@ def main(argv: list[str]) -> int:
         problems.append("--phases: the benchmark measures one length; expected --max-length")
     check(problems)
     if not options.train and set(options.parts) != {"attention"}:
-        from pretrain.demo import write_text
+        from pretrain.demo import embedded_text
 
-        text = str(write_text(Path(options.cache)))
+        text = str(embedded_text(Path(options.cache)))
         options = dataclasses.replace(options, train=(text,), format="sentences")
     machine, folder = describe_machine(), Path(options.cache).absolute() / "benchmark"
     report = {"options": dataclasses.asdict(options), "machine": machine}

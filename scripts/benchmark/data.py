@@ -23,7 +23,7 @@ LOADER_SECONDS = 0.7  # per measurement: enough to make prefetched batches negli
 
 
 def measure_prepare(bench) -> Iterator[dict]:
-    """Tokens/s of `prepare`, and of `encode_batch_fast` alone on the same sentences, in turns."""
+    """Tokens/s of `prepare`, alternating with `encode_batch_fast` alone on the same sentences."""
     run = bench.make_run()
     text = check_text(bench.options.train, "--train", bench.options)
     if text.is_corpus:

@@ -150,7 +150,7 @@ def our_options(options, output: Path) -> dict:
 def our_points(output: Path, score: Callable[[Path], dict]) -> list[dict]:
     """The scores of a run's checkpoints, at the time when each was written.
 
-    The run's own evaluations are no scores: in a phase of short sequences they are easier."""
+    The run's own evaluations do not count: in a phase of short sequences they are easier."""
     begin, points = EventAccumulator(str(output)).Reload().FirstEventTimestamp(), []
     for folder in reversed(checkpoints(output)):  # oldest first
         seconds = (folder / STATE_JSON).stat().st_mtime - begin
@@ -174,6 +174,6 @@ def compare(ours: list[dict], old_runs: list[list[dict]]) -> dict:
     if not reached:
         return found | {"result": f"ours does not reach {goal}"}
     minutes = {"ours": reached[0]["minutes"], "peer": old["minutes"]}
-    times = f"{minutes['peer'] / minutes['ours']:.3g} times less"
+    times = f"{minutes['peer'] / minutes['ours']:.3g} times as fast"
     result = f"ours reaches {goal} after {minutes['ours']:.3g} minutes: {times}"
     return found | {"minutes_to_its_last": minutes, "result": result}

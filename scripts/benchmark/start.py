@@ -20,7 +20,7 @@ RESUME_GOAL = 5.0  # seconds
 
 
 def measure_start(bench) -> Iterator[dict]:
-    """Both sides in turns, on prepared text: seconds to the end of the first step, from scratch
+    """Both sides, alternating, on prepared text: seconds to the end of the first step, from scratch
     and from a checkpoint; peak memory from scratch until the checkpoint is saved."""
     ours = Process(bench.folder, "ours", serve, bench.run_options())
     given = ours.ask("describe_peer", same_examples, STEPS + 1)

@@ -1,4 +1,4 @@
-"""Training steps: both sides in turns, variants of our side, and a profile of one step."""
+"""Training steps: both sides, alternating; variants of our side; and a profile of one step."""
 
 import time
 from collections.abc import Callable, Iterator
