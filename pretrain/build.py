@@ -74,7 +74,8 @@ def build(asked: Config) -> PretrainingRun:
     torch.manual_seed(asked.seed)
     inputs = read_inputs(asked, checkpoint, saved)
     situation = _situation(asked, inputs)
-    config = recipe.resolve(asked, saved, situation)
+    with option_named("--optimizer"):
+        config = recipe.resolve(asked, saved, situation)
     inputs = replace(inputs, masks=replace(inputs.masks, mask_rate=config.mask_rate))
     set_up_model(inputs.model, asked, config, device, precision)
     model = place(inputs.model, device, config.shard)

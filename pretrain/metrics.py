@@ -42,14 +42,19 @@ class LossTotals:
 
     @classmethod
     def of(cls, losses: dict[str, Loss], counts: dict[str, float]) -> LossTotals:
-        """The totals of one batch."""
+        """The totals of one batch; KeyError for a term whose count is not in `counts`."""
         correct = {name: loss.num_correct for name, loss in losses.items()}
+        denominators = {name: loss.count or name for name, loss in losses.items()}
+        for name, count in denominators.items():
+            if count not in counts:
+                known = ", ".join(counts)
+                raise KeyError(f"loss term {name!r}: no count {count!r} among {known}")
         return cls(
             {name: loss.sum.detach().double() for name, loss in losses.items()},
             {name: number.double() for name, number in correct.items() if number is not None},
             {name: float(count) for name, count in counts.items()},
             {name: loss.weight for name, loss in losses.items()},
-            {name: loss.count or name for name, loss in losses.items()},
+            denominators,
         )
 
     def __iadd__(self, other: LossTotals) -> LossTotals:
@@ -153,7 +158,7 @@ class Meter:
     def flush(self) -> dict[str, float]:
         """The numbers of the steps since the last flush. Waits for the device."""
         logged = {
-            name: float(whole(value) if isinstance(value, Tensor) else value)
+            name: float(whole(value.detach()) if isinstance(value, Tensor) else value)
             for name, value in self._logged.items()
         }
         self.last_means = self.losses.read(self.device).means()

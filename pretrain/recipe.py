@@ -18,7 +18,7 @@ from pretrain.config import (
     longest,
     min_micro_batch_size,
 )
-from pretrain.errors import counted
+from pretrain.errors import UserError, counted
 from pretrain.schema import AUTO, TEXT, integer, number, optional
 
 SCRATCH, FRESH_HEAD, CONTINUED = "from scratch", "with a fresh MLM head", "with its MLM head"
@@ -135,7 +135,8 @@ def _choose(asked: Config, situation: Situation) -> Config:
         values["phases"] = (f"{SHORT_LENGTH}:{share:g}", f"{length}:{1 - share:g}")
         values["max_length"] = length  # batch sizes still count sequences of this length
     values.setdefault("batch_size", step_tokens // counted_length(asked))
-    values.setdefault("learning_rate", _rate(situation, values["optimizer"], steps))
+    if "learning_rate" not in values:
+        values["learning_rate"] = _rate(situation, values["optimizer"], steps)
     return replace(asked, **values)
 
 
@@ -168,6 +169,8 @@ def _rate(situation: Situation, optimizer: str, steps: float) -> float:
     """The peak learning rate: lower for long runs, for wide models, for very short runs and, from
     scratch with Muon, for little text."""
     from_scratch = situation.start == SCRATCH
+    if (optimizer, from_scratch) not in RATES:
+        raise UserError(f"{optimizer}: has no automatic learning rate; expected a given one")
     rate = RATES[optimizer, from_scratch] * 256 / situation.width
     if from_scratch and steps < MIN_FULL_STEPS:
         rate *= steps / MIN_FULL_STEPS

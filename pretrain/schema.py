@@ -108,7 +108,8 @@ def misfit(value: object, form: Form, place: str = "") -> str | None:
         parts = ((value.get(key), inner, f"{start}{key}") for key, inner in form.items())
     else:
         expected = "an array" if isinstance(form, list) else "an object"
-        return f"{place or 'the content'} is {type(value).__name__}; expected {expected}"
+        shown = "missing" if value is None else type(value).__name__
+        return f"{place or 'the content'} is {shown}; expected {expected}"
     return next(filter(None, starmap(misfit, parts)), None)
 
 

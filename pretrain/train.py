@@ -59,7 +59,8 @@ def train_step(
     device: torch.device,
     world_size: int = 1,
 ) -> StepResult:
-    """One update from this process's micro-batches; `max_grad_norm` 0 turns clipping off.
+    """One update from this process's micro-batches; `max_grad_norm` 0 turns clipping off. `model`
+    may be wrapped in DDP.
 
     Losses are sums, divided once by the counts of the whole step (all micro-batches and processes):
     a mean of means would give more weight to tokens of micro-batches with few masks."""

@@ -24,6 +24,7 @@ from conftest import (
     save,
     summary_of,
 )
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, ElectraConfig, ElectraForMaskedLM
 
 from pretrain.batch import IGNORED
@@ -39,6 +40,7 @@ RUN = f"""--max-length 32 --precision fp32 --batch-size 16 --micro-batch-size 8 
 OPTIONS = {
     "Another optimizer": "--optimizer adamw",
     "Layer-wise learning rates": "--optimizer adamw",
+    "An average of the weights": "--save-every 1",
     "A mask strategy": "--masking pair",
     "A curriculum of masks": "--masking growing --piece-weight 0.2",
     "Another encoder": "--objective mlm",
@@ -165,6 +167,17 @@ def was_frozen_at_first(run, training):
         assert layers and all((of_weight == {}) == is_frozen for of_weight in layers)
 
 
+def averages_the_weights(run, training):
+    expected = None
+    for step in range(1, LAST + 1):
+        weights = load_file(run / f"checkpoint-{step}" / "model.safetensors")
+        expected = expected or dict(weights)
+        for name, weight in weights.items():
+            expected[name] = expected[name].lerp(weight, 0.001)
+    for folder in (run, run.parent / "killed"):
+        torch.testing.assert_close(load_file(folder / "average" / "model.safetensors"), expected)
+
+
 def logs_a_norm(run, training):
     assert all(row["optim/weight_norm"] > 1 for row in training)
 
@@ -202,6 +215,7 @@ CHECKS = {
     "Another optimizer": has_other_state,
     "Layer-wise learning rates": has_scaled_rates,
     "Frozen weights": was_frozen_at_first,
+    "An average of the weights": averages_the_weights,
     "A logged number": logs_a_norm,
     "A mask strategy": masks_pairs,
     "A curriculum of masks": masks_fewer_pieces_later,

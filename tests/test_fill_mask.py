@@ -5,7 +5,12 @@ import shutil
 import pytest
 import torch
 from conftest import change_weights, overflowing, refusal, script
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+
+from pretrain.model.bert import BertForPreTraining
+from pretrain.model.loading import FAMILIES
+from pretrain.runtime.checkpoint import write_model
 
 FILL_MASK = script("fill_mask")
 
@@ -89,3 +94,26 @@ def test_words_that_the_tokenizer_does_not_know_are_shown(pretrained, capsys):
     first, *rest = capsys.readouterr().out.splitlines()
     assert "река" in first and "bank" in first
     assert not [line for line in rest if "unknown" in line]
+
+
+class OwnEncoder(BertForPreTraining):
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert.encoder.layer = nn.ModuleList([nn.Linear(config.hidden_size, config.hidden_size)])
+
+
+def test_layers_that_transformers_does_not_have_are_not_filled_with_random_numbers(
+    pretrained, tiny_tokenizer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(FAMILIES, "bert", OwnEncoder)
+    facts = {"objective": "mlm", "started_from": "tiny", "held_out": {}}
+    for family, folder in (
+        (BertForPreTraining, tmp_path / "stock"),
+        (OwnEncoder, tmp_path / "own"),
+    ):
+        model = family(AutoConfig.from_pretrained(pretrained))
+        write_model(folder, model, tiny_tokenizer, facts, model.state_dict())
+        is_stock = family is BertForPreTraining
+        assert ("AutoModel" in (folder / "README.md").read_text("utf-8")) == is_stock
+    message = refusal(FILL_MASK.main, ["--model", tmp_path / "own", "bank [MASK]"], capsys)
+    assert f"--model {tmp_path / 'own'}: " in message

@@ -55,6 +55,11 @@ def test_a_term_with_count_0_has_no_mean():
     assert LossTotals.of(losses(), {"mlm": 0, "nsp": 0}).read(CPU).means() == {}
 
 
+def test_a_term_whose_count_the_batch_lacks_is_named():
+    with pytest.raises(KeyError, match="'z'.*'words'"):
+        LossTotals.of({"z": Loss(torch.tensor(1.0), count="words")}, {"mlm": 10})
+
+
 def test_totals_add_up_in_double_precision_without_a_graph():
     total = LossTotals()
     batches = [losses(mlm=value) for value in (0.1, 1e8, 0.2)]

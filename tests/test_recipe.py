@@ -15,6 +15,7 @@ from conftest import (
     make_documents,
     pretrain_into,
     refusal,
+    refused,
     resume,
     rows,
     summary_of,
@@ -136,6 +137,13 @@ def test_little_text_has_a_lower_rate_from_scratch():
         is_lower = (start, optimizer) == (SCRATCH, "muon")
         expected = [0.7, 0.7, 0.7925, 1, 1] if is_lower else [1] * 5
         assert shares == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_optimizer_without_an_automatic_rate_needs_a_given_one():
+    situation = Situation(10**5, 128, SCRATCH, dropout=0.1)
+    given = Config(optimizer="lion", learning_rate=3e-4)
+    assert resolve(given, {}, situation).learning_rate == 3e-4
+    refused(resolve, Config(optimizer="lion"), {}, situation, names="lion")
 
 
 def test_classic_is_the_recipe_of_bert():

@@ -57,9 +57,14 @@ def open_pipeline(name: str):
     transformers.utils.logging.set_verbosity_error()  # the pipeline ignores the NSP head
     tokenizer = load(name)
     describe(tokenizer)  # raises UserError without [MASK]
-    settings = {"tokenizer": tokenizer, "device": "cpu", "trust_remote_code": False}
     with refusing(f"{name}: does not open in transformers", "expected a complete checkpoint"):
-        return transformers.pipeline("fill-mask", model=model_folder(name), **settings)
+        model, info = transformers.AutoModelForMaskedLM.from_pretrained(
+            model_folder(name), trust_remote_code=False, output_loading_info=True
+        )
+    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        problem = f"its layers are not those of transformers: {missing[0]} is missing"
+        raise UserError(f"{name}: {problem}; expected a model that opens there")
+    return transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")
 
 
 def fill_masks(fill, text: str, top: int, max_length: int) -> list[list[tuple[str, float, str]]]:

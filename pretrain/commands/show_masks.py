@@ -52,7 +52,8 @@ class ShowMasksOptions(
     seed: int = option(0, "seed of pairs and masks, as in pretraining", config.SEED)
     position: tuple[float, ...] = option(
         (),
-        "data position to start at, as printed for a skipped step (default: 0 0 0)",
+        "data position to start at, as printed for a skipped step (default: 0 0 0); a last number "
+        "from 0 to 1 is the share of the run that is done",
         schema.each(schema.number(0, 2**53)),
         metavar="NUMBER",
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -89,6 +89,8 @@ def from_size(
     `overrides` do not fit."""
     layers, width = MODEL_SIZES[size]
     family = FAMILIES[architecture]
+    kind = family.config_class.model_type
+    assert kind in CONFIG_MAPPING, f"{kind}: register its config with transformers.AutoConfig"
     config = family.config_class(
         vocab_size=vocab_size,
         hidden_size=width,

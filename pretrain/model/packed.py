@@ -109,8 +109,8 @@ class PackedModel:
         return self.losses(self.encode(batch), batch)
 
     def encode(self, batch: Batch) -> Tensor:
-        """[T, width]: the last hidden states. Does not use the encoder's own forward, whose pooler
-        reads only the first token of the pack."""
+        """[T, width]: the last hidden states. Tokens must not read those of other sequences. Does
+        not use the encoder's own forward, whose pooler reads only the first token of the pack."""
         encoder, attend = self.base_model.encoder, attention_over(batch, self.attention)
         return encoder(self.embed(batch), attend=attend).last_hidden_state[0]
 

@@ -15,7 +15,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import MODEL_FOR_PRETRAINING_MAPPING, PreTrainedModel
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pretrain.card import results, write_card
@@ -50,6 +55,7 @@ FACTS_FORM = {
 # Scores for the hub's index of models, and its names for them.
 PUBLISHED = {"perplexity": "perplexity", "mlm_accuracy": "accuracy"}
 TASK = "fill-mask"  # of the pipeline that a pretrained model is for
+OWN_CODE = "the code that trained it: its layers are not those of transformers."
 STATE_FORMAT = 3
 STATE_FORMAT_RULE = Rule(
     lambda value: value == STATE_FORMAT,
@@ -264,10 +270,7 @@ def write_model(
     write_json(folder / FACTS, facts)
     shown = {name: _shown(value) for name, value in facts.items() if not isinstance(value, dict)}
     shown |= {f"validation {name}": f"{value:.4f}" for name, value in facts["held_out"].items()}
-    autos = "`AutoModelForMaskedLM`, `AutoModel`"
-    if type(model.config) in MODEL_FOR_PRETRAINING_MAPPING:
-        autos = f"`AutoModelForPreTraining`, {autos}"
-    opens_with = f'{autos} and `pipeline("fill-mask")` of transformers.'
+    opens_with = _opens_with(model)
     frozen = {
         name.rpartition(".")[0]
         for name, weight in model.named_parameters()
@@ -289,6 +292,21 @@ def write_model(
         mask_token=tokenizer.mask_token,
         scores=results(TASK, "held-out text", facts["held_out"], PUBLISHED),
     )
+
+
+def _opens_with(model: PreTrainedModel) -> str:
+    """What opens `model`: an edited encoder may have other weights than that of transformers."""
+    config = model.config
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        return OWN_CODE
+    with torch.device("meta"):  # allocates nothing
+        stock = AutoModelForMaskedLM.from_config(config)
+    if not stock.state_dict().keys() <= model.state_dict().keys():
+        return OWN_CODE
+    autos = "`AutoModelForMaskedLM`, `AutoModel`"
+    if type(config) in MODEL_FOR_PRETRAINING_MAPPING:
+        autos = f"`AutoModelForPreTraining`, {autos}"
+    return f'{autos} and `pipeline("fill-mask")` of transformers.'
 
 
 def read_facts(folder: Path) -> dict:

@@ -103,6 +103,7 @@ def make_schedule(
         }
         return peak * factors[schedule]
 
+    rate(total_steps + 1)  # an unknown name fails here, not after the warm-up
     return rate
 
 

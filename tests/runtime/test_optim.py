@@ -52,6 +52,11 @@ def test_warmup_rises_in_equal_steps_to_the_peak(schedule, warmup, steps):
     assert schedule in ("constant", "wsd") or found[steps] < 2.0
 
 
+def test_an_unknown_schedule_fails_before_the_first_step():
+    with pytest.raises(KeyError, match="other"):
+        make_schedule("other", 1.0, 0.06, 100)
+
+
 @pytest.mark.parametrize("warmup", [0, 20])
 def test_linear_and_cosine(warmup):
     """From 1 in step 20 (or 1) down to 0 in step 101, which never comes."""
