@@ -64,6 +64,9 @@ MIN_FULL_STEPS = 200
 # From scratch with Muon, text with fewer tokens than this gets a lower rate: in proportion to this
 # power of its tokens, but at least this share.
 FULL_RATE_TOKENS, RATE_POWER, MIN_RATE_SHARE = 1.6e6, 0.2, 0.7
+# From a checkpoint, text that is repeated more often than this gets a lower rate: in proportion to
+# the epochs, but at least this share.
+FULL_RATE_EPOCHS, MIN_REPEATED_SHARE = 15, 0.4
 # At first, short sequences, which teach attention sooner: for this share of the steps, or fewer.
 SHORT_LENGTH, SHORT_SHARE, SHORT_TOKENS = 32, 0.7, 7e6
 MIN_PHASED_STEPS = 20
@@ -136,7 +139,8 @@ def _choose(asked: Config, situation: Situation) -> Config:
         values["max_length"] = length  # batch sizes still count sequences of this length
     values.setdefault("batch_size", step_tokens // counted_length(asked))
     if "learning_rate" not in values:
-        values["learning_rate"] = _rate(situation, values["optimizer"], steps)
+        epochs = run_tokens / situation.text_tokens
+        values["learning_rate"] = _rate(situation, values["optimizer"], steps, epochs)
     return replace(asked, **values)
 
 
@@ -165,13 +169,15 @@ def _step_tokens(asked: Config, run_tokens: float, text_tokens: int) -> int:
     return least * 2 ** int(math.log2(max(1.0, rows / least))) * length
 
 
-def _rate(situation: Situation, optimizer: str, steps: float) -> float:
-    """The peak learning rate: lower for long runs, for wide models, for very short runs and, from
-    scratch with Muon, for little text."""
+def _rate(situation: Situation, optimizer: str, steps: float, epochs: float) -> float:
+    """The peak learning rate: lower for long runs and for wide models; from scratch, for very short
+    runs and, with Muon, for little text; from a checkpoint, for text that is repeated often."""
     from_scratch = situation.start == SCRATCH
     if (optimizer, from_scratch) not in RATES:
         raise UserError(f"{optimizer}: has no automatic learning rate; expected a given one")
     rate = RATES[optimizer, from_scratch] * 256 / situation.width
+    if not from_scratch and epochs > FULL_RATE_EPOCHS:
+        rate *= max(MIN_REPEATED_SHARE, FULL_RATE_EPOCHS / epochs)
     if from_scratch and steps < MIN_FULL_STEPS:
         rate *= steps / MIN_FULL_STEPS
     if from_scratch and optimizer == "muon":

@@ -126,17 +126,29 @@ def test_a_run_of_few_steps_from_scratch_has_a_lower_rate():
 
 
 def test_little_text_has_a_lower_rate_from_scratch():
-    """At equal steps, down to a limit; AdamW and checkpoints take the full rate."""
-    for start, optimizer in ((SCRATCH, "muon"), (SCRATCH, "adamw"), (CONTINUED, "muon")):
+    """At equal steps, down to a limit; AdamW takes the full rate."""
+    for optimizer in ("muon", "adamw"):
         config = Config(optimizer=optimizer, max_steps=1000)
         rates = [
-            resolve(config, {}, Situation(tokens, 256, start, dropout=0.1)).learning_rate
+            resolve(config, {}, Situation(tokens, 256, SCRATCH, dropout=0.1)).learning_rate
             for tokens in (10**4, 10**5, 500_000, 1_600_000, 10**8)
         ]
         shares = [rate / rates[-1] for rate in rates]
-        is_lower = (start, optimizer) == (SCRATCH, "muon")
-        expected = [0.7, 0.7, 0.7925, 1, 1] if is_lower else [1] * 5
+        expected = [0.7, 0.7, 0.7925, 1, 1] if optimizer == "muon" else [1] * 5
         assert shares == pytest.approx(expected, rel=1e-3)
+
+
+def test_text_that_is_repeated_often_has_a_lower_rate_from_a_checkpoint():
+    """At equal steps, down to a limit; from scratch, all text has the full rate."""
+    config, num_tokens = Config(optimizer="adamw", batch_size=8, max_steps=1000), 1000 * 8 * 128
+    for start in (SCRATCH, FRESH_HEAD, CONTINUED):
+        rates = [
+            resolve(config, {}, Situation(num_tokens // epochs, 256, start, 0.1)).learning_rate
+            for epochs in (1, 15, 30, 50, 1000)
+        ]
+        shares = [rate / rates[0] for rate in rates]
+        expected = [1] * 5 if start == SCRATCH else [1, 1, 0.5, 0.4, 0.4]
+        assert shares == pytest.approx(expected, rel=0.01)
 
 
 def test_an_optimizer_without_an_automatic_rate_needs_a_given_one():
