@@ -64,9 +64,9 @@ MIN_FULL_STEPS = 200
 # From scratch with Muon, text with fewer tokens than this gets a lower rate: in proportion to this
 # power of its tokens, but at least this share.
 FULL_RATE_TOKENS, RATE_POWER, MIN_RATE_SHARE = 1.6e6, 0.2, 0.7
-# From a checkpoint, text that is repeated more often than this gets a lower rate: in proportion to
-# the epochs, but at least this share.
-FULL_RATE_EPOCHS, MIN_REPEATED_SHARE = 15, 0.4
+# From a checkpoint, text that is repeated in more epochs gets a lower rate: by the square root. At
+# the full rate, the model learns it by heart.
+FULL_RATE_EPOCHS = 15
 # At first, short sequences, which teach attention sooner: for this share of the steps, or fewer.
 SHORT_LENGTH, SHORT_SHARE, SHORT_TOKENS = 32, 0.7, 7e6
 MIN_PHASED_STEPS = 20
@@ -176,8 +176,8 @@ def _rate(situation: Situation, optimizer: str, steps: float, epochs: float) -> 
     if (optimizer, from_scratch) not in RATES:
         raise UserError(f"{optimizer}: has no automatic learning rate; expected a given one")
     rate = RATES[optimizer, from_scratch] * 256 / situation.width
-    if not from_scratch and epochs > FULL_RATE_EPOCHS:
-        rate *= max(MIN_REPEATED_SHARE, FULL_RATE_EPOCHS / epochs)
+    if not from_scratch:
+        rate *= math.sqrt(min(1.0, FULL_RATE_EPOCHS / epochs))
     if from_scratch and steps < MIN_FULL_STEPS:
         rate *= steps / MIN_FULL_STEPS
     if from_scratch and optimizer == "muon":

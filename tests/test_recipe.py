@@ -139,15 +139,15 @@ def test_little_text_has_a_lower_rate_from_scratch():
 
 
 def test_text_that_is_repeated_often_has_a_lower_rate_from_a_checkpoint():
-    """At equal steps, down to a limit; from scratch, all text has the full rate."""
+    """At equal steps; from scratch, all text has the full rate."""
     config, num_tokens = Config(optimizer="adamw", batch_size=8, max_steps=1000), 1000 * 8 * 128
     for start in (SCRATCH, FRESH_HEAD, CONTINUED):
         rates = [
             resolve(config, {}, Situation(num_tokens // epochs, 256, start, 0.1)).learning_rate
-            for epochs in (1, 15, 30, 50, 1000)
+            for epochs in (1, 15, 30, 60)
         ]
         shares = [rate / rates[0] for rate in rates]
-        expected = [1] * 5 if start == SCRATCH else [1, 1, 0.5, 0.4, 0.4]
+        expected = [1] * 4 if start == SCRATCH else [1, 1, 0.5**0.5, 0.5]
         assert shares == pytest.approx(expected, rel=0.01)
 
 
