@@ -174,7 +174,7 @@ def _rate(situation: Situation, optimizer: str, steps: float, epochs: float) -> 
     runs and, with Muon, for little text; from a checkpoint, for text that is repeated often."""
     from_scratch = situation.start == SCRATCH
     if (optimizer, from_scratch) not in RATES:
-        raise UserError(f"{optimizer}: has no automatic learning rate; expected a given one")
+        raise UserError(f"{optimizer}: has no automatic learning rate; expected one to be given")
     rate = RATES[optimizer, from_scratch] * 256 / situation.width
     if not from_scratch:
         rate *= math.sqrt(min(1.0, FULL_RATE_EPOCHS / epochs))
