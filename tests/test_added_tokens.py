@@ -5,9 +5,7 @@ and the run resumes without the file that named them."""
 import itertools
 import re
 import shlex
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -24,11 +22,9 @@ from packed_reference import small_stock
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForPreTraining, RobertaForMaskedLM
 
-from pretrain.corpora import report_added
 from pretrain.data.corpus import Corpus
 from pretrain.data.tokenizer import describe
 from pretrain.files import read_json
-from pretrain.model.loading import from_checkpoint
 
 PRETRAIN, PREPARE = script("pretrain"), script("prepare")
 # One word, one with a mark, two words, one that does not occur.
@@ -36,7 +32,7 @@ WORDS = ["teachbank", "River-2", "money water", "neverseen"]
 SPECIALS = ["[name]", "[EOT]"]
 ROLES = ["--add-special-tokens", "[name]", "eos_token=[EOT]"]
 # Rows of the table beyond the entries of the tokenizer.
-KINDS = {"bert": 0, "rounded up": 16, "rounded up by few": 2, "roberta": 0}
+KINDS = {"bert": 0, "rounded up": 16, "roberta": 0}
 SHOWN = ["a teachbank", "the river-2 and River-2", "money water", "[name] taught teachbank"]
 SHOWN += ["[EOT]", "teachbanks xteachbank"]
 
@@ -56,7 +52,7 @@ def words(tmp_path):
     return path
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
 def base(request, tiny_tokenizer, roberta_tokenizer, tmp_path_factory):
     """The folder of a checkpoint with noise on every weight, named after its kind."""
     kind, tokenizer = ("bert", "ForPreTraining"), tiny_tokenizer
@@ -110,7 +106,11 @@ def counts_of(output) -> dict[str, int]:
     return {token: int(count) for token, count in (line.split("\t") for line in lines)}
 
 
-@pytest.mark.parametrize("new_vectors", ["mean", "random"])
+@pytest.mark.parametrize(
+    ("base", "new_vectors"),
+    [("bert", "mean"), ("bert", "random"), ("rounded up", "mean"), ("roberta", "mean")],
+    indirect=["base"],
+)
 def test_new_vectors_and_biases_are_the_mean_of_the_pieces_and_old_ones_stay(
     base, run, new_vectors
 ):
@@ -151,25 +151,8 @@ def test_new_vectors_and_biases_are_the_mean_of_the_pieces_and_old_ones_stay(
     assert logits.shape[-1] == size and torch.isfinite(logits).all()
 
 
-def test_a_family_keeps_one_bias_and_one_matrix_as_it_grows(base):
-    model, _ = from_checkpoint(str(base))
-    size = model.config.vocab_size
-    head = model.cls.predictions if hasattr(model, "cls") else model.lm_head
-    model.add_vectors(size + 3, {size: [5, 6], size + 1: [], size + 2: [7]}, from_pieces=True)
-    decoder = head.decoder
-    assert decoder.weight is model.get_input_embeddings().weight and decoder.bias is head.bias
-    sizes = {model.config.vocab_size, len(head.bias), len(decoder.weight), decoder.out_features}
-    assert sizes == {size + 3}
-    for weights in (decoder.weight, head.bias):
-        assert torch.equal(weights[size], weights[5:7].mean(0))
-        assert torch.equal(weights[size + 2], weights[7])
-    assert sum(weight.shape[:1] == (size + 3,) for weight in model.parameters()) == 2
-
-
 @both
-def test_the_corpus_holds_the_tokens_whole_and_their_number_is_printed(
-    base, run, text, tmp_path, capsys
-):
+def test_the_corpus_holds_the_tokens_whole_and_their_number_is_printed(base, run, text, capsys):
     output, lower = run(base, "--valid-fraction", "0"), base.name == "bert"
     river = r"\b[Rr]iver-2\b" if lower else r"\bRiver-2\b"
     patterns = {"teachbank": r"\bteachbank\b", "River-2": river, "money water": r"\bmoney water\b"}
@@ -181,8 +164,6 @@ def test_the_corpus_holds_the_tokens_whole_and_their_number_is_printed(
     assert list(counts_of(output).values()) == sorted(slow.values(), reverse=True)
     total = sum(slow.values())
     assert f" {total:,} occurrences" in capsys.readouterr().out
-    part = counts_of(run(base, "--valid-fraction", "0.4", output=tmp_path / "part"))
-    assert 0.4 * total < sum(part.values()) < 0.8 * total  # validation documents do not count
     state = read_json(output / "checkpoint-1" / "training_state.json")
     tokenizer = final_tokenizer(output)
     ids = Corpus(state["corpus_folders"]["train"]).shard(0).ids.tolist()
@@ -193,9 +174,8 @@ def test_the_corpus_holds_the_tokens_whole_and_their_number_is_printed(
 
 
 @both
-@pytest.mark.parametrize("masking", ["token", "word"])
-def test_special_tokens_are_read_and_never_masked(base, masking, run, steps_seen):
-    output = run(base, "--masking", masking, "--mask-rate", "0.5", steps=6)
+def test_special_tokens_are_read_and_never_masked(base, run, steps_seen):
+    output = run(base, "--masking", "word", "--mask-rate", "0.5", steps=6)
     tokenizer = final_tokenizer(output)
     special = tokenizer.convert_tokens_to_ids(SPECIALS)
     ordinary = tokenizer.convert_tokens_to_ids(["teachbank", "money water"])
@@ -209,7 +189,7 @@ def test_special_tokens_are_read_and_never_masked(base, masking, run, steps_seen
     assert set(special) <= read and set(ordinary) <= masked and not set(special) & masked
 
 
-@both
+@only
 def test_a_run_resumes_without_the_file_of_tokens(base, run, words, tmp_path):
     whole = run(base, output=tmp_path / "whole", steps=4, rate="1e-3")
     words.unlink()
@@ -246,37 +226,6 @@ def test_a_model_from_scratch_has_room_for_added_tokens(run, words):
     assert counts.keys() == {"river-2", "money water", *SPECIALS} and counts["money water"] > 10
 
 
-def test_a_vocabulary_with_a_gap_is_refused(arguments, words, tmp_path, capsys):
-    """A new token would take the id of another one."""
-    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "river", "river", "bank"]
-    (tmp_path / "vocab.txt").write_text("\n".join(entries), "utf-8")
-    given = ["--model", "tiny", "--tokenizer", tmp_path, "--add-tokens", words]
-    message = refusal(PRETRAIN.main, arguments(tmp_path / "run", *given, roles=[]), capsys)
-    assert message.startswith(f"--add-tokens {words}: ")
-
-
-def test_added_tokens_are_counted_at_the_end_of_16_bits(capsys):
-    class Tokenizer(list):
-        convert_ids_to_tokens = staticmethod(lambda ids: list(map(str, ids)))
-
-    ids = np.array([7, 65535, 65535], np.uint16)
-    corpus = SimpleNamespace(num_shards=1, tokens=lambda index: ids)
-    found = report_added([corpus], {65535: [7]}, Tokenizer(range(1 << 16)))
-    assert found == {"65535": 2}
-
-
-def test_a_model_from_scratch_knows_the_roles_in_a_prepared_corpus(
-    arguments, text, cache, tmp_path
-):
-    given = ["--input", text, "--vocab-size", 120, "--cache", cache, *ROLES]
-    PREPARE.main([str(part) for part in [*given, "--output", tmp_path / "corpus"]])
-    given = ["--model", "tiny", *SIZES]
-    PRETRAIN.main(arguments(tmp_path / "run", *given, train=tmp_path / "corpus", roles=[]))
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "final")
-    end = final_tokenizer(tmp_path / "run").convert_tokens_to_ids("[EOT]")
-    assert (model.config.eos_token_id, model.config.bos_token_id) == (end, None)
-
-
 @only
 def test_a_prepared_corpus_trains_like_its_text_if_it_has_the_tokens(
     base, run, arguments, text, cache, words, tmp_path, capsys
@@ -302,10 +251,7 @@ def test_a_prepared_corpus_trains_like_its_text_if_it_has_the_tokens(
     "raw, more, named",
     [
         (None, [], "--add-tokens {words}: "),
-        (b"\xff\xfe", [], "--add-tokens {words}: "),
-        (b"", [], "--add-tokens {words}: "),
         (b"\n\n", [], "--add-tokens {words}: "),
-        (b"teachbank\n", ["--add-tokens", ""], "--add-tokens : "),
         (b"teachbank\n", ["--new-vectors", "zero"], "--new-vectors"),
     ],
 )
@@ -322,9 +268,8 @@ def test_bad_tokens_are_refused_in_one_message(
 def test_every_bad_token_is_named_at_once(base, arguments, words, tmp_path, capsys):
     """A name with a typo, and tokens between commas, are not taken for new tokens."""
     good = ["[a]", "bos_token=[SEP]", "eos_token=[A]", "[b=c]", "a,b"]
-    bad = ["bank", "[a]", "teachbank", " ", "mask_token=[E]", "king_token=[K]", "eos_token=[B]"]
-    bad += ["eos_tokn=[EOT]", "eos=[EOT]", "[name],[gender]", "[name] [gender]", "<a>;<b>"]
-    bad += ["[c],eos_token=[D]"]
+    bad = ["bank", "[a]", "teachbank", " ", "mask_token=[E]", "eos_token=[B]"]
+    bad += ["eos_tokn=[EOT]", "[name],[gender]"]
     roles = ["--add-special-tokens", *good, *bad]
     given = ["--model", base, "--add-tokens", words]
     told = refusal(PRETRAIN.main, arguments(tmp_path / "run", *given, roles=roles), capsys)
@@ -333,13 +278,12 @@ def test_every_bad_token_is_named_at_once(base, arguments, words, tmp_path, caps
 
 
 @only
-@pytest.mark.parametrize("new", [["teachbank", "\u2603"], []])
-def test_words_that_are_not_new_are_skipped_and_counted(base, run, words, new, capsys):
-    others = ["bank", "", "[MASK]", ""] + ["TEACHBANK"] * bool(new)
-    words.write_text("\n".join([*new, *others]) + "\n", encoding="utf-8")
+def test_words_that_are_not_new_are_skipped_and_counted(base, run, words, capsys):
+    new = ["teachbank", "\u2603"]
+    words.write_text("\n".join([*new, "bank", "", "[MASK]", "", "TEACHBANK"]), encoding="utf-8")
     output = run(base, roles=[])
     before = AutoTokenizer.from_pretrained(base).get_vocab()
     assert final_tokenizer(output).get_vocab().keys() - before.keys() == set(new)
     (line,) = re.findall(f"^--add-tokens {words}: .*", capsys.readouterr().out, re.MULTILINE)
     counts = [int(number) for number in re.findall(r"(?<= )\d+(?= )", line)]
-    assert counts == [len(new), 2, 2] + [1] * bool(new)
+    assert counts == [len(new), 2, 2, 1]
