@@ -30,7 +30,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, ElectraConfig, Ele
 from pretrain.batch import IGNORED
 from pretrain.runtime.checkpoint import read_states
 
-SKIPPED, KILLED, LAST = 3, 6, 8  # steps
+SKIPPED, KILLED, LAST = 3, 4, 6  # steps
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## Change it\n")[1]
 EDITS = dict(
     re.findall(r"### ([^\n]+)\n[^#]*?```diff\n(.*?)```", SECTION.split("\n## ")[0], re.DOTALL)
@@ -47,7 +47,7 @@ OPTIONS = {
 }
 # Values that show in few steps.
 EDITS["An average of the weights"] = EDITS["An average of the weights"].replace("0.999", "0.5")
-EDITS["Frozen weights"] = EDITS["Frozen weights"].replace("step >= 100", f"step >= {KILLED - 1}")
+EDITS["Frozen weights"] = EDITS["Frozen weights"].replace("step >= 100", f"step >= {SKIPPED}")
 
 
 def apply(diff, folder):

@@ -7,37 +7,32 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
-from multiprocessing import synchronize
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
-    ROOT,
     SIZES,
     arguments_of,
     assert_same,
     assert_same_run,
     at,
-    built,
     change_json,
     fail,
     in_processes,
     interrupted_copy,
     leaves,
     make_documents,
+    refusal,
     resume,
     rows,
     script,
     send,
     summary_of,
     ten_steps,
-    without_privileges,
     write_documents,
 )
 from hypothesis import given, settings
@@ -56,7 +51,6 @@ from pretrain.cli import run_command
 from pretrain.commands.pretrain import main
 from pretrain.data import loader
 from pretrain.data.collate import Collator
-from pretrain.data.loader import TrainData
 from pretrain.model.packed import PackedModel
 from pretrain.pretraining import PRETRAINING_FORM, PretrainingRun
 from pretrain.runtime import checkpoint as ckpt
@@ -171,53 +165,51 @@ def micro_batch_size(output):
     return ckpt.read_values(ckpt.newest_good(output), PRETRAINING_FORM)["micro_batch_size"]
 
 
-def a_second_later():
+def later(seconds):
     """TensorBoard orders the files of a run by the second in their names."""
-    event_file_writer.time = SimpleNamespace(time=lambda: time.time() + 1)
+
+    def patch():
+        event_file_writer.time = SimpleNamespace(time=lambda: time.time() + seconds)
+
+    return patch
 
 
 # Killed.
 
 PLACES = {
     "tokenizer": (inputs, "make_tokenizer", 1),
-    "plan": (plan, "count_epoch", 1),
     "options": (pretrain.run, "write_json", 1),
-    "first evaluation": (PretrainingRun, "validate", 1),
-    "first step": (train, "train_step", 1),
-    "batches": (TrainData, "__next__", 8),
+    "save of a model": (ckpt, "write_model", 1),
+    "first sync": (ckpt, "sync", 3),
+    "save of a state": (ckpt, "write_state", 2),
+    "later sync": (ckpt, "sync", 30),
+    "end": (train, "conclude", 1),
+    "between two renames": (Path, "rename", 4),
     "step": (train, "train_step", 6),
     "evaluation": (PretrainingRun, "validate", 2),
-    "between two renames": (Path, "rename", 4),
-    "save of a model": (ckpt, "write_model", 1),
-    "save of a state": (ckpt, "write_state", 2),
-    "first sync": (ckpt, "sync", 3),
-    "later sync": (ckpt, "sync", 30),
-    "removal": (ckpt, "remove_leftovers", 3),
-    "end": (train, "conclude", 1),
+    "removal": (ckpt, "remove_leftovers", 2),
     "restart": (ckpt, "read_states", 1),
 }
-OF_MUON = ["save of a state", "restart", "end"]
-EARLY = ["tokenizer", "plan", "options", "first evaluation", "save of a model", "first sync"]
-EARLY += ["first step"]
-KILLS = [(place, "adamw") for place in PLACES if place not in EARLY + OF_MUON]
-KILLS += [(place, "muon") for place in (*OF_MUON, "step", ",".join(EARLY))]
+KILLS = [
+    ("tokenizer,options,save of a model,first sync,save of a state,later sync,end", "muon"),
+    ("step,evaluation,removal,restart", "adamw"),
+    ("between two renames", "adamw"),
+]
 
 
 @pytest.mark.parametrize(("places", "optimizer"), KILLS)
 def test_killed_anywhere_then_resumed(undisturbed, options, output, places, optimizer):
-    """Killed once, or repeatedly before the first checkpoint."""
+    """Each restart is killed at the next place, the last one ends."""
     whole = undisturbed(optimizer)
-    if places == "restart":
-        interrupted_copy(whole, output, 4)
     more = ["--optimizer", optimizer, "--keep", 1, "--resume"]
-    for place in places.split(","):
-        start(output, options, more, fault=at(*PLACES[place], send(KILL)), ends_with=-KILL)
+    for number, place in enumerate(places.split(",")):
+        fault = all_of(later(number), at(*PLACES[place], send(KILL)))
+        start(output, options, more, fault=fault, ends_with=-KILL)
     if places == "between two renames":
         assert (output / ".best.previous").is_dir() and not (output / "best").exists()
-    start(output, options, more, fault=a_second_later)
+    start(output, options, more, fault=later(number + 1))
     assert_same_run(whole, output)
-    if places == "step":
-        assert_one_curve(output)
+    assert_one_curve(output)
     assert summary_of(output)["state"] == "finished"
     assert [path.name for path in ckpt.checkpoints(output)] == ["checkpoint-10"]
     assert ckpt.problem_of(output / "best", needed=()) is None
@@ -250,48 +242,12 @@ def test_a_restart_loop_ends(finished, output):
     assert told.startswith("error: --learning-rate 3.0: ")
 
 
-@pytest.mark.parametrize(("more", "code"), [([], 0), (["--max-steps", 20], 2)])
-def test_a_finished_run_in_a_read_only_folder_is_reported(finished, output, more, code):
-    """With its summary, and without writing; one that would go on is refused."""
-    shutil.copytree(finished, output)
-    content = summary_of(output)
-    del content["recipe"]  # as in a summary of an earlier version
-    (output / "summary.json").write_text(json.dumps(content))
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    output.chmod(0o555)
-    try:
-        (told,) = start(output, "--resume", more, fault=without_privileges, ends_with=code)
-    finally:
-        output.chmod(0o755)
-    if code:
-        assert told.startswith(f"error: --output {output}: ")
-    else:
-        summary = summary_of(finished)
-        for name in ("eval_perplexity", "best_perplexity"):
-            assert f" {summary[name]:,.4f}\n" in printed(output)
-    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-
-
-@pytest.mark.parametrize(
-    ("name", "step", "kept"),
-    [("best", 6, True), ("best", 6, False), ("best", 10, True), ("best", 10, False)]
-    + [("final", 10, True)],
-)
-def test_a_damaged_model_folder_is_rewritten(undisturbed, output, name, step, kept, capsys):
-    """The best model of a finished run, only if the checkpoint of its step is `kept`."""
-    finished = undisturbed("adamw", 1, "--seed", "7")  # its last evaluation is the best
+@pytest.mark.parametrize(("name", "step"), [("best", 6), ("best", 10), ("final", 10)])
+def test_a_damaged_model_folder_is_rewritten(finished, output, name, step, capsys):
+    """`best/` also if the run is not finished."""
     weights = Path(name, "model.safetensors")
-    if step < 10:
-        interrupted_copy(finished, output, step)
-    else:
-        shutil.copytree(finished, output)
+    shutil.copytree(finished, output) if step == 10 else interrupted_copy(finished, output, step)
     (output / weights).write_bytes(b"lost")
-    if not kept:
-        best = ckpt.read_states(ckpt.newest_good(output))["train"]["best_step"]
-        for other in ckpt.checkpoints(output)[1:] if step == 10 else []:
-            shutil.rmtree(other)
-        if best < step:
-            shutil.rmtree(output / f"checkpoint-{best}", ignore_errors=True)
     resume(output)
     assert_same_run(finished, output)
     assert ckpt.problem_of(output / name, needed=()) is None
@@ -311,16 +267,6 @@ def test_a_finished_run_without_its_summary_writes_it_again(finished, output):
     assert_same_run(finished, output)
 
 
-def test_a_best_model_that_is_later_than_the_checkpoint_is_that_of_the_checkpoint(finished, output):
-    """After a kill: with other options, the run may never evaluate that step again."""
-    interrupted_copy(finished, output, 8)
-    shutil.rmtree(output / "best")
-    shutil.copytree(finished / "final", output / "best")  # of step 10
-    run = built(output, "--resume --config", [output / "config.json"])
-    assert run.repair_best(6) is None and ckpt.read_facts(output / "best")["step"] == 6
-    assert run.repair_best(3) is None and ckpt.read_facts(output / "best")["step"] == 6
-
-
 def test_an_extended_run_writes_final_again(finished, output):
     """Killed between the last checkpoint and the new `final/`."""
     shutil.copytree(finished, output)
@@ -331,29 +277,20 @@ def test_an_extended_run_writes_final_again(finished, output):
     assert ckpt.read_facts(output / "final")["step"] == 12
 
 
-GARBLED = ["{", "seed", '"learning_rate": 0.001->"learning_rate": "x"', "word->worf"]
-
-
-@pytest.mark.parametrize("change", [None, *GARBLED])
-def test_options_come_from_a_checkpoint_if_config_json_is_lost(finished, output, change, capsys):
+@pytest.mark.parametrize("content", [None, "{", '{"learning_rate": "x"}'])
+def test_options_come_from_a_checkpoint_if_config_json_is_lost(finished, output, content, capsys):
     interrupted_copy(finished, output, 8)
     path = output / "config.json"
-    if change is None:
-        path.unlink()
-    else:
-        old, _, new = change.partition("->")
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new))
+    path.unlink() if content is None else path.write_text(content)
     resume(output)
     assert_same_run(finished, output)
-    assert (str(path) in capsys.readouterr().out) == (change is not None)
+    assert (str(path) in capsys.readouterr().out) == (content is not None)
 
 
-def test_an_edited_config_json_is_named(stopped):
-    change_json(stopped / "config.json", lambda options: options | {"seed": 1})
-    (text,) = start(stopped, "--resume", ends_with=2)
-    assert text.startswith(f"error: {stopped / 'config.json'}: --seed 1: ")
+def test_an_edited_config_json_is_named(stopped, capsys):
+    path = stopped / "config.json"
+    change_json(path, lambda options: options | {"seed": 1})
+    refusal(main, ["--resume", "--output", stopped], capsys, f"{path}: --seed 1: ")
 
 
 # Training states from someone else: their hashes match.
@@ -371,6 +308,14 @@ def change_state(output, name, change):
     sums[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
     (folder / ckpt.CHECKSUMS).write_text(json.dumps(sums))
     return folder
+
+
+def test_a_checkpoint_of_another_format_is_refused(stopped, capsys):
+    """As from a version without format numbers."""
+    folder = change_state(stopped, ckpt.STATE_JSON, lambda values: put(values, ("format",), "drop"))
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    refusal(main, ["--resume", "--output", stopped], capsys, f"--resume {folder}/")
+    assert before == {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
 
 
 @settings(FUZZ, max_examples=25)
@@ -393,35 +338,26 @@ OF_WEIGHT = ("optimizer", "weights", WEIGHT)
 SPOILED = [
     ((), []),
     (("random",), {"processes": [{"cpu": 1}]}),
-    (("data",), "drop"),
     (("optimizer", "groups"), []),
-    (("optimizer", "groups", 0, 1), "drop"),
-    (("optimizer", "weights", "other"), {}),
     (OF_WEIGHT, "drop"),
-    ((*OF_WEIGHT, "step"), "drop"),
-    ((*OF_WEIGHT, "exp_avg"), None),
     ((*OF_WEIGHT, "exp_avg"), torch.zeros(1, 1).expand(99, 32)),
 ]
 
 
 @pytest.mark.parametrize(("place", "value"), SPOILED)
-def test_tensors_of_a_training_state_that_do_not_fit(stopped, place, value):
+def test_tensors_of_a_training_state_that_do_not_fit(stopped, place, value, capsys):
     folder = change_state(stopped, ckpt.STATE_TENSORS, lambda state: put(state, place, value))
-    (text,) = start(stopped, "--resume", ends_with=2)
-    assert str(folder) in text
+    assert str(folder) in refusal(main, ["--resume", "--output", stopped], capsys)
 
 
 # Signals.
 
 SIGNALS = [
-    (1, train, "train_step", 5, 5, TERM, "adamw"),
     (1, train, "train_step", 5, 5, INT, "muon"),
-    (1, train, "train_step", 10, 10, HUP, "adamw"),
     (1, train, "save_checkpoint", 1, 3, TERM, "muon"),
     (1, PretrainingRun, "validate", 1, 0, TERM, "adamw"),
-    (1, PretrainingRun, "validate", 4, 10, TERM, "muon"),
+    (1, PretrainingRun, "validate", 4, 10, HUP, "adamw"),
     (2, train, "train_step", 5, 5, USR1, "adamw"),
-    (2, PretrainingRun, "validate", 2, 4, HUP, "muon"),
 ]
 
 
@@ -436,7 +372,7 @@ def test_a_signal_saves_and_exits(
         assert number.name in text.splitlines()[-1]
     assert newest(output) == step
     assert number.name in summary_of(output)["state"]
-    start(output, "--resume", count=count, fault=a_second_later)
+    start(output, "--resume", count=count, fault=later(1))
     assert_same_run(undisturbed(kind, count), output)
     assert_one_curve(output)
 
@@ -487,13 +423,6 @@ def spoil_state(part):
     return at(train, "train_step", 6, act)
 
 
-def write_half(content, path):
-    """The disk is full before the save of step 6 is complete."""
-    if path.parent.name == ".checkpoint-6.partial":
-        path.write_bytes(bytes(1000))
-        raise OSError(28, "No space left on device")
-
-
 def lose_a_write(folder, **named):
     """A disk loses an accepted write, before the save of step 6 is read back."""
     path = folder / "model.safetensors"
@@ -502,22 +431,18 @@ def lose_a_write(folder, **named):
 
 
 def stuck_worker():
-    loader.SILENCE_SECONDS = 1
+    loader.SILENCE_SECONDS = 0.5
     in_a_worker(lambda: time.sleep(3))()
 
 
 NO_SPACE = OSError(28, "No space left on device", "metrics.jsonl")
-READ_ONLY = at(synchronize.SemLock, "__init__", 0, fail(OSError(30, "Read-only file system")))
 FAILURES = {  # the fault, more options, what the message names, the newest checkpoint
     "full memory": (at(train, "train_step", 6, fail(FULL)), "", "--micro-batch-size 4", 4),
     "full disk": (at(Monitor, "log", 7, fail(NO_SPACE)), "", "metrics.jsonl: No space left", 4),
-    "full disk at a save": (at(torch, "save", 0, write_half), "", "checkpoint-6: cannot be", 4),
     "lost write": (at(ckpt, "problem_of", 0, lose_a_write), "--keep 1", "model.safetensors", 4),
     "dead worker": (in_a_worker(send(KILL)), "--workers 1", "--workers", 0),
-    "no shared memory": (READ_ONLY, "--workers 1", "--workers", 0),
     "stuck worker": (stuck_worker, "--workers 1", "--workers", 0),
     "infinite weight": (spoil_state("weight"), "", ".weight", 4),
-    "infinite state": (spoil_state("exp_avg"), "", ".weight", 4),
     "infinite momentum": (spoil_state("momentum_buffer"), "--optimizer muon", ".weight", 4),
 }
 
@@ -537,8 +462,9 @@ def test_a_failure_is_reported_and_the_run_resumes(undisturbed, options, output,
 # Steps that are not finite.
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(("count", "more"), [(1, ""), (2, ""), (2, "--shard")])
+@pytest.mark.parametrize(
+    ("optimizer", "count", "more"), [("adamw", 1, ""), ("muon", 2, ""), ("adamw", 2, "--shard")]
+)
 def test_a_non_finite_step_keeps_its_number_and_its_data(
     undisturbed, options, output, optimizer, count, more
 ):
@@ -615,37 +541,6 @@ def test_a_smaller_device_cannot_resume_a_run(finished, stopped):
     assert_same_run(finished, stopped)
 
 
-SMALL_ADDRESS_SPACE = """
-import resource, sys
-sys.path.insert(0, sys.argv.pop(1))
-from pretrain import build
-from pretrain.commands.pretrain import main
-
-def limited(*given):
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), -1))
-    has_room = fits(*given)
-    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-    build.trial_seconds = fits
-    return has_room
-
-fits, build.trial_seconds = build.trial_seconds, limited
-main(sys.argv[1:])
-"""
-
-
-def test_too_small_an_address_space(options, output):
-    """ulimit -v, in a new process, whose heap has nothing to spare: PyTorch then raises no
-    OutOfMemoryError."""
-    sizes = "--max-length 512 --config-override hidden_size=128 --max-steps 1"
-    sizes += " --micro-batch-size 8 --batch-size 8 --valid-fraction 0"
-    command = [sys.executable, "-c", SMALL_ADDRESS_SPACE, ROOT]
-    command += arguments_of(options, sizes, ["--output", output])
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 0 and "--micro-batch-size 8" in ended.stdout, ended
-    assert micro_batch_size(output) == 4
-
-
 # Disk, and two runs in one folder.
 
 
@@ -662,13 +557,13 @@ def hold_in_child(folder, then):
     return child
 
 
-def test_a_second_run_on_a_folder_is_refused(finished, stopped, options, tmp_path):
+def test_a_second_run_on_a_folder_is_refused(finished, stopped, options, tmp_path, capsys):
     other = hold_in_child(stopped, lambda: time.sleep(60))
     link = tmp_path / "link"
     link.symlink_to(stopped)
     for output, more in ((stopped, "--resume"), (stopped, "--overwrite"), (link, "--resume")):
-        (text,) = start(output, options, more, ends_with=2)
-        assert text.startswith("error: ") and f"process {other} on " in text
+        text = refusal(main, [*options, "--output", output, more], capsys)
+        assert f"process {other} on " in text
     os.kill(other, KILL)
     os.waitpid(other, 0)
     resume(stopped)
@@ -689,12 +584,6 @@ def test_a_killed_overwrite_keeps_a_finished_run(finished, options, output):
     assert not (output.parent / ".run.replaced").exists()
 
 
-def test_a_refusal_leaves_no_lock_file(finished, options):
-    (text,) = start(finished, options, ends_with=2)
-    assert text.startswith(f"error: --output {finished}: ")
-    assert not finished.with_name(f".{finished.name}.lock").exists()
-
-
 def test_a_lock_whose_file_was_removed_while_another_waited(tmp_path):
     """The one who waited holds the file that is there now."""
     child = hold_in_child(
@@ -710,32 +599,20 @@ def test_a_lock_whose_file_was_removed_while_another_waited(tmp_path):
 
 
 def test_workers_of_a_killed_process_do_not_hold_its_lock(tmp_path):
-    pid_file = tmp_path / "worker"
-
-    def leave_a_worker():
-        worker = os.fork()
-        if not worker:
-            time.sleep(30)
-            os._exit(0)
-        pid_file.write_text(str(worker))
-        os.kill(os.getpid(), KILL)
-
-    os.waitpid(hold_in_child(tmp_path / "run", leave_a_worker), 0)
-    try:
-        files.lock(tmp_path / "run")
-    finally:
-        files.unlock(tmp_path / "run")
-        os.kill(int(pid_file.read_text()), KILL)
+    child = hold_in_child(tmp_path / "run", lambda: os.fork() or time.sleep(5))
+    os.waitpid(child, 0)
+    files.lock(tmp_path / "run")
+    files.unlock(tmp_path / "run")
 
 
-def test_only_the_folder_itself_is_writable(finished, options, output, monkeypatch):
+def test_only_the_folder_itself_is_writable(output, monkeypatch):
     """As a volume mounted into a container: the lock file is inside."""
     output.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != output.parent)
-    resume(output, options)
-    assert_same_run(finished, output)
+    files.lock(output)
     assert (output / ".lock").is_file()
     assert [path.name for path in output.parent.iterdir()] == [output.name]
+    files.unlock(output)
 
 
 def test_a_run_whose_folder_is_moved_away_stops(finished, options, output, tmp_path):
@@ -764,15 +641,13 @@ def test_a_damaged_cached_tokenizer_is_retrained(finished, options, output, tmp_
 # Many processes.
 
 
-@pytest.mark.parametrize(("victim", "optimizer"), [(0, "adamw"), (1, "muon")])
-def test_a_process_that_dies_takes_the_run_down(undisturbed, options, output, victim, optimizer):
-    codes = [2, 2]
-    codes[victim] = -KILL
-    fault = {"fault": at(train, "train_step", 5, send(KILL)), "victim": victim}
-    texts = start(output, options, ["--optimizer", optimizer], count=2, **fault, ends_with=codes)
-    assert "error: " in texts[1 - victim]
+def test_a_process_that_dies_takes_the_run_down(undisturbed, options, output):
+    """The first one, through which the others meet."""
+    fault = {"fault": at(train, "train_step", 5, send(KILL)), "victim": 0}
+    _, text = start(output, options, count=2, **fault, ends_with=[-KILL, 2])
+    assert "error: " in text
     start(output, "--resume", count=2)
-    assert_same_run(undisturbed(optimizer, 2), output)
+    assert_same_run(undisturbed("adamw", 2), output)
 
 
 def test_an_error_of_the_first_process_ends_the_waiting_ones(options, output):
@@ -816,41 +691,26 @@ def assert_close_runs(left, right, optimizer):
     torch.testing.assert_close(a, b, atol=1e-5 if optimizer == "adamw" else 1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_processes_equal_one(undisturbed, optimizer):
-    one, two = (undisturbed(optimizer, count, *NO_DROPOUT) for count in (1, 2))
-    assert_close_runs(one, two, optimizer)
+def test_two_processes_equal_one(undisturbed):
+    one, two = (undisturbed("adamw", count, *NO_DROPOUT) for count in (1, 2))
+    assert_close_runs(one, two, "adamw")
 
 
-CHANGES = [(1, "", "adamw"), (4, "", "adamw"), (2, "--shard", "adamw"), (1, "--shard", "adamw")]
-CHANGES += [(1, "", "muon"), (2, "--shard", "muon")]
-
-
-@pytest.mark.parametrize(("count", "more", "optimizer"), CHANGES)
-def test_a_run_continues_with_another_number_of_processes(
-    undisturbed, output, count, more, optimizer
-):
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (4, ""), (2, "--shard")])
+def test_a_run_continues_with_another_number_of_processes(undisturbed, output, count, more):
     """The same global batches, so the same losses, within rounding."""
-    whole = undisturbed(optimizer, 2, *NO_DROPOUT)
+    whole = undisturbed("adamw", 2, *NO_DROPOUT)
     interrupted_copy(whole, output, 4)
     start(output, "--resume", more, count=count)
-    assert_close_runs(whole, output, optimizer)
+    assert_close_runs(whole, output, "adamw")
 
 
-@pytest.mark.parametrize(("objective", "optimizer"), [("mlm+nsp", "adamw"), ("mlm", "muon")])
-def test_sharded_weights_train_the_same_and_are_saved_in_full(
-    options, tmp_path, objective, optimizer
-):
-    more = ["--objective", objective, "--optimizer", optimizer, "--max-steps", 4, *NO_DROPOUT]
+def test_sharded_weights_train_the_same_and_are_saved_in_full(options, tmp_path):
+    more = ["--objective", "mlm", "--optimizer", "muon", "--max-steps", 4, *NO_DROPOUT]
     one, sharded = (tmp_path / name for name in ("one", "sharded"))
     start(one, options, more)
     start(sharded, options, more, "--shard", count=2)
-    assert_close_runs(one, sharded, optimizer)
-    states = [ckpt.read_states(folder / "checkpoint-4")["optimizer"] for folder in (one, sharded)]
-    whole, together = (leaves(state["weights"]) for state in states)
-    assert {name: value.shape for name, value in whole.items()} == {
-        name: value.shape for name, value in together.items()
-    }
+    assert_close_runs(one, sharded, "muon")
     interrupted_copy(sharded, tmp_path / "parts", 2)
     start(tmp_path / "parts", "--resume", count=2)
     assert_same_run(sharded, tmp_path / "parts", step=4)

@@ -8,23 +8,19 @@ import json
 import operator
 import os
 import pickle
-import re
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, change_json, refusal, refused, save, script
+from conftest import change_json, refusal, refused, save, script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed_reference import small_stock
 
 from pretrain.data import tokenizer as tokenizers
-from pretrain.data.corpus import ADVICE, ARRAYS, Corpus, load_tokenizer, open_corpus, seal
+from pretrain.data.corpus import ARRAYS, Corpus, load_tokenizer, open_corpus, seal
 from pretrain.data.prepare import prepare
 from pretrain.data.sources import check_files
 from pretrain.errors import UserError, refusing
@@ -33,7 +29,7 @@ from pretrain.finetune.heads import load_classifier
 from pretrain.model.bert import BertForPreTraining
 from pretrain.model.loading import from_checkpoint
 from pretrain.runtime.checkpoint import FACTS, FACTS_FORM, read_facts
-from pretrain.schema import integer, misfit, number
+from pretrain.schema import misfit
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 LAYERS_DEEP = json.loads('{"a":' * 200 + "0" + "}" * 200)
@@ -97,9 +93,9 @@ class Bomb:
 
 @pytest.fixture(scope="module")
 def source(text_file, tiny_tokenizer, tmp_path_factory):
-    """A corpus of several shards."""
+    """A corpus of two shards."""
     folder = tmp_path_factory.mktemp("safety") / "corpus"
-    prepare(check_files([text_file]), "sentences", tiny_tokenizer, folder, piece_bytes=40_000)
+    prepare(check_files([text_file]), "sentences", tiny_tokenizer, folder, piece_bytes=60_000)
     return folder
 
 
@@ -124,26 +120,11 @@ def damaged(raw):
     """The content of a file after some damage."""
     ways = {"removed": None, "empty": b"", "half": raw[: len(raw) // 2]}
     ways |= {"cut short": raw[:-1], "longer": raw + b"\0"}
-    flips = ((0, 1), (9, 8), (len(raw) // 3, 64), (len(raw) // 2, 1), (len(raw) - 1, 16))
+    flips = ((0, 1), (len(raw) // 3, 64), (len(raw) - 1, 16))
     for place, bit in flips:
         flipped = bytes([raw[place] ^ bit])
         ways[f"bit of byte {place}"] = raw[:place] + flipped + raw[place + 1 :]
     return ways
-
-
-def test_too_few_open_files_are_no_damage(source):
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    corpus = Corpus(source)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # more are open
-    try:
-        with pytest.raises((UserError, OSError)) as of_manifest:
-            Corpus(source)
-        with pytest.raises((UserError, OSError)) as of_shard:
-            corpus.select(1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    for raised in (of_manifest, of_shard):
-        assert str(source) in str(raised.value) and ADVICE not in str(raised.value)
 
 
 def test_damage_to_any_file_of_a_corpus_is_named(source, corpus_copy):
@@ -166,13 +147,9 @@ def test_damage_to_any_file_of_a_corpus_is_named(source, corpus_copy):
     assert read_all(corpus_copy) == expected
 
 
-COUNTED = ["documents", "tokens", "smallest_hashes", "vocab_size", "words", "fingerprint"]
-
-
-@pytest.mark.parametrize("name", COUNTED)
-def test_a_changed_number_in_the_manifest_is_detected(corpus_copy, name):
+def test_a_changed_number_in_the_manifest_is_detected(corpus_copy):
     path = corpus_copy / "corpus.json"
-    change_json(path, lambda info: {**info, name: info[name] * 2})
+    change_json(path, lambda info: {**info, "tokens": info["tokens"] * 2})
     refused(Corpus, corpus_copy, names=path)
 
 
@@ -191,14 +168,11 @@ def rewrite(corpus_copy):
     return apply
 
 
-BAD_NAMES = ["../corpus/shard-00000", "/etc/passwd", "..", "", "a/b", "a\0b", 7, None]
-
-
-@pytest.mark.parametrize("name", BAD_NAMES)
 @pytest.mark.parametrize("entry", ["shards", "tokenizer_files"])
-def test_no_name_in_a_manifest_escapes_the_folder(corpus_copy, rewrite, name, entry):
-    path = rewrite(lambda info: info[entry][0].update(name=name))
-    assert f"{entry}[0].name" in refused(Corpus, corpus_copy, names=path)
+def test_no_name_in_a_manifest_escapes_the_folder(corpus_copy, rewrite, entry):
+    for name in ("../corpus/shard-00000", "/etc/passwd", "..", 7):
+        path = rewrite(lambda info, name=name: info[entry][0].update(name=name))
+        assert f"{entry}[0].name" in refused(Corpus, corpus_copy, names=path)
 
 
 def hostile(name, array):
@@ -252,10 +226,7 @@ def test_a_mutated_manifest(source, corpus_copy, mutate):
         assert str(corpus_copy) in str(error)
 
 
-VERSIONS = [f'{{"format_version": {version}}}' for version in (1, 2, 3, 99)]
-
-
-@pytest.mark.parametrize("raw", ["{", "{}", "3", "[" * 9999, *VERSIONS, None], ids=repr)
+@pytest.mark.parametrize("raw", ["{", '{"format_version": 1}', None])
 def test_commands_name_a_bad_manifest(corpus_copy, pretrained, tmp_path, raw, capsys):
     path = corpus_copy / "corpus.json"
     path.write_text(raw) if raw else path.unlink()
@@ -276,7 +247,7 @@ def model_copy(pretrained, tmp_path):
     return Path(shutil.copytree(pretrained, tmp_path / "model"))
 
 
-@pytest.fixture(scope="module", params=["bert", "distilbert", "modernbert"])
+@pytest.fixture(scope="module", params=["bert", "modernbert"])
 def any_model(request, tiny_tokenizer, vocabulary, tmp_path_factory):
     """Models whose configs have different fields."""
     model = small_stock(request.param, "ForMaskedLM", vocabulary.size)
@@ -295,18 +266,14 @@ def test_a_mutated_config(any_model, tmp_path, mutate):
             assert str(folder) in str(error)
 
 
-SIZES = "num_hidden_layers hidden_size num_attention_heads intermediate_size vocab_size"
-SIZES += " max_position_embeddings type_vocab_size num_labels"
-SHARES = "hidden_dropout_prob attention_probs_dropout_prob layer_norm_eps"
 WRONG_VALUES = {
-    **dict.fromkeys(SIZES.split(), [10**9, 10**400, -1, "12", 2.0, True]),
-    **dict.fromkeys(SHARES.split(), [1.5, 10**400, -0.1, "none", float("nan")]),
+    "hidden_size": [10**9, 10**400, -1, "12", 2.0, True],
+    "vocab_size": [10**9],
+    "num_labels": [10**9],
+    "hidden_dropout_prob": [1.5, 10**400, -0.1, "none", float("nan")],
     "pad_token_id": [-1],
-    "chunk_size_feed_forward": [7],
-    "return_dict": [False],
     "per_layer_config": [{"0": {"hidden_size": 10**9}}],
     "attn_implementation": ["somebody/kernel"],
-    "_attn_implementation": ["somebody/kernel"],
 }
 
 
@@ -321,79 +288,42 @@ def test_a_wrong_size_is_reported_before_allocation(model_copy, field, monkeypat
             assert f"{path}: {field} is " in refused(load, str(model_copy))
 
 
-LARGE = [  # each far above the weights of a small model, with the others as they are
-    {"hidden_size": 1 << 14, "intermediate_size": 1 << 16},
-    {"type_vocab_size": 1 << 20},
-    {"vocab_size": 1 << 20},
-    {"max_position_embeddings": 1 << 20},
-    {"intermediate_size": 1 << 19},
-    {"num_hidden_layers": 512, "intermediate_size": 1 << 10},
-]
-
-
-@pytest.mark.parametrize("sizes", LARGE, ids=lambda sizes: next(iter(sizes)))
-def test_a_config_that_describes_more_than_the_weights_hold(model_copy, sizes):
-    change_json(model_copy / "config.json", lambda config: config | sizes)
-    text = refused(from_checkpoint, str(model_copy), names=model_copy)
-    size = (model_copy / "model.safetensors").stat().st_size
-    assert f"{size:,} bytes" in text  # found out before reading them
-
-
-@pytest.mark.parametrize("place", ["in shards", "pickled", "in a subfolder", "on the hub"])
-def test_sizes_are_compared_with_the_weights_wherever_they_lie(model_copy, place, on_hub):
-    name, weights, config = str(model_copy), model_copy / "model.safetensors", {}
+@pytest.mark.parametrize("place", ["one file", "in shards", "on the hub"])
+def test_a_config_that_describes_more_than_the_weights_hold(model_copy, place, on_hub):
+    name, weights = str(model_copy), model_copy / "model.safetensors"
     size = weights.stat().st_size
     (model_copy / "ours.bin").write_bytes(bytes(size))  # other files do not count
     if place == "in shards":
         weights.rename(model_copy / "one.safetensors")
         index = {"metadata": {}, "weight_map": {"bert.pooler.dense.bias": "one.safetensors"}}
         (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    elif place == "pickled":
-        weights.rename(model_copy / "pytorch_model.bin")
-    elif place == "in a subfolder":
-        (model_copy / "sub").mkdir()
-        weights.rename(model_copy / "sub" / "model.safetensors")
-        config = {"transformers_weights": "sub/model.safetensors"}
-    else:
+    if place == "on the hub":
         name = "some-body/some-model"
         model_copy = shutil.copytree(model_copy, on_hub(name), dirs_exist_ok=True)
-    if place not in ("pickled", "in shards", "in a subfolder"):  # they load as they are
-        from_checkpoint(name)
-    change_json(model_copy / "config.json", lambda old: old | config | {"type_vocab_size": 1 << 20})
-    text = refused(from_checkpoint, name, names=name)
-    assert f"{size:,} bytes" in text or "transformers_weights" in text
+    change_json(model_copy / "config.json", lambda config: config | {"type_vocab_size": 1 << 20})
+    # Found out before reading them.
+    assert f"{size:,} bytes" in refused(from_checkpoint, name, names=name)
 
 
-SPECIAL = ["config.json", "tokenizer.json", "vocab.txt", FACTS, "model.safetensors", "sub/x.jinja"]
-
-
-@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device"])
-@pytest.mark.parametrize("name", SPECIAL)
-def test_a_pipe_or_a_device_in_a_model_folder_is_not_opened(model_copy, name, kind, capsys):
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("config.json", None), ("tokenizer.json", "/dev/zero"), ("model.safetensors", "/dev/zero")],
+)
+def test_a_pipe_or_a_device_in_a_model_folder_is_not_opened(model_copy, name, device, capsys):
     path = model_copy / name
-    path.parent.mkdir(exist_ok=True)
-    path.unlink(missing_ok=True)
-    if kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.symlink_to("/dev/zero" if kind == "device" else "/dev/stdin")
-    if kind == "link to a device" and Path("/dev/stdin").is_file():
-        pytest.skip("standard input is a file")
+    path.unlink()
+    path.symlink_to(device) if device else os.mkfifo(path)
     for load in (from_checkpoint, load_classifier, tokenizers.load):
         assert refused(load, str(model_copy), names=path)
     argv = ["--model", model_copy, "--input", __file__]
     assert refusal(script("evaluate").main, argv, capsys).startswith(f"--model {path}: ")
 
 
-@pytest.mark.parametrize(
-    "option", ["--lexicon", "--similar", "--add-tokens", "--config", "--tokenizer", "--train"]
-)
+@pytest.mark.parametrize("option", ["--add-tokens", "--config", "--tokenizer", "--train"])
 def test_a_pipe_in_place_of_a_file_is_not_opened(option, text_file, tmp_path, capsys):
     pipe = tmp_path / "pipe.txt"
     os.mkfifo(pipe)
     argv = ["--train", text_file, "--model", "tiny", "--output", tmp_path / "run"]
-    argv += ["--masking", "entity"] if option == "--lexicon" else []
-    argv += ["--masking", "word", "--replace", "similar"] if option == "--similar" else []
     text = refusal(script("pretrain").main, [*argv, option, pipe], capsys)
     assert text.startswith(f"{option} {pipe}: ")
 
@@ -402,7 +332,6 @@ WEIGHTS = {
     "pickle": lambda bomb, path: path.write_bytes(pickle.dumps(bomb, protocol=2)),
     "torch": lambda bomb, path: torch.save({"bert.pooler.dense.bias": bomb}, path),
     "other": lambda bomb, path: path.write_bytes(b"x" * 4096),
-    "empty": lambda bomb, path: path.write_bytes(b""),
 }
 
 
@@ -415,7 +344,7 @@ def test_pickled_code_in_weights_does_not_run(model_copy, tmp_path, kind):
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("name", ["../model/model.safetensors", "/etc/passwd", 7])
+@pytest.mark.parametrize("name", ["../model/model.safetensors", 7])
 def test_no_weight_index_escapes_the_folder(model_copy, name):
     (model_copy / "model.safetensors").unlink()  # otherwise no index is read
     path = model_copy / "model.safetensors.index.json"
@@ -468,48 +397,6 @@ def test_a_mutated_tokenizer(pretrained, model_copy, mutate, name):
         assert str(model_copy) in str(error)
 
 
-def test_half_a_tokenizer(model_copy):
-    path, config_path = model_copy / "tokenizer.json", model_copy / "tokenizer_config.json"
-    state, config = json.loads(path.read_text()), json.loads(config_path.read_text())
-    entry, template = list(state["model"]["vocab"])[50], state["post_processor"]
-    far = {**state["model"], "vocab": {**state["model"]["vocab"], entry: 2**31}}
-    panics = [{"SpecialToken": {"id": "[NONE]", "type_id": 0}}]
-    for change, more, problem in (  # of tokenizer.json, of tokenizer_config.json
-        ({"model": far}, {}, "2,147,483,648"),
-        ({"post_processor": {**template, "single": panics}}, {}, "PanicException"),
-        ({}, {"model_max_length": "x"}, "TypeError"),
-    ):
-        path.write_text(json.dumps(state | change))
-        kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config_path.write_text(json.dumps(config | kind | more))
-        assert problem in refused(tokenizers.load, str(model_copy), names=model_copy)
-    path.write_text(json.dumps(state))
-    config_path.write_text(json.dumps(config | {"mask_token": "[SEP]"}))
-    assert "[MASK]" in refused(tokenizers.describe, tokenizers.load(str(model_copy)))
-    config_path.write_text(json.dumps(config))
-    path.unlink()
-    refused(tokenizers.load, str(model_copy), names=model_copy)
-
-
-def test_a_tokenizer_that_fails_on_the_text_ends_in_one_message(
-    model_copy, text_file, tmp_path, capsys
-):
-    """It knows only what is tried out when it is loaded, and has no unknown token."""
-
-    def only_tried_out(state):
-        vocab = dict(list(state["model"]["vocab"].items())[:5])
-        vocab |= {"A b, 1\u00e9\u4eac\U0010fffd": len(vocab)}
-        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "none"}
-        return state | {"model": model, "normalizer": None, "pre_tokenizer": None}
-
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    change_json(model_copy / "tokenizer.json", only_tried_out)
-    change_json(model_copy / "tokenizer_config.json", lambda config: config | kind)
-    argv = ["--input", text_file, "--tokenizer", model_copy, "--cache", tmp_path]
-    message = refusal(script("prepare").main, argv, capsys)
-    assert "tokenizer" in message and "\n" not in message
-
-
 def test_a_panic_becomes_a_message_and_an_interruption_does_not():
     class PanicException(BaseException):  # as in the tokenizers library
         pass
@@ -525,7 +412,7 @@ def test_a_panic_becomes_a_message_and_an_interruption_does_not():
             work(error)
 
 
-# Facts and forms.
+# Facts.
 
 
 @FUZZ
@@ -536,43 +423,3 @@ def test_mutated_facts(tmp_path, mutate):
     (tmp_path / FACTS).write_text(json.dumps(mutate({**facts, "precision": "fp32"})))
     found = read_facts(tmp_path)
     assert not misfit({**facts, **found}, FACTS_FORM)
-
-
-@pytest.mark.parametrize(
-    "value, where",
-    [
-        ({"a": 1, "b": [{"c": 2}]}, None),
-        ({"a": 1, "b": []}, None),
-        ([], "the content is list"),
-        ({"a": 1, "b": {}}, "b is dict"),
-        ({"b": []}, "a is missing"),
-        ({"a": True, "b": []}, "a is True"),
-        ({"a": 1, "b": [{"c": 2}, {"c": [1]}]}, r"b\[1\].c is list"),
-        ({"a": 1, "b": [{"c": 10**400}]}, r"b\[0\].c is 10+"),
-    ],
-)
-def test_a_misfit_is_located(value, where):
-    problem = misfit(value, {"a": integer(0, 9), "b": [{"c": number(0, 9)}]})
-    assert problem == where or re.match(f"{where}; expected ", problem)
-
-
-MANY_SHAPES = """
-import torch
-from pretrain.runtime.distributed import start
-start("cpu")
-layer = torch.nn.Linear(64, 64).bfloat16()
-with torch.no_grad():
-    for rows in (*range(2, 202), 2):
-        layer(torch.ones(rows, 64, dtype=torch.bfloat16))
-"""
-
-
-def test_kernels_of_old_shapes_are_dropped():
-    """Else memory grows with the number of different lengths: here the first one is made again."""
-    settings = {"ONEDNN_VERBOSE": "profile_create", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", MANY_SHAPES]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, check=True)
-    made = [line for line in done.stdout.decode().splitlines() if ",create:" in line]
-    if len(made) < 150:
-        pytest.skip("this machine does not use oneDNN")
-    assert "cache_miss" in made[-1]
