@@ -65,20 +65,23 @@ def apply(diff, folder):
         path.write_text(text, encoding="utf-8")
 
 
-def edited(folder, kill_at, command="pretrain"):
-    """main() of a command under `folder`, for a separate process: gradients of step SKIPPED are
-    not finite, and the process is killed after `kill_at` steps (0: never)."""
+def run_edited(folder, *runs, command="pretrain"):
+    """(exit code, stderr) of a command of the project under `folder` for each of `runs`: after how
+    many steps it is killed (0: never), and its arguments. Gradients of step SKIPPED are not finite.
+    The processes are forked from one that has imported the project."""
+    (folder / "ends").mkdir(exist_ok=True)
 
     def main(argv):
         for name in [name for name in sys.modules if name.split(".")[0] == "pretrain"]:
             del sys.modules[name]
         sys.path.insert(0, str(folder))
-        from pretrain import train
+        from pretrain import build, train
         from pretrain.data.loader import TrainData
+        from pretrain.runtime import optim
 
-        assert train.__file__.startswith(str(folder))
+        assert build.__file__.startswith(str(folder))
         next_step, train_step = TrainData.__next__, train.train_step
-        steps = []
+        steps, ends = [], []
 
         def next_or_end(data):
             batches = next_step(data)
@@ -96,9 +99,16 @@ def edited(folder, kill_at, command="pretrain"):
             return train_step(lose if steps[-1] == SKIPPED else model, batches, *more)
 
         TrainData.__next__, train.train_step = next_or_end, poisoned
-        return import_module(f"pretrain.commands.{command}").main(argv)
+        optim.best_seconds = lambda work, device: 1.0  # see conftest.py
+        edited = import_module(f"pretrain.commands.{command}").main
+        for run in runs:
+            kill_at, arguments = run
+            ends += in_processes(folder / "ends", edited, arguments)
+        (folder / "ends.json").write_text(json.dumps(ends))
 
-    return main
+    ((code, text),) = in_processes(folder, main, [], seconds=60 * len(runs))
+    assert code == 0, text
+    return json.loads((folder / "ends.json").read_text())
 
 
 def electra(folder, tokenizer):
@@ -120,10 +130,9 @@ def test_an_edit_of_the_readme_trains_and_resumes(title, corpus, tmp_path, tiny_
     else:
         argv += ["tiny", *SIZES]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    ends = []
-    for kill_at, output, more in ((0, whole, []), (KILLED, killed, []), (0, killed, ["--resume"])):
-        main = edited(tmp_path, kill_at)
-        ends += in_processes(tmp_path, main, [*argv, "--output", output, *more])
+    argv.append("--output")
+    runs = (0, [*argv, whole]), (KILLED, [*argv, killed]), (0, [*argv, killed, "--resume"])
+    ends = run_edited(tmp_path, *runs)
     assert [code for code, _ in ends] == [0, -signal.SIGKILL, 0], ends
     assert summary_of(whole)["skipped_steps"] == 1
     assert_same_run(whole, killed, LAST)
@@ -197,8 +206,8 @@ def masks_fewer_pieces_later(run, training):
     for progress in (0, 1):
         argv = ["--config", run / "config.json", "--position", 0, 0, 0, progress]
         argv += ["--examples", 0, "--save", run / "shown.pt"]
-        ends = in_processes(run, edited(run.parent, 0, "show_masks"), argv)
-        assert ends[0][0] == 0, ends
+        ((code, text),) = run_edited(run.parent, (0, argv), command="show_masks")
+        assert code == 0, text
         labels = torch.cat([batch["labels"]["mlm"] for batch in torch.load(run / "shown.pt")])
         tokens = tokenizer.convert_ids_to_tokens(labels[labels != IGNORED].tolist())
         shares.append(sum(token.startswith("##") for token in tokens) / len(tokens))
