@@ -242,12 +242,19 @@ def test_a_restart_loop_ends(finished, output):
     assert told.startswith("error: --learning-rate 3.0: ")
 
 
-@pytest.mark.parametrize(("name", "step"), [("best", 6), ("best", 10), ("final", 10)])
-def test_a_damaged_model_folder_is_rewritten(finished, output, name, step, capsys):
-    """`best/` also if the run is not finished."""
+@pytest.mark.parametrize(
+    ("name", "step", "kept"),
+    [("best", 6, True), ("best", 6, False), ("best", 10, True), ("final", 10, True)],
+)
+def test_a_damaged_model_folder_is_rewritten(undisturbed, output, name, step, kept, capsys):
+    """`best/` by a later evaluation if the checkpoint of its step is not `kept`."""
+    finished = undisturbed("adamw", 1, "--seed", "7")  # its last evaluation is the best
     weights = Path(name, "model.safetensors")
     shutil.copytree(finished, output) if step == 10 else interrupted_copy(finished, output, step)
     (output / weights).write_bytes(b"lost")
+    if not kept:
+        best = ckpt.read_states(ckpt.newest_good(output))["train"]["best_step"]
+        shutil.rmtree(output / f"checkpoint-{best}")
     resume(output)
     assert_same_run(finished, output)
     assert ckpt.problem_of(output / name, needed=()) is None

@@ -559,7 +559,6 @@ def wrong(tmp_path_factory, text_file, finished):
 BAD = {  # options -> what the messages begin with
     "--mask-rate 1.5 --epochs -1": "--mask-rate 1.5: |--epochs -1.0: ",  # see test_config
     "--batch-size 65536": "--batch-size 65536: ",
-    "--device tpu": "--device tpu: ",
     "--device cuda": "--device cuda: ",
     "--precision fp16": "--precision fp16: ",
     "--output /": "--output /: ",
@@ -570,12 +569,13 @@ BAD = {  # options -> what the messages begin with
     "--tokenizer absent": "--tokenizer absent: |--tokenizer absent --vocab-size 120: ",
     "--valid {wrong}/special.txt": "--valid {wrong}/special.txt: ",
     "--train {wrong}/lines.txt --max-length 128": "--objective mlm+nsp: ",
-    "--config-override num_hidden_layers=-1": "--config-override num_hidden_layers",
     "--architecture modernbert": "--architecture modernbert --objective mlm+nsp: ",
     "--model {finished}/final --config-override --architecture modernbert --objective mlm": (
         "--model {finished}/final --architecture modernbert: "
     ),
     "--objective mlm --nsp-weight 0.5": "--objective mlm --nsp-weight 0.5: ",
+    "--entity-fill none --mask-rate 0.2": "--entity-fill none --mask-rate 0.2: |"
+    "--entity-fill none: ",
     "--replace similar --similar {wrong}/same.tsv": "--similar {wrong}/same.tsv: ",
     "--masking entity": "--masking entity: ",
     "--masking entity --train {prepared}": "--masking entity: ",
@@ -583,8 +583,9 @@ BAD = {  # options -> what the messages begin with
     "--train {prepared} --max-documents 3 --split-sentences": "--split-sentences auto "
     "--max-documents 3: --train {prepared}",
     "--model {finished}/final --config-override --max-length 1024": "--max-length 1024: ",
-    "--model {finished}/final --config-override --tokenizer {wrong}/vocab.txt": "--tokenizer "
-    "{wrong}/vocab.txt --vocab-size 120: ",
+    "--model {finished}/final --config-override --vocab-size 30522 --tokenizer {wrong}/vocab.txt": (
+        "--tokenizer {wrong}/vocab.txt: "
+    ),
 }
 
 
@@ -630,6 +631,8 @@ def test_a_batch_that_no_good_micro_batch_divides_is_reported(capsys):
     cpu = torch.device("cpu")
     assert plan.default_micro_batch_size(Config(batch_size=37), cpu, World()) == 1
     assert capsys.readouterr().out.startswith("--batch-size 37: ")
+    two = Config(batch_size=2, phases=("32:0.5", "128:0.5"))
+    refused(plan.default_micro_batch_size, two, cpu, World(), begins="--batch-size 2: ")
     told = refused(plan.check_sizes, Config(batch_size=7), {}, World(0, 4))
     assert told.startswith("--batch-size 7: ") and told.endswith(" 4")
     damaged = {"micro_batch_size": 16}  # in a checkpoint
