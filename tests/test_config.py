@@ -66,9 +66,11 @@ BAD_TOGETHER = """
 --batch-size 20 --micro-batch-size 8
 --batch-size 1000000007 --micro-batch-size 8
 --overwrite --resume --output x
+--resume
 --patience 2 --valid-fraction 0.0
 --precision fp16 --device cpu
 --replace similar --similar x
+--similar x
 --lexicon x
 --entity-field x
 --mix 3.0 1.0 1.0 --train a b

@@ -105,7 +105,7 @@ def slow_counts(collated, tokenizer) -> Counter:
 
 
 STRATEGIES = {
-    "token": "",
+    "token": "--recipe classic",
     "word": "--masking word --mask-rate 0.3 0.1",
     "entity": "--masking entity --lexicon {lexicon} --mask-split 0.5 0.3 0.2",
 }
@@ -126,8 +126,8 @@ def test_numbers_equal_a_slow_count_of_the_batches(name, show, files, collated):
 
     (head,) = (line for line in told if line.startswith("masking "))
     assert f" {counts['tokens']:,} tokens" in head
-    lowest = 0.1 if name == "word" else 0.15  # the rate of a run from scratch
-    assert f"0.3 (of 0.3 to {lowest}," in head
+    rates = {"token": "0.15;", "word": "0.3 (of 0.3 to 0.1,"}
+    assert f"mask rate {rates.get(name, '0.3 (of 0.3 to 0.15,')}" in head  # that of a run
     assert shares("masked") == expected(("masked", "ordinary"), ("shortfall", "masked"))
     kinds = ("mask", "random", "same")
     assert shares("replaced by") == expected(*((kind, "masked") for kind in kinds))

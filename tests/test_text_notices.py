@@ -1,6 +1,6 @@
 """What is printed about text that is probably not read as meant: splits of a saved data set that
-are not read, tagged lines, words without a similar one; and what a missing package or a word list in
-another encoding leads to."""
+are not read, tagged lines, words without a similar one; and what a missing package or a word list
+in another encoding leads to."""
 
 import re
 import sys
