@@ -8,7 +8,6 @@ import pytest
 from conftest import SHORT_RUN, SIZES, pretrain_into
 from huggingface_hub import ModelCard, metadata_load
 
-from pretrain import __version__
 from pretrain.card import hub_datasets, inherited, results, write_card
 from pretrain.runtime.checkpoint import problem_of
 
@@ -48,13 +47,8 @@ def test_a_long_run_ends_with_its_curve(has_matplotlib, corpus, tmp_path, monkey
     files = ["--train", corpus.folder, "--model", "tiny", *SIZES]
     final = pretrain_into(tmp_path / "run", files, SHORT_RUN, "--eval-every 1") / "final"
     assert (final / "perplexity.png").is_file() == has_matplotlib
-    card = (final / "README.md").read_text(encoding="utf-8")
-    assert card.count("](perplexity.png)") == has_matplotlib
-    assert metadata_load(final / "README.md")["pipeline_tag"] == "fill-mask"
+    assert ("](perplexity.png)" in (final / "README.md").read_text("utf-8")) == has_matplotlib
     assert not problem_of(final, needed=()), "the picture is among the checked files"
-    if has_matplotlib:
-        (final / "perplexity.png").write_bytes(b"")
-        assert "perplexity.png" in problem_of(final, needed=())
 
 
 def with_card(folder, text):
@@ -67,25 +61,15 @@ def test_the_index_of_scores_is_read_back_as_it_was_written(folder):
     data = written(folder).data
     assert data.model_name == "mine" and data.eval_results == list(CARD["scores"])
     assert data.eval_results[0].metric_value == 12.3457
-    assert [result.metric_name for result in data.eval_results] == ["perplexity", "mlm accuracy"]
 
 
 def test_metadata_of_a_model_from_scratch(folder):
     card = written(folder, language="zh", datasets=("a/b",), mask_token="<mask>")
     found = metadata_load(folder / "README.md")
     assert found["library_name"] == "transformers" and found["pipeline_tag"] == "fill-mask"
-    assert (
-        found["tags"] == CARD["tags"] and found["datasets"] == ["a/b"] and found["language"] == "zh"
-    )
+    assert found["datasets"] == ["a/b"] and found["language"] == "zh"
     assert "license" not in found and "base_model" not in found
-    assert found["widget"] == [{"text": "今天<mask>情很好。"}]
-    assert f"version = {{{__version__}}}" in card.text and "devlin2019bert" in card.text
-    assert "| a \\| b |" in card.text
-
-
-def test_a_card_without_scores_has_no_index(folder):
-    data = written(folder, scores=(), started_from="gone/away").data.to_dict()
-    assert "model-index" not in data and "base_model" not in data
+    assert found["widget"] == [{"text": "今天<mask>情很好。"}] and "| a \\| b |" in card.text
 
 
 def test_a_local_model_passes_on_its_license_language_and_base(folder, tmp_path):
@@ -97,7 +81,6 @@ def test_a_local_model_passes_on_its_license_language_and_base(folder, tmp_path)
     data = written(folder, started_from=base).data
     assert (data.license, data.license_name, data.license_link) == ("other", "own", "LICENSE.md")
     assert data.language == ["en", "de"] and data.base_model == "google/bert"
-    assert data.tags == CARD["tags"] and data.widget[0]["text"].startswith("The capital of France")
     assert written(folder, started_from=base, language="zh").data.language == "zh"
 
 
@@ -113,19 +96,12 @@ def test_a_model_on_the_hub_is_the_base_model(folder, on_hub):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "---\n- a\n---\n",
         "---\na: [\n---\n",
         "---\nlicense: {a: 1}\nlanguage: ['x y', 2]\n---\n",
     ],
 )
 def test_a_garbled_card_passes_on_nothing(text, tmp_path):
     assert inherited(with_card(tmp_path, text)) == {}
-
-
-@pytest.mark.parametrize("name", ["base", "gone/away", "/no/such folder", "..", "a\0b"])
-def test_a_name_without_a_card_passes_on_nothing(name):
-    assert inherited(name) == {}
 
 
 def test_names_of_data_sets_on_the_hub():

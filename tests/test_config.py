@@ -20,47 +20,46 @@ from pretrain.config import (
 )
 from pretrain.preflight import start_problems, validate
 
-BAD = {  # option -> values that are refused, between bars
-    "--mask-rate": "1.5 | 0.1 0.2 0.3 | 0.1 0.0 | 0.1 nan",
-    "--mix": "0.0 1.0 | 3.0 -1.0 | nan 1.0 | inf 1.0",
-    "--mask-split": "0.5 0.1 0.1 | 1.5 -0.5 0.0",
-    "--entity-probability": "0.0 | 1.5",
-    "--entity-budget": "-1.0",
-    "--valid-fraction": "0.6 | -0.1",
-    "--adam-betas": "0.9 1.0 | -0.1 0.9",
-    "--nsp-weight": "-0.5",
-    "--weight-decay": "-0.5",
-    "--warmup": "-1.0",
-    "--max-grad-norm": "inf | nan",
-    "--max-minutes": "nan",
-    "--learning-rate": "0.0 | nan",
-    "--adam-epsilon": "-1.0",
-    "--epochs": "inf | 0.0 | 10000000.0",
-    "--batch-size": "0 | 100000000000000000000",
-    "--micro-batch-size": "0",
-    "--keep": "0",
-    "--log-every": "-1",
-    "--eval-tokens": "0",
-    "--workers": "257 | -1",
-    "--max-steps": "-1",
-    "--patience": "-2",
-    "--eval-batch-size": "-1",
-    "--seed": "-1 | 9223372036854775808",
-    "--max-documents": "-1",
-    "--max-length": "7 | 65537",
-    "--vocab-size": "99 | 1000000000000",
-    "--config-override": "width | hidden_size=3 2=1",
-    "--eval-every": "often | 0 | -1",
-    "--save-every": "1.5",
-    "--split-sentences": "klingon | on | cn | EN | eng",
-    "--masking": "phrase",
-    "--optimizer": "sgd",
-    "--encoding": "klingon | base64 | rot13 | undefined",
-    "--phases": "128 | 128:x | x:1 | 128:0.5:0.5 | 1.5:1 | : | 7680.9 | 7:1 | 64:.5 65537:.5 | "
-    "64:0.9 128:0.2 | 64:1 128:0 | 64:1.5 128:-0.5 | 64:nan 128:1 | 64:inf 128:1 | "
-    "64:0.9 128:0.099",
-}
-BAD_LINES = [f"{name} {value}" for name, values in BAD.items() for value in values.split(" | ")]
+BAD = """
+--mask-rate 0.1 nan
+--mix 3.0 -1.0
+--mask-split 0.5 0.1 0.1
+--entity-probability 0.0
+--entity-budget -1.0
+--valid-fraction 0.6
+--adam-betas 0.9 1.0
+--nsp-weight -0.5
+--weight-decay -0.5
+--warmup -1.0
+--max-grad-norm inf
+--max-minutes nan
+--learning-rate 0.0
+--adam-epsilon -1.0
+--epochs 10000000.0
+--batch-size 100000000000000000000
+--micro-batch-size 0
+--keep 0
+--log-every -1
+--eval-tokens 0
+--workers 257
+--max-steps -1
+--patience -2
+--eval-batch-size -1
+--seed 9223372036854775808
+--max-documents -1
+--max-length 7
+--vocab-size 1000000000000
+--config-override hidden_size=3 2=1
+--eval-every often
+--save-every 1.5
+--split-sentences cn
+--masking phrase
+--optimizer sgd
+--encoding base64
+--phases 128:x
+--phases 64:0.9 128:0.2
+--phases 64:nan 128:1
+""".strip().splitlines()
 BAD_TOGETHER = """
 --phases 64:1 --max-length 128
 --micro-batch-size 4 --phases 64:.9 384:.1
@@ -70,47 +69,36 @@ BAD_TOGETHER = """
 --resume
 --patience 2 --valid-fraction 0.0
 --precision fp16 --device cpu
---replace similar
 --replace similar --similar x
 --similar x
 --lexicon x
 --entity-field x
---mix 3.0 1.0
---mix 3.0 --train a
---mix 3.0 1.0 --train a
 --mix 3.0 1.0 1.0 --train a b
 """.strip().splitlines()
 GOOD = """
---phases 128:0.9 512:0.1
 --phases 64:0.3333333 128:0.3333333 256:0.3333334
 --phases 64:.9 384:.1 --micro-batch-size 8
 --mask-rate 0.3 0.15 --mask-split 0 0.5 0.5
 --eval-every 7 --save-every epoch
 --split-sentences zh
---split-sentences
 --replace similar --similar x --masking span
 --masking entity --lexicon x --entity-field y
---resume --output x --max-length 65536
---config-override --optimizer muon
 --config-override hidden_size=32 name=a=b
---patience 2 --valid-fraction 0 --valid x
---seed 9223372036854775807 --workers 0
 --mix 3 1 0.5 --train a b c --valid d
 """.strip().splitlines()
 
 
-@pytest.mark.parametrize("line", BAD_LINES + BAD_TOGETHER)
+@pytest.mark.parametrize("line", BAD + BAD_TOGETHER)
 def test_a_bad_value_is_one_problem_with_the_option_and_the_value(line):
     (problem,) = validate(parse(line.split(), Config, ""))
     shown = problem.split(": ")[0]
-    assert shown == line if line in BAD_LINES else line.startswith(shown)
+    assert shown == line if line in BAD else line.startswith(shown)
     assert shown.startswith("--") and "expected" in problem
 
 
-@pytest.mark.parametrize("name", ["text-field", "entity-field", "add-tokens", "lexicon", "similar"])
-def test_a_blank_name_is_none(name):
-    options = parse([f"--{name}", " "], Config, "")
-    assert any(problem.startswith(f"--{name}  :") for problem in validate(options))
+def test_a_blank_name_is_none():
+    problems = validate(parse(["--lexicon", " "], Config, ""))
+    assert any(problem.startswith("--lexicon  :") for problem in problems)
 
 
 @pytest.mark.parametrize("line", GOOD)
@@ -120,21 +108,13 @@ def test_a_good_value_is_no_problem(line):
 
 @pytest.mark.parametrize("kind", [Config, FinetuneOptions, AdaptOptions])
 def test_defaults_have_no_problem_and_cannot_be_changed(kind):
-    options = kind()
-    assert validate(options) == [] and hash(options)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        options.output = "elsewhere"
+    assert validate(kind()) == [] and kind.__dataclass_params__.frozen
 
 
 def test_what_decides_the_data_the_weights_or_the_update_may_not_change():
     fixed = {entry.name for entry in dataclasses.fields(Config)} - may_change(Config)
     assert {"train", "mask_rate", "batch_size", "micro_batch_size", "learning_rate"} <= fixed
     assert {"optimizer", "seed", "max_length", "phases", "eval_tokens", "model"} <= fixed
-    every = {"eval_every", "save_every", "log_every", "keep", "max_steps", "epochs", "max_minutes"}
-    where = {"output", "resume", "overwrite", "cache", "device", "workers", "shard"}
-    how = {"precision", "compile", "gradient_checkpointing", "patience"}
-    assert may_change(Config) == every | where | how
-    assert may_change(FinetuneOptions) - may_change(Config) == {"save_model"}
 
 
 @pytest.mark.parametrize("kind", [DomainOptions, EvaluateOptions])
@@ -151,8 +131,6 @@ def test_what_marks_entities_is_refused_where_none_is_masked(kind, name):
     ("more", "lengths", "ends"),
     [
         ("", [(128, 1.0)], [1000]),
-        ("--max-length 64", [(64, 1.0)], [1000]),
-        ("--phases 128:0.9 512:0.1", [(128, 0.9), (512, 0.1)], [900, 1000]),
         ("--phases 512:0.5 8:0.5", [(512, 0.5), (8, 0.5)], [500, 1000]),
         ("--phases 8:0.3333333 9:0.6666667", [(8, 0.3333333), (9, 0.6666667)], [333, 1000]),
     ],

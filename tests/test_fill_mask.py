@@ -43,19 +43,11 @@ def stock_tables(folder, texts, top):
     return found
 
 
-@pytest.mark.parametrize(
-    "texts",
-    [["bank [MASK] river ."], ["[MASK] bank [MASK] river [MASK] .", "money [MASK]"]],
-    ids=["one", "several"],
-)
-def test_scores_equal_the_stock_models_softmax(texts, pretrained, capsys):
-    assert_stock_scores(pretrained, texts, capsys)
-
-
-def assert_stock_scores(model, texts, capsys):
-    FILL_MASK.main(["--model", str(model), "--top", "4", *texts])
-    found, expected = tables(capsys.readouterr().out), stock_tables(model, texts, 4)
-    assert len(found) == len(expected) == sum(text.count("[MASK]") for text in texts)
+def test_scores_equal_the_stock_models_softmax(pretrained, capsys):
+    texts = ["[MASK] bank [MASK] river [MASK] .", "money [MASK]"]
+    FILL_MASK.main(["--model", str(pretrained), "--top", "4", *texts])
+    found, expected = tables(capsys.readouterr().out), stock_tables(pretrained, texts, 4)
+    assert len(found) == len(expected) == 4
     for row, expected_row in zip(sum(found, []), sum(expected, [])):
         assert row == (expected_row[0], pytest.approx(expected_row[1], abs=1e-4), expected_row[2])
 
@@ -72,21 +64,12 @@ def test_bad_input_is_refused_in_one_message(encoder, pretrained, tmp_path, caps
         (["--model", model, "[MASK] " + "bank " * 600], "'[MASK] bank bank"),
         (["--model", encoder, "[MASK]"], f"--model {encoder}: "),  # without a head
         (["--model", bare, "[MASK]"], f"--model {bare}: "),
-        (["--model", tmp_path / "absent", "[MASK]"], f"--model {tmp_path / 'absent'}: "),
         (["--model", big, "bank [MASK]"], f"--model {big}: "),
         (["--model", spoiled, "bank [MASK]"], f"--model {spoiled}: "),
-        (["[MASK]"], "--model: "),
-        (["--model", model], "TEXT: "),
         (["--model", model, "--top", "0", "[MASK]"], "--top 0: "),
-        (["--model", model, "--top", "many", "[MASK]"], "--top: "),
     ):
         message = refusal(FILL_MASK.main, argv, capsys)
         assert said in message and "\n" not in message
-
-
-def test_no_more_tokens_are_shown_than_there_are(pretrained, vocabulary, capsys):
-    FILL_MASK.main(["--model", str(pretrained), "--top", "100000", "[MASK]"])
-    assert len(capsys.readouterr().out.splitlines()) == 1 + vocabulary.size + 1
 
 
 def test_words_that_the_tokenizer_does_not_know_are_shown(pretrained, capsys):
@@ -107,13 +90,8 @@ def test_layers_that_transformers_does_not_have_are_not_filled_with_random_numbe
 ):
     monkeypatch.setitem(FAMILIES, "bert", OwnEncoder)
     facts = {"objective": "mlm", "started_from": "tiny", "held_out": {}}
-    for family, folder in (
-        (BertForPreTraining, tmp_path / "stock"),
-        (OwnEncoder, tmp_path / "own"),
-    ):
-        model = family(AutoConfig.from_pretrained(pretrained))
-        write_model(folder, model, tiny_tokenizer, facts, model.state_dict())
-        is_stock = family is BertForPreTraining
-        assert ("AutoModel" in (folder / "README.md").read_text("utf-8")) == is_stock
+    model = OwnEncoder(AutoConfig.from_pretrained(pretrained))
+    write_model(tmp_path / "own", model, tiny_tokenizer, facts, model.state_dict())
+    assert "AutoModel" not in (tmp_path / "own" / "README.md").read_text("utf-8")
     message = refusal(FILL_MASK.main, ["--model", tmp_path / "own", "bank [MASK]"], capsys)
     assert f"--model {tmp_path / 'own'}: " in message

@@ -3,8 +3,6 @@ a restart."""
 
 import json
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from conftest import in_processes
 from packed_reference import small_model
 
 from pretrain.batch import Loss
-from pretrain.metrics import LossTotals, Meter, peak_memory_bytes
+from pretrain.metrics import LossTotals, Meter
 from pretrain.runtime.distributed import World, start, stop
 from pretrain.runtime.sharding import place
 
@@ -43,14 +41,9 @@ def test_means_divide_by_counts_and_the_loss_is_their_weighted_sum():
     )
 
 
-def test_perplexity_stays_finite():
-    means = LossTotals.of(losses(mlm=1e6), {"mlm": 1, "nsp": 1}).read(CPU).means()
-    assert means["mlm_loss"] == 1e6 and math.isfinite(means["perplexity"])
-
-
 def test_a_term_with_count_0_has_no_mean():
-    means = LossTotals.of(losses(), {"mlm": 10, "nsp": 0}).read(CPU).means()
-    assert means["loss"] == pytest.approx(3.05)
+    means = LossTotals.of(losses(mlm=1e6), {"mlm": 1, "nsp": 0}).read(CPU).means()
+    assert means["mlm_loss"] == 1e6 and math.isfinite(means["perplexity"])
     assert not {"nsp_loss", "nsp_accuracy"} & means.keys()
     assert LossTotals.of(losses(), {"mlm": 0, "nsp": 0}).read(CPU).means() == {}
 
@@ -131,14 +124,3 @@ def test_only_the_first_process_restores_the_sums():
         meter.load_state_dict(state)
     assert first.losses.sums["mlm"] == 30.0 and second.losses.sums["mlm"] == 0.0
     assert first.sums["tokens"] == 30 and second.sums["tokens"] == 0.0
-
-
-def test_peak_memory_is_that_of_the_kernel_in_bytes():
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("only Linux tells in a file")
-    before = peak_memory_bytes(CPU)
-    torch.ones(2**20 + before // 4)  # float32: as much again, and freed at once
-    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
-    assert peak_memory_bytes(CPU) == pytest.approx(1024 * int(kibibytes), rel=0.02)
-    assert peak_memory_bytes(CPU) > 1.3 * before

@@ -48,7 +48,7 @@ def test_each_command_has_a_console_script():
 
 @pytest.mark.parametrize(
     "names, is_made",
-    [([], True), (["pip", "setuptools-65.5.0.dist-info"], True), (["pip", "pip_tools"], False)],
+    [(["pip", "setuptools-65.5.0.dist-info"], True), (["pip", "pip_tools"], False)],
 )
 def test_an_environment_of_another_program_is_not_cleared(names, is_made, tmp_path):
     """One without pip; one that an interrupted set-up left is made again."""

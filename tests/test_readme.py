@@ -56,7 +56,7 @@ MORE = {  # so that a command takes seconds
     "show_masks": "--max-length 32",
     "finetune": "--max-steps 2",
     "suite": "--seeds 1 --finetune '--max-steps 2'",
-    "adapt": f"--label-budgets 4 all --seeds 1 --pretrain '{FAST}' "
+    "adapt": f"--label-budgets 4 --seeds 1 --pretrain '{FAST}' "
     "--finetune '--max-steps 2 --max-length 32'",
 }
 
@@ -185,7 +185,7 @@ def test_the_sections_have_a_line_for_each_case():
 
 @pytest.mark.parametrize("line", [*ENGLISH, *(line for line in CHINESE if line not in ENGLISH)])
 def test_each_command_runs(line, home, run, capsys):
-    if "--resume" in line:
+    if "--resume" in line and not (home / "runs/zh_mini").exists():
         run(next(other for other in CHINESE if "runs/zh_mini" in other))
     run(line)
     name = re.search(r"scripts/(\w+)\.py", line)[1]

@@ -14,10 +14,8 @@ from conftest import (
     interrupted_copy,
     make_documents,
     pretrain_into,
-    refusal,
     refused,
     resume,
-    rows,
     summary_of,
     write_documents,
 )
@@ -27,7 +25,6 @@ from safetensors.torch import load_file
 
 from pretrain import recipe
 from pretrain.cli import parse
-from pretrain.commands import pretrain
 from pretrain.config import Config, counted_length, longest, min_micro_batch_size, phase_lengths
 from pretrain.files import model_folder, read_json
 from pretrain.recipe import CONTINUED, FRESH_HEAD, SCRATCH, Situation, resolve
@@ -108,9 +105,8 @@ def test_more_text_means_larger_steps_and_fewer_epochs(situation, times):
         assert tokens_of[1] == 256 * 128
 
 
-@pytest.mark.parametrize("tokens", [10**9, 10**11])
-def test_the_rate_of_a_long_run_of_bert_base_is_near_that_of_the_paper(tokens):
-    config = resolve(Config(optimizer="adamw"), {}, Situation(tokens, 768, SCRATCH, dropout=0.1))
+def test_the_rate_of_a_long_run_of_bert_base_is_near_that_of_the_paper():
+    config = resolve(Config(optimizer="adamw"), {}, Situation(10**9, 768, SCRATCH, dropout=0.1))
     assert 0.8e-4 < config.learning_rate < 1.2e-4
 
 
@@ -125,30 +121,27 @@ def test_a_run_of_few_steps_from_scratch_has_a_lower_rate():
         assert [rate / rates[2] for rate in rates[:2]] == pytest.approx(expected)
 
 
-def test_little_text_has_a_lower_rate_from_scratch():
-    """At equal steps, down to a limit; AdamW takes the full rate."""
-    for optimizer in ("muon", "adamw"):
-        config = Config(optimizer=optimizer, max_steps=1000)
-        rates = [
-            resolve(config, {}, Situation(tokens, 256, SCRATCH, dropout=0.1)).learning_rate
-            for tokens in (10**4, 10**5, 500_000, 1_600_000, 10**8)
-        ]
-        shares = [rate / rates[-1] for rate in rates]
-        expected = [0.7, 0.7, 0.7925, 1, 1] if optimizer == "muon" else [1] * 5
-        assert shares == pytest.approx(expected, rel=1e-3)
-
-
-def test_text_that_is_repeated_often_has_a_lower_rate_from_a_checkpoint():
-    """At equal steps; from scratch, all text has the full rate."""
-    config, num_tokens = Config(optimizer="adamw", batch_size=8, max_steps=1000), 1000 * 8 * 128
-    for start in (SCRATCH, FRESH_HEAD, CONTINUED):
-        rates = [
-            resolve(config, {}, Situation(num_tokens // epochs, 256, start, 0.1)).learning_rate
-            for epochs in (1, 15, 30, 60)
-        ]
-        shares = [rate / rates[0] for rate in rates]
-        expected = [1] * 4 if start == SCRATCH else [1, 1, 0.5**0.5, 0.5]
-        assert shares == pytest.approx(expected, rel=0.01)
+@pytest.mark.parametrize(
+    ("start", "optimizer", "tokens", "share"),
+    [
+        (SCRATCH, "muon", 10**4, 0.7),
+        (SCRATCH, "muon", 500_000, 0.7925),
+        (SCRATCH, "muon", 1_600_000, 1),
+        (SCRATCH, "adamw", 10**4, 1),
+        (CONTINUED, "adamw", 2**20 // 15, 1),
+        (FRESH_HEAD, "adamw", 2**20 // 30, 0.5**0.5),
+        (CONTINUED, "adamw", 2**20 // 60, 0.5),
+    ],
+)
+def test_little_text_has_a_lower_rate(start, optimizer, tokens, share):
+    """At 2**20 tokens of training: from scratch with Muon, or if it is repeated often from a
+    checkpoint."""
+    config = Config(optimizer=optimizer, batch_size=8, max_steps=1024)
+    rates = [
+        resolve(config, {}, Situation(number, 256, start, dropout=0.1)).learning_rate
+        for number in (tokens, 10**8)
+    ]
+    assert rates[0] / rates[1] == pytest.approx(share, rel=0.01)
 
 
 def test_an_optimizer_without_an_automatic_rate_needs_a_given_one():
@@ -195,9 +188,6 @@ def test_the_run_saves_what_was_chosen_and_what_was_asked(finished):
         assert all(found[name] == state["recipe"][name] for name in ("learning_rate", "warmup"))
     card = (finished / "final" / "README.md").read_text(encoding="utf-8")
     assert f"| learning rate | {state['recipe']['learning_rate']:.4g} |" in card
-    assert f"| mask rate | {' '.join(map(str, state['recipe']['mask_rate']))} |" in card
-    peak = max(row.get("optim/learning_rate", 0) for row in rows(finished))
-    assert 0 < peak <= state["recipe"]["learning_rate"]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(finished, output):
@@ -205,35 +195,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, output):
     assert_same_run(finished, output)
 
 
-@pytest.mark.parametrize("has_text", [True, False])
-def test_a_model_that_gets_worse_is_not_recommended(
-    finished, to_continue, output, has_text, capsys
-):
-    """At a rate of 1, ten steps ruin it; without validation text nobody knows."""
-    more = ["--model", finished / "final", "--learning-rate", 1, "--valid-fraction", 0.05]
-    pretrain_into(output, to_continue, more if has_text else [*more[:-1], 0])
+def test_a_model_that_gets_worse_is_not_recommended(finished, to_continue, output, capsys):
+    """At a rate of 1, ten steps ruin it."""
+    model, best = finished / "final", output / "best"
+    pretrain_into(output, to_continue, ["--model", model, "--learning-rate", 1])
     summary = summary_of(output)
     (note,) = summary["notes"]
     assert note in capsys.readouterr().out
-    if has_text:
-        assert summary["use"] == str(output / "best") and str(output / "best") in note
-        assert summary["best_step"] == 0
-        models = (finished / "final", output / "best")
-        assert_same(*(load_file(folder / "model.safetensors") for folder in models))
-    else:
-        assert summary["use"] == str(output / "final")
+    assert summary["use"] == str(best) and str(best) in note and summary["best_step"] == 0
+    assert_same(*(load_file(folder / "model.safetensors") for folder in (model, best)))
     assert model_folder(str(output)) == summary["use"]  # for a later --model with the run's folder
 
 
-@pytest.mark.parametrize("rate", [1e-30, 3.0])
-def test_a_model_that_is_no_better_than_guessing_is_reported(
-    finished, arguments, output, rate, capsys
-):
-    """One that learned nothing, and one that was ruined; not one that learned."""
+def test_a_model_that_is_no_better_than_guessing_is_reported(finished, arguments, output, capsys):
+    """One that was ruined; not one that learned."""
     learned = summary_of(finished)
     assert learned["eval_perplexity"] < learned["eval_unigram_perplexity"]
     assert "notes" not in learned
-    pretrain_into(output, arguments, "--learning-rate", [rate])
+    pretrain_into(output, arguments, "--learning-rate 3.0")
     summary = summary_of(output)
     assert summary["eval_perplexity"] >= summary["eval_unigram_perplexity"]
     note = summary["notes"][-1]
@@ -263,20 +242,19 @@ def test_a_run_that_overfits_stops_and_recommends_its_best_model(
 
 
 def test_little_text_is_reported(arguments, output, capsys):
-    pretrain_into(output, arguments, "--max-steps 1")
+    pretrain_into(output, arguments, "--max-steps 1 --valid-fraction 0")
+    assert summary_of(output)["use"] == str(output / "final")  # nobody knows whether it is better
     lines = capsys.readouterr().out.splitlines()
     (trained_on,) = re.findall(r", for ([\d,]+) tokens of text", "\n".join(lines))
     assert any(line.startswith("--train") and f"only {trained_on} tokens" in line for line in lines)
 
 
-@pytest.mark.parametrize("option", ["--epochs", "--learning-rate", "--batch-size", "--dropout"])
-def test_another_word_than_auto_is_refused(option, arguments, output, capsys):
-    argv = [*arguments, "--output", output, option, "automatic"]
-    assert refusal(pretrain.main, argv, capsys).startswith(f"{option}: ")
+def test_another_word_than_auto_is_refused():
+    refused(parse, ["--epochs", "automatic"], Config, "", begins="--epochs: ")
 
 
 @pytest.mark.parametrize("option", ["--mask-rate", "--phases"])
-def test_auto_is_accepted_where_it_is_the_default(option, arguments, output, tmp_path, capsys):
+def test_auto_is_accepted_where_it_is_the_default(option, tmp_path):
     """On the command line, over a value in a file, and in a file."""
     field = option[2:].replace("-", "_")
     (tmp_path / "given.json").write_text('{"mask_rate": [0.2], "max_length": 64}')
@@ -284,5 +262,4 @@ def test_auto_is_accepted_where_it_is_the_default(option, arguments, output, tmp
     for words in (["given.json", option, "auto"], ["auto.json"]):
         config = parse([f"--config={tmp_path / words[0]}", *words[1:]], Config, "")
         assert getattr(config, field) == ()
-    argv = [*arguments, "--output", output, option, "auto", "0.5"]
-    assert refusal(pretrain.main, argv, capsys).startswith(f"{option}: auto 0.5")
+    refused(parse, [option, "auto", "0.5"], Config, "", begins=f"{option}: auto 0.5")

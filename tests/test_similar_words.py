@@ -9,8 +9,7 @@ from pretrain.data import vectors as module
 SIMILAR_WORDS = script("similar_words")
 
 
-@pytest.mark.parametrize("block", [1, 1 << 24])
-@pytest.mark.parametrize("header", ["", "32 5\n"])
+@pytest.mark.parametrize(("header", "block"), [("", 1), ("32 5\n", 1 << 24)])
 def test_the_table_holds_the_nearest_words(tmp_path, header, block, monkeypatch):
     """Against a slow comparison of each pair; repeated words and zeros are skipped."""
     monkeypatch.setattr(module, "BLOCK_SCORES", block)
@@ -35,22 +34,17 @@ def test_the_table_holds_the_nearest_words(tmp_path, header, block, monkeypatch)
     assert [len(line.split("\t")) for line in output.read_text().splitlines()] == [3, 3, 3]
 
 
-@pytest.mark.parametrize("space", [" ", "\t"])
-def test_words_with_spaces_and_tabs_between_numbers(tmp_path, space):
+def test_words_with_spaces(tmp_path):
     """As in the largest vectors of GloVe."""
     path = tmp_path / "vectors.txt"
     rows = [("of", "1", "0"), ("new york", "0.1", "1"), (". . .", "0", "1"), ("to", "1", "0.1")]
-    path.write_text("".join(f"{space.join(row)} \n" for row in rows))
+    path.write_text("".join(f"{' '.join(row)} \n" for row in rows))
     assert module.read_vectors(str(path), 10)[0] == [word for word, *_ in rows]
 
 
 BAD = {
     "a 1 2\nb 1\n": ", line 2: ",
-    "a 1 2\nb 1 x\n": ", line 2: ",
     "a 1 2\nb 1 nan\n": ", line 2: ",
-    "a 1 2\n1 2\n": ", line 2: ",
-    "a\nb\n": ", line 1: ",
-    "a 1 2\n": ": ",
     "": ": ",
 }
 

@@ -1,6 +1,6 @@
 """What is printed about text that is probably not read as meant: splits of a saved data set that
-are not read, tagged lines, documents of one long sentence, words without a similar one; and what a
-missing package or a word list in another encoding leads to."""
+are not read, tagged lines, words without a similar one; and what a missing package or a word list
+in another encoding leads to."""
 
 import re
 import sys
@@ -47,42 +47,33 @@ def test_the_splits_that_are_not_read_are_named(tmp_path, show, capsys):
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "validation" in line)
     assert line.startswith(f"--train {saved}: ") and "more" in line
     assert f"--valid {saved}/validation" in line
-    main(show(saved / "train"))
-    assert "--valid" not in capsys.readouterr().out
     datasets.DatasetDict(dev=table).save_to_disk(tmp_path / "other")
     message = refusal(main, show(tmp_path / "other"), capsys)
     assert message.startswith(f"--train {tmp_path}/other: ") and f"{tmp_path}/other/dev" in message
 
 
-@pytest.mark.parametrize("text", [TAGGED, TAGGED.replace("\t", " ")])
-def test_tagged_lines_of_plain_text_are_noticed(text, show, capsys):
-    main(show(text, "--words", "tokenizer"))
+def test_tagged_lines_of_plain_text_are_noticed(show, capsys):
+    main(show(TAGGED, "--words", "tokenizer"))
     assert "--format conll" in capsys.readouterr().out
-    main(show(text, "--words", "tokenizer", "--format", "conll"))
+    main(show(TAGGED, "--words", "tokenizer", "--format", "conll"))
     assert "--format conll" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["\n".join(SENTENCES), "Plan O\n" * 9, "a b\nc B-X\n" * 9, ""])
+@pytest.mark.parametrize("text", ["Plan O\n" * 9, "a b\nc B-X\n" * 9])
 def test_other_text_does_not_look_tagged(text):
     assert not looks_tagged(text)
 
 
-@pytest.mark.parametrize("more", ["", "--entity-fill none", "--entity-fill token"])
-def test_chinese_words_need_a_package_only_where_words_are_masked(
-    more, show, terms, monkeypatch, capsys
-):
+def test_chinese_words_need_a_package_only_where_words_are_masked(show, terms, monkeypatch, capsys):
     pytest.importorskip("ahocorasick_rs")
     monkeypatch.setitem(sys.modules, "rjieba", None)
-    arguments = [*show(), *ENTITIES, str(terms), *more.split()]
-    if more:
-        main(arguments)
-        return
+    arguments = [*show(), *ENTITIES, str(terms)]
     message = refusal(main, arguments, capsys)
     assert message.startswith("--masking entity: ") and "pip install rjieba" in message
-    for way in re.findall(r"--(?:words|entity-fill) \w+", message):
+    ways = re.findall(r"--(?:words|entity-fill) \w+", message)
+    assert ways
+    for way in ways:
         main([*arguments, *way.split()])
-    message = refusal(main, [*show(), "--masking", "word"], capsys)
-    assert message.startswith("--masking word: ") and "--words tokenizer" in message
 
 
 def test_a_word_list_in_another_encoding_can_be_converted(show, terms, capsys):
@@ -95,25 +86,10 @@ def test_a_word_list_in_another_encoding_can_be_converted(show, terms, capsys):
 SMALL_RUN = "--vocab-size 100 --micro-batch-size 4 --max-length 32 --valid-fraction 0"
 
 
-@pytest.mark.parametrize("text", ["one", "several"])
-def test_documents_of_one_long_sentence_are_noticed(text, tmp_path, cache, output, capsys):
-    path, sentence = tmp_path / "text.txt", " ".join(["the bank of the river"] * 12)
-    document = sentence if text == "one" else f"{sentence}\nshort"
-    path.write_text(f"{document}\n\n" * 40)
-    files = ["--train", path, "--cache", cache]
-    built(output, files, SHORT_RUN, SIZES, SMALL_RUN, "--format sentences")
-    assert ("--split-sentences" in capsys.readouterr().out) is (text == "one")
-
-
-@pytest.mark.parametrize("others, share, warns", [("", "25.0%", True), ("of", "50.0%", False)])
-def test_the_share_of_words_with_a_similar_one(
-    others, share, warns, tmp_path, cache, output, capsys
-):
+def test_the_share_of_words_with_a_similar_one(tmp_path, cache, output, capsys):
     path, table = tmp_path / "text.txt", tmp_path / "similar.tsv"
     path.write_text("\n\n".join(["bank of river money\nmoney river of bank"] * 40))
-    table.write_text("".join(f"{word}\tmoney\n" for word in ["bank", *others.split()]))
+    table.write_text("bank\tmoney\n")
     files = ["--train", path, "--cache", cache, "--similar", table]
     built(output, files, SHORT_RUN, SIZES, SMALL_RUN, "--masking word --replace similar")
-    found = f"--similar {table}: has a similar word for {share}"
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(found))
-    assert ("random" in line) is warns
+    assert f"--similar {table}: has a similar word for 25.0%" in capsys.readouterr().out
