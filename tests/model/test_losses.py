@@ -6,11 +6,9 @@ import torch._dynamo
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_reference import assert_close, gradients, make_batches, roughen, small_config
 
 from pretrain.batch import IGNORED, Loss
 from pretrain.model import cpu_kernels
-from pretrain.model.bert import BertForPreTraining
 from pretrain.model.losses import cross_entropy
 
 MANY, FEW = (70, 1000), (70, 2)  # scores: by rows, and not
@@ -57,7 +55,6 @@ def test_only_many_unweighted_scores_go_by_rows():
     assert "Rowwise" in name_of_backward(torch.randn(MANY))
     assert "Rowwise" not in name_of_backward(torch.randn(FEW))
     assert "Rowwise" not in name_of_backward(torch.randn(MANY), class_weights=weights)
-    assert "Rowwise" not in name_of_backward(torch.randn(MANY, dtype=torch.float64))
     logits, labels = torch.randn(MANY), torch.zeros(70, dtype=torch.int64)
     weighted = cross_entropy(logits, labels, class_weights=weights)
     torch.testing.assert_close(weighted.sum, 2 * cross_entropy(logits, labels).sum)
@@ -94,21 +91,12 @@ def z_loss(logits, labels):
     return Loss((squares * (labels != IGNORED)).sum(), weight=1e-2, count="mlm")
 
 
-class WithZLoss(BertForPreTraining):
-    """A term that a researcher might add to `losses`; computes the scores again."""
-
-    def losses(self, hidden, batch):
-        logits = self.masked_lm_logits(hidden, batch)
-        labels = batch.labels["mlm"]
-        return {"mlm": cross_entropy(logits, labels), "z": z_loss(logits, labels)}
-
-
 def objective(terms, counts):
     """The loss that the update minimizes."""
     return sum(term.sum * term.weight / counts[term.count or name] for name, term in terms.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_extra_term_does_not_change_the_cross_entropy(dtype):
     torch.manual_seed(0)
     logits = (3 * torch.randn(MANY)).to(dtype).requires_grad_()
@@ -130,17 +118,21 @@ def test_an_extra_term_does_not_change_the_cross_entropy(dtype):
         torch.testing.assert_close(found.double(), wanted, atol=1e-3 * tolerance, rtol=tolerance)
 
 
-def test_a_compiled_model_gives_one_graph_with_any_terms(corpus, vocabulary):
+def test_compiled_terms_are_one_graph_and_equal():
     """Backward, too. Without inductor, which would spend 15 seconds on compiling C++."""
+
+    def losses(logits):
+        return {"mlm": cross_entropy(logits, labels), "z": z_loss(logits, labels)}
+
     torch._dynamo.reset()
-    (batch,) = make_batches(corpus, vocabulary, fill=True)
-    model = roughen(WithZLoss(small_config(vocabulary.size, num_hidden_layers=1)))
+    logits, labels = torch.randn(MANY, requires_grad=True), torch.arange(70)
     results = []
-    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)):
-        model.zero_grad()
-        terms = run(batch)
+    for run in (losses, torch.compile(losses, backend="aot_eager", fullgraph=True)):
+        terms = run(logits)
         assert all(type(term) is Loss for term in terms.values())
         assert terms["mlm"].num_correct is not None and terms["z"].num_correct is None
-        objective(terms, batch.counts).backward()
-        results.append(gradients(model) | {name: term.sum for name, term in terms.items()})
-    assert_close(*results, atol=2e-5)
+        total = objective(terms, {"mlm": 70})
+        (gradient,) = torch.autograd.grad(total, logits)
+        results.append((total, gradient, terms["mlm"].sum, terms["mlm"].num_correct))
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager)
