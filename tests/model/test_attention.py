@@ -23,14 +23,7 @@ from torch._dynamo.testing import CompileCounter
 
 from pretrain.batch import IGNORED
 from pretrain.model import attention, cpu_kernels
-from pretrain.model.attention import (
-    FLASH,
-    SDPA,
-    VARLEN,
-    choose_attention,
-    packed_sdpa,
-    packed_varlen,
-)
+from pretrain.model.attention import SDPA, VARLEN, choose_attention, packed_sdpa
 from pretrain.runtime.distributed import wrap
 
 WINDOWS = st.one_of(st.none(), st.integers(0, 30))
@@ -116,15 +109,6 @@ def test_gradients_by_groups_equal_float64(lengths, heads, scores, sharpness, wi
     assert torch.linalg.norm(found.double() - wanted) <= 0.01 * torch.linalg.norm(wanted) + 1e-3
 
 
-@pytest.mark.parametrize(
-    "dtype, lengths",
-    [(torch.bfloat16, (cpu_kernels.LONGEST_GROUPED + 1, 3)), (torch.float32, (4, 3))],
-)
-def test_long_sequences_and_float32_keep_torchs_own_gradients(dtype, lengths):
-    qkv = torch.randn(sum(lengths), 3, 1, 8, dtype=dtype, requires_grad=True)
-    assert "Grouped" not in type(packed_sdpa(qkv, lengths).grad_fn).__name__
-
-
 def test_a_wrapped_projection_is_called(corpus, vocabulary):
     """As with LoRA. The stock way to call the encoder raises a clear error."""
     model, batch = small_model(vocabulary.size), make_batches(corpus, vocabulary)[0]
@@ -152,21 +136,6 @@ def test_a_filled_batch_has_the_same_losses_and_gradients(corpus, vocabulary):
     assert_equal_runs(run(model, filled), run(model, exact))
     ours, theirs = model(filled), model(exact)
     assert all(ours[name].num_correct == theirs[name].num_correct for name in theirs)
-
-
-@pytest.mark.parametrize(("head_dim", "given"), [(36, 40), (64, 64)])
-def test_head_dimensions_that_flash_attention_lacks_are_filled(head_dim, given, monkeypatch):
-    """It takes multiples of 8. The stand-in scales as torch does if it gets no scale."""
-
-    def varlen_attn(query, key, value, ends, *_, window_size, scale=None):
-        assert query.shape[-1] == given
-        scaled = query * (scale or given**-0.5) * given**0.5
-        return dense_attention(torch.stack([scaled, key, value], 1), ends)
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    qkv, ends = torch.randn(40, 3, 2, head_dim), offsets((7, 33))
-    found = packed_varlen(qkv, ends, 33, kernel=FLASH)
-    torch.testing.assert_close(found, dense_attention(qkv, ends))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -36,8 +36,6 @@ HEADS = {**dict.fromkeys(FAMILIES, "ForMaskedLM"), "bert": "ForPreTraining"}
 OTHERS = [family for family in FAMILIES if family not in ROBERTAS and family != "bert"]
 # A module of a layer, and not its last one, before whose end the backward pass stops recomputing.
 INNER = {"distilbert": "ffn", "modernbert": "attn"}
-POOLER = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
-NSP_HEAD = {"cls.seq_relationship.weight", "cls.seq_relationship.bias"}
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 # XLM-RoBERTa's and CamemBERT's modules are those of RoBERTa.
 EACH_ENCODER = pytest.mark.parametrize("family", ["bert", "roberta", *OTHERS])
@@ -269,17 +267,6 @@ def test_a_decoder_of_its_own_is_loaded_trained_grown_and_saved(
 
 
 # Pairs and lengths.
-
-
-def test_mlm_alone_freezes_pooler_and_nsp_head(vocabulary, batches):
-    model = small_model(vocabulary.size, "mlm")
-    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-    assert frozen == POOLER | NSP_HEAD
-    assert model(batches["mlm+nsp"]).keys() == {"mlm"}, "pairs are there and not scored"
-    model.use_pairs(0.5)
-    assert all(weight.requires_grad for weight in model.parameters())
-    terms = model(batches["mlm+nsp"])
-    assert terms.keys() == {"mlm", "nsp"} and terms["nsp"].weight == 0.5
 
 
 @pytest.mark.parametrize(

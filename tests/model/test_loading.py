@@ -13,7 +13,6 @@ from transformers import BertConfig
 
 from pretrain.config import MODEL_SIZES
 from pretrain.model.attention import SDPA
-from pretrain.model.bert import BertForPreTraining
 from pretrain.model.loading import FAMILIES, from_checkpoint, from_size, load_config, override
 from pretrain.runtime.checkpoint import write_folder
 
@@ -47,14 +46,6 @@ def test_sizes_have_the_layers_and_widths_of_the_table(size):
     assert model.cls.predictions.decoder.weight.shape == (1000, width)
     assert model.bert.embeddings.word_embeddings.padding_idx == model.config.pad_token_id == 3
     assert model.config.max_position_embeddings == 512 and model.attention == SDPA
-
-
-def test_a_size_reaches_the_longest_sequence_and_takes_overrides():
-    entries = ["hidden_size=32", "num_attention_heads=4", "hidden_dropout_prob=0"]
-    model = from_size("tiny", 120, 600, 0, entries)
-    assert model.bert.embeddings.position_embeddings.weight.shape == (600, 32)
-    assert model.layers[0].attention.self.num_attention_heads == 4
-    assert model.bert.embeddings.dropout.p == 0
 
 
 # Overrides.
@@ -106,21 +97,6 @@ def test_a_name_that_is_unavailable_offline():
 
 def set_fields(folder, **fields):
     change_json(folder / "config.json", lambda config: config | fields)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"output_attentions": True, "output_hidden_states": True},  # nothing here returns them
-        {"_attn_implementation": "flash_attention_2"},  # not installed, and replaced
-    ],
-)
-def test_a_config_for_other_uses_loads_and_is_saved(fields, folder, tmp_path):
-    set_fields(folder, **fields)
-    model, fresh = from_checkpoint(str(folder))
-    assert type(model) is BertForPreTraining and fresh == [], "whatever the folder is called"
-    model.save_pretrained(tmp_path / "again")
-    BertForPreTraining.from_pretrained(tmp_path / "again")
 
 
 def test_an_encoder_that_is_not_all_of_the_files_is_reported(folder, capsys):

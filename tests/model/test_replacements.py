@@ -15,7 +15,6 @@ from pretrain.model.replacements import (
     Gelu,
     LayerNorm,
     aligned_linear,
-    drop_by_hash,
 )
 
 
@@ -74,22 +73,6 @@ def test_zeros_are_independent_of_one_another(way):
     for _ in range(5):
         again = drop(torch.ones(1000 * width)) == 0
         assert abs(z_score(zeros & again, p * p)) < 5
-
-
-def test_the_hash_mixes_both_seeds_well():
-    """Zeros of seeds that differ in one place or one bit are unrelated."""
-    places, numbers, p = torch.arange(1 << 20, dtype=torch.int32), torch.ones(1 << 20), 0.1
-
-    def zeros(first, second):
-        bits = places + torch.tensor(first, dtype=torch.int32)
-        return drop_by_hash(numbers, bits, torch.tensor(second, dtype=torch.int32), p) == 0
-
-    for first, second in ((0, 0), (-5, 12345), (1 << 30, -(1 << 31))):
-        same = zeros(first, second)
-        assert abs(z_score(same, p)) < 5
-        for other in (1, 2, 1 << 8, 1 << 16, 1 << 29):
-            assert abs(z_score(same & zeros(first + other, second), p * p)) < 5
-            assert abs(z_score(same & zeros(first, second + other), p * p)) < 5
 
 
 @BOTH_WAYS
