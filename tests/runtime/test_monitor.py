@@ -8,7 +8,6 @@ import pytest
 from conftest import read_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer import event_file_writer
 
 from pretrain.runtime import monitor as module
@@ -148,20 +147,6 @@ def test_every_loss_gets_a_chart(tmp_path):
         names = [f"train/{loss}_loss", f"eval/{loss}_loss"]
         expected["loss", f"{loss.upper()}, training and held-out"] = names
     assert charts_of(tmp_path) == expected
-
-
-def test_options_are_in_the_one_run(tmp_path):
-    write(tmp_path, 0, 2, evaluated=False)
-    kinds = sorted(path.name.split(".")[0] for path in tmp_path.iterdir())
-    assert kinds == ["events", "metrics"], "one event file, no folder"
-    plugin = read_events(tmp_path).PluginTagToContent("hparams")
-    content = plugin["_hparams_/session_start_info"]
-    start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
-    shown = {
-        name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()
-    }
-    assert shown == {**OPTIONS, "train": "['a']", "workers": "None"}
-    assert "_hparams_/session_end_info" in plugin
 
 
 def test_texts_become_panels_and_non_finite_numbers_are_null(tmp_path, capsys):

@@ -28,7 +28,7 @@ FROZEN = "bert.pooler"  # weights that get no gradient in the first steps
 
 
 class Odd(torch.optim.Optimizer):
-    """An optimizer with a list, a number, integers and bf16 in its state, a count in its group."""
+    """An optimizer with a list, integers and bf16 in its state, a count in its group."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr, "count": 0})
@@ -44,11 +44,10 @@ class Odd(torch.optim.Optimizer):
                 if not state:
                     state["rows"] = [torch.zeros(len(gradient), dtype=torch.float64)]
                     state["half"] = torch.zeros_like(gradient, dtype=torch.bfloat16)
-                    state["seen"], state["last"] = torch.tensor(0), None
+                    state["seen"] = torch.tensor(0)
                 state["rows"][0] += gradient.flatten(1).sum(1) if gradient.ndim > 1 else gradient
                 state["half"].lerp_(gradient.bfloat16(), 0.5)
                 state["seen"] += group["count"]
-                state["last"] = float(state["seen"])
                 change = state["half"].float() + state["rows"][0].mean().float()
                 weight -= part_like(weight, group["lr"] * change)
 
