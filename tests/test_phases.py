@@ -156,10 +156,9 @@ def test_phases_that_do_not_fit_the_run_are_refused(arguments, output, more, beg
     refusal(main, command, capsys, beginning, output)
 
 
-def test_other_phases_are_refused_on_resume(finished, capsys):
-    more = "--phases 32:0.5 80:0.5"
-    command = arguments_of("--resume --output", [finished.output], more)
-    assert "--phases 32:0.6" in refusal(main, command, capsys, f"{more}: ")
+def test_a_length_in_place_of_phases_is_refused_on_resume(finished, capsys):
+    command = ["--resume", "--output", finished.output, "--max-length", 32]
+    assert "--phases 32:0.6" in refusal(main, command, capsys, "--max-length 32: ")
 
 
 def test_a_missing_phase_cannot_be_shown(capsys):

@@ -23,7 +23,7 @@ from torch._dynamo.testing import CompileCounter
 
 from pretrain.batch import IGNORED
 from pretrain.model import attention, cpu_kernels
-from pretrain.model.attention import SDPA, VARLEN, choose_attention, packed_sdpa
+from pretrain.model.attention import SDPA, VARLEN, choose_attention, packed_sdpa, packed_varlen
 from pretrain.runtime.distributed import wrap
 
 WINDOWS = st.one_of(st.none(), st.integers(0, 30))
@@ -122,31 +122,41 @@ def test_a_wrapped_projection_is_called(corpus, vocabulary):
         model.bert(input_ids=batch.input_ids[None, :10])
 
 
-def test_a_filled_batch_has_the_same_losses_and_gradients(corpus, vocabulary):
-    model = small_model(vocabulary.size)
-    exact, filled = (make_batches(corpus, vocabulary, fill=fill, count=4)[-1] for fill in (0, 1))
-    num_masked = len(exact.masked_positions)
-    assert len(filled.input_ids) > len(exact.input_ids)
-    assert len(filled.masked_positions) > num_masked
-    # Dummies with tokens and without.
-    assert filled.lengths[-1] == 0 and filled.cu_seqlens[-1] == len(filled.input_ids)
-    assert (filled.labels["mlm"][num_masked:] == IGNORED).all()
-    for name in ("num_tokens", "num_sequences", "counts"):
-        assert getattr(filled, name) == getattr(exact, name)
-    assert_equal_runs(run(model, filled), run(model, exact))
-    ours, theirs = model(filled), model(exact)
-    assert all(ours[name].num_correct == theirs[name].num_correct for name in theirs)
+@pytest.mark.parametrize(("head_dim", "given"), [(36, 40), (64, 64)])
+def test_head_dimensions_that_flash_attention_lacks_are_filled(head_dim, given, monkeypatch):
+    """It takes multiples of 8. The stand-in scales as torch does if it gets no scale."""
+
+    def varlen_attn(query, key, value, ends, *_, window_size, scale=None):
+        assert query.shape[-1] == given
+        scaled = query * (scale or given**-0.5) * given**0.5
+        return dense_attention(torch.stack([scaled, key, value], 1), ends)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    qkv, ends = torch.randn(40, 3, 2, head_dim), offsets((7, 33))
+    torch.testing.assert_close(packed_varlen(qkv, ends, 33, "flash"), dense_attention(qkv, ends))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_kernels_path_through_the_model_equals_the_loop(
+def test_the_kernels_path_and_filling_change_no_loss_and_no_gradient(
     checkpointing, corpus, vocabulary, with_mask
 ):
     loop, kernel = twins(small_model(vocabulary.size))
     if checkpointing:
         kernel.gradient_checkpointing_enable()
-    batch = make_batches(corpus, vocabulary, fill=checkpointing)[0]
-    assert_equal_runs(run(kernel, batch), run(loop, batch))
+    exact, filled = (make_batches(corpus, vocabulary, fill=fill, count=4)[-1] for fill in (0, 1))
+    num_masked = len(exact.masked_positions)
+    assert len(filled.input_ids) > len(exact.input_ids)
+    # Dummies with tokens and without.
+    assert filled.lengths[-1] == 0 and filled.cu_seqlens[-1] == len(filled.input_ids)
+    assert len(filled.masked_positions) > num_masked
+    assert (filled.labels["mlm"][num_masked:] == IGNORED).all()
+    for name in ("num_tokens", "num_sequences", "counts"):
+        assert getattr(filled, name) == getattr(exact, name)
+    expected = run(loop, exact)
+    for model, batch in ((loop, filled), (kernel, exact), (kernel, filled)):
+        assert_equal_runs(run(model, batch), expected)
+    ours, theirs = kernel(filled), loop(exact)
+    assert all(ours[name].num_correct == theirs[name].num_correct for name in theirs)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,7 @@ from pretrain.batch import IGNORED, Loss
 from pretrain.model import cpu_kernels
 from pretrain.model.losses import cross_entropy
 
-MANY, FEW = (70, 1000), (70, 2)  # scores: by rows, and not
-
-
-def name_of_backward(logits, **more):
-    labels = torch.zeros(len(logits), dtype=torch.int64)
-    return type(cross_entropy(logits.requires_grad_(), labels, **more).sum.grad_fn).__name__
+MANY = (70, 1000)  # scores: by rows
 
 
 @settings(max_examples=40, deadline=None)
@@ -39,6 +34,7 @@ def test_loss_gradient_and_right_answers(rows, classes, ignored, scale, dtype, a
         patch.setattr(cpu_kernels, "MANY_SCORES", 0)
         patch.setattr(cpu_kernels, "ROW_SCORES", at_once)
         term = cross_entropy(logits, labels)
+        assert "Rowwise" in type(term.sum.grad_fn).__name__
     exact = logits.detach().double().requires_grad_()
     expected = F.cross_entropy(exact, labels, ignore_index=IGNORED, reduction="sum")
     assert term.sum.dtype == torch.float32
@@ -50,22 +46,14 @@ def test_loss_gradient_and_right_answers(rows, classes, ignored, scale, dtype, a
     torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=3 * tolerance)
 
 
-def test_only_many_unweighted_scores_go_by_rows():
-    weights = torch.full((1000,), 2.0)
-    assert "Rowwise" in name_of_backward(torch.randn(MANY))
-    assert "Rowwise" not in name_of_backward(torch.randn(FEW))
-    assert "Rowwise" not in name_of_backward(torch.randn(MANY), class_weights=weights)
-    logits, labels = torch.randn(MANY), torch.zeros(70, dtype=torch.int64)
-    weighted = cross_entropy(logits, labels, class_weights=weights)
-    torch.testing.assert_close(weighted.sum, 2 * cross_entropy(logits, labels).sum)
-
-
-def test_correct_predictions_count_by_the_weights_of_their_classes():
+def test_labels_and_correct_predictions_count_by_the_weights_of_their_classes():
     logits, labels = torch.randn(50, 3), torch.tensor([0, 1, 1, 2, IGNORED] * 10)
     weights = torch.tensor([4.0, 0.5, 1.0])
+    term = cross_entropy(logits, labels, class_weights=weights)
+    expected = F.cross_entropy(logits, labels, weights, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(term.sum, expected)
     right = [int(label) for row, label in zip(logits, labels) if row.argmax() == label]
-    found = cross_entropy(logits, labels, class_weights=weights).num_correct
-    torch.testing.assert_close(found, sum(weights[label] for label in right))
+    torch.testing.assert_close(term.num_correct, sum(weights[label] for label in right))
 
 
 def test_a_second_backward_pass_is_refused():

@@ -86,15 +86,10 @@ def test_dropout_follows_torchs_generator_and_has_the_right_gradient(way):
     torch.testing.assert_close(numbers.grad * numbers, second)
 
 
-def test_edge_cases_of_dropout_equal_torchs():
-    for p in (0.0, 1.0):
-        assert torch.equal(make(p)(torch.ones(5)), torch.full((5,), 1.0 - p))
-    assert 0.4 < (make(0.5)(torch.ones(1000, dtype=torch.float64)) == 0).double().mean() < 0.6
+def test_dropout_drops_and_draws_nothing_in_evaluation():
     numbers, drop, state = torch.randn(9), make(0.5).eval(), torch.get_rng_state()
-    assert torch.equal(drop(numbers), numbers), "evaluation drops nothing"
-    torch.set_rng_state(state)
-    drop(numbers)
-    assert torch.equal(torch.get_rng_state(), state), "and draws nothing"
+    assert torch.equal(drop(numbers), numbers)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # LayerNorm, GELU, decoder.

@@ -21,10 +21,6 @@ from pretrain.runtime import checkpoint as ckpt
 
 FACTS = {"objective": "mlm+nsp", "max_length": 64, "started_from": "tiny", "step": 7}
 FACTS |= {"held_out": {"perplexity": 12.5}}
-FILES = [
-    *("README.md", "config.json", "model.safetensors", "pretraining.json"),
-    *("tokenizer.json", "tokenizer_config.json", "training_state.json", "training_state.pt"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +78,6 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
 
 DISK_ERRORS = {
     "disk full": (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
-    "no right": (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
     "torch.save": (RuntimeError("[inline_container.cc:672] . pos 64 vs 0\nframe"), "pos 64 vs 0"),
     "tokenizers": (Exception("No space left on device (os error 28)"), "No space left on device"),
     "numpy": (OSError("306906 requested and 55232 written"), "No space left on device"),
@@ -146,8 +141,7 @@ def test_only_what_a_run_wrote_may_be_overwritten(tmp_path):
 def test_damage_to_any_file_is_found_and_named(checkpoint, tmp_path_factory, where):
     folder = tmp_path_factory.mktemp("damaged") / "checkpoint-7"
     shutil.copytree(checkpoint, folder)
-    assert content(folder).keys() == {*FILES, ckpt.CHECKSUMS}
-    for path in map(folder.joinpath, FILES):
+    for path in map(folder.joinpath, content(folder).keys() - {ckpt.CHECKSUMS}):
         good = path.read_bytes()
         place = int(where * len(good))
         flipped = good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
@@ -175,13 +169,6 @@ def test_garbled_checksums_and_checksums_outside_the_folder(sums, tmp_path):
     if sums is not None:
         (folder / ckpt.CHECKSUMS).write_bytes(sums)
     assert ckpt.problem_of(folder).startswith(f"{folder}/")
-
-
-def test_a_plain_model_folder_is_not_a_checkpoint(tmp_path):
-    folder = tmp_path / "checkpoint-1"
-    ckpt.write_folder(folder, lambda target: (target / "config.json").write_text("{}"))
-    assert ckpt.problem_of(folder).startswith(f"{folder} ")
-    assert ckpt.problem_of(folder, needed=()) is None
 
 
 # Choosing and removing.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import fail
 from packed_reference import make_batches, small_model
 
 from pretrain.runtime.memory import trial_seconds
@@ -20,13 +21,10 @@ def trial(corpus, vocabulary):
     """A function that tries a micro-batch on a model that raises `error`."""
 
     def run(error=None):
-        def fail(*_):
-            if error:
-                raise error
-
         model, (batch,) = small_model(vocabulary.size).eval(), make_batches(corpus, vocabulary)
         before = [weight.detach().clone() for weight in model.parameters()]
-        model.layers[1].register_forward_hook(fail)
+        if error:
+            model.layers[1].register_forward_hook(fail(error))
         seconds = trial_seconds(model, batch, autocast(torch.device("cpu"), "fp32"))
         assert not model.training and all(map(torch.equal, before, model.parameters()))
         assert all(weight.grad is None for weight in model.parameters())

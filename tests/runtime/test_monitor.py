@@ -123,16 +123,6 @@ def test_a_row_that_a_crash_cut_short_is_dropped(tail, tmp_path, capsys):
     assert (str(path) in capsys.readouterr().out) == tail.endswith("\n")  # damage is reported
 
 
-def charts_of(output):
-    (tensor,) = read_events(output).Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(tensor.tensor_proto.string_val[0])
-    return {
-        (category.title, chart.title): list(chart.multiline.tag)
-        for category in layout.category
-        for chart in category.chart
-    }
-
-
 def test_every_loss_gets_a_chart(tmp_path):
     """Even one that a researcher adds; a chart of a name that is never logged would be empty."""
     monitor = Monitor(tmp_path, 0, 10, OPTIONS)
@@ -146,7 +136,10 @@ def test_every_loss_gets_a_chart(tmp_path):
     for loss in ("mlm", "nsp", "z"):
         names = [f"train/{loss}_loss", f"eval/{loss}_loss"]
         expected["loss", f"{loss.upper()}, training and held-out"] = names
-    assert charts_of(tmp_path) == expected
+    (tensor,) = read_events(tmp_path).Tensors("custom_scalars__config__")
+    found = layout_pb2.Layout.FromString(tensor.tensor_proto.string_val[0])
+    charts = {(of.title, chart.title): chart for of in found.category for chart in of.chart}
+    assert {names: list(chart.multiline.tag) for names, chart in charts.items()} == expected
 
 
 def test_texts_become_panels_and_non_finite_numbers_are_null(tmp_path, capsys):

@@ -111,12 +111,6 @@ def test_state_without_a_weight_is_refused_when_saving():
     refused(OptimizerState(model, optimizers).state_dict, names="total")
 
 
-def test_a_weight_in_two_optimizers_is_refused():
-    model, optimizers = make("adamw")
-    with pytest.raises(AssertionError):
-        OptimizerState(model, optimizers * 2).state_dict()
-
-
 # Sharded over two processes.
 
 
