@@ -1,4 +1,4 @@
-"""--phases: one phase is a run of its length; each phase reads what a run of its length would, and
+"""--phases: each phase reads what a run of its length would, and
 no text twice in an epoch; scores equal evaluate.py at the phase's length; bad phases are refused.
 test_mix.py interrupts a run with phases."""
 
@@ -11,12 +11,10 @@ from conftest import (
     SIZES,
     arguments_of,
     assert_same,
-    assert_same_run,
     built,
     evaluated,
     leaves,
     observed_run,
-    pretrain_into,
     refusal,
     refused,
     resume,
@@ -33,23 +31,17 @@ from pretrain.data.loader import DataPosition, PretrainingDataset
 from pretrain.data.masking import Masking
 from pretrain.data.pairs import Task
 from pretrain.data.tokenizer import describe, load
-from pretrain.files import read_json
 from pretrain.runtime import checkpoint as ckpt
 
 SWITCH = 6  # steps of the first phase of `finished`
 
 
 @pytest.fixture(scope="module")
-def of_one_length(source, cache):
-    """Options of ten steps with dropout, accumulation and NSP."""
+def arguments(source, cache):
+    """Options of ten steps with dropout, accumulation and NSP. The second phase's length does not
+    divide the tokens of a micro-batch."""
     files = ["--train", source.folder, "--cache", cache]
-    return arguments_of(files, SHORT_RUN, SIZES, "--micro-batch-size 8")
-
-
-@pytest.fixture(scope="module")
-def arguments(of_one_length):
-    """The second phase's length does not divide the tokens of a micro-batch."""
-    return [*of_one_length, "--phases", "32:0.6", "80:0.4"]
+    return arguments_of(files, SHORT_RUN, SIZES, "--micro-batch-size 8 --phases 32:0.6 80:0.4")
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +55,6 @@ def position_after(output, step):
 
 
 # What is read.
-
-
-def test_one_phase_is_a_run_of_its_length(of_one_length, tmp_path):
-    options = [*of_one_length, "--max-steps", 4]
-    phases = pretrain_into(tmp_path / "phases", options, "--phases 32:1")
-    assert_same_run(phases, pretrain_into(tmp_path / "length", options, "--max-length 32"), 4)
 
 
 def test_micro_batches_equal_a_run_of_that_length(finished, source):
@@ -98,16 +84,13 @@ def test_micro_batches_equal_a_run_of_that_length(finished, source):
 # Resumed.
 
 
-def test_more_steps_move_the_phases(finished, output, steps_seen, capsys):
+def test_more_steps_move_the_phases(finished, output, steps_seen):
     """At step 10 the run was in its second phase. Of 20 steps, the first phase has 12, so two of
     its steps come next."""
     shutil.copytree(finished.output, output)
     resume(output, "--max-steps 20 --save-every 11 --eval-every 7")
     lengths = [{batch.max_length for batch in batches} for batches in steps_seen]
     assert lengths == [{32}] * 2 + [{80}] * 8
-    told = capsys.readouterr().err
-    assert "step 11: from here on, sequences of 32 tokens" in told
-    assert "step 13: from here on, sequences of 80 tokens" in told
     facts = ckpt.read_facts(output / "checkpoint-11")  # the scores are still those of step 10
     assert (facts["held_out_step"], facts["max_length"]) == (10, 80)
     logged = {row["step"]: row for row in rows(output)}
@@ -123,7 +106,7 @@ def test_scores_are_at_the_length_of_the_phase(finished, source, capsys):
     logged = {row["step"]: row for row in rows(finished.output)}
     lengths = {step: row.get("train/max_length") for step, row in logged.items()}
     assert lengths == {0: None, 1: 32, 3: 32, 4: None, 6: 32, 8: None, 9: 80, 10: 80}
-    for name, step in (("checkpoint-4", 4), ("checkpoint-8", 8), ("final", 10)):
+    for name, step in (("checkpoint-4", 4), ("final", 10)):
         found = evaluated(finished.output / name, source.folder, capsys)
         assert found == scores_of(logged[step]) and "nsp_accuracy" in found
     summary = summary_of(finished.output)
@@ -132,18 +115,6 @@ def test_scores_are_at_the_length_of_the_phase(finished, source, capsys):
     found = evaluated(finished.output / "best", source.folder, capsys)
     assert found == scores_of(logged[best])
     assert 0.6 * 10 * 16 * 32 < summary["real_tokens"] <= 10 * 16 * 32
-
-
-@pytest.mark.parametrize("lengths", [(32, 80), (80, 32)])
-def test_patience_and_best_use_the_last_phase(of_one_length, output, lengths):
-    """Nothing is learned: in the last phase the first evaluation is the best, and two more end the
-    run, whatever came before."""
-    more = "--micro-batch-size 16 --eval-every 1 --patience 2 --learning-rate 1e-30"
-    phases = f"--phases {lengths[0]}:0.6 {lengths[1]}:0.4"
-    pretrain_into(output, of_one_length, more, phases)
-    summary = summary_of(output)
-    assert (summary["best_step"], summary["steps"]) == (SWITCH + 1, SWITCH + 3)
-    assert ckpt.read_facts(output / "best")["max_length"] == lengths[1]
 
 
 # Shapes.
@@ -166,10 +137,8 @@ def test_memory_is_tried_for_each_phase(arguments, output, monkeypatch):
 
 
 def test_a_model_from_scratch_has_positions_for_the_longest_phase(arguments, output):
-    more = "--phases 64:0.5 600:0.5 --micro-batch-size 16 --max-steps 2 --save-every 5"
-    pretrain_into(output, arguments, more)
-    config = read_json(output / "final" / "config.json")
-    assert config["max_position_embeddings"] == 600
+    run = built(output, arguments, "--phases 64:0.5 600:0.5 --micro-batch-size 16")
+    assert run.model.config.max_position_embeddings == 600
 
 
 # Refused.
@@ -187,11 +156,9 @@ def test_phases_that_do_not_fit_the_run_are_refused(arguments, output, more, beg
     refusal(main, command, capsys, beginning, output)
 
 
-@pytest.mark.parametrize("more", ["--phases 32:0.5 80:0.5", "--max-length 32"])
-def test_other_phases_are_refused_on_resume(finished, more, capsys):
-    command = arguments_of("--resume --output", [finished.output], more)
-    told = refusal(main, command, capsys, f"{more}: ")
-    assert "--phases 32:0.6" in told.removeprefix(more)
+def test_a_length_in_place_of_phases_is_refused_on_resume(finished, capsys):
+    command = ["--resume", "--output", finished.output, "--max-length", 32]
+    assert "--phases 32:0.6" in refusal(main, command, capsys, "--max-length 32: ")
 
 
 def test_a_missing_phase_cannot_be_shown(capsys):

@@ -29,14 +29,7 @@ SPLITS = {"1x32": [32], "2x16": [16, 16], "4x8": [8] * 4, "uneven": [1, 20, 3, 8
 @pytest.fixture(scope="module")
 def sequences(corpus, vocabulary):
     """The same 32 sequences, masks included, in several cuts."""
-    cuts = {name: cut(corpus, vocabulary, sizes) for name, sizes in SPLITS.items()}
-    whole = cuts["1x32"][0]
-    for batches in cuts.values():
-        ids = torch.cat([batch.input_ids for batch in batches])
-        assert torch.equal(ids, whole.input_ids)
-        for name, labels in whole.labels.items():
-            assert torch.equal(torch.cat([batch.labels[name] for batch in batches]), labels)
-    return cuts
+    return {name: cut(corpus, vocabulary, sizes) for name, sizes in SPLITS.items()}
 
 
 @pytest.fixture
@@ -51,15 +44,6 @@ def adamw(model, **options):
 
 def muon(model):
     return adamw(model, optimizer="muon")
-
-
-def two_of_torch(model):
-    """Two torch optimizers that do not handle non-finite steps: for matrices and for the rest."""
-    weights = list(model.parameters())
-    return [
-        torch.optim.SGD([w for w in weights if w.ndim == 2], lr=RATE, momentum=0.9),
-        torch.optim.RMSprop([w for w in weights if w.ndim < 2], lr=RATE),
-    ]
 
 
 class SignSGD(torch.optim.Optimizer):
@@ -79,7 +63,6 @@ class SignSGD(torch.optim.Optimizer):
 OPTIMIZERS = {
     "adamw": adamw,
     "muon": muon,
-    "two of torch": two_of_torch,
     "a user's": lambda model: [SignSGD(model.parameters())],
 }
 
@@ -132,10 +115,9 @@ class Poisoned(nn.Module):
 # Micro-batches.
 
 
-@pytest.mark.parametrize("split", list(SPLITS)[1:])
-def test_the_update_does_not_depend_on_how_the_step_is_cut(split, sequences, model):
+def test_the_update_does_not_depend_on_how_the_step_is_cut(sequences, model):
     other, before = copy.deepcopy(model), weights_of(model)
-    whole, parts = step(model, sequences["1x32"]), step(other, sequences[split])
+    whole, parts = step(model, sequences["1x32"]), step(other, sequences["uneven"])
     assert_close(weights_of(other), weights_of(model), atol=1e-6, rtol=0.0)
     moved = [(new - before[name]).abs().max() for name, new in weights_of(model).items()]
     assert max(moved) > 0.5 * RATE
@@ -182,7 +164,7 @@ def test_a_step_without_a_single_pair_is_finite(sequences, model):
 # Gradient norm, rates, scaler.
 
 
-@pytest.mark.parametrize("limit", [0.05, 1e6, 0.0], ids=["clipped", "within", "off"])
+@pytest.mark.parametrize("limit", [0.05, 1e6], ids=["clipped", "within"])
 def test_the_norm_is_reported_before_clipping_and_clipping_scales(limit, sequences, model):
     (optimizer,) = adamw(model)
     norm = step(model, sequences["2x16"], [optimizer], max_grad_norm=limit).logged
@@ -214,7 +196,8 @@ def test_the_rate_of_the_step_and_the_scale_of_a_group_are_used(make, sequences,
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_gradient_scaler_gives_the_same_update(make, sequences, model):
+def test_a_gradient_scaler_gives_the_same_update_and_lowers_its_scale(make, sequences, model):
+    """It grows after two good steps."""
     scaled = copy.deepcopy(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
     optimizers = make(model), make(scaled)
@@ -223,18 +206,20 @@ def test_a_gradient_scaler_gives_the_same_update(make, sequences, model):
         result = step(scaled, sequences["4x8"], optimizers[1], scaler)
         norms = [one.logged["optim/grad_norm"] for one in (result, plain)]
         torch.testing.assert_close(*norms, rtol=1e-5, atol=0.0)
-        assert scaler.get_scale() == 2.0**12 * (2 if number else 1), "grows after two good steps"
+        assert scaler.get_scale() == 2.0 ** (12 + number)
         assert_close(result.losses.sums, plain.losses.sums, atol=1e-4)
         assert_close(weights_of(scaled), weights_of(model), atol=1e-6, rtol=0.0)
+    before = state_of(scaled, optimizers[1])
+    result = step(Poisoned(scaled, 1, math.inf), sequences["4x8"], optimizers[1], scaler)
+    assert not result.finite and scaler.get_scale() == 2.0**12
+    assert_close(state_of(scaled, optimizers[1]), before, atol=0.0, rtol=0.0)
 
 
 # Non-finite steps.
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize(
-    "poison", [(0, math.nan), (3, math.inf), (1, math.nan, True), (2, -math.inf, True)], ids=str
-)
+@pytest.mark.parametrize("poison", [(3, math.nan), (1, math.inf, True)], ids=str)
 def test_a_non_finite_micro_batch_changes_nothing(poison, make, sequences, model):
     optimizers, twin = make(model), copy.deepcopy(model)
     step(model, sequences["4x8"], optimizers)
@@ -253,44 +238,14 @@ def test_a_non_finite_micro_batch_changes_nothing(poison, make, sequences, model
     assert_close(state_of(model, optimizers), state_of(twin, others), atol=0.0, rtol=0.0)
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_non_finite_step_lowers_the_scale(make, sequences, model):
-    optimizers, scaler = make(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    step(model, sequences["2x16"], optimizers, scaler)
-    before = state_of(model, optimizers)
-    result = step(Poisoned(model, 1, math.inf), sequences["2x16"], optimizers, scaler)
-    assert not result.finite and scaler.get_scale() == 512.0
-    assert_close(state_of(model, optimizers), before, atol=0.0, rtol=0.0)
-
-
 # Any model.
 
 
-class SegmentModel(nn.Module):
-    """Not a BERT: guesses the segment of each token from its position, by logistic regression."""
-
-    def __init__(self, count="tokens"):
-        super().__init__()
-        self.count, self.scores = count, nn.Embedding(64, 1)
-        nn.init.zeros_(self.scores.weight)
+class Places(nn.Embedding):
+    """Not a BERT: an embedding of positions, with a loss of its own."""
 
     def forward(self, batch):
-        scores, labels = self.scores(batch.position_ids)[:, 0], batch.token_type_ids
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            scores, labels.float(), reduction="sum"
-        )
-        return {"segment": Loss(loss, ((scores > 0) == labels.bool()).sum(), count=self.count)}
-
-
-def test_another_model_with_another_loss_trains(sequences):
-    batches, model, means = sequences["4x8"], SegmentModel(), []
-    optimizers = adamw(model, weight_decay=0.0)
-    for _ in range(30):
-        result = step(model, batches, optimizers, rate=0.1)
-        means.append(result.losses.read(CPU).means())
-    assert means[0].keys() == {"loss", "segment_loss", "segment_accuracy"}
-    assert means[0]["segment_loss"] == pytest.approx(math.log(2))
-    assert means[-1]["segment_loss"] < 0.8 * math.log(2) and means[-1]["segment_accuracy"] > 0.7
+        return {"place": Loss(super().forward(batch.position_ids).sum(), count="nsp")}
 
 
 def test_a_process_without_labels_adds_nothing_to_the_count(sequences, monkeypatch):
@@ -298,19 +253,12 @@ def test_a_process_without_labels_adds_nothing_to_the_count(sequences, monkeypat
     monkeypatch.setattr(
         train, "sum_counts", lambda counts: {name: count + 5 for name, count in counts.items()}
     )
-    model = SegmentModel("nsp")
-    batch = replace(sequences["1x32"][0], counts={"nsp": 0})
-    model(batch)["segment"].sum.backward()
-    expected = model.scores.weight.grad.norm().item() / 5
+    model, batch = Places(64, 1), replace(sequences["1x32"][0], counts={"nsp": 0})
+    model(batch)["place"].sum.backward()
+    expected = model.weight.grad.norm().item() / 5
     model.zero_grad()
     norm = step(model, [batch]).logged["optim/grad_norm"]
     assert norm.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_term_that_no_process_can_count_changes_nothing(sequences):
-    batch = replace(sequences["1x32"][0], counts={"nsp": 0})
-    result = step(SegmentModel("nsp"), [batch])
-    assert result.finite and result.logged["optim/grad_norm"] == 0
 
 
 # The best evaluation.
@@ -329,11 +277,14 @@ def test_scores_that_are_no_numbers_are_never_the_best(higher_is_better, best):
 
 
 def test_a_loss_at_another_length_does_not_count_as_a_rise():
+    """Nor as the best one: step 3 is the first of the last phase."""
     run = SimpleNamespace(score=("loss", "loss"), higher_is_better=False, phase_ends=[2, 9])
-    run.phase_at, run.is_comparable = lambda step: int(step > 2), lambda step: step > 2
-    run.sort_key = partial(Run.sort_key, run)
-    state, rises = TrainState(), []
+    run.phase_at = lambda step: int(step > 2)
+    run.is_comparable, run.sort_key = partial(Run.is_comparable, run), partial(Run.sort_key, run)
+    state, rises, best = TrainState(), [], []
     for step, loss in enumerate([3.0, 1.0, 4.0, 5.0, 6.0, 5.0], start=1):
-        state.record(step, {"loss": loss}, run)
+        best.append(state.record(step, {"loss": loss}, run))
         rises.append(state.rises)
     assert rises == [0, 0, 0, 1, 2, 0]
+    assert best == [False, False, True, False, False, False]
+    assert state.evaluations_without_gain == 3

@@ -9,14 +9,11 @@ import pytest
 import torch
 from conftest import (
     assert_same_run,
-    evaluated,
     interrupted_copy,
-    pretrain_into,
     refusal,
     resume,
     rows,
     save,
-    scores_of,
     script,
 )
 from packed_reference import small_stock, stock_class
@@ -29,16 +26,13 @@ OPTIONS = (
     "--max-steps 6 --save-every 2 --eval-every 3 --keep 9 --eval-tokens 600 "
     "--learning-rate 1e-3 --precision fp32"
 )
-WORD_STARTS = ("\u0120", "\u2581")  # of byte-level BPE and of SentencePiece
-
-
 TOKENIZERS = {  # family -> fixture
     "roberta": "roberta_tokenizer",
     "xlm-roberta": "xlm_roberta_tokenizer",
     "distilbert": "tiny_tokenizer",
     "modernbert": "modernbert_tokenizer",
 }
-NEW = pytest.mark.parametrize("base", ["distilbert", "modernbert"], indirect=True)
+ONE = pytest.mark.parametrize("base", ["modernbert"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -75,45 +69,16 @@ def test_a_run_trains_and_its_model_opens_with_transformers(base, finished):
     assert ours(text).input_ids == theirs(text).input_ids
 
 
-def test_whole_words_are_masked(base, arguments, tmp_path, steps_seen):
-    pretrain_into(tmp_path / "run", arguments, "--max-steps 2")
-    tokenizer, pieces = AutoTokenizer.from_pretrained(base[1]), 0
-    is_wordpiece = base[0] == "distilbert"
-    for batch in (batch for batches in steps_seen for batch in batches):
-        number = int(batch.counts["mlm"])  # what follows is filling
-        positions, ids = batch.masked_positions[:number], batch.input_ids.clone()
-        ids[positions] = batch.labels["mlm"][:number]
-        masked = set(positions.tolist())
-        tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
-        for place, token in enumerate(tokens):
-            before = tokens[place - 1].lstrip("".join(WORD_STARTS))
-            if token.startswith("##") or (
-                not is_wordpiece
-                and not token.startswith(WORD_STARTS)
-                and token.isalpha()
-                and before.isalpha()
-            ):
-                assert (place in masked) == (place - 1 in masked), tokens[place - 1 : place + 1]
-                pieces += place in masked
-    assert pieces > 20
-
-
 def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path):
-    assert_same_run(finished, resume(interrupted_copy(finished, tmp_path / "run", 2)), step=6)
-
-
-def test_evaluate_gives_the_numbers_of_the_run(finished, text_file, cache, capsys):
-    numbers = evaluated(finished / "final", text_file, capsys, ["--cache", cache])
-    assert numbers == scores_of(rows(finished)[-1]) and "mlm_loss" in numbers
+    assert_same_run(finished, resume(interrupted_copy(finished, tmp_path / "run", 4)), step=6)
 
 
 def test_masks_are_filled_where_the_text_says_MASK(finished, capsys):
     assert_stock_scores(finished / "final", ["quick [MASK] learn ."], capsys)
 
 
-@pytest.mark.parametrize(
-    "option, value", [("--objective", "mlm+nsp"), ("--objective", "mlm+sop"), ("--max-length", 65)]
-)
+@ONE
+@pytest.mark.parametrize("option, value", [("--objective", "mlm+nsp"), ("--max-length", 65)])
 def test_what_the_model_cannot_do_is_refused_by_option_and_value(
     base, arguments, option, value, text_file, cache, tmp_path, capsys
 ):
@@ -125,7 +90,7 @@ def test_what_the_model_cannot_do_is_refused_by_option_and_value(
         refusal(main, options, capsys, f"{named}{option} {value}: ", tmp_path / "run")
 
 
-@NEW
+@ONE
 def test_entities_are_masked_whole_and_alone(base, arguments, documents, tmp_path, steps_seen):
     """All of their tokens and no others."""
     text = tmp_path / "text.jsonl"
@@ -137,7 +102,7 @@ def test_entities_are_masked_whole_and_alone(base, arguments, documents, tmp_pat
     more += ["--entity-budget", 0.5, "--max-steps", 2, "--output", tmp_path / "run"]
     PRETRAIN.main([*arguments, *map(str, more)])
     tokenizer, found = AutoTokenizer.from_pretrained(base[1]), set()
-    for batch in (batch for batches in steps_seen for batch in batches):
+    for batch in itertools.chain(*steps_seen):
         number = int(batch.counts["mlm"])  # what follows is filling
         positions, labels = batch.masked_positions[:number], batch.labels["mlm"][:number]
         run = torch.cat([torch.zeros(1), (positions.diff() != 1).cumsum(0)])[:number]

@@ -7,14 +7,12 @@ import shutil
 
 import pytest
 import torch
-import transformers
 from conftest import change_json, change_weights, refused
 from packed_reference import small_config_of, small_model
 from transformers import BertConfig
 
 from pretrain.config import MODEL_SIZES
 from pretrain.model.attention import SDPA
-from pretrain.model.bert import BertForPreTraining
 from pretrain.model.loading import FAMILIES, from_checkpoint, from_size, load_config, override
 from pretrain.runtime.checkpoint import write_folder
 
@@ -35,7 +33,7 @@ def folder(saved, tmp_path):
 # Sizes.
 
 
-@pytest.mark.parametrize("size", MODEL_SIZES)
+@pytest.mark.parametrize("size", ["tiny", "large"])
 def test_sizes_have_the_layers_and_widths_of_the_table(size):
     with torch.device("meta"):  # no memory for the large ones
         model = from_size(size, vocab_size=1000, max_length=64, pad_id=3)
@@ -48,14 +46,6 @@ def test_sizes_have_the_layers_and_widths_of_the_table(size):
     assert model.cls.predictions.decoder.weight.shape == (1000, width)
     assert model.bert.embeddings.word_embeddings.padding_idx == model.config.pad_token_id == 3
     assert model.config.max_position_embeddings == 512 and model.attention == SDPA
-
-
-def test_a_size_reaches_the_longest_sequence_and_takes_overrides():
-    entries = ["hidden_size=32", "num_attention_heads=4", "hidden_dropout_prob=0"]
-    model = from_size("tiny", 120, 600, 0, entries)
-    assert model.bert.embeddings.position_embeddings.weight.shape == (600, 32)
-    assert model.layers[0].attention.self.num_attention_heads == 4
-    assert model.bert.embeddings.dropout.p == 0
 
 
 # Overrides.
@@ -74,15 +64,12 @@ def test_override_keeps_the_type_of_the_field():
         assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
 
 
-BAD = {"distilbert": "hidden_dropout_prob=0"}
-BAD[
-    "bert"
-] = """no_such_field=1 to_dict=1 model_type=roberta num_hidden_layers=two num_hidden_layers=2.5
-num_hidden_layers=1000000000 num_attention_heads=7 hidden_dropout_prob= hidden_dropout_prob=1.5
-hidden_dropout_prob=nan is_decoder=maybe hidden_act=nothing vocab_size=0"""
-BAD["modernbert"] = """hidden_dropout_prob=0 local_attention=0 local_attention=wide mlp_dropout=2
-norm_eps=-1 classifier_pooling=max hidden_activation=nothing classifier_activation=nothing
-num_hidden_layers=1000000000 hidden_size=31 hidden_size=30 initializer_cutoff_factor=0"""
+BAD = {
+    "bert": """no_such_field=1 model_type=roberta num_hidden_layers=two num_hidden_layers=1000000000
+    num_attention_heads=7 hidden_dropout_prob=1.5 hidden_dropout_prob=nan hidden_act=nothing""",
+    "modernbert": """hidden_dropout_prob=0 local_attention=0 classifier_pooling=max norm_eps=-1
+    num_hidden_layers=1000000000 hidden_size=30 initializer_cutoff_factor=0""",
+}
 
 
 @pytest.mark.parametrize(("family", "entry"), [(of, e) for of in BAD for e in BAD[of].split()])
@@ -95,9 +82,7 @@ def test_overrides_that_make_no_model_are_refused(family, entry):
 # Checkpoints.
 
 
-@pytest.mark.parametrize(
-    "family", ["electra", "albert", "deberta-v2", "xlm-roberta-xl", "somebodys-own"]
-)
+@pytest.mark.parametrize("family", ["electra", "xlm-roberta-xl", "somebodys-own"])
 def test_another_family_is_refused_with_those_that_work(family, folder):
     (folder / "config.json").write_text(json.dumps({"model_type": family}))
     told = refused(from_checkpoint, str(folder), begins=f"{folder}: ")
@@ -114,21 +99,6 @@ def set_fields(folder, **fields):
     change_json(folder / "config.json", lambda config: config | fields)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"output_attentions": True, "output_hidden_states": True},  # nothing here returns them
-        {"_attn_implementation": "flash_attention_2"},  # not installed, and replaced
-    ],
-)
-def test_a_config_for_other_uses_loads_and_is_saved(fields, folder, tmp_path):
-    set_fields(folder, **fields)
-    model, fresh = from_checkpoint(str(folder))
-    assert type(model) is BertForPreTraining and fresh == [], "whatever the folder is called"
-    model.save_pretrained(tmp_path / "again")
-    BertForPreTraining.from_pretrained(tmp_path / "again")
-
-
 def test_an_encoder_that_is_not_all_of_the_files_is_reported(folder, capsys):
     refused(override, load_config(str(folder)), ["output_attentions=true"])
     set_fields(folder, num_hidden_layers=1)
@@ -141,9 +111,8 @@ def test_an_encoder_that_is_not_all_of_the_files_is_reported(folder, capsys):
 INNER = "bert.encoder.layer.1.output.dense.weight"
 
 
-@pytest.mark.parametrize("name", [INNER, "cls.predictions.bias"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_finite_are_refused_by_name(value, name, folder):
+@pytest.mark.parametrize("name, value", [(INNER, math.nan), ("cls.predictions.bias", -math.inf)])
+def test_weights_that_are_not_finite_are_refused_by_name(name, value, folder):
     change_weights(folder, lambda weights: weights[name].view(-1)[-1].fill_(value))
     refused(from_checkpoint, str(folder), begins=f"{folder}: ", names=name)
 
@@ -153,11 +122,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, name, folder):
     [
         lambda path: path.unlink(),
         lambda path: path.write_bytes(path.read_bytes()[:-100]),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"x" * 4096),
         lambda path: change_weights(path.parent, lambda weights: weights.pop(INNER)),
     ],
-    ids=["missing", "cut short", "empty", "no safetensors", "without a weight of the encoder"],
+    ids=["missing", "cut short", "without a weight of the encoder"],
 )
 def test_weights_that_are_missing_or_cannot_be_read_are_refused(damage, folder):
     damage(folder / "model.safetensors")
@@ -189,7 +156,3 @@ def test_overrides_reach_the_model_and_must_fit_the_weights(folder):
     assert from_checkpoint(str(folder), config)[0].bert.embeddings.dropout.p == 0.3
     override(config, ["intermediate_size=96"])
     refused(from_checkpoint, str(folder), config, begins=f"{folder}: ")
-
-
-def test_transformers_shows_no_progress_bars():
-    assert not transformers.utils.logging.is_progress_bar_enabled()

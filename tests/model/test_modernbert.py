@@ -28,13 +28,11 @@ from packed_reference import (
     small_config_of,
     small_packed,
     small_stock,
-    stock_class,
 )
 
 from pretrain.batch import IGNORED
-from pretrain.config import MODEL_SIZES, Config
+from pretrain.config import Config
 from pretrain.finetune.dataset import pack
-from pretrain.finetune.heads import load_classifier
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
 from pretrain.model.packed import count_flops
 from pretrain.model_setup import set_up_model
@@ -74,7 +72,7 @@ OTHER = {
 
 @pytest.mark.parametrize(
     "lengths, name",
-    [*product([(WINDOW + 1, 32, 1, 9), (200, 64)], OTHER), ((1024, 130), "default")],
+    [*product([(200, 64)], OTHER), ((WINDOW + 1, 32, 1, 9), "default"), ((1024, 130), "default")],
     ids=str,
 )
 def test_logits_loss_and_gradients_equal_the_stock_model_padded(lengths, name, tmp_path):
@@ -97,16 +95,6 @@ def test_logits_loss_and_gradients_equal_the_stock_model_padded(lengths, name, t
     assert_same_training(model, batch, stock, theirs)
 
 
-def test_a_fresh_head_has_the_deviation_of_the_stock_one(tmp_path):
-    """1 / sqrt(width), where other families have `initializer_range`."""
-    small_stock("modernbert", "ForMaskedLM", VOCAB).save_pretrained(tmp_path)
-    model = load_classifier(str(tmp_path), [str(number) for number in range(40)])
-    stock = stock_class("modernbert", "ForSequenceClassification")(model.config)
-    deviations = [of.classifier.weight.std().item() for of in (model, stock)]
-    assert deviations[0] == pytest.approx(deviations[1], rel=0.1)
-    assert not model.classifier.bias.any()
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 20))
 def test_counted_pairs_are_those_within_windows(lengths, window):
@@ -126,35 +114,16 @@ def test_counted_pairs_are_those_within_windows(lengths, window):
 # From scratch.
 
 
-@pytest.mark.parametrize("size", MODEL_SIZES)
-def test_sizes_have_about_the_weights_of_bert(size):
-    with torch.device("meta"):
-        model, bert = (
-            from_size(size, 1000, 64, 3, architecture=name) for name in ("modernbert", "bert")
-        )
-    layers, width = MODEL_SIZES[size]
-    assert len(model.layers) == layers and model.config.hidden_size == width
-    counts = [sum(of.numel() for of in made.layers.parameters()) for made in (model, bert)]
-    assert counts[0] == pytest.approx(counts[1], rel=0.05)
-    assert model.config.pad_token_id == 3 and model.config.eos_token_id is None
-    assert model.max_length == 8192 and model.length_problems(8193)
-    assert model.windows == [None if not number % 3 else 64 for number in range(layers)]
-
-
 def test_fresh_weights_are_those_of_the_stock_class():
     torch.manual_seed(8)
     model = from_size("tiny", 120, 64, 0, ["num_hidden_layers=3"], "modernbert")
     torch.manual_seed(8)
     stock = transformers.ModernBertForMaskedLM(model.config)
     assert_close(model.state_dict(), stock.state_dict(), atol=0.0, rtol=0.0)
+    assert model.max_length == 8192 and model.windows == [None, 64, 64]
 
 
-def test_a_size_reaches_longer_sequences():
-    model = from_size("tiny", 120, 10_000, 0, ["num_hidden_layers=1"], "modernbert")
-    assert model.max_length == 10_000
-
-
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 5])
 def test_the_types_of_layers_follow_their_number(count):
     kinds = ["sliding_attention", "full_attention", "full_attention"]
     config = small_config_of("modernbert", VOCAB, num_hidden_layers=3, layer_types=kinds)
@@ -171,8 +140,6 @@ WRONG = [
     {"layer_types": None, "global_attn_every_n_layers": 0},
     {"rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": DYNAMIC}},
     {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": -1.0}}},
-    {"local_attention": 10**400},
-    {"mlp_dropout": "none"},
     {"norm_eps": float("nan")},
 ]
 
@@ -198,7 +165,7 @@ def test_the_form_takes_the_configs_of_published_checkpoints(tmp_path):
     assert thetas == {"full_attention": 16e4, "sliding_attention": 1e4}
 
 
-@pytest.mark.parametrize("dropout", ["auto", 0.2, 0.1])
+@pytest.mark.parametrize("dropout", ["auto", 0.3])
 def test_dropout_of_a_run_replaces_the_models_own_unless_it_is_automatic(dropout):
     rates = {"mlp_dropout": 0.2, "embedding_dropout": 0.1}
     model = roughen(from_size("tiny", VOCAB, 64, 0, [], "modernbert"))

@@ -15,7 +15,6 @@ from pretrain.model.replacements import (
     Gelu,
     LayerNorm,
     aligned_linear,
-    drop_by_hash,
 )
 
 
@@ -49,8 +48,7 @@ def z_score(zeros, p):
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p, dtype", [(0.1, torch.float32), (0.9, torch.bfloat16)])
 def test_share_of_zeros_and_mean(p, dtype, way):
     dropped = make(p, way)(torch.ones(1000, 1001, dtype=dtype))
     assert (dropped == 0).double().mean() == pytest.approx(p, abs=4e-3)
@@ -62,10 +60,10 @@ def test_share_of_zeros_and_mean(p, dtype, way):
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_zeros_are_independent_of_one_another(p, way):
+def test_zeros_are_independent_of_one_another(way):
     """At any distance, in any column, and from one call to the next."""
-    drop, width = make(p, way), 768
+    p, width = 0.1, 768
+    drop = make(p, way)
     zeros = drop(torch.ones(1000 * width)) == 0
     for shift in (1, 2, 3, 4, 64, width, 4 * width, 1 << 16):
         assert abs(z_score(zeros[shift:] & zeros[:-shift], p * p)) < 5
@@ -75,22 +73,6 @@ def test_zeros_are_independent_of_one_another(p, way):
     for _ in range(5):
         again = drop(torch.ones(1000 * width)) == 0
         assert abs(z_score(zeros & again, p * p)) < 5
-
-
-def test_the_hash_mixes_both_seeds_well():
-    """Zeros of seeds that differ in one place or one bit are unrelated."""
-    places, numbers, p = torch.arange(1 << 20, dtype=torch.int32), torch.ones(1 << 20), 0.1
-
-    def zeros(first, second):
-        bits = places + torch.tensor(first, dtype=torch.int32)
-        return drop_by_hash(numbers, bits, torch.tensor(second, dtype=torch.int32), p) == 0
-
-    for first, second in ((0, 0), (-5, 12345), (1 << 30, -(1 << 31))):
-        same = zeros(first, second)
-        assert abs(z_score(same, p)) < 5
-        for other in (1, 2, 1 << 8, 1 << 16, 1 << 29):
-            assert abs(z_score(same & zeros(first + other, second), p * p)) < 5
-            assert abs(z_score(same & zeros(first, second + other), p * p)) < 5
 
 
 @BOTH_WAYS
@@ -104,15 +86,10 @@ def test_dropout_follows_torchs_generator_and_has_the_right_gradient(way):
     torch.testing.assert_close(numbers.grad * numbers, second)
 
 
-def test_edge_cases_of_dropout_equal_torchs():
-    for p in (0.0, 1.0):
-        assert torch.equal(make(p)(torch.ones(5)), torch.full((5,), 1.0 - p))
-    assert 0.4 < (make(0.5)(torch.ones(1000, dtype=torch.float64)) == 0).double().mean() < 0.6
+def test_dropout_drops_and_draws_nothing_in_evaluation():
     numbers, drop, state = torch.randn(9), make(0.5).eval(), torch.get_rng_state()
-    assert torch.equal(drop(numbers), numbers), "evaluation drops nothing"
-    torch.set_rng_state(state)
-    drop(numbers)
-    assert torch.equal(torch.get_rng_state(), state), "and draws nothing"
+    assert torch.equal(drop(numbers), numbers)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # LayerNorm, GELU, decoder.
@@ -142,11 +119,11 @@ def test_layer_norm_has_float32_statistics_and_the_precision_of_autocast(dtype):
     assert torch.equal(ours(plain), stock(plain)), "without autocast it is the stock one"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_compiled_gelu_is_as_accurate_as_the_stock_one(dtype):
+def test_compiled_gelu_is_as_accurate_as_the_stock_one():
     torch._dynamo.reset()
     torch.manual_seed(0)
     numbers = torch.cat([torch.linspace(-12, 12, 4801), 3 * torch.randn(4000)])
+    dtype = torch.bfloat16
     direction = torch.randn(len(numbers)).to(dtype)
 
     def run(activation, of_type):
@@ -161,7 +138,7 @@ def test_compiled_gelu_is_as_accurate_as_the_stock_one(dtype):
         assert relative_error(found, wanted) <= 1.05 * relative_error(other, wanted)
 
 
-@pytest.mark.parametrize("classes, multiple", [(122, 64), (128, 64), (10, 8), (7, 8)])
+@pytest.mark.parametrize("classes, multiple", [(122, 64), (128, 64), (7, 8)])
 def test_an_aligned_vocabulary_changes_no_loss_and_no_gradient(classes, multiple):
     torch.manual_seed(0)
     linear, hidden = nn.Linear(16, classes), torch.randn(9, 16, requires_grad=True)

@@ -1,11 +1,11 @@
-"""Muon equals torch's; its updates are nearly orthogonal."""
+"""Muon equals torch's."""
 
 import pytest
 import torch
 from torch import nn
 
 from pretrain.runtime import muon
-from pretrain.runtime.muon import Muon, orthogonalized
+from pretrain.runtime.muon import Muon
 
 SHAPES = [(16, 16), (24, 16), (16, 24), (16, 16), (24, 16)]
 RATE, DECAY = 0.01, 0.1
@@ -25,8 +25,10 @@ def take_steps(weights, optimizer):
         optimizer.step()
 
 
-@pytest.mark.parametrize("max_elements", [1, muon.MAX_ELEMENTS], ids=["alone", "together"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-6), (torch.float32, 2e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance, max_elements",
+    [(torch.bfloat16, 1e-6, 1), (torch.bfloat16, 1e-6, 1 << 20), (torch.float32, 2e-3, 1 << 20)],
+)
 def test_muon_equals_torchs(dtype, tolerance, max_elements, monkeypatch):
     """torch's orthogonalizes in bf16, one matrix at a time."""
     monkeypatch.setattr(muon, "MAX_ELEMENTS", max_elements)
@@ -56,16 +58,6 @@ def test_stacked_matrices_equal_separate_ones():
             optimizer.step()
     for parts, weight in zip(stacks, stacked):
         torch.testing.assert_close(torch.cat(parts), weight, atol=1e-6, rtol=0.0)
-
-
-def test_an_update_is_close_to_the_orthogonal_factor():
-    """It is U V' of the singular value decomposition, with singular values close to 1."""
-    matrices = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(2))
-    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
-    inner = u.mT @ orthogonalized(matrices) @ vt.mT
-    values = inner.diagonal(dim1=-2, dim2=-1)
-    assert values.min() > 0.6 and values.max() < 1.3
-    torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-4, rtol=0.0)
 
 
 def test_a_weight_without_gradient_is_left_alone():

@@ -2,12 +2,11 @@
 steps change nothing, and unsupported precisions are refused."""
 
 import math
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import refused
+from conftest import fail, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_reference import small_model, small_packed
@@ -16,7 +15,7 @@ from torch import nn
 from pretrain.config import OptimizationOptions
 from pretrain.runtime import optim
 from pretrain.runtime.muon import Muon
-from pretrain.runtime.optim import best_seconds, groups_of, make_optimizers, make_schedule, step_if
+from pretrain.runtime.optim import groups_of, make_optimizers, make_schedule, step_if
 
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
 BETAS = (0.8, 0.95)
@@ -45,16 +44,11 @@ def test_every_rate_is_above_zero_and_at_most_the_peak(schedule, total, warmup):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("warmup, steps", [(0.06, 6), (0.25, 25), (10.0, 10), (1.0, 1), (0.0, 1)])
+@pytest.mark.parametrize("warmup, steps", [(0.06, 6), (10.0, 10), (0.0, 1)])
 def test_warmup_rises_in_equal_steps_to_the_peak(schedule, warmup, steps):
     found = rates(schedule, warmup, 100, peak=2.0)
     assert found[:steps] == pytest.approx([2.0 * step / steps for step in range(1, steps + 1)])
     assert schedule in ("constant", "wsd") or found[steps] < 2.0
-
-
-def test_an_unknown_schedule_fails_before_the_first_step():
-    with pytest.raises(KeyError, match="other"):
-        make_schedule("other", 1.0, 0.06, 100)
 
 
 @pytest.mark.parametrize("warmup", [0, 20])
@@ -87,6 +81,8 @@ def test_groups_of_a_model(name, vocabulary):
     optimizers = make_optimizers(model, replace(OPTIONS, optimizer=name, learning_rate=1e-3))
     assert len(optimizers) == {"adamw": 1, "muon": 2}[name]
     groups = groups_of(optimizers)
+    adamw = optimizers[0].defaults
+    assert (adamw["betas"], adamw["eps"]) == (BETAS, OPTIONS.adam_epsilon)
     decay = {id(weight): group["weight_decay"] for group in groups for weight in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(decay), "no weight twice"
     of_muon = set()
@@ -119,35 +115,17 @@ def test_muon_takes_stacked_matrices_one_by_one(vocabulary):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2 * 4
 
 
-def test_the_update_equals_torchs_adamw():
-    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
-    theirs.load_state_dict(ours.state_dict())
-    settings = {"lr": 0.01, "betas": BETAS, "eps": OPTIONS.adam_epsilon}
-    matrix, bias = (torch.optim.AdamW([weight], **settings) for weight in theirs.parameters())
-    matrix.param_groups[0]["weight_decay"], bias.param_groups[0]["weight_decay"] = 0.1, 0.0
-    (optimizer,) = make_optimizers(ours, OPTIONS)
-    for _ in range(3):
-        for left, right in zip(ours.parameters(), theirs.parameters()):
-            left.grad = right.grad = torch.randn(left.shape)
-        for one in (optimizer, matrix, bias):
-            one.step()
-    for left, right in zip(ours.parameters(), theirs.parameters()):
-        torch.testing.assert_close(left, right, atol=1e-7, rtol=1e-6)
-
-
 OPTIMIZERS = {
     "adamw": lambda weights: torch.optim.AdamW(weights, lr=0.01, fused=True),
     "muon": lambda weights: Muon(weights, lr=0.01),
-    "plain adamw": lambda weights: torch.optim.AdamW(weights, lr=0.01),
     "torch's muon": lambda weights: torch.optim.Muon(weights, lr=0.01),
     "sgd": lambda weights: torch.optim.SGD(weights, lr=0.01, momentum=0.9),
     "fused sgd": lambda weights: torch.optim.SGD(weights, lr=0.01, momentum=0.9, fused=True),
 }
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_non_finite_step_changes_nothing(name, poison):
+def test_a_non_finite_step_changes_nothing(name):
     """The first or a later step: weights and optimizer state equal those of a run without it."""
 
     def train(values):
@@ -160,7 +138,7 @@ def test_a_non_finite_step_changes_nothing(name, poison):
         return [weight.detach(), *optimizer.state[weight].values()]
 
     expected = train([1.0, 2.0])
-    for values in ([poison, 1.0, 2.0], [1.0, poison, 2.0, poison]):
+    for values in ([math.nan, 1.0, 2.0], [1.0, math.inf, 2.0, math.nan]):
         assert all(map(torch.equal, train(values), expected)), values
     assert not any(map(torch.equal, train([1.0]), expected))
 
@@ -189,37 +167,15 @@ def test_precision_on_cuda(monkeypatch):
     refused(optim.choose_precision, "bf16", GPU, names="bf16: ")
 
 
-def test_autocast_computes_products_in_the_precision():
-    left = torch.ones(2, 2)
-    for precision, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        with optim.autocast(CPU, precision):
-            assert (left @ left).dtype == expected
-
-
-PEAKS = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756}  # TFLOP/s
-PEAKS |= {"NVIDIA A100-SXM4-80GB": 312, "NVIDIA L40S": 362, "NVIDIA L4": 121, "Tesla T4": 65}
-PEAKS |= {"Tesla V100-SXM2-16GB": 125, "NVIDIA GeForce RTX 4090": 165.2}
-UNKNOWN = ["NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA L40", "NVIDIA T400", "Some new GPU"]
-
-
-@pytest.mark.parametrize("name", [*PEAKS, *UNKNOWN])
-def test_gpu_peak_is_from_the_datasheet_or_measured(name, monkeypatch):
+@pytest.mark.parametrize(
+    "name, peak", [("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", None)]
+)
+def test_gpu_peak_is_from_the_datasheet_or_measured(name, peak, monkeypatch):
     """Never from a GPU with a similar name."""
-
-    def measure(*_, **__):
-        raise InterruptedError  # stands for the measurement, which needs a GPU
-
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-    monkeypatch.setattr(torch, "randn", measure)
-    if name in PEAKS:
-        assert optim.peak_flops(GPU, "bf16") == PEAKS[name] * 1e12
-    else:
+    monkeypatch.setattr(torch, "randn", fail(InterruptedError))  # a measurement needs a GPU
+    if peak is None:
         with pytest.raises(InterruptedError):
             optim.peak_flops(GPU, "bf16")
-
-
-def test_peak_of_a_cpu_is_operations_over_the_best_time(monkeypatch):
-    clock = iter([0.0, 0.5, 1.0, 1.25, 2.0, 2.5])
-    monkeypatch.setattr(optim, "best_seconds", best_seconds)  # not once for all tests
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    assert optim.peak_flops(CPU, "fp32") == 2 * 1024**3 / 0.25
+    else:
+        assert optim.peak_flops(GPU, "bf16") == peak
