@@ -20,6 +20,7 @@ from conftest import (
     assert_same,
     assert_same_run,
     at,
+    built,
     change_json,
     fail,
     in_processes,
@@ -33,6 +34,7 @@ from conftest import (
     send,
     summary_of,
     ten_steps,
+    without_privileges,
     write_documents,
 )
 from hypothesis import given, settings
@@ -242,6 +244,19 @@ def test_a_restart_loop_ends(finished, output):
     assert told.startswith("error: --learning-rate 3.0: ")
 
 
+def test_a_finished_run_in_a_read_only_folder_is_reported(finished, output):
+    """With its summary, and without writing."""
+    shutil.copytree(finished, output)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    output.chmod(0o555)
+    try:
+        start(output, "--resume", fault=without_privileges)
+    finally:
+        output.chmod(0o755)
+    assert f" {summary_of(finished)['eval_perplexity']:,.4f}\n" in printed(output)
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+
+
 @pytest.mark.parametrize(
     ("name", "step", "kept"),
     [("best", 6, True), ("best", 6, False), ("best", 10, True), ("final", 10, True)],
@@ -272,6 +287,15 @@ def test_a_finished_run_without_its_summary_writes_it_again(finished, output):
     assert after["use"].removeprefix(str(output)) == before["use"].removeprefix(str(finished))
     assert after["best_step"] == before["best_step"]
     assert_same_run(finished, output)
+
+
+def test_a_best_model_that_is_later_than_the_checkpoint_is_that_of_the_checkpoint(finished, output):
+    """After a kill: with other options, the run may never evaluate that step again."""
+    interrupted_copy(finished, output, 8)
+    shutil.rmtree(output / "best")
+    shutil.copytree(finished / "final", output / "best")  # of step 10
+    run = built(output, "--resume --config", [output / "config.json"])
+    assert run.repair_best(6) is None and ckpt.read_facts(output / "best")["step"] == 6
 
 
 def test_an_extended_run_writes_final_again(finished, output):

@@ -135,6 +135,17 @@ def test_the_loop_fits_on_a_screen(name, limit):
     assert function.end_lineno - function.lineno + 1 <= limit
 
 
+@pytest.mark.parametrize("folder", [".", "scripts", "tests", "runs"])
+def test_lines_of_a_readme_fit_in_100_columns(folder):
+    """Except tables and code blocks."""
+    text, is_prose, long = (ROOT / folder / "README.md").read_text("utf-8"), True, []
+    for number, line in enumerate(text.splitlines(), start=1):
+        is_prose ^= line.lstrip().startswith("```")
+        if is_prose and len(line) > 100 and not line.startswith("|"):
+            long.append(number)
+    assert not long
+
+
 def test_the_table_of_faults_names_existing_tests():
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "README.md").read_text("utf-8")))
     sources = [path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
