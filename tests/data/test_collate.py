@@ -43,7 +43,6 @@ MASKINGS = {
     "word": Masking("word"),
     "span": Masking("span"),
     "entity": Masking("entity"),
-    "entity, tokens": Masking("entity", entity_fill="token"),
     "word, similar": Masking("word", similar=SIMILAR),
     "entity, all, similar": Masking(
         "entity", entity_probability=1.0, entity_budget=1.0, similar=SIMILAR
@@ -86,7 +85,7 @@ def budget_of(text: list[int], rate: float) -> int:
 # ---------------------------------------------------------------- packing
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(shard=SHARDS, task=TASKS, name=NAMES, fill=st.booleans())
 def test_batches_against_examples_built_one_by_one(shard, task, name, fill):
     plan, number = plan_of(shard, task), 0
@@ -125,7 +124,7 @@ def test_batches_against_examples_built_one_by_one(shard, task, name, fill):
 # ---------------------------------------------------------------- rates and labels
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(shard=SHARDS, task=TASKS, name=NAMES, fill=st.booleans(), share=st.floats(0.05, 1))
 def test_another_rate_changes_only_masks(shard, task, name, fill, share):
     """Masks equal those of a task with that rate. At a lower rate, masked tokens are a subset, with
@@ -154,8 +153,7 @@ def masks_removed(batch: Batch) -> dict:
     return {name: part for name, part in contents(batch).items() if name not in decided}
 
 
-@pytest.mark.parametrize("fill", [False, True])
-def test_labels_of_another_loss_are_counted_and_filled(monkeypatch, fill):
+def test_labels_of_another_loss_are_counted_and_filled(monkeypatch):
     """One label per masked position, and one per sequence."""
     original = Collator.labels
 
@@ -165,9 +163,9 @@ def test_labels_of_another_loss_are_counted_and_filled(monkeypatch, fill):
         return by_mask | {"start": starts}, by_sequence | {"length": packed.lengths}
 
     shard = make_shard()
-    plain = batches_of(shard, TASK, fill=fill)
+    plain = batches_of(shard, TASK, fill=True)
     monkeypatch.setattr(Collator, "labels", labels)
-    for batch, other in zip(batches_of(shard, TASK, fill=fill), plain, strict=True):
+    for batch, other in zip(batches_of(shard, TASK, fill=True), plain, strict=True):
         length = batch.labels["length"].tolist()
         assert length[: batch.num_sequences] == list(batch.lengths[: batch.num_sequences])
         assert set(length[batch.num_sequences :]) <= {IGNORED} and len(length) == len(batch.lengths)
@@ -182,7 +180,7 @@ def test_labels_of_another_loss_are_counted_and_filled(monkeypatch, fill):
 # ---------------------------------------------------------------- filling
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(SHARDS, TASKS, NAMES, st.booleans(), st.sampled_from([2, 32, 100]))
 def test_filling_adds_only_what_is_ignored(shard, task, name, fill, multiple):
     plan = plan_of(shard, task)
@@ -201,7 +199,6 @@ def test_filling_adds_only_what_is_ignored(shard, task, name, fill, multiple):
         assert batch.position_ids.tolist() == [p for size in batch.lengths for p in range(size)]
         assert batch.cu_seqlens.tolist() == np.cumsum([0, *batch.lengths]).tolist()
         assert batch.lengths[:sequences] == real.lengths
-        assert batch.cu_seqlens[-1] == len(batch.input_ids)
         assert max(batch.lengths) <= task.max_length
         covering = [length for length in batch.lengths[sequences:] if length]
         assert len(covering) == math.ceil(sum(covering) / task.max_length)  # as few as can be
