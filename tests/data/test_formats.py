@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from pretrain.config import TextOptions
 from pretrain.data.formats import open_files
 from pretrain.data.sentences import Span, sentences
-from pretrain.data.sources import check_files
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -117,9 +116,9 @@ DOCUMENTS = st.lists(st.lists(LINE, min_size=1, max_size=3), min_size=1, max_siz
 
 @pytest.mark.parametrize("kind, suffix", [*((kind, "") for kind in WRITERS), *PACKED])
 def test_a_format_gives_the_documents_of_the_plain_text(scratch, kind, suffix):
-    @settings(
-        max_examples=5 if suffix or kind not in ("jsonl", "csv", "tsv") else 30, deadline=None
-    )
+    is_fast = kind in ("jsonl", "csv", "tsv") and not suffix
+
+    @settings(max_examples=30 if is_fast else 5, deadline=None)
     @given(documents=DOCUMENTS)
     def compare(documents):
         if kind == "tsv":  # a tab inside a cell does not separate cells
@@ -141,23 +140,14 @@ def test_a_format_gives_the_documents_of_the_plain_text(scratch, kind, suffix):
     compare()
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    documents=st.lists(
-        LINE.map(lambda line: f"x{line}".replace("\t", " ").replace("\r", " ")),
-        min_size=1,
-        max_size=5,
-    ),
-    newline=st.sampled_from(["\n", "\r\n"]),
-    bom=st.sampled_from(["", "\ufeff"]),
-    end=st.sampled_from([['"Ah', '"Oh" said he'], ['"Open', "middle", 'close"', "last"]]),
-)
-def test_a_tsv_without_quoting_is_read_verbatim(scratch, documents, newline, bom, end):
-    """Its last rows have a quote that never closes, or closes in another row."""
-    path = scratch() / "table.tsv"
-    rows = ["id\ttext", *(f"1\t{document}" for document in [*documents, *end])]
-    path.write_bytes((bom + newline.join(rows)).encode())
-    assert texts(read(path)) == [[document] for document in [*documents, *end]]
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("cells", [['"Ah', '"Oh" said he'], ['"Open', "middle", 'close"', "last"]])
+def test_a_tsv_without_quoting_is_read_verbatim(tmp_path, newline, cells):
+    """A quote never closes, or closes in another row."""
+    path = tmp_path / "table.tsv"
+    rows = ["id\ttext", *(f"1\t{cell}" for cell in cells)]
+    path.write_bytes(f"\ufeff{newline.join(rows)}".encode())
+    assert texts(read(path)) == [[cell] for cell in cells]
 
 
 def test_a_csv_spelled_out(tmp_path):
@@ -236,24 +226,6 @@ def test_a_name_with_brackets_is_that_file(tmp_path, kind):
     assert texts(read(tmp_path / f"a[1].{kind}")) == [["one"]]
 
 
-def test_plain_text(tmp_path):
-    """It is read in place, unless --max-documents limits it."""
-    files = [tmp_path / "1.txt", tmp_path / "2.txt"]
-    for file, text in zip(files, ("a\nb\n\nc\n", "d\n\ne\nf")):
-        file.write_text(text)
-    options = TextOptions(cache=str(tmp_path / "cache"))
-    found = open_files(tuple(map(str, files)), options, False)
-    assert found == (check_files(files), "sentences")
-    for text_format, expected in {
-        "sentences": [["a", "b"], ["c"], ["d"], ["e", "f"]],
-        "lines": [["a"], ["b"], ["c"], ["d"], ["e"], ["f"]],
-        "text": [["a", "b", "c"], ["d", "e", "f"]],
-    }.items():
-        for limit in (0, 1, 3):
-            found = texts(read(*files, format=text_format, max_documents=limit))
-            assert found == (expected[:limit] if limit else expected)
-
-
 def test_converted_text_is_found_again_until_something_changes(tmp_path, capsys):
     row = {"text": "a", "body": "b", "entities": [[0, 1]]}
     path = lines(tmp_path / "a.jsonl", row, row | {"entities": []})
@@ -266,7 +238,6 @@ def test_converted_text_is_found_again_until_something_changes(tmp_path, capsys)
         {},
         {"text_field": "body"},
         {"max_documents": 1},
-        {"need_entities": True},
         {"entity_field": "entities"},
     ):
         assert converts(**change) and not converts(**change), change
@@ -280,17 +251,11 @@ def test_a_data_set_by_a_hub_name_is_read_once(tmp_path, capsys):
     lines(tmp_path / "set" / "train.jsonl", {"text": "a\nb"}, {"text": "c"})
     lines(tmp_path / "set" / "test.jsonl", {"text": "d"})
     train, test = [["a", "b"], ["c"]], [["d"]]
-    for more, expected in {
-        "": train,
-        ":default": train,
-        ":default:test": test,
-        "::test": test,
-    }.items():
+    for more, expected in {":default": train, ":default:test": test, "::test": test}.items():
         for is_first in (True, False):
             assert texts(read(f"hub:{tmp_path}/set{more}", cache=tmp_path / "cache")) == expected
             assert ("converting" in capsys.readouterr().out) == is_first
-    for name in ("hub:", "hub:a:b:c:d"):
-        assert message(name, cache=tmp_path).startswith(f"{name}: ")
+    assert message("hub:a:b:c:d", cache=tmp_path).startswith("hub:a:b:c:d: ")
 
 
 SPAN_FORMS = {
@@ -321,14 +286,9 @@ def test_spans_in_every_form(tmp_path, kind, form):
 def test_the_entities_column_is_read_if_needed(tmp_path):
     """`datasets` may return a list of spans as columns."""
     columns = {"start": [3, 0], "end": [5, 2], "label": ["x", "y"]}
-    path = lines(
-        tmp_path / "a.jsonl",
-        {"text": "ab cd", "entities": columns},
-        {"text": "cd"},
-        {"text": "ef", "entities": None},
-    )
-    assert entities(read(path)) == [[], [], []]
-    assert entities(read(path, need_entities=True)) == [["ab", "cd"], [], []]
+    path = lines(tmp_path / "a.jsonl", {"text": "ab cd", "entities": columns}, {"text": "cd"})
+    assert entities(read(path)) == [[], []]
+    assert entities(read(path, need_entities=True)) == [["ab", "cd"], []]
     assert message(path, entity_field="entities").startswith(f"{path}, line 2: ")
 
 
@@ -525,23 +485,6 @@ def test_a_compressed_file_that_is_cut_short_is_named(tmp_path, suffix):
         assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
 
 
-def packed_lines(folder: Path) -> Path:
-    path = folder / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
-    return path
-
-
-def test_a_compressed_file_is_unpacked_once(tmp_path):
-    path, cache, copy = packed_lines(tmp_path), tmp_path / "cache", tmp_path / "copy"
-    read(path)
-    shutil.copytree(cache, copy, copy_function=shutil.copy)  # which changes the times
-    for folder in (cache, copy):
-        (unpacked,) = (folder / "unpacked").rglob("a.jsonl")
-        before = unpacked.stat().st_ino
-        assert texts(read(path, cache=folder)) == [["a"], ["b"]]
-        assert unpacked.stat().st_ino == before
-
-
 DAMAGES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:14]),
     "changed": lambda path: path.write_bytes(path.read_bytes().swapcase()),
@@ -552,8 +495,8 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_text_in_the_cache_is_made_again(damage, tmp_path):
     """What is unpacked, decoded or converted, and the notes about it."""
-    path, cache = packed_lines(tmp_path), tmp_path / "cache"
-    other = tmp_path / "other.txt"
+    path, other, cache = tmp_path / "a.jsonl.gz", tmp_path / "other.txt", tmp_path / "cache"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
     other.write_text("мир\n\nмир\n", encoding="cp1251")
 
     def found() -> list:
@@ -590,17 +533,6 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, kind, package):
     monkeypatch.setitem(sys.modules, package, None)
     text = message(path)
     assert text.startswith(f"{path}: ") and text.endswith(f"pip install {package}")
-
-
-def test_an_interruption_leaves_no_files(tmp_path, monkeypatch):
-    def load(*_, **__):
-        yield {"text": "a"}
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(KeyboardInterrupt):
-        read("hub:some/name", cache=tmp_path)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "conll", "txt.gz"])
