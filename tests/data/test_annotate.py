@@ -3,8 +3,6 @@ against a search place by place, sentences cut by sentencex, and a prepared corp
 its sentences marked alone."""
 
 import json
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,20 +214,6 @@ def test_parts_of_a_line_make_the_line(line):
 )
 def test_the_script_of_a_text(sample, expected):
     assert describe_script(sample) == pytest.approx(expected)
-
-
-ENCODING = SimpleNamespace(ids=[5], offsets=[(0, 1)])
-USES = {
-    "sentencex": lambda: Markup("en").cut,
-    "ahocorasick_rs": lambda: Markup(lexicon=("a",)).find("a"),
-    "rjieba": lambda: mark([("今", ())], [ENCODING], np.ones(1, bool), "jieba"),
-}
-
-
-@pytest.mark.parametrize("module", USES)
-def test_a_missing_package_is_named(monkeypatch, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    assert refused(USES[module]).endswith(f"pip install {module.replace('_', '-')}")
 
 
 def test_the_key_identifies_what_is_marked():

@@ -1,6 +1,6 @@
 """Collating: the packed batch against examples built one by one (for its flags see the masks of
-examples in test_masking.py); a rate that changes only masks; labels of another loss; and filling to
-fixed shapes, which changes nothing real."""
+examples in test_masking.py); a rate that changes only masks; and filling to fixed shapes, which
+changes nothing real."""
 
 import math
 from dataclasses import replace
@@ -121,7 +121,7 @@ def test_batches_against_examples_built_one_by_one(shard, task, name, fill):
     assert number == len(plan.keys)
 
 
-# ---------------------------------------------------------------- rates and labels
+# ---------------------------------------------------------------- rates
 
 
 @settings(max_examples=25, deadline=None)
@@ -151,30 +151,6 @@ def masks_removed(batch: Batch) -> dict:
     """The contents that do not depend on masks."""
     decided = {"input_ids", "masked_positions", "labels of mlm", "counts", "shortfall"}
     return {name: part for name, part in contents(batch).items() if name not in decided}
-
-
-def test_labels_of_another_loss_are_counted_and_filled(monkeypatch):
-    """One label per masked position, and one per sequence."""
-    original = Collator.labels
-
-    def labels(collator, examples, packed, masked):
-        by_mask, by_sequence = original(collator, examples, packed, masked)
-        starts = np.where(packed.words[masked], 1, IGNORED)
-        return by_mask | {"start": starts}, by_sequence | {"length": packed.lengths}
-
-    shard = make_shard()
-    plain = batches_of(shard, TASK, fill=True)
-    monkeypatch.setattr(Collator, "labels", labels)
-    for batch, other in zip(batches_of(shard, TASK, fill=True), plain, strict=True):
-        length = batch.labels["length"].tolist()
-        assert length[: batch.num_sequences] == list(batch.lengths[: batch.num_sequences])
-        assert set(length[batch.num_sequences :]) <= {IGNORED} and len(length) == len(batch.lengths)
-        assert len(batch.labels["start"]) == len(batch.masked_positions)
-        assert batch.counts["length"] == batch.num_sequences
-        assert 0 < batch.counts["start"] == (batch.labels["start"] == 1).sum() < batch.counts["mlm"]
-        kept = {name: batch.labels[name] for name in other.labels}
-        counts = {name: batch.counts[name] for name in other.counts}
-        assert contents(replace(batch, labels=kept, counts=counts)) == contents(other)
 
 
 # ---------------------------------------------------------------- filling

@@ -167,17 +167,6 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(many_shards, tokeni
     assert "(62 ids)" in refused(open_corpus, folder, replace(own, size=62))
 
 
-def test_a_shard_is_verified_once_per_process(many_shards, monkeypatch):
-    """It is hashed when first opened; later it is only mapped."""
-    hashed, sha256_of = [], corpora.sha256_of
-    monkeypatch.setattr(corpora, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
-    corpus = Corpus(many_shards.folder)
-    assert corpus.num_shards > corpora.OPEN_SHARDS
-    for index in [*range(corpus.num_shards)] * 2:
-        corpus.shard(index)
-    assert len(hashed) == len(set(hashed)) == corpus.num_shards * len(ARRAYS)
-
-
 def texts(documents: list[list[list[int]]]) -> list[str]:
     return sorted(map(str, documents))
 

@@ -4,7 +4,6 @@ is named with its file and line and leaves nothing behind."""
 
 import bz2
 import gzip
-import itertools
 import json
 import lzma
 import os
@@ -27,19 +26,6 @@ datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
 
 datasets.disable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    """A function that creates a fresh folder each time."""
-    root, numbers = tmp_path_factory.mktemp("formats"), itertools.count()
-
-    def make() -> Path:
-        folder = root / str(next(numbers))
-        folder.mkdir()
-        return folder
-
-    return make
 
 
 def read(*paths, need_entities: bool = False, cache: Path | None = None, **options) -> list[list]:
@@ -115,7 +101,7 @@ DOCUMENTS = st.lists(st.lists(LINE, min_size=1, max_size=3), min_size=1, max_siz
 
 
 @pytest.mark.parametrize("kind, suffix", [*((kind, "") for kind in WRITERS), *PACKED])
-def test_a_format_gives_the_documents_of_the_plain_text(scratch, kind, suffix):
+def test_a_format_gives_the_documents_of_the_plain_text(tmp_path_factory, kind, suffix):
     is_fast = kind in ("jsonl", "csv", "tsv") and not suffix
 
     @settings(max_examples=30 if is_fast else 5, deadline=None)
@@ -123,7 +109,7 @@ def test_a_format_gives_the_documents_of_the_plain_text(scratch, kind, suffix):
     def compare(documents):
         if kind == "tsv":  # a tab inside a cell does not separate cells
             documents = [[line.replace("\t", "_") for line in document] for document in documents]
-        folder = scratch()
+        folder = tmp_path_factory.mktemp("formats")
         plain = write_documents(folder / "plain.txt", documents)
         expected = read(plain, format="sentences")
         assert texts(expected) == documents
@@ -172,12 +158,12 @@ def test_a_list_of_strings_is_the_sentences(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_the_text_column(scratch, kind):
+def test_the_text_column(tmp_path_factory, kind):
     """The given one, else `text`, else the only one with words."""
 
     def table(**columns) -> Path:
         rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-        return write(scratch(), kind, rows)
+        return write(tmp_path_factory.mktemp("formats"), kind, rows)
 
     both = table(title=["t", "u"], text=["a", "b"])
     assert texts(read(both)) == [["a"], ["b"]]
@@ -319,7 +305,7 @@ SENTENCES = st.lists(st.lists(CHUNK, min_size=1, max_size=4), min_size=1, max_si
     dash=st.sampled_from("-_"),
 )
 def test_tagged_tokens_are_read(
-    scratch, documents, scheme, gap, with_starts, separator, newline, dash
+    tmp_path_factory, documents, scheme, gap, with_starts, separator, newline, dash
 ):
     """Words are joined by spaces, characters are not; without -DOCSTART-, each is a sentence."""
     rows, expected, covered = [], [], []
@@ -342,7 +328,7 @@ def test_tagged_tokens_are_read(
         if with_starts:
             expected.append(found[0])
             covered.append(found[1])
-    path = scratch() / "a.conll"
+    path = tmp_path_factory.mktemp("formats") / "a.conll"
     path.write_bytes(("\ufeff" * with_starts + newline.join(rows)).encode())
     documents = read(path)
     assert texts(documents) == expected and entities(documents) == covered

@@ -256,7 +256,7 @@ def test_truncation_is_token_by_token(pairs, max_tokens):
         assert list(range(b_start, b_start + b_length)) == b
 
 
-# ---------------------------------------------------------------- micro-batches, budget
+# ---------------------------------------------------------------- micro-batches
 
 TASKS = st.builds(
     task,

@@ -31,7 +31,6 @@ from data_reference import write_documents
 
 from pretrain.cli import run_command
 from pretrain.data import parallel
-from pretrain.data import prepare as prepare_module
 from pretrain.data.annotate import Markup
 from pretrain.data.prepare import prepare
 from pretrain.data.sources import Source
@@ -95,15 +94,6 @@ def test_ray_changes_no_byte(make, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a worker's working folder is another
     parallel.connect("local")
     assert content(make(Path("corpus"), on_cluster=True).folder) == whole
-
-
-@pytest.mark.parametrize("size, expected", [(127, 1), (128, 2), (1000, 3)])
-def test_the_number_of_workers_follows_cores_and_text(tmp_path, monkeypatch, size, expected):
-    """Less than two full pieces are not worth starting a process."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
-    pieces = [min(64, size - start) << 20 for start in range(0, size, 64)]
-    assert parallel.choose_workers(None, pieces, 64 << 20) == expected
-    assert parallel.choose_workers(5, pieces, 64 << 20) == min(5, len(pieces))
 
 
 def test_a_killed_worker_is_reported():
@@ -272,19 +262,6 @@ def test_text_that_is_edited_meanwhile_is_refused(documents, tiny_tokenizer, tmp
     os.utime(path, ns=(source.mtime_ns, source.mtime_ns))
     corpus = prepare([source], "sentences", tiny_tokenizer, folder)
     assert corpus.info["documents"] == 9
-
-
-def test_another_corpus_that_took_the_name_meanwhile_is_not_returned(
-    make, whole, tmp_path, monkeypatch
-):
-    def waited(path):
-        shutil.copytree(make(tmp_path / "other").folder, tmp_path / "corpus")
-        return exclusive(path)
-
-    exclusive = prepare_module.exclusive
-    make(tmp_path / "other")
-    monkeypatch.setattr(prepare_module, "exclusive", waited)
-    assert refused(make, tmp_path / "corpus").startswith(f"{tmp_path / 'corpus'}: ")
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "text", "format", "markup"])

@@ -437,13 +437,6 @@ def test_an_array_of_json_is_read_by_item(tmp_path):
         assert refused(next, rows).startswith(f"{path}, line 3001: ")
 
 
-@pytest.mark.parametrize("text", ['[{"a": 1} {"a": 2}]', '[{"a": 1}] x'])
-def test_a_bad_array_of_json_is_named(tmp_path, text):
-    path = tmp_path / "a.json"
-    path.write_text(text)
-    assert refused(list, read_rows(str(path), "jsonl")).startswith(f"{path}, line ")
-
-
 def test_samples_and_sentences_are_bounded(tmp_path):
     """Whatever the number and the length of lines and files."""
     line = "word " * 300_000

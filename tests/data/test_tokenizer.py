@@ -404,18 +404,3 @@ def test_a_special_token_may_take_a_name(tmp_path):
     for used in (made, load(str(tmp_path))):
         assert used.eos_token == "[EOT]" and used.bos_token == "[SEP]"
         assert set(used.all_special_tokens) == specials
-
-
-@pytest.mark.parametrize("kind, space", [("byte-level", "\u0120"), ("sentencepiece", "\u2581")])
-def test_words_that_are_pieces_already(kind, space):
-    """After a space, a piece is the word; without a space, it occurs only inside other words."""
-    made = MAKERS[kind]()
-    vocabulary = made.get_vocab()
-    words = [entry for entry in vocabulary if re.fullmatch(f"{space}?[a-z]{{2,}}", entry)]
-    known_word = min(entry[1:] for entry in words if entry.startswith(space))
-    assert new_words(made, [known_word])[0] == []
-    inside = min(entry for entry in words if space not in entry and space + entry not in vocabulary)
-    if new_words(made, [inside])[0]:
-        (number,) = add_tokens(made, [inside], [])
-        assert ids_of(made, f"a {inside}")[-1] == number == len(made) - 1
-        assert not describe(made).starts_word[vocabulary[inside]]
