@@ -3,6 +3,7 @@ against a search place by place, sentences cut by sentencex, and a prepared corp
 its sentences marked alone."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -183,6 +184,9 @@ def test_sentences_are_cut_by_language(tmp_path):
     assert len(english(text)) == 4  # of which two have an end inside the entity
     found = list(sentences([span], "jsonl", english))
     assert found == [("We met.", ()), ("Who knows? Nobody.", ((4, 17),)), ("Not I.", ()), None]
+    # At a capital letter, such a space, and a period, the package panics.
+    text = "We chose plan B\u00a0. Then we left."
+    assert "".join(english(text)) == text
 
 
 @pytest.mark.parametrize("opened, closed", [(":(", "b)"), ("'", "'")])
@@ -214,6 +218,16 @@ def test_parts_of_a_line_make_the_line(line):
 )
 def test_the_script_of_a_text(sample, expected):
     assert describe_script(sample) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("package", ["sentencex", "ahocorasick_rs", "rjieba"])
+def test_a_missing_package_is_named(tokenizer, tmp_path, monkeypatch, package):
+    path, markup = tmp_path / "text.txt", Markup("en", "jieba", ("heart",))
+    path.write_text("今天 heart", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, package, None)
+    more = {"tokenizer": tokenizer, "folder": tmp_path / "corpus", "markup": markup}
+    told = refused(prepare, check_files([path]), "lines", **more)
+    assert told.endswith(f"pip install {package.replace('_', '-')}")
 
 
 def test_the_key_identifies_what_is_marked():

@@ -209,10 +209,6 @@ def test_split_does_not_depend_on_the_order_of_files(documents, tokenizer, tmp_p
     assert found[0] == found[1]
 
 
-def test_a_larger_fraction_takes_more_of_the_same(many_shards):
-    assert set(sides(many_shards, 0.1)[1]) < set(sides(many_shards, 0.4)[1])
-
-
 @pytest.mark.parametrize("count", [1, 3])
 def test_few_documents_are_split_by_their_tails(make, tokenizer, count):
     documents = [[f"model {LETTERS[n]}" for n in range(length)] for length in [20, 1, 3][:count]]

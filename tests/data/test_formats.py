@@ -341,12 +341,6 @@ def test_characters_with_a_digit_are_joined_word_by_word(tmp_path, capsys):
     assert entities(found) == [["今天 去了", "家"], []] and "'今0'" in capsys.readouterr().out
 
 
-def test_a_token_may_be_white_space(tmp_path):
-    rows = ["口 B-X", " \tI-X", "腔 I-X", "\u3000 O", "溃 S-X"]
-    found = read(lines(tmp_path / "a.bio", *rows))
-    assert texts(found) == [["口 腔 溃"]] and entities(found) == [["口 腔", "溃"]]
-
-
 def tagged(*tags: str) -> list[str]:
     return [f"word{number} {tag}" for number, tag in enumerate(tags)]
 
@@ -418,6 +412,11 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, name):
     packed = path.with_name(f"{name}.gz")  # by the name that the user gave
     packed.write_bytes(gzip.compress(path.read_bytes()))
     assert message(packed).startswith(f"{packed} ({name}), line {number}: ")
+
+
+def test_an_entity_field_without_a_span_is_named(tmp_path):
+    path = lines(tmp_path / "a.jsonl", {"text": "a", "spans": []}, {"text": "b", "spans": None})
+    assert "'spans'" in message(path, entity_field="spans")
 
 
 @pytest.mark.parametrize("raw", [b"", "café".encode("latin-1")], ids=str)

@@ -6,6 +6,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ from conftest import (
     arguments_of,
     at,
     content,
+    fail,
     in_processes,
     refusal,
     refused,
@@ -29,6 +31,7 @@ from conftest import (
 )
 from data_reference import write_documents
 
+from pretrain import corpora
 from pretrain.cli import run_command
 from pretrain.data import parallel
 from pretrain.data.annotate import Markup
@@ -196,7 +199,7 @@ def test_a_killed_preparation_writes_the_same_corpus(documents, tiny_tokenizer, 
 
     expected = run(tmp_path / "whole")
     assert any("joined" in name for name in expected)
-    for operation in range(0, 1000, 7):
+    for operation in range(0, 1000, 9):
         folder = tmp_path / f"corpus-{operation}"
         child = in_child(partial(run_and_kill, operation, folder))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -324,6 +327,16 @@ def test_a_cluster_prepares_the_text(arguments, monkeypatch):
     assert asked == ["auto", "cluster"]
 
 
+def test_advice_for_a_killed_worker_leads_to_the_corpus(arguments, tmp_path, monkeypatch):
+    """It names this command: with others, --workers means something else."""
+    argv = arguments_of(arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "prepare", fail(parallel.WorkersFailed("a worker was killed")))
+        told = refused(PREPARE.main, argv)
+    PREPARE.main([*argv, *shlex.split(told.partition("prepare.py ")[2])])
+    assert list((tmp_path / "cache").glob("*/corpus.json"))
+
+
 @pytest.mark.parametrize("damage", ["changed", "no shard", "no manifest"])
 def test_a_damaged_corpus_in_the_cache_is_prepared_again(arguments, tmp_path, capsys, damage):
     argv = arguments_of(arguments)
@@ -366,9 +379,10 @@ def test_a_read_only_cache_serves_what_it_holds(arguments, tmp_path):
         (["--workers", "-1"], "--workers -1: "),
         (["--ray", "auto", "--workers", "2"], "--ray auto --workers 2: "),
         (["--ray"], "--ray local: "),  # the package is missing
+        (["--ray", "127.0.0.1:9"], "--ray 127.0.0.1:9: "),  # nobody answers
         (["--output", "."], "--output .: "),
     ],
 )
 def test_options_that_do_not_fit_are_refused(arguments, monkeypatch, capsys, more, named):
-    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", sys if more[-1:] == ["127.0.0.1:9"] else None)
     assert refusal(PREPARE.main, [*arguments, *more], capsys).startswith(named)

@@ -21,7 +21,6 @@ from pretrain.data.sentences import Span, cut_into_pieces, detect_format, senten
 from pretrain.data.sources import (
     MAX_CHARACTERS,
     check_files,
-    content_key,
     expand,
     likely_encodings,
 )
@@ -128,15 +127,6 @@ def test_records_against_the_slow_reading(scratch, records, cut, piece_bytes):
     pieces = cut_into_pieces([path], "jsonl", piece_bytes)
     found = grouped(chain.from_iterable(sentences(piece, "jsonl", cut) for piece in pieces))
     assert found == [slow_sentences(text, entities, cut) for text, entities in records]
-
-
-def test_records_spelled_out(path):
-    """Checks the reference itself: a sentence does not end inside an entity, but at its bounds."""
-    text, spans = " In St. Ives.\nA  b\nc. d", [[4, 12], [14, 15], [17, 20]]
-    path.write_text(json.dumps({"text": text, "entities": spans}) + '\n{"text": "e"}\n')
-    expected = [("In St. Ives.", ((3, 11),)), ("A  b\nc.", ((0, 1), (3, 6))), ("d", ())]
-    assert grouped(sentences(whole(path), "jsonl", cut_at_stops)) == [expected, [("e", ())]]
-    assert slow_sentences(text, spans, cut_at_stops) == expected
 
 
 def test_a_long_line_is_cut_at_white_space(path, monkeypatch):
@@ -341,15 +331,6 @@ def test_a_damaged_index_only_costs_time(path, tmp_path, raw):
     assert str(path) in json.loads(index.read_text())  # and it is whole again
 
 
-def test_content_key_names_the_content_in_order(tmp_path):
-    for name, text in (("1.txt", "a"), ("2.txt", "b"), ("3.txt", "a")):
-        (tmp_path / name).write_text(text)
-    one, two, three = check_files(sorted(tmp_path.iterdir()))
-    assert content_key([one, two], "lines") == content_key([three, two], "lines")  # by content
-    sources = [([one, two], "lines"), ([two, one], "lines"), ([one, two], "text"), ([one], "lines")]
-    assert len({content_key(*given) for given in sources}) == 4
-
-
 # Encodings.
 
 CHINESE = "今天天气很好，我们去公园散步。\n他在北京大学学习人工智能。\n"
@@ -435,6 +416,8 @@ def test_an_array_of_json_is_read_by_item(tmp_path):
         rows = read_rows(str(path), "jsonl")
         assert len(list(islice(rows, 3000))) == 3000
         assert refused(next, rows).startswith(f"{path}, line 3001: ")
+    path.write_text('[{"text": "a"}] x')
+    assert refused(list, read_rows(str(path), "jsonl")).startswith(f"{path}, line 2: ")
 
 
 def test_samples_and_sentences_are_bounded(tmp_path):
