@@ -416,7 +416,8 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, name):
 
 def test_an_entity_field_without_a_span_is_named(tmp_path):
     path = lines(tmp_path / "a.jsonl", {"text": "a", "spans": []}, {"text": "b", "spans": None})
-    assert "'spans'" in message(path, entity_field="spans")
+    text = message(path, entity_field="spans")
+    assert text.startswith(f"{path}: ") and "'spans'" in text
 
 
 @pytest.mark.parametrize("raw", [b"", "café".encode("latin-1")], ids=str)
