@@ -4,7 +4,6 @@ its sentences marked alone."""
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data import prepare as preparing
-from pretrain.data.annotate import HAN, Markup, describe_script, is_han, mark, read_terms
+from pretrain.data.annotate import HAN, Markup, describe_script, mark, read_terms
 from pretrain.data.corpus import ENTITY_INSIDE, ENTITY_START, WORD_START
 from pretrain.data.prepare import prepare
 from pretrain.data.sentences import Span, sentences
@@ -104,19 +103,10 @@ def test_flags_spelled_out(tokenizer):
     assert fast_flags([sentence], tokenizer, "jieba") == expected
     assert fast_flags([("北京 大学", ())], tokenizer, "spaces") == [W, 0, W, 0]
     # A sentence starts a word, and an entity.
-    pair = [("北京", ()), ("大学", ((0, 1),))]
-    assert fast_flags(pair, tokenizer, "spaces") == [W, 0, W | S, 0]
     pair = [("a heart", ((0, 1),)), ("a", ((0, 1),))]
     assert fast_flags(pair, tokenizer) == [W | S, W, W | S]
     # A token that an entity touches belongs to it, even one that extends beyond it on both sides.
     assert fast_flags([("heartland.", ((3, 5),))], tokenizer) == [W | S, W]
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(st.sampled_from(CHINESE + "ab1 ,。\r\t\u3000😀\x01"), max_size=20))
-def test_jieba_keeps_every_character(text):
-    """`mark` relies on this."""
-    assert "".join(rjieba.cut(text)) == text
 
 
 def slow_find(text: str, terms, known, ignore_case: bool) -> list[tuple[int, int]]:
@@ -162,20 +152,15 @@ def test_terms_against_a_search_place_by_place(text, terms, ignore_case, known):
 
 
 @pytest.mark.parametrize(
-    "text, terms, expected, more",
+    "text, term",
     [
-        ("x\ud7ffy", ["z"], [], {}),
-        ("heart", [], ["h"], {"known": ((0, 1),)}),
-        # A letter whose lower case is longer moves nothing; a term ends with its combining marks.
-        ("İ heart", ["heart", "İ"], ["İ", "heart"], {"ignore_case": True}),
-        ("\u0915\u093f \u0930\u093e", ["\u0915", "\u0930\u093e"], ["\u0930\u093e"], {}),
-        ("cafe\u0301s cafe", ["cafe"], ["cafe"], {}),
+        ("İ heart", "heart"),  # a letter whose lower case is longer moves nothing
+        ("cafe\u0301s cafe", "cafe"),  # a term ends with its combining marks
     ],
 )
-def test_terms_spelled_out(text, terms, expected, more):
-    markup = Markup(lexicon=tuple(terms), ignore_case="ignore_case" in more)
-    spans = markup.find(text, more.get("known", ()))
-    assert [text[start:end] for start, end in spans] == expected
+def test_terms_spelled_out(text, term):
+    spans = Markup(lexicon=(term,), ignore_case=True).find(text)
+    assert spans == [(text.rindex(term), len(text))]
 
 
 def test_terms_of_a_file(tmp_path):
@@ -187,8 +172,7 @@ def test_terms_of_a_file(tmp_path):
         assert refused(read_terms, str(path)).startswith(f"{path}: ")
 
 
-def test_sentences_are_cut_by_language(tmp_path, monkeypatch):
-    assert Markup().cut is None
+def test_sentences_are_cut_by_language(tmp_path):
     english, chinese = Markup("en").cut, Markup("zh").cut
     parts = ["Dr. Smith came.  ", "He left! ", "Why? "]
     assert english("".join(parts)) == parts
@@ -203,14 +187,9 @@ def test_sentences_are_cut_by_language(tmp_path, monkeypatch):
     # At a capital letter, such a space, and a period, the package panics.
     text = "We chose plan B\u00a0. Then we left."
     assert "".join(english(text)) == text
-    # Parts that lose characters are not used.
-    import sentencex
-
-    monkeypatch.setattr(sentencex, "segment", lambda language, line: line.split("."))
-    assert Markup("en").cut("a. b. c") == ["a. b. c"]
 
 
-@pytest.mark.parametrize("opened, closed", [(":(", "b)"), ('5"', '6"'), ("<", "->"), ("'", "'")])
+@pytest.mark.parametrize("opened, closed", [(":(", "b)"), ("'", "'")])
 def test_marks_pages_apart_hide_no_sentences(opened, closed):
     middle = ["He didn't see Dr. Smith. ", "«Who? ", "I.» "] * 10
     parts = [f"A {opened} sad day. ", *middle, f"Or {closed} came. ", "The end."]
@@ -230,51 +209,33 @@ def test_parts_of_a_line_make_the_line(line):
 @pytest.mark.parametrize(
     "sample, expected",
     [
-        ("This is English.", (0, False)),
-        ("今天天气很好", (1, False)),
-        ("今天 天气 很 好", (1, True)),
         ("", (0, False)),
+        ("今天 天气 很 好", (1, True)),
         ("今天天气很好，我们去公园。 北京大学", (1, False)),
         ("a word 今 天", (2 / 7, True)),
-        ("1234 ...", (0, False)),
-        ("今天 weather", (2 / 9, False)),
-        ("今天天 weather", (0.3, False)),
-        ("\U00020000\U00020001a", (2 / 3, False)),
-        ("カタカナ", (0, False)),
+        ("\U00020000\U00020001a カ", (2 / 4, False)),
     ],
 )
 def test_the_script_of_a_text(sample, expected):
     assert describe_script(sample) == pytest.approx(expected)
 
 
-def test_chinese_characters_by_their_ranges():
-    inside = "今\u3400\u4dbf\u4e00\u9fff\U00020000\U000323af\uf900"
-    text = "a\u33ff\u4dc0\ua000\U000323b0。カ\ud800" + inside
-    assert is_han(text).tolist() == [False] * 8 + [True] * len(inside)
-
-
-ENCODING = SimpleNamespace(ids=[5], offsets=[(0, 1)])
-USES = {
-    "sentencex": lambda: Markup("en").cut,
-    "ahocorasick_rs": lambda: Markup(lexicon=("a",)).find("a"),
-    "rjieba": lambda: mark([("今", ())], [ENCODING], np.ones(1, bool), "jieba"),
-}
-
-
-@pytest.mark.parametrize("module", USES)
-def test_a_missing_package_is_named(monkeypatch, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    assert refused(USES[module]).endswith(f"pip install {module.replace('_', '-')}")
+@pytest.mark.parametrize("package", ["sentencex", "ahocorasick_rs", "rjieba"])
+def test_a_missing_package_is_named(tokenizer, tmp_path, monkeypatch, package):
+    path, markup = tmp_path / "text.txt", Markup("en", "jieba", ("heart",))
+    path.write_text("今天 heart", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, package, None)
+    more = {"tokenizer": tokenizer, "folder": tmp_path / "corpus", "markup": markup}
+    told = refused(prepare, check_files([path]), "lines", **more)
+    assert told.endswith(f"pip install {package.replace('_', '-')}")
 
 
 def test_the_key_identifies_what_is_marked():
-    markups = [Markup(), Markup("en"), Markup("zh"), Markup(words="jieba"), Markup(words="spaces")]
-    markups += [Markup(lexicon=terms) for terms in (("a",), ("b",), ("a", "b"))]
-    markups.append(Markup(lexicon=("a",), ignore_case=True))
+    markups = [Markup(), Markup("en"), Markup(words="jieba"), Markup(lexicon=("a",))]
+    markups += [Markup(lexicon=("a", "b")), Markup(lexicon=("a",), ignore_case=True)]
     assert len({str(markup.key) for markup in markups}) == len(markups)
-    used = Markup(lexicon=("a",))
-    used.find("a")
-    assert used.key == Markup(lexicon=("a",)).key and used == Markup(lexicon=("a",))
+    markups[3].find("a")
+    assert markups[3].key == Markup(lexicon=("a",)).key
 
 
 TEXT = [
@@ -303,14 +264,8 @@ def joined(corpus) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize(
     "markup",
-    [
-        Markup("en", "jieba", ("heart", "北京", "Heart of"), True),
-        Markup("", "spaces", ("heart",)),
-        Markup("zh"),
-        Markup("", "tokenizer", ("京大",)),
-        Markup("", "jieba"),
-    ],
-    ids=["all", "spaces", "cut", "lexicon", "jieba"],
+    [Markup("en", "jieba", ("heart", "北京", "Heart of"), True), Markup("", "spaces")],
+    ids=["all", "spaces"],
 )
 def test_a_corpus_is_marked_as_each_sentence_alone(tokenizer, tmp_path, monkeypatch, markup):
     path = tmp_path / "text.txt"
@@ -325,7 +280,7 @@ def test_a_corpus_is_marked_as_each_sentence_alone(tokenizer, tmp_path, monkeypa
                 spans = slow_find(part, markup.lexicon, (), markup.ignore_case)
                 flags += slow_flags(part, spans, tokenizer, markup.words)
     found = []
-    for piece_bytes, batch in ((1 << 20, 1 << 20), (90, 1 << 20), (1, 1 << 20), (400, 7)):
+    for piece_bytes, batch in ((1 << 20, 1 << 20), (90, 1 << 20), (400, 7)):
         monkeypatch.setattr(preparing, "BATCH_CHARACTERS", batch)
         folder = tmp_path / str(piece_bytes)
         corpus = prepare(sources, "sentences", tokenizer, folder, piece_bytes, markup)

@@ -77,7 +77,7 @@ def many_shards(sources, tokenizer, tmp_path_factory) -> Corpus:
     return prepare(sources, "sentences", tokenizer, folder, piece_bytes=8000)
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 3000, 8000, 1 << 30])
+@pytest.mark.parametrize("piece_bytes", [3000, 1 << 30])
 def test_shards_hold_the_text(documents, make, tokenizer, piece_bytes):
     corpus = make(documents, piece_bytes=piece_bytes)
     expected = expected_documents(documents, tokenizer)
@@ -135,13 +135,12 @@ def test_the_fingerprints(documents, make, many_shards, tokenizer):
     found = corpora.load_tokenizer(many_shards.folder)
     assert fingerprint(found) == fingerprint(tokenizer) == many_shards.info["tokenizer"]
     assert expected_documents(documents[:2], found) == expected_documents(documents[:2], tokenizer)
-    again, other = make(documents, "again", 8000), make([*documents, ["a"]], "other", 8000)
-    assert again.fingerprint == many_shards.fingerprint != other.fingerprint
+    assert make([*documents, ["a"]], piece_bytes=8000).fingerprint != many_shards.fingerprint
 
 
 @pytest.mark.parametrize(
     "counts",
-    [[1, 1], [1, 1, 1], [2, 1], [1, 2], [3, 1, 1], [1, 3, 1], [1] * 5, [2, 0, 1, 2], [0, 1, 0]],
+    [[1, 1, 1], [1, 3, 1], [3, 1, 1], [2, 0, 1, 2], [0, 1, 0]],
 )
 def test_shards_of_fewer_than_two_documents_are_joined(tokenizer, tmp_path, counts):
     """Each file is a piece with that many documents; a file without tokens gives no shard."""
@@ -159,15 +158,6 @@ def test_shards_of_fewer_than_two_documents_are_joined(tokenizer, tmp_path, coun
     assert sum(on_disk) == corpus.info["tokens"]  # what was joined is not left behind
 
 
-def test_unreadable_and_unwritable_files_are_named(documents, make, sources, tokenizer, tmp_path):
-    gone = [replace(sources[0], path=str(tmp_path / "gone.txt"))]
-    assert "gone.txt" in refused(prepare, gone, "sentences", tokenizer, tmp_path / "corpus")
-    (tmp_path / "file").write_text("not a folder")
-    folder = tmp_path / "file" / "corpus"
-    text = refused(prepare, sources, "sentences", tokenizer, folder)
-    assert text.startswith(f"{folder}.partial: ")
-
-
 def test_another_tokenizer_is_refused_with_both_fingerprints(many_shards, tokenizer):
     own, other, folder = describe(tokenizer), describe(make_tokenizer("more")), many_shards.folder
     assert open_corpus(folder, own).num_shards == many_shards.num_shards
@@ -175,17 +165,6 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(many_shards, tokeni
     assert text.startswith(f"{folder}: ") and str(folder / "tokenizer") in text
     assert own.fingerprint in text and other.fingerprint in text
     assert "(62 ids)" in refused(open_corpus, folder, replace(own, size=62))
-
-
-def test_a_shard_is_verified_once_per_process(many_shards, monkeypatch):
-    """It is hashed when first opened; later it is only mapped."""
-    hashed, sha256_of = [], corpora.sha256_of
-    monkeypatch.setattr(corpora, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
-    corpus = Corpus(many_shards.folder)
-    assert corpus.num_shards > corpora.OPEN_SHARDS
-    for index in [*range(corpus.num_shards)] * 2:
-        corpus.shard(index)
-    assert len(hashed) == len(set(hashed)) == corpus.num_shards * len(ARRAYS)
 
 
 def texts(documents: list[list[list[int]]]) -> list[str]:
@@ -196,7 +175,7 @@ def sides(corpus: Corpus, fraction: float) -> list[list[str]]:
     return [texts(documents_of(side)) for side in corpus.split(fraction)]
 
 
-@pytest.mark.parametrize("fraction", [0.0001, 0.05, 0.3, 0.5])
+@pytest.mark.parametrize("fraction", [0.0001, 0.3])
 def test_split_is_disjoint_and_complete(many_shards, fraction):
     training, validation = sides(many_shards, fraction)
     assert sorted(training + validation) == texts(documents_of(many_shards))
@@ -230,11 +209,7 @@ def test_split_does_not_depend_on_the_order_of_files(documents, tokenizer, tmp_p
     assert found[0] == found[1]
 
 
-def test_a_larger_fraction_takes_more_of_the_same(many_shards):
-    assert set(sides(many_shards, 0.1)[1]) < set(sides(many_shards, 0.4)[1])
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3])
 def test_few_documents_are_split_by_their_tails(make, tokenizer, count):
     documents = [[f"model {LETTERS[n]}" for n in range(length)] for length in [20, 1, 3][:count]]
     corpus = make(documents)
@@ -249,16 +224,12 @@ def test_few_documents_are_split_by_their_tails(make, tokenizer, count):
     # At least one sentence of several, whatever the fraction.
     assert documents_of(corpus.split(0.001)[1])[0] == ids[0][-1:]
     assert sorted(validation.select(1000).ids.tolist()) == sorted(flat(tails))
+    assert [side.count() for side in make([["a"], ["b"], ["c"], ["d"]], "4").split(0.05)] == [2, 2]
 
 
-def test_four_documents_are_split_by_hash(documents, make):
-    assert [side.count() for side in make(documents[:4]).split(0.05)] == [2, 2]
-
-
-@pytest.mark.parametrize("max_tokens", [1, 500, 3000, 10**9])
-@pytest.mark.parametrize("is_part", [False, True])
-def test_selection_takes_documents_of_lowest_hash(many_shards, max_tokens, is_part):
-    corpus = many_shards.split(0.4)[1] if is_part else many_shards
+@pytest.mark.parametrize("max_tokens", [1, 500, 10**9])
+def test_selection_takes_documents_of_lowest_hash(many_shards, max_tokens):
+    corpus = many_shards.split(0.4)[1]
     hashes, expected = [], []
     for index in range(corpus.num_shards):
         hashes += corpus.shard(index).hashes[corpus.documents(index)].tolist()

@@ -4,7 +4,6 @@ is named with its file and line and leaves nothing behind."""
 
 import bz2
 import gzip
-import itertools
 import json
 import lzma
 import os
@@ -22,25 +21,11 @@ from hypothesis import strategies as st
 from pretrain.config import TextOptions
 from pretrain.data.formats import open_files
 from pretrain.data.sentences import Span, sentences
-from pretrain.data.sources import check_files
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
 
 datasets.disable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    """A function that creates a fresh folder each time."""
-    root, numbers = tmp_path_factory.mktemp("formats"), itertools.count()
-
-    def make() -> Path:
-        folder = root / str(next(numbers))
-        folder.mkdir()
-        return folder
-
-    return make
 
 
 def read(*paths, need_entities: bool = False, cache: Path | None = None, **options) -> list[list]:
@@ -99,7 +84,7 @@ WRITERS = {
     "saved splits": write_splits,
 }
 COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
-PACKED = itertools.product(["txt", "jsonl", "csv", "tsv", "parquet", "arrow"], COMPRESSORS)
+PACKED = [("txt", ".gz"), ("csv", ".bz2"), ("jsonl", ".xz"), ("parquet", ".gz")]
 
 
 def write(folder: Path, kind: str, rows: list[dict]) -> Path:
@@ -116,13 +101,15 @@ DOCUMENTS = st.lists(st.lists(LINE, min_size=1, max_size=3), min_size=1, max_siz
 
 
 @pytest.mark.parametrize("kind, suffix", [*((kind, "") for kind in WRITERS), *PACKED])
-def test_a_format_gives_the_documents_of_the_plain_text(scratch, kind, suffix):
-    @settings(max_examples=30 if kind in ("txt", "jsonl", "csv", "tsv") else 5, deadline=None)
+def test_a_format_gives_the_documents_of_the_plain_text(tmp_path_factory, kind, suffix):
+    is_fast = kind in ("jsonl", "csv", "tsv") and not suffix
+
+    @settings(max_examples=30 if is_fast else 5, deadline=None)
     @given(documents=DOCUMENTS)
     def compare(documents):
         if kind == "tsv":  # a tab inside a cell does not separate cells
             documents = [[line.replace("\t", "_") for line in document] for document in documents]
-        folder = scratch()
+        folder = tmp_path_factory.mktemp("formats")
         plain = write_documents(folder / "plain.txt", documents)
         expected = read(plain, format="sentences")
         assert texts(expected) == documents
@@ -139,23 +126,14 @@ def test_a_format_gives_the_documents_of_the_plain_text(scratch, kind, suffix):
     compare()
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    documents=st.lists(
-        LINE.map(lambda line: f"x{line}".replace("\t", " ").replace("\r", " ")),
-        min_size=1,
-        max_size=5,
-    ),
-    newline=st.sampled_from(["\n", "\r\n"]),
-    bom=st.sampled_from(["", "\ufeff"]),
-    end=st.sampled_from([['"Ah', '"Oh" said he'], ['"Open', "middle", 'close"', "last"]]),
-)
-def test_a_tsv_without_quoting_is_read_verbatim(scratch, documents, newline, bom, end):
-    """Its last rows have a quote that never closes, or closes in another row."""
-    path = scratch() / "table.tsv"
-    rows = ["id\ttext", *(f"1\t{document}" for document in [*documents, *end])]
-    path.write_bytes((bom + newline.join(rows)).encode())
-    assert texts(read(path)) == [[document] for document in [*documents, *end]]
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("cells", [['"Ah', '"Oh" said he'], ['"Open', "middle", 'close"', "last"]])
+def test_a_tsv_without_quoting_is_read_verbatim(tmp_path, newline, cells):
+    """A quote never closes, or closes in another row."""
+    path = tmp_path / "table.tsv"
+    rows = ["id\ttext", *(f"1\t{cell}" for cell in cells)]
+    path.write_bytes(f"\ufeff{newline.join(rows)}".encode())
+    assert texts(read(path)) == [[cell] for cell in cells]
 
 
 def test_a_csv_spelled_out(tmp_path):
@@ -173,30 +151,28 @@ def test_json_keeps_every_character(tmp_path):
     assert texts(read(tmp_path / "a.json")) == [["中😀 ?."], ["a\u2028b"]]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_list_of_strings_is_the_sentences(tmp_path, kind):
     rows = [{"text": ["One. Two.", "three"]}, {"text": []}, {"text": ["four"]}]
     assert texts(read(write(tmp_path, kind, rows))) == [["One. Two.", "three"], ["four"]]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet", "arrow", "saved"])
-def test_the_text_column(scratch, kind):
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_the_text_column(tmp_path_factory, kind):
     """The given one, else `text`, else the only one with words."""
 
     def table(**columns) -> Path:
         rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-        return write(scratch(), kind, rows)
+        return write(tmp_path_factory.mktemp("formats"), kind, rows)
 
     both = table(title=["t", "u"], text=["a", "b"])
     assert texts(read(both)) == [["a"], ["b"]]
     assert texts(read(both, text_field="title")) == [["t"], ["u"]]
-    numbers = {} if kind in ("csv", "tsv") else {"flag": [True, False]}
-    assert texts(read(table(number=[1, 2], body=["a", "b"], **numbers))) == [["a"], ["b"]]
-    place = "line 1" if kind in ("csv", "tsv", "jsonl") else "row 1"
+    assert texts(read(table(number=[1, 2], body=["a", "b"]))) == [["a"], ["b"]]
+    place = "row 1" if kind == "parquet" else "line 1"
     two = table(title=["t"], body=["a"])
     for name, options in (
         ("text", {}),
-        ("tilte", {"text_field": "tilte"}),
         ("spans", {"text_field": "title", "entity_field": "spans"}),
     ):
         told = message(two, **options)
@@ -204,21 +180,11 @@ def test_the_text_column(scratch, kind):
         assert "title, body" in told
 
 
-def test_blank_rows_are_skipped_and_counted(tmp_path, capsys):
-    rows = [{"text": text} for text in ("a", "", " \n\t", None, [], "b")]
-    assert texts(read(lines(tmp_path / "a.jsonl", *rows))) == [["a"], ["b"]]
-    told = capsys.readouterr().out
-    assert "2 documents" in told and "4 without text" in told
-
-
 def test_the_format_option_overrides_the_file_name(tmp_path):
     path = lines(tmp_path / "a.txt", {"text": "a"}, {"text": "b"})
     assert texts(read(path, format="jsonl")) == [["a"], ["b"]]
     assert texts(read(path, format="lines")) == [['{"text": "a"}'], ['{"text": "b"}']]
-    path = lines(tmp_path / "b.csv", "text,id", "a,1")
-    assert texts(read(path, format="lines")) == [["text,id"], ["a,1"]]
     assert texts(read(lines(tmp_path / "C.JSONL", {"text": "c"}))) == [["c"]]
-    assert texts(read(lines(tmp_path / "d.csv.txt", "a,b"))) == [["a,b"]]
 
 
 def test_files_of_several_formats_are_read_in_order_of_their_names(tmp_path):
@@ -234,35 +200,16 @@ def test_files_of_several_formats_are_read_in_order_of_their_names(tmp_path):
     names = ["one", "three", "four", "five", "six", "seven", "eight"]
     expected = [[name] for name in names]
     expected.insert(1, ["two a", "two b"])
-    for limit in range(len(expected) + 1):
+    for limit in (0, 2, 7):
         found = read(*sorted(folder.iterdir()), cache=tmp_path / "cache", max_documents=limit)
         assert texts(found) == (expected[:limit] if limit else expected)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "saved", "gz"])
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
 def test_a_name_with_brackets_is_that_file(tmp_path, kind):
-    write = WRITERS.get(kind, lambda path, rows: path.write_bytes(gzip.compress(b"one")))
-    write(tmp_path / f"a[1].{kind}", [{"text": "one"}])
-    write(tmp_path / f"a1.{kind}", [{"text": "two"}])
+    WRITERS[kind](tmp_path / f"a[1].{kind}", [{"text": "one"}])
+    WRITERS[kind](tmp_path / f"a1.{kind}", [{"text": "two"}])
     assert texts(read(tmp_path / f"a[1].{kind}")) == [["one"]]
-
-
-def test_plain_text(tmp_path):
-    """It is read in place, unless --max-documents limits it."""
-    files = [tmp_path / "1.txt", tmp_path / "2.txt"]
-    for file, text in zip(files, ("a\nb\n\nc\n", "d\n\ne\nf")):
-        file.write_text(text)
-    options = TextOptions(cache=str(tmp_path / "cache"))
-    found = open_files(tuple(map(str, files)), options, False)
-    assert found == (check_files(files), "sentences")
-    for text_format, expected in {
-        "sentences": [["a", "b"], ["c"], ["d"], ["e", "f"]],
-        "lines": [["a"], ["b"], ["c"], ["d"], ["e"], ["f"]],
-        "text": [["a", "b", "c"], ["d", "e", "f"]],
-    }.items():
-        for limit in range(8):
-            found = texts(read(*files, format=text_format, max_documents=limit))
-            assert found == (expected[:limit] if limit else expected)
 
 
 def test_converted_text_is_found_again_until_something_changes(tmp_path, capsys):
@@ -277,7 +224,6 @@ def test_converted_text_is_found_again_until_something_changes(tmp_path, capsys)
         {},
         {"text_field": "body"},
         {"max_documents": 1},
-        {"need_entities": True},
         {"entity_field": "entities"},
     ):
         assert converts(**change) and not converts(**change), change
@@ -291,17 +237,11 @@ def test_a_data_set_by_a_hub_name_is_read_once(tmp_path, capsys):
     lines(tmp_path / "set" / "train.jsonl", {"text": "a\nb"}, {"text": "c"})
     lines(tmp_path / "set" / "test.jsonl", {"text": "d"})
     train, test = [["a", "b"], ["c"]], [["d"]]
-    for more, expected in {
-        "": train,
-        ":default": train,
-        ":default:test": test,
-        "::test": test,
-    }.items():
+    for more, expected in {":default": train, ":default:test": test, "::test": test}.items():
         for is_first in (True, False):
             assert texts(read(f"hub:{tmp_path}/set{more}", cache=tmp_path / "cache")) == expected
             assert ("converting" in capsys.readouterr().out) == is_first
-    for name in ("hub:", "hub:a:b:c:d"):
-        assert message(name, cache=tmp_path).startswith(f"{name}: ")
+    assert message("hub:a:b:c:d", cache=tmp_path).startswith("hub:a:b:c:d: ")
 
 
 SPAN_FORMS = {
@@ -313,12 +253,12 @@ SPAN_FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", SPAN_FORMS)
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize(
+    "kind, form",
+    [*(("jsonl", form) for form in SPAN_FORMS), ("csv", "list"), ("parquet", "start and end")],
+)
 def test_spans_in_every_form(tmp_path, kind, form):
     """Out of order, twice, side by side, in characters where bytes or UTF-16 would differ."""
-    if kind == "parquet" and form == "list with a type":
-        pytest.skip("a column of Parquet has one type")
     spans = [SPAN_FORMS[form](*span) for span in ((5, 6), (1, 2), (2, 4), (1, 2))]
     rows = [{"text": "😀中é文\nab c", "spans": spans}, {"text": "none", "spans": []}]
     if kind == "csv":
@@ -332,14 +272,9 @@ def test_spans_in_every_form(tmp_path, kind, form):
 def test_the_entities_column_is_read_if_needed(tmp_path):
     """`datasets` may return a list of spans as columns."""
     columns = {"start": [3, 0], "end": [5, 2], "label": ["x", "y"]}
-    path = lines(
-        tmp_path / "a.jsonl",
-        {"text": "ab cd", "entities": columns},
-        {"text": "cd"},
-        {"text": "ef", "entities": None},
-    )
-    assert entities(read(path)) == [[], [], []]
-    assert entities(read(path, need_entities=True)) == [["ab", "cd"], [], []]
+    path = lines(tmp_path / "a.jsonl", {"text": "ab cd", "entities": columns}, {"text": "cd"})
+    assert entities(read(path)) == [[], []]
+    assert entities(read(path, need_entities=True)) == [["ab", "cd"], []]
     assert message(path, entity_field="entities").startswith(f"{path}, line 2: ")
 
 
@@ -359,7 +294,7 @@ CHUNK = st.tuples(
 SENTENCES = st.lists(st.lists(CHUNK, min_size=1, max_size=4), min_size=1, max_size=3)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     documents=st.lists(SENTENCES, min_size=1, max_size=3),
     scheme=st.sampled_from(["BIO", "BIOES", "BMES"]),
@@ -370,7 +305,7 @@ SENTENCES = st.lists(st.lists(CHUNK, min_size=1, max_size=4), min_size=1, max_si
     dash=st.sampled_from("-_"),
 )
 def test_tagged_tokens_are_read(
-    scratch, documents, scheme, gap, with_starts, separator, newline, dash
+    tmp_path_factory, documents, scheme, gap, with_starts, separator, newline, dash
 ):
     """Words are joined by spaces, characters are not; without -DOCSTART-, each is a sentence."""
     rows, expected, covered = [], [], []
@@ -393,7 +328,7 @@ def test_tagged_tokens_are_read(
         if with_starts:
             expected.append(found[0])
             covered.append(found[1])
-    path = scratch() / "a.conll"
+    path = tmp_path_factory.mktemp("formats") / "a.conll"
     path.write_bytes(("\ufeff" * with_starts + newline.join(rows)).encode())
     documents = read(path)
     assert texts(documents) == expected and entities(documents) == covered
@@ -406,13 +341,6 @@ def test_characters_with_a_digit_are_joined_word_by_word(tmp_path, capsys):
     assert entities(found) == [["今天 去了", "家"], []] and "'今0'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("row", ["  {}", " \t{}", "\u3000 {}"])
-def test_a_token_may_be_white_space(tmp_path, row):
-    rows = ["口 B-X", row.format("I-X"), "腔 I-X", row.format("O"), "溃 S-X"]
-    found = read(lines(tmp_path / "a.bio", *rows))
-    assert texts(found) == [["口 腔 溃"]] and entities(found) == [["口 腔", "溃"]]
-
-
 def tagged(*tags: str) -> list[str]:
     return [f"word{number} {tag}" for number, tag in enumerate(tags)]
 
@@ -422,10 +350,7 @@ def tagged(*tags: str) -> list[str]:
     [
         (("O", "I-X", "I-X"), "word1 word2"),
         (("B-Y", "I-X"), "word1"),
-        (("E-X",), "word0"),
-        (("S-X", "I-X"), "word1"),
         (("B-X", "E-X", "E-X"), "word2"),
-        (("O", "M-X"), "word1"),
     ],
 )
 def test_a_few_stray_tags_are_read_as_beginnings(tmp_path, capsys, stray, covered):
@@ -440,24 +365,15 @@ def test_a_few_stray_tags_are_read_as_beginnings(tmp_path, capsys, stray, covere
     assert message(path).startswith(f"{path}, line {line}: ")
 
 
-LATIN = "café".encode("latin-1")
 GOOD = '{"text": "good"}'
-OBJECTS = ['{"text": "a"', "text", '["a"]', '"a"', "3", "null", '{"text": 3}', "{}"]
-OBJECTS += ['{"text": ["a", 3]}', '{"body": "a"}']
-SPANS = [[[0, 6]], [[-1, 2]], [[2, 2]], [[3, 2]], [[0, 4], [0, 5]], [[3, 5], [0, 4]], "[[0, 1]"]
-SPANS += [[[1]], ["ab"], [["a", "b"]], [[0.0, 1.0]], [[True, 2]], [{"start": 0}], [3], [None], 3]
-SPANS += [[{"begin_offset": 0, "end": 2}], [{"start": 0, "end": None}], {"start": 0, "end": [2]}]
-SPANS += [{"start": "a", "end": 2}, {"start": 0, "end": 9}, 2.5]
+OBJECTS = ['{"text": "a"', '["a"]', '{"text": 3}', '{"text": ["a", 3]}', '{"body": "a"}']
+SPANS = [[[0, 6]], [[-1, 2]], [[2, 2]], [[3, 5], [0, 4]], "[[0, 1]", [[1]], ["ab"], [[0.0, 1.0]]]
+SPANS += [[{"start": 0}], [None], 3, {"start": 0, "end": [2]}, {"start": 0, "end": 9}]
 BAD_ROWS = {  # name: line, rows
-    "tag.conll": (2, "a O\nb X-LOC"),
-    "case.conll": (3, "a O\n\nb b-LOC"),
-    "scheme.conll": (1, "a U-LOC"),
+    "tag.conll": (3, "a O\n\nb X-LOC"),
     "untagged.conll": (2, "a O\nb"),
-    "plain.conll": (1, "one\ncolumn"),
     "no token.conll": (2, "a O\n\tO"),
     "short.csv": (3, "id,text\n1,a\nb"),
-    "long.csv": (3, "id,text\n1,a\nb,c,d"),
-    "short.tsv": (3, "id\ttext\n1\ta\nb"),
     "long.tsv": (3, "id\ttext\n1\ta\nb\tc\td"),
     "twice.csv": (1, "text,text\na,b"),
     "quote.csv": (2, 'id,text\n1,"never closed'),
@@ -474,16 +390,15 @@ def test_bad_spans_are_named_with_their_line(tmp_path, value):
     assert text == message(path, entity_field="entities")
 
 
-@pytest.mark.parametrize("value", ["Apple; Google", "[[0,3],[2,3]]", "[[1,4]]"])
+@pytest.mark.parametrize("value", ["Apple; Google", "[[0,3],[2,3]]"])
 def test_a_column_that_only_has_the_name_of_entities_is_not_read(tmp_path, value):
     path = lines(tmp_path / "a.csv", "text,entities", f'a b,"{value}"', "c d,")
     assert read(path, need_entities=True) == [[("a b", ())], [("c d", ())]]
     assert message(path, entity_field="entities").startswith(f"{path}, line 2: ")
 
 
-@pytest.mark.parametrize("empty", ["", None])
-def test_an_empty_first_cell_does_not_leave_the_text_to_another_column(tmp_path, empty):
-    rows = {"id": "A1", "body": empty}, {"id": "A2", "body": "some words"}
+def test_an_empty_first_cell_does_not_leave_the_text_to_another_column(tmp_path):
+    rows = {"id": "A1", "body": ""}, {"id": "A2", "body": "some words"}
     path = lines(tmp_path / "a.jsonl", *rows)
     assert "text_field" in message(path)
     assert read(path, text_field="body") == [[("some words", ())]]
@@ -505,16 +420,12 @@ def test_an_entity_field_without_a_span_is_named(tmp_path):
     assert text.startswith(f"{path}: ") and "'spans'" in text
 
 
-@pytest.mark.parametrize("raw", [b"", b"\n\n", b"\xef\xbb\xbf", LATIN], ids=str)
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv", "conll", "parquet", "arrow"])
+@pytest.mark.parametrize("raw", [b"", "café".encode("latin-1")], ids=str)
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "conll", "parquet", "arrow"])
 def test_empty_and_non_utf8_files_are_named(tmp_path, kind, raw):
     path = tmp_path / f"a.{kind}"
     path.write_bytes(raw)
     assert message(path).startswith(f"{path}: ")
-    if kind not in ("parquet", "arrow"):
-        packed = tmp_path / f"a.{kind}.gz"
-        packed.write_bytes(gzip.compress(raw))
-        assert message(packed).startswith(f"{packed} ({path.name}): ")
 
 
 def test_a_parquet_file_without_rows_is_one_of_many(tmp_path):
@@ -535,16 +446,14 @@ def test_damaged_tables_are_named(tmp_path):
     parquet.write_bytes(parquet.read_bytes()[:-9])
     WRITERS["saved"](saved, [{"text": "a"}])
     next(saved.glob("*.arrow")).unlink()
-    headers = [lines(tmp_path / f"a.{kind}", "text") for kind in ("csv", "tsv")]
-    for path in (parquet, saved, *headers):
+    for path in (parquet, saved, lines(tmp_path / "a.csv", "text")):
         assert message(path).startswith(f"{path}: ")
     assert message("hub:nobody/nothing", cache=tmp_path).startswith("hub:nobody/nothing: ")
 
 
-@pytest.mark.parametrize("name", ["state.json", "*.arrow"])
-def test_a_pipe_in_a_saved_data_set_is_not_opened(tmp_path, name):
+def test_a_pipe_in_a_saved_data_set_is_not_opened(tmp_path):
     WRITERS["saved"](tmp_path / "saved", [{"text": "a"}])
-    (path,) = (tmp_path / "saved").glob(name)
+    (path,) = (tmp_path / "saved").glob("*.arrow")
     path.unlink()
     os.mkfifo(path)
     assert str(path) in message(tmp_path / "saved")
@@ -555,45 +464,25 @@ def test_a_compressed_file_that_is_cut_short_is_named(tmp_path, suffix):
     raw = "".join(f'{{"text": "text {number**7}"}}\n' for number in range(2000)).encode()
     path = tmp_path / f"a.jsonl{suffix}"
     packed = COMPRESSORS[suffix](raw)
-    for damaged in (packed[:-20], packed[: len(packed) // 2], b"no archive", b"\x1f\x8b"):
+    for damaged in (packed[: len(packed) // 2], b"no archive"):
         path.write_bytes(damaged)
         text = message(path)
         assert text.startswith(f"{path}: ") and str(tmp_path / "cache") not in text
         assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
 
 
-def packed_lines(folder: Path) -> Path:
-    path = folder / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
-    return path
-
-
-def test_a_compressed_file_is_unpacked_once(tmp_path):
-    path, cache, copy = packed_lines(tmp_path), tmp_path / "cache", tmp_path / "copy"
-    read(path)
-    shutil.copytree(cache, copy, copy_function=shutil.copy)  # which changes the times
-    for folder in (cache, copy):
-        (unpacked,) = (folder / "unpacked").rglob("a.jsonl")
-        before = unpacked.stat().st_ino
-        assert texts(read(path, cache=folder)) == [["a"], ["b"]]
-        assert unpacked.stat().st_ino == before
-
-
 DAMAGES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:14]),
     "changed": lambda path: path.write_bytes(path.read_bytes().swapcase()),
-    "empty": lambda path: path.write_bytes(b""),
     "missing": Path.unlink,
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_text_in_the_cache_is_made_again(damage, tmp_path):
     """What is unpacked, decoded or converted, and the notes about it."""
-    path, cache = packed_lines(tmp_path), tmp_path / "cache"
-    other = tmp_path / "other.txt"
+    path, other, cache = tmp_path / "a.jsonl.gz", tmp_path / "other.txt", tmp_path / "cache"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
     other.write_text("мир\n\nмир\n", encoding="cp1251")
 
     def found() -> list:
@@ -622,7 +511,7 @@ def test_archives(tmp_path):
 
 @pytest.mark.parametrize(
     "kind, package",
-    [*((kind, "datasets") for kind in ("parquet", "arrow", "saved")), ("txt.zst", "zstandard")],
+    [("parquet", "datasets"), ("saved", "datasets"), ("txt.zst", "zstandard")],
 )
 def test_a_missing_package_is_named(tmp_path, monkeypatch, kind, package):
     path = tmp_path / f"table.{kind}"
@@ -632,18 +521,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, kind, package):
     assert text.startswith(f"{path}: ") and text.endswith(f"pip install {package}")
 
 
-def test_an_interruption_leaves_no_files(tmp_path, monkeypatch):
-    def load(*_, **__):
-        yield {"text": "a"}
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(KeyboardInterrupt):
-        read("hub:some/name", cache=tmp_path)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv", "conll", "txt.gz"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "conll", "txt.gz"])
 def test_every_format_is_read_in_its_encoding(tmp_path, kind):
     """Beside a file in UTF-8, which stays as it is."""
     rows = ["你好，世界", "第二句话"]
@@ -657,7 +535,7 @@ def test_every_format_is_read_in_its_encoding(tmp_path, kind):
     other.write_text(content, encoding="utf-8")
     options = {"format": "lines"} if "txt" in kind else {}
     expected = read(other, **options)
-    for encoding in ("gb18030", "utf-16", "utf-16-be"):
+    for encoding in ("gb18030", "utf-16"):
         raw = content.encode(encoding)
         path.write_bytes(gzip.compress(raw) if kind.endswith("gz") else raw)
         assert message(path).startswith(f"{path}")
@@ -677,15 +555,3 @@ def test_a_compressed_file_that_would_fill_the_disk_is_refused(tmp_path, monkeyp
     for path in (packed, archive):
         assert message(path).startswith(f"{path}: ")
         assert not [*(tmp_path / "cache").rglob("*.txt*")]
-
-
-def test_a_column_of_plain_text_is_reported(tmp_path, capsys):
-    """The file may be a table by another name."""
-    path, cache = tmp_path / "a.txt", str(tmp_path / "cache")
-    path.write_text("one two\nthree four\n")
-    options = TextOptions(text_field="title", cache=cache)
-    sources, _ = open_files((str(path),), options, False)
-    assert [source.path for source in sources] == [str(path)]
-    assert "text field" in capsys.readouterr().out
-    open_files((str(path),), TextOptions(cache=cache), False)
-    assert "text field" not in capsys.readouterr().out

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused, write_documents
-from data_reference import contents, restored, take_steps
+from data_reference import contents, take_steps
 
 from pretrain import plan
 from pretrain.config import Config
@@ -61,22 +61,12 @@ def uninterrupted(source) -> list[DataPosition]:
 
 def test_positions_walk_every_micro_batch(dataset, uninterrupted):
     assert list(dataset.positions(START, 2)) == uninterrupted
-    assert list(dataset.positions(START, 0)) == []
     assert len(set(uninterrupted)) == len(uninterrupted)
     found = list(islice(dataset.positions(START), len(uninterrupted) + 5))  # without end
     assert found[:-5] == uninterrupted and {position.epoch for position in found[-5:]} == {2}
     assert found[-5] == DataPosition(2, 0, 0)
-    for number in range(0, len(uninterrupted), 7):
+    for number in range(0, len(uninterrupted), 29):
         assert list(dataset.positions(uninterrupted[number], 2)) == uninterrupted[number:]
-
-
-def test_progress_affects_masks_but_not_positions(dataset, uninterrupted, collator):
-    position = uninterrupted[9]
-    assert position.progress == 0
-    late = position._replace(progress=1.0)
-    assert list(dataset.positions(late, 2)) == uninterrupted[9:]
-    early, late = (collator(dataset[each]) for each in (position, late))
-    assert restored(early) == restored(late) and late.counts["mlm"] < early.counts["mlm"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +83,7 @@ def uneven(documents, tiny_tokenizer, tmp_path_factory):
 
 def test_an_epoch_is_counted_by_the_sizes_of_the_shards(uneven):
     counts = set()
-    for seed in range(12):
+    for seed in range(4):
         dataset = PretrainingDataset(uneven, replace(TASK, seed=seed, counted_length=64))
         config = Config(batch_size=TASK.micro_batch_size, max_length=TASK.max_length)
         steps = plan.count_epoch(dataset, config).steps
@@ -138,14 +128,10 @@ def test_the_fullest_micro_batch_is_in_the_next_shard_with_text(source):
 
 
 def test_every_epoch_reads_all_shards_in_its_own_order(dataset, source):
-    other = PretrainingDataset(source, Task("random", 64, 4, 0.15, 12))
     places = range(source.num_shards)
-    orders, others = (
-        [[each.shard_at(epoch, place) for place in places] for epoch in range(5)]
-        for each in (dataset, other)
-    )
+    orders = [[dataset.shard_at(epoch, place) for place in places] for epoch in range(5)]
     assert all(sorted(order) == list(places) for order in orders)
-    assert len(set(map(tuple, orders))) > 1 and orders != others
+    assert len(set(map(tuple, orders))) > 1
 
 
 def hashes_read(dataset: PretrainingDataset, epoch: int) -> set[int]:
@@ -176,9 +162,6 @@ def test_a_part_of_the_corpus_gives_only_its_documents(source):
     training, validation = source.split(0.3)
     assert hashes_read(PretrainingDataset(validation, TASK), 0) == hashes_of(validation)
     assert not hashes_of(validation) & hashes_of(training)
-
-
-# ---------------------------------------------------------------- micro-batches
 
 
 def test_no_two_examples_share_a_key(dataset, source):
@@ -231,15 +214,12 @@ def steps(source, collator) -> list[tuple[int, DataPosition, list[dict]]]:
     return found
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_steps_equal_the_slow_loop(source, collator, steps, world_size, workers):
+@pytest.mark.parametrize("rank, world_size, workers", [(0, 1, 0), (0, 2, 0), (3, 4, 0), (1, 2, 2)])
+def test_steps_equal_the_slow_loop(source, collator, steps, rank, world_size, workers):
     """Rank r of n reads micro-batches r, r + n ... of each step."""
-    ranks = range(world_size) if workers == 0 else [world_size - 1]
-    for rank in ranks:
-        more = {"rank": rank, "world_size": world_size, "workers": workers}
-        found = take_steps(train_data(source, collator, **more), STEPS)
-        assert found == [batches[rank::world_size] for *_, batches in steps]
+    more = {"rank": rank, "world_size": world_size, "workers": workers}
+    found = take_steps(train_data(source, collator, **more), STEPS)
+    assert found == [batches[rank::world_size] for *_, batches in steps]
 
 
 def resumed(source, collator, state: dict, **more) -> TrainData:
@@ -248,7 +228,7 @@ def resumed(source, collator, state: dict, **more) -> TrainData:
     return data
 
 
-@pytest.mark.parametrize("step", [0, 1, 3, 4, 5, 11, 14, 19])
+@pytest.mark.parametrize("step", [3, 4, 14])
 def test_a_resumed_run_reads_the_remaining_steps(source, collator, steps, step):
     """With the same or another number of processes."""
     data = train_data(source, collator, rank=1, world_size=2)
@@ -285,25 +265,13 @@ def test_facts_about_the_last_step(source, collator, steps, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_one_phase_without_a_schedule(dataset, collator, uninterrupted):
-    """As in the benchmark: no end, nothing to log."""
-    collator = replace(collator, masking=Masking("word"))
-    data = TrainData([(dataset, collator)], (), 3)
-    for step in range(2):
-        for batch, position in zip(next(data), uninterrupted[3 * step :], strict=False):
-            assert contents(batch) == contents(collator(dataset[position]))
-    assert data.logged() == {} and data.position == uninterrupted[3]
-
-
 # ---------------------------------------------------------------- processes and memory
 
 
 def test_the_workers_of_a_phase_end_with_it(source, collator):
-    data, running = train_data(source, collator, workers=2), []
-    for _ in range(STEPS):
-        next(data)
-        running.append(len(multiprocessing.active_children()))
-    assert running == [2] * STEPS
+    data = train_data(source, collator, workers=2)
+    take_steps(data, ENDS[0] + 1)
+    assert len(multiprocessing.active_children()) == 2
     del data
     assert not multiprocessing.active_children()
 
@@ -312,7 +280,7 @@ def test_the_workers_of_a_phase_end_with_it(source, collator):
 def test_global_random_streams_are_left_alone(source, collator, workers):
     """Dropout draws from them; if the loader did too, a resumed run would differ."""
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    take_steps(train_data(source, collator, workers=workers), STEPS)
+    take_steps(train_data(source, collator, workers=workers), ENDS[0] + 1)
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpy_before)
 
@@ -340,10 +308,3 @@ def test_a_pickled_dataset_holds_neither_plans_nor_text(source, collator, datase
     raw = pickle.dumps(dataset)
     assert len(raw) <= fresh + 100 and b"memmap" not in raw and b"ndarray" not in raw
     assert contents(collator(pickle.loads(raw)[uninterrupted[5]])) == before
-
-
-def test_two_plans_stay_in_memory(dataset, source):
-    plans = [dataset.plan(0, place) for place in range(source.num_shards)]
-    last = source.num_shards - 1
-    assert dataset.plan(0, last) is plans[last] and dataset.plan(0, last - 1) is plans[last - 1]
-    assert dataset.plan(0, 0) is not plans[0]

@@ -141,7 +141,7 @@ def some_documents(data, shard: Shard) -> np.ndarray:
     return np.array(sorted(data.draw(chosen)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SHARDS, PAIR_TASKS, st.integers(0, 2**64 - 1), st.sampled_from([1, 2, 128]), st.data())
 def test_pairs_equal_the_slow_loop(shard, task, seed, lane_sequences, data):
     with pytest.MonkeyPatch.context() as patch:
@@ -150,10 +150,9 @@ def test_pairs_equal_the_slow_loop(shard, task, seed, lane_sequences, data):
 
 
 @pytest.mark.parametrize("pairs", ["random", "swapped"])
-@pytest.mark.parametrize("max_length", [32, 128])
-def test_pairs_of_a_larger_shard_equal_the_slow_loop(pairs, max_length):
+def test_pairs_of_a_larger_shard_equal_the_slow_loop(pairs):
     shard = shard_of(random_lengths(60, 40, 60))
-    assert_equal_to_slow(shard, np.flatnonzero(np.arange(60) % 3), task(pairs, max_length), 5)
+    assert_equal_to_slow(shard, np.flatnonzero(np.arange(60) % 3), task(pairs, 128), 5)
 
 
 # ---------------------------------------------------------------- pairs, properties
@@ -167,13 +166,6 @@ def test_half_of_the_pairs_of_long_documents_have_label_1(pairs, slack):
     labels = labels[labels != IGNORED]
     assert len(labels) > 1000
     assert abs((labels == 1).mean() - 0.5) < 2.5 / math.sqrt(len(labels)) + slack
-
-
-def test_a_tenth_of_the_targets_are_short():
-    shard = shard_of([[1] * 20_000, [1]])
-    plan = plan_pairs(shard, everything(shard), task("swapped"), key(2))
-    short = (plan.a_length + plan.b_length < 29).mean()
-    assert abs(short - 0.1 * 27 / 28) < 5 * math.sqrt(0.09 / len(plan.keys))
 
 
 # ---------------------------------------------------------------- order
@@ -223,7 +215,7 @@ def test_the_plan_is_shuffled(pairs):
 # ---------------------------------------------------------------- windows
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(SHARDS, st.integers(8, 40), st.integers(0, 1000), st.data())
 def test_windows_cover_each_document_once_and_in_order(shard, max_length, seed, data):
     chosen = some_documents(data, shard)
@@ -253,7 +245,7 @@ def plan_with(a_length, b_length, keys) -> Plan:
 SIZES = st.tuples(st.integers(1, 90), st.integers(0, 90), st.integers(0, 2**64 - 1))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(pairs=st.lists(SIZES, min_size=1, max_size=8), max_tokens=st.integers(4, 60))
 def test_truncation_is_token_by_token(pairs, max_tokens):
     found = rows_of(planning.truncate(plan_with(*zip(*pairs)), max_tokens))
@@ -264,7 +256,7 @@ def test_truncation_is_token_by_token(pairs, max_tokens):
         assert list(range(b_start, b_start + b_length)) == b
 
 
-# ---------------------------------------------------------------- micro-batches, budget
+# ---------------------------------------------------------------- micro-batches
 
 TASKS = st.builds(
     task,
@@ -276,7 +268,7 @@ TASKS = st.builds(
 ).filter(lambda task: task.token_limit >= task.max_length)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(task=TASKS, data=st.data())
 def test_micro_batches_equal_a_greedy_loop(task, data):
     size = st.integers(1, task.max_tokens) | st.integers(1, 3) | st.just(task.max_tokens)
@@ -297,24 +289,3 @@ def test_micro_batches_equal_a_greedy_loop(task, data):
         used = filled
     expected += [len(sizes)] if sizes else []
     assert planning.micro_batch_bounds(plan, task) == tuple(expected)
-
-
-@pytest.mark.parametrize(
-    "size, mask_rate, counts",
-    [(30, 0.15, {4}), (1, 0.8, {16, 8}), (1, 0.15, {16, 8}), (10, 0.01, {5})],
-    ids=["tokens", "sequences", "sequences", "masks"],
-)
-def test_each_limit_closes_a_micro_batch(size, mask_rate, counts):
-    """Full sequences fill the tokens, tiny ones the sequences; those that round up to one mask fill
-    the masks, int(0.01 x 128) + 4."""
-    plan = plan_with([size] * 40, [0] * 40, [0] * 40)
-    assert set(np.diff(planning.micro_batch_bounds(plan, task(None, 32, 4, mask_rate)))) == counts
-
-
-@pytest.mark.parametrize("rate", [0.01, 0.15, 0.3, 0.8])
-def test_budget_against_rounding(rate):
-    """A lower rate never needs more room."""
-    expected = [0] + [max(1, math.floor(rate * count + 0.5)) for count in range(1, 600)]
-    found = planning.mask_budget(np.arange(600), rate)
-    assert found.tolist() == expected and found.dtype == np.int64
-    assert (found <= planning.mask_budget(np.arange(600), 0.8)).all()

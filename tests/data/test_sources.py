@@ -20,9 +20,7 @@ from pretrain.data import sentences as reading
 from pretrain.data.sentences import Span, cut_into_pieces, detect_format, sentences
 from pretrain.data.sources import (
     MAX_CHARACTERS,
-    by_name,
     check_files,
-    content_key,
     expand,
     likely_encodings,
 )
@@ -74,17 +72,6 @@ def path(tmp_path):
 def cut_at_stops(line: str) -> list[str]:
     """A sentence ends after each "." and the spaces after it; joined, the parts are the line."""
     return re.findall(r"[^.]*\.\s*|[^.]+", line)
-
-
-def test_a_cut_divides_lines_and_keeps_documents(path):
-    path.write_text("a. b.  c\n\n...\nd.\n")
-    found = {
-        name: texts(grouped(sentences(whole(path), name, cut_at_stops)))
-        for name in ("sentences", "lines")
-    }
-    assert found["sentences"] == [["a.", "b.", "c"], [".", ".", ".", "d."]]
-    assert found["lines"] == [["a.", "b.", "c"], [".", ".", "."], ["d."]]
-    assert list(sentences(whole(path), "lines", lambda line: [])) == []
 
 
 def slow_sentences(text: str, entities: list, cut) -> list[tuple[str, tuple]]:
@@ -142,15 +129,6 @@ def test_records_against_the_slow_reading(scratch, records, cut, piece_bytes):
     assert found == [slow_sentences(text, entities, cut) for text, entities in records]
 
 
-def test_records_spelled_out(path):
-    """Checks the reference itself: a sentence does not end inside an entity, but at its bounds."""
-    text, spans = " In St. Ives.\nA  b\nc. d", [[4, 12], [14, 15], [17, 20]]
-    path.write_text(json.dumps({"text": text, "entities": spans}) + '\n{"text": "e"}\n')
-    expected = [("In St. Ives.", ((3, 11),)), ("A  b\nc.", ((0, 1), (3, 6))), ("d", ())]
-    assert grouped(sentences(whole(path), "jsonl", cut_at_stops)) == [expected, [("e", ())]]
-    assert slow_sentences(text, spans, cut_at_stops) == expected
-
-
 def test_a_long_line_is_cut_at_white_space(path, monkeypatch):
     monkeypatch.setattr(reading, "MAX_LINE_BYTES", 16)
     line = "the quick brown fox jumps over\tthe lazy dog and runs away from it all"
@@ -158,16 +136,6 @@ def test_a_long_line_is_cut_at_white_space(path, monkeypatch):
     first, second = read_documents([whole(path)], "sentences")
     assert second == ["other"] and first[-1] == "next"
     assert len(first) > 4 and " ".join(first[:-1]).split() == line.split()  # no word is cut
-
-
-@pytest.mark.parametrize("limit", [3, 4, 5, 16, 17, 18])  # 3: less than some characters
-def test_a_long_line_without_spaces_is_cut_between_characters(path, monkeypatch, limit):
-    monkeypatch.setattr(reading, "MAX_LINE_BYTES", limit)
-    line = "今天的天气很好我们一起去公园散步吧😀然后a回b家éé"
-    path.write_text(f"{line}\n\nzz\n", encoding="utf-8")
-    first, second = read_documents([whole(path)], "sentences")
-    assert "".join(first) == line and len(first) > 2 and "".join(second) == "zz"
-    assert max(len(part.encode()) for part in first) <= limit + 3  # a character across the limit
 
 
 LINES = st.sampled_from(
@@ -223,7 +191,6 @@ def test_large_files_are_split_and_small_ones_grouped(tmp_path):
     sizes = [sum(span.end - span.start for span in piece) for piece in pieces]
     assert len(sizes) >= 7 and all(100 < size <= 220 for size in sizes[:-2])
     assert len(cut_into_pieces([large, *small], "text", 200)) == 2  # a file is never cut
-    assert len(cut_into_pieces([large, *small], "sentences", MIB)) == 1
 
 
 LONG_FILE = ("word " * 20 + "\n") * 1400
@@ -235,11 +202,8 @@ LONG_FILE = ("word " * 20 + "\n") * 1400
         ("sentences", ["one\ntwo\nthree\n\nfour\n\n\n"]),
         ("sentences", ["\ufeffone\r\ntwo\r\n\r\nthree\r\n"]),
         ("sentences", ["one\ntwo\n\nthree\n", "four\n"]),  # some files without groups
-        ("lines", ["one\ntwo\nthree\n"]),
-        ("lines", ["one\ntwo\nthree\n\n\n"]),  # blank lines at the ends make no groups
-        ("lines", ["\n\none\ntwo\n"]),
+        ("lines", ["\n\none\ntwo\nthree\n\n\n"]),  # blank lines at the ends make no groups
         ("lines", ["one\n\ntwo\n\nthree\n"]),  # nor do those after every line
-        ("lines", ["one"]),
         ("text", ["one\ntwo\n"] * 40),
         ("lines", [LONG_FILE] * 2),
     ],
@@ -251,31 +215,14 @@ def test_the_detected_format(tmp_path, expected, contents):
     assert detect_format(files)[0] == expected
 
 
-@pytest.mark.parametrize("num_lines", [9, 30])
-def test_a_file_that_may_be_one_document_by_mistake_is_named(num_lines, tmp_path):
-    """In groups of two lines, 30 without a blank one are unusual."""
-    files = [tmp_path / "groups.txt", tmp_path / "list.txt"]
-    files[0].write_text("one\ntwo\n\n" * 50)
-    files[1].write_text("one\n" * num_lines)
-    found, reason = detect_format(files)
-    assert found == "sentences" and ("list.txt" in reason) == (num_lines == 30)
-
-
 BAD_TEXT = {
     "in the middle": b"ab\xff cd",
-    "latin-1": "café au lait".encode("latin-1"),
-    "beyond a MiB": b"a" * MIB + b"ok \xff more",
     "a character that the first MiB cuts": b"a" * (MIB - 1) + b"\xc3(",
-    "cut at the end": "abc中".encode()[:-1],
     "cut at the end, beyond a MiB": b"a" * (MIB - 2) + "中文".encode()[:-2],
     "surrogate": b"a\xed\xa0\x80",
-    "binary": b"ab\0cd",
-    "UTF-16": "hi".encode("utf-16-le"),
     "binary beyond a MiB": b"a" * MIB + b"bc\0",
     "empty": b"",
     "white space": "\ufeff \t\n\u3000\r\n".encode(),
-    "a byte-order mark": BOM,
-    "white space beyond a MiB": b"\n" * (MIB + 1),
 }
 
 
@@ -291,8 +238,8 @@ def test_bad_text_is_named_with_its_offset(path, raw):
     assert told.startswith(f"{path}: ") and (offset < 0 or re.search(rf"offset {offset}\b", told))
 
 
-@pytest.mark.parametrize("raw", [b"a" * (MIB - 1) + "中文".encode(), b"\n" * MIB + b"a"])
-def test_good_text_across_a_chunk_boundary(path, raw):
+def test_good_text_across_a_chunk_boundary(path):
+    raw = b"\n" * (MIB - 1) + "中文".encode()
     path.write_bytes(raw)
     assert check_files([path])[0].size == len(raw)
 
@@ -303,11 +250,6 @@ def test_every_bad_file_is_named_at_once(tmp_path):
     lines = refused(check_files, [*sorted(tmp_path.iterdir()), tmp_path / "gone"]).splitlines()
     bad = [str(tmp_path / name) for name in ("a", "c", "d", "e", "gone")]
     assert [line.split(":")[0] for line in lines] == bad
-
-
-def test_a_named_path_may_be_in_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/ada")
-    assert by_name(["mine=~/corpus", "other=b"]) == {"mine": ("/home/ada/corpus",), "other": ("b",)}
 
 
 def test_expand(tmp_path, monkeypatch):
@@ -326,14 +268,6 @@ def test_expand(tmp_path, monkeypatch):
         (["a.txt", "./a.txt", "sub/../a.txt", names[0]], names[:1]),
     ):
         assert expand(map(str, paths)) == expected
-
-
-def test_a_name_that_begins_with_a_tilde(tmp_path, monkeypatch):
-    """A lock file of an office program, for example; there is no home folder of such a user."""
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "~$rows.csv"
-    path.touch()
-    assert expand([path.name]) == expand(["~*"]) == [str(path)]
 
 
 def test_a_folder_is_read_behind_links(tmp_path, monkeypatch):
@@ -365,26 +299,6 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     assert refused(expand, [str(tmp_path / "text")]).startswith(f"{folder}: ")
 
 
-def test_data_sets_stay_one_entry(tmp_path, monkeypatch):
-    """hub:NAME, and folders that `datasets` has saved."""
-    monkeypatch.chdir(tmp_path)
-    for name, mark in (("one", "dataset_info.json"), ("two", "dataset_dict.json")):
-        (tmp_path / name).mkdir()
-        for file in (mark, "data.arrow"):
-            (tmp_path / name / file).write_text("x")
-    hub = "hub:some/name:config:train"
-    assert expand([hub, "two", "one", hub]) == [hub, str(tmp_path / "two"), str(tmp_path / "one")]
-    assert expand(["o*"]) == [str(tmp_path / "one")]
-
-
-def test_every_missing_path_is_named_at_once(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "good.txt").write_text("text")
-    entries = [str(tmp_path / name) for name in ("gone.txt", "empty", "*.md", "good.txt")]
-    lines = refused(expand, entries).splitlines()
-    assert [line.split(":")[0] for line in lines] == entries[:3]
-
-
 def test_a_name_that_is_not_utf8_is_shown_with_escapes(tmp_path):
     (tmp_path / "caf\udce9.txt").write_text("text")
     assert refused(expand, [str(tmp_path)]).startswith(f"{tmp_path}/caf\\udce9.txt: ")
@@ -408,65 +322,41 @@ def test_the_index_avoids_reading_until_a_file_changes(path, tmp_path, capsys):
     assert check("longer", 3).sha256 not in (first.sha256, second.sha256)  # the same time
 
 
-@pytest.mark.parametrize("raw", ["", "{", "[]", '{"x": 1}', '{"x": {"path": "x"}}', "\xff"])
+@pytest.mark.parametrize("raw", ["{", '{"x": 1}', '{"x": {"path": "x"}}'])
 def test_a_damaged_index_only_costs_time(path, tmp_path, raw):
     index = tmp_path / "index.json"
     path.write_text("text")
-    index.write_bytes(raw.encode("latin-1"))
+    index.write_text(raw)
     assert check_files([path], index) == check_files([path])
     assert str(path) in json.loads(index.read_text())  # and it is whole again
 
 
-def test_content_key_names_the_content_in_order(tmp_path):
-    for name, text in (("1.txt", "a"), ("2.txt", "b"), ("3.txt", "a")):
-        (tmp_path / name).write_text(text)
-    one, two, three = check_files(sorted(tmp_path.iterdir()))
-    assert content_key([one, two], "lines") == content_key([three, two], "lines")  # by content
-    sources = [([one, two], "lines"), ([two, one], "lines"), ([one, two], "text"), ([one], "lines")]
-    assert len({content_key(*given) for given in sources}) == 4
-
-
 # Encodings.
 
-RUSSIAN = "Москва является столицей России, в этом городе живёт много людей.\n"
 CHINESE = "今天天气很好，我们去公园散步。\n他在北京大学学习人工智能。\n"
-TAIWANESE = "台灣是一個位於東亞的島嶼，人口約兩千三百萬。\n這裡的語言是國語與臺語。\n"
-JAPANESE = "今日は天気がとても良いです。\n私は東京に住んでいます。カタカナも使います。\n"
 ENCODED = {
     "gb18030": CHINESE,
-    "big5": TAIWANESE,
-    "shift_jis": JAPANESE,
-    "cp1251": RUSSIAN,
+    "cp1251": "Москва является столицей России, в этом городе живёт много людей.\n",
+    "cp1250": "Rząd ogłosił wczoraj, że zwiększy wydatki na służbę zdrowia. To za mało, i żąda.\n",
     "utf-16": CHINESE,
-    "utf-16-le": "plain words\n",
     "utf-16-be": "plain words\n",
 }
 
 
-LATIN = [
-    ("latin-1", "O governo não conseguiu aprovar a proposta: a situação das crianças é difícil. "),
-    ("latin-1", "Regeringen meddelade i går att den ska höja anslagen till sjukvården på landet. "),
-    ("cp1250", "Rząd ogłosił wczoraj, że zwiększy wydatki na służbę zdrowia. To za mało, i żąda. "),
-    ("iso-8859-2", "Vláda včera oznámila, že zvýší výdaje. Opozice tvrdí, že je to příliš málo. "),
-    ("cp1254", "Hükümet dün sağlık harcamalarını artıracağını açıkladı, bakanın istifasını. "),
-]
-OTHER = [*LATIN, *((name, ENCODED[name] * 5) for name in ENCODED)]
-
-
-@pytest.mark.parametrize(("name", "text"), OTHER, ids=[name for name, _ in OTHER])
-def test_text_in_another_encoding_shows_how_each_likely_one_reads_it(path, name, text):
-    """In Latin script, several read it without an error, and mostly wrong: only a reader can tell.
-    For others it may be a superset, such as cp932."""
+@pytest.mark.parametrize("name", ENCODED)
+def test_text_in_another_encoding_shows_how_each_likely_one_reads_it(path, name):
+    """In Latin script, several read it without an error, and mostly wrong: only a reader can
+    tell."""
     pytest.importorskip("charset_normalizer")
-    encoded = (text * 20).encode(name)
+    text = ENCODED[name] * 50
+    encoded = text.encode(name)
     path.write_bytes(encoded)
     told, likely = refused(check_files, [path]), likely_encodings(encoded)
     assert told.startswith(f"{path}: ")
     for encoding, word in likely.items():
         assert encoding in told and word in told
-        assert (word in text) == (encoded.decode(encoding) == text * 20)
+        assert (word in text) == (encoded.decode(encoding) == text)
     assert any(word in text for word in likely.values())
-    assert refused(check_files, [path], encoding="ascii").startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("name", ENCODED)
@@ -495,26 +385,11 @@ def test_damaged_utf8_is_not_taken_for_another_encoding(path):
     assert told.startswith(f"{path}: ") and 'option "encoding"' not in told
 
 
-def test_binary_data_has_no_encoding():
-    assert likely_encodings(bytes(range(256)) * 40) == {}
-
-
-def test_a_file_in_a_second_encoding_is_named(path):
-    pytest.importorskip("charset_normalizer")
-    path.write_bytes(CHINESE.encode("utf-16"))
-    told = refused(check_files, [path], encoding="gb18030")
-    assert told.startswith(f"{path}: ") and "utf-16" in told
-
-
 # Bounds.
 
 
-@pytest.mark.parametrize(
-    "line", ["word " * (1 << 17), '{"text": "' + "word " * (1 << 17) + '"}'], ids=["plain", "json"]
-)
-def test_a_line_beyond_the_limit_is_named(path, line):
-    repeated = line.strip().replace("word ", "word " * (MAX_CHARACTERS // len(line) + 1))
-    path.write_text(f"short\n{repeated}\n")
+def test_a_line_beyond_the_limit_is_named(path):
+    path.write_text("short\n" + "word " * (MAX_CHARACTERS // 5 + 1))
     assert refused(check_files, [path]).startswith(f"{path}, line 2: ")
 
 
@@ -541,13 +416,8 @@ def test_an_array_of_json_is_read_by_item(tmp_path):
         rows = read_rows(str(path), "jsonl")
         assert len(list(islice(rows, 3000))) == 3000
         assert refused(next, rows).startswith(f"{path}, line 3001: ")
-
-
-@pytest.mark.parametrize("text", ['[{"a": 1} {"a": 2}]', '[{"a": 1}] x', '[{"a": 1},]', "[,]"])
-def test_a_bad_array_of_json_is_named(tmp_path, text):
-    path = tmp_path / "a.json"
-    path.write_text(text)
-    assert refused(list, read_rows(str(path), "jsonl")).startswith(f"{path}, line ")
+    path.write_text('[{"text": "a"}] x')
+    assert refused(list, read_rows(str(path), "jsonl")).startswith(f"{path}, line 2: ")
 
 
 def test_samples_and_sentences_are_bounded(tmp_path):
