@@ -12,7 +12,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pretrain.adapt import dedup
-from pretrain.data.annotate import Markup
 from pretrain.data.sentences import Span, sentences
 from pretrain.data.sources import Source
 from pretrain.inputs import TextFiles
@@ -28,7 +27,7 @@ def slow_copy_at(texts, start, copies):
     return max(found, default=start)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.sampled_from(WORDS), max_size=9),
     st.sets(st.sampled_from(COPIES), min_size=1, max_size=4),
@@ -56,7 +55,7 @@ TEXT = st.text(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(TEXT, st.data()), min_size=1, max_size=5))
 def test_entities_stay_at_their_words(drawn):
     document, words = [], []
@@ -113,15 +112,6 @@ def test_each_text_of_a_pair_is_a_copy_and_so_are_task_texts(clean):
     )
     kept = [[("middle", ())], [("next .", ())], [("new one .", ())], [("two", ()), ("lines", ())]]
     assert left == kept and counts == {"documents": 4, "removed": 2 + 3, "task_texts": 3}
-
-
-def test_marks_around_a_copy_do_not_hide_it():
-    cut = pytest.importorskip("sentencex") and Markup("en").cut
-    copy = "She ran home quickly."
-    line = f"I was sad :( It is long. {copy} It rained. Choose a) or b). The end."
-    document = [(part.strip(), ()) for part in cut(line)]
-    kept, count = dedup.without_copies(document, ["".join(copy.split())])
-    assert " ".join(text for text, _ in kept) == line.replace(f"{copy} ", "") and count == 1
 
 
 def test_an_interruption_leaves_no_text_without_its_end(tmp_path):

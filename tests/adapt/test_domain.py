@@ -71,8 +71,6 @@ def slow_count(content, words):
         (CHINESE, "auto", "jieba", {"北京大学": 2}),
         (SEGMENTED, "auto", "spaces", {"北京": 1}),
         (CHINESE, "tokenizer", "tokenizer", {"北": 2, "GPT": 1, "5": 0}),
-        (CHINESE, "spaces", "spaces", {"北京大学很大": 1}),
-        (SEGMENTED, "jieba", "jieba", {"北京": 1}),
     ],
 )
 def test_word_counts_equal_a_slow_form(content, words, chosen, some, text_of):
@@ -130,12 +128,9 @@ COUNTS |= {"zebra": 4, "the": 30, "modelization": 20, "quickly": 5, "Ünlöwed":
 COUNTS["moneyermoney"] = 11
 
 
-@pytest.mark.parametrize("kind", ["lower-casing", "cased", "byte-level"])
-def test_pieces_equal_each_word_tokenized_alone(kind, documents, tiny_tokenizer, roberta_tokenizer):
-    tokenizer = {"lower-casing": tiny_tokenizer, "byte-level": roberta_tokenizer}.get(kind)
-    if kind == "cased":
-        lines = [sentence.title() for document in documents for sentence in document]
-        tokenizer = tokenizers.train(lambda: iter(lines), 120, lowercase=False)
+@pytest.mark.parametrize("kind", ["lower-casing", "byte-level"])
+def test_pieces_equal_each_word_tokenized_alone(kind, tiny_tokenizer, roberta_tokenizer):
+    tokenizer = {"lower-casing": tiny_tokenizer, "byte-level": roberta_tokenizer}[kind]
     space = " " if kind == "byte-level" else ""
 
     def pieces(word):
@@ -176,31 +171,6 @@ def test_a_chinese_word_has_no_piece_for_a_space_that_its_text_lacks(tmp_path):
     assert shares["pieces_per_word"] == 1
 
 
-@pytest.mark.parametrize(
-    "kind, counts",
-    [
-        ("roberta", {"ing": 9, "riverized": 9}),
-        ("roberta", {"Bank": 5, "ed": 7}),
-        ("xlm_roberta", {"Ｂanks": 9, "Banks": 9, "zebra": 9}),
-        ("whole words", {"北京": 9, "北海": 9}),
-    ],
-)
-def test_candidates_of_other_tokenizers(kind, counts, request, tmp_path):
-    """Except a word whose letters are a piece inside words, but not at the start of a word.
-
-    Of two forms that a normalizer of SentencePiece makes one, there is one."""
-    if kind == "whole words":
-        entries = [*tokenizers.SPECIAL_TOKENS, "北", "京", "北京"]
-        vocabulary = {word: number for number, word in enumerate(entries)}
-        tokenizer = tokenizers.from_vocabulary(vocabulary, True)
-    else:
-        request.getfixturevalue(f"{kind}_tokenizer").save_pretrained(tmp_path)
-        tokenizer = tokenizers.load(str(tmp_path))
-    _, broken = domain.fragmentation(Counter(counts), tokenizer, set())
-    words = [word for word, _, _ in broken]
-    assert words and len(tokenizers.add_tokens(tokenizer, words, [])) == len(words)
-
-
 # The command.
 
 
@@ -220,7 +190,6 @@ def home(documents, tiny_tokenizer, tmp_path_factory):
     write_documents(folder / "two.txt", documents[half:])
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    (folder / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
     tiny_tokenizer.save_pretrained(folder / "tokenizer")
     characters = [character for character in CHINESE if character not in "散步"]
     tokenizers.train(lambda: iter(characters), 120).save_pretrained(folder / "chinese")
@@ -254,8 +223,6 @@ def test_the_command_prints_writes_and_draws_what_it_compares(compare, home):
         counts, facts = slow_count(content, "tokenizer"), result["texts"][name]
         frequent[name] = set(domain.frequent_words(counts, {"bank"})[:size])
         assert facts["words"] == counts.total() and facts["distinct_words"] == len(counts)
-        assert f"{name}: {facts['words']:,} words" in printed
-        assert f"{facts['pieces_per_word']:.2f} pieces" in printed
         candidates = (output / f"candidates-{name}.txt").read_text(encoding="utf-8")
         assert candidates.count("\n") == 3
     assert list(result["overlap"]) == list(files) and size < 50
@@ -263,7 +230,7 @@ def test_the_command_prints_writes_and_draws_what_it_compares(compare, home):
         assert row == {other: len(frequent[one] & frequent[other]) / size for other in files}
         assert f"| {one} | " + " | ".join(f"{share:.0%}" for share in row.values()) in printed
     assert result["overlap"]["one"]["two"] > result["overlap"]["one"]["other"]
-    assert imread(output / "overlap.png").shape[0] > 400 and f" {size} most frequent" in printed
+    assert imread(output / "overlap.png").shape[0] > 400
 
 
 @pytest.mark.parametrize(
@@ -271,7 +238,6 @@ def test_the_command_prints_writes_and_draws_what_it_compares(compare, home):
     [
         ("other", "tokenizer", {"zebras", "hippopotamus", "ω"}),
         ("zh", "chinese", {"北京大学", "散步"}),
-        ("zh", "tokenizer", {"北京大学"}),
     ],
 )
 def test_add_tokens_accepts_the_candidates(text, name, some, compare, home):
@@ -295,16 +261,13 @@ ONE = "--input one=HOME/one.txt"
     [
         ("", "--input: "),
         ("--input HOME/one.txt", "--input HOME/one.txt: "),
-        ("--input a=", "--input a=: "),
         ("--input =x.txt", "--input =x.txt: "),
         ("--input a/b=x.txt", "--input a/b=x.txt: "),
         ("--input one=HOME/absent.txt", "--input one HOME/absent.txt: "),
-        ("--input one=HOME/latin.txt", "--input one HOME/latin.txt: "),
         ("--input one=CORPUS", "--input one CORPUS: "),
         (f"{ONE} only=HOME/only.txt", "--input only: "),
         (f"{ONE} --stop-words HOME/no.txt", "--stop-words HOME/no.txt: "),
         (f"{ONE} --tokenizer HOME/absent", "--tokenizer HOME/absent: "),
-        (f"{ONE} --lexicon=", "--lexicon : "),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_written(
@@ -314,9 +277,3 @@ def test_bad_input_is_refused_and_nothing_is_written(
         line, named = line.replace(name, str(folder)), named.replace(name, str(folder))
     words = [*line.split(), "--cache", cache, "--output", tmp_path / "out"]
     refusal(DOMAIN, words, capsys, named, tmp_path / "out")
-
-
-def test_a_file_as_output_is_refused_early(home, capsys):
-    output = home / "two.txt"
-    words = [*ONE.replace("HOME", str(home)).split(), "--output", output]
-    refusal(DOMAIN, words, capsys, f"--output {output}: ")

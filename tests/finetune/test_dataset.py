@@ -62,14 +62,12 @@ def texts_of(path, **options):
 @pytest.mark.parametrize(
     "labels, read_as, classes",
     [
-        (["sad", "glad", "sad", "calm"], ["sad", "glad", "sad", "calm"], ["calm", "glad", "sad"]),
         ([10, 9, -1, 10], ["10", "9", "-1", "10"], ["-1", "9", "10"]),
         (["+1", "-1", "+1", "0"], ["+1", "-1", "+1", "0"], ["-1", "0", "+1"]),
-        (["1", "2", "01", "1"], ["1", "2", "01", "1"], ["01", "1", "2"]),
         ([True, False, True, True], ["true", "false", "true", "true"], ["false", "true"]),
         (["b", "B", "é", "b"], ["b", "B", "é", "b"], ["B", "b", "é"]),
     ],
-    ids=["names", "numbers", "signs", "spellings", "booleans", "case"],
+    ids=["numbers", "signs", "booleans", "case"],
 )
 def test_labels_are_the_same_in_every_format(labels, read_as, classes, suffix, tmp_path):
     rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
@@ -128,9 +126,6 @@ def test_files_are_read_in_the_order_given_and_each_wrong_row_is_listed(tmp_path
     wheres = [*(f"{first}, line {number}" for number in range(1, 6)), f"{later}, line 2"]
     assert [line.partition(":")[0] for line in found] == wheres
     assert len(problems(read, first, text_field="b", text_pair_field="text", classes=["y"])) == 5
-    halves = write_rows(tmp_path / "b.jsonl", [{"text": " x\ud83dy\n", "label": "y\ud83d"}])
-    good = write_rows(tmp_path / "a.csv", rows[1:])
-    assert read(halves, good, classes=["y", "y?"]).texts == [(" x?y\n",), ("x",)]
 
 
 @pytest.mark.parametrize("name", ["text", "label"])
@@ -139,30 +134,18 @@ def test_a_missing_column_is_reported_once(tmp_path, name):
     good = write_rows(tmp_path / "a.csv", [row])
     other = write_rows(tmp_path / "b.csv", [{"kind": row.pop(name), **row}] * 3)
     (line,) = problems(read, good, other, text_field="text")
-    assert line.startswith(f"{other}, line 1: ") and repr(name) in line and "kind" in line
-    assert f"{name}_field" in line
-    assert problems(read, other, text_field="text") == [line]
-
-
-def test_a_row_in_place_of_the_header_is_not_printed_whole(tmp_path):
-    path = tmp_path / "a.tsv"
-    path.write_text("".join(f"{'word ' * 100}\t{number}\n" for number in (1, 2)))
-    (line,) = problems(read, path)
-    assert line.startswith(f"{path}, line 1: ") and len(line.removeprefix(str(path))) < 200
+    assert line.startswith(f"{other}, line 1: ") and f"{name}_field" in line and "kind" in line
 
 
 def test_a_sentence_in_place_of_the_header_is_no_column(tmp_path):
     """A name of the same length in JSON is meant, and so is one that is given."""
     sentences = [f"the {place} of the river is long" for place in ("bank", "bed", "bend")]
-    for suffix in (".csv", ".tsv"):
-        path = tmp_path / f"a{suffix}"
-        path.write_text("\n".join(sentences))
-        (line,) = problems(texts_of, path)
-        assert line.startswith(f"{path}, line 1: ") and "text_field" in line
-        assert texts_of(path, text_field=sentences[0]) == [(text,) for text in sentences[1:]]
-    for name, column in (("a.jsonl", sentences[0]), ("b.csv", "full_text_of_the_review")):
-        path = write_rows(tmp_path / name, [{column: "words"}])
-        assert texts_of(path) == [("words",)]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(sentences))
+    (line,) = problems(texts_of, path)
+    assert line.startswith(f"{path}, line 1: ") and "text_field" in line
+    assert texts_of(path, text_field=sentences[0]) == [(text,) for text in sentences[1:]]
+    assert texts_of(write_rows(tmp_path / "a.jsonl", [{sentences[0]: "words"}])) == [("words",)]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -171,13 +154,9 @@ def test_rows_of_another_task_are_one_problem(task, tmp_path):
     kinds = {"classification": "name", "regression": 1.5, "ner": [[0, 3, "X"]]}
     for kind in kinds.keys() - {task}:
         rows = [{"text": f"one {number}", "label": kinds[kind]} for number in range(5)]
-        file = tmp_path / f"{kind}.jsonl"
-        path = write_rows(file, rows)
+        path = write_rows(tmp_path / f"{kind}.jsonl", rows)
         (line,) = problems(TASKS[task].read, [path], LabelOptions())
         assert line.startswith(f"{path}, line 1: ") and "right task" in line
-        rows[0]["label"] = kinds[task]
-        found = problems(TASKS[task].read, [write_rows(file, rows)], LabelOptions())
-        assert len(found) == 4 and not any("right task" in line for line in found)
 
 
 @pytest.mark.parametrize(
@@ -188,28 +167,15 @@ def test_mixed_kinds_of_labels_are_refused(labels, wheres, tmp_path):
     (line,) = problems(read, path)
     shown = [number for number in range(1, 5) if f"({path}, line {number})" in line]
     assert line.startswith(f"{path}: ") and shown == wheres
-    names = [str(label).lower() for label in labels]
-    assert read(path, classes=names).labels == names, "what --train has is right elsewhere"
 
 
-@pytest.mark.parametrize(
-    "labels, shown",
-    [
-        (["x"] * 3, "'x'"),
-        (["a", "b", "c"], "'a'"),
-        ([str(number // 2) for number in range(2002)], "1,001"),
-        (["a", "b"], None),
-        (["a", "b", "c", "c"], None),
-        ([str(number // 2) for number in range(2000)], None),
-    ],
-    ids=["one", "rows", "too many", "two", "three", "many"],
-)
-def test_the_number_of_classes_is_checked(labels, shown):
-    if shown is None:
+def test_the_number_of_classes_is_checked():
+    """At least two, at most 1,000, and for more than two some label that repeats."""
+    many = [str(number // 2) for number in range(2002)]
+    for labels in (["x"] * 3, ["a", "b", "c"], many):
+        refused(classes_of, labels, "here", begins="here: ")
+    for labels in (["a", "b"], ["a", "b", "c", "c"], many[:2000]):
         assert len(classes_of(labels, "here")) == len(set(labels))
-    else:
-        (line,) = problems(classes_of, labels, "here")
-        assert line.startswith("here: ") and shown in line
 
 
 # Label budget.
@@ -241,16 +207,6 @@ def test_a_budget_is_proportional_nested_and_seeded(labels, seed, data):
         assert share - len(sizes) * size / len(labels) <= taken[one] <= share + 1
 
 
-def test_other_seeds_draw_other_rows():
-    labels, drawn = ["a"] * 30 + ["b"] * 10, Counter()
-    for seed in range(200):
-        rows = budget_rows(labels, 8, seed)
-        assert Counter(labels[row] for row in rows) == {"a": 6, "b": 2}
-        drawn.update(rows.tolist())
-    assert len(drawn) == 40 and max(drawn.values()) < 75  # of 40 expected: 6 deviations more
-    assert len({tuple(budget_rows(labels, 8, seed)) for seed in range(200)}) == 200
-
-
 # Ids.
 
 
@@ -261,17 +217,18 @@ def texts(all_sentences):
     return [*joined, "bank", "河流 bank 银行", "Bank's  RIVER\n\tmoney?", "zzz 🙂"]
 
 
-@pytest.mark.parametrize("max_length", [14, 64, 1000])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    "parts, max_length, side", [(1, 14, "right"), (2, 64, "left"), (2, 1000, "right")]
+)
 @pytest.mark.parametrize("name", ["tiny_tokenizer", "roberta_tokenizer", "xlm_roberta_tokenizer"])
 def test_ids_and_types_equal_those_of_transformers(
-    name, parts, max_length, texts, request, monkeypatch
+    name, parts, max_length, side, texts, request, monkeypatch
 ):
     monkeypatch.setattr(tokenizers, "ENCODED_TOGETHER", 7)
     tokenizer = copy.deepcopy(request.getfixturevalue(name))
     given_texts = [pair[:parts] for pair in zip(texts, reversed(texts))]
     tokenizer("limits", truncation=True, max_length=3, padding="max_length")  # which stay set
-    tokenizer.model_max_length = max_length
+    tokenizer.model_max_length, tokenizer.truncation_side = max_length, side
     labels = [str(number) for number in range(len(texts))]
     dataset = LabeledDataset(LabeledRows(given_texts, labels, labels), tokenizer)
     tokenizer.model_max_length = 10**9
@@ -286,19 +243,6 @@ def test_ids_and_types_equal_those_of_transformers(
     assert len(dataset) == len(texts)
     known = LabeledDataset(LabeledRows(given_texts, labels, labels[1:3]), tokenizer).labels
     assert known.tolist() == [IGNORED, 0, 1, *[IGNORED] * (len(texts) - 3)]
-
-
-def test_a_tokenizer_that_cuts_on_the_left_cuts_there(tiny_tokenizer):
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.truncation_side, tokenizer.model_max_length = "left", 8
-    for text in (
-        ("bank river money water teach learn model token mask",),
-        ("bank river money water", "teach learn model token mask"),
-    ):
-        rows = LabeledRows([text], [""], ["a", "b"])
-        ids = LabeledDataset(rows, tokenizer).examples[0][0].tolist()
-        assert ids == tokenizer(*text, truncation=True, max_length=8)["input_ids"]
-        assert ids != tokenizer(*text)["input_ids"]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -373,28 +317,6 @@ def make_examples(count=32):
     return examples
 
 
-@pytest.mark.parametrize("weights", [None, np.array([0.5, 2.0, 5.0])], ids=["plain", "weighted"])
-@pytest.mark.parametrize("size", [1, 5, 32])
-def test_examples_are_packed_end_to_end(size, weights):
-    examples = make_examples(size)
-    examples[size // 3] = (*examples[size // 3][:2], IGNORED)
-    batch = pack(examples, 40, weights)
-    assert (batch.max_length, batch.num_sequences, len(batch.lengths)) == (40, size, size)
-    assert batch.num_tokens == len(batch.input_ids) == sum(batch.lengths) == batch.cu_seqlens[-1]
-    tensors = (batch.input_ids, batch.token_type_ids, batch.position_ids, batch.labels["label"])
-    assert {tensor.dtype for tensor in tensors} == {torch.int64}
-    assert batch.cu_seqlens.dtype == torch.int32
-    for place, (ids, types, label) in enumerate(examples):
-        part = slice(*batch.cu_seqlens[place : place + 2].tolist())
-        assert batch.input_ids[part].tolist() == ids.tolist()
-        assert batch.token_type_ids[part].tolist() == types.tolist()
-        assert batch.position_ids[part].tolist() == list(range(len(ids)))
-        assert batch.labels["label"][place] == label and batch.lengths[place] == len(ids)
-    known = [label for *_, label in examples if label != IGNORED]
-    count = len(known) if weights is None else sum(weights[label] for label in known)
-    assert batch.counts == {"label": pytest.approx(count)}
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A BERT with a head for three classes, without dropout."""
@@ -449,12 +371,3 @@ def test_the_update_equals_torchs_mean_for_any_micro_batch_size(weights, checkpo
     mean = (totals.sums["label"] / totals.counts["label"]).item()
     assert mean == pytest.approx(loss.item(), rel=1e-5)
     assert totals.num_correct["label"] == (logits.argmax(-1) == labels).sum()
-
-
-@pytest.mark.parametrize("weight", [3.0, 0.25])
-def test_the_weight_of_a_class_does_not_scale_a_step_of_one_row(weight, checkpoint):
-    """The last step of an epoch may hold one row; torch's weighted mean of one is its loss."""
-    examples = [(*make_examples(1)[0][:2], 0)]
-    _, plain, _ = step(checkpoint, examples, 1)
-    _, weighted, _ = step(checkpoint, examples, 1, [weight, 1.0, 1.0])
-    torch.testing.assert_close(norm_of(weighted), norm_of(plain), rtol=1e-5, atol=0.0)

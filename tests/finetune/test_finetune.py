@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 from codecs import BOM_UTF8
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +62,6 @@ ADDED = ["predicted_label", *PROBABILITIES]
 OTHERS = ["quick", "slow", "token", "mask", "model", "train"]  # words of no class
 FP32 = arguments_of("--precision fp32 --device cpu")
 FAST = arguments_of("--batch-size 16 --learning-rate 1e-2", FP32)
-RUN_FILES = {"config.json", "summary.json", "metrics.jsonl", "events.out", "confusion.png"}
 
 
 def make_rows(count, seed, weights=(3, 2, 1), noise=0.0):
@@ -165,73 +163,36 @@ def quick(finished, monkeypatch):
 # A run.
 
 
-def test_a_separable_task_is_learned_and_reported(finished, files):
+def test_a_separable_task_is_learned_and_reported(finished):
     output, text = finished
     summary, last = summary_of(output), json.loads(text.splitlines()[-1])
     assert summary["valid"]["accuracy"] > 0.95 and summary["test"]["macro_f1"] > 0.95
     assert (summary["steps"], summary["train_rows"], summary["skipped_steps"]) == (60, 90, 0)
     assert last["test_macro_f1"] == summary["test"]["macro_f1"]
     assert last["valid_loss"] == summary["valid"]["loss"] and last["state"] == "finished"
-    counts = Counter(row["label"] for row in read_rows(files["test"]))
-    shown = ", ".join(f"{label} {counts[label]}" for label in CLASSES)
-    assert f"--test: 30 rows, {shown}" in text
-    assert "run: 60 steps of 16 examples, evaluation every 6;" in text  # epochs end with 10
     assert score_table(summary["test"]) in text and f"step {summary['best_step']}:" in text
-    names = {path.name.partition(".tfevents")[0] for path in output.iterdir()}
-    assert names == RUN_FILES | {"final", "test_predictions.csv"}
+    training = metrics(output, "train/loss")
+    assert [row["step"] for row in training] == [1, 20, 40, 60]
+    assert training[0]["train/loss"] == pytest.approx(np.log(3), abs=0.3)
+    assert training[-1]["train/loss"] < 0.2 and training[-1]["train/accuracy"] > 0.9
 
 
-def test_the_options_of_a_run_repeat_it_from_any_folder(finished, encoder, files, monkeypatch):
+def test_the_options_of_a_run_repeat_it(finished, encoder):
     path = finished[0] / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert saved["max_length"] == 24 and saved["model"] == encoder
     again = portable_options(parse(["--config", str(path)], FinetuneOptions, ""))
     start = {"output": None, "resume": False, "overwrite": False}
     assert again == saved | start and not start.keys() & saved.keys()
-    home = Path(encoder).parent
-    monkeypatch.chdir(home)
-    argv = ["--model", Path(encoder).name, "--train", "a.csv", files["train"], "--valid", "~/b.csv"]
-    here = portable_options(parse(argv, FinetuneOptions, ""))
-    assert here["model"] == encoder and here["train"] == [str(home / "a.csv"), files["train"]]
-    assert here["valid"] == [str(Path("~/b.csv").expanduser())] and here["test"] == []
-    hub = FinetuneOptions(model="bert-base-uncased")
-    assert portable_options(hub)["model"] == "bert-base-uncased"
 
 
 def test_a_folder_that_is_named_like_a_size(encoder, files, tmp_path, monkeypatch):
     shutil.copytree(encoder, tmp_path / "tiny")
-    card = "---\nlicense: mit\n---\n"
-    (tmp_path / "tiny" / "README.md").write_text(card, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert portable_options(FinetuneOptions(model="tiny"))["model"] == str(tmp_path / "tiny")
     assert portable_options(Config(model="tiny"))["model"] == "tiny"
-    rows = ["--train", files["train"], "--valid", files["valid"]]
-    run_of(tmp_path / "run", "--model tiny --max-steps 1", rows)
-    assert ModelCard.load(tmp_path / "run" / "final" / "README.md").data.license == "mit"
-
-
-def test_numbers_go_to_the_log(finished, data):
-    output, _ = finished
-    training, evaluated = metrics(output, "train/loss"), metrics(output, "eval/accuracy")
-    assert [row["step"] for row in training] == [1, 20, 40, 60]
-    assert [row["step"] for row in evaluated] == [*range(6, 61, 6)]
-    names = {"train/loss", "train/accuracy", "speed/tokens_per_second", "memory/peak_bytes"}
-    names |= {"optim/learning_rate", "optim/grad_norm"}
-    assert names <= training[0].keys() and not any("label" in name for name in training[0])
-    macro = [f"eval/macro_{name}" for name in ("precision", "recall", "f1")]
-    of_class = [f"eval_f1/{label}" for label in CLASSES]
-    single = {"step", "eval/loss", "eval/accuracy", "eval/matthews"}
-    assert evaluated[0].keys() == {*single, *macro, *of_class}
-    assert training[0]["train/loss"] == pytest.approx(np.log(3), abs=0.3)
-    assert training[-1]["train/loss"] < 0.2 and training[-1]["train/accuracy"] > 0.9
-    best, valid = evaluated[summary_of(output)["best_step"] // 6 - 1], summary_of(output)["valid"]
-    assert best["eval/loss"] == valid["loss"]
-    assert best["eval_f1/school"] == valid["classes"]["school"]["f1"]
-    classes = {f"c{number}": {"f1": number / 50} for number in range(40)}
-    scores = {"loss": 1.0, "confusion": [[1]], "classes": classes}
-    numbers = build(data, FAST).logged(scores)
-    curves = {f"eval_f1/c{number}": number / 50 for number in range(30)}  # of the first classes
-    assert numbers == {"eval/loss": 1.0} | curves
+    run = build("--model tiny", FP32, ["--train", files["train"], "--valid", files["valid"]])
+    assert run.model.config.num_hidden_layers == 1
 
 
 def test_predictions_and_picture_are_those_of_the_stock_pipeline(finished, files):
@@ -252,19 +213,11 @@ def test_the_folder_opens_in_transformers_and_has_a_model_card(finished):
     assert type(model).__module__.startswith("transformers.")
     assert list(model.config.id2label.values()) == list(CLASSES)
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 24, "a pipeline cuts there"
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "| tokens per example | 24 |" in card
-    assert "| classes | finance, nature, school |" in card
-    assert f"| test macro f1 | {summary['test']['macro_f1']:.4f} |" in card
     data = ModelCard.load(folder / "README.md").data
     assert data.pipeline_tag == "text-classification"
     scores = {(of.dataset_name, of.metric_type): of.metric_value for of in data.eval_results}
-    named = {"accuracy": "accuracy", "f1": "macro_f1", "matthews_correlation": "matthews"}
-    assert scores == {
-        (f"{rows} rows", metric): pytest.approx(summary[part][name], abs=1e-4)
-        for rows, part in (("validation", "valid"), ("test", "test"))
-        for metric, name in named.items()
-    }
+    assert scores["test rows", "f1"] == pytest.approx(summary["test"]["macro_f1"], abs=1e-4)
+    assert scores["validation rows", "accuracy"] == pytest.approx(summary["valid"]["accuracy"])
     assert model_folder(str(finished[0])) == str(folder)
 
 
@@ -272,7 +225,7 @@ def test_the_folder_opens_in_transformers_and_has_a_model_card(finished):
 
 
 def test_the_saved_model_is_from_the_best_evaluation(whole):
-    options, output = whole["adamw"]
+    options, output = whole
     summary, evaluated = summary_of(output), metrics(output, "eval/")
     best = max(evaluated, key=lambda row: (row["eval/macro_f1"], -row["eval/loss"]))
     assert [row["step"] for row in evaluated] == [3, 6, 9, 10]
@@ -285,50 +238,17 @@ def test_the_saved_model_is_from_the_best_evaluation(whole):
     assert sklearn_loss(labels, found) == pytest.approx(summary["valid"]["loss"], rel=1e-4)
     matrix = sklearn_metrics.confusion_matrix(labels, found.argmax(-1)).tolist()
     assert summary["valid"]["confusion"] == matrix
+    assert best["eval_f1/school"] == summary["valid"]["classes"]["school"]["f1"]
 
 
-@pytest.mark.parametrize("metric, other", [("macro_f1", "accuracy"), ("accuracy", "macro_f1")])
-def test_the_best_is_by_metric_then_by_loss(metric, other, data):
-    run = build(data, FAST, ["--metric", metric])
+def test_the_best_is_by_metric_then_by_loss(data):
+    run = build(data, FAST, "--metric accuracy")
     state, taken = train.TrainState(), []
     series = [(0.5, 2.0), (0.5, 2.0), (0.5, 1.5), (0.4, 0.1), (0.6, 9.0), (0.6, 9.5), (0.1, 0.0)]
     for step, (score, loss) in enumerate(series):
-        state.record(step, {metric: score, other: step, "loss": loss}, run)
+        state.record(step, {"accuracy": score, "macro_f1": step, "loss": loss}, run)
         taken.append((state.best_step, state.evaluations_without_gain))
     assert taken == [(0, 0), (0, 1), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2)]
-
-
-@pytest.mark.parametrize("patience, steps", [(0, 5), (1, 2), (3, 4)])
-def test_patience_stops_the_run(patience, steps, data, output, monkeypatch):
-    shares = iter(np.linspace(0.5, 0.1, 9))
-    worse = lambda *_: np.array([[0.5, next(shares), 0]] * 40)  # noqa: E731
-    monkeypatch.setattr(module, "predict", worse)  # the same classes each time, with a larger loss
-    options = f"--max-steps 5 --eval-every 1 --patience {patience} --no-save-model"
-    summary = run_of(output, data, options)
-    assert (summary["steps"], summary["best_step"]) == (steps, 1)
-    named = [note.partition(":")[0] for note in summary["notes"]]
-    assert named == ["--valid"] if steps == 5 else [f"--patience {patience}", "--valid"]
-    assert [row["step"] for row in metrics(output, "eval/")] == list(range(1, steps + 1))
-
-
-@pytest.mark.parametrize("share, noted", [(0.6, True), (1.0, False)])
-def test_a_run_whose_last_step_is_its_best_says_so(share, noted, data, files, output, monkeypatch):
-    """Unless its score is perfect. The classes are right for a share of the rows."""
-    labels = [list(CLASSES).index(row["label"]) for row in read_rows(files["valid"])]
-    right = np.arange(len(labels)) < share * len(labels)
-    sharper = iter([0.5, 0.6, 0.7])
-
-    def better(*_):
-        most = next(sharper)
-        found = np.full((len(labels), 3), (1 - most) / 2)
-        found[np.arange(len(labels)), np.where(right, labels, 0)] = most
-        return found
-
-    monkeypatch.setattr(module, "predict", better)
-    summary = run_of(output, data, "--max-steps 3 --eval-every 1 --no-save-model")
-    assert summary["best_step"] == 3
-    notes = summary.get("notes", [])
-    assert [note.partition(":")[0] for note in notes] == ["--max-steps 3"] * noted
 
 
 # Numbers that are not finite.
@@ -386,14 +306,15 @@ def test_a_run_that_only_skips_stops(data, output):
 # Interrupted and resumed.
 
 
-def assert_same_result(left, right, name="test_predictions.csv"):
+def assert_same_result(left, right):
     """Weights, scores, predictions and logged numbers are equal bit for bit."""
     summaries = [summary_of(output) for output in (left, right)]
     for summary in summaries:
         assert summary["state"] == "finished" and summary.pop("seconds") > 0
         del summary["sequences_per_second"], summary["tokens_per_second"]
     assert summaries[0] == summaries[1] and exact_rows(left) == exact_rows(right)
-    assert (left / name).read_bytes() == (right / name).read_bytes()
+    predictions = [(of / "test_predictions.csv").read_bytes() for of in (left, right)]
+    assert predictions[0] == predictions[1]
     assert_same(*(load_file(of / "final" / "model.safetensors") for of in (left, right)))
     for output in (left, right):
         assert not [*output.glob("checkpoint-*"), *output.glob(".*"), *output.glob("best")]
@@ -401,22 +322,31 @@ def assert_same_result(left, right, name="test_predictions.csv"):
 
 @pytest.fixture(scope="session")
 def whole(encoder, files, tmp_path_factory):
-    """optimizer -> (options, folder) of an uninterrupted run whose best model is not the last."""
-    runs, folder = {}, tmp_path_factory.mktemp("whole")
+    """(options, folder) of an uninterrupted run whose best model is not the last."""
+    folder = tmp_path_factory.mktemp("whole")
     rows = [make_rows(48, 35, noise=0.5), make_rows(60, 5, noise=0.4)]
     paths = [write_rows(folder / f"{name}.csv", of) for name, of in zip(("train", "valid"), rows)]
     options = ["--model", encoder, "--train", paths[0], "--valid", paths[1]]
     options += ["--test", files["test"], *FP32]
     options += arguments_of("--batch-size 8 --learning-rate 3e-2 --max-steps 10 --eval-every 3")
-    for optimizer in ("adamw", "muon"):
-        runs[optimizer] = [*options, "--optimizer", optimizer], folder / optimizer
-        printed(FINETUNE.main, runs[optimizer][0], ["--output", folder / optimizer])
-        assert 3 < summary_of(folder / optimizer)["best_step"] < 10
-    return runs
+    printed(FINETUNE.main, options, ["--output", folder / "run"])
+    assert 3 < summary_of(folder / "run")["best_step"] < 10
+    return options, folder / "run"
 
 
-def kill_and_resume(monkeypatch, tmp_path, output, options, target, name, call):
-    """Run a command whose process is killed at a call of a function; then resume it here."""
+@pytest.mark.parametrize(
+    "target, name, call",
+    [
+        (train, "train_step", 6),
+        (module, "predict", 2),
+        (ckpt, "sync", 25),
+        (module, "predict", 5),  # of the test rows
+        (module.FinetuningRun, "export", 6),  # final/
+        (train, "write_json", 1),  # the summary
+    ],
+)
+def test_killed_anywhere_then_resumed(target, name, call, whole, output, tmp_path, monkeypatch):
+    options, undisturbed = whole
     command = [*options, "--save-every", "2", "--resume", "--output", output]
     kill = at(target, name, call, send(signal.SIGKILL))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
@@ -424,34 +354,11 @@ def kill_and_resume(monkeypatch, tmp_path, output, options, target, name, call):
     ((code, text),) = in_processes(tmp_path, FINETUNE.main, command, **given)
     assert code == -signal.SIGKILL, text
     printed(FINETUNE.main, command)
-
-
-@pytest.mark.parametrize(
-    "optimizer, target, name, call",
-    [
-        ("adamw", train, "train_step", 1),
-        ("adamw", train, "train_step", 6),
-        ("muon", train, "train_step", 6),
-        ("muon", module, "predict", 2),
-        ("adamw", ckpt, "sync", 3),
-        ("adamw", ckpt, "sync", 25),
-        ("adamw", ckpt, "prune", 2),
-        ("muon", module, "predict", 5),  # of the test rows
-        ("adamw", module.plots, "confusion", 1),
-        ("adamw", module.FinetuningRun, "export", 6),  # final/
-        ("adamw", train, "write_json", 1),  # the summary
-    ],
-)
-def test_killed_anywhere_then_resumed(
-    optimizer, target, name, call, whole, output, tmp_path, monkeypatch
-):
-    options, undisturbed = whole[optimizer]
-    kill_and_resume(monkeypatch, tmp_path, output, options, target, name, call)
     assert_same_result(undisturbed, output)
 
 
 def test_a_signal_during_an_evaluation_saves_and_exits(whole, output, monkeypatch, capsys):
-    options, undisturbed = whole["adamw"]
+    options, undisturbed = whole
     with monkeypatch.context() as patch:
         at(module, "predict", 2, send(signal.SIGINT), patch.setattr)()
         argv = arguments_of(options, ["--output", output])
@@ -465,85 +372,65 @@ def test_a_signal_during_an_evaluation_saves_and_exits(whole, output, monkeypatc
 
 
 def test_a_signal_at_the_end_keeps_the_result(whole, output, monkeypatch):
-    options, undisturbed = whole["adamw"]
+    options, undisturbed = whole
     with monkeypatch.context() as patch:
         at(module, "predict", 5, send(signal.SIGTERM), patch.setattr)()  # of the test rows
         assert run_command(FINETUNE.main, arguments_of(options, ["--output", output])) == 0
     assert_same_result(output, undisturbed)
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    (output / "checkpoint-4").mkdir()  # as a kill may leave it
-    assert "is finished" in printed(FINETUNE.main, "--resume", ["--output", output])
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
 def test_a_finished_run_in_a_read_only_folder_is_reported(whole, output):
-    shutil.copytree(whole["adamw"][1], output)
+    shutil.copytree(whole[1], output)
     output.chmod(0o555)
     given = {"prepare": lambda rank: without_privileges()}
     argv = ["--resume", "--output", output]
-    try:
-        ((code, told),) = in_processes(output.parent, FINETUNE.main, argv, **given)
-        assert (code, told) == (0, "")
-        output.chmod(0o755)
-        (output / "summary.json").unlink()
-        output.chmod(0o555)
-        ((code, told),) = in_processes(output.parent, FINETUNE.main, argv, **given)
-        assert code == 2 and told.startswith(f"error: --output {output}: ")
-    finally:
-        output.chmod(0o755)
+    ((code, told),) = in_processes(output.parent, FINETUNE.main, argv, **given)
+    output.chmod(0o755)
+    assert (code, told) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["summary.json", "final/model.safetensors", "final/config.json"])
+@pytest.mark.parametrize("name", ["summary.json", "final/model.safetensors"])
 def test_a_damaged_result_is_made_again(name, whole, output):
     """Empty, as after a power failure, or with another number."""
-    undisturbed = whole["adamw"][1]
-    for content in (b"", (undisturbed / name).read_bytes().replace(b"1", b"2")):
-        shutil.copytree(undisturbed, output, dirs_exist_ok=True)
-        (output / name).write_bytes(content)
-        if name != "summary.json" or not content:
-            said = printed(FINETUNE.main, "--resume", ["--output", output])
-            assert str(output / name) in said
-            assert_same_result(output, undisturbed)
+    undisturbed = whole[1]
+    is_summary = name == "summary.json"
+    content = b"" if is_summary else (undisturbed / name).read_bytes().replace(b"1", b"2")
+    shutil.copytree(undisturbed, output)
+    (output / name).write_bytes(content)
+    assert str(output / name) in printed(FINETUNE.main, "--resume", ["--output", output])
+    assert_same_result(output, undisturbed)
 
 
 @pytest.fixture
 def stopped(whole, output):
     """The folder of a run that stopped after a step."""
-    printed(FINETUNE.main, whole["adamw"][0], "--max-minutes 1e-9", ["--output", output])
+    printed(FINETUNE.main, whole[0], "--max-minutes 1e-9", ["--output", output])
     assert "--max-minutes" in summary_of(output)["state"]
     return output
 
 
-def test_a_resumed_run_refuses_other_options_and_other_rows(
-    stopped, whole, files, tmp_path, capsys
-):
-    for name, value in (
-        ("--metric", "accuracy"),
-        ("--label-budget", "30"),
-        ("--train", files["valid"]),
-    ):
+def test_a_resumed_run_refuses_other_options_and_other_rows(stopped, whole, files, capsys):
+    for name, value in (("--label-budget", "30"), ("--train", files["valid"])):
         command = ["--resume", "--output", stopped, name, value]
         assert refusal(FINETUNE.main, command, capsys).startswith(f"{name} {value}: ")
-        command[2] = whole["adamw"][1]  # finished, so it has no checkpoint
+        command[2] = whole[1]  # finished, so it has no checkpoint
         assert refusal(FINETUNE.main, command, capsys).startswith(f"{name} {value}: ")
     path = Path(json.loads((stopped / "config.json").read_text())["valid"][0])
     rows = path.read_text()
     write_rows(path, make_rows(60, 9))
     assert "rows have changed" in refusal(FINETUNE.main, ["--resume", "--output", stopped], capsys)
     path.write_text(rows)
-    text = refusal(FINETUNE.main, ["--resume", "--output", tmp_path / "no run"], capsys)
-    assert "--model: " in text and not (tmp_path / "no run").exists()
     more = "--max-minutes 0 --max-steps 3 --patience 9 --keep 9 --micro-batch-size 8"
     printed(FINETUNE.main, "--resume", ["--output", stopped], more)
     assert summary_of(stopped)["steps"] == 3, "these may change"
 
 
 def test_a_new_run_does_not_start_in_the_folder_of_an_unfinished_one(stopped, whole, capsys):
-    command = [*whole["adamw"][0], "--output", stopped]
+    command = [*whole[0], "--output", stopped]
     text = refusal(FINETUNE.main, command, capsys)
     assert text.startswith(f"--output {stopped}: ") and "--resume" in text
     printed(FINETUNE.main, command, "--overwrite")
-    assert_same_result(stopped, whole["adamw"][1])
+    assert_same_result(stopped, whole[1])
 
 
 # Options.
@@ -555,26 +442,19 @@ def test_balanced_weights_are_scikit_learns(data, files):
     run = build(data, FAST, "--class-weights balanced")
     np.testing.assert_allclose(run.datasets["train"].class_weights, expected)
     torch.testing.assert_close(run.model.class_weights, torch.from_numpy(expected).float())
-    few = build(data, FAST, "--class-weights balanced --label-budget 4")
-    np.testing.assert_allclose(few.datasets["train"].class_weights, [4 / 6, 4 / 3, 4 / 3])
-    plain = build(data, FAST)
-    assert plain.datasets["train"].class_weights is plain.model.class_weights is None
+    assert build(data, FAST).model.class_weights is None
 
 
 def test_a_label_budget_takes_rows_of_each_class_by_the_seed(data, files):
-    def run(budget, seed=0):
-        return build(data, FAST, f"--label-budget {budget} --seed {seed}")
+    def rows(budget, seed=0):
+        run = build(data, FAST, f"--label-budget {budget} --seed {seed}")
+        assert len(run.datasets["valid"]) == 40
+        return list(zip(run.datasets["train"].rows.texts, run.datasets["train"].rows.labels))
 
-    def rows(*arguments):
-        train = run(*arguments).datasets["train"].rows
-        return list(zip(train.texts, train.labels))
-
-    few, small = rows(6), run(6)
-    assert rows(0) == [((row["text"],), row["label"]) for row in read_rows(files["train"])]
-    assert set(few) < set(rows(0)) and {label for _, label in few} == CLASSES.keys()
+    few = rows(6)
+    every = [((row["text"],), row["label"]) for row in read_rows(files["train"])]
+    assert set(few) < set(every) and {label for _, label in few} == CLASSES.keys()
     assert rows(30)[:6] == few != rows(6, 1)
-    sizes = [len(small.datasets[name]) for name in ("train", "valid")]
-    assert sizes == [6, 40] and (small.eval_every, small.total_steps) == (1, 10)
 
 
 def test_steps_and_lengths_follow_from_the_options(data, output):
@@ -586,56 +466,37 @@ def test_steps_and_lengths_follow_from_the_options(data, output):
     assert numbers("") == (60, 6, 0, 64, 16)
     more = "--eval-every 4 --save-every epoch --max-length 32 --micro-batch-size 8"
     assert numbers(f"--epochs 0.5 {more}") == (3, 4, 6, 32, 8)
-    assert numbers("--epochs 0.01 --eval-every auto")[:2] == (1, 6)
     assert numbers("--max-steps 77 --save-every 5")[:3] == (77, 6, 5)
     assert not output.exists(), "what only reads writes nothing"
 
 
 def test_rows_that_are_cut_or_trained_on_are_reported(data, files, tmp_path, capsys):
-    rows = {name: read_rows(files[name]) for name in ("train", "valid")}
-    rows["test"] = rows["valid"][:9] + rows["train"][:5]
-    mixed = write_rows(tmp_path / "mixed.csv", rows["test"])
-    argv = data, FAST, "--max-length 12", ["--test", mixed]
+    mixed = read_rows(files["valid"])[:9] + read_rows(files["train"])[:5]
+    path = write_rows(tmp_path / "mixed.csv", mixed)
+    argv = data, FAST, "--max-length 12", ["--test", path]
     module.build(parse(arguments_of(*argv), FinetuneOptions, ""))
-    lines, tokenizer = capsys.readouterr().out.splitlines(), AutoTokenizer.from_pretrained(data[1])
-    assert lines.pop().startswith(f"--test {mixed}: 5 of 14 texts ")
-    for line, (name, of) in zip(lines, rows.items(), strict=True):
-        cut = sum(len(tokenizer(row["text"])["input_ids"]) > 12 for row in of)
-        assert line.startswith(f"--{name}: {len(of)} rows, ") and f" {cut} over 12 tokens" in line
-        assert cut
+    *_, line, last = capsys.readouterr().out.splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(data[1])
+    cut = sum(len(tokenizer(row["text"])["input_ids"]) > 12 for row in mixed)
+    assert cut and line.startswith("--test: 14 rows, ") and f" {cut} over 12 tokens" in line
+    assert last.startswith(f"--test {path}: 5 of 14 texts ")
 
 
 def test_rows_that_the_tokenizer_does_not_know_are_refused(data, files, tmp_path, capsys):
-    """Before training; a smaller share is a warning, and so it is in prediction."""
-    rows, texts = read_rows(files["train"]), []
-    for name, words in (("some", 1), ("many", 30)):
-        foreign = [row | {"text": row["text"] + " москва" * words} for row in rows]
-        texts.append(write_rows(tmp_path / f"{name}.csv", foreign))
-    few, many = texts
-    told = refusal(FINETUNE.main, [*data, *FAST, "--train", many], capsys)
-    assert told.startswith(f"--train {many}: ") and "Cyrillic" in told
+    """Before training."""
+    foreign = [row | {"text": row["text"] + " москва" * 30} for row in read_rows(files["train"])]
+    path = write_rows(tmp_path / "foreign.csv", foreign)
+    told = refusal(FINETUNE.main, [*data, *FAST, "--train", path], capsys)
+    assert told.startswith(f"--train {path}: ") and "Cyrillic" in told
     assert "--tokenizer" not in told  # finetune.py has no such option
-    module.build(parse([*data, *FAST, "--train", few], FinetuneOptions, ""))
-    assert f"--train {few}: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
-def test_rows_are_read_in_their_encoding(data, files, tmp_path, encoding):
-    rows = [row | {"note": "注意"} for row in read_rows(files["train"])]
-    path = Path(write_rows(tmp_path / "rows.csv", rows))
-    path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
-    refused(build, data, FAST, ["--train", path], begins=f"--train {path}: ")
-    run = build(data, FAST, ["--train", path, "--encoding", encoding])  # --valid is UTF-8
-    assert run.datasets["train"].rows.texts == [(row["text"],) for row in rows]
 
 
 # A result that is replaced.
 
 
-@pytest.mark.parametrize("more", ["", "--no-save-model"], ids=["model", "scores"])
-def test_a_result_is_replaced_once_the_new_one_is_complete(more, data, tmp_path, monkeypatch):
+def test_a_result_is_replaced_once_the_new_one_is_complete(data, tmp_path, monkeypatch):
     output, aside = tmp_path / "run", tmp_path / ".run.replaced"
-    options = output, data, "--max-steps 2", more
+    options = output, data, "--max-steps 2"
     run_of(*options)
     first = (output / "summary.json").read_text()
     refused(run_of, *options, begins=f"--output {output}")
@@ -645,12 +506,10 @@ def test_a_result_is_replaced_once_the_new_one_is_complete(more, data, tmp_path,
             run_of(*options, "--overwrite")
         assert not (output / "summary.json").exists() and not (output / "final").exists()
         assert (aside / "summary.json").read_text() == first
-        assert (aside / "final").is_dir() is (not more)
+        assert (aside / "final").is_dir()
     run_of(*options, "--overwrite --seed 5")
     assert not aside.exists() and (output / "summary.json").read_text() != first
     assert {row["step"] for row in metrics(output, "")} == {1, 2}, "nothing of the old run"
-    names = {path.name.partition(".tfevents")[0] for path in output.iterdir()}
-    assert names == RUN_FILES | ({"final"} if not more else set())
     (output / "notes.txt").write_text("mine")
     refused(run_of, *options, "--overwrite", begins=f"--output {output}", names="notes.txt")
 
@@ -658,7 +517,7 @@ def test_a_result_is_replaced_once_the_new_one_is_complete(more, data, tmp_path,
 # Scores.
 
 
-@pytest.mark.parametrize("present", [[0, 1, 2, 3], [0, 2], [1]], ids=["all", "two", "one"])
+@pytest.mark.parametrize("present", [[0, 1, 2, 3], [0, 2]], ids=["all", "two"])
 def test_scores_are_those_of_scikit_learn(present):
     """Macro averages are over the classes that occur or are predicted, as in its report."""
     source, tally = np.random.default_rng(1), Tally(["a", "b", "c", "d"])
@@ -685,11 +544,9 @@ def test_scores_are_those_of_scikit_learn(present):
     assert scores["loss"] == pytest.approx((rest - np.log(1e-30)) / 50, rel=1e-5)
     matrix = sklearn_metrics.confusion_matrix(labels, predicted, labels=range(4)).tolist()
     assert scores["confusion"] == matrix
-    table, names = score_table(scores).splitlines(), ("precision", "recall", "f1")
-    shown = [f"{scores['classes']['a'][name]:.3f}" for name in names]
-    macro = [f"{scores[f'macro_{name}']:.3f}" for name in names]
+    shown = [f"{scores['classes']['a'][name]:.3f}" for name in ("precision", "recall", "f1")]
+    table = score_table(scores).splitlines()
     assert table[1].split() == ["a", *shown, str(np.sum(labels == 0))] and len(table) == 7
-    assert table[-2].split()[-4:] == [*macro, "50"] and f"{scores['accuracy']:.3f}" in table[-1]
 
 
 # Bad input of finetune.py.
@@ -703,13 +560,11 @@ GOOD = "".join(f"words {number},{'ab'[number % 2]}\n" for number in range(8))
         ("train.csv", f"{GOOD} ,b\n", ", line 10:", "text"),
         ("train.csv", f"{GOOD}x,3\n", ":", "'3' ({path}, line 10)"),
         ("valid.csv", f"{GOOD}x,c\n", ", line 10:", "'c'"),
-        ("test.csv", "x,1\n", ", line 2:", "'1'"),
         ("test.csv", "x,2.0\n", ", line 2:", "'2.0'"),
-        ("train.csv", "x,a\nx,a\n", ":", "'a'"),
         ("train.csv", "", ":", "no rows"),
         ("train.csv", "Grüße,a\n", "", "UTF-8"),
         ("valid.txt", GOOD, ":", ".tsv"),  # it may be renamed
-        ("test.csv.gz", GOOD, ":", "csv, tsv, jsonl, parquet"),
+        ("test.conll", "x B-X\n", ":", "csv, tsv, jsonl, parquet"),
     ],
 )
 def test_bad_rows_are_reported_in_one_line(name, content, where, value, encoder, tmp_path, capsys):
@@ -737,11 +592,9 @@ def test_bad_rows_are_reported_in_one_line(name, content, where, value, encoder,
         ("--micro-batch-size 5", "--batch-size"),
         ("--epochs 0", "--epochs 0.0:"),
         ("--task ner --metric accuracy", ""),
-        ("--task ner --metric pearson", ""),
         ("--class-weights balanced --task ner", ""),
         ("--text-pair-field label --task ner", ""),
         ("--task spans", ""),
-        ("--task regression", "--train {train}"),
     ],
 )
 def test_bad_options_of_finetune_are_one_line(more, option, data, files, output, capsys):
@@ -814,9 +667,7 @@ def predict_argv(finished, tmp_path):
     return argv
 
 
-@pytest.mark.parametrize(
-    "read_as, written_as, chunk", [("csv", "jsonl", 4), ("jsonl", "csv", 1024), ("csv", "csv", 5)]
-)
+@pytest.mark.parametrize("read_as, written_as, chunk", [("csv", "jsonl", 4), ("jsonl", "csv", 99)])
 def test_rows_come_back_in_order_with_the_numbers_of_the_stock_pipeline(
     read_as, written_as, chunk, finished, predict_argv, tmp_path, monkeypatch
 ):
@@ -831,8 +682,7 @@ def test_rows_come_back_in_order_with_the_numbers_of_the_stock_pipeline(
     report = sklearn_report(*([row[name] for row in found] for name in ("label", ADDED[0])))
     assert last["rows"] == 23 and last["accuracy"] == pytest.approx(report["accuracy"])
     assert last["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"])
-    assert 0.5 < last["accuracy"] < 1 and f"accuracy {last['accuracy']:.3f}, " in text
-    assert text.startswith(f"23 rows in {output}\n") and "not scored" not in text
+    assert 0.5 < last["accuracy"] < 1 and "not scored" not in text and "--model" not in text
 
 
 def test_rows_stream_a_chunk_at_a_time(predict_argv, tmp_path, monkeypatch):
@@ -871,22 +721,17 @@ def test_rows_without_a_known_label_are_predicted_but_not_scored(predict_argv, t
     assert lines[-2].startswith("not scored: 6 rows") and lines[-4].split()[-1] == "6"
 
 
-@pytest.mark.parametrize("more", [{"label": ""}, {"label": "sports"}, {}])
-def test_without_a_single_known_label_there_is_no_score(more, predict_argv, tmp_path):
-    rows = [{"text": row["text"]} | more for row in make_rows(3, 8)]
+def test_without_a_single_known_label_there_is_no_score(predict_argv, tmp_path):
+    rows = [{"text": row["text"]} for row in make_rows(3, 8)]
     text = printed(PREDICT.main, predict_argv(write_rows(tmp_path / "in.csv", rows)))
-    first, second, last = text.splitlines()
-    assert first == f"3 rows in {tmp_path / 'out.jsonl'}" and json.loads(last) == {"rows": 3}
-    assert second.startswith("not scored: 3 rows")
+    assert "not scored: 3 rows" in text and json.loads(text.splitlines()[-1]) == {"rows": 3}
 
 
-@pytest.mark.parametrize(
-    "encoding, mark", [("utf-8", b""), ("UTF-8", b""), ("utf-8-sig", BOM_UTF8), ("gbk", BOM_UTF8)]
-)
+@pytest.mark.parametrize("encoding, mark", [("utf-8", b""), ("gbk", BOM_UTF8)])
 def test_predictions_can_be_opened_where_their_rows_were(encoding, mark, predict_argv, tmp_path):
     """Without a byte-order mark, spreadsheets take UTF-8 for the encoding of the system."""
     (tmp_path / "in.csv").write_text("text,备注\nbank,好\n", encoding=encoding)
-    PREDICT.main(predict_argv(tmp_path / "in.csv", "out.csv", f"--encoding {encoding[:5]}"))
+    PREDICT.main(predict_argv(tmp_path / "in.csv", "out.csv", f"--encoding {encoding}"))
     assert (tmp_path / "out.csv").read_bytes().startswith(mark + "text,备注,".encode())
 
 
@@ -902,20 +747,9 @@ def test_a_full_disk_is_not_taken_for_other_columns():
         predict.write_rows(Path("/dev/full"), ({"text": "a" * 99} for _ in range(999)), True)
 
 
-@pytest.mark.parametrize("words, named", [(["bank money"], True), (["bank", "river"], False)])
-def test_one_class_for_all_rows_is_reported(words, named, predict_argv, tmp_path):
-    rows = [{"text": f"{words[number % len(words)]} quick"} for number in range(12)]
-    text = printed(PREDICT.main, predict_argv(write_rows(tmp_path / "in.csv", rows)))
-    assert any(line.startswith("--model ") for line in text.splitlines()) is named
-    few = write_rows(tmp_path / "few.csv", rows[:1])
-    text = printed(PREDICT.main, predict_argv(few, "one.csv"))
-    assert "--model " not in text, "one row has one class"
-
-
 def test_several_files_other_columns_pairs_and_truncation(finished, predict_argv, tmp_path):
     rows = [{"body": of["text"], "kind": of["label"], "second": "slow"} for of in make_rows(7, 3)]
     rows[0]["body"] += " bank" * 40
-    rows[3]["more"] = [1]
     paths = [write_rows(tmp_path / "z.csv", rows[:3]), write_rows(tmp_path / "a.jsonl", rows[3:])]
     options = "--text-field body --label-field kind --max-length 10 --overwrite"
     for pair in ("", "--text-pair-field second"):
@@ -927,32 +761,26 @@ def test_several_files_other_columns_pairs_and_truncation(finished, predict_argv
         expected = stock_probabilities(finished[0] / "final", parts, max_length=10)
         mine = [[row[name] for name in PROBABILITIES] for row in found]
         np.testing.assert_allclose(mine, expected, atol=2e-5)
-        assert [row.get("more") for row in found] == [None] * 3 + [[1]] + [None] * 3
 
 
 def test_output_may_replace_a_file_or_its_own_input(predict_argv, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(PREDICT, "CHUNK", 4)
-    rows, path, folder = make_rows(11, 7), tmp_path / "rows.csv", tmp_path / "folder.csv"
+    rows, path = make_rows(11, 7), tmp_path / "rows.csv"
     write_rows(path, rows)
     refusal(PREDICT.main, predict_argv(path, path.name), capsys, f"--output {path}:")
     printed(PREDICT.main, predict_argv(path, path.name, "--overwrite"))
     assert [row["text"] for row in read_rows(path)] == [row["text"] for row in rows]
     assert "predicted_label" in read_rows(path)[0]
-    folder.mkdir()
-    argv = predict_argv(path, folder.name, "--overwrite")
-    refusal(PREDICT.main, argv, capsys, f"--output {folder}:")
 
 
 @pytest.mark.parametrize(
     "written_as, spoil, wheres",
     [
-        ("csv", {2: {"text": " "}, 9: {"text": None}}, ["line 3", "line 10"]),
-        ("jsonl", {9: {"text": 5}}, ["line 10"]),
-        ("csv", {0: {"predicted_label": "x", "probability_nature": 1}}, ["line 1", "line 1"]),
+        ("jsonl", {2: {"text": " "}, 9: {"text": None}}, ["line 3", "line 10"]),
         ("jsonl", {9: {"predicted_label": "x"}}, ["line 10"]),
         ("csv", {9: {"new": 1}}, ["line 10"]),
     ],
-    ids=["blank", "no text", "taken", "taken later", "other columns"],
+    ids=["blank", "taken", "other columns"],
 )
 def test_wrong_rows_are_reported_before_any_work_and_nothing_is_left(
     written_as, spoil, wheres, predict_argv, tmp_path, capsys, monkeypatch
@@ -984,7 +812,6 @@ def test_bad_input_of_predict_is_reported_in_one_line(
         (files["test"], ["--output", tmp_path / "o.txt"], f"--output {tmp_path / 'o.txt'}:"),
         (files["test"], ["--output", f"{files['test']}/o.csv"], f"--output {files['test']}/o.csv:"),
         (files["test"], ["--max-length", "65"], "--max-length 65:"),
-        (files["test"], ["--max-length", "0"], "--max-length 0:"),
     ):
         refusal(PREDICT.main, predict_argv(paths, "out.jsonl", more), capsys, option)
         assert not (tmp_path / "out.jsonl").exists()

@@ -1,6 +1,5 @@
 """Entity recognition and regression, from files to files: a toy task is learned, the result gives
-the same entities in transformers, an interrupted run resumes bit for bit, and bad input is reported
-before anything is written."""
+the same entities in transformers, and bad input is reported before anything is written."""
 
 import json
 import random
@@ -18,19 +17,11 @@ from conftest import (
     summary_of,
     write_rows,
 )
-from test_finetune import (
-    FP32,
-    assert_same_result,
-    kill_and_resume,
-    metrics,
-    printed,
-)
+from test_finetune import FP32, metrics, printed
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from pretrain import train
 from pretrain.commands import finetune as FINETUNE
 from pretrain.commands import predict as PREDICT
-from pretrain.finetune import build as module
 from pretrain.finetune.scores import NumberTally, score_table
 from pretrain.runtime.checkpoint import check_output
 
@@ -99,10 +90,7 @@ def test_entities_are_learned_and_reported(finished, files):
     assert summary["test"]["f1"] > 0.95 and summary["valid"]["classes"]["ORG"]["f1"] > 0.9
     assert summary["train_rows"] == 60 and last["test_f1"] == summary["test"]["f1"]
     rows = read_rows(files["test"])
-    counts = [sum(span[2] == label for row in rows for span in row["spans"]) for label in NAMES]
-    assert f"--test: 20 rows, ORG {counts[0]:,}, PER {counts[1]:,}" in text
     assert "over 24 tokens, read in overlapping windows" in text
-    assert "all entities" in text and not (output / "confusion.png").exists()
     assert score_table(summary["test"]) in (output / "scores.txt").read_text()
     evaluated = metrics(output, "eval/f1")
     best = max(evaluated, key=lambda row: (row["eval/f1"], -row["eval/loss"]))
@@ -112,45 +100,34 @@ def test_entities_are_learned_and_reported(finished, files):
     given = [[tuple(span) for span in row["spans"]] for row in rows]
     assert [spans_of(row, "entities") for row in found] == given
     right = sum(len({*spans_of(row)} & {*spans_of(row, "entities")}) for row in found)
-    assert right / sum(counts) == pytest.approx(summary["test"]["recall"])
+    assert right / sum(map(len, given)) == pytest.approx(summary["test"]["recall"])
     card = (output / "final" / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: token-classification" in card
-    assert "AutoModelForTokenClassification" in card and 'aggregation_strategy="first"' in card
 
 
 def test_a_finished_run_may_be_overwritten(finished):
     check_output(finished[0], overwrite=True)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_predicted_entities_are_those_of_the_stock_pipeline(
-    suffix, finished, tmp_path, monkeypatch
-):
-    """Texts that fit. "first" is the pipeline's way that reads first pieces; where each word has
-    one piece, its "simple" is the same."""
+def test_predicted_entities_are_those_of_the_stock_pipeline(finished, tmp_path, monkeypatch):
+    """Texts that fit. "first" is the pipeline's way that reads first pieces."""
     monkeypatch.setattr(PREDICT, "CHUNK", 3)
     records = as_records(*make_texts(11, 7, 4))
     records[3] |= {"text": "quick sentences trained slow , bank river", "spans": [[31, 41, "ORG"]]}
-    output = tmp_path / f"out.{suffix}"
+    output = tmp_path / "out.csv"
     argv = ["--model", finished[0], "--input", write_rows(tmp_path / "in.jsonl", records)]
     text = printed(PREDICT.main, argv, ["--output", output], FP32)
     found = read_rows(output)
     assert [row["text"] for row in found] == [row["text"] for row in records]
-    for row in found if suffix == "csv" else []:
+    options = {"aggregation_strategy": "first", "device": "cpu"}
+    tagger = pipeline("token-classification", model=str(finished[0] / "final"), **options)
+    for row in found:
         row["predicted_entities"] = json.loads(row["predicted_entities"])
-    tokenizer = AutoTokenizer.from_pretrained(finished[0] / "final")
-    for way in ("first", "simple"):
-        options = {"aggregation_strategy": way, "device": "cpu"}
-        tagger = pipeline("token-classification", model=str(finished[0] / "final"), **options)
-        for row in found:
-            pieces = tokenizer.tokenize(row["text"])
-            if way == "simple" and any(piece.startswith("##") for piece in pieces):
-                continue
-            theirs = tagger(row["text"])
-            assert spans_of(row) == [(of["start"], of["end"], of["entity_group"]) for of in theirs]
-            for mine, other in zip(row["predicted_entities"], theirs):
-                assert mine["score"] == pytest.approx(other["score"], abs=2e-5)
-                assert mine["text"] == row["text"][mine["start"] : mine["end"]]
+        theirs = tagger(row["text"])
+        assert spans_of(row) == [(of["start"], of["end"], of["entity_group"]) for of in theirs]
+        for mine, other in zip(row["predicted_entities"], theirs):
+            assert mine["score"] == pytest.approx(other["score"], abs=2e-5)
+            assert mine["text"] == row["text"][mine["start"] : mine["end"]]
     assert json.loads(text.splitlines()[-1])["f1"] > 0.9
 
 
@@ -158,7 +135,7 @@ def test_windows_predict_what_the_whole_text_does(finished, tmp_path):
     """Where the nearest words decide, the text may be cut anywhere."""
     texts, entities = make_texts(6, 9, 40)
     path = write_rows(tmp_path / "in.jsonl", as_records(texts, entities))
-    for length in (64, 30, 16):
+    for length in (64, 16):
         output = tmp_path / f"{length}.jsonl"
         argv = ["--model", finished[0], "--input", path, "--output", output]
         printed(PREDICT.main, argv, FP32, f"--max-length {length} --batch-size 3")
@@ -189,28 +166,6 @@ def test_entities_that_end_inside_a_word_are_counted(encoder, tmp_path):
     assert summary_of(tmp_path / "run")["valid"]["recall"] == 0.0
 
 
-# Interrupted and resumed.
-
-
-@pytest.fixture(scope="session")
-def whole(data, tmp_path_factory):
-    """(options, folder) of an uninterrupted run."""
-    output = tmp_path_factory.mktemp("whole") / "run"
-    options = arguments_of(data, FP32, "--batch-size 8 --learning-rate 3e-3 --max-length 20")
-    options += arguments_of("--max-steps 8 --eval-every 3 --metric macro_f1")
-    printed(FINETUNE.main, options, ["--output", output])
-    return options, output
-
-
-@pytest.mark.parametrize(
-    "target, name, call", [(train, "train_step", 5), (module, "predict", 2), (module, "predict", 4)]
-)
-def test_killed_anywhere_then_resumed(target, name, call, whole, output, tmp_path, monkeypatch):
-    options, undisturbed = whole
-    kill_and_resume(monkeypatch, tmp_path, output, options, target, name, call)
-    assert_same_result(output, undisturbed, "test_predictions.jsonl")
-
-
 # Bad input.
 
 
@@ -221,14 +176,9 @@ def spans_row(*spans):
 @pytest.mark.parametrize(
     "name, content",
     [
-        ("train.jsonl", spans_row([0, 5, "X"]) + spans_row([0, 5, "X"], [3, 8, "Y"])),
         ("train.jsonl", spans_row([0, 50, "X"])),
         ("train.conll", "bank B-X\nriver nonsense\n"),
-        ("train.conll", "bank O\nriver O\n"),
-        ("train.txt", "bank river\n"),
         ("valid.conll", "bank B-NEW\n"),
-        ("test.jsonl", spans_row([0, 5, "NEW"])),
-        ("valid.csv", "text,label\nbank,ORG\n"),
         ("test.jsonl", '{"text": "bank"}\n'),
     ],
 )
@@ -251,11 +201,8 @@ def test_models_for_other_tasks_are_refused(finished, encoder, files, tmp_path, 
     change_json(folder / "config.json", lambda config: config | labels)
     refusal(PREDICT.main, ["--model", folder, *argv], capsys, f"--model {folder}:")
     taken = write_rows(tmp_path / "taken.jsonl", [{"text": "a", "predicted_entities": 1}])
-    plain = tmp_path / "plain.txt"
-    plain.write_text("The bank of the river.\n")
-    argv = ["--model", finished[0], "--output", tmp_path / "out.jsonl", "--input"]
-    assert "for plain text, " in refusal(PREDICT.main, [*argv, plain], capsys, "--input ")
-    refusal(PREDICT.main, [*argv, taken], capsys, f"--input {taken}")
+    argv = ["--model", finished[0], "--output", tmp_path / "out.jsonl", "--input", taken]
+    refusal(PREDICT.main, argv, capsys, f"--input {taken}")
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -271,20 +218,13 @@ def make_numbers(count, seed):
     return rows
 
 
-@pytest.fixture(scope="session")
-def numbers(encoder, tmp_path_factory):
-    """(run folder, path of the test rows, output of the command)."""
-    folder = tmp_path_factory.mktemp("numbers")
-    paths = [write_rows(folder / f"{n}.csv", make_numbers(80, n)) for n in range(3)]
-    argv = ["--task", "regression", "--model", encoder, "--train", paths[0], "--valid", paths[1]]
-    argv += ["--test", paths[2], "--output", folder / "run"]
-    return folder / "run", paths[2], printed(FINETUNE.main, argv, FAST, "--epochs 12")
-
-
-def test_numbers_are_learned_predicted_and_scored_as_by_scipy(numbers, tmp_path):
+def test_numbers_are_learned_predicted_and_scored_as_by_scipy(encoder, output, tmp_path):
     stats = pytest.importorskip("scipy.stats")
-    output, path, text = numbers
-    summary, rows = summary_of(output), read_rows(path)
+    paths = [write_rows(tmp_path / f"{n}.csv", make_numbers(80, n)) for n in range(3)]
+    argv = ["--task", "regression", "--model", encoder, "--train", paths[0], "--valid", paths[1]]
+    argv += ["--test", paths[2], "--output", output]
+    printed(FINETUNE.main, argv, FAST, "--epochs 12")
+    summary, rows = summary_of(output), read_rows(paths[2])
     found = read_rows(output / "test_predictions.csv")
     labels, predicted = (np.array([float(row[name]) for row in found]) for name in found[0])
     assert labels.tolist() == [float(row["label"]) for row in rows]
@@ -294,7 +234,7 @@ def test_numbers_are_learned_predicted_and_scored_as_by_scipy(numbers, tmp_path)
     assert scores["correlation"] == pytest.approx((scores["pearson"] + scores["spearman"]) / 2)
     assert scores["loss"] == pytest.approx(np.square(labels - predicted).mean(), rel=1e-4)
     assert scores["r2"] == pytest.approx(1 - scores["loss"] / labels.var(), rel=1e-3)
-    assert scores["pearson"] > 0.8 and f"pearson {scores['pearson']:.3f}" in text
+    assert scores["pearson"] > 0.8
     best = max(metrics(output, "eval/pearson"), key=lambda row: row["eval/pearson"])
     assert best["step"] == summary["best_step"]
 
@@ -316,21 +256,7 @@ def test_numbers_are_learned_predicted_and_scored_as_by_scipy(numbers, tmp_path)
     assert last["rows"] == 80 and last["pearson"] > 0.8 and "not scored: 2 rows" in text
 
 
-def test_a_model_that_is_worse_than_the_mean_is_noted(numbers, encoder, tmp_path):
-    """Numbers far from 0 that it has not reached, in fine-tuning and in prediction."""
-    output, path, text = numbers
-    assert "worse" not in text and "notes" not in summary_of(output)
-    rows = [row | {"label": float(row["label"]) + 90} for row in read_rows(path)]
-    far = write_rows(tmp_path / "far.csv", rows)
-    argv = ["--task", "regression", "--model", encoder, "--train", far, "--valid", far]
-    argv += ["--output", tmp_path / "run", *FAST, "--max-steps", 2]
-    assert "worse than predicting the mean" in printed(FINETUNE.main, argv)
-    assert any(note.startswith("--valid: ") for note in summary_of(tmp_path / "run")["notes"])
-    argv = ["--model", output, "--input", far, "--output", tmp_path / "out.csv", *FP32]
-    assert f"--model {output}: the model is worse" in printed(PREDICT.main, argv)
-
-
-@pytest.mark.parametrize("bad", ["high", "", "nan", "1,5", "inf"])
+@pytest.mark.parametrize("bad", ["high", "nan"])
 def test_labels_that_are_no_numbers_are_reported(bad, encoder, tmp_path, capsys):
     good = write_rows(tmp_path / "good.csv", make_numbers(5, 1))
     path = write_rows(tmp_path / "bad.csv", [*make_numbers(3, 1), {"text": "bank", "label": bad}])
