@@ -43,13 +43,17 @@ def stock_tables(folder, texts, top):
     return found
 
 
-def test_scores_equal_the_stock_models_softmax(pretrained, capsys):
-    texts = ["[MASK] bank [MASK] river [MASK] .", "money [MASK]"]
-    FILL_MASK.main(["--model", str(pretrained), "--top", "4", *texts])
-    found, expected = tables(capsys.readouterr().out), stock_tables(pretrained, texts, 4)
-    assert len(found) == len(expected) == 4
+def assert_stock_scores(model, texts, capsys):
+    FILL_MASK.main(["--model", str(model), "--top", "4", *texts])
+    found, expected = tables(capsys.readouterr().out), stock_tables(model, texts, 4)
+    assert len(found) == len(expected) == sum(text.count("[MASK]") for text in texts)
     for row, expected_row in zip(sum(found, []), sum(expected, [])):
         assert row == (expected_row[0], pytest.approx(expected_row[1], abs=1e-4), expected_row[2])
+
+
+def test_scores_equal_the_stock_models_softmax(pretrained, capsys):
+    texts = ["[MASK] bank [MASK] river [MASK] .", "money [MASK]"]
+    assert_stock_scores(pretrained, texts, capsys)
 
 
 def test_bad_input_is_refused_in_one_message(encoder, pretrained, tmp_path, capsys):
