@@ -1,7 +1,8 @@
 """Masks: the vectorized draw of every strategy against a loop over the units of one sequence after
-the other, and what replaces the masked tokens against a loop over words; the shares of 80/10/10;
-similar words; budgets; what is never masked or drawn; and that an example's masks say nothing about
-its label, its place in the epoch or its segments."""
+the other, and what replaces the masked tokens against a loop over words; the shares of 80/10/10, of
+chosen entities and of span lengths; similar words; budgets; what is never masked or drawn; and that
+an example's masks are the same when drawn again, others in each epoch, and say nothing about its
+label, its place in the epoch or its segments."""
 
 import math
 from dataclasses import replace
@@ -22,6 +23,7 @@ from data_reference import (
     VOCABULARY,
     examples_of,
     make_shard,
+    mark_entities,
     micro_batches,
     plan_of,
     shard_of,
@@ -92,9 +94,10 @@ def packed_of(flags, sequence, keys, maskable=True, ids=PAD) -> Packed:
     )
 
 
-def uniform_text(num: int, size: int) -> Packed:
-    """`num` sequences of `size` maskable one-token words."""
-    flags, keys = np.full(num * size, WORD_START), derive(key(9), np.arange(num * size))
+def uniform_text(num: int, size: int, entities=0) -> Packed:
+    """`num` sequences of `size` maskable one-token words; `entities`: more flags."""
+    flags = np.full(num * size, WORD_START) | entities
+    keys = derive(key(9), np.arange(num * size))
     return packed_of(flags, np.repeat(np.arange(num), size), keys)
 
 
@@ -280,6 +283,37 @@ def test_choice_is_uniform_over_tokens():
     assert np.abs(shares - 0.15).max() < 5 * math.sqrt(0.15 * 0.85 / num)
 
 
+def test_lengths_of_spans():
+    """Geometric, truncated at ten words; words of one to three tokens."""
+    num = 200_000
+    words = np.random.default_rng(2).random(num) < 0.6
+    words[0] = True
+    starts = masking.span_starts(words, np.ones(num, bool), derive(key(4), np.arange(num)))
+    lengths = np.diff(np.flatnonzero(starts[words]))
+    expected = np.array([0.2 * 0.8**place for place in range(10)])
+    expected /= expected.sum()
+    counts, total = np.bincount(lengths, minlength=11)[1:], len(lengths)
+    assert len(counts) == 10 and not (starts & ~words).any()
+    assert np.abs(counts - total * expected).max() < 5 * math.sqrt(total * expected.max())
+    assert abs(expected @ np.arange(1, 11) - 3.797) < 0.001
+    assert abs(lengths.mean() - 3.797) < 5 * lengths.std() / math.sqrt(total)
+
+
+@pytest.mark.parametrize("probability", [0.3, 1.0])
+def test_share_of_chosen_entities(probability):
+    """Each entity is masked with its probability, and whole. A third of the words are in one."""
+    num, size = 1500, 40
+    packed = uniform_text(num, size, mark_entities([size] * num, np.random.default_rng(5)))
+    options = Masking("entity", entity_probability=probability, entity_budget=1.0)
+    masked = np.zeros(num * size, bool)
+    masked[draw_masks(packed, np.ones(num, int), options)[0]] = True
+    hit = masked[packed.flags & ENTITY_START > 0]
+    number = np.cumsum(packed.flags & ENTITY_START > 0)[packed.in_entity] - 1
+    assert np.array_equal(masked[packed.in_entity], hit[number]), "an entity is masked in part"
+    deviation = math.sqrt(probability * (1 - probability) / len(hit))
+    assert abs(hit.mean() - probability) <= 5 * deviation
+
+
 # ---------------------------------------------------------------- replacements
 
 
@@ -300,7 +334,7 @@ def test_shares_of_replacements(split):
 # ---------------------------------------------------------------- similar words
 
 
-def replacements(word: tuple[int, ...], num: int, options: Masking) -> set[tuple[int, ...]]:
+def replacements(word: tuple[int, ...], num: int, options: Masking) -> list[tuple[int, ...]]:
     """What replaces a word in `num` sequences, of it alone."""
     size = len(word)
     flags = np.tile([WORD_START] + [0] * (size - 1), num)
@@ -309,7 +343,7 @@ def replacements(word: tuple[int, ...], num: int, options: Masking) -> set[tuple
     masked, leader = draw_masks(packed, np.full(num, size), options)
     assert len(masked) == len(flags)
     shown = fill_in(packed, masked, leader, options, VOCABULARY)
-    return set(map(tuple, shown.reshape(num, size).tolist()))
+    return list(map(tuple, shown.reshape(num, size).tolist()))
 
 
 def test_the_words_with_a_similar_one():
@@ -321,6 +355,19 @@ def test_the_words_with_a_similar_one():
     expected = [bool(TABLE.get(word)) for word in words]
     assert masking.has_similar(packed, SIMILAR).tolist() == expected
     assert True in expected and False in expected
+
+
+@pytest.mark.parametrize("word", [(5,), (5, 6)])
+def test_similar_words_replace_masks(word):
+    """80% are words of the table, equally often; 10% are random; 10% stay. One draw per
+    word."""
+    num, choices = 12_000, TABLE[word]
+    found = replacements(word, num, Masking("word", similar=SIMILAR))
+    assert all(len(row) == len(word) and MASK not in row for row in found)
+    by_chance = 0.1 * 54.0 ** -len(word)  # a random word is one of the table, or the word itself
+    for other, share in [*((choice, 0.8 / len(choices)) for choice in choices), (word, 0.1)]:
+        expected = share + by_chance
+        assert abs(found.count(other) / num - expected) < 5 * math.sqrt(expected / num)
 
 
 def rows_of(table) -> list[tuple[int, list[int]]]:
@@ -351,7 +398,7 @@ def test_every_word_of_a_table_is_found(rows):
     for word, others in rows.items():
         choices = {other for other in others if len(other) == len(word) and other != word}
         if choices:
-            assert replacements(word, 60, options) == choices
+            assert set(replacements(word, 60, options)) == choices
 
 
 # ---------------------------------------------------------------- masks of examples
@@ -413,6 +460,21 @@ def test_a_sequence_of_specials_has_no_mask():
     shard = shard_of([[3], [3]], [UNKNOWN, 50, UNKNOWN, UNKNOWN, 50, 50])
     examples = planned_examples(shard, Task("random", 16, 1, 0.15, 0))
     assert [len(example["masked"]) for example in examples] == [0, 0]
+
+
+def test_masks_are_repeatable_and_differ_between_epochs():
+    """Without pairs, short documents make the same sequences in every epoch, not the same masks."""
+    shard, task = make_shard(60, 2, 12), Task(None, 64, 4, 0.3, 0)
+    shown = []
+    for epoch in (0, 0, 1):
+        examples = planned_examples(shard, task, Masking(mask_rate=(0.3,)), epoch)
+        shown.append({tuple(example["text"]): example for example in examples})
+    masks = [{text: example["masked"] for text, example in epoch.items()} for epoch in shown]
+    assert masks[0] == masks[1]
+    assert all(shown[0][text]["ids"] == shown[1][text]["ids"] for text in shown[0])
+    common = [text for text in masks[0].keys() & masks[2].keys() if len(masks[0][text]) > 2]
+    assert len(common) > 15
+    assert sum(masks[0][text] == masks[2][text] for text in common) < len(common) / 4
 
 
 @pytest.mark.parametrize("pairs", ["random", "swapped"])

@@ -168,6 +168,13 @@ def test_half_of_the_pairs_of_long_documents_have_label_1(pairs, slack):
     assert abs((labels == 1).mean() - 0.5) < 2.5 / math.sqrt(len(labels)) + slack
 
 
+def test_a_tenth_of_the_targets_are_short():
+    shard = shard_of([[1] * 20_000, [1]])
+    plan = plan_pairs(shard, everything(shard), task("swapped"), key(2))
+    short = (plan.a_length + plan.b_length < 29).mean()
+    assert abs(short - 0.1 * 27 / 28) < 5 * math.sqrt(0.09 / len(plan.keys))
+
+
 # ---------------------------------------------------------------- order
 
 
