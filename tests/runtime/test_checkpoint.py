@@ -252,6 +252,8 @@ def test_prune_keeps_the_newest(steps, keep, tmp_path_factory):
 
 def test_facts_that_are_garbled_or_absent_are_left_out(checkpoint, tmp_path):
     assert ckpt.read_facts(checkpoint) == FACTS
+    card = (checkpoint / "README.md").read_text("utf-8")
+    assert "| max length | 64 |" in card and "perplexity | 12.5000 |" in card
     garbled = {"objective": "all", "max_length": -1, "eval_tokens": "9"}
     (tmp_path / ckpt.FACTS).write_text(json.dumps({**garbled, "eval_batch_size": 3, "other": 1}))
     assert ckpt.read_facts(tmp_path) == {"eval_batch_size": 3, "other": 1}
