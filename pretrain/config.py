@@ -132,7 +132,7 @@ SPLIT = Rule(
     metavar="SHARE",
     nargs=3,
 )
-WEIGHTS = each(Rule(POSITIVE.holds, "finite numbers above 0", metavar="SHARE"))
+SHARES = each(Rule(POSITIVE.holds, "finite numbers above 0", metavar="SHARE"))
 MASK_RATE = Rule(
     lambda rates: 1 <= len(rates) <= 2 and all(0 < rate <= 0.8 for rate in rates),
     "one or two shares above 0 and at most 0.8",
@@ -207,7 +207,7 @@ class DataOptions(TextOptions):
     """Data: text to train on, and text to validate on."""
 
     train: Texts = option((), "files, folders, globs, hub:NAME[:CONFIG[:SPLIT]], corpus", PATHS)
-    mix: Numbers = option((), "token share of each entry of --train (default: one text)", WEIGHTS)
+    mix: Numbers = option((), "token share of each entry of --train (default: one text)", SHARES)
     valid: Texts = option((), "validation text (default: a share of --train)", PATHS)
     valid_fraction: float = option(
         0.05, "share of the documents of --train to hold out (0: none)", number(0, 0.5)

@@ -74,10 +74,10 @@ def report_long_entities(
     num_entities = num_fitting = 0
     for packed in _sample(dataset, vocabulary):
         entities = packed.maskable & packed.in_entity
-        unit = np.cumsum(packed.entities) - 1
-        sizes = np.bincount(unit[entities], minlength=int(packed.entities.sum()))
+        unit = np.cumsum(packed.entity_starts) - 1
+        sizes = np.bincount(unit[entities], minlength=int(packed.entity_starts.sum()))
         allowed = config.entity_budget * packed.count(packed.maskable)
-        fits = sizes <= allowed[packed.sequence[packed.entities]]
+        fits = sizes <= allowed[packed.sequence[packed.entity_starts]]
         num_entities += int((sizes > 0).sum())
         num_fitting += int(((sizes > 0) & fits).sum())
     if num_fitting < MIN_FITTING_SHARE * num_entities:

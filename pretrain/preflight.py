@@ -19,8 +19,8 @@ from pretrain.config import (
     OBJECTIVES,
     PATHS,
     PHASES,
+    SHARES,
     TASK_METRICS,
-    WEIGHTS,
     min_micro_batch_size,
     typed,
 )
@@ -110,7 +110,7 @@ def _conflicts(options: object) -> list[str]:
         refuse(f"no room for the longest sequence; {expected}", "micro_batch_size", "phases")
     mix, num_texts = value("mix") or (), len(value("train") or ())
     is_whole = len(mix) == num_texts > 1
-    if mix and WEIGHTS.holds(mix) and not is_whole:
+    if mix and SHARES.holds(mix) and not is_whole:
         expected = "a number for each of two or more entries (a folder or a quoted glob is one)"
         found = f"{len(mix)} for {counted(num_texts, 'entry')} of --train"
         refuse(f"{found}; expected {expected}", "mix")

@@ -178,7 +178,10 @@ def count(packed, kinds: np.ndarray) -> Counter:
     counts["maskable"] = int(packed.maskable.sum())
     counts["runs"] = int((masked[1:] & ~masked[:-1]).sum())
     of_entities = packed.maskable & packed.in_entity
-    units = (("words", packed.words, packed.maskable), ("entities", packed.entities, of_entities))
+    units = (
+        ("words", packed.word_starts, packed.maskable),
+        ("entities", packed.entity_starts, of_entities),
+    )
     for name, starts, inside in units:
         unit = np.cumsum(starts)
         sizes = np.bincount(unit[inside])

@@ -85,11 +85,11 @@ class Packed:
     progress: float = 0.0  # share of the run that is done, 0 to 1
 
     @property
-    def words(self) -> np.ndarray:  # bool [T]: where words begin
+    def word_starts(self) -> np.ndarray:  # bool [T]
         return (self.flags & WORD_START).astype(bool)
 
     @property
-    def entities(self) -> np.ndarray:  # bool [T]: where entities begin; also all tokens outside
+    def entity_starts(self) -> np.ndarray:  # bool [T]; also all tokens outside entities
         return ~(self.flags & ENTITY_INSIDE).astype(bool)
 
     @property
@@ -128,7 +128,7 @@ def by_token(packed: Packed, options: Masking) -> list[Units]:
 
 def by_word(packed: Packed, options: Masking) -> list[Units]:
     """Whole words. A similar word replaces all tokens of a word."""
-    words = packed.words
+    words = packed.word_starts
     return [Units(words, shared_draws=words if options.similar else None)]
 
 
@@ -142,7 +142,7 @@ def by_span(packed: Packed, options: Masking) -> list[Units]:
 def by_entity(packed: Packed, options: Masking) -> list[Units]:
     """Random entities within their own budget; then, unless they are masked alone, words or tokens,
     outside entities first."""
-    entities, in_entity = packed.entities, packed.in_entity
+    entities, in_entity = packed.entity_starts, packed.in_entity
     is_chosen = uniform(derive(packed.keys, ENTITY_CHOICE)) < options.entity_probability
     eligible = in_entity & is_chosen[first_of_unit(entities)]
     budget = np.floor(options.entity_budget * packed.count(packed.maskable) + 1e-9)
@@ -278,7 +278,7 @@ def similar_ids(
 def has_similar(packed: Packed, table: SimilarWords) -> np.ndarray:
     """bool [words that can be masked]: which of them the table can replace."""
     places = np.flatnonzero(packed.maskable)
-    leader = first_of_unit(packed.words)
+    leader = first_of_unit(packed.word_starts)
     is_first = np.diff(leader[places], prepend=-1) > 0
     return similar_ids(packed, places, leader, table)[is_first] >= 0
 

@@ -255,9 +255,9 @@ def test_a_strategy_is_a_function_and_a_name(monkeypatch):
     """Pairs of words as units: half of them become [MASK], half stay."""
 
     def by_word_pair(packed, options):
-        number = np.cumsum(packed.words)
+        number = np.cumsum(packed.word_starts)
         first = number[packed.position_ids == 0][packed.sequence]
-        starts = packed.words & ((number - first) % 2 == 0)
+        starts = packed.word_starts & ((number - first) % 2 == 0)
         return [Units(starts, shared_draws=starts)]
 
     monkeypatch.setitem(masking.STRATEGIES, "word-pair", by_word_pair)
