@@ -165,8 +165,12 @@ def test_the_form_takes_the_configs_of_published_checkpoints(tmp_path):
     assert thetas == {"full_attention": 16e4, "sliding_attention": 1e4}
 
 
-@pytest.mark.parametrize("dropout", ["auto", 0.3])
-def test_dropout_of_a_run_replaces_the_models_own_unless_it_is_automatic(dropout):
+@pytest.mark.parametrize(
+    ("given", "chosen", "expected"),
+    [("auto", 0.2, [0.1, 0.2, 0.0]), ("auto", 0.0, [0.0] * 3), (0.2, 0.2, [0.2] * 3)],
+)
+def test_dropout_is_that_of_each_module_or_one_for_all(given, chosen, expected):
+    """Each module keeps its own if the recipe chose that of the model's config."""
     rates = {"mlp_dropout": 0.2, "embedding_dropout": 0.1}
     model = roughen(from_size("tiny", VOCAB, 64, 0, [], "modernbert"))
     for name, rate in rates.items():
@@ -174,12 +178,11 @@ def test_dropout_of_a_run_replaces_the_models_own_unless_it_is_automatic(dropout
     model.base_model.embeddings.drop.p = 0.1
     for layer in model.layers:
         layer.mlp.drop.p = 0.2
-    asked = Config(objective="mlm", dropout=dropout)
-    config = replace(asked, dropout=0.2 if dropout == "auto" else dropout)
-    set_up_model(model, asked, config, torch.device("cpu"), "fp32")
+    asked = Config(objective="mlm", dropout=given)
+    set_up_model(model, asked, replace(asked, dropout=chosen), torch.device("cpu"), "fp32")
     layer = model.layers[1]
     found = [of.p for of in (model.base_model.embeddings.drop, layer.mlp.drop, layer.attn.out_drop)]
-    assert found == ([0.1, 0.2, 0.0] if dropout == "auto" else [dropout] * 3)
+    assert found == expected
 
 
 # A run.
