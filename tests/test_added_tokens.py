@@ -226,6 +226,15 @@ def test_a_model_from_scratch_has_room_for_added_tokens(run, words):
     assert counts.keys() == {"river-2", "money water", *SPECIALS} and counts["money water"] > 10
 
 
+def test_a_vocabulary_with_a_gap_is_refused(arguments, words, tmp_path, capsys):
+    """A new token would take the id of another one."""
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "river", "river", "bank"]
+    (tmp_path / "vocab.txt").write_text("\n".join(entries), "utf-8")
+    given = ["--model", "tiny", "--tokenizer", tmp_path, "--add-tokens", words]
+    argv = arguments(tmp_path / "run", *given, roles=[])
+    refusal(PRETRAIN.main, argv, capsys, f"--add-tokens {words}: ")
+
+
 @only
 def test_a_prepared_corpus_trains_like_its_text_if_it_has_the_tokens(
     base, run, arguments, text, cache, words, tmp_path, capsys

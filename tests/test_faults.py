@@ -278,6 +278,18 @@ def test_a_damaged_model_folder_is_rewritten(undisturbed, output, name, step, ke
         assert f"{output / weights} is " in capsys.readouterr().out
 
 
+def test_a_damaged_best_model_of_a_finished_run_whose_checkpoint_is_gone_is_named(
+    finished, output, capsys
+):
+    shutil.copytree(finished, output)
+    weights, best = output / "best" / "model.safetensors", summary_of(output)["best_step"]
+    weights.write_bytes(b"lost")
+    assert best < 10
+    shutil.rmtree(output / f"checkpoint-{best}")
+    resume(output)
+    assert f"{weights} is " in capsys.readouterr().out and weights.read_bytes() == b"lost"
+
+
 def test_a_finished_run_without_its_summary_writes_it_again(finished, output):
     """Killed between `final/` and the summary, or the disk was full."""
     shutil.copytree(finished, output)

@@ -58,8 +58,8 @@ def run_check(command, folder, **environment):
 
 @pytest.fixture
 def reports(text_file, tmp_path, monkeypatch):
-    """Of both commands, by part. They are measured in this process, since imports would take most
-    of the time."""
+    """The reports of both commands, by part, measured in this process: imports would take most of
+    the time."""
     monkeypatch.setattr(steps, "MIN_BLOCKS", 1)
     monkeypatch.setattr(steps, "VARIANTS", steps.VARIANTS[:5:4])
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork

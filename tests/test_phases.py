@@ -1,6 +1,6 @@
-"""--phases: each phase reads what a run of its length would, and
-no text twice in an epoch; scores equal evaluate.py at the phase's length; bad phases are refused.
-test_mix.py interrupts a run with phases."""
+"""--phases: each phase reads what a run of its length would, and no text twice in an epoch; scores
+equal evaluate.py at the phase's length; bad phases are refused. test_mix.py
+interrupts a run with phases."""
 
 import dataclasses
 import shutil

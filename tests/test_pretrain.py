@@ -35,8 +35,10 @@ from pretrain.cli import parse, run_command
 from pretrain.commands import evaluate, prepare
 from pretrain.commands.pretrain import main
 from pretrain.config import OBJECTIVES, Config
+from pretrain.data.sources import expand
 from pretrain.data.tokenizer import describe, load
 from pretrain.files import model_folder, read_json, sha256_of
+from pretrain.resume import portable_options
 from pretrain.runtime import checkpoint as ckpt
 from pretrain.runtime.distributed import World
 from pretrain.train import train
@@ -164,7 +166,7 @@ def test_a_run_may_be_in_the_current_folder(arguments, output, monkeypatch):
 def test_a_text_that_was_edited_is_reported_and_the_run_keeps_its_corpus(
     arguments, text_file, marked, tmp_path, output, capsys
 ):
-    """A lexicon, too."""
+    """So is a lexicon."""
     text = shutil.copy(text_file, tmp_path / "text.txt")
     lexicon = shutil.copy(marked["lexicon"], tmp_path / "terms.txt")
     files = ["--train", text, "--lexicon", lexicon]
@@ -209,6 +211,19 @@ def test_a_run_resumes_after_its_text_and_the_cache_have_moved(
     resume(output, again[3:])
     weights = [sha256_of(run / "final" / "model.safetensors") for run in (whole, output)]
     assert weights[0] == weights[1]
+
+
+def test_a_run_finds_its_files_from_any_folder(text_file, tmp_path, monkeypatch):
+    """Also a glob in a folder whose name has brackets."""
+    folder = tmp_path / "[2024] texts"
+    folder.mkdir()
+    path = shutil.copy(text_file, folder / "a [1].txt")
+    monkeypatch.chdir(folder)
+    config = Config(train=("./*.txt", "a [1].txt"), cache="[cache]", model="bert-base-uncased")
+    options = portable_options(config)
+    monkeypatch.chdir(tmp_path)
+    assert [expand([entry]) for entry in options["train"]] == [[str(path)]] * 2
+    assert options["cache"] == str(folder / "[cache]") and options["model"] == config.model
 
 
 def test_a_run_of_another_command_is_not_resumed(output, capsys):
@@ -282,7 +297,7 @@ def test_advice_for_few_documents_leads_to_a_run(
 def test_text_that_the_tokenizer_does_not_know_is_refused_early(
     finished, to_continue, documents, tmp_path, output, capsys
 ):
-    """Some of it is reported."""
+    """A smaller share is reported."""
 
     def foreign(name, share):
         mixed = [
@@ -504,6 +519,13 @@ def test_a_prepared_corpus_trains_like_its_text(
     if "--lexicon" in task:  # the corpus has it
         del task[task.index("--lexicon") : task.index("--lexicon") + 2]
     assert_same_run(text, pretrain_into(tmp_path / "run", task, [corpus]), step=2)
+
+
+@pytest.mark.parametrize("budget", ["0.05", "1"])
+def test_entities_that_never_fit_are_reported(budget, arguments, marked, output, capsys):
+    task = f"--train {marked['spans']} --masking entity --entity-budget {budget}"
+    built(output, arguments, task, "--max-length 16")
+    assert ("--entity-budget" in capsys.readouterr().out) is (budget != "1")
 
 
 def test_a_table_of_similar_words_that_has_changed_is_refused_on_resume(

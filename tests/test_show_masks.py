@@ -209,7 +209,6 @@ def test_an_example_shows_tokens_and_replacements(show, files, collated):
     assert any(word[0] == "<" for line in shown for word in line)
 
 
-# The output is not a terminal here.
 def test_color_codes_follow_the_option(show):
     options = "--masking entity --lexicon {lexicon} --examples 9 --sampled 1 --color"
     show(f"{options} off")  # the corpus is in the cache from now on

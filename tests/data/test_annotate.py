@@ -189,6 +189,11 @@ def test_sentences_are_cut_by_language(tmp_path):
     assert "".join(english(text)) == text
 
 
+def test_parts_that_lose_characters_are_not_used(monkeypatch):
+    monkeypatch.setattr("sentencex.segment", lambda language, line: line.split("."))
+    assert Markup("en").cut("a. b. c") == ["a. b. c"]
+
+
 @pytest.mark.parametrize("opened, closed", [(":(", "b)"), ("'", "'")])
 def test_marks_pages_apart_hide_no_sentences(opened, closed):
     middle = ["He didn't see Dr. Smith. ", "«Who? ", "I.» "] * 10

@@ -341,6 +341,13 @@ def test_characters_with_a_digit_are_joined_word_by_word(tmp_path, capsys):
     assert entities(found) == [["今天 去了", "家"], []] and "'今0'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("row", ["  {}", " \t{}", "\u3000 {}"])
+def test_a_token_may_be_white_space(tmp_path, row):
+    rows = ["口 B-X", row.format("I-X"), "腔 I-X", row.format("O"), "溃 S-X"]
+    found = read(lines(tmp_path / "a.bio", *rows))
+    assert texts(found) == [["口 腔 溃"]] and entities(found) == [["口 腔", "溃"]]
+
+
 def tagged(*tags: str) -> list[str]:
     return [f"word{number} {tag}" for number, tag in enumerate(tags)]
 

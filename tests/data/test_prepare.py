@@ -34,6 +34,7 @@ from data_reference import write_documents
 from pretrain import corpora
 from pretrain.cli import run_command
 from pretrain.data import parallel
+from pretrain.data import prepare as prepare_module
 from pretrain.data.annotate import Markup
 from pretrain.data.prepare import prepare
 from pretrain.data.sources import Source
@@ -267,6 +268,18 @@ def test_text_that_is_edited_meanwhile_is_refused(documents, tiny_tokenizer, tmp
     assert corpus.info["documents"] == 9
 
 
+def test_another_corpus_that_took_the_name_meanwhile_is_not_returned(make, tmp_path, monkeypatch):
+    other, folder = make(tmp_path / "other").folder, tmp_path / "corpus"
+    exclusive = prepare_module.exclusive
+
+    def wait(path):
+        shutil.copytree(other, folder)
+        return exclusive(path)
+
+    monkeypatch.setattr(prepare_module, "exclusive", wait)
+    assert refused(make, folder).startswith(f"{folder}: ")
+
+
 @pytest.mark.parametrize("what", ["tokenizer", "text", "format", "markup"])
 def test_pieces_of_another_preparation_are_not_used(
     documents, tiny_tokenizer, roberta_tokenizer, tmp_path, what
@@ -333,7 +346,9 @@ def test_advice_for_a_killed_worker_leads_to_the_corpus(arguments, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(corpora, "prepare", fail(parallel.WorkersFailed("a worker was killed")))
         told = refused(PREPARE.main, argv)
-    PREPARE.main([*argv, *shlex.split(told.partition("prepare.py ")[2])])
+    words = shlex.split(told.partition("prepare.py ")[2])
+    assert "--workers" in words
+    PREPARE.main([*argv, *words])
     assert list((tmp_path / "cache").glob("*/corpus.json"))
 
 

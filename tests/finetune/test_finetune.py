@@ -442,6 +442,8 @@ def test_balanced_weights_are_scikit_learns(data, files):
     run = build(data, FAST, "--class-weights balanced")
     np.testing.assert_allclose(run.datasets["train"].class_weights, expected)
     torch.testing.assert_close(run.model.class_weights, torch.from_numpy(expected).float())
+    few = build(data, FAST, "--class-weights balanced --label-budget 4")
+    np.testing.assert_allclose(few.datasets["train"].class_weights, [4 / 6, 4 / 3, 4 / 3])
     assert build(data, FAST).model.class_weights is None
 
 

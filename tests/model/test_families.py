@@ -150,7 +150,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, vocabulary, bat
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
 def test_counted_flops_equal_torchs_counter(family, vocabulary, corpus):
     """6 for a weight and token is exact for matrices; torch counts the same products one by one.
-    test_modernbert.py has windows: torch also counts scores that a mask hides."""
+    For windows see test_modernbert.py: torch also counts scores that a mask hides."""
     model = small_packed(family, vocabulary.size)
     exact, filled = (make_batches(corpus, vocabulary, "mlm", fill=fill)[0] for fill in (0, 1))
     # The counter does not know the fused kernel of the CPU.

@@ -46,9 +46,11 @@ def test_loss_gradient_and_right_answers(rows, classes, ignored, scale, dtype, a
     torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=3 * tolerance)
 
 
-def test_labels_and_correct_predictions_count_by_the_weights_of_their_classes():
-    logits, labels = torch.randn(50, 3), torch.tensor([0, 1, 1, 2, IGNORED] * 10)
-    weights = torch.tensor([4.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(50, 3), MANY])
+def test_labels_and_correct_predictions_count_by_the_weights_of_their_classes(shape):
+    logits, weights = torch.randn(shape), 0.5 + torch.rand(shape[1])
+    labels = torch.where(torch.rand(shape[0]) < 0.5, logits.argmax(-1), 1)
+    labels[::5] = IGNORED
     term = cross_entropy(logits, labels, class_weights=weights)
     expected = F.cross_entropy(logits, labels, weights, ignore_index=IGNORED, reduction="sum")
     torch.testing.assert_close(term.sum, expected)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import content, in_processes, refused, without_privileges
+from conftest import content, fail, in_processes, refused, without_privileges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_reference import small_model
@@ -133,6 +133,16 @@ def test_only_what_a_run_wrote_may_be_overwritten(tmp_path):
         (tmp_path / name).unlink()
 
 
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    files.write_json(path, {"name": "Übung 北京"})
+    monkeypatch.setattr(files, "sync", fail(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError):
+        files.write_json(path, {"name": "new"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Übung 北京"}
+    assert os.listdir(tmp_path) == ["summary.json"]
+
+
 # Verifying.
 
 
@@ -253,7 +263,8 @@ def test_prune_keeps_the_newest(steps, keep, tmp_path_factory):
 def test_facts_that_are_garbled_or_absent_are_left_out(checkpoint, tmp_path):
     assert ckpt.read_facts(checkpoint) == FACTS
     card = (checkpoint / "README.md").read_text("utf-8")
-    assert "| max length | 64 |" in card and "perplexity | 12.5000 |" in card
+    shown = ("`AutoModelForPreTraining`", "| max length | 64 |", "perplexity | 12.5000 |")
+    assert all(of in card for of in shown)
     garbled = {"objective": "all", "max_length": -1, "eval_tokens": "9"}
     (tmp_path / ckpt.FACTS).write_text(json.dumps({**garbled, "eval_batch_size": 3, "other": 1}))
     assert ckpt.read_facts(tmp_path) == {"eval_batch_size": 3, "other": 1}

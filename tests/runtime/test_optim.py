@@ -167,6 +167,12 @@ def test_precision_on_cuda(monkeypatch):
     refused(optim.choose_precision, "bf16", GPU, names="bf16: ")
 
 
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_autocast_computes_products_in_the_precision(precision, dtype):
+    with optim.autocast(CPU, precision):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
 @pytest.mark.parametrize(
     "name, peak", [("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", None)]
 )

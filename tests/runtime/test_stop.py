@@ -56,7 +56,7 @@ def test_the_time_limit_counts_from_the_second_call(monkeypatch):
 
 
 def test_a_signal_during_the_exchange_stops_all_at_the_next_call(tmp_path):
-    """And the time limit of one process stops all."""
+    """So does the time limit of one process."""
 
     def main(argv):
         world, _ = start("cpu")
