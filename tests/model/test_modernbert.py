@@ -28,11 +28,13 @@ from packed_reference import (
     small_config_of,
     small_packed,
     small_stock,
+    stock_class,
 )
 
 from pretrain.batch import IGNORED
 from pretrain.config import Config
 from pretrain.finetune.dataset import pack
+from pretrain.finetune.heads import load_classifier
 from pretrain.model.loading import from_checkpoint, from_size, load_config, override
 from pretrain.model.packed import count_flops
 from pretrain.model_setup import set_up_model
@@ -93,6 +95,15 @@ def test_logits_loss_and_gradients_equal_the_stock_model_padded(lengths, name, t
     ours = model.masked_lm_logits(hidden, batch)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     assert_same_training(model, batch, stock, theirs)
+
+
+def test_a_fresh_head_has_the_deviation_of_the_stock_one(tmp_path):
+    """1 / sqrt(width), where other families have `initializer_range`."""
+    small_stock("modernbert", "ForMaskedLM", VOCAB).save_pretrained(tmp_path)
+    model = load_classifier(str(tmp_path), [str(number) for number in range(40)])
+    stock = stock_class("modernbert", "ForSequenceClassification")(model.config)
+    deviations = [of.classifier.weight.std().item() for of in (model, stock)]
+    assert deviations[0] == pytest.approx(deviations[1], rel=0.1)
 
 
 @settings(max_examples=20, deadline=None)

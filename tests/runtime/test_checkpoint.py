@@ -164,6 +164,13 @@ def test_damage_to_any_file_is_found_and_named(checkpoint, tmp_path_factory, whe
     assert ckpt.problem_of(folder) is None
 
 
+def test_too_few_open_files_are_no_damage(checkpoint, monkeypatch):
+    """Else a resumed run would move a good checkpoint aside."""
+    monkeypatch.setattr(ckpt, "sums_of", fail(OSError(errno.EMFILE, "Too many open files")))
+    with pytest.raises(OSError):
+        ckpt.problem_of(checkpoint)
+
+
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 GARBLED = [None, b"{", b"\xff\xfe", b"3", b'{"a": null}', b'{"text": {"bytes": 3}}']
 LEAD_OUT = json.dumps({"inner/../../outside": {"bytes": 0, "sha256": EMPTY}}).encode()
