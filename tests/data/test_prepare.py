@@ -280,23 +280,24 @@ def test_another_corpus_that_took_the_name_meanwhile_is_not_returned(make, tmp_p
     assert refused(make, folder).startswith(f"{folder}: ")
 
 
-@pytest.mark.parametrize("what", ["tokenizer", "text", "format", "markup"])
+@pytest.mark.parametrize("what", ["tokenizer", "text", "order", "format", "markup"])
 def test_pieces_of_another_preparation_are_not_used(
     documents, tiny_tokenizer, roberta_tokenizer, tmp_path, what
 ):
-    """The same folder after an interruption, with another tokenizer, text, format or markup."""
+    """The same folder after an interruption, with something else."""
     first, second = (
         write_documents(tmp_path / f"{number}.txt", documents[20 * number : 20 * (number + 1)])
         for number in range(2)
     )
+    both = [*first, *second]
     other = {
-        "sources": second if what == "text" else first,
+        "sources": {"text": second, "order": both[::-1]}.get(what, both),
         "text_format": "lines" if what == "format" else "sentences",
         "tokenizer": roberta_tokenizer if what == "tokenizer" else tiny_tokenizer,
         "markup": Markup(lexicon=("bank",) if what == "markup" else ()),
         "piece_bytes": 3000,
     }
-    begin = partial(prepare, first, "sentences", tiny_tokenizer, piece_bytes=3000)
+    begin = partial(prepare, both, "sentences", tiny_tokenizer, piece_bytes=3000)
     interrupted(begin, tmp_path / "corpus", "shard-00002.hashes.npy")
     found, fresh = (prepare(folder=tmp_path / name, **other) for name in ("corpus", "fresh"))
     assert content(found.folder) == content(fresh.folder)
