@@ -251,6 +251,15 @@ def test_the_best_is_by_metric_then_by_loss(data):
     assert taken == [(0, 0), (0, 1), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2)]
 
 
+@pytest.mark.parametrize("score, step, noted", [(0.6, 3, True), (0.6, 2, False), (1.0, 3, False)])
+def test_a_run_whose_last_step_is_its_best_says_so(score, step, noted, data):
+    """Unless its score is perfect."""
+    run = build(data, FAST, "--max-steps 3")
+    best = {"macro_f1": score, "loss": 2.0, "confusion": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
+    notes = run.notes(train.TrainState(step=3, best_step=step, best_scores=best))
+    assert any(note.startswith("--max-steps 3: ") for note in notes) is noted
+
+
 # Numbers that are not finite.
 
 
