@@ -120,13 +120,14 @@ def _choose(asked: Config, situation: Situation) -> Config:
     if asked.max_steps:
         run_tokens = asked.max_steps * step_tokens
     steps = run_tokens / step_tokens
+    epochs = run_tokens / situation.text_tokens
     from_scratch, length = situation.start == SCRATCH, longest(asked)
-    keeps_dropout = run_tokens > MAX_FRESH_EPOCHS[situation.start] * situation.text_tokens
+    keeps_dropout = epochs > MAX_FRESH_EPOCHS[situation.start]
     overridden = {entry.partition("=")[0] for entry in asked.config_override}
     keeps_dropout |= not overridden.isdisjoint(situation.dropout_fields)
     values = {
         "optimizer": "muon" if from_scratch else "adamw",
-        "epochs": run_tokens / situation.text_tokens,
+        "epochs": epochs,
         "mask_rate": auto_mask_rate(asked, from_scratch),
         "warmup": WARMUP,
         "schedule": "linear",
@@ -139,7 +140,6 @@ def _choose(asked: Config, situation: Situation) -> Config:
         values["max_length"] = length  # batch sizes still count sequences of this length
     values.setdefault("batch_size", step_tokens // counted_length(asked))
     if "learning_rate" not in values:
-        epochs = run_tokens / situation.text_tokens
         values["learning_rate"] = _rate(situation, values["optimizer"], steps, epochs)
     return replace(asked, **values)
 
